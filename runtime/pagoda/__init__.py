@@ -1,0 +1,26 @@
+"""Pagoda: an LLM serving runtime for Kubernetes around its own paged-attention engine."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from pagoda.llm import LLM
+    from pagoda.sampling.params import SamplingParams
+
+__all__ = ["LLM", "SamplingParams", "__version__"]
+
+
+def __getattr__(name: str) -> object:
+    # Lazy, so that `pagoda probe` and the API process do not pay for torch.
+    if name == "LLM":
+        from pagoda.llm import LLM
+
+        return LLM
+    if name == "SamplingParams":
+        from pagoda.sampling.params import SamplingParams
+
+        return SamplingParams
+    raise AttributeError(f"module 'pagoda' has no attribute {name!r}")

@@ -1,0 +1,132 @@
+"""What travels between the engine client and the engine core.
+
+Frozen dataclasses, so that the in-process engine needs nothing but the standard library; `engine.wire` encodes the same
+classes with msgspec when core and client are two processes. Times are `time.monotonic()` seconds, one clock per machine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from pagoda.errors import ErrorKind
+from pagoda.sampling.output import FinishReason, TokenLogprobs
+from pagoda.sampling.params import SamplingParams
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineRequest:
+    """One sequence to generate (`n > 1` is fanned out before this point).
+
+    `prompt_token_ids`: at least one id below the vocabulary size. `max_tokens`: resolved, at least 1, and
+    `len(prompt_token_ids) + max_tokens <= max_model_len`. `eos_token_ids` end generation unless `sampling.ignore_eos`.
+    `priority`: lower is served first. `cache_salt` separates tenants in the prefix cache. `deadline`: monotonic seconds.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    max_tokens: int
+    eos_token_ids: tuple[int, ...] = ()
+    arrival_time: float = 0.0
+    priority: int = 0
+    cache_salt: str | None = None
+    deadline: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOutput:
+    """News of one request after a step.
+
+    `new_token_ids` were appended (the stop token included, if one was hit). `logprobs` has one entry for each of them.
+    `prompt_logprobs` comes once, with the output that completes the prompt: one entry a prompt token, the first None.
+    `finish_reason` is set on the last output of the request and only there; `stop_reason` is then the stop token's id when
+    one of `stop_token_ids` ended it; `error_kind` and `error` are set when the reason is ERROR.
+    `scheduled_time` is when the request first left the waiting queue.
+    """
+
+    request_id: str
+    new_token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | None = None
+    error_kind: ErrorKind | None = None
+    error: str | None = None
+    num_cached_tokens: int = 0
+    scheduled_time: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """Gauges as of now, and counts since the core started; the receiver takes differences of the counts."""
+
+    step: int = 0
+    num_running: int = 0
+    num_waiting: int = 0
+    num_blocks: int = 0
+    num_blocks_in_use: int = 0
+    prefix_cache_queries: int = 0
+    prefix_cache_hits: int = 0
+    num_preemptions: int = 0
+    num_scheduled_tokens: int = 0
+    step_seconds: float = 0.0
+
+    @property
+    def kv_cache_usage(self) -> float:
+        """Share of KV blocks that running requests hold, 0 to 1."""
+        return self.num_blocks_in_use / self.num_blocks if self.num_blocks else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOutputs:
+    """All news of one step, and the engine's figures after it."""
+
+    outputs: list[EngineOutput]
+    stats: EngineStats
+    timestamp: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineReady:
+    """Sent once by a core that can take requests: the limits that admission needs.
+
+    `kv_equation` is the printed sentence that says how many KV blocks there are and why; `stage_seconds` holds the time
+    each start-up stage took.
+    """
+
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    num_blocks: int
+    block_size: int
+    vocab_size: int
+    kv_equation: str = ""
+    stage_seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStage:
+    """The core entered start-up stage `name`; `detail` is for people."""
+
+    name: str
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFailed:
+    """The core cannot go on, and why; it exits right after this."""
+
+    kind: ErrorKind
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class AbortRequests:
+    """The clients of these requests are gone; ids unknown to the core (already ended) are ignored."""
+
+    request_ids: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Shutdown:
+    """End the core; requests in it are aborted."""

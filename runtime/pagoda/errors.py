@@ -1,0 +1,136 @@
+"""Every error that Pagoda raises on purpose.
+
+Each class says what kind of trouble it is, never how a protocol spells it: `serving.status` maps a kind to an HTTP status
+and a gRPC code in one place. The engine, which knows neither protocol, raises these too. A message names what is wrong and
+what is allowed, in a sentence that can be shown to the client as it is.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class ErrorKind(StrEnum):
+    """What went wrong, in terms that survive the way between processes."""
+
+    INVALID_REQUEST = "invalid_request"
+    UNAUTHENTICATED = "unauthenticated"
+    NOT_FOUND = "not_found"
+    TOO_LARGE = "too_large"
+    QUEUE_FULL = "queue_full"
+    NOT_SUPPORTED = "not_supported"
+    NOT_READY = "not_ready"
+    ENGINE_DEAD = "engine_dead"
+    DEADLINE_EXCEEDED = "deadline_exceeded"
+    INTERNAL = "internal"
+
+
+class PagodaError(Exception):
+    """Base of all errors below; `str(error)` is the sentence for the client."""
+
+    kind = ErrorKind.INTERNAL
+
+
+class InvalidRequestError(PagodaError):
+    """The request cannot be served as it stands; sending it again unchanged will fail again.
+
+    `param` names the offending field (as the client spelled it) where there is one.
+    """
+
+    kind = ErrorKind.INVALID_REQUEST
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class AuthenticationError(PagodaError):
+    """No API key was sent, or one that is not known."""
+
+    kind = ErrorKind.UNAUTHENTICATED
+
+
+class ModelNotFoundError(PagodaError):
+    """A model, version or route that is not served here."""
+
+    kind = ErrorKind.NOT_FOUND
+
+
+class RequestTooLargeError(PagodaError):
+    """A body, message or header beyond its configured limit."""
+
+    kind = ErrorKind.TOO_LARGE
+
+
+class NotSupportedError(PagodaError):
+    """A known feature that this server does not have."""
+
+    kind = ErrorKind.NOT_SUPPORTED
+
+
+class QueueFullError(PagodaError):
+    """The bounded waiting queue is full; try again after `retry_after_seconds`."""
+
+    kind = ErrorKind.QUEUE_FULL
+
+    def __init__(self, message: str, retry_after_seconds: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after_seconds = retry_after_seconds
+
+
+class EngineNotReadyError(PagodaError):
+    """The engine is loading or draining; another replica, or this one later, can serve the request."""
+
+    kind = ErrorKind.NOT_READY
+
+
+class EngineDeadError(PagodaError):
+    """The engine was lost while the request was in it; the request may be sent again."""
+
+    kind = ErrorKind.ENGINE_DEAD
+
+
+class DeadlineExceededError(PagodaError):
+    """The request's own deadline passed before it was finished."""
+
+    kind = ErrorKind.DEADLINE_EXCEEDED
+
+
+class RequestFailedError(PagodaError):
+    """An internal fault ended this request; others were not disturbed."""
+
+    kind = ErrorKind.INTERNAL
+
+
+class ConfigError(PagodaError):
+    """A configuration that cannot work. The message names key, value, source and what is allowed."""
+
+    kind = ErrorKind.INVALID_REQUEST
+
+
+class CheckpointError(PagodaError):
+    """A checkpoint that cannot be loaded: a missing, misshapen or unknown tensor, or an unsupported architecture."""
+
+    kind = ErrorKind.INVALID_REQUEST
+
+
+ERROR_TYPES: dict[ErrorKind, type[PagodaError]] = {
+    cls.kind: cls
+    for cls in (
+        InvalidRequestError,
+        AuthenticationError,
+        ModelNotFoundError,
+        RequestTooLargeError,
+        NotSupportedError,
+        QueueFullError,
+        EngineNotReadyError,
+        EngineDeadError,
+        DeadlineExceededError,
+        RequestFailedError,
+    )
+}
+
+
+def error_of(kind: ErrorKind, message: str) -> PagodaError:
+    """The exception for a `kind` that came from another process."""
+    return ERROR_TYPES[kind](message)

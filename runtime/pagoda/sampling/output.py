@@ -1,0 +1,27 @@
+"""What generation gives back for a token and at its end. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class FinishReason(StrEnum):
+    """Why a request ended. Exactly one reaches the client for every accepted request (DESIGN §2, invariant 2)."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probabilities at one position: the token that stands there first, then the top-k by falling value.
+
+    `token_ids` and `logprobs` have equal length (1 + k); `rank` is the 1-based rank of the first.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+    rank: int

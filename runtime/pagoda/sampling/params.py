@@ -1,0 +1,105 @@
+"""What a client may ask of generation. Imports no torch: the API process and the scheduler read it too."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pagoda.errors import InvalidRequestError
+
+MAX_LOGPROBS = 20
+MAX_STOP_STRINGS = 16
+MAX_N = 64
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How the next token is chosen and when generation ends; names and meaning are vLLM's.
+
+    Construction validates: `InvalidRequestError` names the field, its value and the allowed range. `max_tokens=None` means
+    "not given" and is resolved at admission (DESIGN §2, invariant 4); the engine reads `EngineRequest.max_tokens` only.
+    `temperature == 0` is greedy. `top_k` of 0 or -1 switches top-k off. Text fields (`stop`, `bad_words`,
+    `skip_special_tokens`, `include_stop_str_in_output`) are the text layer's; it turns `bad_words` into
+    `bad_words_token_ids` before the engine sees them. Ids are checked against the vocabulary at admission.
+    """
+
+    n: int = 1
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = None
+    bad_words: tuple[str, ...] = ()
+    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
+    allowed_token_ids: tuple[int, ...] | None = None
+    ignore_eos: bool = False
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False
+    seed: int | None = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    skip_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        _integer("n", self.n, 1, MAX_N)
+        if self.max_tokens is not None:
+            _integer("max_tokens", self.max_tokens, 1, None)
+        _integer("min_tokens", self.min_tokens, 0, None)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise InvalidRequestError(
+                f"min_tokens={self.min_tokens} is greater than max_tokens={self.max_tokens}", "min_tokens"
+            )
+        _number("temperature", self.temperature, 0.0, 100.0)
+        _integer("top_k", self.top_k, -1, None)
+        _number("top_p", self.top_p, 0.0, 1.0, low_excluded=True)
+        _number("min_p", self.min_p, 0.0, 1.0)
+        _number("repetition_penalty", self.repetition_penalty, 0.0, 100.0, low_excluded=True)
+        _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        for token_id, bias in (self.logit_bias or {}).items():
+            _integer("logit_bias key", token_id, 0, None)
+            _number(f"logit_bias[{token_id}]", bias, -100.0, 100.0)
+        if self.allowed_token_ids is not None:
+            if not self.allowed_token_ids:
+                raise InvalidRequestError("allowed_token_ids is empty: at least one id is needed", "allowed_token_ids")
+            for token_id in self.allowed_token_ids:
+                _integer("allowed_token_ids", token_id, 0, None)
+        for token_id in self.stop_token_ids:
+            _integer("stop_token_ids", token_id, 0, None)
+        if len(self.stop) > MAX_STOP_STRINGS:
+            raise InvalidRequestError(f"stop has {len(self.stop)} strings; at most {MAX_STOP_STRINGS} are allowed", "stop")
+        for name, strings in (("stop", self.stop), ("bad_words", self.bad_words)):
+            if any(not isinstance(s, str) or not s for s in strings):
+                raise InvalidRequestError(f"{name} must hold non-empty strings, got {list(strings)!r}", name)
+        if self.seed is not None:
+            _integer("seed", self.seed, -MAX_SEED - 1, MAX_SEED)
+        if self.logprobs is not None:
+            _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        if self.prompt_logprobs is not None:
+            _integer("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the most probable token is taken, with no noise."""
+        return self.temperature < 1e-5
+
+
+def _integer(name: str, value: object, low: int, high: int | None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+        allowed = f"at least {low}" if high is None else f"between {low} and {high}"
+        raise InvalidRequestError(f"{name} must be an integer {allowed}, got {value!r}", name.split(" ")[0])
+
+
+def _number(name: str, value: object, low: float, high: float, *, low_excluded: bool = False) -> None:
+    ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not ok or not (low <= value <= high) or (low_excluded and value == low):  # type: ignore[operator]
+        bracket = "(" if low_excluded else "["
+        raise InvalidRequestError(f"{name} must be a number in {bracket}{low:g}, {high:g}], got {value!r}", name.split("[")[0])

@@ -1,0 +1,79 @@
+"""The plan of one step: what the scheduler tells the executor, and what it hears back. Imports no torch.
+
+Requests live in slots. The scheduler gives a running request a slot in `[0, max_num_seqs)` and the model runner keeps the
+request's token ids, block table and sampling state in row `slot` of preallocated arrays. So a plan names what changed and
+nothing else, and its size does not grow with context length.
+
+    row i of the batch:   slots[i]   num_computed_tokens[i]   num_scheduled_tokens[i]   samples[i]
+                             │                │                        │
+    token_pool[slot]:   [ computed ………………… │ scheduled in this step │ … ]     tokens computed..computed+scheduled-1 run;
+                                                                       a row with samples[i] then writes its sampled token
+                                                                       at position computed+scheduled
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from pagoda.sampling.output import TokenLogprobs
+from pagoda.sampling.params import SamplingParams
+
+
+@dataclass(slots=True)
+class NewRequest:
+    """A request that enters a slot: new, or resumed after preemption (then `token_ids` holds its output so far too).
+
+    `block_ids` are all blocks it holds, in order; `num_computed_tokens` of its tokens are already in them (prefix hit).
+    """
+
+    slot: int
+    request_id: str
+    token_ids: list[int]
+    num_prompt_tokens: int
+    sampling: SamplingParams
+    eos_token_ids: tuple[int, ...]
+    block_ids: list[int]
+    num_computed_tokens: int
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """One step. The parallel lists have one entry for each scheduled request, in batch order.
+
+    `released_slots` were left by their requests since the last plan; they are released before `new_requests` enter.
+    `new_block_ids[i]` are appended to the block table of `slots[i]` (empty for a row that enters: its blocks are in
+    `NewRequest.block_ids`). `block_offsets[i]` is the length of that table before they are appended.
+    """
+
+    step_id: int
+    released_slots: list[int] = field(default_factory=list)
+    new_requests: list[NewRequest] = field(default_factory=list)
+    request_ids: list[str] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)
+    num_computed_tokens: list[int] = field(default_factory=list)
+    num_scheduled_tokens: list[int] = field(default_factory=list)
+    new_block_ids: list[list[int]] = field(default_factory=list)
+    block_offsets: list[int] = field(default_factory=list)
+    samples: list[bool] = field(default_factory=list)
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens that run through the model in this step."""
+        return sum(self.num_scheduled_tokens)
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What the model runner made of a plan; rows are indices into the plan's parallel lists.
+
+    `sampled_token_ids[i]`: the ids sampled for row i, empty where `samples[i]` is False or the row failed.
+    `logprobs[i]`: one entry a sampled id, only for rows that asked. `prompt_logprobs[i]`: for a row that asked, entries for
+    the prompt positions `computed+1 .. computed+scheduled` that this step predicted (the first prompt token has none).
+    `errors[i]`: the row failed alone, and why.
+    """
+
+    step_id: int
+    sampled_token_ids: list[list[int]]
+    logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
+    prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
+    errors: dict[int, str] = field(default_factory=dict)
