@@ -75,7 +75,9 @@ class SamplingParams:
         for token_id in self.stop_token_ids:
             _integer("stop_token_ids", token_id, 0, None)
         if len(self.stop) > MAX_STOP_STRINGS:
-            raise InvalidRequestError(f"stop has {len(self.stop)} strings; at most {MAX_STOP_STRINGS} are allowed", "stop")
+            raise InvalidRequestError(
+                f"stop has {len(self.stop)} strings; at most {MAX_STOP_STRINGS} are allowed", "stop"
+            )
         for name, strings in (("stop", self.stop), ("bad_words", self.bad_words)):
             if any(not isinstance(s, str) or not s for s in strings):
                 raise InvalidRequestError(f"{name} must hold non-empty strings, got {list(strings)!r}", name)
@@ -102,4 +104,6 @@ def _number(name: str, value: object, low: float, high: float, *, low_excluded: 
     ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not ok or not (low <= value <= high) or (low_excluded and value == low):  # type: ignore[operator]
         bracket = "(" if low_excluded else "["
-        raise InvalidRequestError(f"{name} must be a number in {bracket}{low:g}, {high:g}], got {value!r}", name.split("[")[0])
+        raise InvalidRequestError(
+            f"{name} must be a number in {bracket}{low:g}, {high:g}], got {value!r}", name.split("[")[0]
+        )
