@@ -1,0 +1,163 @@
+"""What a value must be: types and bounds of single settings, and what must hold between them.
+
+Imports the standard library only: Python callers of the engine get the same errors as the command line does, without
+pydantic. The bounds are those of the schema; nothing is listed here a second time.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pagoda.config.schema import OptionInfo, option_defaults, option_types, options
+from pagoda.errors import ConfigError
+
+_TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a string", NoneType: "none"}
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing wrong: the setting, its value as it may be shown, where it came from, and what is allowed."""
+
+    key: str
+    value: str
+    allowed: str
+    source: str = ""
+
+    def __str__(self) -> str:
+        origin = f" ({self.source})" if self.source else ""
+        return (
+            f"{self.key}={self.value}{origin}: {self.allowed}" if self.value else f"{self.key}{origin}: {self.allowed}"
+        )
+
+
+def raise_problems(problems: Iterable[Problem]) -> None:
+    """Raise one `ConfigError` that lists all problems; return if there are none."""
+    lines = [str(problem) for problem in problems]
+    if len(lines) == 1:
+        raise ConfigError(lines[0])
+    if lines:
+        raise ConfigError(f"{len(lines)} settings are wrong:\n" + "\n".join(f"  {line}" for line in lines))
+
+
+def shown(key: str, value: object) -> str:
+    """`value` as it may be printed: a secret's is not."""
+    info = options().get(key)
+    if info is not None and info.secret:
+        return "<secret>" if value else "()"
+    return value if isinstance(value, str) else repr(value)
+
+
+def allowed_values(key: str) -> str:
+    """What the setting `key` may be, in words: "an integer of at least 1, or auto"."""
+    info, annotation = options()[key], option_types()[key]
+    parts = []
+    for member in _members(annotation):
+        if get_origin(member) is Literal:
+            parts.append("one of " + ", ".join(map(str, get_args(member))))
+        elif member is NoneType:
+            parts.append("auto" if info.auto else "none")
+        elif get_origin(member) is tuple:
+            parts.append("a list of strings")
+        elif get_origin(member) is not None:
+            parts.append("a JSON object")
+        else:
+            parts.append(_TYPE_NAMES[member] + _bounds(info))
+    return ", or ".join(parts)
+
+
+def value_problems(values: Mapping[str, Any]) -> list[Problem]:
+    """All problems of a complete set of values (every setting by name), each alone first, then between settings."""
+    problems = [
+        Problem(key, shown(key, value), f"must be {allowed_values(key)}")
+        for key, value in values.items()
+        if not _fits(option_types()[key], value, options()[key])
+    ]
+    wrong = {problem.key for problem in problems}
+    sound = {key: default if key in wrong else values[key] for key, default in option_defaults().items()}
+    return problems + relation_problems(sound)
+
+
+def relation_problems(values: Mapping[str, Any]) -> list[Problem]:
+    """Problems between settings, and settings of parts that this version does not have; each value alone is sound."""
+    problems = []
+
+    def refuse(key: str, allowed: str) -> None:
+        problems.append(Problem(key, shown(key, values[key]), allowed))
+
+    if values["block_size"] & (values["block_size"] - 1):
+        refuse("block_size", "must be a power of two")
+    tokens, sequences = values["max_num_batched_tokens"], values["max_num_seqs"]
+    if tokens is not None and sequences is not None and tokens < sequences:
+        refuse(
+            "max_num_batched_tokens",
+            f"must be at least max_num_seqs={sequences}: a step gives every running sequence one token or more",
+        )
+    if (values["ssl_certfile"] is None) != (values["ssl_keyfile"] is None):
+        given, missing = ("ssl_certfile", "ssl_keyfile") if values["ssl_certfile"] else ("ssl_keyfile", "ssl_certfile")
+        refuse(given, f"needs {missing} too")
+    if values["http_port"] == values["grpc_port"] != 0:
+        refuse("grpc_port", "must differ from http_port")
+    if any(not key for key in values["api_keys"]):
+        refuse("api_keys", "must not hold an empty key")
+    for key in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
+        if values[key] != 1:
+            refuse(key, "must be 1: this version runs the model on one rank")
+    if values["num_scheduler_steps"] != 1:
+        refuse("num_scheduler_steps", "must be 1: every step is scheduled anew, the next while the last still runs")
+    if values["quantization"] is not None:
+        refuse("quantization", "must be none: this version runs float32, bfloat16 and float16 weights only")
+    if values["speculative_config"] is not None:
+        refuse("speculative_config", "must be none: this version does not speculate")
+    return problems
+
+
+def _members(annotation: Any) -> tuple[Any, ...]:
+    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+
+
+def _bounds(info: OptionInfo) -> str:
+    if info.pattern is not None:
+        return f" {info.pattern_help}"
+    low = f"at least {info.ge:g}" if info.ge is not None else f"greater than {info.gt:g}" if info.gt is not None else ""
+    high = f"at most {info.le:g}" if info.le is not None else f"less than {info.lt:g}" if info.lt is not None else ""
+    bounds = " and ".join(part for part in (low, high) if part)
+    return f" of {bounds}" if bounds.startswith("at least") else f" {bounds}" if bounds else ""
+
+
+def _fits(annotation: Any, value: Any, info: OptionInfo) -> bool:
+    return any(_fits_member(member, value, info) for member in _members(annotation))
+
+
+def _fits_member(member: Any, value: Any, info: OptionInfo) -> bool:
+    origin = get_origin(member)
+    if origin is Literal:
+        return isinstance(value, str) and value in get_args(member)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
+    if origin is not None:
+        return isinstance(value, Mapping)
+    if member is str:
+        return isinstance(value, str) and (info.pattern is None or re.fullmatch(info.pattern, value) is not None)
+    if member in (int, float):
+        return _is_number(member, value) and _within(value, info)
+    return isinstance(value, member)
+
+
+def _is_number(member: type, value: Any) -> bool:
+    if isinstance(value, bool):
+        return False
+    return isinstance(value, int) or (member is float and isinstance(value, float) and math.isfinite(value))
+
+
+def _within(value: float, info: OptionInfo) -> bool:
+    return (
+        (info.ge is None or value >= info.ge)
+        and (info.gt is None or value > info.gt)
+        and (info.le is None or value <= info.le)
+        and (info.lt is None or value < info.lt)
+    )

@@ -1,0 +1,264 @@
+"""The one schema: every setting of Pagoda, with its type, default, bounds and help text.
+
+Everything that knows a setting reads it from here: the command line and its `--help`, files, environment variables, the
+checks, the JSON schema for the Helm chart, `pagoda doctor`, docs/configuration.md. Imports the standard library only, so
+the engine and `pagoda probe` can use it on a bare machine.
+
+`None` means "chosen when the engine starts" where `OptionInfo.auto` says so, and "off" or "not given" elsewhere; text
+sources write `auto` and `none`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import Field, dataclass, field, fields
+from functools import cache
+from typing import Any, Literal, TypeVar, cast, get_type_hints
+
+T = TypeVar("T")
+
+GROUPS = {
+    "model": "Model",
+    "device": "Device",
+    "kv": "KV cache",
+    "scheduler": "Scheduler",
+    "parallel": "Parallelism and speed-ups",
+    "server": "Server",
+    "limits": "Limits and deadlines",
+    "text": "Tokenizer and chat",
+    "observability": "Logs and metrics",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptionInfo:
+    """What is known of one setting besides its type and default.
+
+    `ge`, `le`, `gt`, `lt` bound a number. `pattern` must match a whole string, `pattern_help` says it in words. `aliases` are
+    other names under which every source accepts the setting. `auto`: None stands for a value chosen at start. `secret`: the
+    value is never printed.
+    """
+
+    help: str
+    group: str
+    ge: float | None = None
+    le: float | None = None
+    gt: float | None = None
+    lt: float | None = None
+    pattern: str | None = None
+    pattern_help: str = ""
+    unit: Literal["", "bytes", "seconds", "tokens"] = ""
+    aliases: tuple[str, ...] = ()
+    auto: bool = False
+    secret: bool = False
+
+
+def _option(default: T, group: str, help: str, **info: Any) -> T:
+    """A dataclass field that carries its `OptionInfo`; typed as its default, as `dataclasses.field` itself is."""
+    option = OptionInfo(help=help, group=group, **info)
+    return field(default=default, repr=not option.secret, metadata={"option": option})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PagodaConfig:
+    """Every setting. Construction validates: `ConfigError` names each wrong field, its value and what is allowed.
+
+    Sizes are bytes, times seconds, lengths tokens. After `pagoda.config.load` (and so everywhere in the server)
+    `model_name` is set; constructed by hand without one it is derived in the same way by `served_model_name`.
+    """
+
+    # Model
+    model: str | None = _option(
+        None,
+        "model",
+        "Checkpoint: a directory in Hugging Face format, or a Hugging Face id. None: a small demo model made on the spot.",
+        aliases=("model_dir",),
+    )
+    model_name: str | None = _option(
+        None,
+        "model",
+        "Name under which clients ask for the model. Default: the directory's name, or `demo` when no model is given.",
+        pattern=r"[^/\s]+",
+        pattern_help="without slashes and spaces: it is a part of URLs",
+        aliases=("served_model_name",),
+    )
+    tokenizer: str | None = _option(None, "model", "Directory of the tokenizer, where it is not the model's own.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
+        "auto", "model", "Type of weights and activations; auto follows the checkpoint and what the device does well."
+    )
+    load_format: Literal["auto", "safetensors", "dummy"] = _option(
+        "auto",
+        "model",
+        "Where weights come from: safetensors files (auto), or random numbers of the right shape (dummy).",
+    )
+    generation_config: Literal["auto", "none"] = _option(
+        "auto", "model", "Take sampling defaults and end tokens from the checkpoint's generation_config.json, or not."
+    )
+    default_max_tokens: int | None = _option(
+        None, "model", "max_tokens of a request that gives none; None: whatever fits below max_model_len.", ge=1
+    )
+    trust_remote_code: bool = _option(False, "model", "Let the checkpoint's tokenizer run Python code of its own.")
+    seed: int = _option(0, "model", "Seed of dummy weights and of requests that give no seed of their own.", ge=0)
+
+    # Device
+    device: Literal["auto", "cpu", "cuda"] = _option(
+        "auto", "device", "Where the model runs; auto: cuda if there is one."
+    )
+    threads: int | None = _option(
+        None, "device", "CPU threads of the engine; auto: the physical cores this container may use.", ge=1, auto=True
+    )
+
+    # KV cache
+    max_model_len: int | None = _option(
+        None,
+        "kv",
+        "Longest sequence, prompt and output together; auto: the model's own limit, or less if the KV cache holds less.",
+        ge=1,
+        unit="tokens",
+        auto=True,
+    )
+    block_size: int = _option(16, "kv", "Tokens in a KV block; a power of two.", ge=1, le=256, unit="tokens")
+    kv_cache_memory_bytes: int | None = _option(
+        None,
+        "kv",
+        "Memory of the KV cache; auto: a share of what the weights leave free.",
+        ge=1,
+        unit="bytes",
+        auto=True,
+    )
+    num_gpu_blocks_override: int | None = _option(
+        None, "kv", "Exact number of KV blocks on any device, block 0 included, which holds no tokens.", ge=2
+    )
+    gpu_memory_utilization: float = _option(
+        0.9, "kv", "Share of the GPU's memory that weights, activations and KV cache may take together.", gt=0, le=1
+    )
+    enable_prefix_caching: bool = _option(True, "kv", "Reuse the KV blocks of equal prompt beginnings.")
+
+    # Scheduler
+    max_num_seqs: int | None = _option(
+        None, "scheduler", "Most sequences in one step; auto: by device and KV cache.", ge=1, le=4096, auto=True
+    )
+    max_num_batched_tokens: int | None = _option(
+        None,
+        "scheduler",
+        "Most tokens in one step; longer prompts are computed in chunks. Auto: by device.",
+        ge=1,
+        unit="tokens",
+        auto=True,
+    )
+    long_prefill_token_threshold: int = _option(
+        0,
+        "scheduler",
+        "Most tokens of one prompt in a step; 0: only max_num_batched_tokens counts.",
+        ge=0,
+        unit="tokens",
+    )
+    scheduling_policy: Literal["fcfs", "priority"] = _option(
+        "fcfs",
+        "scheduler",
+        "Order of waiting requests: by arrival, or by their priority (lower first), then by arrival.",
+    )
+    max_num_waiting: int = _option(1024, "scheduler", "Most requests that wait; one more is answered 429.", ge=1)
+    kv_cache_watermark: float = _option(
+        0.02, "scheduler", "Share of KV blocks kept free when a waiting request is let in.", ge=0, lt=1
+    )
+    max_preemptions: int = _option(
+        4, "scheduler", "Times a request may be preempted before it is protected from it.", ge=0
+    )
+    num_scheduler_steps: int = _option(1, "scheduler", "Model steps per scheduling; only 1 is supported.", ge=1)
+
+    # Parallelism and speed-ups
+    tensor_parallel_size: int = _option(1, "parallel", "Ranks that share every layer; only 1 is supported yet.", ge=1)
+    pipeline_parallel_size: int = _option(1, "parallel", "Ranks in a row of layers; only 1 is supported yet.", ge=1)
+    data_parallel_size: int = _option(1, "parallel", "Copies of the engine; only 1 is supported yet.", ge=1)
+    quantization: str | None = _option(None, "parallel", "Quantization of the weights; not supported yet.")
+    speculative_config: Mapping[str, Any] | None = _option(
+        None, "parallel", "Speculative decoding, as a JSON object; not supported yet."
+    )
+
+    # Server
+    host: str = _option("0.0.0.0", "server", "Address to listen on.", pattern=r"\S+", pattern_help="an address")
+    http_port: int = _option(8080, "server", "Port of REST and OpenAI routes; 0: any free one.", ge=0, le=65535)
+    grpc_port: int = _option(8081, "server", "Port of gRPC; 0: any free one.", ge=0, le=65535)
+    api_keys: tuple[str, ...] = _option(
+        (), "server", "Keys of which a client must send one; none: no key is asked for.", secret=True
+    )
+    ssl_certfile: str | None = _option(None, "server", "PEM file of the certificate chain; together with ssl_keyfile.")
+    ssl_keyfile: str | None = _option(None, "server", "PEM file of the private key; together with ssl_certfile.")
+
+    # Limits and deadlines
+    max_body_bytes: int = _option(32 * 2**20, "limits", "Largest REST request body.", ge=1024, unit="bytes")
+    max_header_bytes: int = _option(64 * 2**10, "limits", "Largest REST request head.", ge=1024, unit="bytes")
+    max_grpc_message_bytes: int = _option(32 * 2**20, "limits", "Largest gRPC message.", ge=1024, unit="bytes")
+    request_timeout_seconds: float | None = _option(
+        None, "limits", "Longest time a request may take in all; None: no limit but the client's.", gt=0, unit="seconds"
+    )
+    grace_period_seconds: float = _option(
+        30.0, "limits", "Time that running requests have to end after SIGTERM.", ge=0, unit="seconds"
+    )
+    engine_start_timeout_seconds: float = _option(
+        1800.0, "limits", "Longest time from start to ready; then the server exits.", gt=0, unit="seconds"
+    )
+
+    # Tokenizer and chat
+    tokenizer_pool_size: int = _option(2, "text", "Workers that tokenize.", ge=1, le=256)
+    tokenizer_pool_type: Literal["thread", "process"] = _option("thread", "text", "What a tokenizer worker is.")
+    tokenizer_start_timeout_seconds: float = _option(
+        60.0, "text", "Longest time until the tokenizer workers are up.", gt=0, unit="seconds"
+    )
+    tokenizer_timeout_seconds: float = _option(
+        30.0, "text", "Longest time one text may take to tokenize.", gt=0, unit="seconds"
+    )
+    chat_template: str | None = _option(
+        None, "text", "File with a Jinja chat template, in place of the tokenizer's own."
+    )
+
+    # Logs and metrics
+    metrics_prefix: str = _option(
+        "pagoda_",
+        "observability",
+        "Prefix of metric names; `vllm:` gives the names that dashboards made for vLLM read.",
+        pattern=r"[a-zA-Z_:][a-zA-Z0-9_:]*",
+        pattern_help="of letters, digits, `_` and `:`, with no digit first",
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = _option("info", "observability", "Least level logged.")
+    log_format: Literal["text", "json"] = _option("text", "observability", "Log lines for people, or one JSON each.")
+
+    def __post_init__(self) -> None:
+        from pagoda.config.checks import raise_problems, value_problems
+
+        raise_problems(value_problems({name: getattr(self, name) for name in options()}))
+
+    @property
+    def served_model_name(self) -> str:
+        """`model_name`, or the last part of the model's path or id, or `demo` without a model."""
+        return self.model_name or default_model_name(self.model)
+
+
+def default_model_name(model: str | None) -> str:
+    """The name of a model that was given none: the last part of its path or Hugging Face id."""
+    parts = [part for part in (model or "").replace("\\", "/").split("/") if part not in ("", ".", "..")]
+    return parts[-1] if parts else "demo"
+
+
+def option_of(config_field: Field[Any]) -> OptionInfo:
+    """The `OptionInfo` of a field of `PagodaConfig`."""
+    return cast("OptionInfo", config_field.metadata["option"])
+
+
+@cache
+def options() -> dict[str, OptionInfo]:
+    """Every setting's `OptionInfo` by its name, in the order of the schema."""
+    return {f.name: option_of(f) for f in fields(PagodaConfig)}
+
+
+@cache
+def option_types() -> dict[str, Any]:
+    """Every setting's type by its name."""
+    return get_type_hints(PagodaConfig)
+
+
+@cache
+def option_defaults() -> dict[str, Any]:
+    """Every setting's default by its name."""
+    return {f.name: f.default for f in fields(PagodaConfig)}
