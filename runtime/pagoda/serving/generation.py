@@ -1,0 +1,248 @@
+"""What every protocol asks of the text layer: jobs in, chunks or sequences out, under one admission and one deadline."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from pagoda.errors import DeadlineExceededError, EngineNotReadyError, InvalidRequestError
+from pagoda.sampling.params import SamplingParams
+from pagoda.serving.parameters import RequestOptions
+from pagoda.text.output import GenerationChunk, PositionLogprobs
+
+if TYPE_CHECKING:
+    from pagoda.text.generation import TextGenerator
+
+MAX_SEQUENCES_PER_REQUEST = 512
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationJob:
+    """One prompt to complete (`sampling.n` times): text, or token ids that are taken as they are."""
+
+    prompt: str | list[int]
+    sampling: SamplingParams
+    options: RequestOptions = field(default_factory=RequestOptions)
+    add_special_tokens: bool = True
+
+
+@dataclass(slots=True, kw_only=True)
+class SequenceResult:
+    """One finished sequence: its chunks joined. `logprobs` has one entry a token if they were asked for."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[PositionLogprobs] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    num_prompt_tokens: int = 0
+    prompt_token_ids: list[int] = field(default_factory=list)
+    prompt_logprobs: list[PositionLogprobs | None] | None = None
+    num_cached_tokens: int = 0
+
+    def add(self, chunk: GenerationChunk) -> None:
+        """Append what `chunk` brings."""
+        self.text += chunk.text
+        self.token_ids += chunk.token_ids
+        if chunk.logprobs is not None:
+            self.logprobs = (self.logprobs or []) + chunk.logprobs
+        if chunk.num_prompt_tokens is not None:
+            self.num_prompt_tokens = chunk.num_prompt_tokens
+            self.prompt_token_ids = chunk.prompt_token_ids or []
+            self.prompt_logprobs = chunk.prompt_logprobs
+            self.num_cached_tokens = chunk.num_cached_tokens or 0
+        if chunk.finish_reason is not None:
+            self.finish_reason = str(chunk.finish_reason)
+            self.stop_reason = chunk.stop_reason
+
+
+class RequestObserver(Protocol):
+    """Sees one job go by, for the metrics."""
+
+    def on_chunk(self, chunk: GenerationChunk) -> None:
+        """A piece came."""
+
+    def on_end(self, error: BaseException | None) -> None:
+        """The job is over: None when every sequence finished, `CancelledError`/`GeneratorExit` when the client left."""
+
+
+ObserverFactory = Callable[[GenerationJob, float], RequestObserver]
+"""Makes the observer of a job; the second argument is its arrival, in `time.monotonic()` seconds."""
+
+
+def check_job_count(jobs: Sequence[GenerationJob]) -> None:
+    """Refuse a request that asks for more sequences at once than any may."""
+    count = sum(job.sampling.n for job in jobs)
+    if count > MAX_SEQUENCES_PER_REQUEST:
+        raise InvalidRequestError(
+            f"the request asks for {count} sequences (prompts times n); at most {MAX_SEQUENCES_PER_REQUEST} are allowed"
+        )
+
+
+class GenerationRunner:
+    """Runs the jobs of all protocols, and knows how many are under way.
+
+    `request_timeout_seconds` bounds every job; a shorter `timeout_seconds` of its own wins. Once `drain()` was called new
+    jobs are refused with `EngineNotReadyError` and `wait_until_idle()` returns when the last one has ended.
+    """
+
+    def __init__(
+        self, generator: TextGenerator, *, request_timeout_seconds: float | None, observe: ObserverFactory
+    ) -> None:
+        self.generator = generator
+        self._request_timeout_seconds = request_timeout_seconds
+        self._observe = observe
+        self._num_running = 0
+        self._is_draining = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @property
+    def num_running(self) -> int:
+        """Jobs between their first and last step here."""
+        return self._num_running
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether new jobs are refused because the server is going away."""
+        return self._is_draining
+
+    def drain(self) -> None:
+        """Refuse new jobs from now on."""
+        self._is_draining = True
+
+    async def wait_until_idle(self) -> None:
+        """Return once no job is under way."""
+        await self._idle.wait()
+
+    def check_admission(self) -> None:
+        """Raise `EngineNotReadyError` where a new job would be refused; for protocols that answer before they start it."""
+        if self._is_draining:
+            raise EngineNotReadyError("the server is shutting down; send the request to another replica")
+
+    async def stream(self, job: GenerationJob, request_id: str) -> AsyncGenerator[GenerationChunk, None]:
+        """The chunks of a job as they come. Close the iterator (or cancel its reader) to abort the job in the engine.
+
+        Raises what `TextGenerator.generate` raises.
+        """
+        self.check_admission()
+        arrival = time.monotonic()
+        deadline = self._deadline(job, arrival)
+        observer = self._observe(job, arrival)
+        self._num_running += 1
+        self._idle.clear()
+        error: BaseException | None = None
+        try:
+            chunks = self.generator.generate(
+                job.prompt,
+                job.sampling,
+                request_id=request_id,
+                priority=job.options.priority,
+                cache_salt=job.options.cache_salt,
+                deadline=deadline,
+                echo=job.options.echo,
+                add_special_tokens=job.add_special_tokens,
+            )
+            async with aclosing(_until(deadline, chunks)) as bounded:
+                async for chunk in bounded:
+                    observer.on_chunk(chunk)
+                    yield chunk
+        except BaseException as caught:
+            error = caught
+            raise
+        finally:
+            self._num_running -= 1
+            if self._num_running == 0:
+                self._idle.set()
+            observer.on_end(error)
+
+    async def collect(self, job: GenerationJob, request_id: str) -> list[SequenceResult]:
+        """The `sampling.n` finished sequences of a job, in order of their index."""
+        results = [SequenceResult() for _ in range(job.sampling.n)]
+        async with aclosing(self.stream(job, request_id)) as chunks:
+            async for chunk in chunks:
+                results[chunk.index].add(chunk)
+        return results
+
+    async def collect_all(self, jobs: Sequence[GenerationJob], request_id: str) -> list[list[SequenceResult]]:
+        """The results of all jobs, side by side; the first error aborts the others and is raised."""
+        names = [request_id if len(jobs) == 1 else f"{request_id}-{index}" for index in range(len(jobs))]
+        tasks = [asyncio.create_task(self.collect(job, name)) for job, name in zip(jobs, names, strict=True)]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def stream_all(
+        self, jobs: Sequence[GenerationJob], request_id: str
+    ) -> AsyncGenerator[tuple[int, GenerationChunk], None]:
+        """`(job index, chunk)` of all jobs as they come; the first error aborts the others and is raised.
+
+        Each job is read one chunk ahead at most, so that a slow reader holds back what is buffered here.
+        """
+        if len(jobs) == 1:
+            async with aclosing(self.stream(jobs[0], request_id)) as chunks:
+                async for chunk in chunks:
+                    yield 0, chunk
+            return
+        queue: asyncio.Queue[tuple[int, GenerationChunk | Exception | None]] = asyncio.Queue(maxsize=len(jobs))
+
+        async def pump(index: int, job: GenerationJob) -> None:
+            end: Exception | None = None
+            try:
+                async with aclosing(self.stream(job, f"{request_id}-{index}")) as chunks:
+                    async for chunk in chunks:
+                        await queue.put((index, chunk))
+            except Exception as error:
+                end = error
+            await queue.put((index, end))
+
+        tasks = [asyncio.create_task(pump(index, job)) for index, job in enumerate(jobs)]
+        num_open = len(tasks)
+        try:
+            while num_open:
+                index, item = await queue.get()
+                if isinstance(item, GenerationChunk):
+                    yield index, item
+                elif item is None:
+                    num_open -= 1
+                else:
+                    raise item
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _deadline(self, job: GenerationJob, arrival: float) -> float | None:
+        limits = [seconds for seconds in (self._request_timeout_seconds, job.options.timeout_seconds) if seconds]
+        return arrival + min(limits) if limits else None
+
+
+async def _until(
+    deadline: float | None, chunks: AsyncIterator[GenerationChunk]
+) -> AsyncGenerator[GenerationChunk, None]:
+    """`chunks`, or `DeadlineExceededError` once `deadline` (monotonic seconds) is past and none has come.
+
+    The engine watches the deadline too; this one also covers what happens before it, such as a tokenizer that hangs.
+    """
+    loop = asyncio.get_running_loop()
+    async with aclosing(chunks) as source:  # type: ignore[type-var]
+        while True:
+            remaining = None if deadline is None else deadline - time.monotonic()
+            scope = asyncio.timeout_at(None if remaining is None else loop.time() + remaining)
+            try:
+                async with scope:
+                    chunk = await anext(source)
+            except StopAsyncIteration:
+                return
+            except TimeoutError:
+                if not scope.expired():
+                    raise
+                raise DeadlineExceededError("the request's deadline passed before it was finished") from None
+            yield chunk

@@ -1,0 +1,194 @@
+"""Sampling and request options given by name and value: the `parameters` of V2, checked against one table.
+
+The same names work as request parameters, as members of a generate body and as tensors. A name that is not in the table is an
+error: a misspelt `max_token` must not silently generate to the model's limit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from pagoda.errors import InvalidRequestError
+from pagoda.sampling.params import SamplingParams
+from pagoda.serving.tensors import shown
+
+MAX_INTEGER = 2**31 - 1
+MICROSECONDS = 1_000_000
+MAX_CACHE_SALT_CHARACTERS = 256
+MAX_TIMEOUT_SECONDS = 7 * 24 * 3600.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestOptions:
+    """What a request asks beside sampling.
+
+    `priority`: lower is served first. `timeout_seconds`: from arrival; None leaves the server's own limit. `details`: the
+    generate routes add ids and log-probabilities. `echo`: the prompt stands before the generated text.
+    """
+
+    stream: bool = False
+    echo: bool = False
+    details: bool = False
+    priority: int = 0
+    cache_salt: str | None = None
+    timeout_seconds: float | None = None
+
+
+def as_integer(name: str, value: object) -> int:
+    """`value`, if it is an integer that fits 32 bits (`seed`: 64)."""
+    limit = 2**63 - 1 if name == "seed" else MAX_INTEGER
+    if isinstance(value, bool) or not isinstance(value, int) or not -limit - 1 <= value <= limit:
+        raise InvalidRequestError(f"{name} must be an integer of at most {limit}, got {shown(value)}", name)
+    return value
+
+
+def as_number(name: str, value: object) -> float:
+    """`value`, if it is a number; its range is checked by `SamplingParams`."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InvalidRequestError(f"{name} must be a number, got {shown(value)}", name)
+    return value
+
+
+def as_boolean(name: str, value: object) -> bool:
+    """`value`, if it is true or false."""
+    if not isinstance(value, bool):
+        raise InvalidRequestError(f"{name} must be true or false, got {shown(value)}", name)
+    return value
+
+
+def as_string(name: str, value: object) -> str:
+    """`value`, if it is a string."""
+    if not isinstance(value, str):
+        raise InvalidRequestError(f"{name} must be a string, got {shown(value)}", name)
+    return value
+
+
+def as_strings(name: str, value: object) -> tuple[str, ...]:
+    """A string (taken as one, never as JSON) or a list of strings."""
+    values = value if isinstance(value, list) else [value]
+    if not all(isinstance(item, str) for item in values):
+        raise InvalidRequestError(f"{name} must be a string or a list of strings", name)
+    return tuple(values)
+
+
+def as_token_ids(name: str, value: object) -> tuple[int, ...]:
+    """A token id, a list of token ids, or (where the protocol has only scalars) a JSON list in a string."""
+    if isinstance(value, str):
+        value = _from_json_text(name, value, "[13, 198]")
+    values = value if isinstance(value, list) else [value]
+    return tuple(as_integer(name, item) for item in values)
+
+
+def as_logit_bias(name: str, value: object) -> dict[int, float]:
+    """A mapping of token id to bias; ids may be strings, as JSON keys are. A string is read as JSON."""
+    if isinstance(value, str):
+        value = _from_json_text(name, value, '{"13": -1.5}')
+    if not isinstance(value, Mapping):
+        raise InvalidRequestError(f"{name} must map token ids to numbers, got {shown(value)}", name)
+    biases: dict[int, float] = {}
+    for key, bias in value.items():
+        digits = str(key)
+        if not (digits.isascii() and digits.isdigit() and len(digits) <= 10):
+            raise InvalidRequestError(f"{name}: {shown(key)} is not a token id", name)
+        biases[as_integer(name, int(digits))] = as_number(name, bias)
+    return biases
+
+
+def _from_json_text(name: str, text: str, example: str) -> object:
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError:
+        raise InvalidRequestError(
+            f"{name} as a string must be JSON such as {example}, got {shown(text)}", name
+        ) from None
+
+
+MakeSampling = Callable[[Mapping[str, Any]], SamplingParams]
+"""Completes the fields that a client gave with the checkpoint's defaults."""
+
+Converter = Callable[[str, Any], Any]
+SAMPLING_FIELDS: dict[str, Converter] = {
+    "n": as_integer,
+    "max_tokens": as_integer,
+    "min_tokens": as_integer,
+    "temperature": as_number,
+    "top_k": as_integer,
+    "top_p": as_number,
+    "min_p": as_number,
+    "repetition_penalty": as_number,
+    "presence_penalty": as_number,
+    "frequency_penalty": as_number,
+    "logit_bias": as_logit_bias,
+    "bad_words": as_strings,
+    "allowed_token_ids": as_token_ids,
+    "ignore_eos": as_boolean,
+    "stop": as_strings,
+    "stop_token_ids": as_token_ids,
+    "include_stop_str_in_output": as_boolean,
+    "seed": as_integer,
+    "logprobs": as_integer,
+    "prompt_logprobs": as_integer,
+    "skip_special_tokens": as_boolean,
+}
+OPTION_FIELDS: dict[str, Converter] = {
+    "stream": as_boolean,
+    "echo": as_boolean,
+    "details": as_boolean,
+    "priority": as_integer,
+    "cache_salt": as_string,
+    "timeout_seconds": as_number,
+    "timeout": as_integer,  # whole microseconds, as Triton's clients send it
+}
+LIST_FIELDS = frozenset({"stop", "bad_words", "stop_token_ids", "allowed_token_ids"})
+FIELDS = SAMPLING_FIELDS | OPTION_FIELDS
+# What clients and proxies add for the protocol's own sake; nothing in generation depends on it.
+PROTOCOL_PARAMETERS = frozenset(
+    {"binary_data_output", "sequence_id", "sequence_start", "sequence_end", "triton_enable_empty_final_response"}
+)
+
+
+def parse_parameters(
+    parameters: Mapping[str, object], make_sampling: MakeSampling
+) -> tuple[SamplingParams, RequestOptions]:
+    """Sampling and options from names and values; `make_sampling` is `TextGenerator.sampling_params`.
+
+    A value of None counts as not given. Raises `InvalidRequestError` that names the parameter and what is allowed.
+    """
+    sampling: dict[str, Any] = {}
+    options: dict[str, Any] = {}
+    for name, value in parameters.items():
+        if name in PROTOCOL_PARAMETERS or value is None:
+            continue
+        if name in SAMPLING_FIELDS:
+            sampling[name] = SAMPLING_FIELDS[name](name, value)
+        elif name in OPTION_FIELDS:
+            options[name] = OPTION_FIELDS[name](name, value)
+        else:
+            raise InvalidRequestError(
+                f"unknown parameter {shown(name)}; known are {', '.join(sorted(FIELDS))}", name[:80]
+            )
+    return make_sampling(sampling), make_options(options)
+
+
+def make_options(options: dict[str, Any]) -> RequestOptions:
+    """Options from converted values, ranges checked."""
+    microseconds = options.pop("timeout", 0)
+    if microseconds < 0:
+        raise InvalidRequestError(f"timeout must be at least 0 microseconds, got {microseconds}", "timeout")
+    if microseconds and options.get("timeout_seconds") is None:
+        options["timeout_seconds"] = microseconds / MICROSECONDS
+    seconds = options.get("timeout_seconds")
+    if seconds is not None and not 0 < seconds <= MAX_TIMEOUT_SECONDS:
+        raise InvalidRequestError(
+            f"timeout_seconds must be in (0, {MAX_TIMEOUT_SECONDS:g}], got {shown(seconds)}", "timeout_seconds"
+        )
+    salt = options.get("cache_salt")
+    if salt is not None and not 0 < len(salt) <= MAX_CACHE_SALT_CHARACTERS:
+        raise InvalidRequestError(
+            f"cache_salt must have 1 to {MAX_CACHE_SALT_CHARACTERS} characters, got {len(salt)}", "cache_salt"
+        )
+    return RequestOptions(**options)

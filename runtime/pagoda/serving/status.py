@@ -1,0 +1,71 @@
+"""How each kind of error is spelled in HTTP, gRPC and OpenAI terms: the only place that knows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pagoda.errors import ErrorKind, InvalidRequestError, PagodaError, QueueFullError
+
+RETRY_AFTER_NOT_READY_SECONDS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Spelling:
+    """One error kind in three protocols.
+
+    `grpc_code` is the name of a `grpc.StatusCode` member, so that nothing here imports grpc.
+    """
+
+    http_status: int
+    grpc_code: str
+    openai_type: str
+
+
+SPELLINGS: dict[ErrorKind, Spelling] = {
+    ErrorKind.INVALID_REQUEST: Spelling(400, "INVALID_ARGUMENT", "invalid_request_error"),
+    ErrorKind.UNAUTHENTICATED: Spelling(401, "UNAUTHENTICATED", "authentication_error"),
+    ErrorKind.NOT_FOUND: Spelling(404, "NOT_FOUND", "not_found_error"),
+    ErrorKind.TOO_LARGE: Spelling(413, "RESOURCE_EXHAUSTED", "invalid_request_error"),
+    ErrorKind.QUEUE_FULL: Spelling(429, "RESOURCE_EXHAUSTED", "rate_limit_error"),
+    ErrorKind.NOT_SUPPORTED: Spelling(501, "UNIMPLEMENTED", "not_supported_error"),
+    ErrorKind.NOT_READY: Spelling(503, "UNAVAILABLE", "service_unavailable_error"),
+    ErrorKind.ENGINE_DEAD: Spelling(503, "UNAVAILABLE", "service_unavailable_error"),
+    ErrorKind.DEADLINE_EXCEEDED: Spelling(504, "DEADLINE_EXCEEDED", "timeout_error"),
+    ErrorKind.INTERNAL: Spelling(500, "INTERNAL", "internal_error"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorReport:
+    """What a client may know about an error. `retry_after_seconds` is set where sending it again can help."""
+
+    kind: ErrorKind
+    message: str
+    http_status: int
+    grpc_code: str
+    openai_type: str
+    param: str | None = None
+    retry_after_seconds: int | None = None
+
+
+def report(error: BaseException) -> ErrorReport:
+    """The report of any exception; one that Pagoda did not raise on purpose becomes INTERNAL and keeps its text back."""
+    kind = error.kind if isinstance(error, PagodaError) else ErrorKind.INTERNAL
+    message = (
+        str(error) if isinstance(error, PagodaError) else "an internal error ended this request; see the server log"
+    )
+    spelling = SPELLINGS[kind]
+    retry_after: int | None = None
+    if isinstance(error, QueueFullError):
+        retry_after = error.retry_after_seconds
+    elif kind in (ErrorKind.NOT_READY, ErrorKind.ENGINE_DEAD):
+        retry_after = RETRY_AFTER_NOT_READY_SECONDS
+    return ErrorReport(
+        kind=kind,
+        message=message,
+        http_status=spelling.http_status,
+        grpc_code=spelling.grpc_code,
+        openai_type=spelling.openai_type,
+        param=error.param if isinstance(error, InvalidRequestError) else None,
+        retry_after_seconds=retry_after,
+    )
