@@ -70,6 +70,11 @@ def allowed_values(key: str) -> str:
     return ", or ".join(parts)
 
 
+def choices(key: str) -> tuple[str, ...]:
+    """The words of which the setting `key` is one; empty when its value is free."""
+    return tuple(str(word) for m in _members(option_types()[key]) if get_origin(m) is Literal for word in get_args(m))
+
+
 def value_problems(values: Mapping[str, Any]) -> list[Problem]:
     """All problems of a complete set of values (every setting by name), each alone first, then between settings."""
     problems = [

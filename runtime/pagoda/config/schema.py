@@ -236,9 +236,9 @@ class PagodaConfig:
 
 
 def default_model_name(model: str | None) -> str:
-    """The name of a model that was given none: the last part of its path or Hugging Face id."""
+    """The name of a model that was given none: the last part of its path or Hugging Face id, without spaces."""
     parts = [part for part in (model or "").replace("\\", "/").split("/") if part not in ("", ".", "..")]
-    return parts[-1] if parts else "demo"
+    return "-".join(parts[-1].split()) or "demo" if parts else "demo"
 
 
 def option_of(config_field: Field[Any]) -> OptionInfo:

@@ -1,0 +1,48 @@
+"""The settings in the environment: `PAGODA_MAX_MODEL_LEN=4096`.
+
+Kubernetes describes every Service of a namespace to every pod in variables of its own. A Service named `pagoda` or
+`pagoda-head` makes it set `PAGODA_PORT=tcp://10.0.0.1:80`, `PAGODA_HEAD_SERVICE_HOST` and the like, which are no settings.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from pagoda.config.checks import Problem
+from pagoda.config.names import Given, nearest, settings_by_name
+
+PREFIX = "PAGODA_"
+CONFIG_FILE_VARIABLE = "PAGODA_CONFIG"
+_SERVICE_NAME = re.compile(
+    r"PAGODA(_\w+)?_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(ADDR|PROTO|PORT))?)"
+)
+_SERVICE_PORT_NAME = re.compile(r"PAGODA(_\w+)?_PORT")
+_SERVICE_PORT_VALUE = re.compile(r"(tcp|udp|sctp)://\S*", re.IGNORECASE)
+
+
+def is_from_kubernetes(name: str, value: str) -> bool:
+    """Whether a variable is one that Kubernetes makes for a Service whose name begins with `pagoda`."""
+    if _SERVICE_NAME.fullmatch(name):
+        return True
+    return bool(_SERVICE_PORT_NAME.fullmatch(name) and _SERVICE_PORT_VALUE.fullmatch(value))
+
+
+def read_environment(environ: Mapping[str, str]) -> tuple[list[Given], list[Problem]]:
+    """Settings of the environment and a problem for every `PAGODA_…` that is none.
+
+    An empty variable counts as not given: a chart writes one for a value that is not set.
+    """
+    given, problems = [], []
+    for variable, value in sorted(environ.items()):
+        if not variable.startswith(PREFIX) or not value or variable == CONFIG_FILE_VARIABLE:
+            continue
+        if is_from_kubernetes(variable, value):
+            continue
+        name = variable.removeprefix(PREFIX).lower()
+        if name in settings_by_name():
+            given.append(Given(name, value, f"environment {variable}"))
+        else:
+            known = [PREFIX + setting.upper() for setting in settings_by_name()]
+            problems.append(Problem(variable, "", "unknown setting" + nearest(variable, known), "environment"))
+    return given, problems

@@ -1,0 +1,78 @@
+"""The settings in a file: a flat YAML or JSON mapping from name to value."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any
+
+from pagoda.config.checks import Problem
+from pagoda.config.names import Given, nearest, normalized, settings_by_name
+from pagoda.errors import ConfigError
+
+
+def read_file(path: str) -> tuple[list[Given], list[Problem]]:
+    """Settings of the file `path` and a problem for every key that is none.
+
+    Raises:
+        ConfigError: the file cannot be read, is no YAML or JSON, or holds something else than a mapping.
+    """
+    source = f"file {path}"
+    given, problems = [], []
+    for written, value in _load(path).items():
+        name = normalized(str(written))
+        if name in settings_by_name():
+            given.append(Given(name, value, source))
+        else:
+            problems.append(Problem(str(written), "", "unknown setting" + nearest(name, settings_by_name()), source))
+    return given, problems
+
+
+def _load(path: str) -> dict[Any, Any]:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config={path}: cannot be read: {error}") from error
+    content = _parse_json(path, text) if path.endswith(".json") else _parse_yaml(path, text)
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"--config={path}: must hold a mapping from settings to values, not {type(content).__name__}")
+    return content
+
+
+def _parse_json(path: str, text: str) -> Any:
+    import json
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        _refuse_duplicates(path, [key for key, _ in pairs])
+        return dict(pairs)
+
+    try:
+        return json.loads(text, object_pairs_hook=unique)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"--config={path}: is not JSON: {error}") from error
+
+
+def _parse_yaml(path: str, text: str) -> Any:
+    import yaml
+
+    class UniqueKeyLoader(yaml.SafeLoader):
+        """A safe loader that refuses a key given twice, of which YAML would silently keep the last."""
+
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+            _refuse_duplicates(path, [key.value for key, _ in node.value])
+            return super().construct_mapping(node, deep)
+
+    try:
+        return yaml.load(text, UniqueKeyLoader)  # a subclass of SafeLoader
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--config={path}: is not YAML: {' '.join(str(error).split())}") from error
+
+
+def _refuse_duplicates(path: str, keys: list[Any]) -> None:
+    seen = set()
+    for key in map(str, keys):
+        if normalized(key) in seen:
+            raise ConfigError(f"--config={path}: {key} is given twice")
+        seen.add(normalized(key))
