@@ -1,0 +1,50 @@
+"""Token ids to text while they come."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from pagoda.text.tokenizer import Tokenizer
+
+# A character has at most four bytes, so the last four tokens of a prompt tell how it ends.
+_PROMPT_TAIL_TOKENS = 4
+
+
+class IncrementalDetokenizer:
+    """The text of one completion, given out as far as it is settled; each token costs a constant amount of work.
+
+    The pieces joined are what `Tokenizer.decode` makes of all ids. With `prompt_token_ids` the text is that of a
+    continuation: a leading space of its first token stays, and a character that the prompt began is completed.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, *, prompt_token_ids: Sequence[int] = (), skip_special_tokens: bool = True
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._skipped = tokenizer.special_token_ids if skip_special_tokens else frozenset()
+        self._stream = tokenizer.decoder_plan.stream()
+        tail = self._last_tokens(prompt_token_ids)
+        if tail:
+            self._stream.feed(tail)
+            self._stream.cut()
+
+    def feed(self, token_ids: Iterable[int]) -> str:
+        """The text that these further ids settle. Ids without a token (a padded vocabulary has some) add nothing."""
+        token_of, skipped = self._tokenizer.token, self._skipped
+        tokens = [token_of(token_id) for token_id in token_ids if token_id not in skipped]
+        return self._stream.feed([token for token in tokens if token is not None])
+
+    def finish(self) -> str:
+        """What was held back, an unfinished character as U+FFFD. Nothing may be fed after this."""
+        return self._stream.finish()
+
+    def _last_tokens(self, prompt_token_ids: Sequence[int]) -> list[str]:
+        """The last tokens of the prompt that have text; they decide how a continuation begins."""
+        tail: list[str] = []
+        for token_id in reversed(prompt_token_ids):
+            token = None if token_id in self._skipped else self._tokenizer.token(token_id)
+            if token is not None:
+                tail.append(token)
+                if len(tail) == _PROMPT_TAIL_TOKENS:
+                    break
+        return tail[::-1]

@@ -1,0 +1,165 @@
+"""The tokenizer of a checkpoint, read with the `tokenizers` library alone.
+
+transformers' AutoTokenizer imports torch, which costs seconds; the process that answers HTTP needs neither. A checkpoint with
+a tokenizer.json is therefore read directly, and that file is the truth about normalization, splitting and decoding. Only
+a checkpoint without one goes through AutoTokenizer, which converts its vocabulary to the same library.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+from tokenizers import Tokenizer as TokenizersTokenizer
+
+from pagoda.errors import CheckpointError, InvalidRequestError
+from pagoda.text.decoding import DecoderPlan
+from pagoda.text.tokenizer_files import TokenizerFiles, read_tokenizer_files
+
+
+class Tokenizer:
+    """Text to token ids and back. Safe to share between threads: nothing changes it after construction.
+
+    `special_tokens`: content by name (`eos_token`, ...). `special_token_ids`: the ids that `skip_special_tokens` drops.
+    `chat_templates`: jinja sources by name; empty for a tokenizer without one. `vocab_size`: one more than the largest id.
+    `longest_token_characters`: no token stands for more characters of input, so it bounds a text from its token limit.
+    """
+
+    def __init__(
+        self,
+        backend: TokenizersTokenizer,
+        *,
+        special_tokens: dict[str, str] | None = None,
+        chat_templates: dict[str, str] | None = None,
+    ) -> None:
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self.special_tokens = special_tokens or {}
+        self.chat_templates = chat_templates or {}
+        self.special_token_ids = frozenset(
+            token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special
+        )
+        vocabulary = backend.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocabulary.values(), default=-1) + 1
+        self.longest_token_characters = max(map(len, vocabulary), default=1)
+        # The decoder's state is its description in tokenizer.json; the whole backend's would hold the vocabulary too.
+        self.decoder_plan = DecoderPlan(json.loads(backend.decoder.__getstate__()) if backend.decoder else None)
+
+    @classmethod
+    def from_directory(cls, directory: str | Path) -> Tokenizer:
+        """Load the tokenizer of the checkpoint in `directory`; nothing is downloaded and no code of the checkpoint runs.
+
+        Raises `CheckpointError` when there is none or it cannot be read.
+        """
+        path = Path(directory)
+        if not path.is_dir():
+            raise CheckpointError(f"{path} is not a directory with a tokenizer")
+        files = read_tokenizer_files(path)
+        if not files.tokenizer_json.is_file():
+            return _from_auto_tokenizer(files)
+        try:
+            backend = TokenizersTokenizer.from_file(str(files.tokenizer_json))
+        except Exception as error:  # the library raises bare Exception for every fault of the file
+            raise CheckpointError(f"{files.tokenizer_json} cannot be read: {error}") from error
+        _add_missing_tokens(backend, files)
+        backend.encode_special_tokens = files.split_special_tokens
+        return cls(
+            backend,
+            special_tokens={name: token.content for name, token in files.special_tokens.items()},
+            chat_templates=files.chat_templates,
+        )
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """The ids of `text`. Tokens that are spelled out in the text, special ones too, become their ids.
+
+        `add_special_tokens` adds what the tokenizer puts around every text, such as a begin-of-sequence token.
+        Raises `InvalidRequestError` for text that is not valid Unicode (lone surrogates).
+        """
+        try:
+            # The batch call, unlike `encode`, works with the interpreter lock released.
+            ids: list[int] = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+        except (UnicodeEncodeError, TypeError) as error:
+            raise InvalidRequestError(f"the text is not valid Unicode and cannot be tokenized: {error}") from error
+        return ids
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of `token_ids`; ids that no token has are left out, bytes that are no character become U+FFFD."""
+        text: str = self._backend.decode_batch([list(token_ids)], skip_special_tokens=skip_special_tokens)[0]
+        return text
+
+    def token(self, token_id: int) -> str | None:
+        """The vocabulary entry of an id as it is written in the vocabulary; None for an id without one."""
+        token: str | None = self._backend.id_to_token(token_id)
+        return token
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a vocabulary entry; None if there is none."""
+        token_id: int | None = self._backend.token_to_id(token)
+        return token_id
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token adds to a text it does not begin; empty for an id without a token."""
+        token = self.token(token_id)
+        return b"" if token is None else self.decoder_plan.token_bytes(token)
+
+    @cached_property
+    def eos_token_id(self) -> int | None:
+        """The id of the end-of-sequence token that the tokenizer's own files name."""
+        return self._named_id("eos_token")
+
+    @cached_property
+    def bos_token_id(self) -> int | None:
+        """The id of the begin-of-sequence token that the tokenizer's own files name."""
+        return self._named_id("bos_token")
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the checkpoint brings a chat template."""
+        return bool(self.chat_templates)
+
+    def _named_id(self, name: str) -> int | None:
+        token = self.special_tokens.get(name)
+        return None if token is None else self.token_id(token)
+
+
+def _add_missing_tokens(backend: TokenizersTokenizer, files: TokenizerFiles) -> None:
+    """Add the tokens that only the files beside tokenizer.json name, in transformers' order so that ids come out equal."""
+    present = backend.get_added_tokens_decoder()
+    known = {repr(token) for token in present.values()}
+    to_add = [token for _, token in sorted(files.added_tokens.items()) if repr(token) not in known]
+    contents = {token.content for token in (*present.values(), *to_add)}
+    for token in (*files.special_tokens.values(), *files.extra_special_tokens):
+        if token.content not in contents:
+            contents.add(token.content)
+            to_add.append(token)
+    special_contents = {token.content for token in files.special_tokens.values()}
+    for token in to_add:
+        token.special = token.special or token.content in special_contents
+    if to_add:
+        backend.add_tokens(to_add)
+
+
+def _from_auto_tokenizer(files: TokenizerFiles) -> Tokenizer:
+    """A checkpoint without tokenizer.json: transformers converts what it has (vocab.json + merges.txt, tokenizer.model)."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(files.directory), local_files_only=True, trust_remote_code=False, use_fast=True
+        )
+    except Exception as error:  # transformers raises whatever the converter of the vocabulary raised
+        raise CheckpointError(
+            f"{files.directory} has no tokenizer.json, and transformers cannot load another tokenizer from it: {error}"
+        ) from error
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if not isinstance(backend, TokenizersTokenizer):
+        raise CheckpointError(
+            f"{files.directory} has a tokenizer of class {type(tokenizer).__name__}, which has no form for the tokenizers "
+            f"library; convert it and save a tokenizer.json beside it"
+        )
+    return Tokenizer(
+        backend, special_tokens=dict(tokenizer.special_tokens_map), chat_templates=files.chat_templates
+    )
