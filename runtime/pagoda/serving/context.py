@@ -1,0 +1,38 @@
+"""What all protocols share in one server process; built once by `serving.server`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pagoda.config.schema import PagodaConfig
+from pagoda.observability.metrics import Metrics
+from pagoda.serving.auth import ApiKeys
+from pagoda.serving.generation import GenerationRunner
+from pagoda.serving.health import ServerHealth
+
+if TYPE_CHECKING:
+    from pagoda.engine.client import EngineClient
+    from pagoda.text.generation import TextGenerator
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServingContext:
+    """The parts that a route or a gRPC method needs.
+
+    `generator` and `runner` exist from the start; before `health.is_ready` they must not be asked: call
+    `health.check_ready()` first.
+    """
+
+    config: PagodaConfig
+    client: EngineClient
+    generator: TextGenerator
+    runner: GenerationRunner
+    health: ServerHealth
+    metrics: Metrics
+    keys: ApiKeys
+
+    @property
+    def model_name(self) -> str:
+        """The name under which clients ask for the model."""
+        return self.config.served_model_name
