@@ -1,0 +1,164 @@
+"""The engine's own figures, read from its last report when Prometheus asks: costs nothing per step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+from prometheus_client import Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+ENGINE_STATES = ("starting", "ready", "degraded", "draining", "dead")
+# A dead engine runs nothing: its last report must not be shown as the present.
+STATES_WITHOUT_REQUESTS = ("starting", "dead")
+
+
+class ObservedStats(Protocol):
+    """The part of `engine.messages.EngineStats` that is reported; counts are since the core started."""
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+
+    @property
+    def num_scheduled_tokens(self) -> int:
+        """Tokens computed in all steps."""
+
+    @property
+    def num_running(self) -> int:
+        """Requests in the running batch."""
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests in the waiting queue."""
+
+    @property
+    def kv_cache_usage(self) -> float:
+        """Share of KV blocks in use, 0 to 1."""
+
+    @property
+    def prefix_cache_queries(self) -> int:
+        """Prompt tokens looked up in the prefix cache."""
+
+    @property
+    def prefix_cache_hits(self) -> int:
+        """Prompt tokens found there."""
+
+    @property
+    def num_preemptions(self) -> int:
+        """Times a running request was sent back to wait."""
+
+
+class ObservedHealth(Protocol):
+    """The part of `engine.health.EngineHealth` that is reported."""
+
+    @property
+    def state(self) -> str:
+        """One of `ENGINE_STATES`."""
+
+
+class ObservedEngine(Protocol):
+    """What `EngineClient` shows of the engine."""
+
+    @property
+    def stats(self) -> ObservedStats:
+        """The figures after the last step."""
+
+    @property
+    def health(self) -> ObservedHealth:
+        """The state the engine is in."""
+
+
+class EngineCollector(Collector):
+    """Gauges and counts of one engine, under the names and labels of `Metrics`."""
+
+    def __init__(self, engine: ObservedEngine, model_name: str, prefix: str) -> None:
+        self._engine = engine
+        self._model_name = model_name
+        self._prefix = prefix
+        self._queries = _Total()
+        self._hits = _Total()
+        self._preemptions = _Total()
+
+    def collect(self) -> Iterator[Metric]:
+        """One family for each figure, as of now."""
+        stats, state = self._engine.stats, str(self._engine.health.state)
+        idle = state in STATES_WITHOUT_REQUESTS
+        yield self._gauge(
+            "num_requests_running", "Number of requests in model execution batches.", 0 if idle else stats.num_running
+        )
+        yield self._gauge(
+            "num_requests_waiting", "Number of requests waiting to be processed.", 0 if idle else stats.num_waiting
+        )
+        yield self._gauge(
+            "kv_cache_usage_perc", "KV-cache usage. 1 means 100 percent usage.", 0.0 if idle else stats.kv_cache_usage
+        )
+        yield self._count(
+            "prefix_cache_queries",
+            "Prefix cache queries, in queried tokens.",
+            self._queries(stats.prefix_cache_queries),
+        )
+        yield self._count(
+            "prefix_cache_hits", "Prefix cache hits, in cached tokens.", self._hits(stats.prefix_cache_hits)
+        )
+        yield self._count("num_preemptions", "Number of preemptions.", self._preemptions(stats.num_preemptions))
+        states = GaugeMetricFamily(
+            self._prefix + "engine_state",
+            "1 for the state the engine is in, 0 for others.",
+            labels=["model_name", "state"],
+        )
+        for name in ENGINE_STATES:
+            states.add_metric([self._model_name, name], float(name == state))
+        yield states
+
+    def _gauge(self, name: str, help: str, value: float) -> Metric:
+        family = GaugeMetricFamily(self._prefix + name, help, labels=["model_name"])
+        family.add_metric([self._model_name], value)
+        return family
+
+    def _count(self, name: str, help: str, value: float) -> Metric:
+        family = CounterMetricFamily(self._prefix + name, help, labels=["model_name"])
+        family.add_metric([self._model_name], value)
+        return family
+
+
+class StepMeter:
+    """Puts the number of tokens of each engine step into a histogram.
+
+    Reports of several steps may have come in between two calls; those steps share their tokens evenly, so that count and
+    sum stay exact.
+    """
+
+    def __init__(self, engine: ObservedEngine, histogram: Histogram) -> None:
+        self._engine = engine
+        self._histogram = histogram
+        self._step = 0
+        self._num_tokens = 0
+
+    def observe(self) -> None:
+        """Take in what happened since the last call; a glance at one number where nothing did."""
+        stats = self._engine.stats
+        if stats.step == self._step:
+            return
+        if stats.step < self._step:  # another core, whose counts began again
+            self._step = self._num_tokens = 0
+        num_steps = stats.step - self._step
+        tokens_per_step = (stats.num_scheduled_tokens - self._num_tokens) / num_steps
+        for _ in range(num_steps):
+            self._histogram.observe(tokens_per_step)
+        self._step, self._num_tokens = stats.step, stats.num_scheduled_tokens
+
+
+class _Total:
+    """Keeps a sum rising over restarts of the core, whose own count then begins again at 0."""
+
+    def __init__(self) -> None:
+        self._before = 0
+        self._last = 0
+
+    def __call__(self, count: int) -> int:
+        if count < self._last:
+            self._before += self._last
+        self._last = count
+        return self._before + count

@@ -1,0 +1,170 @@
+"""Logs: one handler, one format and one level for everything in the process, our own lines and the libraries' alike.
+
+A line carries the served model and, inside a request, the request's id. Keys never reach a line: configured secrets and
+whatever follows `Bearer` are masked in the finished text, exception traces included. Standard library only, because the
+engine process logs through it too.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from datetime import UTC, datetime
+from typing import Any, Literal, TextIO
+
+request_id_var: ContextVar[str | None] = ContextVar("pagoda_request_id", default=None)
+
+LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+# Libraries that put handlers of their own on their loggers, or take their level from elsewhere.
+UNIFIED_LOGGERS = ("pagoda", "kserve", "kserve.trace", "uvicorn", "uvicorn.error", "uvicorn.access", "grpc", "asyncio")
+# Asked every few seconds by Kubernetes and Prometheus; a successful answer is no news.
+PROBE_PATHS = ("/health", "/v2/health/", "/metrics", "/ready", "/ping")
+MASK = "***"
+_BEARER = re.compile(r"(?i)\b(bearer)\s+[^\s\"',;]+")
+_STANDARD_ATTRIBUTES = frozenset(logging.makeLogRecord({}).__dict__) | {
+    "message",
+    "asctime",
+    "taskName",
+    "color_message",
+}
+
+
+@contextmanager
+def bind_request_id(request_id: str) -> Iterator[None]:
+    """Put `request_id` on every line logged inside the block, in this task and in tasks started there."""
+    token = request_id_var.set(request_id)
+    try:
+        yield
+    finally:
+        request_id_var.reset(token)
+
+
+def configure_logging(
+    level: str = "info",
+    log_format: Literal["text", "json"] = "text",
+    *,
+    model_name: str | None = None,
+    secrets: Iterable[str] = (),
+    stream: TextIO | None = None,
+) -> logging.Handler:
+    """Send all logging of this process to `stream` (default: stderr) in one format; may be called again.
+
+    `level` is one of `LEVELS` and governs Pagoda's and the servers' loggers; other libraries speak from warning on.
+    `secrets` are masked wherever they turn up. Returns the one handler.
+    """
+    threshold = LEVELS[level]
+    handler = logging.StreamHandler(stream or sys.stderr)
+    formatter = JsonFormatter if log_format == "json" else TextFormatter
+    handler.setFormatter(formatter(model_name=model_name, secrets=secrets))
+    handler.addFilter(_add_request_id)
+    if threshold > logging.DEBUG:
+        handler.addFilter(_is_no_probe)
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(max(threshold, logging.WARNING))
+    for name in UNIFIED_LOGGERS:
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.propagate = True
+        logger.disabled = False
+        logger.setLevel(threshold)
+    logging.captureWarnings(True)
+    return handler
+
+
+class _MaskingFormatter(logging.Formatter):
+    """What both formats share: the model's name, extra fields, and the mask over secrets."""
+
+    def __init__(self, *, model_name: str | None = None, secrets: Iterable[str] = ()) -> None:
+        super().__init__()
+        self.model_name = model_name
+        # Longest first: a key that begins another must not leave the other's rest behind.
+        self._secrets = sorted((secret for secret in secrets if secret), key=len, reverse=True)
+
+    def mask(self, text: str) -> str:
+        """`text` without keys."""
+        for secret in self._secrets:
+            text = text.replace(secret, MASK)
+        return _BEARER.sub(rf"\1 {MASK}", text)
+
+    def fields(self, record: logging.LogRecord) -> dict[str, Any]:
+        """Request id first, then what the caller gave as `extra`."""
+        request_id = getattr(record, "request_id", None)
+        found: dict[str, Any] = {} if request_id is None else {"request_id": request_id}
+        for name, value in record.__dict__.items():
+            if name not in _STANDARD_ATTRIBUTES and name not in found and value is not None:
+                found[name] = value
+        return found
+
+    def trace(self, record: logging.LogRecord) -> str:
+        """The traceback and stack of a record, or an empty string."""
+        parts = [self.formatException(record.exc_info)] if record.exc_info else []
+        if record.stack_info:
+            parts.append(self.formatStack(record.stack_info))
+        return "\n".join(parts)
+
+
+class TextFormatter(_MaskingFormatter):
+    """`2026-01-31 12:00:00.123 INFO  pagoda.serving: message request_id=…`, for people."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One line; further lines are indented, so that no message can pass for a record of its own."""
+        moment = _moment(record)
+        text = f"{moment:%Y-%m-%d %H:%M:%S}.{moment.microsecond // 1000:03d} {record.levelname:<7} {record.name}: "
+        text += record.getMessage().replace("\r", "\\r")
+        for name, value in self.fields(record).items():
+            text += f" {name}={value}"
+        if trace := self.trace(record):
+            text += "\n" + trace
+        return self.mask(text.replace("\n", "\n    "))
+
+
+class JsonFormatter(_MaskingFormatter):
+    """One JSON object a line: time (RFC 3339, UTC), level, logger, message, model, request_id, extras, exception."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One line. A value that JSON does not have is given as its text."""
+        entry: dict[str, Any] = {
+            "time": _moment(record).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if self.model_name is not None:
+            entry["model"] = self.model_name
+        entry |= {name: value for name, value in self.fields(record).items() if name not in entry}
+        if trace := self.trace(record):
+            entry["exception"] = trace
+        return json.dumps(self._masked(entry), ensure_ascii=False)
+
+    def _masked(self, value: Any) -> Any:
+        """`value` as JSON has it, without keys at any depth."""
+        if isinstance(value, dict):
+            return {self.mask(str(name)): self._masked(inner) for name, inner in value.items()}
+        if isinstance(value, list | tuple | set | frozenset):
+            return [self._masked(inner) for inner in value]
+        return value if value is None or isinstance(value, bool | int | float) else self.mask(str(value))
+
+
+def _moment(record: logging.LogRecord) -> datetime:
+    return datetime.fromtimestamp(record.created, UTC)
+
+
+def _add_request_id(record: logging.LogRecord) -> bool:
+    if getattr(record, "request_id", None) is None:
+        record.request_id = request_id_var.get()
+    return True
+
+
+def _is_no_probe(record: logging.LogRecord) -> bool:
+    """False for uvicorn's access line (client, method, path, version, status) of a probe that succeeded."""
+    if record.name != "uvicorn.access" or not isinstance(record.args, tuple) or len(record.args) != 5:
+        return True
+    path, status = str(record.args[2]).partition("?")[0], record.args[4]
+    is_probe = path.startswith(PROBE_PATHS) or path.endswith("/ready")
+    return not (is_probe and isinstance(status, int) and status < 400)

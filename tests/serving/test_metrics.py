@@ -1,0 +1,280 @@
+"""Metrics: vLLM's names and meaning, each accepted request counted once, gauges of the moment, bounded series."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+import pytest
+from pagoda.engine.messages import EngineStats
+from pagoda.errors import (
+    DeadlineExceededError,
+    EngineDeadError,
+    ErrorKind,
+    InvalidRequestError,
+    QueueFullError,
+)
+from pagoda.observability.metrics import FINISHED_REASONS, Metrics
+from pagoda.observability.request_meter import RequestMeter, request_meters
+from pagoda.sampling.output import FinishReason
+from pagoda.sampling.params import SamplingParams
+from pagoda.text.output import GenerationChunk
+from prometheus_client.parser import text_string_to_metric_families
+
+NAMES_READ_BY_AUTOSCALERS_AND_DASHBOARDS = {
+    "num_requests_running",
+    "num_requests_waiting",
+    "kv_cache_usage_perc",
+    "prefix_cache_queries_total",
+    "prefix_cache_hits_total",
+    "num_preemptions_total",
+    "prompt_tokens_total",
+    "generation_tokens_total",
+    "request_success_total",
+    "time_to_first_token_seconds_bucket",
+    "inter_token_latency_seconds_bucket",
+    "e2e_request_latency_seconds_bucket",
+    "request_queue_time_seconds_bucket",
+    "request_prefill_time_seconds_bucket",
+    "request_decode_time_seconds_bucket",
+    "iteration_tokens_total_bucket",
+    "request_prompt_tokens_bucket",
+    "request_generation_tokens_bucket",
+    "request_params_max_tokens_bucket",
+    "request_aborts_total",
+    "runaway_stops_total",
+    "request_errors_total",
+    "engine_state",
+}
+
+
+class Clock:
+    """Time that moves when told."""
+
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@dataclass
+class Health:
+    state: str = "ready"
+
+
+@dataclass
+class Engine:
+    stats: EngineStats = field(default_factory=EngineStats)
+    health: Health = field(default_factory=Health)
+
+
+@dataclass
+class Job:
+    sampling: SamplingParams
+
+
+def samples(metrics: Metrics) -> dict[str, float]:
+    """Every sample of the exposition, `name{label=value,...}` without `model_name`."""
+    found: dict[str, float] = {}
+    for family in text_string_to_metric_families(metrics.render()[0].decode()):
+        for sample in family.samples:
+            labels = {name: value for name, value in sample.labels.items() if name != "model_name"}
+            suffix = "{" + ",".join(f"{name}={value}" for name, value in sorted(labels.items())) + "}" if labels else ""
+            found[sample.name + suffix] = sample.value
+    return found
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def metrics() -> Metrics:
+    return Metrics("demo")
+
+
+def begin(metrics: Metrics, clock: Clock, arrival: float = 100.0, **sampling: int) -> RequestMeter:
+    return request_meters(metrics, clock)(Job(SamplingParams(**sampling)), arrival)
+
+
+def first_chunk(ids: list[int], index: int = 0, scheduled: float = 100.5, **more: object) -> GenerationChunk:
+    return GenerationChunk(index=index, token_ids=ids, num_prompt_tokens=7, scheduled_time=scheduled, **more)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("prefix", ["pagoda_", "vllm:"])
+def test_all_names_are_there_from_the_start_with_the_prefix_and_the_model(prefix: str) -> None:
+    metrics = Metrics("my model", prefix)
+    metrics.watch(Engine())
+    names = set()
+    for family in text_string_to_metric_families(metrics.render()[0].decode()):
+        for sample in family.samples:
+            if sample.name.startswith(prefix):
+                assert sample.labels["model_name"] == "my model"
+                names.add(sample.name.removeprefix(prefix))
+    assert names >= NAMES_READ_BY_AUTOSCALERS_AND_DASHBOARDS
+
+
+def test_label_values_are_those_of_the_enums() -> None:
+    assert tuple(FINISHED_REASONS) == tuple(FinishReason)
+    assert set(Metrics("demo").request_errors) == set(ErrorKind)
+
+
+def test_times_and_tokens_of_one_request_are_exact(metrics: Metrics, clock: Clock) -> None:
+    meter = begin(metrics, clock, arrival=100.0, max_tokens=20)
+    clock.now = 102.0
+    meter.on_chunk(first_chunk([1], scheduled=100.5))
+    clock.now = 102.5
+    meter.on_chunk(GenerationChunk(token_ids=[2]))
+    clock.now = 103.5
+    meter.on_chunk(GenerationChunk(token_ids=[3, 4]))
+    clock.now = 104.0
+    meter.on_chunk(GenerationChunk(text="held back", finish_reason=FinishReason.STOP))
+    meter.on_end(None)
+    found = samples(metrics)
+    expected = {
+        "prompt_tokens_total": 7,
+        "generation_tokens_total": 4,
+        "time_to_first_token_seconds_sum": 2.0,
+        "time_to_first_token_seconds_count": 1,
+        "inter_token_latency_seconds_sum": 1.5,
+        "inter_token_latency_seconds_count": 3,
+        "e2e_request_latency_seconds_sum": 4.0,
+        "request_queue_time_seconds_sum": 0.5,
+        "request_prefill_time_seconds_sum": 1.5,
+        "request_decode_time_seconds_sum": 1.5,
+        "request_prompt_tokens_sum": 7,
+        "request_generation_tokens_sum": 4,
+        "request_params_max_tokens_sum": 20,
+        "request_success_total{finished_reason=stop}": 1,
+        "request_success_total{finished_reason=abort}": 0,
+        "runaway_stops_total": 0,
+    }
+    assert {name: found["pagoda_" + name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("error", "reason", "cause"),
+    [
+        (asyncio.CancelledError(), "abort", "client"),
+        (GeneratorExit(), "abort", "client"),
+        (DeadlineExceededError("late"), "abort", "deadline"),
+        (EngineDeadError("gone"), "error", None),
+        (RuntimeError("bug"), "error", None),
+    ],
+)
+def test_a_request_that_is_cut_off_is_counted_once_with_its_reason(
+    metrics: Metrics, clock: Clock, error: BaseException, reason: str, cause: str | None
+) -> None:
+    for is_started in (True, False):
+        meter = begin(metrics, clock)
+        if is_started:
+            meter.on_chunk(first_chunk([1]))
+        meter.on_end(error)
+    found = samples(metrics)
+    assert found[f"pagoda_request_success_total{{finished_reason={reason}}}"] == 2
+    assert found["pagoda_e2e_request_latency_seconds_count"] == 2
+    for name in ("client", "deadline", "engine"):
+        assert found[f"pagoda_request_aborts_total{{cause={name}}}"] == (2 if name == cause else 0)
+
+
+@pytest.mark.parametrize("error", [InvalidRequestError("no"), QueueFullError("full")])
+def test_a_refused_request_is_no_request(metrics: Metrics, clock: Clock, error: Exception) -> None:
+    begin(metrics, clock, n=3).on_end(error)
+    found = samples(metrics)
+    assert found["pagoda_e2e_request_latency_seconds_count"] == 0
+    assert sum(value for name, value in found.items() if name.startswith("pagoda_request_success_total")) == 0
+
+
+def test_each_sequence_of_a_request_counts_and_the_unfinished_ones_end_with_it(metrics: Metrics, clock: Clock) -> None:
+    meter = begin(metrics, clock, n=3, max_tokens=5)
+    meter.on_chunk(first_chunk([1, 2], index=0, finish_reason=FinishReason.LENGTH))
+    meter.on_chunk(first_chunk([1], index=2))
+    meter.on_end(asyncio.CancelledError())
+    found = samples(metrics)
+    assert found["pagoda_request_success_total{finished_reason=length}"] == 1
+    assert found["pagoda_request_success_total{finished_reason=abort}"] == 2
+    assert found["pagoda_prompt_tokens_total"] == 14
+    assert found["pagoda_runaway_stops_total"] == 0
+
+
+def test_length_without_max_tokens_is_a_runaway_stop(metrics: Metrics, clock: Clock) -> None:
+    meter = begin(metrics, clock)
+    meter.on_chunk(first_chunk([1], finish_reason=FinishReason.LENGTH))
+    meter.on_end(None)
+    assert samples(metrics)["pagoda_runaway_stops_total"] == 1
+    assert samples(metrics)["pagoda_request_params_max_tokens_count"] == 0
+
+
+def test_gauges_follow_the_engine_and_are_zero_when_it_is_dead(metrics: Metrics) -> None:
+    engine = Engine()
+    metrics.watch(engine)
+    engine.stats = EngineStats(num_running=3, num_waiting=5, num_blocks=100, num_blocks_in_use=25)
+    found = samples(metrics)
+    assert found["pagoda_num_requests_running"] == 3
+    assert found["pagoda_num_requests_waiting"] == 5
+    assert found["pagoda_kv_cache_usage_perc"] == 0.25
+    assert found["pagoda_engine_state{state=ready}"] == 1
+    engine.health.state = "dead"
+    found = samples(metrics)
+    assert found["pagoda_num_requests_running"] == found["pagoda_num_requests_waiting"] == 0
+    assert found["pagoda_kv_cache_usage_perc"] == 0
+    states = {name: value for name, value in found.items() if name.startswith("pagoda_engine_state")}
+    assert sum(states.values()) == 1
+    assert states["pagoda_engine_state{state=dead}"] == 1
+
+
+def test_counts_of_the_engine_keep_rising_over_a_restart(metrics: Metrics) -> None:
+    engine = Engine()
+    metrics.watch(engine)
+    engine.stats = EngineStats(prefix_cache_queries=10, prefix_cache_hits=4, num_preemptions=2)
+    assert samples(metrics)["pagoda_prefix_cache_queries_total"] == 10
+    engine.stats = EngineStats(prefix_cache_queries=3, prefix_cache_hits=1, num_preemptions=0)
+    found = samples(metrics)
+    assert found["pagoda_prefix_cache_queries_total"] == 13
+    assert found["pagoda_prefix_cache_hits_total"] == 5
+    assert found["pagoda_num_preemptions_total"] == 2
+
+
+def test_tokens_of_every_step_are_counted_even_when_reports_are_skipped(metrics: Metrics) -> None:
+    engine = Engine()
+    metrics.watch(engine)
+    engine.stats = EngineStats(step=1, num_scheduled_tokens=100)
+    metrics.observe_steps()
+    metrics.observe_steps()
+    engine.stats = EngineStats(step=4, num_scheduled_tokens=106)
+    found = samples(metrics)
+    assert found["pagoda_iteration_tokens_total_count"] == 4
+    assert found["pagoda_iteration_tokens_total_sum"] == 106
+    assert found["pagoda_iteration_tokens_total_bucket{le=8.0}"] == 3
+    engine.stats = EngineStats(step=1, num_scheduled_tokens=5)
+    assert samples(metrics)["pagoda_iteration_tokens_total_sum"] == 111
+
+
+def test_error_answers_are_counted_by_kind(metrics: Metrics) -> None:
+    metrics.count_error(ErrorKind.QUEUE_FULL)
+    assert samples(metrics)["pagoda_request_errors_total{kind=queue_full}"] == 1
+
+
+def test_the_number_of_series_does_not_grow_with_traffic(metrics: Metrics, clock: Clock) -> None:
+    metrics.watch(Engine())
+    before = len(samples(metrics))
+    for number in range(50):
+        meter = begin(metrics, clock, max_tokens=number + 1)
+        meter.on_chunk(first_chunk([number], finish_reason=FinishReason.STOP))
+        meter.on_end(None)
+        metrics.count_error(ErrorKind.INVALID_REQUEST)
+    assert len(samples(metrics)) == before
+
+
+def test_openmetrics_is_given_to_who_asks_for_it(metrics: Metrics) -> None:
+    body, content_type = metrics.render("application/openmetrics-text; version=1.0.0")
+    assert content_type.startswith("application/openmetrics-text")
+    assert body.endswith(b"# EOF\n")
+    assert metrics.render("text/html")[1].startswith("text/plain")
+
+
+def test_two_servers_in_one_process_do_not_share_series() -> None:
+    one, two = Metrics("a"), Metrics("b")
+    one.count_error(ErrorKind.INTERNAL)
+    assert samples(two)["pagoda_request_errors_total{kind=internal}"] == 0
