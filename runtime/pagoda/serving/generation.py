@@ -15,9 +15,11 @@ from pagoda.serving.parameters import RequestOptions
 from pagoda.text.output import GenerationChunk, PositionLogprobs
 
 if TYPE_CHECKING:
+    from pagoda.serving.health import ServerHealth
     from pagoda.text.generation import TextGenerator
 
 MAX_SEQUENCES_PER_REQUEST = 512
+STOPPED = "the server shut down before the request was finished; send it to another replica"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,50 +88,50 @@ def check_job_count(jobs: Sequence[GenerationJob]) -> None:
 class GenerationRunner:
     """Runs the jobs of all protocols, and knows how many are under way.
 
-    `request_timeout_seconds` bounds every job; a shorter `timeout_seconds` of its own wins. Once `drain()` was called new
-    jobs are refused with `EngineNotReadyError` and `wait_until_idle()` returns when the last one has ended.
+    A job is refused unless `health` is ready. `request_timeout_seconds` bounds every job; a shorter `timeout_seconds` of its
+    own wins.
     """
 
     def __init__(
-        self, generator: TextGenerator, *, request_timeout_seconds: float | None, observe: ObserverFactory
+        self,
+        generator: TextGenerator,
+        health: ServerHealth,
+        *,
+        request_timeout_seconds: float | None,
+        observe: ObserverFactory,
     ) -> None:
         self.generator = generator
+        self._health = health
         self._request_timeout_seconds = request_timeout_seconds
         self._observe = observe
         self._num_running = 0
-        self._is_draining = False
         self._idle = asyncio.Event()
         self._idle.set()
+        self._waits: set[asyncio.Timeout] = set()
+        self._is_stopped = False
 
     @property
     def num_running(self) -> int:
         """Jobs between their first and last step here."""
         return self._num_running
 
-    @property
-    def is_draining(self) -> bool:
-        """Whether new jobs are refused because the server is going away."""
-        return self._is_draining
-
-    def drain(self) -> None:
-        """Refuse new jobs from now on."""
-        self._is_draining = True
-
     async def wait_until_idle(self) -> None:
         """Return once no job is under way."""
         await self._idle.wait()
 
-    def check_admission(self) -> None:
-        """Raise `EngineNotReadyError` where a new job would be refused; for protocols that answer before they start it."""
-        if self._is_draining:
-            raise EngineNotReadyError("the server is shutting down; send the request to another replica")
+    def stop(self) -> None:
+        """End every job under way with `EngineNotReadyError`: the server's grace period is over."""
+        self._is_stopped = True
+        now = asyncio.get_running_loop().time()
+        for wait in self._waits:
+            wait.reschedule(now)
 
     async def stream(self, job: GenerationJob, request_id: str) -> AsyncGenerator[GenerationChunk, None]:
         """The chunks of a job as they come. Close the iterator (or cancel its reader) to abort the job in the engine.
 
-        Raises what `TextGenerator.generate` raises.
+        Raises what `TextGenerator.generate` raises, and before that what `ServerHealth.check_ready` does.
         """
-        self.check_admission()
+        self._health.check_ready()
         arrival = time.monotonic()
         deadline = self._deadline(job, arrival)
         observer = self._observe(job, arrival)
@@ -147,7 +149,7 @@ class GenerationRunner:
                 echo=job.options.echo,
                 add_special_tokens=job.add_special_tokens,
             )
-            async with aclosing(_until(deadline, chunks)) as bounded:
+            async with aclosing(self._until(deadline, chunks)) as bounded:
                 async for chunk in bounded:
                     observer.on_chunk(chunk)
                     yield chunk
@@ -223,26 +225,32 @@ class GenerationRunner:
         limits = [seconds for seconds in (self._request_timeout_seconds, job.options.timeout_seconds) if seconds]
         return arrival + min(limits) if limits else None
 
+    async def _until(
+        self, deadline: float | None, chunks: AsyncIterator[GenerationChunk]
+    ) -> AsyncGenerator[GenerationChunk, None]:
+        """`chunks`, or `DeadlineExceededError` once `deadline` (monotonic seconds) is past and none has come.
 
-async def _until(
-    deadline: float | None, chunks: AsyncIterator[GenerationChunk]
-) -> AsyncGenerator[GenerationChunk, None]:
-    """`chunks`, or `DeadlineExceededError` once `deadline` (monotonic seconds) is past and none has come.
-
-    The engine watches the deadline too; this one also covers what happens before it, such as a tokenizer that hangs.
-    """
-    loop = asyncio.get_running_loop()
-    async with aclosing(chunks) as source:  # type: ignore[type-var]
-        while True:
-            remaining = None if deadline is None else deadline - time.monotonic()
-            scope = asyncio.timeout_at(None if remaining is None else loop.time() + remaining)
-            try:
-                async with scope:
-                    chunk = await anext(source)
-            except StopAsyncIteration:
-                return
-            except TimeoutError:
-                if not scope.expired():
-                    raise
-                raise DeadlineExceededError("the request's deadline passed before it was finished") from None
-            yield chunk
+        The engine watches the deadline too; this one also covers what happens before it, such as a tokenizer that hangs.
+        """
+        loop = asyncio.get_running_loop()
+        async with aclosing(chunks) as source:  # type: ignore[type-var]
+            while True:
+                if self._is_stopped:
+                    raise EngineNotReadyError(STOPPED)
+                remaining = None if deadline is None else deadline - time.monotonic()
+                wait = asyncio.timeout_at(None if remaining is None else loop.time() + remaining)
+                self._waits.add(wait)
+                try:
+                    async with wait:
+                        chunk = await anext(source)
+                except StopAsyncIteration:
+                    return
+                except TimeoutError:
+                    if not wait.expired():
+                        raise
+                    if self._is_stopped:
+                        raise EngineNotReadyError(STOPPED) from None
+                    raise DeadlineExceededError("the request's deadline passed before it was finished") from None
+                finally:
+                    self._waits.discard(wait)
+                yield chunk
