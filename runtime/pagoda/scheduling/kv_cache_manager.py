@@ -1,0 +1,151 @@
+"""Blocks for requests: prefix lookup, all-or-nothing allocation, publishing of computed prefixes, release.
+
+    token position:  0        bs       2·bs      3·bs           num_tokens
+                     │ hit     │ hit     │ new     │ new …         │
+    lease.blocks:    [ shared ][ shared ][ own    ][ own, partial ]
+    published:       ────────────────────▶ full blocks whose KV is planned or computed, and whose tokens are known
+
+A request gets the blocks for *all* its known tokens when it is admitted, not chunk by chunk. So chunked prefill never runs out
+of blocks half-way, and only decoding can need more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from pagoda.scheduling.block_pool import Block, BlockLease, BlockPool
+from pagoda.scheduling.prefix_hash import extend_hashes, root_hash
+from pagoda.scheduling.request import Request
+
+
+class KVCacheManager:
+    """KV blocks of one engine. All operations are O(blocks that change)."""
+
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        *,
+        enable_prefix_caching: bool = True,
+        sliding_window: int | None = None,
+        watermark: float = 0.0,
+    ) -> None:
+        """`sliding_window` is set when *every* layer has that window; blocks that have left it are then given back.
+
+        `watermark` is the share of blocks that an admission must leave available while others run.
+        """
+        self.pool = BlockPool(num_blocks)
+        self.block_size = block_size
+        self.enable_prefix_caching = enable_prefix_caching
+        self.num_prefix_queries = 0
+        self.num_prefix_hits = 0
+        self._sliding_window = sliding_window
+        self._watermark_blocks = int(watermark * self.pool.num_usable)
+
+    @property
+    def max_tokens_of_a_request(self) -> int:
+        """Tokens that fit when a request has all blocks to itself; its last sampled token needs no KV."""
+        return self.pool.num_usable * self.block_size + 1
+
+    def admit(self, request: Request, *, leave_watermark: bool) -> bool:
+        """Give a waiting request a lease on blocks for all its tokens, beginning with those of a cached prefix.
+
+        Sets `lease` and `num_computed_tokens`. False, and no change, when the blocks are not there (or, with
+        `leave_watermark`, when too few would be left for those that run).
+        """
+        assert request.lease is None
+        hits = self._find_prefix(request)
+        needed = self._blocks_for(request.num_tokens) - len(hits)
+        # A cached block that is hit leaves the free list as well.
+        taken = needed + sum(block.ref_count == 0 for block in hits)
+        left = self._watermark_blocks if leave_watermark else 0
+        if taken + left > self.pool.num_available:
+            return False
+        lease = BlockLease(self.pool)
+        lease.adopt(hits)
+        extended = lease.extend(needed)
+        assert extended
+        request.lease = lease
+        request.num_computed_tokens = len(hits) * self.block_size
+        request.num_published_blocks = len(hits)
+        if self.enable_prefix_caching and request.num_preemptions == 0:
+            request.num_cached_tokens = request.num_computed_tokens
+            self.num_prefix_queries += request.num_tokens
+            self.num_prefix_hits += request.num_computed_tokens
+        return True
+
+    def extend(self, request: Request, num_tokens: int) -> bool:
+        """Make room for the KV of `num_tokens` tokens in all; False, and no change, when there is none."""
+        assert request.lease is not None
+        needed = max(0, self._blocks_for(num_tokens) - len(request.lease))
+        return request.lease.extend(needed)
+
+    def publish(self, request: Request) -> None:
+        """Announce the full blocks that are computed once the plans made so far have run.
+
+        Only tokens that are known count, so a block is announced when its last token is, not when its step is planned.
+        """
+        if not self.enable_prefix_caching or request.lease is None:
+            return
+        computed = min(request.num_computed_tokens, request.num_tokens)
+        full_blocks = computed // self.block_size
+        if full_blocks <= request.num_published_blocks:
+            return
+        self._hash_blocks(request)
+        for index in range(request.num_published_blocks, full_blocks):
+            block = request.lease.blocks[index]
+            if block is not self.pool.null_block:
+                self.pool.publish(block, request.block_hashes[index])
+        request.num_published_blocks = full_blocks
+
+    def drop_out_of_window(self, request: Request) -> None:
+        """Give back blocks that no token still to be planned can see.
+
+        The token at position p sees positions above p - window. Steps run in the order of their plans, so a block may go to
+        another request while steps that read it are still in flight.
+        """
+        if self._sliding_window is None or request.lease is None:
+            return
+        first_visible = request.num_computed_tokens - self._sliding_window + 1
+        if first_visible >= self.block_size:
+            request.lease.drop_before(first_visible // self.block_size)
+
+    def release(self, request: Request) -> None:
+        """Take all blocks of a request back; published ones stay findable until they are evicted."""
+        if request.lease is not None:
+            request.lease.release()
+            request.lease = None
+        request.num_published_blocks = 0
+
+    def forget_prefixes(self) -> None:
+        """Forget every cached prefix."""
+        self.pool.forget_all()
+
+    def check_idle(self) -> None:
+        """Assert that nothing is held: free + cached == total."""
+        assert self.pool.num_free + self.pool.num_cached == self.pool.num_usable, (
+            f"{self.pool.num_in_use} of {self.pool.num_usable} KV blocks are held by nobody"
+        )
+
+    def check_integrity(self, requests: Iterable[Request]) -> None:
+        """Assert that the leases of `requests` are all there are. O(num_blocks); for tests."""
+        self.pool.check_integrity([request.lease for request in requests if request.lease is not None])
+
+    def _blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+    def _hash_blocks(self, request: Request) -> None:
+        extend_hashes(request.block_hashes, root_hash(request.cache_salt), request.token_ids, self.block_size)
+
+    def _find_prefix(self, request: Request) -> list[Block]:
+        """The longest run of cached blocks from the start; at least one token is left to compute, or there are no logits."""
+        if not self.enable_prefix_caching or request.sampling.prompt_logprobs is not None:
+            return []
+        self._hash_blocks(request)
+        hits: list[Block] = []
+        for block_hash in request.block_hashes[: (request.num_tokens - 1) // self.block_size]:
+            block = self.pool.find(block_hash)
+            if block is None:
+                break
+            hits.append(block)
+        return hits

@@ -1,0 +1,149 @@
+"""A request as the scheduler sees it: tokens, how far they are computed, where they lie, and how it ended."""
+
+from __future__ import annotations
+
+from enum import Enum, auto
+
+from pagoda.errors import ErrorKind
+from pagoda.sampling.output import FinishReason, TokenLogprobs
+from pagoda.sampling.params import SamplingParams
+from pagoda.scheduling.block_pool import BlockLease
+
+
+class RequestStatus(Enum):
+    """Where a request is. There is no prefill or decode status: `num_computed_tokens` says how far it has come."""
+
+    WAITING = auto()
+    RUNNING = auto()
+    FINISHED = auto()
+
+
+class Request:
+    """Mutable state of one sequence.
+
+    `token_ids` is the prompt followed by the output so far. `num_computed_tokens` counts tokens whose KV is written, or will
+    be when the steps in flight have run: it advances when a step is planned. `num_in_flight` counts sampled tokens that a
+    planned step will deliver but that are not yet known:
+
+        token_ids:          [ prompt …………… | output … ] [ in flight ]
+        computed:           ────────────────────────────────▶
+        to be scheduled:     num_tokens + num_in_flight - num_computed_tokens
+    """
+
+    __slots__ = (
+        "arrival_time",
+        "block_hashes",
+        "cache_salt",
+        "eos_token_ids",
+        "error",
+        "error_kind",
+        "finish_reason",
+        "lease",
+        "max_tokens",
+        "num_blocks_sent",
+        "num_cached_tokens",
+        "num_computed_tokens",
+        "num_in_flight",
+        "num_preemptions",
+        "num_prompt_tokens",
+        "num_published_blocks",
+        "priority",
+        "prompt_logprobs",
+        "request_id",
+        "sampling",
+        "scheduled_time",
+        "sequence_number",
+        "slot",
+        "status",
+        "stop_ids",
+        "stop_reason",
+        "token_ids",
+    )
+
+    def __init__(
+        self,
+        *,
+        request_id: str,
+        prompt_token_ids: list[int],
+        sampling: SamplingParams,
+        max_tokens: int,
+        eos_token_ids: tuple[int, ...] = (),
+        arrival_time: float = 0.0,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> None:
+        self.request_id = request_id
+        self.token_ids = list(prompt_token_ids)
+        self.num_prompt_tokens = len(prompt_token_ids)
+        self.sampling = sampling
+        self.max_tokens = max_tokens
+        self.eos_token_ids = eos_token_ids
+        self.arrival_time = arrival_time
+        self.priority = priority
+        self.cache_salt = cache_salt
+        self.sequence_number = -1  # order of arrival, given by the scheduler
+
+        self.status = RequestStatus.WAITING
+        self.slot = -1
+        self.lease: BlockLease | None = None
+        self.num_computed_tokens = 0
+        self.num_in_flight = 0
+        self.num_blocks_sent = 0
+        self.num_published_blocks = 0
+        self.block_hashes: list[bytes] = []
+        self.num_preemptions = 0
+        self.num_cached_tokens = 0
+        self.scheduled_time: float | None = None
+        self.prompt_logprobs: list[TokenLogprobs | None] | None = None if sampling.prompt_logprobs is None else [None]
+
+        # The ids that end generation, and which of them the client named (those are reported as `stop_reason`).
+        self.stop_ids = frozenset(sampling.stop_token_ids) | (
+            frozenset() if sampling.ignore_eos else frozenset(eos_token_ids)
+        )
+        self.finish_reason: FinishReason | None = None
+        self.stop_reason: int | None = None
+        self.error_kind: ErrorKind | None = None
+        self.error: str | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Known tokens: prompt and output."""
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Known output tokens."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the request has ended, for whatever reason."""
+        return self.status is RequestStatus.FINISHED
+
+    def next_tokens(self) -> int:
+        """Tokens that could be computed now.
+
+        0 while all output that is still allowed is on its way, so a length cap never costs a wasted step.
+        """
+        if self.num_output_tokens + self.num_in_flight >= self.max_tokens:
+            return 0
+        return len(self.token_ids) + self.num_in_flight - self.num_computed_tokens
+
+    def append_output(self, token_id: int) -> None:
+        """Take one sampled token and decide whether it ends the request.
+
+        The length cap comes first and nothing lifts it: not `min_tokens`, not `ignore_eos`. `max_tokens` was brought within
+        `max_model_len` when the request was accepted.
+        """
+        self.token_ids.append(token_id)
+        num_output = self.num_output_tokens
+        if num_output >= self.max_tokens:
+            self.finish_reason = FinishReason.LENGTH
+        if num_output >= self.sampling.min_tokens and token_id in self.stop_ids:
+            # A stop token at the very last position is still a stop: the text is complete.
+            self.finish_reason = FinishReason.STOP
+            if token_id in self.sampling.stop_token_ids:
+                self.stop_reason = token_id
+
+    def __repr__(self) -> str:
+        return f"Request({self.request_id}, {self.status.name}, {self.num_computed_tokens}/{self.num_tokens})"

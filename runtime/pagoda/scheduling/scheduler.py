@@ -1,0 +1,353 @@
+"""The unified scheduler: which tokens of which requests run in the next step.
+
+There is no prefill and no decode phase. Every request has `num_computed_tokens` chasing its tokens, and a step moves these
+counters forward under one token budget:
+
+    running:  R1 ▪            R2 ▪            R3 ▪▪▪▪▪▪▪▪ (a chunk of its prompt)
+    waiting:  R4 ▪▪▪▪▪▪ …     admitted while budget, slots and blocks last
+
+Running requests come first. One that needs a block when none is left preempts the running request of least standing: its
+blocks go back, and it waits at the front to be recomputed (its published blocks usually still hit). In a step that preempted,
+nobody is admitted. Plans may be made while earlier ones are in flight: counters advance when a step is planned, and
+`Request.num_in_flight` stands for sampled tokens that are still on the way.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from pagoda.errors import ErrorKind, InvalidRequestError, QueueFullError
+from pagoda.sampling.output import FinishReason, TokenLogprobs
+from pagoda.scheduling.kv_cache_manager import KVCacheManager
+from pagoda.scheduling.plan import NewRequest, StepPlan, StepResult
+from pagoda.scheduling.request import Request, RequestStatus
+from pagoda.scheduling.waiting_queue import make_waiting_queue
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerLimits:
+    """The scheduler's bounds; `long_prefill_token_threshold` of 0 lets one request take the whole budget of a step.
+
+    A request preempted `max_preemptions` times is protected: others are chosen as victims while there are any.
+    """
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    max_num_waiting: int
+    long_prefill_token_threshold: int = 0
+    max_preemptions: int = 4
+    policy: str = "fcfs"
+
+
+@dataclass(slots=True)
+class Progress:
+    """News of one request: tokens that landed, and (on the request itself) whether and why it ended."""
+
+    request: Request
+    new_token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+
+
+class Scheduler:
+    """Owns all requests of an engine from `add` until their one terminal `Progress`."""
+
+    def __init__(self, limits: SchedulerLimits, kv: KVCacheManager) -> None:
+        self.limits = limits
+        self.kv = kv
+        self.num_preemptions = 0
+        self._requests: dict[str, Request] = {}
+        self._waiting = make_waiting_queue(limits.policy)
+        self._running: dict[str, Request] = {}
+        self._free_slots = list(range(limits.max_num_seqs - 1, -1, -1))
+        self._released_slots: list[int] = []
+        self._in_flight: dict[int, list[Request]] = {}  # step id -> the requests of its rows
+        self._ended: list[Progress] = []
+        self._num_arrived = 0
+        self._num_steps = 0
+
+    # ---- requests come and go -------------------------------------------------------------------------------------
+
+    @property
+    def num_running(self) -> int:
+        """Requests that hold a slot."""
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait for admission, preempted ones included."""
+        return len(self._waiting)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request has not had its terminal progress yet."""
+        return bool(self._requests) or bool(self._ended)
+
+    def add(self, request: Request) -> None:
+        """Accept a request.
+
+        Raises `InvalidRequestError` for one that could never run and `QueueFullError` when too many wait; such a request
+        leaves no trace. `max_tokens` is lowered to what `max_model_len` and the KV cache can hold, so a request that has all
+        blocks to itself always ends by its length before it runs out of them.
+        """
+        if request.request_id in self._requests:
+            raise InvalidRequestError(
+                f"a request with id {request.request_id!r} is in the engine already", "request_id"
+            )
+        if request.num_prompt_tokens == 0:
+            raise InvalidRequestError("the prompt is empty: at least one token is needed", "prompt")
+        limits = self.limits
+        longest = min(limits.max_model_len, self.kv.max_tokens_of_a_request)
+        if request.num_prompt_tokens >= longest:
+            raise InvalidRequestError(
+                f"the prompt has {request.num_prompt_tokens} tokens; at most {longest - 1} can be served "
+                f"(max_model_len is {limits.max_model_len}, the KV cache holds {self.kv.max_tokens_of_a_request - 1})",
+                "prompt",
+            )
+        if len(self._waiting) >= limits.max_num_waiting:
+            raise QueueFullError(f"{len(self._waiting)} requests are waiting, as many as max_num_waiting allows")
+        request.max_tokens = min(request.max_tokens, longest - request.num_prompt_tokens)
+        request.sequence_number = self._num_arrived
+        self._num_arrived += 1
+        self._requests[request.request_id] = request
+        self._waiting.push(request)
+
+    def abort(self, request_ids: Iterable[str]) -> None:
+        """End requests whose client is gone, in whatever state they are. Unknown ids have ended already: ignored."""
+        for request_id in request_ids:
+            request = self._requests.get(request_id)
+            if request is not None:
+                request.finish_reason = FinishReason.ABORT
+                self._retire(request)
+                self._ended.append(Progress(request, []))
+
+    def fail(self, request: Request, kind: ErrorKind, message: str) -> None:
+        """End one request with an error; nothing happens if it has ended already."""
+        if not request.is_finished:
+            request.finish_reason = FinishReason.ERROR
+            request.error_kind, request.error = kind, message
+            self._retire(request)
+            self._ended.append(Progress(request, []))
+
+    def fail_in_flight(self, message: str) -> None:
+        """A step raised: the requests of all steps in flight end with an error.
+
+        Blocks published by these steps may lack the content they announce, so every cached prefix is forgotten.
+        """
+        plans, self._in_flight = self._in_flight, {}
+        for requests in plans.values():
+            for request in requests:
+                self.fail(request, ErrorKind.INTERNAL, message)
+        self.kv.forget_prefixes()
+
+    def take_ended(self) -> list[Progress]:
+        """Requests that ended outside of a step's result (aborted or failed) since the last call."""
+        ended, self._ended = self._ended, []
+        return ended
+
+    # ---- planning -------------------------------------------------------------------------------------------------
+
+    def schedule(self) -> StepPlan | None:
+        """Plan the next step, or None when nothing can run: idle, or everything waits for steps in flight."""
+        scheduled, preempted = self._schedule_running()
+        budget = self.limits.max_num_batched_tokens - sum(scheduled.values())
+        plan = StepPlan(step_id=self._num_steps)
+        requests: list[Request] = []
+        for request, num_new in scheduled.items():
+            self._add_row(plan, requests, request, num_new)
+        if not preempted:
+            self._admit_waiting(plan, requests, budget)
+        if not requests:
+            return None
+        plan.released_slots, self._released_slots = self._released_slots, []
+        self._in_flight[plan.step_id] = requests
+        self._num_steps += 1
+        return plan
+
+    def _schedule_running(self) -> tuple[dict[Request, int], bool]:
+        """How many tokens each running request moves forward, and whether somebody was preempted for it."""
+        scheduled: dict[Request, int] = {}
+        budget = self.limits.max_num_batched_tokens
+        preempted = False
+        for request in list(self._running.values()):
+            num_new = self._clamp(request.next_tokens(), budget)
+            if num_new == 0 or request.status is not RequestStatus.RUNNING:
+                continue  # nothing to do, no budget, or preempted a moment ago for one before it
+            self.kv.drop_out_of_window(request)
+            while not self.kv.extend(request, request.num_computed_tokens + num_new):
+                victim = self._choose_victim()
+                budget += scheduled.pop(victim, 0)
+                self._preempt(victim)
+                preempted = True
+                if victim is request:
+                    break
+            else:
+                scheduled[request] = num_new
+                budget -= num_new
+        return scheduled, preempted
+
+    def _admit_waiting(self, plan: StepPlan, requests: list[Request], budget: int) -> None:
+        """Admit waiting requests in order while budget, slots and blocks last. Nobody is overtaken."""
+        while budget > 0 and self._free_slots and (request := self._waiting.peek()) is not None:
+            if request.num_in_flight:
+                break  # preempted while a token of its was on the way: it must land first
+            if not self.kv.admit(request, leave_watermark=bool(self._running)):
+                break
+            self._waiting.pop()
+            self._enter(request, plan)
+            num_new = self._clamp(request.next_tokens(), budget)
+            budget -= num_new
+            # The row publishes its blocks at once, so the next in line with the same prompt shares them within this very
+            # step: in every layer all KV is written before any of it is read.
+            self._add_row(plan, requests, request, num_new)
+
+    def _clamp(self, num_tokens: int, budget: int) -> int:
+        threshold = self.limits.long_prefill_token_threshold or budget
+        return min(num_tokens, budget, threshold)
+
+    def _enter(self, request: Request, plan: StepPlan) -> None:
+        """Move an admitted request into a slot; the runner learns all its tokens and blocks."""
+        assert request.lease is not None
+        request.status = RequestStatus.RUNNING
+        request.slot = self._free_slots.pop()
+        request.num_blocks_sent = len(request.lease)
+        if request.scheduled_time is None:
+            request.scheduled_time = time.monotonic()
+        self._running[request.request_id] = request
+        plan.new_requests.append(
+            NewRequest(
+                slot=request.slot,
+                request_id=request.request_id,
+                token_ids=list(request.token_ids),
+                num_prompt_tokens=request.num_prompt_tokens,
+                sampling=request.sampling,
+                eos_token_ids=request.eos_token_ids,
+                block_ids=request.lease.block_ids,
+                num_computed_tokens=request.num_computed_tokens,
+            )
+        )
+
+    def _add_row(self, plan: StepPlan, requests: list[Request], request: Request, num_new: int) -> None:
+        """Plan `num_new` tokens of a running request and move its counters forward."""
+        assert request.lease is not None
+        samples = request.next_tokens() == num_new
+        new_blocks = request.lease.blocks[request.num_blocks_sent :]
+        plan.request_ids.append(request.request_id)
+        plan.slots.append(request.slot)
+        plan.num_computed_tokens.append(request.num_computed_tokens)
+        plan.num_scheduled_tokens.append(num_new)
+        plan.block_offsets.append(request.num_blocks_sent)
+        plan.new_block_ids.append([block.block_id for block in new_blocks])
+        plan.samples.append(samples)
+        requests.append(request)
+        request.num_blocks_sent = len(request.lease)
+        request.num_computed_tokens += num_new
+        self.kv.publish(request)
+        request.num_in_flight += samples
+
+    def _standing(self, request: Request) -> tuple[int, int]:
+        """The order in which requests deserve to run; the greatest is preempted first."""
+        priority = request.priority if self.limits.policy == "priority" else 0
+        return priority, request.sequence_number
+
+    def _choose_victim(self) -> Request:
+        """The running request to preempt: least standing, among those not preempted too often while there are any."""
+        protected_from = self.limits.max_preemptions
+        candidates = [request for request in self._running.values() if request.num_preemptions < protected_from]
+        victim = max(candidates or self._running.values(), key=self._standing)
+        assert len(self._running) > 1, "a request that has all blocks to itself ends by its length, never here"
+        return victim
+
+    def _preempt(self, request: Request) -> None:
+        """Take a running request's blocks and slot; it waits at the front, to be recomputed."""
+        self._leave_slot(request)
+        self.kv.release(request)
+        request.status = RequestStatus.WAITING
+        request.num_computed_tokens = 0
+        request.num_preemptions += 1
+        self.num_preemptions += 1
+        self._waiting.push_preempted(request)
+
+    def _leave_slot(self, request: Request) -> None:
+        del self._running[request.request_id]
+        self._free_slots.append(request.slot)
+        self._released_slots.append(request.slot)
+        request.slot = -1
+
+    def _retire(self, request: Request) -> None:
+        """End a request wherever it is, and take back what it holds."""
+        if request.status is RequestStatus.RUNNING:
+            self._leave_slot(request)
+            request.status = RequestStatus.FINISHED
+        else:
+            request.status = RequestStatus.FINISHED
+            self._waiting.discard()
+        self.kv.release(request)
+        del self._requests[request.request_id]
+
+    # ---- results --------------------------------------------------------------------------------------------------
+
+    def apply(self, plan: StepPlan, result: StepResult) -> list[Progress]:
+        """Take the result of a plan, oldest plan first. Rows of requests that have ended meanwhile are ignored."""
+        progress: list[Progress] = []
+        for row, request in enumerate(self._in_flight.pop(plan.step_id)):
+            if request.is_finished:
+                continue
+            if plan.samples[row]:
+                request.num_in_flight -= 1
+            if row in result.errors:
+                self.fail(request, ErrorKind.INTERNAL, result.errors[row])
+                continue
+            if request.prompt_logprobs is not None:
+                self._collect_prompt_logprobs(
+                    request, plan.num_computed_tokens[row], result.prompt_logprobs.get(row, [])
+                )
+            if plan.samples[row]:
+                progress.append(self._land(request, result.sampled_token_ids[row], result.logprobs.get(row)))
+        return progress
+
+    def _land(self, request: Request, token_ids: list[int], logprobs: list[TokenLogprobs] | None) -> Progress:
+        """Append sampled tokens until one ends the request; what was sampled past it is dropped."""
+        taken = 0
+        for token_id in token_ids:
+            request.append_output(token_id)
+            taken += 1
+            if request.finish_reason is not None:
+                self._retire(request)
+                break
+        news = Progress(request, token_ids[:taken], logprobs[:taken] if logprobs is not None else None)
+        news.prompt_logprobs, request.prompt_logprobs = request.prompt_logprobs, None
+        return news
+
+    @staticmethod
+    def _collect_prompt_logprobs(request: Request, num_computed: int, entries: list[TokenLogprobs]) -> None:
+        """Keep the entries of positions not seen yet: after a preemption the same positions come again."""
+        assert request.prompt_logprobs is not None
+        known = len(request.prompt_logprobs)
+        request.prompt_logprobs.extend(entries[max(0, known - num_computed - 1) :])
+
+    def check_integrity(self) -> None:
+        """Assert every invariant between requests, slots and blocks. O(everything); for tests."""
+        self.kv.check_integrity(self._requests.values())
+        assert len(self._waiting) + len(self._running) == len(self._requests)
+        slots = [request.slot for request in self._running.values()]
+        assert sorted(slots + self._free_slots) == list(range(self.limits.max_num_seqs))
+        for request in self._requests.values():
+            running = request.status is RequestStatus.RUNNING
+            assert running == (request.request_id in self._running)
+            assert running == (request.lease is not None), (
+                f"{request} holds blocks while it waits, or none while it runs"
+            )
+            assert 0 <= request.num_computed_tokens <= request.num_tokens + request.num_in_flight
+            assert request.num_output_tokens + request.num_in_flight <= request.max_tokens
+
+    def check_idle(self) -> None:
+        """Assert, cheaply, that an engine without requests holds nothing."""
+        assert not self._requests
+        assert not self._running
+        assert len(self._waiting) == 0
+        assert len(self._free_slots) == self.limits.max_num_seqs
+        self.kv.check_idle()

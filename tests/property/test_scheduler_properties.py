@@ -1,0 +1,223 @@
+"""The scheduler under random arrivals, lengths, aborts, failures and cache sizes: every invariant after every step."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from pagoda.errors import InvalidRequestError, QueueFullError
+from pagoda.sampling.output import FinishReason
+from pagoda.sampling.params import SamplingParams
+from pagoda.scheduling.kv_cache_manager import KVCacheManager
+from pagoda.scheduling.plan import StepPlan, StepResult
+from pagoda.scheduling.request import Request
+from pagoda.scheduling.scheduler import Progress, Scheduler, SchedulerLimits
+from tests.support.simulated_runner import SimulatedRunner, simulated_token
+
+EOS = 7
+
+# Most prompts share a beginning, so that blocks are shared while they are written, evicted, and found again.
+SHARED = [index % 3 for index in range(32)]
+PROMPTS = st.one_of(
+    st.builds(
+        lambda shared, own: SHARED[:shared] + own,
+        st.integers(0, 32),
+        st.lists(st.integers(3, 4), min_size=0, max_size=3),
+    ),
+    st.lists(st.integers(0, 2), max_size=4),
+)
+OPTIONS = st.fixed_dictionaries(
+    {
+        "max_tokens": st.integers(1, 40),
+        "min_tokens": st.sampled_from([0, 3]),
+        "ignore_eos": st.booleans(),
+        "priority": st.integers(0, 2),
+        "salt": st.sampled_from([None, None, None, "a"]),
+    }
+)
+
+
+def undisturbed(prompt: list[int], max_tokens: int, ignore_eos: bool, min_tokens: int) -> list[int]:
+    """The output of a request that has the engine to itself."""
+    tokens = list(prompt)
+    while len(tokens) - len(prompt) < max_tokens:
+        tokens.append(simulated_token(tuple(tokens)))
+        if tokens[-1] == EOS and not ignore_eos and len(tokens) - len(prompt) >= min_tokens:
+            break
+    return tokens[len(prompt) :]
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Plans are executed in order, up to `depth` of them in flight, as the engine's loop does."""
+
+    @initialize(
+        num_usable=st.integers(1, 24),
+        block_size=st.sampled_from([1, 2, 4]),
+        max_num_seqs=st.integers(1, 5),
+        budget=st.sampled_from([1, 3, 8, 64]),
+        threshold=st.sampled_from([0, 2]),
+        depth=st.integers(1, 3),
+        policy=st.sampled_from(["fcfs", "priority"]),
+        caching=st.booleans(),
+        window=st.sampled_from([None, None, 1, 3]),
+        watermark=st.sampled_from([0.0, 0.2]),
+    )
+    def build(
+        self, num_usable, block_size, max_num_seqs, budget, threshold, depth, policy, caching, window, watermark
+    ) -> None:
+        self.kv = KVCacheManager(
+            num_usable + 1, block_size, enable_prefix_caching=caching, sliding_window=window, watermark=watermark
+        )
+        self.scheduler = Scheduler(
+            SchedulerLimits(
+                max_num_seqs=max_num_seqs,
+                max_num_batched_tokens=budget,
+                max_model_len=30,
+                max_num_waiting=6,
+                long_prefill_token_threshold=threshold,
+                max_preemptions=2,
+                policy=policy,
+            ),
+            self.kv,
+        )
+        self.runner = SimulatedRunner(block_size, window)
+        self.depth = depth
+        self.in_flight: deque[tuple[StepPlan, StepResult]] = deque()
+        self.requests: dict[str, Request] = {}
+        self.outputs: dict[str, list[int]] = {}
+        self.ends: dict[str, FinishReason] = {}
+        self.counter = 0
+
+    @rule(arrivals=st.lists(st.tuples(PROMPTS, OPTIONS), min_size=1, max_size=4))
+    def arrive(self, arrivals) -> None:
+        for prompt, options in arrivals:
+            self._arrive(prompt, **options)
+
+    def _arrive(self, prompt, max_tokens, min_tokens, ignore_eos, priority, salt) -> None:
+        sampling = SamplingParams(min_tokens=min(min_tokens, max_tokens), ignore_eos=ignore_eos)
+        request = Request(
+            request_id=str(self.counter),
+            prompt_token_ids=prompt,
+            sampling=sampling,
+            max_tokens=max_tokens,
+            eos_token_ids=(EOS,),
+            priority=priority,
+            cache_salt=salt,
+        )
+        self.counter += 1
+        fits = 0 < len(prompt) < min(30, self.kv.pool.num_usable * self.kv.block_size + 1)
+        room = self.scheduler.num_waiting < 6
+        try:
+            self.scheduler.add(request)
+        except (InvalidRequestError, QueueFullError) as error:
+            assert fits <= isinstance(error, QueueFullError)
+            assert not (fits and room)
+            return
+        assert fits
+        assert room
+        self.requests[request.request_id] = request
+        self.outputs[request.request_id] = []
+
+    @rule()
+    def step(self) -> None:
+        while len(self.in_flight) < self.depth and (plan := self.scheduler.schedule()) is not None:
+            assert plan.total_tokens <= self.scheduler.limits.max_num_batched_tokens
+            self.in_flight.append((plan, self.runner.execute(plan)))
+        had_work = bool(self.in_flight)
+        if had_work:
+            self._record(self.scheduler.apply(*self.in_flight.popleft()))
+        self._record(self.scheduler.take_ended())
+        assert had_work or not self.scheduler.has_work, "requests wait, and nothing can run"
+
+    @rule(count=st.integers(5, 40))
+    def steps(self, count: int) -> None:
+        for _ in range(count):
+            self.step()
+
+    @rule(index=st.integers(0, 1000))
+    def abort(self, index: int) -> None:
+        request_id = str(index % max(1, self.counter))
+        ended_before = request_id in self.ends
+        self.scheduler.abort([request_id])
+        self._record(self.scheduler.take_ended())
+        if request_id in self.requests and not ended_before:
+            assert self.ends[request_id] is FinishReason.ABORT
+
+    @precondition(lambda self: self.in_flight)
+    @rule()
+    def a_row_fails(self) -> None:
+        plan, result = self.in_flight.popleft()
+        result.errors[0] = "row fault"
+        self._record(self.scheduler.apply(plan, result))
+        self._record(self.scheduler.take_ended())
+
+    @rule()
+    def a_step_fails(self) -> None:
+        # The step that raises has written some of its blocks, or none: poison everything it would have written.
+        plan = self.scheduler.schedule()
+        if plan is not None:
+            self.runner.execute(plan)
+            for slot, new_blocks in zip(plan.slots, plan.new_block_ids):
+                for block_id in [
+                    *new_blocks,
+                    *self.runner.block_table[slot][plan.block_offsets[plan.slots.index(slot)] :],
+                ]:
+                    for offset in range(self.kv.block_size):
+                        self.runner.kv[block_id, offset] = (-1,)
+        self.in_flight.clear()
+        self.scheduler.fail_in_flight("step fault")
+        self._record(self.scheduler.take_ended())
+
+    @invariant()
+    def everything_is_accounted_for(self) -> None:
+        if hasattr(self, "scheduler"):
+            self.scheduler.check_integrity()
+
+    def teardown(self) -> None:
+        if not hasattr(self, "scheduler"):
+            return
+        for _ in range(3000):
+            if not self.scheduler.has_work and not self.in_flight:
+                break
+            self.step()
+        assert set(self.ends) == set(self.requests), "a request never ended"
+        self.scheduler.check_idle()
+
+    def _record(self, news: list[Progress]) -> None:
+        for item in news:
+            request_id = item.request.request_id
+            assert request_id not in self.ends, "news of a request that had ended"
+            self.outputs[request_id] += item.new_token_ids
+            if item.request.finish_reason is not None:
+                self.ends[request_id] = item.request.finish_reason
+            self._check_output(item.request)
+
+    def _check_output(self, request: Request) -> None:
+        prompt = request.token_ids[: request.num_prompt_tokens]
+        sampling = request.sampling
+        expected = undisturbed(prompt, request.max_tokens, sampling.ignore_eos, sampling.min_tokens)
+        output = self.outputs[request.request_id]
+        assert output == expected[: len(output)]
+        reason = self.ends.get(request.request_id)
+        if reason in (FinishReason.STOP, FinishReason.LENGTH):
+            assert output == expected
+            assert (reason is FinishReason.STOP) == (
+                output[-1] == EOS and not sampling.ignore_eos and len(output) >= sampling.min_tokens
+            )
+
+
+TestScheduler = SchedulerMachine.TestCase
+TestScheduler.settings = settings(
+    max_examples=250, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+)
+
+
+@pytest.mark.slow
+class TestSchedulerLong(SchedulerMachine.TestCase):
+    settings = settings(
+        max_examples=5000, stateful_step_count=80, deadline=None, suppress_health_check=list(HealthCheck)
+    )

@@ -1,0 +1,75 @@
+"""A model runner without a model: it executes plans on a simulated KV cache and checks every read.
+
+The KV of a position is represented by the whole token prefix that led to it. So a block that is shared wrongly, evicted while
+in use, or read before it was written shows up as a wrong prefix. The "model" is a pure function of the prefix, so the tokens of
+a request must not depend on how it was scheduled.
+"""
+
+from __future__ import annotations
+
+from hashlib import blake2b
+
+from pagoda.scheduling.plan import NewRequest, StepPlan, StepResult
+
+
+def simulated_token(prefix: tuple[int, ...], vocab_size: int = 50) -> int:
+    """The token that follows `prefix`."""
+    return int.from_bytes(blake2b(repr(prefix).encode(), digest_size=4).digest(), "big") % vocab_size
+
+
+class SimulatedRunner:
+    def __init__(self, block_size: int, sliding_window: int | None = None) -> None:
+        self.block_size = block_size
+        self.sliding_window = sliding_window
+        self.kv: dict[tuple[int, int], tuple[int, ...]] = {}
+        self.token_pool: dict[int, list[int]] = {}
+        self.block_table: dict[int, list[int]] = {}
+        self.num_tokens_run = 0
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        for slot in plan.released_slots:
+            del self.token_pool[slot], self.block_table[slot]
+        for new in plan.new_requests:
+            self._enter(new)
+        rows = list(
+            zip(plan.slots, plan.num_computed_tokens, plan.num_scheduled_tokens, plan.new_block_ids, plan.block_offsets)
+        )
+        assert len(set(plan.slots)) == len(plan.slots)
+        for slot, computed, scheduled, new_blocks, offset in rows:
+            assert offset == len(self.block_table[slot])
+            self.block_table[slot].extend(new_blocks)
+            self._write(slot, computed, scheduled)  # all rows write before any reads, as in a layer
+        sampled: list[list[int]] = []
+        for (slot, computed, scheduled, _, _), samples in zip(rows, plan.samples):
+            self._read(slot, computed, scheduled)
+            tokens = self.token_pool[slot]
+            if samples:
+                assert len(tokens) == computed + scheduled
+                tokens.append(simulated_token(tuple(tokens)))
+            sampled.append(tokens[-1:] if samples else [])
+        self.num_tokens_run += plan.total_tokens
+        return StepResult(plan.step_id, sampled)
+
+    def _enter(self, new: NewRequest) -> None:
+        assert new.slot not in self.token_pool, "a slot was given away while it was held"
+        self.token_pool[new.slot] = list(new.token_ids)
+        self.block_table[new.slot] = list(new.block_ids)
+
+    def _write(self, slot: int, computed: int, scheduled: int) -> None:
+        assert scheduled >= 1
+        tokens = self.token_pool[slot]
+        assert computed + scheduled <= len(tokens), "tokens were planned that nobody knows"
+        for position in range(computed, computed + scheduled):
+            self.kv[self._place(slot, position)] = tuple(tokens[: position + 1])
+
+    def _read(self, slot: int, computed: int, scheduled: int) -> None:
+        tokens = self.token_pool[slot]
+        first = 0 if self.sliding_window is None else max(0, computed - self.sliding_window + 1)
+        for position in range(first, computed + scheduled):
+            held = self.kv.get(self._place(slot, position))
+            assert held == tuple(tokens[: position + 1]), f"position {position} of slot {slot} holds the KV of {held}"
+
+    def _place(self, slot: int, position: int) -> tuple[int, int]:
+        block_id = self.block_table[slot][position // self.block_size]
+        assert block_id != 0, "the null block is written or read"
+        return block_id, position % self.block_size
