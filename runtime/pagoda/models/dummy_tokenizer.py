@@ -56,7 +56,8 @@ def write_tokenizer(
 ) -> None:
     """Write tokenizer.json and tokenizer_config.json for a vocabulary of at most `vocab_size` ids.
 
-    `qwen_words`: cut text as Qwen does (composed code points, single digits), else as GPT-2. `add_bos`: every encoded text begins with `BEGIN_OF_TEXT`. `chat_template`: with ChatML turns, or with no template.
+    `qwen_words`: cut text as Qwen does (composed code points, single digits), else as GPT-2. `add_bos`: every encoded text
+    begins with `BEGIN_OF_TEXT`. `chat_template`: with ChatML turns, or with no template.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
