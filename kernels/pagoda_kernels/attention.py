@@ -1,0 +1,52 @@
+"""Attention over paged keys and values."""
+
+from __future__ import annotations
+
+import torch
+
+from pagoda_kernels import backend
+from pagoda_kernels.metadata import AttentionMetadata
+
+__all__ = ["AttentionMetadata", "paged_attention", "write_kv"]
+
+
+def paged_attention(
+    query: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    metadata: AttentionMetadata,
+    scale: float,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+) -> torch.Tensor:
+    """Causal softmax attention of every query token over its own request's context.
+
+    The keys and values of this step's tokens must be in the cache already (`write_kv`). Scores and softmax are float32.
+    Slots beyond a row's context, the null block included, never influence the result, whatever they hold (NaN too).
+
+    Args:
+        query: [T, num_heads, head_dim]; head h reads KV head `h // (num_heads // num_kv_heads)`.
+        k_cache, v_cache: contiguous [num_blocks, num_kv_heads, block_size, head_dim], dtype of `query`.
+        metadata: the batch.
+        scale: factor of the scores, usually `head_dim ** -0.5`.
+        sliding_window: a query at position p sees positions `p - sliding_window + 1 .. p`; None: all up to p.
+        soft_cap: scores become `soft_cap * tanh(score / soft_cap)` before the softmax.
+
+    Returns:
+        [T, num_heads, head_dim], contiguous, dtype of `query`.
+    """
+    return backend.active.paged_attention(query, k_cache, v_cache, metadata, scale, sliding_window, soft_cap)
+
+
+def write_kv(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+) -> None:
+    """Store keys and values [T, num_kv_heads, head_dim] in their slots of the caches, in place.
+
+    Caches as in `paged_attention`; `slot_mapping` as in `AttentionMetadata`. Two tokens share a slot only if it is slot 0.
+    """
+    backend.active.write_kv(key, value, k_cache, v_cache, slot_mapping)

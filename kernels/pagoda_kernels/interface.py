@@ -1,0 +1,81 @@
+"""What one implementation of the kernels consists of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from pagoda_kernels.metadata import AttentionMetadata
+
+
+class PagedAttention(Protocol):
+    """See `pagoda_kernels.attention.paged_attention`."""
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        metadata: AttentionMetadata,
+        scale: float,
+        sliding_window: int | None,
+        soft_cap: float | None,
+    ) -> torch.Tensor:
+        """Attend."""
+
+
+class WriteKV(Protocol):
+    """See `pagoda_kernels.attention.write_kv`."""
+
+    def __call__(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        """Store."""
+
+
+class RMSNorm(Protocol):
+    """See `pagoda_kernels.norm.rms_norm`."""
+
+    def __call__(
+        self, x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Normalize."""
+
+
+class ApplyRotary(Protocol):
+    """See `pagoda_kernels.rope.apply_rotary`."""
+
+    def __call__(
+        self, query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rotate."""
+
+
+class SiluAndMul(Protocol):
+    """See `pagoda_kernels.activation.silu_and_mul`."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Activate."""
+
+
+@dataclass(frozen=True, slots=True)
+class KernelBackend:
+    """One implementation of every operation.
+
+    A backend that brings only some of them starts from another one: `dataclasses.replace(reference.BACKEND, name=...,
+    paged_attention=...)`. So there is always exactly one implementation behind each operation, and no test at call time.
+    """
+
+    name: str
+    paged_attention: PagedAttention
+    write_kv: WriteKV
+    rms_norm: RMSNorm
+    apply_rotary: ApplyRotary
+    silu_and_mul: SiluAndMul

@@ -1,0 +1,18 @@
+"""The torch twin of every kernel: what the others are tested against, and what runs where nothing faster does."""
+
+from __future__ import annotations
+
+from pagoda_kernels.interface import KernelBackend
+from pagoda_kernels.reference.activation import silu_and_mul
+from pagoda_kernels.reference.attention import paged_attention, write_kv
+from pagoda_kernels.reference.norm import rms_norm
+from pagoda_kernels.reference.rope import apply_rotary
+
+BACKEND = KernelBackend(
+    name="reference",
+    paged_attention=paged_attention,
+    write_kv=write_kv,
+    rms_norm=rms_norm,
+    apply_rotary=apply_rotary,
+    silu_and_mul=silu_and_mul,
+)

@@ -1,0 +1,110 @@
+"""Torch twin of `pagoda_kernels.attention`."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from pagoda_kernels.metadata import AttentionMetadata
+from pagoda_kernels.reference.attention_plan import CacheGeometry, DecodeGroup, PrefillRow, plan_attention
+
+
+def write_kv(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+) -> None:
+    """See `pagoda_kernels.attention.write_kv`."""
+    block_size = k_cache.shape[2]
+    blocks = slot_mapping // block_size
+    offsets = slot_mapping - blocks * block_size
+    k_cache[blocks, :, offsets] = key
+    v_cache[blocks, :, offsets] = value
+
+
+def paged_attention(
+    query: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    metadata: AttentionMetadata,
+    scale: float,
+    sliding_window: int | None,
+    soft_cap: float | None,
+) -> torch.Tensor:
+    """See `pagoda_kernels.attention.paged_attention`."""
+    geometry = CacheGeometry.of(k_cache)
+    plan = plan_attention(metadata, geometry, sliding_window)
+    k_pages = k_cache.view(-1, geometry.block_size * geometry.head_dim)
+    v_pages = v_cache.view(-1, geometry.block_size * geometry.head_dim)
+    output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    for group in plan.decode:
+        keys, values = _gather_group(k_pages, v_pages, group, geometry, plan.workspace)
+        # The query heads of a KV head become its query positions, so that keys and values are read once for all of them.
+        grouped = query[group.rows].view(group.num_rows, geometry.num_kv_heads, -1, geometry.head_dim)
+        attended = _attend(grouped, keys, values, group.mask, scale, soft_cap)
+        output[group.rows] = attended.flatten(1, 2)
+    for row in plan.prefill:
+        _prefill(query, k_pages, v_pages, row, geometry, scale, soft_cap, output)
+    return output
+
+
+def _gather_group(
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    group: DecodeGroup,
+    geometry: CacheGeometry,
+    workspace: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of the group's rows, each [C, num_kv_heads, num_keys, head_dim], in `workspace`."""
+    gathered = workspace.view(-1)[: 2 * group.pages.numel() * workspace.shape[2]].view(2, -1, workspace.shape[2])
+    torch.index_select(k_pages, 0, group.pages, out=gathered[0])
+    torch.index_select(v_pages, 0, group.pages, out=gathered[1])
+    if group.foreign_slots is not None:
+        gathered.view(-1, geometry.head_dim).index_fill_(0, group.foreign_slots, 0.0)
+    both = gathered.view(2, group.num_rows, geometry.num_kv_heads, -1, geometry.head_dim)
+    keys, values = both.narrow(3, group.first_key, group.num_keys)
+    return keys, values
+
+
+def _prefill(
+    query: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    row: PrefillRow,
+    geometry: CacheGeometry,
+    scale: float,
+    soft_cap: float | None,
+    output: torch.Tensor,
+) -> None:
+    """Attend one row's queries, tile by tile, into `output`."""
+    row_keys = k_pages.index_select(0, row.pages).view(geometry.num_kv_heads, -1, geometry.head_dim)
+    row_values = v_pages.index_select(0, row.pages).view(geometry.num_kv_heads, -1, geometry.head_dim)
+    for tile in row.tiles:
+        # [queries, heads, head_dim] to [group, num_kv_heads, queries, head_dim]: query head h belongs to KV head h // group
+        # and the keys are the same for every member of the group, without a copy of them.
+        shape = (tile.stop - tile.start, geometry.num_kv_heads, -1, geometry.head_dim)
+        grouped = query[tile.start : tile.stop].view(shape).permute(2, 1, 0, 3)
+        group_size = grouped.shape[0]
+        keys = row_keys[:, tile.first_key : tile.last_key].expand(group_size, -1, -1, -1)
+        values = row_values[:, tile.first_key : tile.last_key].expand(group_size, -1, -1, -1)
+        attended = _attend(grouped, keys, values, tile.mask, scale, soft_cap)
+        output[tile.start : tile.stop].view(shape).copy_(attended.permute(2, 1, 0, 3))
+
+
+def _attend(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    soft_cap: float | None,
+) -> torch.Tensor:
+    """Softmax attention with float32 scores; query [B, H, Q, D], keys and values [B, H, K, D], mask additive."""
+    if soft_cap is None:
+        return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scale)
+    scores = torch.tanh(query.float() @ keys.float().transpose(-1, -2) * (scale / soft_cap)) * soft_cap
+    if mask is not None:
+        scores += mask
+    return (scores.softmax(dim=-1) @ values.float()).to(query.dtype)

@@ -1,0 +1,176 @@
+"""What a model is, read from its checkpoint directory. Imports neither torch nor transformers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pagoda.errors import CheckpointError
+from pagoda.models.config_reader import ConfigReader, read_json_object
+from pagoda.models.families import family_of
+from pagoda.models.rope_config import RopeConfig
+
+CONFIG_FILE = "config.json"
+GENERATION_CONFIG_FILE = "generation_config.json"
+DTYPES = ("float32", "bfloat16", "float16")
+ACTIVATIONS = ("silu",)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationDefaults:
+    """Sampling values that the checkpoint's generation_config.json recommends; None where it says nothing.
+
+    `do_sample` of False, or absent, means that transformers would decode greedily whatever the others say.
+    """
+
+    do_sample: bool | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """A decoder-only transformer of one of the supported families.
+
+    `num_kv_heads` divides `num_heads`. `layer_windows[i]` is the sliding window of layer i in tokens (a query sees itself
+    and the `window - 1` tokens before it), None where it sees everything. `qkv_bias`, `output_bias` and `mlp_bias` say
+    which projections have a bias; `qk_norm`, whether queries and keys are normalized per head. `dtype` is the checkpoint's,
+    one of `DTYPES`. `eos_token_ids` end generation: generation_config.json's where it names some, else config.json's.
+    """
+
+    architecture: str
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rope: RopeConfig
+    rms_norm_eps: float
+    layer_windows: tuple[int | None, ...]
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    tie_word_embeddings: bool = False
+    hidden_act: str = "silu"
+    dtype: str = "float32"
+    bos_token_id: int | None = None
+    pad_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    generation: GenerationDefaults = field(default_factory=GenerationDefaults)
+
+    @classmethod
+    def from_directory(cls, directory: str | Path) -> ModelConfig:
+        """Read config.json and, where there is one, generation_config.json.
+
+        Raises `CheckpointError`: a file that is missing or not JSON, a value that is missing or impossible, or a model
+        that is not supported (its architecture, activation, rope type or quantization), with what is.
+        """
+        path = Path(directory) / CONFIG_FILE
+        if not Path(directory).is_dir():
+            raise CheckpointError(f"{directory} is not a directory: a checkpoint is a directory with {CONFIG_FILE}")
+        generation_path = Path(directory) / GENERATION_CONFIG_FILE
+        generation = read_json_object(generation_path) if generation_path.exists() else {}
+        return cls.from_dicts(
+            read_json_object(path), generation, where=str(path), generation_where=str(generation_path)
+        )
+
+    @classmethod
+    def from_dicts(
+        cls,
+        config: dict[str, Any],
+        generation: dict[str, Any] | None = None,
+        *,
+        where: str = CONFIG_FILE,
+        generation_where: str = GENERATION_CONFIG_FILE,
+    ) -> ModelConfig:
+        """The same from parsed JSON; `where` and `generation_where` name the sources in errors."""
+        reader = ConfigReader(config, where)
+        family = family_of(reader)
+        if reader.mapping("quantization_config"):
+            method = config["quantization_config"].get("quant_method", "unknown")
+            raise CheckpointError(f"{where}: quantized checkpoints (quantization_config, {method}) are not supported")
+        generation_reader = ConfigReader(generation or {}, generation_where)
+        values = {**_common_values(reader), **family.read(reader)}
+        bos_token_ids = reader.token_ids("bos_token_id")
+        pad_token_ids = reader.token_ids("pad_token_id")
+        model = cls(
+            architecture=family.architecture,
+            model_type=family.model_type,
+            bos_token_id=bos_token_ids[0] if bos_token_ids else None,
+            pad_token_id=pad_token_ids[0] if pad_token_ids else None,
+            eos_token_ids=generation_reader.token_ids("eos_token_id") or reader.token_ids("eos_token_id"),
+            generation=_generation_defaults(generation_reader),
+            **values,
+        )
+        if model.num_heads % model.num_kv_heads:
+            raise CheckpointError(
+                f"{where}: num_attention_heads={model.num_heads} is not a multiple of "
+                f"num_key_value_heads={model.num_kv_heads}"
+            )
+        if model.head_dim % 2:
+            raise CheckpointError(f"{where}: head_dim={model.head_dim} is odd; rotary embedding needs pairs")
+        return model
+
+    @property
+    def max_context_length(self) -> int:
+        """Longest sequence, in tokens, that the model's positions are meant for, rope scaling included."""
+        return self.rope.max_context_length(self.max_position_embeddings)
+
+    def kv_bytes_per_token(self, dtype_bytes: int) -> int:
+        """Bytes that one token's keys and values take in all layers, at `dtype_bytes` an element."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * dtype_bytes
+
+    def num_parameters(self) -> int:
+        """Number of weights; tied embeddings count once."""
+        query_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        attention = self.hidden_size * (2 * query_size + 2 * kv_size)
+        attention += (query_size + 2 * kv_size) * self.qkv_bias + self.hidden_size * self.output_bias
+        attention += 2 * self.head_dim * self.qk_norm
+        mlp = 3 * self.hidden_size * self.intermediate_size
+        mlp += (2 * self.intermediate_size + self.hidden_size) * self.mlp_bias
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        return self.num_layers * (attention + mlp + 2 * self.hidden_size) + self.hidden_size + embeddings
+
+
+def _common_values(reader: ConfigReader) -> dict[str, Any]:
+    """The fields that all families spell alike; defaults are those of transformers' configuration classes."""
+    hidden_act = reader.string("hidden_act", "silu")
+    if hidden_act not in ACTIVATIONS:
+        raise CheckpointError(
+            f"{reader.where}: activation {hidden_act!r} is not supported; supported: {', '.join(ACTIVATIONS)}"
+        )
+    dtype = reader.string("dtype", reader.string("torch_dtype", "float32")).removeprefix("torch.")
+    if dtype not in DTYPES:
+        raise CheckpointError(f"{reader.where}: dtype {dtype!r} is not supported; supported: {', '.join(DTYPES)}")
+    return {
+        "vocab_size": reader.integer("vocab_size"),
+        "hidden_size": reader.integer("hidden_size"),
+        "intermediate_size": reader.integer("intermediate_size"),
+        "num_layers": reader.integer("num_hidden_layers"),
+        "num_heads": reader.integer("num_attention_heads"),
+        "rms_norm_eps": reader.number("rms_norm_eps", 1e-6),
+        "tie_word_embeddings": reader.flag("tie_word_embeddings", False),
+        "hidden_act": hidden_act,
+        "dtype": dtype,
+    }
+
+
+def _generation_defaults(reader: ConfigReader) -> GenerationDefaults:
+    do_sample = reader.values.get("do_sample")
+    return GenerationDefaults(
+        do_sample=None if do_sample is None else reader.flag("do_sample", False),
+        temperature=reader.optional_number("temperature", zero_allowed=True),
+        top_k=reader.optional_integer("top_k", low=0),
+        top_p=reader.optional_number("top_p"),
+        min_p=reader.optional_number("min_p", zero_allowed=True),
+        repetition_penalty=reader.optional_number("repetition_penalty"),
+    )

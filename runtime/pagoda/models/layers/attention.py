@@ -1,0 +1,72 @@
+"""Self-attention over a paged KV cache."""
+
+from __future__ import annotations
+
+import torch
+from pagoda_kernels.attention import AttentionMetadata, paged_attention, write_kv
+from pagoda_kernels.rope import apply_rotary
+from torch import nn
+
+from pagoda.models.config import ModelConfig
+from pagoda.models.layers.linear import Linear
+from pagoda.models.layers.norm import RMSNorm
+
+
+class SelfAttention(nn.Module):
+    """Grouped-query attention (Ainslie et al., 2023) with rotary positions, and query and key norm where the family has it."""
+
+    def __init__(
+        self, config: ModelConfig, sliding_window: int | None, *, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.num_kv_heads = config.num_kv_heads
+        self.head_dim = config.head_dim
+        self.scale = config.head_dim**-0.5
+        self.sliding_window = sliding_window
+        query_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.qkv_proj = Linear(
+            config.hidden_size,
+            {"q_proj": query_size, "k_proj": kv_size, "v_proj": kv_size},
+            bias=config.qkv_bias,
+            dtype=dtype,
+            device=device,
+        )
+        self.o_proj = Linear(
+            query_size, {"o_proj": config.hidden_size}, bias=config.output_bias, dtype=dtype, device=device
+        )
+        self.q_norm = self.k_norm = None
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype=dtype, device=device)
+            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype=dtype, device=device)
+
+    def weight_targets(self, prefix: str) -> dict[str, torch.Tensor]:
+        """Projections, and the norms of queries and keys where there are any."""
+        targets = {**self.qkv_proj.weight_targets(prefix), **self.o_proj.weight_targets(prefix)}
+        if self.q_norm is not None and self.k_norm is not None:
+            targets.update(self.q_norm.weight_targets(f"{prefix}q_norm."))
+            targets.update(self.k_norm.weight_targets(f"{prefix}k_norm."))
+        return targets
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        kv_cache: tuple[torch.Tensor, torch.Tensor],
+        metadata: AttentionMetadata,
+    ) -> torch.Tensor:
+        """Write this step's keys and values to the cache, then attend.
+
+        x [T, hidden_size] to the same shape; `rotary` is what `RotaryEmbedding` gives for the tokens' positions; `kv_cache`
+        is this layer's `(k, v)`, each [num_blocks, num_kv_heads, block_size, head_dim].
+        """
+        heads = self.qkv_proj(x).view(x.shape[0], -1, self.head_dim)
+        query, key, value = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query)[0], self.k_norm(key)[0]
+        query, key = apply_rotary(query, key, *rotary)
+        k_cache, v_cache = kv_cache
+        write_kv(key, value, k_cache, v_cache, metadata.slot_mapping)
+        attended = paged_attention(query, k_cache, v_cache, metadata, self.scale, self.sliding_window)
+        output: torch.Tensor = self.o_proj(attended.flatten(1))
+        return output

@@ -1,0 +1,24 @@
+"""Normalization layers."""
+
+from __future__ import annotations
+
+import torch
+from pagoda_kernels.norm import rms_norm
+from torch import nn
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm over the last dimension, fused with the addition to the residual stream."""
+
+    def __init__(self, size: int, eps: float, *, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size, dtype=dtype, device=device), requires_grad=False)
+        self.eps = eps
+
+    def weight_targets(self, prefix: str) -> dict[str, torch.Tensor]:
+        """The layer's one tensor; `prefix` is the layer's own."""
+        return {f"{prefix}weight": self.weight}
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """x [..., size] to `(normed, new_residual)`, see `pagoda_kernels.norm.rms_norm`."""
+        return rms_norm(x, self.weight, self.eps, residual)
