@@ -1,0 +1,189 @@
+"""The values that `auto` stands for, each with the reason that is printed.
+
+Pure functions of the configuration, the checkpoint and the hardware report; they import neither torch nor pydantic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+from pagoda.config.hardware import CpuReport, GpuReport
+from pagoda.config.schema import PagodaConfig
+from pagoda.config.values import format_bytes
+from pagoda.errors import ConfigError
+
+GIVEN = "as given"
+# A step should take well under a second, so that running requests are not held up by another's prompt: small chunks on
+# CPU, where prefill runs at hundreds of tokens a second; large ones on a GPU, where it takes thousands to be compute-bound.
+CPU_BATCHED_TOKENS = 512
+GPU_BATCHED_TOKENS = 8192
+# Beyond these, decode throughput hardly grows and every sequence only gets slower.
+CPU_SEQUENCES = 32
+GPU_SEQUENCES = 256
+# On CPU the KV cache shares memory with everything else of the machine, so it takes a part of what is free.
+CPU_KV_SHARE = 0.5
+CPU_KV_CAP_BYTES = 16 * 2**30
+# Instruction sets that multiply bfloat16 natively; without them it is emulated and slower than float32.
+BFLOAT16_SETS = ("amx_bf16", "avx512_bf16", "svebf16", "bf16")
+AMPERE = (8, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One resolved value and why it is so."""
+
+    key: str
+    value: Any
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.key} = {self.value} ({self.reason})"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResolvedSettings:
+    """The settings that the engine needs and that a configuration may leave to be chosen; `choices` holds their reasons.
+
+    `device` is "cpu" or "cuda"; `dtype` "float32", "bfloat16" or "float16". `max_model_len` and the size of the KV cache
+    are not here: they need the weights in memory first (see `kv_fit`).
+    """
+
+    device: str
+    dtype: str
+    threads: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    choices: tuple[Choice, ...]
+
+
+def resolve(
+    config: PagodaConfig, *, checkpoint_dtype: str | None, cpu: CpuReport, gpus: Collection[GpuReport] = ()
+) -> ResolvedSettings:
+    """Choose everything that can be chosen before weights are loaded.
+
+    `checkpoint_dtype`: what config.json says, None if it does not. `gpus`: what torch sees, empty for none.
+
+    Raises:
+        ConfigError: the device asked for is not there, or cannot run the dtype asked for.
+    """
+    device = choose_device(config.device, gpus)
+    capability = min((gpu.capability for gpu in gpus), default=None) if device.value == "cuda" else None
+    sequences = choose_max_num_seqs(config.max_num_seqs, device.value, config.max_num_batched_tokens)
+    choices = (
+        device,
+        choose_dtype(config.dtype, checkpoint_dtype, capability, cpu.instruction_sets),
+        choose_threads(config.threads, cpu),
+        sequences,
+        choose_max_num_batched_tokens(config.max_num_batched_tokens, device.value, sequences.value),
+    )
+    return ResolvedSettings(**{choice.key: choice.value for choice in choices}, choices=choices)
+
+
+def choose_device(asked: str, gpus: Collection[GpuReport]) -> Choice:
+    """The device: cuda when there is a GPU, unless told otherwise."""
+    if asked == "cuda" and not gpus:
+        raise ConfigError("device=cuda: torch sees no CUDA GPU here; use cpu or auto")
+    if asked != "auto":
+        return Choice("device", asked, GIVEN)
+    if gpus:
+        return Choice("device", "cuda", f"{len(gpus)} GPU found")
+    return Choice("device", "cpu", "no GPU found")
+
+
+def choose_dtype(
+    asked: str, checkpoint: str | None, capability: tuple[int, int] | None, instruction_sets: Collection[str]
+) -> Choice:
+    """The dtype of weights and activations. `capability`: the GPU's, None on CPU.
+
+    On a GPU the checkpoint's half-precision type; bfloat16 for a float32 one, which no tensor core multiplies at full speed.
+    On CPU, float32 stays, for nothing is gained by losing digits unasked. bfloat16 and float16 become bfloat16 where the CPU
+    multiplies it natively: decoding is bound by reading weights, and half the bytes are twice the speed; that float16 loses
+    three bits of its fraction thereby matters less than running it in software. Elsewhere both become float32, which holds
+    every value of either exactly.
+    """
+    if asked != "auto":
+        if asked == "bfloat16" and capability is not None and capability < AMPERE:
+            raise ConfigError(
+                f"dtype=bfloat16: this GPU (capability {_dotted(capability)}) has none; use float16 or float32"
+            )
+        return Choice("dtype", asked, GIVEN)
+    stored = checkpoint or "float32"
+    origin = f"the checkpoint is {stored}" if checkpoint else "the checkpoint names no dtype"
+    if capability is not None:
+        return _gpu_dtype(stored, origin, capability)
+    if stored == "float32":
+        return Choice("dtype", "float32", origin)
+    native = next((name for name in BFLOAT16_SETS if name in instruction_sets), None)
+    if native is not None:
+        return Choice("dtype", "bfloat16", f"{origin} and this CPU multiplies bfloat16 ({native})")
+    return Choice("dtype", "float32", f"{origin}, which float32 holds exactly, and this CPU multiplies no bfloat16")
+
+
+def choose_threads(asked: int | None, cpu: CpuReport) -> Choice:
+    """Compute threads: one a physical core; hyperthreads share the units that matrix products use."""
+    if asked is not None:
+        return Choice("threads", asked, GIVEN)
+    if cpu.usable_cores < cpu.physical_cores:
+        return Choice("threads", cpu.usable_cores, f"the container's CPU quota is {cpu.quota:g}")
+    return Choice("threads", cpu.usable_cores, f"{cpu.physical_cores} physical cores")
+
+
+def choose_max_num_seqs(asked: int | None, device: str, batched_tokens: int | None) -> Choice:
+    """Most sequences in a step; `batched_tokens` is the token budget if one is given, which bounds it."""
+    if asked is not None:
+        return Choice("max_num_seqs", asked, GIVEN)
+    usual = GPU_SEQUENCES if device == "cuda" else CPU_SEQUENCES
+    if batched_tokens is not None and batched_tokens < usual:
+        return Choice("max_num_seqs", batched_tokens, f"max_num_batched_tokens is {batched_tokens}")
+    return Choice("max_num_seqs", usual, f"usual on {device}")
+
+
+def choose_max_num_batched_tokens(asked: int | None, device: str, sequences: int) -> Choice:
+    """Most tokens in a step; at least one a sequence."""
+    if asked is not None:
+        return Choice("max_num_batched_tokens", asked, GIVEN)
+    usual = GPU_BATCHED_TOKENS if device == "cuda" else CPU_BATCHED_TOKENS
+    if usual < sequences:
+        return Choice("max_num_batched_tokens", sequences, f"max_num_seqs is {sequences}")
+    return Choice("max_num_batched_tokens", usual, f"usual on {device}")
+
+
+def choose_cpu_kv_cache_bytes(
+    asked: int | None,
+    *,
+    memory_available: int,
+    block_bytes: int,
+    block_size: int,
+    max_model_len: int,
+    max_num_seqs: int,
+) -> Choice:
+    """Memory of the KV cache on CPU, once weights are loaded.
+
+    Half of the memory that is free now, at most 16 GiB, and no more than all sequences at their longest could use.
+    `memory_available`: bytes. `max_model_len`: what is asked for, else the model's own limit.
+    """
+    if asked is not None:
+        return Choice("kv_cache_memory_bytes", asked, GIVEN)
+    blocks_of_all = max_num_seqs * -(-max_model_len // block_size) + 1
+    bounds = {
+        f"{CPU_KV_SHARE:.0%} of {format_bytes(memory_available)} free": int(memory_available * CPU_KV_SHARE),
+        f"the most that is taken unasked, {format_bytes(CPU_KV_CAP_BYTES)}": CPU_KV_CAP_BYTES,
+        f"all that {max_num_seqs} sequences of {max_model_len} tokens can use": blocks_of_all * block_bytes,
+    }
+    reason = min(bounds, key=lambda name: bounds[name])
+    return Choice("kv_cache_memory_bytes", bounds[reason], reason)
+
+
+def _gpu_dtype(stored: str, origin: str, capability: tuple[int, int]) -> Choice:
+    if stored == "float16":
+        return Choice("dtype", "float16", origin)
+    if capability >= AMPERE:
+        reason = origin if stored == "bfloat16" else f"{origin}, and GPUs multiply bfloat16 many times faster"
+        return Choice("dtype", "bfloat16", reason)
+    return Choice("dtype", "float16", f"{origin}, and this GPU (capability {_dotted(capability)}) has no bfloat16")
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))
