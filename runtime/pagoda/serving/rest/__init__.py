@@ -1,0 +1,1 @@
+"""REST: routes, bodies, streams, and the way errors look in them."""

@@ -1,0 +1,108 @@
+"""Server-sent events whose source ends when the client leaves, and whose client sees an HTTP status for an early error.
+
+The status line waits for the first event, so that a refused request is a 400 or a 429 and not a broken stream. Where the
+first event takes long (a full queue, a long prompt) the stream is opened with a comment, and further comments keep proxies
+from closing it; an error then arrives as an event.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+
+import orjson
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from pagoda.serving.rest.disconnect import end_tasks, wait_for_disconnect
+
+OPEN_AFTER_SECONDS = 10.0
+COMMENT_EVERY_SECONDS = 15.0
+STALLED_READER_SECONDS = 60.0
+COMMENT = b": waiting for the first token\n\n"
+DONE = b"data: [DONE]\n\n"
+
+Events = AsyncGenerator[bytes, None]
+ErrorEvent = Callable[[Exception], bytes]
+
+
+def event(content: object) -> bytes:
+    """`content` (plain values) as one event."""
+    return b"data: " + orjson.dumps(content) + b"\n\n"
+
+
+async def open_event_stream(request: Request, events: Events, error_event: ErrorEvent) -> EventStream:
+    """The answer that streams `events`; raises what the source raises before its first event.
+
+    `error_event` makes the last event of a stream whose source raised later.
+    """
+    first = asyncio.ensure_future(_first(events))
+    leaving = asyncio.ensure_future(wait_for_disconnect(request.receive))
+    try:
+        await asyncio.wait((first, leaving), timeout=OPEN_AFTER_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        if leaving.done():
+            raise ClientDisconnect
+        if first.done():
+            first.result()
+    except BaseException:
+        await end_tasks(first, leaving)
+        await events.aclose()
+        raise
+    return EventStream(first, events, leaving, error_event)
+
+
+class EventStream(Response):
+    """The answer of `open_event_stream`. A client that reads nothing for `STALLED_READER_SECONDS` is given up."""
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self, first: asyncio.Future[bytes], events: Events, leaving: asyncio.Future[None], error_event: ErrorEvent
+    ) -> None:
+        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
+        del self.headers["content-length"]
+        self._first = first
+        self._events = events
+        self._leaving = leaving
+        self._error_event = error_event
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send events until the source ends or the client leaves; the source is closed either way."""
+        sending = asyncio.ensure_future(self._send_all(send))
+        try:
+            await asyncio.wait((sending, self._leaving), return_when=asyncio.FIRST_COMPLETED)
+            if sending.done():
+                sending.result()
+        finally:
+            await end_tasks(sending, self._leaving, self._first)
+            await self._events.aclose()
+
+    async def _send_all(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        while not self._first.done():
+            await _send_body(send, COMMENT)
+            await asyncio.wait((self._first,), timeout=COMMENT_EVERY_SECONDS)
+        try:
+            await _send_body(send, await self._first)
+            async for piece in self._events:
+                await _send_body(send, piece)
+        except ClientDisconnect:
+            raise
+        except Exception as error:
+            await _send_body(send, self._error_event(error))
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _first(events: Events) -> bytes:
+    async for piece in events:
+        return piece
+    return b""
+
+
+async def _send_body(send: Send, body: bytes) -> None:
+    try:
+        async with asyncio.timeout(STALLED_READER_SECONDS):
+            await send({"type": "http.response.body", "body": body, "more_body": True})
+    except TimeoutError:
+        raise ClientDisconnect from None
