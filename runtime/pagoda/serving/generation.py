@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
 from pagoda.errors import DeadlineExceededError, EngineNotReadyError, InvalidRequestError
@@ -85,6 +85,14 @@ def check_job_count(jobs: Sequence[GenerationJob]) -> None:
         )
 
 
+def limit_time(job: GenerationJob, seconds: float | None) -> GenerationJob:
+    """`job` with at most `seconds` to live; None changes nothing."""
+    own = job.options.timeout_seconds
+    if seconds is None or (own is not None and own <= seconds):
+        return job
+    return replace(job, options=replace(job.options, timeout_seconds=seconds))
+
+
 class GenerationRunner:
     """Runs the jobs of all protocols, and knows how many are under way.
 
@@ -124,7 +132,8 @@ class GenerationRunner:
         self._is_stopped = True
         now = asyncio.get_running_loop().time()
         for wait in self._waits:
-            wait.reschedule(now)
+            if not wait.expired():
+                wait.reschedule(now)
 
     async def stream(self, job: GenerationJob, request_id: str) -> AsyncGenerator[GenerationChunk, None]:
         """The chunks of a job as they come. Close the iterator (or cancel its reader) to abort the job in the engine.

@@ -16,21 +16,23 @@ from kserve.protocol.dataplane import DataPlane
 import pagoda
 from pagoda.errors import InvalidRequestError, ModelNotFoundError
 from pagoda.serving.context import ServingContext
+from pagoda.serving.generation import limit_time
+from pagoda.serving.parameters import TIMEOUT_HEADER, parse_timeout_header
 from pagoda.serving.rest.v2_json import infer_outputs
 from pagoda.serving.tensors import shown
-from pagoda.serving.v2 import INPUTS, MODEL_VERSION, OUTPUTS, PLATFORM, from_infer_request, output_tensors, parse_infer
-
-SERVER_NAME = "pagoda"
-EXTENSIONS = (
-    "model_repository",
-    "model_repository_extension",  # KServe's name of the same
-    "binary_tensor_data",
-    "parameters",
-    "generate",
+from pagoda.serving.v2 import (
+    EXTENSIONS,
+    INPUTS,
+    MODEL_VERSION,
+    OUTPUTS,
+    PLATFORM,
+    from_infer_request,
+    output_tensors,
+    parse_infer,
 )
 
 
-class PagodaModel(Model):
+class PagodaModel(Model):  # type: ignore[misc]  # kserve is not typed
     """The served model. Registered before it is ready: KServe takes in only models that say they are."""
 
     def __init__(self, context: ServingContext, start_engine: Callable[[], Awaitable[None]]) -> None:
@@ -73,9 +75,13 @@ class PagodaModel(Model):
         """Generate for every prompt of `payload`; cancelling the call aborts them in the engine."""
         runner = self.context.runner
         batch = parse_infer(from_infer_request(payload), runner.generator.sampling_params)
+        seconds = parse_timeout_header((headers or {}).get(TIMEOUT_HEADER))
+        jobs = [limit_time(job, seconds) for job in batch.jobs]
         if batch.stream:
-            raise InvalidRequestError("infer does not stream; use generate_stream, or gRPC's ModelStreamInfer", "stream")
-        results = await runner.collect_all(batch.jobs, f"infer-{uuid.uuid4().hex}")
+            raise InvalidRequestError(
+                "infer does not stream; use generate_stream, or gRPC's ModelStreamInfer", "stream"
+            )
+        results = await runner.collect_all(jobs, f"infer-{uuid.uuid4().hex}")
         return InferResponse(
             response_id=payload.id or uuid.uuid4().hex,
             model_name=self.name,
@@ -85,14 +91,14 @@ class PagodaModel(Model):
         )
 
 
-class EngineDataPlane(DataPlane):
+class EngineDataPlane(DataPlane):  # type: ignore[misc]  # kserve is not typed
     """KServe's data plane over the one health of the server."""
 
     def __init__(self, model_registry: ModelRepository, context: ServingContext) -> None:
         super().__init__(model_registry=model_registry)
         self._context = context
 
-    async def live(self) -> dict[str, str]:  # type: ignore[override]
+    async def live(self) -> dict[str, str]:
         """KServe's spelling of liveness."""
         return {"status": "alive" if self._context.health.is_live else "dead"}
 
@@ -102,7 +108,7 @@ class EngineDataPlane(DataPlane):
 
     def metadata(self) -> dict[str, Any]:
         """V2 server metadata."""
-        return {"name": SERVER_NAME, "version": pagoda.__version__, "extensions": list(EXTENSIONS)}
+        return {"name": PLATFORM, "version": pagoda.__version__, "extensions": list(EXTENSIONS)}
 
     async def model_metadata(self, model_name: str) -> dict[str, Any]:
         """V2 model metadata."""

@@ -18,6 +18,7 @@ from pagoda.serving.tensors import shown
 
 MAX_INTEGER = 2**31 - 1
 MICROSECONDS = 1_000_000
+TIMEOUT_HEADER = "x-request-timeout-seconds"
 MAX_CACHE_SALT_CHARACTERS = 256
 MAX_TIMEOUT_SECONDS = 7 * 24 * 3600.0
 
@@ -181,14 +182,28 @@ def make_options(options: dict[str, Any]) -> RequestOptions:
         raise InvalidRequestError(f"timeout must be at least 0 microseconds, got {microseconds}", "timeout")
     if microseconds and options.get("timeout_seconds") is None:
         options["timeout_seconds"] = microseconds / MICROSECONDS
-    seconds = options.get("timeout_seconds")
-    if seconds is not None and not 0 < seconds <= MAX_TIMEOUT_SECONDS:
-        raise InvalidRequestError(
-            f"timeout_seconds must be in (0, {MAX_TIMEOUT_SECONDS:g}], got {shown(seconds)}", "timeout_seconds"
-        )
+    if options.get("timeout_seconds") is not None:
+        _check_seconds("timeout_seconds", options["timeout_seconds"])
     salt = options.get("cache_salt")
     if salt is not None and not 0 < len(salt) <= MAX_CACHE_SALT_CHARACTERS:
         raise InvalidRequestError(
             f"cache_salt must have 1 to {MAX_CACHE_SALT_CHARACTERS} characters, got {len(salt)}", "cache_salt"
         )
     return RequestOptions(**options)
+
+
+def parse_timeout_header(value: str | None) -> float | None:
+    """The seconds that the header `X-Request-Timeout-Seconds` gives the request, None without the header."""
+    if value is None:
+        return None
+    try:
+        seconds = float(value)
+    except ValueError:
+        raise InvalidRequestError(f"{TIMEOUT_HEADER} must be a number of seconds, got {shown(value)}") from None
+    _check_seconds(TIMEOUT_HEADER, seconds)
+    return seconds
+
+
+def _check_seconds(name: str, seconds: float) -> None:
+    if not 0 < seconds <= MAX_TIMEOUT_SECONDS:
+        raise InvalidRequestError(f"{name} must be in (0, {MAX_TIMEOUT_SECONDS:g}], got {shown(seconds)}", name)

@@ -31,6 +31,13 @@ from pagoda.text.output import PositionLogprobs, TokenLogprob
 
 MODEL_VERSION = "1"
 PLATFORM = "pagoda"
+EXTENSIONS = (
+    "model_repository",
+    "model_repository_extension",  # KServe's name of the same
+    "binary_tensor_data",
+    "parameters",
+    "generate",
+)
 TEXT_INPUT = "text_input"
 INPUT_IDS = "input_ids"
 INPUTS: tuple[dict[str, Any], ...] = (

@@ -1,8 +1,8 @@
 """V2 infer requests and responses on the REST wire: JSON, with tensors in it or as binary data behind it.
 
-Binary data follows Triton's binary tensor extension: the header `Inference-Header-Content-Length` says where the JSON ends; the
-data of the tensors that have a `binary_data_size` lie behind it in order. What the client's outputs say about `binary_data`, or
-`binary_data_output` of the request, decides the form of each output.
+Binary data follows Triton's binary tensor extension: the header `Inference-Header-Content-Length` says where the JSON ends, and
+the data of the tensors that have a `binary_data_size` lie behind it in order. The form of an output is what `binary_data` of the
+requested output says, else what `binary_data_output` of the request says, else JSON.
 """
 
 from __future__ import annotations
@@ -145,7 +145,9 @@ def _decode_input(entry: dict[str, Any], reader: _BinaryReader) -> InferInput:
     tensor = InferInput(name, shape, datatype, data=entry.get("data"), parameters=parameters)
     if size is not None:
         if isinstance(size, bool) or not isinstance(size, int) or size < 0:
-            raise InvalidRequestError(f"input {shown(name)}: binary_data_size must be an integer, got {shown(size)}", name)
+            raise InvalidRequestError(
+                f"input {shown(name)}: binary_data_size must be an integer, got {shown(size)}", name
+            )
         tensor._raw_data = reader.take(name, size)
     return tensor
 
