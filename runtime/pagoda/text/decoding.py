@@ -243,7 +243,9 @@ def _library_decoder(description: Mapping[str, Any]) -> Any:
         return _Joined()
     if kind == "Replace":
         pattern = description["pattern"]
-        return decoders.Replace(Regex(pattern["Regex"]) if "Regex" in pattern else pattern["String"], description["content"])
+        return decoders.Replace(
+            Regex(pattern["Regex"]) if "Regex" in pattern else pattern["String"], description["content"]
+        )
     if kind == "Metaspace":
         return decoders.Metaspace(description["replacement"], description.get("prepend_scheme", "always"))
     if kind == "WordPiece":

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
-from typing import TYPE_CHECKING, Any
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, cast
 
+from pagoda.config.schema import PagodaConfig
+from pagoda.engine.messages import EngineOutput, EngineRequest
+from pagoda.errors import DeadlineExceededError, EngineNotReadyError, InvalidRequestError, RequestFailedError
 from pagoda.sampling.params import SamplingParams
+from pagoda.text.admission import AdmissionLimits, admit
+from pagoda.text.checkpoint_defaults import read_checkpoint_defaults
 from pagoda.text.output import GenerationChunk, PositionLogprobs, TokenLogprob
+from pagoda.text.request_state import RequestTextState
 
 if TYPE_CHECKING:
     from pagoda.engine.client import EngineClient
     from pagoda.text.pool import TokenizerPool
 
 __all__ = ["GenerationChunk", "PositionLogprobs", "TextGenerator", "TokenLogprob"]
+
+_SAMPLING_NAMES = frozenset(field.name for field in fields(SamplingParams))
 
 
 class TextGenerator:
@@ -39,12 +51,30 @@ class TextGenerator:
         self.default_max_tokens = default_max_tokens
         self.default_sampling = dict(default_sampling or {})
 
+    @classmethod
+    def from_config(cls, client: EngineClient, pool: TokenizerPool, config: PagodaConfig) -> TextGenerator:
+        """The generator for the configured checkpoint; `pool` has been started.
+
+        Raises `CheckpointError` when the checkpoint's configuration cannot be read.
+        """
+        defaults = read_checkpoint_defaults(config, pool.tokenizer)
+        return cls(
+            client,
+            pool,
+            eos_token_ids=defaults.eos_token_ids,
+            default_max_tokens=config.default_max_tokens,
+            default_sampling=defaults.sampling,
+        )
+
     def sampling_params(self, given: Mapping[str, Any]) -> SamplingParams:
         """`SamplingParams` from what the client gave; a field not given takes the checkpoint's default, then ours.
 
         Raises `InvalidRequestError` naming the field for an unknown name or an impossible value.
         """
-        raise NotImplementedError
+        for name in given:
+            if name not in _SAMPLING_NAMES:
+                raise InvalidRequestError(f"there is no sampling parameter {name!r}", name)
+        return SamplingParams(**{**self.default_sampling, **given})
 
     async def generate(
         self,
@@ -57,7 +87,7 @@ class TextGenerator:
         deadline: float | None = None,
         echo: bool = False,
         add_special_tokens: bool = True,
-    ) -> AsyncIterator[GenerationChunk]:
+    ) -> AsyncGenerator[GenerationChunk, None]:
         """Stream the completion(s) of `prompt`: text, or token ids taken as they are.
 
         Chunks of the `sampling.n` choices come interleaved in the order they are made. With `echo` the first chunk of each
@@ -67,5 +97,106 @@ class TextGenerator:
         Raises, before the first chunk: `InvalidRequestError`, `QueueFullError`, `EngineNotReadyError`; at any time:
         `DeadlineExceededError`, `EngineDeadError`, `RequestFailedError`.
         """
-        raise NotImplementedError
-        yield GenerationChunk()  # an asynchronous generator
+        limits = self._limits()
+        async with _until(deadline):
+            if isinstance(prompt, str):
+                prompt_token_ids = await self.pool.encode(prompt, add_special_tokens=add_special_tokens)
+                echoed = prompt if echo else ""
+            else:
+                prompt_token_ids = prompt
+                echoed = await self._decode_prompt(prompt, sampling) if echo else ""
+        requests = admit(
+            prompt_token_ids,
+            sampling,
+            self.pool.tokenizer,
+            limits,
+            request_id=request_id,
+            priority=priority,
+            cache_salt=cache_salt,
+        )
+        states = [
+            RequestTextState(self.pool.tokenizer, prompt_token_ids, sampling, index=index, echo=echoed)
+            for index in range(sampling.n)
+        ]
+        is_single = sampling.n == 1
+        sequences = (
+            self._run(requests[0], states[0], deadline) if is_single else self._run_all(requests, states, deadline)
+        )
+        async with aclosing(sequences) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+    def _limits(self) -> AdmissionLimits:
+        ready = self.client.ready
+        if ready is None:
+            raise EngineNotReadyError("the model is still loading")
+        self.pool.max_model_len = ready.max_model_len
+        return AdmissionLimits(
+            max_model_len=ready.max_model_len,
+            vocab_size=ready.vocab_size,
+            eos_token_ids=self.eos_token_ids,
+            default_max_tokens=self.default_max_tokens,
+        )
+
+    async def _decode_prompt(self, prompt: list[int], sampling: SamplingParams) -> str:
+        return await self.pool.decode(prompt, skip_special_tokens=sampling.skip_special_tokens)
+
+    async def _run(
+        self, request: EngineRequest, state: RequestTextState, deadline: float | None
+    ) -> AsyncGenerator[GenerationChunk, None]:
+        """One sequence. However this is left, after a stop string too, the stream is closed and that aborts the request."""
+        outputs = cast("AsyncGenerator[EngineOutput, None]", self.client.submit(request))
+        async with aclosing(outputs):
+            while not state.finished:
+                async with _until(deadline):
+                    output = await anext(outputs, None)
+                if output is None:
+                    raise RequestFailedError("the engine left a request without finishing it")
+                yield state.process(output)
+
+    async def _run_all(
+        self, requests: list[EngineRequest], states: list[RequestTextState], deadline: float | None
+    ) -> AsyncGenerator[GenerationChunk, None]:
+        """All sequences of one request; the first error of any ends them all."""
+        queue: asyncio.Queue[GenerationChunk | Exception | None] = asyncio.Queue()
+
+        async def forward(request: EngineRequest, state: RequestTextState) -> None:
+            try:
+                async with aclosing(self._run(request, state, deadline)) as chunks:
+                    async for chunk in chunks:
+                        queue.put_nowait(chunk)
+                queue.put_nowait(None)
+            except Exception as error:
+                queue.put_nowait(error)
+
+        tasks = [asyncio.create_task(forward(*pair)) for pair in zip(requests, states, strict=True)]
+        try:
+            num_running = len(tasks)
+            while num_running:
+                item = await queue.get()
+                if isinstance(item, Exception):
+                    raise item
+                if item is None:
+                    num_running -= 1
+                else:
+                    yield item
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class _until:  # noqa: N801 (used like a function)
+    """A context that ends with `DeadlineExceededError` once `deadline` (monotonic seconds, None for never) has passed."""
+
+    def __init__(self, deadline: float | None) -> None:
+        self._timeout = asyncio.timeout(None if deadline is None else max(0.0, deadline - time.monotonic()))
+
+    async def __aenter__(self) -> None:
+        await self._timeout.__aenter__()
+
+    async def __aexit__(self, *exception: Any) -> None:
+        try:
+            await self._timeout.__aexit__(*exception)
+        except TimeoutError:
+            raise DeadlineExceededError("the request was not finished before its deadline") from None

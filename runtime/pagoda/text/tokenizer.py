@@ -49,17 +49,18 @@ class Tokenizer:
         self.decoder_plan = DecoderPlan(json.loads(backend.decoder.__getstate__()) if backend.decoder else None)
 
     @classmethod
-    def from_directory(cls, directory: str | Path) -> Tokenizer:
-        """Load the tokenizer of the checkpoint in `directory`; nothing is downloaded and no code of the checkpoint runs.
+    def from_directory(cls, directory: str | Path, *, trust_remote_code: bool = False) -> Tokenizer:
+        """Load the tokenizer of the checkpoint in `directory`; nothing is downloaded.
 
-        Raises `CheckpointError` when there is none or it cannot be read.
+        `trust_remote_code` lets a checkpoint without tokenizer.json bring Python code of its own.
+        Raises `CheckpointError` when there is no tokenizer or it cannot be read.
         """
         path = Path(directory)
         if not path.is_dir():
             raise CheckpointError(f"{path} is not a directory with a tokenizer")
         files = read_tokenizer_files(path)
         if not files.tokenizer_json.is_file():
-            return _from_auto_tokenizer(files)
+            return _from_auto_tokenizer(files, trust_remote_code)
         try:
             backend = TokenizersTokenizer.from_file(str(files.tokenizer_json))
         except Exception as error:  # the library raises bare Exception for every fault of the file
@@ -142,13 +143,13 @@ def _add_missing_tokens(backend: TokenizersTokenizer, files: TokenizerFiles) -> 
         backend.add_tokens(to_add)
 
 
-def _from_auto_tokenizer(files: TokenizerFiles) -> Tokenizer:
+def _from_auto_tokenizer(files: TokenizerFiles, trust_remote_code: bool) -> Tokenizer:
     """A checkpoint without tokenizer.json: transformers converts what it has (vocab.json + merges.txt, tokenizer.model)."""
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            str(files.directory), local_files_only=True, trust_remote_code=False, use_fast=True
+            str(files.directory), local_files_only=True, trust_remote_code=trust_remote_code
         )
     except Exception as error:  # transformers raises whatever the converter of the vocabulary raised
         raise CheckpointError(
@@ -160,6 +161,4 @@ def _from_auto_tokenizer(files: TokenizerFiles) -> Tokenizer:
             f"{files.directory} has a tokenizer of class {type(tokenizer).__name__}, which has no form for the tokenizers "
             f"library; convert it and save a tokenizer.json beside it"
         )
-    return Tokenizer(
-        backend, special_tokens=dict(tokenizer.special_tokens_map), chat_templates=files.chat_templates
-    )
+    return Tokenizer(backend, special_tokens=dict(tokenizer.special_tokens_map), chat_templates=files.chat_templates)

@@ -1,0 +1,133 @@
+"""The last checks before the engine: every number is known and every id exists."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from pagoda.engine.messages import EngineRequest
+from pagoda.errors import InvalidRequestError
+from pagoda.sampling.params import MAX_SEED, SamplingParams
+from pagoda.text.tokenizer import Tokenizer
+
+MAX_BAD_WORDS = 256
+MAX_BAD_WORD_CHARACTERS = 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdmissionLimits:
+    """What a request must fit into. `max_model_len`: tokens of prompt and completion. `vocab_size`: the model's."""
+
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...] = ()
+    default_max_tokens: int | None = None
+
+
+def admit(
+    prompt_token_ids: list[int],
+    sampling: SamplingParams,
+    tokenizer: Tokenizer,
+    limits: AdmissionLimits,
+    *,
+    request_id: str,
+    priority: int = 0,
+    cache_salt: str | None = None,
+) -> list[EngineRequest]:
+    """The `sampling.n` engine requests of one request, with `max_tokens` resolved and `bad_words` as ids.
+
+    With `n > 1` the requests are named `request_id-0`, ... and, when seeded, have the seeds `seed`, `seed + 1`, ...; prompt
+    log-probabilities are asked of the first alone, as all share the prompt.
+    Raises `InvalidRequestError` naming the field and the numbers that do not fit.
+    """
+    _check_prompt(prompt_token_ids, limits)
+    max_tokens = _resolve_max_tokens(sampling, len(prompt_token_ids), limits)
+    _check_ids(sampling, limits.vocab_size)
+    bad_words_token_ids = (*sampling.bad_words_token_ids, *_bad_words_token_ids(sampling.bad_words, tokenizer.encode))
+    arrival_time = time.monotonic()
+    return [
+        EngineRequest(
+            request_id=request_id if sampling.n == 1 else f"{request_id}-{index}",
+            prompt_token_ids=prompt_token_ids,
+            sampling=replace(
+                sampling,
+                n=1,
+                seed=None if sampling.seed is None else _nth_seed(sampling.seed, index),
+                bad_words_token_ids=bad_words_token_ids,
+                prompt_logprobs=sampling.prompt_logprobs if index == 0 else None,
+            ),
+            max_tokens=max_tokens,
+            eos_token_ids=limits.eos_token_ids,
+            arrival_time=arrival_time,
+            priority=priority,
+            cache_salt=cache_salt,
+        )
+        for index in range(sampling.n)
+    ]
+
+
+def _check_prompt(prompt_token_ids: Sequence[int], limits: AdmissionLimits) -> None:
+    if not prompt_token_ids:
+        raise InvalidRequestError("the prompt is empty: at least one token is needed", "prompt")
+    if len(prompt_token_ids) >= limits.max_model_len:
+        raise InvalidRequestError(
+            f"the prompt has {len(prompt_token_ids)} tokens, which leaves no room for a completion: the model's context "
+            f"has {limits.max_model_len} tokens",
+            "prompt",
+        )
+    _check_range("prompt", prompt_token_ids, limits.vocab_size)
+
+
+def _resolve_max_tokens(sampling: SamplingParams, num_prompt_tokens: int, limits: AdmissionLimits) -> int:
+    room = limits.max_model_len - num_prompt_tokens
+    if sampling.max_tokens is not None:
+        if sampling.max_tokens > room:
+            raise InvalidRequestError(
+                f"max_tokens={sampling.max_tokens} is too large: the model's context has {limits.max_model_len} tokens and "
+                f"the prompt has {num_prompt_tokens}, so max_tokens may be {room} at most",
+                "max_tokens",
+            )
+        return sampling.max_tokens
+    max_tokens = room if limits.default_max_tokens is None else min(limits.default_max_tokens, room)
+    if sampling.min_tokens > max_tokens:
+        raise InvalidRequestError(
+            f"min_tokens={sampling.min_tokens} is greater than the {max_tokens} tokens that may be generated",
+            "min_tokens",
+        )
+    return max_tokens
+
+
+def _check_ids(sampling: SamplingParams, vocab_size: int) -> None:
+    _check_range("allowed_token_ids", sampling.allowed_token_ids or (), vocab_size)
+    _check_range("logit_bias", sampling.logit_bias or (), vocab_size)
+    _check_range("stop_token_ids", sampling.stop_token_ids, vocab_size)
+    for token_ids in sampling.bad_words_token_ids:
+        _check_range("bad_words_token_ids", token_ids, vocab_size)
+
+
+def _check_range(param: str, token_ids: Iterable[int], vocab_size: int) -> None:
+    for token_id in token_ids:
+        if type(token_id) is not int or not 0 <= token_id < vocab_size:
+            raise InvalidRequestError(
+                f"{param} holds {token_id!r}, which is no token id: ids of this model are integers from 0 to {vocab_size - 1}",
+                param,
+            )
+
+
+def _bad_words_token_ids(bad_words: Sequence[str], encode: Callable[..., list[int]]) -> list[tuple[int, ...]]:
+    """Each word as it stands alone and as it follows a space; the tokens differ in most vocabularies."""
+    if len(bad_words) > MAX_BAD_WORDS or sum(map(len, bad_words)) > MAX_BAD_WORD_CHARACTERS:
+        raise InvalidRequestError(
+            f"bad_words has {len(bad_words)} words of {sum(map(len, bad_words))} characters together; at most "
+            f"{MAX_BAD_WORDS} words and {MAX_BAD_WORD_CHARACTERS} characters are allowed",
+            "bad_words",
+        )
+    spelled = (prefix + word.lstrip() for word in bad_words for prefix in ("", " "))
+    unique = dict.fromkeys(tuple(encode(text, add_special_tokens=False)) for text in spelled)
+    return [token_ids for token_ids in unique if token_ids]
+
+
+def _nth_seed(seed: int, index: int) -> int:
+    """`seed + index`, wrapped to the range of seeds."""
+    return (seed + index + MAX_SEED + 1) % (2 * MAX_SEED + 2) - MAX_SEED - 1

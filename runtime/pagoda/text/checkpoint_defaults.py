@@ -1,0 +1,44 @@
+"""What a checkpoint says about generation: which tokens end it, and how its authors would sample."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pagoda.config.schema import PagodaConfig
+from pagoda.errors import ConfigError
+from pagoda.models.config import CONFIG_FILE, ModelConfig
+from pagoda.models.config_reader import read_json_object
+from pagoda.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointDefaults:
+    """`eos_token_ids`: the model's, then the tokenizer's. `sampling`: fields of `SamplingParams` that are recommended."""
+
+    eos_token_ids: tuple[int, ...]
+    sampling: dict[str, Any]
+
+
+def read_checkpoint_defaults(config: PagodaConfig, tokenizer: Tokenizer) -> CheckpointDefaults:
+    """Read config.json and, unless `generation_config` is `none`, generation_config.json of the configured model.
+
+    Raises `CheckpointError` for a configuration that cannot be read and `ConfigError` when no model is configured.
+    """
+    if config.model is None:
+        raise ConfigError("model is not set: there is no checkpoint to read")
+    if config.generation_config == "none":
+        model = ModelConfig.from_dicts(read_json_object(Path(config.model) / CONFIG_FILE))
+    else:
+        model = ModelConfig.from_directory(config.model)
+    eos_token_ids = dict.fromkeys(model.eos_token_ids)
+    if tokenizer.eos_token_id is not None:
+        eos_token_ids[tokenizer.eos_token_id] = None
+    recommended = asdict(model.generation)
+    # Whether to sample at all is for the client to say; it does so with the temperature.
+    del recommended["do_sample"]
+    return CheckpointDefaults(
+        eos_token_ids=tuple(token_id for token_id in eos_token_ids if token_id < model.vocab_size),
+        sampling={name: value for name, value in recommended.items() if value is not None},
+    )

@@ -1,0 +1,148 @@
+"""The pool that tokenizes for the server, off its event loop, with a bound on everything."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from pagoda.config.schema import PagodaConfig
+from pagoda.errors import ConfigError, EngineNotReadyError, InvalidRequestError
+from pagoda.text.chat_template import Message
+from pagoda.text.operations import TextOperations
+from pagoda.text.process_workers import ProcessWorkers
+from pagoda.text.thread_workers import ThreadWorkers, load_in_thread
+from pagoda.text.tokenizer import Tokenizer
+from pagoda.text.workers import WorkerOptions, Workers
+
+# Handing a text to a worker and back costs about as much as tokenizing this many characters; shorter ones stay here.
+INLINE_CHARACTERS = 256
+INLINE_TOKENS = 256
+
+
+class TokenizerPool:
+    """Tokenizes, renders chats and decodes, in `size` threads or processes.
+
+    `max_model_len`, once it is known, refuses texts that are longer than that many tokens can be, before they are
+    tokenized. Every call ends: with a result, with the client's error, or with `DeadlineExceededError`.
+    """
+
+    def __init__(self, options: WorkerOptions, kind: Literal["thread", "process"] = "thread") -> None:
+        self._options = options
+        self._kind = kind
+        self._loaded: TextOperations | None = None
+        self._workers: Workers | None = None
+        self.max_model_len: int | None = None
+
+    @classmethod
+    def from_config(cls, config: PagodaConfig) -> TokenizerPool:
+        """The pool that the configuration asks for."""
+        directory = config.tokenizer or config.model
+        if directory is None:
+            raise ConfigError("there is no tokenizer: neither model nor tokenizer is set")
+        options = WorkerOptions(
+            directory=directory,
+            size=config.tokenizer_pool_size,
+            start_timeout=config.tokenizer_start_timeout_seconds,
+            call_timeout=config.tokenizer_timeout_seconds,
+            chat_template=config.chat_template,
+            trust_remote_code=config.trust_remote_code,
+        )
+        return cls(options, config.tokenizer_pool_type)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer; raises `EngineNotReadyError` until it is loaded."""
+        return self._operations.tokenizer
+
+    async def start(self) -> None:
+        """Load the tokenizer and bring all workers up.
+
+        Raises `CheckpointError` or `ConfigError` for what cannot be loaded, `EngineNotReadyError` when it takes too long.
+        """
+        # The server itself detokenizes, so it needs a tokenizer too; threads share that one.
+        self._loaded = await load_in_thread(self._options)
+        if self._kind == "thread":
+            self._workers = ThreadWorkers(self._options, self._loaded)
+        else:
+            self._workers = ProcessWorkers(self._options)
+        await self._workers.start()
+
+    async def shutdown(self, grace: float = 0.0) -> None:
+        """Refuse new calls, give running ones `grace` seconds, and end the workers."""
+        if self._workers is not None:
+            await self._workers.shutdown(grace)
+
+    async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of `text`.
+
+        Raises `InvalidRequestError` for a text that cannot fit the model's context or is not valid Unicode.
+        """
+        limit = self.max_characters
+        if limit is not None and len(text) > limit:
+            raise InvalidRequestError(
+                f"the prompt has {len(text)} characters; the model's context of {self.max_model_len} tokens has room for "
+                f"{limit} at most",
+                "prompt",
+            )
+        arguments = {"text": text, "add_special_tokens": add_special_tokens}
+        token_ids: list[int] = await self._call("encode", arguments, inline=len(text) <= INLINE_CHARACTERS)
+        return token_ids
+
+    async def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of `token_ids`; raises `InvalidRequestError` for a value that is no id at all."""
+        if not all(type(token_id) is int and 0 <= token_id < 1 << 32 for token_id in token_ids):
+            raise InvalidRequestError("token ids must be integers of 0 and above", "tokens")
+        arguments = {"token_ids": list(token_ids), "skip_special_tokens": skip_special_tokens}
+        text: str = await self._call("decode", arguments, inline=len(token_ids) <= INLINE_TOKENS)
+        return text
+
+    async def render_chat_and_encode(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        add_special_tokens: bool = False,
+        template_name: str | None = None,
+        template_variables: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Token ids of a conversation; arguments as in `ChatTemplate.render`.
+
+        A template writes the special tokens itself, so `add_special_tokens` is off unless it is asked for.
+        Raises `InvalidRequestError` when the model has no chat template or the template refuses the messages.
+        """
+        arguments = {
+            "messages": list(messages),
+            "tools": tools,
+            "documents": documents,
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+            "add_special_tokens": add_special_tokens,
+            "template_name": template_name,
+            "template_variables": template_variables,
+            "max_characters": self.max_characters,
+        }
+        token_ids: list[int] = await self._call("render_chat_and_encode", arguments, inline=False)
+        return token_ids
+
+    @property
+    def max_characters(self) -> int | None:
+        """More characters than this cannot be tokenized to `max_model_len` tokens; None while that is not known."""
+        if self.max_model_len is None:
+            return None
+        return self.max_model_len * self.tokenizer.longest_token_characters
+
+    @property
+    def _operations(self) -> TextOperations:
+        if self._loaded is None:
+            raise EngineNotReadyError("the tokenizer is still loading")
+        return self._loaded
+
+    async def _call(self, operation: str, arguments: Mapping[str, Any], *, inline: bool) -> Any:
+        if inline:
+            return self._operations.call(operation, arguments)
+        if self._workers is None:
+            raise EngineNotReadyError("the tokenizer is still loading")
+        return await self._workers.call(operation, arguments)
