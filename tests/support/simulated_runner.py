@@ -60,16 +60,16 @@ class SimulatedRunner:
         tokens = self.token_pool[slot]
         assert computed + scheduled <= len(tokens), "tokens were planned that nobody knows"
         for position in range(computed, computed + scheduled):
-            self.kv[self._place(slot, position)] = tuple(tokens[: position + 1])
+            self.kv[self.place(slot, position)] = tuple(tokens[: position + 1])
 
     def _read(self, slot: int, computed: int, scheduled: int) -> None:
         tokens = self.token_pool[slot]
         first = 0 if self.sliding_window is None else max(0, computed - self.sliding_window + 1)
         for position in range(first, computed + scheduled):
-            held = self.kv.get(self._place(slot, position))
+            held = self.kv.get(self.place(slot, position))
             assert held == tuple(tokens[: position + 1]), f"position {position} of slot {slot} holds the KV of {held}"
 
-    def _place(self, slot: int, position: int) -> tuple[int, int]:
+    def place(self, slot: int, position: int) -> tuple[int, int]:
         block_id = self.block_table[slot][position // self.block_size]
         assert block_id != 0, "the null block is written or read"
         return block_id, position % self.block_size

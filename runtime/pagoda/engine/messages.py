@@ -7,6 +7,7 @@ classes with msgspec when core and client are two processes. Times are `time.mon
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from pagoda.errors import ErrorKind
 from pagoda.sampling.output import FinishReason, TokenLogprobs
@@ -19,7 +20,7 @@ class EngineRequest:
 
     `prompt_token_ids`: at least one id below the vocabulary size. `max_tokens`: resolved, at least 1, and
     `len(prompt_token_ids) + max_tokens <= max_model_len`. `eos_token_ids` end generation unless `sampling.ignore_eos`.
-    `priority`: lower is served first. `cache_salt` separates tenants in the prefix cache. `deadline`: monotonic seconds.
+    `priority`: lower is served first. `cache_salt` separates tenants in the prefix cache.
     """
 
     request_id: str
@@ -30,7 +31,6 @@ class EngineRequest:
     arrival_time: float = 0.0
     priority: int = 0
     cache_salt: str | None = None
-    deadline: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +102,13 @@ class EngineReady:
     vocab_size: int
     kv_equation: str = ""
     stage_seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class StartCore:
+    """The first message to a core process: the configuration's fields (those that the core has no use for are left out)."""
+
+    config: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)

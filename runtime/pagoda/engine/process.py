@@ -1,0 +1,178 @@
+"""The engine core's process: `python -m pagoda.engine.process SOCKET_FD BOARD_FD`, started by `ProcessEngineClient` only.
+
+    reader thread ──inbox──▶ main thread: the loop ──outbox──▶ writer thread
+
+The main thread never waits for the network unless the outbox, which is bounded, is full. When the parent is gone the reader
+reads the end of the socket and ends the process, whatever the main thread does.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+from typing import Any
+
+from pagoda.config.schema import PagodaConfig
+from pagoda.engine import wire
+from pagoda.engine.core import EngineCore
+from pagoda.engine.messages import (
+    AbortRequests,
+    EngineFailed,
+    EngineOutput,
+    EngineOutputs,
+    EngineRequest,
+    EngineStage,
+    Shutdown,
+    StartCore,
+)
+from pagoda.engine.progress_board import ProgressBoard
+from pagoda.errors import ErrorKind, PagodaError
+from pagoda.sampling.output import FinishReason
+
+logger = logging.getLogger(__name__)
+
+_OUTBOX_LENGTH = 256  # messages the parent has not read; past that the loop waits for it
+
+
+class Connection:
+    """Frames over the inherited socket, with a thread for each direction."""
+
+    def __init__(self, fd: int) -> None:
+        self._socket = socket.socket(fileno=fd)
+        self._stream = self._socket.makefile("rb")
+        self.inbox: queue.SimpleQueue[wire.Message] = queue.SimpleQueue()
+        self._outbox: queue.Queue[wire.Message | None] = queue.Queue(_OUTBOX_LENGTH)
+        self._writing = threading.Thread(target=self._write, name="engine-writer", daemon=True)
+
+    def start(self) -> None:
+        """Start both threads."""
+        threading.Thread(target=self._read, name="engine-reader", daemon=True).start()
+        self._writing.start()
+
+    def receive(self) -> wire.Message:
+        """The next frame, read by the calling thread (before `start` only). `EOFError` when the parent is gone."""
+        header = self._stream.read(wire.HEADER.size)
+        if len(header) < wire.HEADER.size:
+            raise EOFError
+        return wire.decode(header, self._stream.read(wire.payload_size(header)))
+
+    def send(self, message: wire.Message) -> None:
+        """Hand a message to the writer; waits while the outbox is full."""
+        self._outbox.put(message)
+
+    def close(self) -> None:
+        """Send what is in the outbox, then close."""
+        self._outbox.put(None)
+        self._writing.join(timeout=5)
+        self._socket.close()
+
+    def _read(self) -> None:
+        try:
+            while True:
+                self.inbox.put(self.receive())
+        except (EOFError, OSError):
+            logger.info("the parent process is gone: the engine core ends")
+            os._exit(0)
+
+    def _write(self) -> None:
+        while (message := self._outbox.get()) is not None:
+            try:
+                self._socket.sendall(wire.encode(message))
+            except OSError:
+                return  # the parent is gone; the reader ends the process
+
+
+class CoreProcess:
+    """Drives the core with what comes from the connection."""
+
+    def __init__(self, core: EngineCore, connection: Connection, board: ProgressBoard) -> None:
+        self._core = core
+        self._connection = connection
+        self._board = board
+        self._is_ending = False
+        core.on_submit = lambda step, plan: board.write(step, plan.total_tokens, is_busy=True)
+
+    def run(self) -> None:
+        """The loop, until the parent says so."""
+        while True:
+            self._drain_inbox()
+            if self._is_ending:
+                return
+            news = self._core.step()
+            self._board.write(news.stats.step, 0, is_busy=self._core.has_work)
+            self._connection.send(news)
+
+    def _drain_inbox(self) -> None:
+        """Take all messages; wait for one when there is nothing else to do."""
+        inbox = self._connection.inbox
+        if not self._core.has_work:
+            self._board.write(self._core.stats().step, 0, is_busy=False)
+            self._take(inbox.get())
+        while not inbox.empty() and not self._is_ending:
+            self._take(inbox.get())
+
+    def _take(self, message: wire.Message) -> None:
+        if isinstance(message, EngineRequest):
+            try:
+                self._core.add_request(message)
+            except PagodaError as error:
+                self._refuse(message.request_id, error)
+        elif isinstance(message, AbortRequests):
+            self._core.abort(message.request_ids)
+        elif isinstance(message, Shutdown):
+            self._is_ending = True
+        else:
+            raise TypeError(f"the engine core does not take {type(message).__name__}")
+
+    def _refuse(self, request_id: str, error: PagodaError) -> None:
+        output = EngineOutput(
+            request_id=request_id, finish_reason=FinishReason.ERROR, error_kind=error.kind, error=str(error)
+        )
+        self._connection.send(EngineOutputs([output], self._core.stats(), 0.0))
+
+
+def main(socket_fd: int, board_fd: int) -> int:
+    """Run the core until its parent ends it; the exit code tells a clean end (0) from a lost engine (1)."""
+    # The terminal's Ctrl-C and the pod's SIGTERM are the parent's business; it tells us when to go.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    connection = Connection(socket_fd)
+    board = ProgressBoard(board_fd)
+    first = connection.receive()
+    assert isinstance(first, StartCore)
+    connection.start()
+    try:
+        _serve(first.config, connection, board)
+    except Exception as error:
+        logger.exception("the engine core failed")
+        kind = error.kind if isinstance(error, PagodaError) else ErrorKind.ENGINE_DEAD
+        message = str(error) if isinstance(error, PagodaError) else f"{type(error).__name__}: {error}"
+        connection.send(EngineFailed(kind, message))
+        connection.close()
+        return 1
+    connection.close()
+    return 0
+
+
+def _serve(fields: dict[str, Any], connection: Connection, board: ProgressBoard) -> None:
+    from pagoda.engine.startup import start_core
+    from pagoda.observability.logs import configure_logging
+
+    config = PagodaConfig(**fields)
+    configure_logging(config.log_level, config.log_format)
+    core = start_core(config, lambda name, detail: connection.send(EngineStage(name, detail)))
+    gc.collect()
+    gc.freeze()  # what start-up made lives for ever: later collections need not walk it
+    connection.send(core.ready)
+    CoreProcess(core, connection, board).run()
+    core.shutdown()
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]), int(sys.argv[2])))

@@ -1,0 +1,53 @@
+"""One page of shared memory on which the core writes how far it is.
+
+Reading it costs the core nothing and needs no answer from it, so a probe can tell a busy core from a stuck or stopped one.
+Each field is 8 aligned bytes, written by one process and read by another; a reader may see fields of two neighbouring
+updates, which no reader minds.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+import time
+from dataclasses import dataclass
+
+_LAYOUT = struct.Struct("=QQQQ")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineProgress:
+    """The core's last word: `step` steps are done, the last sign of life came at `time` (monotonic seconds), and since then
+    `scheduled_tokens` tokens are in the works; 0 when the core is idle.
+    """
+
+    step: int
+    time: float
+    scheduled_tokens: int
+    is_busy: bool
+
+
+class ProgressBoard:
+    """The page. The parent makes it, the child opens the file descriptor that it inherited."""
+
+    def __init__(self, fd: int | None = None) -> None:
+        if fd is None:
+            fd = os.memfd_create("pagoda-progress", 0)
+            os.ftruncate(fd, mmap.PAGESIZE)
+        self.fd = fd
+        self._page = mmap.mmap(fd, mmap.PAGESIZE)
+
+    def write(self, step: int, scheduled_tokens: int, *, is_busy: bool) -> None:
+        """Say that the core is alive now."""
+        _LAYOUT.pack_into(self._page, 0, step, time.monotonic_ns(), scheduled_tokens, is_busy)
+
+    def read(self) -> EngineProgress:
+        """What the core said last; all zero before it ever did."""
+        step, nanoseconds, tokens, is_busy = _LAYOUT.unpack_from(self._page, 0)
+        return EngineProgress(step, nanoseconds / 1e9, tokens, bool(is_busy))
+
+    def close(self) -> None:
+        """Unmap the page and close the descriptor."""
+        self._page.close()
+        os.close(self.fd)
