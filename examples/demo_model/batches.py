@@ -1,0 +1,75 @@
+"""Turns generated documents into training batches; a batch follows from the seed and the step alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from random import Random
+
+import torch
+from generate_data import LONG, Mixture, Pieces, document
+from tokenizers import Tokenizer
+
+# Row lengths and their shares, by the part of the run they hold from: short rows first, long recall when lookup works.
+CURRICULUM: list[tuple[float, dict[int, float]]] = [
+    (0.00, {256: 0.8, 512: 0.2}),
+    (0.15, {256: 0.5, 512: 0.3, 1024: 0.2}),
+    (0.40, {256: 0.4, 512: 0.2, 1024: 0.15, 2048: 0.25}),
+]
+TOKENS_EARLY, TOKENS_LATE, LATE = 6144, 8192, 0.4
+
+
+@dataclass(frozen=True)
+class Batch:
+    """`input_ids` int64 [rows, length]; `positions`, `targets` int64 [n], `weights` float32 [n] as DemoModel.loss takes."""
+
+    input_ids: torch.Tensor
+    positions: torch.Tensor
+    targets: torch.Tensor
+    weights: torch.Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        moved = (tensor.to(device) for tensor in (self.input_ids, self.positions, self.targets, self.weights))
+        return Batch(*moved)
+
+
+class BatchMaker:
+    """Makes one rank's share of each batch; remembers the ids of short pieces, which come again and again."""
+
+    def __init__(self, tokenizer: Tokenizer, seed: int, rank: int = 0, ranks: int = 1) -> None:
+        self.tokenizer, self.seed, self.rank, self.ranks = tokenizer, seed, rank, ranks
+        self.known: dict[str, list[int]] = {}
+
+    def encode(self, text: str) -> list[int]:
+        ids = self.known.get(text)
+        if ids is None:
+            ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+            if len(self.known) < 200_000:
+                self.known[text] = ids
+        return ids
+
+    def fits(self, pieces: Pieces, room: int) -> bool:
+        return sum(len(self.encode(text)) for text, _ in pieces) <= room
+
+    def make(self, step: int, progress: float) -> Batch:
+        """The batch of `step`; `progress` (0 to 1) chooses the lengths and the size."""
+        shares = [shares for start, shares in CURRICULUM if progress >= start][-1]
+        length = Random(f"{self.seed}/{step}").choices(list(shares), list(shares.values()))[0]
+        rows = max(1, (TOKENS_EARLY if progress < LATE else TOKENS_LATE) // length // self.ranks)
+        random = Random(f"{self.seed}/{step}/{self.rank}")
+        mixture = LONG if length >= 1024 else Mixture()
+        input_ids = torch.zeros(rows, length, dtype=torch.int64)
+        positions, targets, weights = [], [], []
+        for row in range(rows):
+            pieces = document(random, length, mixture, lambda pieces: self.fits(pieces, length))
+            column = 0
+            for text, weight in pieces:
+                for token in self.encode(text)[: length - column]:
+                    input_ids[row, column] = token
+                    if weight and column:
+                        positions.append(row * length + column - 1)
+                        targets.append(token)
+                        weights.append(weight)
+                    column += 1
+        return Batch(
+            input_ids, torch.tensor(positions), torch.tensor(targets), torch.tensor(weights, dtype=torch.float32)
+        )
