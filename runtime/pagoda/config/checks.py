@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -67,6 +68,8 @@ def allowed_values(key: str) -> str:
             parts.append("a JSON object")
         else:
             parts.append(_TYPE_NAMES[member] + _bounds(info))
+            if info.unit == "bytes":
+                parts.append("a size such as 512MiB")
     return ", or ".join(parts)
 
 
@@ -118,6 +121,23 @@ def relation_problems(values: Mapping[str, Any]) -> list[Problem]:
         refuse("quantization", "must be none: this version runs float32, bfloat16 and float16 weights only")
     if values["speculative_config"] is not None:
         refuse("speculative_config", "must be none: this version does not speculate")
+    return problems
+
+
+def path_problems(values: Mapping[str, Any]) -> list[Problem]:
+    """Files and directories that are named but not there; each value alone is sound.
+
+    Left out of construction: a configuration may be built on one machine and used on another.
+    """
+    problems = []
+    for key, info in options().items():
+        value = values[key]
+        if value is None or not info.path:
+            continue
+        if info.path == "file" and not Path(value).is_file():
+            problems.append(Problem(key, shown(key, value), "there is no such file"))
+        elif info.path == "checkpoint" and value.startswith(("/", ".", "~")) and not Path(value).is_dir():
+            problems.append(Problem(key, shown(key, value), "there is no such directory"))
     return problems
 
 

@@ -35,8 +35,8 @@ class OptionInfo:
     """What is known of one setting besides its type and default.
 
     `ge`, `le`, `gt`, `lt` bound a number. `pattern` must match a whole string, `pattern_help` says it in words. `aliases` are
-    other names under which every source accepts the setting. `auto`: None stands for a value chosen at start. `secret`: the
-    value is never printed.
+    other names under which every source accepts the setting. `path`: a file that must exist, or a checkpoint (a directory or
+    a Hugging Face id). `auto`: None stands for a value chosen at start. `secret`: the value is never printed.
     """
 
     help: str
@@ -48,6 +48,7 @@ class OptionInfo:
     pattern: str | None = None
     pattern_help: str = ""
     unit: Literal["", "bytes", "seconds", "tokens"] = ""
+    path: Literal["", "file", "checkpoint"] = ""
     aliases: tuple[str, ...] = ()
     auto: bool = False
     secret: bool = False
@@ -72,6 +73,7 @@ class PagodaConfig:
         None,
         "model",
         "Checkpoint: a directory in Hugging Face format, or a Hugging Face id. None: a small demo model made on the spot.",
+        path="checkpoint",
         aliases=("model_dir",),
     )
     model_name: str | None = _option(
@@ -82,7 +84,9 @@ class PagodaConfig:
         pattern_help="without slashes and spaces: it is a part of URLs",
         aliases=("served_model_name",),
     )
-    tokenizer: str | None = _option(None, "model", "Directory of the tokenizer, where it is not the model's own.")
+    tokenizer: str | None = _option(
+        None, "model", "Tokenizer's directory or Hugging Face id, where it is not the model's own.", path="checkpoint"
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
         "auto", "model", "Type of weights and activations; auto follows the checkpoint and what the device does well."
     )
@@ -183,8 +187,12 @@ class PagodaConfig:
     api_keys: tuple[str, ...] = _option(
         (), "server", "Keys of which a client must send one; none: no key is asked for.", secret=True
     )
-    ssl_certfile: str | None = _option(None, "server", "PEM file of the certificate chain; together with ssl_keyfile.")
-    ssl_keyfile: str | None = _option(None, "server", "PEM file of the private key; together with ssl_certfile.")
+    ssl_certfile: str | None = _option(
+        None, "server", "PEM file of the certificate chain; together with ssl_keyfile.", path="file"
+    )
+    ssl_keyfile: str | None = _option(
+        None, "server", "PEM file of the private key; together with ssl_certfile.", path="file"
+    )
 
     # Limits and deadlines
     max_body_bytes: int = _option(32 * 2**20, "limits", "Largest REST request body.", ge=1024, unit="bytes")

@@ -10,7 +10,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pagoda.config.checks import Problem, allowed_values, raise_problems, relation_problems, shown, value_problems
+from pagoda.config.checks import (
+    Problem,
+    allowed_values,
+    path_problems,
+    raise_problems,
+    relation_problems,
+    shown,
+    value_problems,
+)
 from pagoda.config.command_line import CommandLine, parse_command_line, unknown_arguments
 from pagoda.config.environment import CONFIG_FILE_VARIABLE, read_environment
 from pagoda.config.file import read_file
@@ -50,7 +58,8 @@ def load(arguments: Sequence[str] = (), environ: Mapping[str, str] | None = None
             sources[key] = value.source
         except ValueError:
             problems.append(_wrong(value))
-    problems.extend(replace(problem, source=sources[problem.key]) for problem in relation_problems(values))
+    between = relation_problems(values) + path_problems(values)
+    problems.extend(replace(problem, source=sources[problem.key]) for problem in between)
     raise_problems(problems)
     if values["model_name"] is None:
         sources["model_name"] = "derived"
@@ -79,7 +88,8 @@ def from_kwargs(arguments: Mapping[str, Any]) -> PagodaConfig:
             values[key] = plain_value(key, value.raw)
         except ValueError:
             problems.append(_wrong(value))
-    raise_problems([*problems, *contradictions, *value_problems(values)])
+    problems += contradictions + value_problems(values)
+    raise_problems(problems or path_problems(values))
     return _with_name(values)
 
 
@@ -131,4 +141,4 @@ def _wrong(value: Given) -> Problem:
 
 def _with_name(values: dict[str, Any]) -> PagodaConfig:
     """The configuration with its `model_name` derived from the model where none is given."""
-    return PagodaConfig(**values | {"model_name": values["model_name"] or default_model_name(values["model"])})
+    return PagodaConfig(**{**values, "model_name": values["model_name"] or default_model_name(values["model"])})

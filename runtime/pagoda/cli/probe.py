@@ -1,0 +1,106 @@
+"""`pagoda probe`: the exec probes of a pod.
+
+Kubernetes starts this again and again, so it imports nothing heavy and needs a fraction of a second. It asks the server over
+loopback, under the port and scheme that the configuration's sources name, and never enqueues work.
+
+    startup  passes once the engine has been started, for good: a later fault is the other probes' affair
+    ready    passes while requests are taken
+    live     fails when only a restart can help
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import os
+import ssl
+from collections.abc import Sequence
+
+from pagoda.config.checks import Problem, allowed_values, raise_problems, value_problems
+from pagoda.config.command_line import parse_command_line
+from pagoda.config.names import Given
+from pagoda.config.schema import option_defaults
+from pagoda.config.sources import gather
+
+PATHS = {"startup": "/health", "ready": "/v2/health/ready", "live": "/v2/health/live"}
+STARTED_STATES = ("ready", "degraded", "draining")
+DEFAULT_TIMEOUT_SECONDS = 3.0
+MAX_ANSWER_BYTES = 65536
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Print one line with the server's answer; exit status 0 if the probe passes, 1 if not.
+
+    Settings of the server may stand on the command line too (`--http-port`, `--config`); only port and TLS are looked at.
+    """
+    line = parse_command_line(arguments)
+    parser = argparse.ArgumentParser(
+        prog="pagoda probe", description="Ask the server on this machine.", allow_abbrev=False
+    )
+    parser.add_argument("probe", choices=PATHS)
+    parser.add_argument("--timeout", type=float, default=DEFAULT_TIMEOUT_SECONDS, metavar="SECONDS")
+    own = parser.parse_args(line.others)
+    given, _ = gather(line, os.environ)  # what else is wrong there is the server's to say
+    raise_problems(line.problems)
+    port = _port(given)
+    scheme = "https" if "ssl_certfile" in given else "http"
+    try:
+        passed, answer = probe(own.probe, port, scheme, own.timeout)
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        passed, answer = False, f"{scheme}://127.0.0.1:{port}{PATHS[own.probe]}: {error or type(error).__name__}"
+    print(f"{own.probe}: {'yes' if passed else 'no'}: {answer}")
+    return 0 if passed else 1
+
+
+def probe(name: str, port: int, scheme: str, timeout: float) -> tuple[bool, str]:
+    """Whether the probe `name` passes, and the server's answer in words. `timeout`: seconds.
+
+    Raises:
+        OSError, http.client.HTTPException: no answer. ValueError: an answer that is not Pagoda's.
+    """
+    status, body = _get(PATHS[name], port, scheme, timeout)
+    if name != "startup":
+        return status == 200, f"status {status}"
+    health = json.loads(body)
+    if not isinstance(health, dict) or "state" not in health:
+        raise ValueError(f"status {status}, and the answer tells no state: another server listens there")
+    words = [f"state {health['state']}"]
+    words += [f"{key} {health[key]}" for key in ("stage", "detail", "cause") if health.get(key)]
+    return health["state"] in STARTED_STATES, ", ".join(words)
+
+
+def _get(path: str, port: int, scheme: str, timeout: float) -> tuple[int, bytes]:
+    connection: http.client.HTTPConnection
+    if scheme == "https":
+        # As the kubelet does: the certificate is made out to the service's name, not to 127.0.0.1.
+        context = ssl.create_default_context()
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+        connection = http.client.HTTPSConnection("127.0.0.1", port, timeout=timeout, context=context)
+    else:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)
+    try:
+        connection.request("GET", path, headers={"Connection": "close"})
+        response = connection.getresponse()
+        return response.status, response.read(MAX_ANSWER_BYTES)
+    finally:
+        connection.close()
+
+
+def _port(given: dict[str, Given]) -> int:
+    """The server's REST port; a `ConfigError` for one that is none, as the server itself would raise."""
+    value = given.get("http_port")
+    if value is None:
+        return int(option_defaults()["http_port"])
+    try:
+        port = int(value.raw)
+    except (TypeError, ValueError):
+        port = -1
+    values = {**option_defaults(), "http_port": port, "grpc_port": 0}
+    if port == 0:
+        raise_problems([Problem("http_port", "0", "a probe needs the port that the server listens on", value.source)])
+    if value_problems(values):
+        allowed = f"must be {allowed_values('http_port')}"
+        raise_problems([Problem("http_port", str(value.raw), allowed, value.source)])
+    return port

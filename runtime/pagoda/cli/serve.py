@@ -1,0 +1,30 @@
+"""`pagoda serve`: the server, with every setting as an option."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+HEAD = """usage: pagoda serve [--model DIR|HF-ID] [OPTIONS]
+
+Serves a model over REST, gRPC and OpenAI routes. Settings come from the command line, then from the file that --config names
+(YAML or JSON), then from the environment (--max-model-len is PAGODA_MAX_MODEL_LEN), then from the defaults below. Dashes and
+underscores are the same; sizes may be written 512MiB or 2GiB; `pagoda doctor` shows what is in effect and why.
+
+  --config FILE
+          Settings in a file. Also: PAGODA_CONFIG
+"""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Serve until told to stop; the exit status is the server's."""
+    from pagoda.config.command_line import options_help
+    from pagoda.config.sources import load
+
+    if "-h" in arguments or "--help" in arguments:
+        print(HEAD)
+        print(options_help(), end="")
+        return 0
+    loaded = load(arguments)
+    from pagoda.serving.server import run as run_server
+
+    return int(run_server(loaded) or 0)
