@@ -14,7 +14,7 @@ from pagoda.errors import ErrorKind
 from pagoda.observability.engine_collector import EngineCollector, ObservedEngine, StepMeter
 
 FINISHED_REASONS = ("stop", "length", "abort", "error")
-ABORT_CAUSES = ("client", "deadline", "engine")
+ABORT_CAUSES = ("client", "deadline", "server")
 
 TIME_TO_FIRST_TOKEN_BUCKETS = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),

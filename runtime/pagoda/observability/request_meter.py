@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from pagoda.errors import DeadlineExceededError, ErrorKind, PagodaError
+from pagoda.errors import DeadlineExceededError, EngineNotReadyError, ErrorKind, PagodaError
 from pagoda.observability.metrics import Metrics
 from pagoda.observability.request_timer import RequestTimer
 
@@ -100,7 +100,7 @@ class RequestMeter:
         timer.tokens(len(chunk.token_ids), now)
         if chunk.finish_reason is not None:
             reason = str(chunk.finish_reason)
-            timer.end(reason, now, abort_cause="engine" if reason == "abort" else None)
+            timer.end(reason, now, abort_cause="server" if reason == "abort" else None)
         self._metrics.observe_steps()
 
     def on_end(self, error: BaseException | None) -> None:
@@ -117,6 +117,8 @@ def _ending(error: BaseException | None) -> tuple[str, str | None]:
     """Finish reason, and cause of the abort, of sequences that `error` cut off."""
     if isinstance(error, DeadlineExceededError):
         return "abort", "deadline"
+    if isinstance(error, EngineNotReadyError):
+        return "abort", "server"
     if error is None or isinstance(error, asyncio.CancelledError | GeneratorExit):
         return "abort", "client"
     return "error", None
