@@ -1,0 +1,193 @@
+"""One step on one rank: apply the plan, run the model, sample, and leave the answer on its way to the host."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pagoda.execution.input_batch import InputBatch, StepInputs
+from pagoda.models.decoder import DecoderForCausalLM, KVCache
+from pagoda.sampling.logprobs import LogprobTensors, RawDistribution
+from pagoda.sampling.output import TokenLogprobs
+from pagoda.sampling.rows import SlotRequest
+from pagoda.sampling.sampler import Sampler, SamplerOutput, row_error
+from pagoda.sampling.selection import pad_to_blocks
+from pagoda.sampling.transfer import DeviceMark, download
+from pagoda.scheduling.plan import NewRequest, StepPlan, StepResult
+
+# Logits computed at once for prompt logprobs: 32 MiB of float32, whatever the prompt's length.
+_MAX_PROMPT_LOGITS = 1 << 23
+
+
+@dataclass(frozen=True, slots=True)
+class _PromptLogprobs:
+    """Of a row of the plan: log-probabilities of its next prompt tokens, in pieces, with `count` best tokens each."""
+
+    plan_row: int
+    count: int
+    pieces: list[LogprobTensors]
+
+
+class PendingStep:
+    """A step given to the device. `result` waits for it; everything before is free of waiting."""
+
+    def __init__(
+        self,
+        plan: StepPlan,
+        errors: dict[int, str],
+        device: torch.device,
+        inputs: StepInputs | None = None,
+        sampled: SamplerOutput | None = None,
+        prompt_logprobs: list[_PromptLogprobs] | None = None,
+    ) -> None:
+        self._step_id = plan.step_id
+        self._num_rows = len(plan.slots)
+        self._errors = errors
+        self._sampling_plan_rows: list[int] = []
+        if inputs is not None:
+            self._sampling_plan_rows = inputs.plan_rows[inputs.sampling_rows].tolist()
+        self._sampled = _downloaded(sampled) if sampled is not None else None
+        self._prompt_logprobs = [
+            _PromptLogprobs(row.plan_row, row.count, [_downloaded_logprobs(piece) for piece in row.pieces])
+            for row in prompt_logprobs or []
+        ]
+        self._mark = DeviceMark(device)
+
+    def result(self) -> StepResult:
+        """Wait for the device and return what it made of the plan. To be called once."""
+        self._mark.wait()
+        result = StepResult(self._step_id, [[] for _ in range(self._num_rows)], errors=self._errors)
+        if self._sampled is not None:
+            self._take_sampled(self._sampled, result)
+        for row in self._prompt_logprobs:
+            self._take_prompt_logprobs(row, result)
+        return result
+
+    def _take_sampled(self, sampled: SamplerOutput, result: StepResult) -> None:
+        token_ids = sampled.token_ids.tolist()
+        for index, plan_row in enumerate(self._sampling_plan_rows):
+            result.sampled_token_ids[plan_row] = [token_ids[index]]
+        if not bool(sampled.best_logits.isfinite().all()):
+            for plan_row, best_logit in zip(self._sampling_plan_rows, sampled.best_logits.tolist(), strict=True):
+                error = row_error(best_logit)
+                if error is not None:
+                    result.errors[plan_row] = error
+                    result.sampled_token_ids[plan_row] = []
+        if sampled.logprobs is not None:
+            entries = sampled.logprobs.to_lists(sampled.logprob_counts)
+            for index, entry in zip(sampled.logprob_rows.tolist(), entries, strict=True):
+                plan_row = self._sampling_plan_rows[index]
+                if plan_row not in result.errors:
+                    result.logprobs[plan_row] = [entry]
+
+    @staticmethod
+    def _take_prompt_logprobs(row: _PromptLogprobs, result: StepResult) -> None:
+        entries: list[TokenLogprobs] = []
+        for piece in row.pieces:
+            entries.extend(piece.to_lists([row.count] * len(piece.ranks)))
+            if bool(piece.logprobs.isnan().any()):
+                result.errors[row.plan_row] = "the model computed NaN logits for this request"
+                result.sampled_token_ids[row.plan_row] = []
+        if row.plan_row not in result.errors:
+            result.prompt_logprobs[row.plan_row] = entries
+
+
+class ModelRunner:
+    """Runs plans. `kv_caches`: one `(k, v)` a layer, see `DecoderForCausalLM.forward`."""
+
+    def __init__(
+        self, model: DecoderForCausalLM, kv_caches: list[KVCache], batch: InputBatch, *, seed: int | None
+    ) -> None:
+        self.model = model
+        self.kv_caches = kv_caches
+        self.batch = batch
+        self.sampler = Sampler(vocab_size=batch.vocab_size, token_pool=batch.token_pool, seed=seed)
+        # Slots whose requests want prompt logprobs: how many best tokens, and the length of the prompt.
+        self._prompt_logprobs: dict[int, tuple[int, int]] = {}
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan) -> PendingStep:
+        """Run a plan. Returns when the device has been given the work, which on a CPU is when it is done.
+
+        A fault of one request is in `StepResult.errors`. Anything that is raised here concerns the whole step; the slots
+        stay consistent, and the next plan, which releases those of the failed step, can be run.
+        """
+        for slot in plan.released_slots:
+            self._release(slot)
+        for new in plan.new_requests:
+            self._prompt_logprobs.pop(new.slot, None)
+            self.batch.enter(new, self._prepare)
+        self.batch.append_blocks(plan)
+        inputs = self.batch.build(plan)
+        errors = {
+            row: self.batch.slot_errors[slot] for row, slot in enumerate(plan.slots) if slot in self.batch.slot_errors
+        }
+        if inputs is None:
+            return PendingStep(plan, errors, self.batch.device)
+        hidden = self.model.forward(inputs.input_ids, inputs.positions, self.kv_caches, inputs.metadata)
+        prompt_logprobs = self._compute_prompt_logprobs(inputs, hidden) if self._prompt_logprobs else []
+        sampled = self._sample(inputs, hidden) if inputs.sampling_rows.size else None
+        return PendingStep(plan, errors, self.batch.device, inputs, sampled, prompt_logprobs)
+
+    def _release(self, slot: int) -> None:
+        self.batch.release(slot)
+        self.sampler.remove(slot)
+        self._prompt_logprobs.pop(slot, None)
+
+    def _prepare(self, new: NewRequest) -> None:
+        """Tell the sampler of a request that enters."""
+        self.sampler.add(new.slot, SlotRequest(new.sampling, new.num_prompt_tokens, new.eos_token_ids))
+        if new.sampling.prompt_logprobs is not None:
+            count = min(new.sampling.prompt_logprobs, self.batch.vocab_size)
+            self._prompt_logprobs[new.slot] = (count, new.num_prompt_tokens)
+
+    def _sample(self, inputs: StepInputs, hidden: Tensor) -> SamplerOutput:
+        """Sample the rows that have come to their last token, and put their new tokens into the pool."""
+        if inputs.sampling_tokens is not None:
+            hidden = hidden.index_select(0, inputs.sampling_tokens)
+        rows = inputs.sampling_rows
+        positions = inputs.num_computed_tokens[rows] + inputs.num_scheduled_tokens[rows]
+        sampled = self.sampler.sample(self.model.compute_logits(hidden), inputs.slots[rows], positions)
+        self.batch.write_sampled(inputs, sampled.token_ids)
+        return sampled
+
+    def _compute_prompt_logprobs(self, inputs: StepInputs, hidden: Tensor) -> list[_PromptLogprobs]:
+        """Log-probabilities of the prompt tokens that this step's tokens predict, for rows that ask."""
+        found: list[_PromptLogprobs] = []
+        for row, slot in enumerate(inputs.slots.tolist()):
+            if slot not in self._prompt_logprobs:
+                continue
+            count, num_prompt_tokens = self._prompt_logprobs[slot]
+            computed = int(inputs.num_computed_tokens[row])
+            first, last = computed + 1, min(computed + int(inputs.num_scheduled_tokens[row]) + 1, num_prompt_tokens)
+            if first >= last:
+                continue
+            targets = self.batch.token_pool[slot, first:last]
+            begin = int(inputs.first_tokens[row])
+            pieces = self._logprobs_in_pieces(hidden[begin : begin + len(targets)], targets, count)
+            found.append(_PromptLogprobs(int(inputs.plan_rows[row]), count, pieces))
+        return found
+
+    def _logprobs_in_pieces(self, hidden: Tensor, targets: Tensor, count: int) -> list[LogprobTensors]:
+        size = max(1, _MAX_PROMPT_LOGITS // self.batch.vocab_size)
+        return [
+            RawDistribution.of(pad_to_blocks(self.model.compute_logits(states)), count).of_tokens(ids)
+            for states, ids in zip(torch.split(hidden, size), torch.split(targets, size), strict=True)
+        ]
+
+
+def _downloaded(sampled: SamplerOutput) -> SamplerOutput:
+    logprobs = sampled.logprobs
+    return SamplerOutput(
+        token_ids=download(sampled.token_ids),
+        best_logits=download(sampled.best_logits),
+        logprobs=_downloaded_logprobs(logprobs) if logprobs is not None else None,
+        logprob_rows=sampled.logprob_rows,
+        logprob_counts=sampled.logprob_counts,
+    )
+
+
+def _downloaded_logprobs(logprobs: LogprobTensors) -> LogprobTensors:
+    return LogprobTensors(download(logprobs.token_ids), download(logprobs.logprobs), download(logprobs.ranks))

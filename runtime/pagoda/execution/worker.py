@@ -1,0 +1,187 @@
+"""One rank: its device, its share of the model, its KV cache, and the runner that works with them."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from pagoda.config.auto import choose_cpu_kv_cache_bytes
+from pagoda.config.hardware import memory_report
+from pagoda.config.schema import PagodaConfig
+from pagoda.config.values import format_bytes
+from pagoda.errors import ConfigError
+from pagoda.execution.input_batch import InputBatch
+from pagoda.execution.model_runner import ModelRunner, PendingStep
+from pagoda.models.config import ModelConfig
+from pagoda.models.decoder import DecoderForCausalLM
+from pagoda.models.loader import Progress, initialize_dummy_weights, load_weights
+from pagoda.models.registry import build_model
+from pagoda.sampling.params import SamplingParams
+from pagoda.scheduling.plan import NewRequest, StepPlan
+
+logger = logging.getLogger(__name__)
+
+# The costliest way through the sampler: random, open, with log-probabilities.
+_WARM_UP_SAMPLING = SamplingParams(top_p=0.999, min_p=1e-6, repetition_penalty=1.1, frequency_penalty=0.1, logprobs=20)
+_WARM_UP_TOKENS = 32
+
+
+class Worker:
+    """Brought up in this order: `load`, `available_kv_bytes`, `initialize_kv_cache`; then `execute` as often as wanted.
+
+    `config` must have its auto values resolved: `device`, `dtype`, `max_num_seqs`, `max_num_batched_tokens`.
+    """
+
+    def __init__(self, config: PagodaConfig, model_config: ModelConfig) -> None:
+        unresolved = [name for name in ("max_num_seqs", "max_num_batched_tokens") if getattr(config, name) is None]
+        unresolved += [name for name in ("device", "dtype") if getattr(config, name) == "auto"]
+        if unresolved:
+            raise ConfigError(f"{', '.join(unresolved)}: must be resolved before an executor is made")
+        self.config = config
+        self.model_config = model_config
+        self.device = torch.device(config.device)
+        self.dtype: torch.dtype = getattr(torch, config.dtype)
+        self.model: DecoderForCausalLM | None = None
+        self.runner: ModelRunner | None = None
+
+    def load(self, progress: Progress | None = None) -> None:
+        """Set up the device and fill the weights. Raises `CheckpointError` for a checkpoint that does not fit."""
+        if self.device.type == "cpu" and self.config.threads is not None:
+            torch.set_num_threads(self.config.threads)
+        self.model = build_model(self.model_config, self.dtype, self.device)
+        if self.config.load_format == "dummy":
+            initialize_dummy_weights(self.model, self.config.seed)
+        elif self.config.model is None:
+            raise ConfigError("model: there is no directory to load weights from")
+        else:
+            load_weights(self.model, self.config.model, progress)
+
+    def kv_block_bytes(self, block_size: int) -> int:
+        """Bytes of one KV block of `block_size` tokens, keys and values, in all layers of this rank."""
+        return self.model_config.kv_bytes_per_token(self.dtype.itemsize) * block_size
+
+    def available_kv_bytes(self) -> int:
+        """Memory that the KV cache may take, with the weights loaded. On a GPU, a step of the greatest size is run."""
+        asked = self.config.kv_cache_memory_bytes
+        if self.device.type == "cuda" and asked is None:
+            return self._profile_cuda()
+        choice = choose_cpu_kv_cache_bytes(
+            asked,
+            memory_available=memory_report().available,
+            block_bytes=self.kv_block_bytes(self.config.block_size),
+            block_size=self.config.block_size,
+            max_model_len=self._longest_sequence(),
+            max_num_seqs=self._max_num_seqs(),
+        )
+        logger.info("memory of the KV cache: %s (%s)", format_bytes(int(choice.value)), choice.reason)
+        return int(choice.value)
+
+    def initialize_kv_cache(self, num_blocks: int, max_model_len: int | None = None) -> None:
+        """Allocate `num_blocks` KV blocks, the null block included, and all that a step needs; then run a first step.
+
+        `max_model_len`: the longest sequence, where it was fitted to the KV cache; None: as configured, else the model's.
+        """
+        self.runner = self._make_runner(num_blocks, max_model_len or self._longest_sequence(), self._max_num_seqs())
+        self._run_largest(self.runner, num_rows=1, num_tokens=min(_WARM_UP_TOKENS, self.runner.batch.max_model_len - 1))
+
+    def execute(self, plan: StepPlan) -> PendingStep:
+        """Run a plan, see `ModelRunner.execute`."""
+        if self.runner is None:
+            raise RuntimeError("the KV cache is not initialized: no step can run")
+        return self.runner.execute(plan)
+
+    def shutdown(self) -> None:
+        """Give model and KV cache back."""
+        self.model = None
+        self.runner = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _max_num_seqs(self) -> int:
+        assert self.config.max_num_seqs is not None
+        return self.config.max_num_seqs
+
+    def _longest_sequence(self) -> int:
+        return self.config.max_model_len or self.model_config.max_context_length
+
+    def _make_runner(self, num_blocks: int, max_model_len: int, max_num_seqs: int) -> ModelRunner:
+        if self.model is None:
+            raise RuntimeError("the model is not loaded: there is nothing to run")
+        config, model_config = self.config, self.model_config
+        shape = (num_blocks, model_config.num_kv_heads, config.block_size, model_config.head_dim)
+        kv_caches = [
+            (
+                torch.zeros(shape, dtype=self.dtype, device=self.device),
+                torch.zeros(shape, dtype=self.dtype, device=self.device),
+            )
+            for _ in range(model_config.num_layers)
+        ]
+        batch = InputBatch(
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+            vocab_size=model_config.vocab_size,
+            block_size=config.block_size,
+            num_blocks=num_blocks,
+            device=self.device,
+        )
+        return ModelRunner(self.model, kv_caches, batch, seed=config.seed)
+
+    def _run_largest(self, runner: ModelRunner, *, num_rows: int, num_tokens: int) -> None:
+        """Run `num_tokens` tokens in `num_rows` rows that all sample, and then one more of each. Uses the null block only."""
+        tokens_per_row = max(1, num_tokens // num_rows)
+        blocks = [0] * -(-(tokens_per_row + 1) // runner.batch.block_size)
+        slots = list(range(num_rows))
+        prefill = StepPlan(
+            step_id=0,
+            new_requests=[
+                NewRequest(
+                    slot=slot,
+                    request_id=f"warm-up-{slot}",
+                    token_ids=[0] * tokens_per_row,
+                    num_prompt_tokens=tokens_per_row,
+                    sampling=_WARM_UP_SAMPLING,
+                    eos_token_ids=(),
+                    block_ids=blocks,
+                    num_computed_tokens=0,
+                )
+                for slot in slots
+            ],
+        )
+        decode = StepPlan(step_id=1)
+        for plan, computed, scheduled in ((prefill, 0, tokens_per_row), (decode, tokens_per_row, 1)):
+            plan.slots = slots
+            plan.num_computed_tokens = [computed] * num_rows
+            plan.num_scheduled_tokens = [scheduled] * num_rows
+            plan.new_block_ids = [[] for _ in slots]
+            plan.block_offsets = [len(blocks)] * num_rows
+            plan.samples = [True] * num_rows
+            result = runner.execute(plan).result()
+            if result.errors:
+                logger.warning("the warm-up step failed: %s", next(iter(result.errors.values())))
+        runner.execute(StepPlan(step_id=2, released_slots=slots)).result()
+
+    def _profile_cuda(self) -> int:
+        """What `gpu_memory_utilization` leaves after weights, the greatest step's needs, and the tables of the slots."""
+        assert self.config.max_num_batched_tokens is not None
+        num_tokens = self.config.max_num_batched_tokens
+        num_rows = min(self._max_num_seqs(), num_tokens)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_reserved()
+        self._run_largest(
+            self._make_runner(1, num_tokens // num_rows + 2, num_rows), num_rows=num_rows, num_tokens=num_tokens
+        )
+        step = torch.cuda.max_memory_reserved() - held
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info()
+        blocks_per_row = -(-self._longest_sequence() // self.config.block_size)
+        tables = self._max_num_seqs() * (8 * (self._longest_sequence() + 1) + 4 * blocks_per_row)
+        utilization = self.config.gpu_memory_utilization
+        available = int(total * utilization) - (total - free) - step - tables
+        logger.info(
+            "memory of the KV cache: %s * %g - %s weights and other use - %s a step - %s tables = %s",
+            *(format_bytes(total), utilization, format_bytes(total - free), format_bytes(step)),
+            *(format_bytes(tables), format_bytes(max(0, available))),
+        )
+        return max(0, available)

@@ -1,0 +1,58 @@
+"""Log-probabilities of tokens under the model's own distribution, before any parameter of the request changes it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pagoda.sampling.output import TokenLogprobs
+from pagoda.sampling.selection import best_tokens, block_maxima
+
+
+@dataclass(frozen=True, slots=True)
+class LogprobTensors:
+    """Of M positions: `token_ids` int64 and `logprobs` float32 `[M, 1 + K]`, `ranks` int64 `[M]` of the first.
+
+    First is the token that stands at the position, then come the K best.
+    """
+
+    token_ids: Tensor
+    logprobs: Tensor
+    ranks: Tensor
+
+    def to_lists(self, counts: list[int]) -> list[TokenLogprobs]:
+        """One `TokenLogprobs` a position, the m-th with its `counts[m]` best tokens (at most K)."""
+        token_ids, logprobs, ranks = self.token_ids.tolist(), self.logprobs.tolist(), self.ranks.tolist()
+        return [
+            TokenLogprobs(token_ids[m][: 1 + count], logprobs[m][: 1 + count], ranks[m])
+            for m, count in enumerate(counts)
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class RawDistribution:
+    """What must be kept of the logits of M rows before they are processed: `logits` `[M, V]` and the `best` K of them."""
+
+    logits: Tensor
+    best_values: Tensor
+    best_ids: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor, count: int) -> RawDistribution:
+        """Take hold of `logits` float32 `[M, V]`, padded to whole blocks; the caller must not change them afterwards."""
+        rows = torch.arange(logits.shape[0], device=logits.device)
+        values, ids = best_tokens(logits, block_maxima(logits), rows, count) if count else _no_tokens(logits)
+        return cls(logits, values, ids)
+
+    def of_tokens(self, token_ids: Tensor) -> LogprobTensors:
+        """Log-probabilities of `token_ids` int64 `[M]` and of the K best tokens."""
+        value = self.logits.gather(1, token_ids.unsqueeze(1))
+        ranks = (self.logits > value).sum(-1) + 1
+        values = torch.cat([value, self.best_values], dim=1) - self.logits.logsumexp(-1, keepdim=True)
+        return LogprobTensors(torch.cat([token_ids.unsqueeze(1), self.best_ids], dim=1), values, ranks)
+
+
+def _no_tokens(logits: Tensor) -> tuple[Tensor, Tensor]:
+    return logits[:, :0], torch.empty((logits.shape[0], 0), dtype=torch.int64, device=logits.device)

@@ -1,0 +1,93 @@
+"""Random numbers that depend on nothing but a request's seed and a token's position.
+
+The generator is Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011): it has
+no state to carry along, so a request draws the same numbers alone, in any batch, in any slot and after preemption
+(docs/architecture.md, invariant 9). The key is the seed, the counter is the position.
+"""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import numpy.typing as npt
+
+from pagoda.sampling.params import SamplingParams
+
+UInt64Array = npt.NDArray[np.uint64]
+Int64Array = npt.NDArray[np.int64]
+Float64Array = npt.NDArray[np.float64]
+
+_MULTIPLIER_0 = np.uint64(0xD2511F53)
+_MULTIPLIER_1 = np.uint64(0xCD9E8D57)
+_WEYL_0 = 0x9E3779B9
+_WEYL_1 = 0xBB67AE85
+_ROUNDS = 10
+_LOW_32 = np.uint64(0xFFFFFFFF)
+_32 = np.uint64(32)
+
+# Numbers drawn ahead for each row: numpy's cost is per call, so 32 positions at once cost hardly more than one.
+_DRAWN_AHEAD = 32
+
+
+def philox4x32(counter: tuple[UInt64Array, ...], key: tuple[UInt64Array, UInt64Array]) -> tuple[UInt64Array, ...]:
+    """The four 32-bit output words for four counter words and two key words (all below 2**32, broadcast together)."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(_ROUNDS):
+        product_0 = c0 * _MULTIPLIER_0
+        product_1 = c2 * _MULTIPLIER_1
+        c0, c1, c2, c3 = (
+            (product_1 >> _32) ^ c1 ^ k0,
+            product_1 & _LOW_32,
+            (product_0 >> _32) ^ c3 ^ k1,
+            product_0 & _LOW_32,
+        )
+        k0 = (k0 + np.uint64(_WEYL_0)) & _LOW_32
+        k1 = (k1 + np.uint64(_WEYL_1)) & _LOW_32
+    return c0, c1, c2, c3
+
+
+def uniforms(seeds: UInt64Array, positions: Int64Array) -> Float64Array:
+    """One uniform number in [0, 1), with 53 random bits, for each pair of a seed and a position (broadcast together)."""
+    counter = positions.astype(np.uint64)
+    zero = np.zeros_like(counter)
+    high, low, _, _ = philox4x32((counter & _LOW_32, counter >> _32, zero, zero), (seeds & _LOW_32, seeds >> _32))
+    bits = ((high >> np.uint64(5)) << np.uint64(26)) | (low >> np.uint64(6))
+    numbers: Float64Array = bits.astype(np.float64) * 2.0**-53
+    return numbers
+
+
+class SlotNoise:
+    """The seeds of the requests in the slots, and the numbers drawn from them.
+
+    A request without a seed gets one of its own when it enters a slot: from a generator with seed `seed`, or from the
+    operating system's entropy when that is None.
+    """
+
+    def __init__(self, max_num_seqs: int, seed: int | None) -> None:
+        entropy = int.from_bytes(os.urandom(16), "little") if seed is None else seed
+        self._seeds_of_unseeded = np.random.default_rng(entropy)
+        self._seeds = np.zeros(max_num_seqs, dtype=np.uint64)
+        self._drawn = np.zeros((max_num_seqs, _DRAWN_AHEAD))
+        self._first_drawn_position = np.full(max_num_seqs, -_DRAWN_AHEAD, dtype=np.int64)
+
+    def add(self, slot: int, params: SamplingParams) -> None:
+        """Give the request that enters `slot` its seed."""
+        if params.seed is None:
+            self._seeds[slot] = self._seeds_of_unseeded.integers(0, 2**64, dtype=np.uint64)
+        else:
+            self._seeds[slot] = params.seed % 2**64
+        self._first_drawn_position[slot] = -_DRAWN_AHEAD
+
+    def at(self, slots: Int64Array, positions: Int64Array) -> Float64Array:
+        """The number of each slot for the token that will stand at its position: float64 `[len(slots)]` in [0, 1)."""
+        columns = positions - self._first_drawn_position[slots]
+        if ((columns < 0) | (columns >= _DRAWN_AHEAD)).any():
+            # All rows draw anew, not only those that ran out: so their numbers end together, and a step that draws is rare.
+            ahead = positions[:, None] + np.arange(_DRAWN_AHEAD)
+            self._drawn[slots] = uniforms(self._seeds[slots][:, None], ahead)
+            self._first_drawn_position[slots] = positions
+            columns = np.zeros_like(positions)
+        numbers: Float64Array = self._drawn[slots, columns]
+        return numbers

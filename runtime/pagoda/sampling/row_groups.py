@@ -1,0 +1,129 @@
+"""Rows of a step sorted by what it takes to choose their token. Made once for a set of rows, kept while it stays the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from pagoda.sampling.params import SamplingParams
+from pagoda.sampling.rows import Int64Array, SamplingContext
+from pagoda.sampling.selection import BLOCK
+
+# Rows whose top_k differ at most by this factor share a group, for all pay for the greatest.
+_TOP_K_CLASS_BITS = 2
+_SMALLEST_TOP_K_CLASS = 6
+# Candidates (or logits) handled at once: bounds what a step needs beside its logits.
+_MAX_ELEMENTS = 1 << 23
+
+
+@dataclass(frozen=True, slots=True)
+class RankedGroup:
+    """Rows with top-k: chosen among their `count` best tokens. Tensors are `[R]` (`rows`) and `[R, 1]`."""
+
+    rows: Tensor
+    count: int
+    top_k: Tensor
+    inverse_temperature: Tensor
+    min_p: Tensor
+    top_p: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class OpenGroup:
+    """Rows without top-k, whose probabilities must be known as a whole. Tensors are `[R]` (`rows`) and `[R, 1]`.
+
+    `nucleus`: int64, those of the R rows that have a top-p; `others`: the rest. `min_p` is None where no row has one.
+    """
+
+    rows: Tensor
+    inverse_temperature: Tensor
+    min_p: Tensor | None
+    top_p: Tensor
+    nucleus: Tensor
+    others: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class RowGroups:
+    """All rows of a step: greedy ones (int64 `[R]`, None if there are none), those with top-k, and the open ones."""
+
+    greedy: Tensor | None
+    ranked: list[RankedGroup]
+    open: list[OpenGroup]
+    logprob_rows: Int64Array
+    logprob_counts: list[int]
+
+    @property
+    def has_random_rows(self) -> bool:
+        """Whether any row needs a random number."""
+        return bool(self.ranked or self.open)
+
+
+def make_row_groups(params: Sequence[SamplingParams], context: SamplingContext) -> RowGroups:
+    """Sort rows with these parameters, in row order, into groups."""
+    greedy: list[int] = []
+    open_rows: list[int] = []
+    ranked: dict[int, list[int]] = {}
+    for row, p in enumerate(params):
+        if p.is_greedy or p.top_k == 1:
+            greedy.append(row)
+        elif 0 < p.top_k < context.vocab_size:
+            ranked.setdefault(_top_k_class(p.top_k), []).append(row)
+        else:
+            open_rows.append(row)
+    asking = [row for row, p in enumerate(params) if p.logprobs is not None]
+    return RowGroups(
+        greedy=context.upload(np.array(greedy, dtype=np.int64)) if greedy else None,
+        ranked=[
+            _ranked_group(piece, params, context)
+            for rows in ranked.values()
+            for piece in _pieces(rows, max(params[row].top_k for row in rows) * BLOCK)
+        ],
+        open=[_open_group(piece, params, context) for piece in _pieces(open_rows, context.padded_vocab_size)],
+        logprob_rows=np.array(asking, dtype=np.int64),
+        logprob_counts=[min(params[row].logprobs or 0, context.vocab_size) for row in asking],
+    )
+
+
+def _top_k_class(top_k: int) -> int:
+    return max(0, (top_k - 1).bit_length() - _SMALLEST_TOP_K_CLASS + 1) // _TOP_K_CLASS_BITS
+
+
+def _pieces(rows: list[int], elements_per_row: int) -> list[list[int]]:
+    size = max(1, _MAX_ELEMENTS // elements_per_row)
+    return [rows[first : first + size] for first in range(0, len(rows), size)]
+
+
+def _ranked_group(rows: list[int], params: Sequence[SamplingParams], context: SamplingContext) -> RankedGroup:
+    top_k = [params[row].top_k for row in rows]
+    return RankedGroup(
+        rows=context.upload(np.array(rows, dtype=np.int64)),
+        count=max(top_k),
+        top_k=context.upload(_column(top_k, np.int64)),
+        inverse_temperature=context.upload(_column([1.0 / params[row].temperature for row in rows], np.float64)),
+        min_p=context.upload(_column([params[row].min_p for row in rows], np.float64)),
+        top_p=context.upload(_column([params[row].top_p for row in rows], np.float64)),
+    )
+
+
+def _open_group(rows: list[int], params: Sequence[SamplingParams], context: SamplingContext) -> OpenGroup:
+    top_p = [params[row].top_p for row in rows]
+    min_p = _column([params[row].min_p for row in rows], np.float64)
+    nucleus = [index for index, p in enumerate(top_p) if p < 1.0]
+    others = [index for index, p in enumerate(top_p) if p >= 1.0]
+    return OpenGroup(
+        rows=context.upload(np.array(rows, dtype=np.int64)),
+        inverse_temperature=context.upload(_column([1.0 / params[row].temperature for row in rows], np.float64)),
+        min_p=context.upload(min_p) if min_p.any() else None,
+        top_p=context.upload(_column(top_p, np.float64)),
+        nucleus=context.upload(np.array(nucleus, dtype=np.int64)),
+        others=context.upload(np.array(others, dtype=np.int64)),
+    )
+
+
+def _column(values: Sequence[float], dtype: npt.DTypeLike) -> npt.NDArray[np.generic]:
+    return np.array(values, dtype=dtype)[:, None]

@@ -1,0 +1,57 @@
+"""What the parts of the sampler know of a request, of a step's rows, and of the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from pagoda.sampling.params import SamplingParams
+from pagoda.sampling.transfer import upload
+
+Int64Array = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class SlotRequest:
+    """A request as it enters a slot; its tokens are in the token pool."""
+
+    params: SamplingParams
+    num_prompt_tokens: int
+    eos_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SampledRows:
+    """The rows of logits of one step.
+
+    `slots` and `positions` int64 `[N]` on the host: the slot of each row, and the position that its sampled token will take,
+    which is the number of tokens before it. `row_of_slot` int64 `[max_num_seqs]` is -1 for slots without a row.
+    `composition` changes whenever a row or a request changes: what depends on these alone may be kept until then.
+    """
+
+    slots: Int64Array
+    positions: Int64Array
+    row_of_slot: Int64Array
+    composition: int
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingContext:
+    """What does not change: sizes, the device, and the `token_pool` int64 `[max_num_seqs, max_model_len + 1]` on it."""
+
+    vocab_size: int
+    padded_vocab_size: int
+    token_pool: Tensor
+
+    @property
+    def device(self) -> torch.device:
+        """Where logits and token pool are."""
+        return self.token_pool.device
+
+    def upload(self, array: npt.NDArray[np.generic]) -> Tensor:
+        """A tensor on the device with the values of `array`; on a CPU it shares the memory."""
+        return upload(array, self.device)

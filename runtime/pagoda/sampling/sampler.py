@@ -1,0 +1,204 @@
+"""The sampler: from a step's logits to one token id a row, all rows at once.
+
+    raw logits ─▶ (kept for rows that ask for logprobs) ─▶ processors: allowed ids, min_tokens, logit_bias, bad words,
+    repetition, presence and frequency penalty ─▶ temperature ─▶ min-p ─▶ top-k ─▶ top-p ─▶ inverse CDF
+
+A row's token depends on its own logits and its own (seed, position) only. Nothing is read back from the device, except whether
+the best 128 tokens of rows with top-p and no top-k reached p.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pagoda.sampling import selection
+from pagoda.sampling.logits_processors import AllowedTokens, BadWords, LogitBias, LogitsProcessor, MinTokens
+from pagoda.sampling.logprobs import LogprobTensors, RawDistribution
+from pagoda.sampling.noise import SlotNoise
+from pagoda.sampling.penalties import OutputPenalties, RepetitionPenalty
+from pagoda.sampling.row_groups import OpenGroup, RankedGroup, RowGroups, make_row_groups
+from pagoda.sampling.rows import Int64Array, SampledRows, SamplingContext, SlotRequest
+
+# In this order they are applied: what is forbidden, then biases, then penalties.
+PROCESSORS: tuple[type[LogitsProcessor[Any, Any]], ...] = (
+    AllowedTokens,
+    MinTokens,
+    LogitBias,
+    BadWords,
+    RepetitionPenalty,
+    OutputPenalties,
+)
+
+# Best tokens looked at for top-p without top-k, before all tokens are. Enough for most distributions of trained models.
+_NUCLEUS_CANDIDATES = 128
+
+
+@dataclass(frozen=True, slots=True)
+class SamplerOutput:
+    """Of N rows, on the device: `token_ids` int64 `[N]`, always inside the vocabulary, and `best_logits` float32 `[N]`.
+
+    `logprobs` is of the rows `logprob_rows`, each of which asked for `logprob_counts` best tokens.
+    """
+
+    token_ids: Tensor
+    best_logits: Tensor
+    logprobs: LogprobTensors | None
+    logprob_rows: Int64Array
+    logprob_counts: list[int]
+
+
+def row_error(best_logit: float) -> str | None:
+    """Why a row whose greatest processed logit is this cannot be sampled, or None if it can."""
+    if math.isfinite(best_logit):
+        return None
+    if math.isnan(best_logit):
+        return "the model computed NaN logits for this request"
+    if best_logit > 0:
+        return "the model computed infinite logits for this request"
+    return "no token is allowed here: the request's parameters together forbid every one"
+
+
+class Sampler:
+    """Sampling state of all slots. `token_pool`: int64 `[max_num_seqs, max_model_len + 1]`, kept up to date by its owner.
+
+    `seed` is of requests that bring none; None takes it from the operating system's entropy.
+    """
+
+    def __init__(self, *, vocab_size: int, token_pool: Tensor, seed: int | None) -> None:
+        self.context = SamplingContext(vocab_size, selection.padded_size(vocab_size), token_pool)
+        self._processors = [processor(self.context) for processor in PROCESSORS]
+        self._noise = SlotNoise(token_pool.shape[0], seed)
+        self._requests: dict[int, SlotRequest] = {}
+        self._composition = 0
+        self._slots = np.empty(0, dtype=np.int64)
+        self._row_of_slot = np.full(token_pool.shape[0], -1, dtype=np.int64)
+        self._groups: RowGroups | None = None
+
+    def add(self, slot: int, request: SlotRequest) -> None:
+        """Let a request enter `slot`. On `InvalidRequestError`, for an id outside the vocabulary, the slot stays empty."""
+        self.remove(slot)
+        try:
+            for processor in self._processors:
+                processor.add(slot, request)
+        except BaseException:
+            self.remove(slot)
+            raise
+        self._noise.add(slot, request.params)
+        self._requests[slot] = request
+
+    def remove(self, slot: int) -> None:
+        """Empty `slot`; it may be empty already."""
+        for processor in self._processors:
+            processor.remove(slot)
+        self._requests.pop(slot, None)
+        self._groups = None
+
+    def sample(self, logits: Tensor, slots: Int64Array, positions: Int64Array) -> SamplerOutput:
+        """Choose a token for each of N rows; at most one row a slot.
+
+        `logits` float32 `[N, vocab_size]` may be changed. `slots` and `positions` int64 `[N]`: the row's slot, and the
+        position that the token will take, which is the number of tokens the request has.
+        """
+        logits = selection.pad_to_blocks(logits)
+        rows, groups = self._rows(slots, positions)
+        raw = None
+        if groups.logprob_counts:
+            asking = self.context.upload(groups.logprob_rows)
+            raw = RawDistribution.of(logits.index_select(0, asking), max(groups.logprob_counts))
+        for processor in self._processors:
+            if processor.states:
+                processor.apply(logits, rows)
+        maxima = selection.block_maxima(logits)
+        best_logits = maxima.amax(-1)
+        token_ids = self._choose(logits, maxima, best_logits, rows, groups)
+        return SamplerOutput(
+            token_ids=token_ids,
+            best_logits=best_logits,
+            logprobs=raw.of_tokens(token_ids.index_select(0, asking)) if raw is not None else None,
+            logprob_rows=groups.logprob_rows,
+            logprob_counts=groups.logprob_counts,
+        )
+
+    def _rows(self, slots: Int64Array, positions: Int64Array) -> tuple[SampledRows, RowGroups]:
+        """This step's rows, and their groups: the last step's, if nothing but the positions changed."""
+        if self._groups is None or not np.array_equal(slots, self._slots):
+            self._composition += 1
+            self._row_of_slot[self._slots] = -1
+            self._slots = slots.copy()
+            self._row_of_slot[slots] = np.arange(len(slots))
+            params = [self._requests[slot].params for slot in slots.tolist()]
+            self._groups = make_row_groups(params, self.context)
+        return SampledRows(slots, positions, self._row_of_slot, self._composition), self._groups
+
+    def _choose(
+        self, logits: Tensor, maxima: Tensor, best_logits: Tensor, rows: SampledRows, groups: RowGroups
+    ) -> Tensor:
+        """Token ids int64 `[N]`, each group's by its own way."""
+        if groups.greedy is not None and not groups.has_random_rows:
+            return selection.argmax(logits, maxima, groups.greedy)
+        token_ids = torch.zeros(len(rows.slots), dtype=torch.int64, device=logits.device)
+        uniform = self.context.upload(self._noise.at(rows.slots, rows.positions)).unsqueeze(1)
+        if groups.greedy is not None:
+            token_ids.index_copy_(0, groups.greedy, selection.argmax(logits, maxima, groups.greedy))
+        for ranked in groups.ranked:
+            token_ids.index_copy_(0, ranked.rows, _choose_ranked(logits, maxima, uniform, ranked))
+        for group in groups.open:  # last: they turn their logits into probabilities in place
+            token_ids.index_copy_(0, group.rows, _choose_open(logits, maxima, best_logits, uniform, group))
+        return token_ids
+
+
+def _choose_ranked(logits: Tensor, maxima: Tensor, uniform: Tensor, group: RankedGroup) -> Tensor:
+    values, ids = selection.best_tokens(logits, maxima, group.rows, group.count)
+    chosen, _ = selection.choose_ranked(
+        values,
+        ids,
+        top_k=group.top_k,
+        inverse_temperature=group.inverse_temperature,
+        min_p=group.min_p,
+        top_p=group.top_p,
+        uniform=uniform.index_select(0, group.rows),
+    )
+    return chosen
+
+
+def _choose_open(logits: Tensor, maxima: Tensor, best_logits: Tensor, uniform: Tensor, group: OpenGroup) -> Tensor:
+    """Rows without top-k: int64 `[R]`. In place where the group is all rows, on a copy otherwise."""
+    uniform = uniform.index_select(0, group.rows)
+    own_logits = logits if len(group.rows) == len(logits) else logits.index_select(0, group.rows)
+    count = min(_NUCLEUS_CANDIDATES, logits.shape[1])
+    nucleus = group.nucleus
+    if len(nucleus):
+        candidates = selection.best_tokens(logits, maxima, group.rows.index_select(0, nucleus), count)
+    best = best_logits.index_select(0, group.rows).unsqueeze(1)
+    weights = selection.to_weights_(own_logits, best, group.inverse_temperature, group.min_p)
+    sums = selection.block_sums(weights)
+    token_ids = torch.zeros(len(group.rows), dtype=torch.int64, device=logits.device)
+    if len(group.others):
+        chosen = selection.choose_by_weight(weights, sums, group.others, uniform.index_select(0, group.others))
+        token_ids.index_copy_(0, group.others, chosen)
+    if len(nucleus):
+        total = sums.sum(-1, keepdim=True)
+        min_p = torch.zeros_like(group.top_p) if group.min_p is None else group.min_p
+        chosen, reaches = selection.choose_ranked(
+            *candidates,
+            top_k=None,
+            inverse_temperature=group.inverse_temperature.index_select(0, nucleus),
+            min_p=min_p.index_select(0, nucleus),
+            top_p=group.top_p.index_select(0, nucleus),
+            uniform=uniform.index_select(0, nucleus),
+            total=total.index_select(0, nucleus),
+        )
+        token_ids.index_copy_(0, nucleus, chosen)
+        wide = nucleus[~reaches]
+        if len(wide):
+            kept = selection.keep_nucleus_(weights.index_select(0, wide), (group.top_p * total).index_select(0, wide))
+            every = torch.arange(len(wide), device=logits.device)
+            chosen = selection.choose_by_weight(kept, selection.block_sums(kept), every, uniform.index_select(0, wide))
+            token_ids.index_copy_(0, wide, chosen)
+    return token_ids

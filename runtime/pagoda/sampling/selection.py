@@ -1,0 +1,168 @@
+"""Choosing token ids from logits without sorting a vocabulary.
+
+Tokens have one order: greater logit first, lower id first among equals. Top-k keeps the first k of it, top-p the shortest
+beginning whose probability reaches p (at least one token), min-p the tokens at least `min_p` times as probable as the best;
+min-p and top-k come first, and top-p counts within what they leave. As the order is total, the outcome depends on a row's own
+logits only, never on the rest of the batch or on how a device breaks ties.
+
+A row is cut into blocks of 64 ids. One pass finds the greatest logit of each block, and then:
+
+    block maxima  [ 3.1 │ 0.2 │ 7.5 │ … ]      the best token is in the block with the greatest maximum; the K best tokens
+                                               are in the K blocks with the greatest maxima: K·64 candidates, not V
+    block sums    [ .02 │ .00 │ .31 │ … ]      the inverse CDF finds a block first, then a token in it
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BLOCK = 64
+
+_LOW_32 = 0xFFFFFFFF
+# The bits of float32 numbers from 0 to 1 grow with the number: 0x3F800000 is 1.0. So 30 halvings find any of them.
+_ONE_BITS = 0x3F800000
+_HALVINGS = 30
+
+
+def padded_size(vocab_size: int) -> int:
+    """`vocab_size` rounded up to whole blocks."""
+    return -(-vocab_size // BLOCK) * BLOCK
+
+
+def pad_to_blocks(logits: Tensor) -> Tensor:
+    """Logits `[N, V]` with columns of -inf appended up to whole blocks; the same tensor where there are none to append."""
+    missing = padded_size(logits.shape[1]) - logits.shape[1]
+    return torch.nn.functional.pad(logits, (0, missing), value=float("-inf")) if missing else logits.contiguous()
+
+
+def block_maxima(logits: Tensor) -> Tensor:
+    """The greatest logit of each block: `[N, V]` to `[N, V / 64]`. NaN wins over any number."""
+    return logits.view(len(logits), -1, BLOCK).amax(-1)
+
+
+def block_sums(weights: Tensor) -> Tensor:
+    """The sum of each block: float32 `[N, V]` to float64 `[N, V / 64]`."""
+    return weights.view(len(weights), -1, BLOCK).sum(-1).double()
+
+
+def argmax(logits: Tensor, maxima: Tensor, rows: Tensor) -> Tensor:
+    """The best token of each of `rows` (int64 `[R]`): int64 `[R]`, the lowest id among equals."""
+    block = maxima.index_select(0, rows).argmax(-1)
+    inside = _blocks_of(logits, rows, block).argmax(-1)
+    return block * BLOCK + inside
+
+
+def best_tokens(logits: Tensor, maxima: Tensor, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` best tokens of each of `rows`, best first: float32 logits and int64 ids, both `[R, count]`."""
+    num_blocks = min(count, maxima.shape[1])
+    all_blocks = torch.arange(maxima.shape[1], device=logits.device)
+    _, blocks = _first(maxima.index_select(0, rows), all_blocks, num_blocks)
+    candidates = _blocks_of(logits, rows.unsqueeze(1), blocks).flatten(1)
+    ids = blocks.unsqueeze(-1) * BLOCK + torch.arange(BLOCK, device=logits.device)
+    return _first(candidates, ids.flatten(1), count)
+
+
+def choose_ranked(
+    values: Tensor,
+    ids: Tensor,
+    *,
+    top_k: Tensor | None,
+    inverse_temperature: Tensor,
+    min_p: Tensor,
+    top_p: Tensor,
+    uniform: Tensor,
+    total: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Sample among the best tokens of rows: ids int64 `[R]`, and whether the tokens given reached far enough, bool `[R]`.
+
+    `values` float32 and `ids` int64 `[R, K]` come from `best_tokens`; the parameters are `[R, 1]`: int64 `top_k` (at most K;
+    None where `total` is given), float64 the others. `total` float64 `[R, 1]` is the weight of all tokens that min-p leaves,
+    relative to the best token's; without it, the K tokens are all there are after top-k.
+    """
+    weights = ((values - values[:, :1]).double() * inverse_temperature).exp_()
+    kept = weights >= min_p
+    if top_k is not None:
+        kept &= torch.arange(values.shape[1], device=values.device) < top_k
+    cumulative = (weights * kept).cumsum(-1)
+    needed = top_p * (cumulative[:, -1:] if total is None else total)
+    reaches = cumulative[:, -1] >= needed[:, 0]
+    last = (cumulative < needed).sum(-1, keepdim=True).clamp_(max=values.shape[1] - 1)
+    target = uniform * cumulative.gather(1, last)
+    chosen = (cumulative <= target).sum(-1, keepdim=True).minimum(last)
+    return ids.gather(1, chosen).squeeze(1), reaches
+
+
+def to_weights_(logits: Tensor, best: Tensor, inverse_temperature: Tensor, min_p: Tensor | None) -> Tensor:
+    """Turn logits `[R, V]` in place into probabilities relative to the best token's, 0 for tokens that min-p drops.
+
+    `best` float32, `inverse_temperature` and `min_p` float64, all `[R, 1]`.
+    """
+    weights = logits.sub_(best).mul_(inverse_temperature.float()).exp_()
+    return weights if min_p is None else weights.mul_(weights >= min_p.float())
+
+
+def choose_by_weight(weights: Tensor, sums: Tensor, rows: Tensor, uniform: Tensor) -> Tensor:
+    """Sample each of `rows` (int64 `[R]`) in proportion to `weights` `[N, V]` with its block sums: ids int64 `[R]`.
+
+    `uniform`: float64 `[R, 1]`. A token of weight 0 is never chosen.
+    """
+    cumulative = sums.index_select(0, rows).cumsum(-1)
+    target = _below(uniform * cumulative[:, -1:], cumulative[:, -1:])
+    block = (cumulative <= target).sum(-1, keepdim=True).clamp_(max=sums.shape[1] - 1)
+    before = torch.where(block > 0, cumulative.gather(1, (block - 1).clamp_(min=0)), 0.0)
+    inside = _blocks_of(weights, rows, block.squeeze(1)).double().cumsum(-1)
+    target = _below((target - before).clamp_(min=0.0), inside[:, -1:])
+    token = (inside <= target).sum(-1).clamp_(max=BLOCK - 1)
+    return block.squeeze(1) * BLOCK + token
+
+
+def keep_nucleus_(weights: Tensor, needed: Tensor) -> Tensor:
+    """Zero, in place, all but the shortest beginning of each row's order that weighs at least `needed` float64 `[R, 1]`.
+
+    Finds the weight of the last token kept by halving: the greatest float32 number such that the tokens at least as heavy
+    weigh enough. A fixed number of passes over the rows, with no look from the host.
+    """
+    low = torch.zeros((weights.shape[0], 1), dtype=torch.int32, device=weights.device)
+    high = torch.full_like(low, _ONE_BITS + 1)
+    scratch = torch.empty_like(weights)
+    for _ in range(_HALVINGS):
+        middle = (low + high) // 2
+        torch.ge(weights, middle.view(torch.float32), out=scratch)
+        enough = block_sums(scratch.mul_(weights)).sum(-1, keepdim=True) >= needed
+        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
+    least = low.view(torch.float32)
+    torch.gt(weights, least, out=scratch)
+    missing = needed - block_sums(scratch.mul_(weights)).sum(-1, keepdim=True)
+    num_ties = (missing / least.double()).ceil_().clamp_(min=1.0)
+    ties = weights == least
+    dropped = (weights < least) | (ties & (ties.cumsum(-1, dtype=torch.int32) > num_ties))
+    return weights.masked_fill_(dropped, 0.0)
+
+
+def _below(target: Tensor, total: Tensor) -> Tensor:
+    """`target`, kept under `total`, which `uniform * total` may be rounded up to."""
+    return target.minimum(torch.nextafter(total, torch.zeros_like(total)))
+
+
+def _blocks_of(values: Tensor, rows: Tensor, blocks: Tensor) -> Tensor:
+    """The blocks of the rows: `rows` and `blocks` int64, broadcast to some shape S; returns `[*S, 64]`."""
+    index = rows * (values.shape[1] // BLOCK) + blocks
+    return values.view(-1, BLOCK).index_select(0, index.flatten()).view(*index.shape, BLOCK)
+
+
+def _first(values: Tensor, ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` first of each row in the order of tokens: float32 values and int64 ids, `[R, count]`.
+
+    Value and id are packed into one integer that grows with the value and falls with the id, so that `topk` finds no two
+    equal and has no choice.
+    """
+    bits = _sortable(values.add(0.0).view(torch.int32))  # -0.0 + 0.0 is 0.0: equal numbers have equal bits
+    keys = (bits.long() << 32) | (_LOW_32 - ids)
+    keys = keys.topk(count, dim=-1).values
+    return _sortable((keys >> 32).int()).view(torch.float32), _LOW_32 - (keys & _LOW_32)
+
+
+def _sortable(bits: Tensor) -> Tensor:
+    """Bits of float32 numbers to integers of the same order, and back: negative numbers have all but the sign flipped."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
