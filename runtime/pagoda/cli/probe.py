@@ -11,10 +11,10 @@ loopback, under the port and scheme that the configuration's sources name, and n
 from __future__ import annotations
 
 import argparse
-import http.client
 import json
 import os
-import ssl
+import socket
+import time
 from collections.abc import Sequence
 
 from pagoda.config.checks import Problem, allowed_values, raise_problems, value_problems
@@ -47,7 +47,7 @@ def run(arguments: Sequence[str]) -> int:
     scheme = "https" if "ssl_certfile" in given else "http"
     try:
         passed, answer = probe(own.probe, port, scheme, own.timeout)
-    except (OSError, http.client.HTTPException, ValueError) as error:
+    except (OSError, ValueError) as error:
         passed, answer = False, f"{scheme}://127.0.0.1:{port}{PATHS[own.probe]}: {error or type(error).__name__}"
     print(f"{own.probe}: {'yes' if passed else 'no'}: {answer}")
     return 0 if passed else 1
@@ -57,7 +57,7 @@ def probe(name: str, port: int, scheme: str, timeout: float) -> tuple[bool, str]
     """Whether the probe `name` passes, and the server's answer in words. `timeout`: seconds.
 
     Raises:
-        OSError, http.client.HTTPException: no answer. ValueError: an answer that is not Pagoda's.
+        OSError: no answer in time. ValueError: an answer that is not Pagoda's.
     """
     status, body = _get(PATHS[name], port, scheme, timeout)
     if name != "startup":
@@ -71,21 +71,33 @@ def probe(name: str, port: int, scheme: str, timeout: float) -> tuple[bool, str]
 
 
 def _get(path: str, port: int, scheme: str, timeout: float) -> tuple[int, bytes]:
-    connection: http.client.HTTPConnection
-    if scheme == "https":
-        # As the kubelet does: the certificate is made out to the service's name, not to 127.0.0.1.
-        context = ssl.create_default_context()
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-        connection = http.client.HTTPSConnection("127.0.0.1", port, timeout=timeout, context=context)
-    else:
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)
-    try:
-        connection.request("GET", path, headers={"Connection": "close"})
-        response = connection.getresponse()
-        return response.status, response.read(MAX_ANSWER_BYTES)
-    finally:
-        connection.close()
+    """Status and body of an answer. HTTP/1.0 by hand: `http.client` would take a third of the probe's time to import."""
+    deadline = time.monotonic() + timeout
+    plain = socket.create_connection(("127.0.0.1", port), timeout)
+    with _over_tls(plain) if scheme == "https" else plain as connection:
+        connection.sendall(f"GET {path} HTTP/1.0\r\nHost: 127.0.0.1:{port}\r\n\r\n".encode())
+        answer = bytearray()
+        while len(answer) < MAX_ANSWER_BYTES:
+            connection.settimeout(max(0.001, deadline - time.monotonic()))
+            received = connection.recv(MAX_ANSWER_BYTES)
+            if not received:
+                break
+            answer += received
+    head, _, body = bytes(answer).partition(b"\r\n\r\n")
+    words = head.split(None, 2)
+    if len(words) < 2 or not words[0].startswith(b"HTTP/") or not words[1].isdigit():
+        raise ValueError("the answer is not HTTP: another server listens there, or one with TLS")
+    return int(words[1]), body
+
+
+def _over_tls(plain: socket.socket) -> socket.socket:
+    """Unverified, as the kubelet's own probes: the certificate is made out to the service's name, not to 127.0.0.1."""
+    import ssl
+
+    context = ssl.create_default_context()
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return context.wrap_socket(plain)
 
 
 def _port(given: dict[str, Given]) -> int:
