@@ -253,5 +253,5 @@ class ProcessEngineClient(EngineClient):
 def _core_fields(config: PagodaConfig) -> dict[str, object]:
     """The configuration for the core, without what only the server may know."""
     fields = asdict(config)
-    fields["api_keys"] = ()
+    del fields["api_keys"]
     return fields

@@ -1,0 +1,126 @@
+"""From a configuration to a core that can take requests: a sequence of named, timed stages.
+
+    config → hardware → weights → kv → warm-up → ready
+
+The stage is reported as it is entered, so a startup probe, a log and a person see where time goes.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+from pagoda.config.auto import ResolvedSettings, resolve
+from pagoda.config.hardware import cpu_report, gpu_reports
+from pagoda.config.kv_fit import KVFit, fit_max_model_len
+from pagoda.config.schema import PagodaConfig
+from pagoda.engine.core import EngineCore
+from pagoda.engine.messages import EngineReady
+from pagoda.execution.executor import create_executor
+from pagoda.models.config import ModelConfig
+from pagoda.models.source import checkpoint_directory
+from pagoda.scheduling.kv_cache_manager import KVCacheManager
+from pagoda.scheduling.scheduler import Scheduler, SchedulerLimits
+
+logger = logging.getLogger(__name__)
+
+StageListener = Callable[[str, str], None]
+
+
+def start_core(config: PagodaConfig, on_stage: StageListener | None = None) -> EngineCore:
+    """Bring an engine up in this process. Raises `ConfigError` or `CheckpointError` saying what to change."""
+    stages = _Stages(on_stage)
+    with stages.enter("config"):
+        directory = checkpoint_directory(config.model)
+        model_config = ModelConfig.from_directory(directory)
+    with stages.enter("hardware"):
+        settings = resolve(config, checkpoint_dtype=model_config.dtype, cpu=cpu_report(), gpus=gpu_reports())
+        for choice in settings.choices:
+            logger.info("%s", choice)
+        config = _resolved(config, settings, str(directory))
+        executor = create_executor(config, model_config)
+    with stages.enter("weights", str(directory)):
+        executor.load(stages.weights_progress)
+    with stages.enter("kv"):
+        fit = fit_max_model_len(
+            block_bytes=executor.kv_block_bytes(config.block_size),
+            available_bytes=executor.available_kv_bytes(),
+            block_size=config.block_size,
+            model_max_len=model_config.max_context_length,
+            max_model_len=config.max_model_len,
+            num_blocks_override=config.num_gpu_blocks_override,
+        )
+        logger.info("%s", fit.equation)
+    with stages.enter("warm-up"):
+        executor.initialize_kv_cache(fit.num_blocks, fit.max_model_len)
+    scheduler = _make_scheduler(config, settings, model_config, fit)
+    ready = EngineReady(
+        max_model_len=fit.max_model_len,
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        num_blocks=fit.num_blocks,
+        block_size=config.block_size,
+        vocab_size=model_config.vocab_size,
+        kv_equation=fit.equation,
+        stage_seconds=stages.seconds,
+    )
+    logger.info("engine ready after %s", ", ".join(f"{name} {taken:.2f} s" for name, taken in stages.seconds.items()))
+    return EngineCore(scheduler, executor, ready)
+
+
+def _resolved(config: PagodaConfig, settings: ResolvedSettings, directory: str) -> PagodaConfig:
+    return replace(config, model=directory, **{choice.key: choice.value for choice in settings.choices})
+
+
+def _make_scheduler(
+    config: PagodaConfig, settings: ResolvedSettings, model_config: ModelConfig, fit: KVFit
+) -> Scheduler:
+    windows = set(model_config.layer_windows)
+    kv = KVCacheManager(
+        fit.num_blocks,
+        config.block_size,
+        enable_prefix_caching=config.enable_prefix_caching,
+        # Blocks may leave only when no layer can see them any more.
+        sliding_window=None if None in windows else max(window for window in windows if window is not None),
+        watermark=config.kv_cache_watermark,
+    )
+    limits = SchedulerLimits(
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        max_model_len=fit.max_model_len,
+        max_num_waiting=config.max_num_waiting,
+        long_prefill_token_threshold=config.long_prefill_token_threshold,
+        max_preemptions=config.max_preemptions,
+        policy=config.scheduling_policy,
+    )
+    return Scheduler(limits, kv)
+
+
+class _Stages:
+    """Reports each stage when it is entered and keeps the seconds it took."""
+
+    def __init__(self, listener: StageListener | None) -> None:
+        self._listener = listener
+        self._percent = -1
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def enter(self, name: str, detail: str = "") -> Iterator[None]:
+        started = time.monotonic()
+        self._report(name, detail)
+        yield
+        self.seconds[name] = time.monotonic() - started
+
+    def weights_progress(self, name: str, bytes_done: int, bytes_total: int) -> None:
+        """Report each whole percent of the weights."""
+        percent = 100 * bytes_done // max(1, bytes_total)
+        if percent != self._percent:
+            self._percent = percent
+            self._report("weights", f"{percent} %")
+
+    def _report(self, name: str, detail: str) -> None:
+        if self._listener is not None:
+            self._listener(name, detail)

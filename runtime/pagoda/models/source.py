@@ -1,0 +1,44 @@
+"""Where a checkpoint is: a directory, a Hugging Face id, or nothing, which means the demo model."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from pagoda.errors import CheckpointError
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+
+
+def checkpoint_directory(model: str | None) -> Path:
+    """The local directory of `model`; a Hugging Face id is downloaded into (or found in) the hub's cache.
+
+    Raises `CheckpointError` saying what was looked for where.
+    """
+    if model is None:
+        from pagoda.models.dummy import ensure_demo_checkpoint
+
+        return ensure_demo_checkpoint()
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise CheckpointError(f"{model} is a file: a checkpoint is a directory with config.json and *.safetensors")
+    if not _HUB_ID.fullmatch(model):
+        raise CheckpointError(f"there is no directory {model}, and it is no Hugging Face id (owner/name) either")
+    return _from_hub(model)
+
+
+def _from_hub(model: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=_FILES))
+    except LocalEntryNotFoundError:
+        raise CheckpointError(
+            f"there is no directory {model}, it is not in the Hugging Face cache, and the hub cannot be reached"
+        ) from None
+    except (HfHubHTTPError, OSError) as error:
+        raise CheckpointError(f"{model} could not be had from the Hugging Face hub: {error}") from error
