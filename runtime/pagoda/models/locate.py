@@ -45,6 +45,8 @@ def locate_checkpoint(model: str | None, files: tuple[str, ...] = CHECKPOINT_FIL
         return directory.absolute()
     if directory.exists():
         raise CheckpointError(f"model {model} is a file: it must be a directory in Hugging Face format")
+    if model.startswith(("/", ".", "~")):
+        raise CheckpointError(f"model {model}: there is no such directory")
     return _fetch(model, files)
 
 

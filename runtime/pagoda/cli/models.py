@@ -1,0 +1,124 @@
+"""`pagoda models`: look at a checkpoint, or make one with random weights."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import Field, fields
+from pathlib import Path
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from pagoda.config.values import format_bytes
+from pagoda.errors import CheckpointError
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run `inspect` or `make-dummy`."""
+    parser = argparse.ArgumentParser(prog="pagoda models", description="Look at checkpoints, or make one.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{inspect,make-dummy}")
+    inspect = commands.add_parser("inspect", help="print what a checkpoint is and what it needs")
+    inspect.add_argument("model", help="directory or Hugging Face id")
+    inspect.add_argument("--json", action="store_true", help="one JSON object")
+    make = commands.add_parser("make-dummy", help="write a small checkpoint with random weights and a tokenizer")
+    make.add_argument("directory", type=Path, help="must not exist yet")
+    _add_dummy_options(make)
+    own = parser.parse_args([_with_dashes(word) for word in arguments])
+    if own.command == "inspect":
+        facts = inspect_checkpoint(own.model)
+        print(json.dumps(facts, indent=2) if own.json else _as_text(facts))
+        return 0
+    return _make_dummy(own)
+
+
+def inspect_checkpoint(model: str) -> dict[str, Any]:
+    """What the checkpoint `model` is; sizes in bytes, lengths in tokens.
+
+    Raises:
+        CheckpointError: it is not there, or no model that can be served.
+    """
+    from pagoda.models.config import ModelConfig
+    from pagoda.models.locate import locate_checkpoint
+
+    directory = locate_checkpoint(model)
+    config = ModelConfig.from_directory(directory)
+    element_bytes = DTYPE_BYTES[config.dtype]
+    return {
+        "directory": str(directory),
+        "architecture": config.architecture,
+        "parameters": config.num_parameters(),
+        "dtype": config.dtype,
+        "weight_bytes": config.num_parameters() * element_bytes,
+        "file_bytes": sum(file.stat().st_size for file in directory.glob("*.safetensors")),
+        "layers": config.num_layers,
+        "hidden_size": config.hidden_size,
+        "attention_heads": config.num_heads,
+        "kv_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "vocab_size": config.vocab_size,
+        "tied_embeddings": config.tie_word_embeddings,
+        "max_model_len": config.max_context_length,
+        "kv_bytes_per_token": config.kv_bytes_per_token(element_bytes),
+        "kv_bytes_per_sequence": config.kv_bytes_per_token(element_bytes) * config.max_context_length,
+    }
+
+
+def _as_text(facts: dict[str, Any]) -> str:
+    def text(key: str, value: Any) -> str:
+        if "bytes" in key:
+            return format_bytes(value)
+        return f"{value:,}" if key == "parameters" else str(value)
+
+    return "\n".join(f"{key.replace('_', ' '):<22} {text(key, value)}" for key, value in facts.items())
+
+
+def _make_dummy(own: argparse.Namespace) -> int:
+    from pagoda.models.dummy import DummySpec, write_dummy_checkpoint
+
+    given = {f.name: getattr(own, f.name) for f in fields(DummySpec) if getattr(own, f.name) is not None}
+    directory = write_dummy_checkpoint(own.directory, DummySpec(**given))
+    print(_as_text(inspect_checkpoint(str(directory))))
+    return 0
+
+
+def _add_dummy_options(parser: argparse.ArgumentParser) -> None:
+    """One option for each field of `DummySpec`, named and typed as the field."""
+    from pagoda.models.dummy import DummySpec
+
+    types = get_type_hints(DummySpec)
+    for field in fields(DummySpec):
+        flag = f"--{field.name.replace('_', '-')}"
+        parser.add_argument(flag, default=None, **_argument_of(field, types[field.name]))
+
+
+def _argument_of(field: Field[Any], annotation: Any) -> dict[str, Any]:
+    """Keyword arguments of `add_argument` for a field."""
+    told = f"default: {field.default}"
+    if get_origin(annotation) is Literal:
+        return {"choices": get_args(annotation), "help": told}
+    without_none = [member for member in get_args(annotation) if member is not NoneType]
+    kind = without_none[0] if NoneType in get_args(annotation) else annotation
+    if kind is bool:
+        return {"action": argparse.BooleanOptionalAction, "help": told}
+    if kind in (int, float):
+        return {"type": kind, "help": told, "metavar": kind.__name__.upper()}
+    return {"type": _json_object, "help": "a JSON object", "metavar": "JSON"}
+
+
+def _with_dashes(word: str) -> str:
+    """An option's name with dashes, its value untouched: underscores are as good everywhere in Pagoda."""
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value if name.startswith("--") else word
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{text!r} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{text!r} is no JSON object")
+    return content
