@@ -1,21 +1,25 @@
-"""Runs a model over a paged KV cache the way the engine does, and makes checkpoints to run."""
+"""Runs a model over a paged KV cache the way the engine does, and makes checkpoints with transformers to run."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
+
 from pagoda.models.config import ModelConfig
 from pagoda.models.decoder import DecoderForCausalLM
 from pagoda.models.loader import load_weights
 from pagoda.models.registry import build_model
 from pagoda_kernels.attention import AttentionMetadata
 
+CHUNKS = (1, 7, 1, 40)
+
 
 @dataclass
-class Sequence_:
+class CachedSequence:
     """One sequence: all its tokens, how many are in the cache, and its blocks."""
 
     tokens: list[int]
@@ -41,11 +45,11 @@ class PagedModel:
         ]
         order = torch.randperm(num_blocks - 1, generator=torch.Generator().manual_seed(seed)) + 1
         self.free_blocks = order.tolist()
-        self.sequences: list[Sequence_] = []
+        self.sequences: list[CachedSequence] = []
 
     def add(self, tokens: Sequence[int]) -> int:
         """A new sequence; returns its index."""
-        self.sequences.append(Sequence_(list(tokens)))
+        self.sequences.append(CachedSequence(list(tokens)))
         return len(self.sequences) - 1
 
     def step(self, scheduled: dict[int, int]) -> None:
@@ -95,3 +99,45 @@ def load_model(directory: Path, dtype: torch.dtype = torch.float32) -> DecoderFo
     model = build_model(ModelConfig.from_directory(directory), dtype, "cpu")
     load_weights(model, directory)
     return model
+
+
+def save_random_checkpoint(
+    config: Any, directory: Path, *, dtype: torch.dtype = torch.float32, max_shard_size: str = "1GB", seed: int = 0
+) -> Any:
+    """Save a random model of a transformers `config` to `directory`; returns transformers' model, in `dtype`.
+
+    Every weight is random, norms and biases too, and large enough that logits are far from flat and attention is sharp.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(config).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.copy_(1 + 0.3 * torch.randn(parameter.shape, generator=generator))
+            elif parameter.dim() == 1:
+                parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
+            else:
+                scale = 1.0 if "embed_tokens" in name else 1.5 * parameter.shape[1] ** -0.5
+                parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+    model.to(dtype).save_pretrained(directory, max_shard_size=max_shard_size)
+    return model
+
+
+def run_in_chunks(model: DecoderForCausalLM, prompts: list[list[int]], *, block_size: int) -> list[torch.Tensor]:
+    """Logits [tokens, vocab_size] of every position of every prompt, from one batch in ever changing chunks.
+
+    Sequence i moves by a step of `CHUNKS[(round + i) % 4]` tokens, so that decode rows, short and long chunks, fresh and
+    continued, meet in the same step.
+    """
+    paged = PagedModel(model, block_size=block_size)
+    for prompt in prompts:
+        paged.add(prompt)
+    for turn in range(max(map(len, prompts))):
+        left = {i: len(sequence.tokens) - sequence.num_computed for i, sequence in enumerate(paged.sequences)}
+        scheduled = {i: min(count, CHUNKS[(turn + i) % len(CHUNKS)]) for i, count in left.items() if count}
+        if not scheduled:
+            break
+        paged.step(scheduled)
+    return [paged.logits_of(i) for i in range(len(prompts))]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from pagoda_kernels.attention import AttentionMetadata
 from torch import nn
 
 from pagoda.models.config import ModelConfig
@@ -13,6 +12,7 @@ from pagoda.models.layers.linear import Linear
 from pagoda.models.layers.mlp import GatedMLP
 from pagoda.models.layers.norm import RMSNorm
 from pagoda.models.layers.rope import build_rotary_embedding
+from pagoda_kernels.attention import AttentionMetadata
 
 KVCache = tuple[torch.Tensor, torch.Tensor]
 

@@ -63,7 +63,8 @@ def initialize_dummy_weights(model: DecoderForCausalLM, seed: int = 0, std: floa
         if name.endswith("norm.weight"):
             destination.fill_(1.0)
             continue
-        generator = torch.Generator(destination.device).manual_seed((seed << 32) | zlib.crc32(name.encode()))
+        # 32 bits are all that torch's generator on the CPU takes of a seed.
+        generator = torch.Generator(destination.device).manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
         destination.normal_(0.0, std, generator=generator)
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-from pagoda_kernels.attention import AttentionMetadata, paged_attention, write_kv
-from pagoda_kernels.rope import apply_rotary
 from torch import nn
 
 from pagoda.models.config import ModelConfig
 from pagoda.models.layers.linear import Linear
 from pagoda.models.layers.norm import RMSNorm
+from pagoda_kernels.attention import AttentionMetadata, paged_attention, write_kv
+from pagoda_kernels.rope import apply_rotary
 
 
 class SelfAttention(nn.Module):

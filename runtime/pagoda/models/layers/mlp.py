@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from pagoda_kernels.activation import silu_and_mul
 from torch import nn
 
 from pagoda.models.config import ModelConfig
 from pagoda.models.layers.linear import Linear
+from pagoda_kernels.activation import silu_and_mul
 
 
 class GatedMLP(nn.Module):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from pagoda_kernels.norm import rms_norm
 from torch import nn
+
+from pagoda_kernels.norm import rms_norm
 
 
 class RMSNorm(nn.Module):
