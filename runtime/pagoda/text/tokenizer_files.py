@@ -98,10 +98,10 @@ def _added_token(token: object, *, special: bool | None = None) -> AddedToken:
 
 def _extra_special_tokens(config: Mapping[str, Any]) -> tuple[list[AddedToken], dict[str, Any]]:
     """Unnamed special tokens, and the named ones of the newer form that maps names to tokens."""
-    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
-    if isinstance(extra, Mapping):
-        return [], dict(extra)
-    return [_added_token(token) for token in extra], {}
+    extra = config.get("extra_special_tokens") or []
+    named = dict(extra) if isinstance(extra, Mapping) else {}
+    unnamed = config.get("additional_special_tokens") or [] if named or not extra else extra
+    return [_added_token(token) for token in unnamed], named
 
 
 def _chat_templates(directory: Path, configured: object) -> dict[str, str]:
