@@ -10,6 +10,7 @@ from pagoda.engine.messages import EngineStats
 from pagoda.errors import (
     DeadlineExceededError,
     EngineDeadError,
+    EngineNotReadyError,
     ErrorKind,
     InvalidRequestError,
     QueueFullError,
@@ -174,8 +175,19 @@ def test_a_request_that_is_cut_off_is_counted_once_with_its_reason(
     found = samples(metrics)
     assert found[f"pagoda_request_success_total{{finished_reason={reason}}}"] == 2
     assert found["pagoda_e2e_request_latency_seconds_count"] == 2
-    for name in ("client", "deadline", "engine"):
+    for name in ("client", "deadline", "server"):
         assert found[f"pagoda_request_aborts_total{{cause={name}}}"] == (2 if name == cause else 0)
+
+
+def test_a_request_that_the_end_of_the_grace_period_cuts_off_is_an_abort_by_the_server(
+    metrics: Metrics, clock: Clock
+) -> None:
+    meter = begin(metrics, clock)
+    meter.on_chunk(first_chunk([1]))
+    meter.on_end(EngineNotReadyError("shutting down"))
+    found = samples(metrics)
+    assert found["pagoda_request_success_total{finished_reason=abort}"] == 1
+    assert found["pagoda_request_aborts_total{cause=server}"] == 1
 
 
 @pytest.mark.parametrize("error", [InvalidRequestError("no"), QueueFullError("full")])
@@ -247,6 +259,8 @@ def test_tokens_of_every_step_are_counted_even_when_reports_are_skipped(metrics:
     assert found["pagoda_iteration_tokens_total_count"] == 4
     assert found["pagoda_iteration_tokens_total_sum"] == 106
     assert found["pagoda_iteration_tokens_total_bucket{le=8.0}"] == 3
+    engine.stats = EngineStats()
+    metrics.observe_steps()
     engine.stats = EngineStats(step=1, num_scheduled_tokens=5)
     assert samples(metrics)["pagoda_iteration_tokens_total_sum"] == 111
 

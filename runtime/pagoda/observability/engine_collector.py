@@ -141,12 +141,11 @@ class StepMeter:
         stats = self._engine.stats
         if stats.step == self._step:
             return
-        if stats.step < self._step:  # another core, whose counts began again
+        if stats.step < self._step:  # the core was lost, or another one counts from 0 again
             self._step = self._num_tokens = 0
-        num_steps = stats.step - self._step
-        tokens_per_step = (stats.num_scheduled_tokens - self._num_tokens) / num_steps
+        num_steps, num_tokens = stats.step - self._step, stats.num_scheduled_tokens - self._num_tokens
         for _ in range(num_steps):
-            self._histogram.observe(tokens_per_step)
+            self._histogram.observe(num_tokens / num_steps)
         self._step, self._num_tokens = stats.step, stats.num_scheduled_tokens
 
 

@@ -1,0 +1,220 @@
+"""A gRPC server of ours on a free port in a thread of its own, over a generator whose answers are known."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from typing import Any, TypeVar
+
+import grpc
+
+from pagoda.config.schema import PagodaConfig
+from pagoda.engine.health import EngineHealth, EngineState
+from pagoda.engine.messages import EngineStats
+from pagoda.errors import ErrorKind, InvalidRequestError, error_of
+from pagoda.observability.metrics import Metrics
+from pagoda.observability.request_meter import request_meters
+from pagoda.sampling.output import FinishReason
+from pagoda.sampling.params import SamplingParams
+from pagoda.serving.auth import ApiKeys
+from pagoda.serving.context import ServingContext
+from pagoda.serving.generation import GenerationRunner
+from pagoda.serving.grpc_messages import SERVICE_NAME, message_class, service_methods
+from pagoda.serving.grpc_server import GrpcServer
+from pagoda.serving.health import ServerHealth
+from pagoda.text.output import GenerationChunk
+
+T = TypeVar("T")
+MAX_MODEL_LEN = 64
+HANG = "hang"
+"""A prompt that gives one token and then nothing more."""
+WAIT = "wait"
+"""A prompt that gives nothing at all."""
+
+
+class FakeEngine:
+    """The part of `EngineClient` that health and metrics look at."""
+
+    def __init__(self) -> None:
+        self.health = EngineHealth()
+        self.stats = EngineStats()
+
+
+class FakeGenerator:
+    """Answers a prompt with its own characters in capitals, one token each; ends with `stop`, or at max_tokens.
+
+    `fail:KIND` fails with that kind of error after one token. `started` and `left` count sequences that began, and those
+    whose reader left before their end.
+    """
+
+    def __init__(self) -> None:
+        self.started: list[str] = []
+        self.left: list[str] = []
+        self.last_deadline: float | None = None
+
+    def sampling_params(self, given: Mapping[str, Any]) -> SamplingParams:
+        return SamplingParams(**given)
+
+    async def generate(
+        self,
+        prompt: str | list[int],
+        sampling: SamplingParams,
+        *,
+        request_id: str,
+        deadline: float | None = None,
+        **options: Any,
+    ) -> AsyncGenerator[GenerationChunk, None]:
+        self.last_deadline = deadline
+        text = prompt if isinstance(prompt, str) else "".join(chr(97 + token_id % 26) for token_id in prompt)
+        if not text or len(text) >= MAX_MODEL_LEN:
+            raise InvalidRequestError(f"the prompt has {len(text)} tokens; 1 to {MAX_MODEL_LEN - 1} are allowed")
+        self.started.append(request_id)
+        is_over = False
+        try:
+            if text == WAIT:
+                await asyncio.Event().wait()
+            limit = sampling.max_tokens or MAX_MODEL_LEN - len(text)
+            for position, character in enumerate(text[:limit]):
+                is_last = position == min(len(text), limit) - 1
+                for index in range(sampling.n):
+                    yield GenerationChunk(
+                        index=index,
+                        text=character.upper(),
+                        token_ids=[ord(character.upper())],
+                        finish_reason=self._reason(len(text), limit) if is_last else None,
+                        **({"num_prompt_tokens": len(text), "num_cached_tokens": 0} if position == 0 else {}),
+                    )
+                if text == HANG:
+                    await asyncio.Event().wait()
+                if text.startswith("fail:"):
+                    raise error_of(ErrorKind(text.removeprefix("fail:")), "failed as asked")
+                if text == "bug":
+                    raise ZeroDivisionError("a secret of the implementation")
+                await asyncio.sleep(0)
+            is_over = True
+        except (asyncio.CancelledError, GeneratorExit):
+            if not is_over:
+                self.left.append(request_id)
+            raise
+
+    @staticmethod
+    def _reason(num_characters: int, limit: int) -> FinishReason:
+        return FinishReason.STOP if num_characters <= limit else FinishReason.LENGTH
+
+
+class GrpcHarness:
+    """The server, and a synchronous client of it that uses our own message classes."""
+
+    def __init__(self, *, is_ready: bool = True, **settings: Any) -> None:
+        self.config = PagodaConfig(model_name="demo", host="127.0.0.1", grpc_port=0, **settings)
+        self.engine = FakeEngine()
+        self.generator = FakeGenerator()
+        self.health = ServerHealth(self.engine)  # type: ignore[arg-type]
+        self.metrics = Metrics("demo")
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._is_ready = is_ready
+        self._channel: grpc.Channel | None = None
+
+    def __enter__(self) -> GrpcHarness:
+        self._thread.start()
+        self.run(self._start)
+        return self
+
+    async def _start(self) -> None:
+        self.metrics.watch(self.engine)  # type: ignore[arg-type]
+        runner = GenerationRunner(
+            self.generator,  # type: ignore[arg-type]
+            self.health,
+            request_timeout_seconds=self.config.request_timeout_seconds,
+            observe=request_meters(self.metrics),
+        )
+        context = ServingContext(
+            config=self.config,
+            client=self.engine,  # type: ignore[arg-type]
+            generator=self.generator,  # type: ignore[arg-type]
+            runner=runner,
+            health=self.health,
+            metrics=self.metrics,
+            keys=ApiKeys(self.config.api_keys),
+        )
+        self.engine.health.enter_stage("weights")
+        self.health.text_is_ready()
+        if self._is_ready:
+            self.engine.health.transition(EngineState.READY, "started")
+        self.server = GrpcServer(context)
+        await self.server.start()
+
+    def run(self, make: Callable[..., Awaitable[T]], *arguments: Any) -> T:
+        """The result of a coroutine function, run in the server's loop."""
+
+        async def call() -> T:
+            return await make(*arguments)
+
+        return asyncio.run_coroutine_threadsafe(call(), self._loop).result(timeout=30)
+
+    def do(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Call a plain function in the server's loop."""
+
+        async def call() -> None:
+            function(*arguments)
+
+        self.run(call)
+
+    def set_engine_state(self, state: EngineState, cause: str = "as the test wants") -> None:
+        """Let the engine change its state."""
+        self.do(self.engine.health.transition, state, cause)
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.server.port}"
+
+    @property
+    def channel(self) -> grpc.Channel:
+        if self._channel is None:
+            self._channel = grpc.insecure_channel(self.address)
+        return self._channel
+
+    def stub(self, method: str, channel: grpc.Channel | None = None, *, raw: bool = False) -> Any:
+        """The callable of one method of the service; with `raw` it takes bytes as they are."""
+        descriptor = next(m for m in service_methods() if m.name == method)
+        response = message_class(descriptor.output_type.name)
+        make = (channel or self.channel).stream_stream if descriptor.client_streaming else None
+        make = make or (channel or self.channel).unary_unary
+        return make(
+            f"/{SERVICE_NAME}/{method}",
+            request_serializer=None if raw else lambda message: message.SerializeToString(),
+            response_deserializer=response.FromString,
+        )
+
+    def infer(self, request: Any, **options: Any) -> Any:
+        return self.stub("ModelInfer")(request, timeout=options.pop("timeout", 20), **options)
+
+    def __exit__(self, *exception: object) -> None:
+        if self._channel is not None:
+            self._channel.close()
+        self.run(self.server.stop, 0)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(timeout=10)
+        self._loop.close()
+
+
+def infer_request(text: str | list[str] | None = "hello", **fields: Any) -> Any:
+    """A ModelInferRequest with typed contents; `parameters` take Python values."""
+    parameters = fields.pop("parameters", {})
+    request = message_class("ModelInferRequest")(**{"model_name": "demo", **fields})
+    if text is not None:
+        texts = [text] if isinstance(text, str) else text
+        tensor = request.inputs.add(name="text_input", datatype="BYTES", shape=[len(texts)])
+        tensor.contents.bytes_contents.extend(item.encode() for item in texts)
+    for name, value in parameters.items():
+        choice = {bool: "bool_param", int: "int64_param", float: "double_param", str: "string_param"}[type(value)]
+        setattr(request.parameters[name], choice, value)
+    return request
+
+
+def texts_of(response: Any) -> list[str]:
+    """The `text_output` of a response with typed contents."""
+    (output,) = [output for output in response.outputs if output.name == "text_output"]
+    return [item.decode() for item in output.contents.bytes_contents]
