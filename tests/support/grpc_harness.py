@@ -133,7 +133,6 @@ class GrpcHarness:
         context = ServingContext(
             config=self.config,
             client=self.engine,  # type: ignore[arg-type]
-            generator=self.generator,  # type: ignore[arg-type]
             runner=runner,
             health=self.health,
             metrics=self.metrics,

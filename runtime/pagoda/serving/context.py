@@ -18,19 +18,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServingContext:
-    """The parts that a route or a gRPC method needs.
-
-    `generator` and `runner` exist from the start; before `health.is_ready` they must not be asked: call
-    `health.check_ready()` first.
-    """
+    """The parts that a route or a gRPC method needs; all are there from the first second, before the model is."""
 
     config: PagodaConfig
     client: EngineClient
-    generator: TextGenerator
     runner: GenerationRunner
     health: ServerHealth
     metrics: Metrics
     keys: ApiKeys
+
+    @property
+    def generator(self) -> TextGenerator:
+        """The text layer; raises `EngineNotReadyError` while the model loads."""
+        return self.runner.generator
 
     @property
     def model_name(self) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
 from pagoda.errors import DeadlineExceededError, EngineNotReadyError, InvalidRequestError
+from pagoda.sampling.output import FinishReason
 from pagoda.sampling.params import SamplingParams
 from pagoda.serving.parameters import RequestOptions
 from pagoda.text.output import GenerationChunk, PositionLogprobs
@@ -34,31 +35,37 @@ class GenerationJob:
 
 @dataclass(slots=True, kw_only=True)
 class SequenceResult:
-    """One finished sequence: its chunks joined. `logprobs` has one entry a token if they were asked for."""
+    """One sequence: its chunks joined. `logprobs` has one entry a token if they were asked for."""
 
-    text: str = ""
+    pieces: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[PositionLogprobs] | None = None
-    finish_reason: str | None = None
+    finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     num_prompt_tokens: int = 0
     prompt_token_ids: list[int] = field(default_factory=list)
     prompt_logprobs: list[PositionLogprobs | None] | None = None
     num_cached_tokens: int = 0
 
+    @property
+    def text(self) -> str:
+        """The whole text so far."""
+        return "".join(self.pieces)
+
     def add(self, chunk: GenerationChunk) -> None:
         """Append what `chunk` brings."""
-        self.text += chunk.text
+        self.pieces.append(chunk.text)
         self.token_ids += chunk.token_ids
         if chunk.logprobs is not None:
-            self.logprobs = (self.logprobs or []) + chunk.logprobs
+            self.logprobs = self.logprobs or []
+            self.logprobs += chunk.logprobs
         if chunk.num_prompt_tokens is not None:
             self.num_prompt_tokens = chunk.num_prompt_tokens
             self.prompt_token_ids = chunk.prompt_token_ids or []
             self.prompt_logprobs = chunk.prompt_logprobs
             self.num_cached_tokens = chunk.num_cached_tokens or 0
         if chunk.finish_reason is not None:
-            self.finish_reason = str(chunk.finish_reason)
+            self.finish_reason = chunk.finish_reason
             self.stop_reason = chunk.stop_reason
 
 
@@ -97,18 +104,18 @@ class GenerationRunner:
     """Runs the jobs of all protocols, and knows how many are under way.
 
     A job is refused unless `health` is ready. `request_timeout_seconds` bounds every job; a shorter `timeout_seconds` of its
-    own wins.
+    own wins. The generator comes with `attach` where it can be made only when the checkpoint is there.
     """
 
     def __init__(
         self,
-        generator: TextGenerator,
+        generator: TextGenerator | None,
         health: ServerHealth,
         *,
         request_timeout_seconds: float | None,
         observe: ObserverFactory,
     ) -> None:
-        self.generator = generator
+        self._generator = generator
         self._health = health
         self._request_timeout_seconds = request_timeout_seconds
         self._observe = observe
@@ -117,6 +124,17 @@ class GenerationRunner:
         self._idle.set()
         self._waits: set[asyncio.Timeout] = set()
         self._is_stopped = False
+
+    @property
+    def generator(self) -> TextGenerator:
+        """The text layer; raises `EngineNotReadyError` before it is there."""
+        if self._generator is None:
+            raise EngineNotReadyError("the model is loading")
+        return self._generator
+
+    def attach(self, generator: TextGenerator) -> None:
+        """Use `generator` from now on."""
+        self._generator = generator
 
     @property
     def num_running(self) -> int:

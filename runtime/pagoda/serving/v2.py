@@ -307,7 +307,7 @@ def _output_tensor(name: str, results: list[SequenceResult], shape: tuple[int, .
     if name == "text_output":
         data = [result.text for result in results]
     elif name == "finish_reason":
-        data = [result.finish_reason or "" for result in results]
+        data = [str(result.finish_reason or "") for result in results]
     elif name == "num_input_tokens":
         data = [result.num_prompt_tokens for result in results]
     elif name == "num_output_tokens":

@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
+from typing import Any
 
 import orjson
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from pagoda.observability.metrics import Metrics
 from pagoda.serving.rest.disconnect import end_tasks, wait_for_disconnect
+from pagoda.serving.rest.responses import note_error
+from pagoda.serving.status import ErrorReport
 
 OPEN_AFTER_SECONDS = 10.0
 COMMENT_EVERY_SECONDS = 15.0
@@ -24,7 +28,7 @@ COMMENT = b": waiting for the first token\n\n"
 DONE = b"data: [DONE]\n\n"
 
 Events = AsyncGenerator[bytes, None]
-ErrorEvent = Callable[[Exception], bytes]
+ErrorBody = Callable[[ErrorReport], dict[str, Any]]
 
 
 def event(content: object) -> bytes:
@@ -32,10 +36,10 @@ def event(content: object) -> bytes:
     return b"data: " + orjson.dumps(content) + b"\n\n"
 
 
-async def open_event_stream(request: Request, events: Events, error_event: ErrorEvent) -> EventStream:
+async def open_event_stream(request: Request, events: Events, error_body: ErrorBody, metrics: Metrics) -> EventStream:
     """The answer that streams `events`; raises what the source raises before its first event.
 
-    `error_event` makes the last event of a stream whose source raised later.
+    `error_body` makes the last event of a stream whose source raised later.
     """
     first = asyncio.ensure_future(_first(events))
     leaving = asyncio.ensure_future(wait_for_disconnect(request.receive))
@@ -49,6 +53,10 @@ async def open_event_stream(request: Request, events: Events, error_event: Error
         await end_tasks(first, leaving)
         await events.aclose()
         raise
+
+    def error_event(error: Exception) -> bytes:
+        return event(error_body(note_error(error, metrics, request.url.path)))
+
     return EventStream(first, events, leaving, error_event)
 
 
@@ -58,7 +66,11 @@ class EventStream(Response):
     media_type = "text/event-stream"
 
     def __init__(
-        self, first: asyncio.Future[bytes], events: Events, leaving: asyncio.Future[None], error_event: ErrorEvent
+        self,
+        first: asyncio.Future[bytes],
+        events: Events,
+        leaving: asyncio.Future[None],
+        error_event: Callable[[Exception], bytes],
     ) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]

@@ -12,12 +12,11 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pagoda.errors import ErrorKind, InvalidRequestError, ModelNotFoundError
+from pagoda.errors import InvalidRequestError, ModelNotFoundError
 from pagoda.observability.logs import bind_request_id
 from pagoda.observability.metrics import Metrics
 from pagoda.serving.auth import ApiKeys
-from pagoda.serving.rest.responses import error_body, error_response, json_response
-from pagoda.serving.status import report
+from pagoda.serving.rest.responses import error_body, error_response, json_response, note_error
 
 logger = logging.getLogger(__name__)
 
@@ -71,19 +70,15 @@ class Gate:
         """The answer to a request on `path` that failed with `error`; counts it, and logs what is a fault of ours."""
         if isinstance(error, HTTPException):
             return self._http_answer(path, error)
-        error_report = report(error)
-        self._metrics.count_error(error_report.kind)
-        if error_report.kind is ErrorKind.INTERNAL:
-            logger.error("internal error on %s", path, exc_info=error)
-        return error_response(path, error_report)
+        return error_response(path, note_error(error, self._metrics, path))
 
     def _http_answer(self, path: str, error: HTTPException) -> Response:
         """404 and 405 of the router, in the shapes of all other errors."""
         if error.status_code == 404:
             return self.answer(path, ModelNotFoundError(f"there is no route {path[:200]!r} here"))
         wrong_method = InvalidRequestError(f"{path[:200]!r} does not take this method: {error.detail}")
-        self._metrics.count_error(wrong_method.kind)
-        return json_response(error_body(path, report(wrong_method)), error.status_code, error.headers)
+        content = error_body(path, note_error(wrong_method, self._metrics, path))
+        return json_response(content, error.status_code, error.headers)
 
 
 def is_public(path: str) -> bool:

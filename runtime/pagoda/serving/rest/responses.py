@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 import orjson
 from starlette.responses import Response
 
-from pagoda.serving.status import ErrorReport
+from pagoda.errors import ErrorKind
+from pagoda.observability.metrics import Metrics
+from pagoda.serving.status import ErrorReport, report
+
+logger = logging.getLogger(__name__)
 
 JSON = "application/json"
 OPENAI_PREFIXES = ("/v1/", "/openai/", "/tokenize", "/detokenize")
@@ -54,3 +59,12 @@ def error_response(path: str, report: ErrorReport) -> Response:
     if report.http_status == 401:
         headers["www-authenticate"] = "Bearer"
     return json_response(error_body(path, report), report.http_status, headers)
+
+
+def note_error(error: Exception, metrics: Metrics, path: str) -> ErrorReport:
+    """What the client may know of `error`, which is counted, and logged where it is a fault of ours."""
+    error_report = report(error)
+    metrics.count_error(error_report.kind)
+    if error_report.kind is ErrorKind.INTERNAL:
+        logger.error("internal error on %s", path, exc_info=error)
+    return error_report

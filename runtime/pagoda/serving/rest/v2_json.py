@@ -1,8 +1,8 @@
 """V2 infer requests and responses on the REST wire: JSON, with tensors in it or as binary data behind it.
 
-Binary data follows Triton's binary tensor extension: the header `Inference-Header-Content-Length` says where the JSON ends, and
-the data of the tensors that have a `binary_data_size` lie behind it in order. The form of an output is what `binary_data` of the
-requested output says, else what `binary_data_output` of the request says, else JSON.
+Binary data follows Triton's binary tensor extension: the header `Inference-Header-Content-Length` says where the JSON ends,
+and the data of the tensors that have a `binary_data_size` lie behind it in order. The form of an output is what
+`binary_data` of the requested output says, else what `binary_data_output` of the request says, else JSON.
 """
 
 from __future__ import annotations

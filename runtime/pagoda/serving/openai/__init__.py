@@ -1,0 +1,1 @@
+"""OpenAI's routes with types of our own: KServe's import vLLM."""

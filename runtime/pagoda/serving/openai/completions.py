@@ -1,0 +1,164 @@
+"""/v1/completions: prompts to text."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+from pagoda.errors import InvalidRequestError
+from pagoda.serving.context import ServingContext
+from pagoda.serving.generation import GenerationJob, SequenceResult, check_job_count, limit_time
+from pagoda.serving.openai.logprobs import CompletionLogprobs, joined, prompt_logprobs
+from pagoda.serving.openai.requests import PROMPT_FORMS, check_stream_options, sampling_and_options
+from pagoda.serving.openai.types import CompletionRequest
+from pagoda.serving.openai.usage import UsageCounter
+from pagoda.serving.rest.event_stream import DONE, Events, event
+from pagoda.text.output import GenerationChunk
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionCall:
+    """A checked request on its way."""
+
+    context: ServingContext
+    request: CompletionRequest
+    jobs: list[GenerationJob]
+    answer_id: str
+    created: int
+
+    @classmethod
+    def prepare(cls, context: ServingContext, request: CompletionRequest, seconds: float | None) -> CompletionCall:
+        """Check everything that can be checked before the engine is asked; `seconds` is the header's limit."""
+        check_stream_options(request)
+        # An echoed prompt has log-probabilities too.
+        overrides = {"prompt_logprobs": request.logprobs} if request.echo and request.logprobs is not None else {}
+        sampling, options = sampling_and_options(request, context.generator.sampling_params, overrides)
+        add_special_tokens = request.add_special_tokens is not False
+        jobs = [
+            limit_time(
+                GenerationJob(prompt=prompt, sampling=sampling, options=options, add_special_tokens=add_special_tokens),
+                seconds,
+            )
+            for prompt in split_prompt(request.prompt)
+        ]
+        check_job_count(jobs)
+        return cls(context, request, jobs, f"cmpl-{uuid.uuid4().hex}", int(time.time()))
+
+    async def whole(self) -> dict[str, Any]:
+        """The answer when everything is done."""
+        results = await self.context.runner.collect_all(self.jobs, self.answer_id)
+        usage = UsageCounter()
+        choices = []
+        for prompt_index, sequences in enumerate(results):
+            for sequence_index, result in enumerate(sequences):
+                usage.add(prompt_index, _as_chunk(result))
+                choice = _Choice(self, prompt_index, sequence_index)
+                choices.append(await choice.piece(_as_chunk(result)))
+        return {**self._head(choices), "usage": usage.usage()}
+
+    async def events(self) -> Events:
+        """The answer in pieces."""
+        choices: dict[tuple[int, int], _Choice] = {}
+        usage = UsageCounter()
+        stream_options = self.request.stream_options
+        wants_usage = bool(stream_options and stream_options.include_usage)
+        continuous = bool(stream_options and stream_options.continuous_usage_stats)
+        async with aclosing(self.context.runner.stream_all(self.jobs, self.answer_id)) as chunks:
+            async for prompt_index, chunk in chunks:
+                usage.add(prompt_index, chunk)
+                key = (prompt_index, chunk.index)
+                if key not in choices:
+                    choices[key] = _Choice(self, prompt_index, chunk.index)
+                piece = await choices[key].piece(chunk)
+                if not piece["text"] and piece["finish_reason"] is None and piece["logprobs"] is None:
+                    continue
+                content = self._head([piece])
+                if wants_usage:
+                    content["usage"] = usage.usage() if continuous else None
+                yield event(content)
+        if wants_usage:
+            yield event({**self._head([]), "usage": usage.usage()})
+        yield DONE
+
+    def _head(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": self.answer_id,
+            "object": "text_completion",
+            "created": self.created,
+            "model": self.context.model_name,
+            "choices": choices,
+        }
+
+
+class _Choice:
+    """One choice of an answer, and what must be remembered between its pieces."""
+
+    def __init__(self, call: CompletionCall, prompt_index: int, sequence_index: int) -> None:
+        self._call = call
+        self._index = prompt_index * call.jobs[prompt_index].sampling.n + sequence_index
+        self._logprobs = CompletionLogprobs()
+
+    async def piece(self, chunk: GenerationChunk) -> dict[str, Any]:
+        """The choice as an answer shows it, for what `chunk` brings."""
+        piece: dict[str, Any] = {
+            "index": self._index,
+            "text": chunk.text,
+            "logprobs": await self._piece_logprobs(chunk),
+            "finish_reason": None if chunk.finish_reason is None else str(chunk.finish_reason),
+            "stop_reason": chunk.stop_reason,
+        }
+        if self._call.request.prompt_logprobs is not None and chunk.prompt_logprobs is not None:
+            piece["prompt_logprobs"] = prompt_logprobs(chunk.prompt_logprobs)
+        return piece
+
+    async def _piece_logprobs(self, chunk: GenerationChunk) -> dict[str, Any] | None:
+        if self._call.request.logprobs is None:
+            return None
+        parts = []
+        if self._call.request.echo and chunk.prompt_logprobs is not None:
+            first_id = (chunk.prompt_token_ids or [])[:1]
+            pool = self._call.context.generator.pool
+            token, shown = await asyncio.gather(
+                pool.decode(first_id, skip_special_tokens=False), pool.decode(first_id, skip_special_tokens=True)
+            )
+            parts.append(self._logprobs.add_first(token, len(shown)))
+            parts.append(self._logprobs.add([position for position in chunk.prompt_logprobs if position is not None]))
+        if chunk.logprobs:
+            parts.append(self._logprobs.add(chunk.logprobs))
+        return joined(parts) if parts else None
+
+
+def split_prompt(prompt: object) -> list[str | list[int]]:
+    """The prompts of a request: text, or token ids, one or several."""
+    if isinstance(prompt, str):
+        return [prompt]
+    if isinstance(prompt, list) and prompt:
+        if isinstance(prompt[0], int):
+            return [_ids(prompt)]
+        return [entry if isinstance(entry, str) else _ids(entry) for entry in prompt]
+    raise InvalidRequestError(f"prompt must be {PROMPT_FORMS}, and not empty", "prompt")
+
+
+def _ids(entry: object) -> list[int]:
+    if not isinstance(entry, list) or not entry or not all(0 <= token_id < 2**31 for token_id in entry):
+        raise InvalidRequestError("a prompt of token ids must hold at least one id, and none below 0", "prompt")
+    return entry
+
+
+def _as_chunk(result: SequenceResult) -> GenerationChunk:
+    """A finished sequence as the one chunk it could have been."""
+    return GenerationChunk(
+        text=result.text,
+        token_ids=result.token_ids,
+        logprobs=result.logprobs,
+        finish_reason=result.finish_reason,
+        stop_reason=result.stop_reason,
+        num_prompt_tokens=result.num_prompt_tokens,
+        prompt_token_ids=result.prompt_token_ids,
+        prompt_logprobs=result.prompt_logprobs,
+        num_cached_tokens=result.num_cached_tokens,
+    )

@@ -1,0 +1,171 @@
+"""OpenAI's routes under /v1 and /openai/v1, and vLLM's tokenize and detokenize."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, TypeVar
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from pagoda.errors import InvalidRequestError, ModelNotFoundError, NotSupportedError
+from pagoda.serving.context import ServingContext
+from pagoda.serving.openai.chat import ChatCall, encode_chat
+from pagoda.serving.openai.completions import CompletionCall
+from pagoda.serving.openai.requests import parse_request
+from pagoda.serving.openai.types import (
+    ChatCompletionRequest,
+    ChatCompletionResponse,
+    CompletionRequest,
+    CompletionResponse,
+    DetokenizeRequest,
+    DetokenizeResponse,
+    ModelCard,
+    ModelList,
+    RequestModel,
+    TokenizeRequest,
+    TokenizeResponse,
+)
+from pagoda.serving.parameters import TIMEOUT_HEADER, parse_timeout_header
+from pagoda.serving.rest.bodies import read_object
+from pagoda.serving.rest.disconnect import until_disconnect
+from pagoda.serving.rest.documentation import openai_errors, request_body
+from pagoda.serving.rest.event_stream import open_event_stream
+from pagoda.serving.rest.responses import json_response, openai_error
+from pagoda.serving.tensors import shown
+
+PREFIXES = ("/v1", "/openai/v1")
+GENERATION_ERRORS = (400, 401, 404, 413, 429, 500, 501, 503, 504)
+EVENTS = {"text/event-stream": {"schema": {"type": "string"}}}
+
+Body = TypeVar("Body", bound=RequestModel)
+
+
+def openai_router(context: ServingContext, prefix: str) -> APIRouter:
+    """Models, completions, chat completions and embeddings under one prefix."""
+    router = APIRouter(prefix=prefix, tags=["openai"], include_in_schema=prefix == PREFIXES[0])
+    started = int(time.time())
+    errors = openai_errors(*GENERATION_ERRORS)
+
+    @router.get("/models", response_model=ModelList, responses=openai_errors(401, 503))
+    async def models() -> Response:
+        """The served model, once it is ready."""
+        context.health.check_ready()
+        return json_response({"object": "list", "data": [_card(context, started)]})
+
+    @router.get("/models/{model_name}", response_model=ModelCard, responses=openai_errors(401, 404, 503))
+    async def model(model_name: str) -> Response:
+        """The served model by its name."""
+        if model_name != context.model_name:
+            raise ModelNotFoundError(f"there is no model {shown(model_name)} here; the model is {context.model_name!r}")
+        context.health.check_ready()
+        return json_response(_card(context, started))
+
+    @router.post(
+        "/completions",
+        response_model=CompletionResponse,
+        responses={200: {"content": EVENTS}, **errors},
+        openapi_extra=request_body(CompletionRequest),
+    )
+    async def completions(request: Request) -> Response:
+        """Complete prompts; `stream: true` streams events that end with `[DONE]`."""
+        body = await _read(context, request, CompletionRequest)
+        call = CompletionCall.prepare(context, body, _seconds(request))
+        if body.stream:
+            return await open_event_stream(request, call.events(), openai_error, context.metrics)
+        return json_response(await until_disconnect(request, call.whole()))
+
+    @router.post(
+        "/chat/completions",
+        response_model=ChatCompletionResponse,
+        responses={200: {"content": EVENTS}, **errors},
+        openapi_extra=request_body(ChatCompletionRequest),
+    )
+    async def chat_completions(request: Request) -> Response:
+        """Continue a conversation; `stream: true` streams events that end with `[DONE]`."""
+        body = await _read(context, request, ChatCompletionRequest)
+        call = ChatCall.prepare(context, body, _seconds(request))
+        if body.stream:
+            return await open_event_stream(request, call.events(), openai_error, context.metrics)
+        return json_response(await until_disconnect(request, call.whole()))
+
+    @router.post("/embeddings", responses=openai_errors(401, 501), response_class=Response)
+    async def embeddings() -> Response:
+        """Not supported."""
+        raise NotSupportedError("embeddings are not supported by this server; it serves a generating model")
+
+    return router
+
+
+def tokenizer_router(context: ServingContext) -> APIRouter:
+    """Text to token ids and back, in vLLM's shapes."""
+    router = APIRouter(tags=["tokenizer"])
+    errors = openai_errors(400, 401, 404, 413, 500, 501, 503, 504)
+
+    @router.post(
+        "/tokenize",
+        response_model=TokenizeResponse,
+        responses=errors,
+        openapi_extra=request_body(TokenizeRequest),
+    )
+    async def tokenize(request: Request) -> Response:
+        """Token ids of a prompt or of a conversation."""
+        body = await _read(context, request, TokenizeRequest)
+        return json_response(await until_disconnect(request, _tokenize(context, body)))
+
+    @router.post(
+        "/detokenize",
+        response_model=DetokenizeResponse,
+        responses=errors,
+        openapi_extra=request_body(DetokenizeRequest),
+    )
+    async def detokenize(request: Request) -> Response:
+        """Text of token ids."""
+        body = await _read(context, request, DetokenizeRequest)
+        work = context.generator.pool.decode(body.tokens, skip_special_tokens=False)
+        return json_response({"prompt": await until_disconnect(request, work)})
+
+    return router
+
+
+async def _read(context: ServingContext, request: Request, kind: type[Body]) -> Body:
+    context.health.check_ready()
+    content = await read_object(request, context.config.max_body_bytes)
+    return parse_request(kind, content, context.model_name)
+
+
+def _seconds(request: Request) -> float | None:
+    return parse_timeout_header(request.headers.get(TIMEOUT_HEADER))
+
+
+def _card(context: ServingContext, created: int) -> dict[str, Any]:
+    ready = context.client.ready
+    return {
+        "id": context.model_name,
+        "object": "model",
+        "created": created,
+        "owned_by": "pagoda",
+        "root": context.config.model or context.model_name,
+        "parent": None,
+        "max_model_len": ready.max_model_len if ready is not None else None,
+    }
+
+
+async def _tokenize(context: ServingContext, body: TokenizeRequest) -> dict[str, Any]:
+    if (body.prompt is None) == (body.messages is None):
+        raise InvalidRequestError("give exactly one of prompt and messages", "prompt")
+    pool = context.generator.pool
+    if body.prompt is not None:
+        token_ids = await pool.encode(body.prompt, add_special_tokens=body.add_special_tokens is not False)
+    else:
+        token_ids = await encode_chat(context, body)
+    texts = None
+    if body.return_token_strs:
+        texts = [await pool.decode([token_id], skip_special_tokens=False) for token_id in token_ids]
+    ready = context.client.ready
+    return {
+        "count": len(token_ids),
+        "max_model_len": ready.max_model_len if ready is not None else None,
+        "tokens": token_ids,
+        "token_strs": texts,
+    }

@@ -1,0 +1,273 @@
+"""What OpenAI's routes take and give, with the extra fields that vLLM's clients know.
+
+Requests are checked strictly (a string is no number) and keep unknown fields, which are logged once and otherwise ignored: new
+clients send new fields. Answers are built as plain dictionaries; the response types here document them and check them in
+tests.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class RequestModel(BaseModel):
+    """Base of all request types."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+
+class StreamOptions(RequestModel):
+    """What a stream carries beside text."""
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class SamplingFields(RequestModel):
+    """What the two generating routes have in common."""
+
+    model: str | None = Field(None, description="The served model; may be left out.")
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    n: int | None = None
+    stop: str | list[str] | None = None
+    seed: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = Field(None, description="Accepted and not used.")
+
+    # Beyond OpenAI, by vLLM's names.
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    min_tokens: int | None = None
+    ignore_eos: bool | None = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    bad_words: list[str] | None = None
+    allowed_token_ids: list[int] | None = None
+    prompt_logprobs: int | None = None
+    add_special_tokens: bool | None = None
+    priority: int | None = None
+    cache_salt: str | None = None
+    timeout_seconds: float | None = Field(None, description="Seconds from arrival after which the request is ended.")
+
+
+class CompletionRequest(SamplingFields):
+    """A prompt, or several: text, or token ids."""
+
+    model_config = ConfigDict(
+        strict=True, extra="allow", json_schema_extra={"example": {"prompt": "Once upon a time", "max_tokens": 32}}
+    )
+
+    prompt: str | list[str] | list[int] | list[list[int]]
+    logprobs: int | None = None
+    echo: bool | None = None
+
+
+class Message(RequestModel):
+    """One message of a conversation; text may come in parts."""
+
+    role: str
+    content: str | list[dict[str, Any]] | None = None
+    name: str | None = None
+
+
+class ResponseFormat(RequestModel):
+    """The form of the answer; only `text` is supported."""
+
+    type: str = "text"
+
+
+class ChatCompletionRequest(SamplingFields):
+    """A conversation to be continued by the assistant."""
+
+    model_config = ConfigDict(
+        strict=True,
+        extra="allow",
+        json_schema_extra={"example": {"messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 32}},
+    )
+
+    messages: list[Message]
+    max_completion_tokens: int | None = Field(None, description="Wins over max_tokens.")
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    response_format: ResponseFormat | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class TokenizeRequest(RequestModel):
+    """A text, or a conversation through the chat template."""
+
+    model_config = ConfigDict(strict=True, extra="allow", json_schema_extra={"example": {"prompt": "Hello"}})
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = None
+    add_special_tokens: bool | None = Field(None, description="Default: true for a prompt, false for messages.")
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeRequest(RequestModel):
+    """Token ids."""
+
+    model_config = ConfigDict(strict=True, extra="allow", json_schema_extra={"example": {"tokens": [10, 11]}})
+
+    model: str | None = None
+    tokens: list[int]
+
+
+class OpenAIError(BaseModel):
+    """What is wrong; `code` is the kind of error, `param` the field where there is one."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class OpenAIErrorResponse(BaseModel):
+    """An error of OpenAI's routes."""
+
+    error: OpenAIError
+
+
+class PromptTokensDetails(BaseModel):
+    """Prompt tokens found in the prefix cache."""
+
+    cached_tokens: int
+
+
+class Usage(BaseModel):
+    """Tokens of all choices together; a prompt counts once however many choices it has."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails | None = None
+
+
+class CompletionLogprobs(BaseModel):
+    """One entry a token in each list."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class CompletionChoice(BaseModel):
+    """One completion."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: Literal["stop", "length"] | None
+    stop_reason: int | str | None = None
+    prompt_logprobs: list[dict[str, Any] | None] | None = None
+
+
+class CompletionResponse(BaseModel):
+    """The answer of /v1/completions; in a stream each event is one."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | None = None
+
+
+class TopLogprob(BaseModel):
+    """A candidate at one position; `bytes` joins with its neighbours' to whole characters."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class TokenLogprob(TopLogprob):
+    """The token at one position, with the most probable ones there."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    """One entry a token."""
+
+    content: list[TokenLogprob] | None
+
+
+class AssistantMessage(BaseModel):
+    """What the assistant said."""
+
+    role: Literal["assistant"]
+    content: str | None
+
+
+class ChatChoice(BaseModel):
+    """One answer of the assistant."""
+
+    index: int
+    message: AssistantMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: Literal["stop", "length"] | None
+    stop_reason: int | str | None = None
+
+
+class ChatCompletionResponse(BaseModel):
+    """The answer of /v1/chat/completions."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    prompt_logprobs: list[dict[str, Any] | None] | None = None
+
+
+class ModelCard(BaseModel):
+    """The served model."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    root: str
+    parent: str | None = None
+    max_model_len: int | None
+
+
+class ModelList(BaseModel):
+    """All served models: one."""
+
+    object: Literal["list"]
+    data: list[ModelCard]
+
+
+class TokenizeResponse(BaseModel):
+    """Token ids, and their texts if they were asked for."""
+
+    count: int
+    max_model_len: int | None
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class DetokenizeResponse(BaseModel):
+    """The text of the ids."""
+
+    prompt: str

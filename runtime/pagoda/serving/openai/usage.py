@@ -1,0 +1,34 @@
+"""Counting tokens of an answer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pagoda.text.output import GenerationChunk
+
+
+class UsageCounter:
+    """Tokens of all choices of an answer so far; a prompt counts once however many choices it has."""
+
+    def __init__(self) -> None:
+        self._prompt_tokens: dict[int, int] = {}
+        self._cached_tokens: dict[int, int] = {}
+        self._completion_tokens = 0
+
+    def add(self, prompt_index: int, chunk: GenerationChunk) -> None:
+        """Count what `chunk` brings."""
+        self._completion_tokens += len(chunk.token_ids)
+        if chunk.num_prompt_tokens is not None:
+            self._prompt_tokens[prompt_index] = chunk.num_prompt_tokens
+            # The choices of a prompt find one another's blocks; the first tells what was there before the request.
+            self._cached_tokens.setdefault(prompt_index, chunk.num_cached_tokens or 0)
+
+    def usage(self) -> dict[str, Any]:
+        """The `usage` object."""
+        prompt_tokens = sum(self._prompt_tokens.values())
+        return {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": self._completion_tokens,
+            "total_tokens": prompt_tokens + self._completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": sum(self._cached_tokens.values())},
+        }
