@@ -218,7 +218,7 @@ class PagodaConfig:
         30.0, "text", "Longest time one text may take to tokenize.", gt=0, unit="seconds"
     )
     chat_template: str | None = _option(
-        None, "text", "File with a Jinja chat template, in place of the tokenizer's own."
+        None, "text", "File with a Jinja chat template, in place of the tokenizer's own.", path="file"
     )
 
     # Logs and metrics

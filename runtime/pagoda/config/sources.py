@@ -77,7 +77,7 @@ def from_kwargs(arguments: Mapping[str, Any]) -> PagodaConfig:
     problems, pairs = [], []
     for written, raw in arguments.items():
         if normalized(written) in settings_by_name():
-            pairs.append(Given(normalized(written), raw, "argument"))
+            pairs.append(Given(normalized(written), raw, f"argument {written}"))
         else:
             suggestion = nearest(normalized(written), settings_by_name())
             problems.append(Problem(written, "", "unknown setting" + suggestion, "argument"))

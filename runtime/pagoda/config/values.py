@@ -15,7 +15,7 @@ from typing import Any, get_args, get_origin
 from pagoda.config.schema import option_types, options
 
 SIZE_PATTERN = r"^\s*\d+(\.\d+)?\s*([kKmMgGtT]i?)?[bB]?\s*$"
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", re.IGNORECASE)
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?))?b?\s*", re.IGNORECASE)
 _UNIT_NAMES = ("KiB", "MiB", "GiB", "TiB")
 
 
@@ -29,8 +29,8 @@ def parse_bytes(text: str) -> int:
     if match is None:
         raise ValueError(f"{text!r} is no size; write 4096, 512MiB, 2Gi or 1.5GB")
     number, unit, binary = match.groups()
-    base = 1024 if binary else 1000
-    return round(float(number) * base ** (" kmgt".index(unit.lower()) if unit else 0)) if unit else round(float(number))
+    power = " kmgt".index(unit.lower()) if unit else 0
+    return round(float(number) * (1024 if binary else 1000) ** power)
 
 
 def format_bytes(count: int) -> str:
