@@ -1,0 +1,85 @@
+"""`pagoda doctor`: every setting with its source, the values chosen for this machine, and what is wrong."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pagoda.cli.main import main
+from pagoda.config.schema import options
+from pagoda.models.dummy import write_dummy_checkpoint
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    return write_dummy_checkpoint(tmp_path / "model")
+
+
+def doctor(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
+    status = main(["doctor", "--device=cpu", *arguments, "--json"])
+    report = json.loads(capsys.readouterr().out)
+    assert status == (1 if report["problem"] else 0)
+    return report
+
+
+def test_every_setting_has_value_source_and_help(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PAGODA_SEED", "7")
+    report = doctor(capsys, "--model", str(checkpoint), "--api-keys=s3cret")
+    assert list(report["settings"]) == list(options())
+    assert report["settings"]["seed"] == {
+        "value": "7",
+        "source": "environment PAGODA_SEED",
+        "help": options()["seed"].help,
+    }
+    assert report["settings"]["max_model_len"]["value"] == "auto"
+    assert report["settings"]["model_name"] == {
+        "value": "model",
+        "source": "derived",
+        "help": options()["model_name"].help,
+    }
+    assert "s3cret" not in json.dumps(report)
+
+
+def test_chosen_values_have_reasons_and_the_kv_equation_is_shown(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = doctor(capsys, "--model", str(checkpoint), "--kv-cache-memory-bytes=1MiB")
+    assert {choice["key"] for choice in report["choices"]} == {
+        *("device", "dtype", "threads", "max_num_seqs", "max_num_batched_tokens", "kv_cache_memory_bytes")
+    }
+    assert all(choice["reason"] for choice in report["choices"])
+    assert report["kv_cache"].startswith("KV cache: 1.00 MiB / ")
+    assert report["model"]["architecture"] == "Qwen3ForCausalLM"
+    assert report["hardware"]["cpu"]["usable_cores"] >= 1
+    assert report["versions"]["torch"]
+
+
+def test_what_cannot_work_is_a_problem_beside_the_rest_of_the_report(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "did you mean --max-model-len?" in doctor(capsys, "--max-model-ln=1")["problem"]
+    report = doctor(capsys, "--model", str(checkpoint), "--kv-cache-memory-bytes=64KiB", "--max-model-len=500")
+    assert "max_model_len=500 does not fit" in report["problem"]
+    assert report["settings"]
+    assert report["choices"]
+
+
+def test_the_text_report_reads_well(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--device", "cpu", "--model", str(checkpoint), "--api-keys", "s3cret"]) == 0
+    text = capsys.readouterr().out
+    for part in (
+        "Hardware\n",
+        "Versions\n",
+        "Settings\n",
+        "Model\n",
+        "Chosen for this machine\n",
+        "Expected KV cache: ",
+    ):
+        assert part in text
+    assert f"  model = {checkpoint}    [command line --model]\n" in text
+    assert "  dtype = float32    (the checkpoint is float32)\n" in text
+    assert "s3cret" not in text
+    assert main(["doctor", "--device", "cpu", "--foo"]) == 1
+    assert "PROBLEM: --foo" in capsys.readouterr().out
