@@ -52,6 +52,7 @@ class FakeGenerator:
         self.started: list[str] = []
         self.left: list[str] = []
         self.last_deadline: float | None = None
+        self.seconds_per_token = 0.0
 
     def sampling_params(self, given: Mapping[str, Any]) -> SamplingParams:
         return SamplingParams(**given)
@@ -91,7 +92,7 @@ class FakeGenerator:
                     raise error_of(ErrorKind(text.removeprefix("fail:")), "failed as asked")
                 if text == "bug":
                     raise ZeroDivisionError("a secret of the implementation")
-                await asyncio.sleep(0)
+                await asyncio.sleep(self.seconds_per_token)
             is_over = True
         except (asyncio.CancelledError, GeneratorExit):
             if not is_over:
@@ -107,7 +108,7 @@ class GrpcHarness:
     """The server, and a synchronous client of it that uses our own message classes."""
 
     def __init__(self, *, is_ready: bool = True, **settings: Any) -> None:
-        self.config = PagodaConfig(model_name="demo", host="127.0.0.1", grpc_port=0, **settings)
+        self.config = PagodaConfig(**{"model_name": "demo", "host": "127.0.0.1", "grpc_port": 0, **settings})
         self.engine = FakeEngine()
         self.generator = FakeGenerator()
         self.health = ServerHealth(self.engine)  # type: ignore[arg-type]
@@ -119,7 +120,11 @@ class GrpcHarness:
 
     def __enter__(self) -> GrpcHarness:
         self._thread.start()
-        self.run(self._start)
+        try:
+            self.run(self._start)
+        except BaseException:
+            self._end_loop()
+            raise
         return self
 
     async def _start(self) -> None:
@@ -194,6 +199,9 @@ class GrpcHarness:
         if self._channel is not None:
             self._channel.close()
         self.run(self.server.stop, 0)
+        self._end_loop()
+
+    def _end_loop(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=10)
         self._loop.close()

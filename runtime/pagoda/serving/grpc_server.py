@@ -92,7 +92,8 @@ def _bind(server: grpc.aio.Server, config: PagodaConfig) -> int:
             return int(server.add_insecure_port(address))
         return int(server.add_secure_port(address, _credentials(config.ssl_certfile, config.ssl_keyfile)))
     except RuntimeError as error:
-        raise ConfigError(f"cannot listen on {address} (host, grpc_port): {error}") from error
+        settings = "host, grpc_port" if config.ssl_certfile is None else "host, grpc_port, ssl_certfile, ssl_keyfile"
+        raise ConfigError(f"cannot listen on {address}; check {settings}: {error}") from error
 
 
 def _credentials(certificate_file: str, key_file: str) -> grpc.ServerCredentials:
