@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from pagoda.config import from_kwargs
 from pagoda.errors import CheckpointError
 from pagoda.models import locate
@@ -55,6 +56,6 @@ def test_a_failed_download_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     with pytest.raises(
-        CheckpointError, match="model org/name is no directory here, and it cannot be fetched .*no answer"
+        CheckpointError, match=r"model org/name is no directory here, and it cannot be fetched .*no answer"
     ):
         locate.locate_checkpoint("org/name")

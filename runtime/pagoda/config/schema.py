@@ -81,7 +81,7 @@ class PagodaConfig:
         "model",
         "Name under which clients ask for the model. Default: the directory's name, or `demo` when no model is given.",
         pattern=r"[^/\s]+",
-        pattern_help="without slashes and spaces: it is a part of URLs",
+        pattern_help="without slashes and spaces, for it is a part of URLs",
         aliases=("served_model_name",),
     )
     tokenizer: str | None = _option(

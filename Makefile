@@ -1,0 +1,55 @@
+# `make serve` and `make test` are all that a fresh machine needs: Python 3.11 or 3.12 and a package index that pip knows.
+#
+#   make serve ARGS="--model ./Qwen3-0.6B --http-port 9000"
+#   make install PIP_ARGS="--extra-index-url …"       another index, as for torch builds without CUDA
+
+PYTHON ?= python3
+PIP_ARGS ?=
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt $(PIP_ARGS)
+INSTALLED := $(VENV)/.installed
+SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
+
+.DEFAULT_GOAL := help
+.PHONY: help install serve test test-slow lint format typecheck docs bench
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+
+install: $(INSTALLED) ## .venv with Pagoda, editable, and everything for development
+
+# torch first and alone, at the version pinned: if it came in as some dependency's dependency, pip would first fetch whatever
+# newer build it likes best, and those bring gigabytes of CUDA libraries.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c '$(SUPPORTED)' || { echo "Python 3.11 or 3.12 is needed; say which: make PYTHON=python3.12 …"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV): a few minutes the first time"
+	@$(PIP) torch
+	@$(PIP) --editable '.[dev]'
+	@touch $@
+
+serve: install ## serve a model, the demo model if ARGS names none
+	$(BIN)/pagoda serve $(ARGS)
+
+test: lint typecheck ## lint, types and the whole test suite
+	$(BIN)/python -m pytest -m "not slow and not chaos" $(ARGS)
+
+test-slow: install ## what takes minutes, and what kills processes
+	$(BIN)/python -m pytest -m "slow or chaos" $(ARGS)
+
+lint: install ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: install ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+typecheck: install ## mypy
+	$(BIN)/mypy
+
+docs: install ## write docs/configuration.md out of the schema
+	$(BIN)/python -m pagoda.config.documentation > docs/configuration.md
