@@ -84,7 +84,7 @@ class FakeGenerator:
                         text=character.upper(),
                         token_ids=[ord(character.upper())],
                         finish_reason=self._reason(len(text), limit) if is_last else None,
-                        **({"num_prompt_tokens": len(text), "num_cached_tokens": 0} if position == 0 else {}),
+                        num_prompt_tokens=len(text) if position == 0 else None,
                     )
                 if text == HANG:
                     await asyncio.Event().wait()
@@ -111,7 +111,7 @@ class GrpcHarness:
         self.config = PagodaConfig(**{"model_name": "demo", "host": "127.0.0.1", "grpc_port": 0, **settings})
         self.engine = FakeEngine()
         self.generator = FakeGenerator()
-        self.health = ServerHealth(self.engine)  # type: ignore[arg-type]
+        self.health = ServerHealth(self.engine)
         self.metrics = Metrics("demo")
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
@@ -128,7 +128,7 @@ class GrpcHarness:
         return self
 
     async def _start(self) -> None:
-        self.metrics.watch(self.engine)  # type: ignore[arg-type]
+        self.metrics.watch(self.engine)
         runner = GenerationRunner(
             self.generator,  # type: ignore[arg-type]
             self.health,
