@@ -153,8 +153,11 @@ class _Template:
             _check_parts(content)
             if not self._reads_parts:
                 message["content"] = "\n".join(part["text"] for part in content)
-        elif isinstance(content, str) and not self._reads_strings:
-            message["content"] = [{"type": "text", "text": content}]
+        elif isinstance(content, str):
+            if not self._reads_strings:
+                message["content"] = [{"type": "text", "text": content}]
+        elif content is not None:
+            raise InvalidRequestError("the content of a message must be a string or a list of parts", "messages")
         return message
 
     @cached_property

@@ -49,7 +49,7 @@ class _Worker:
             raise EngineNotReadyError(f"{name} ended while it was starting: {error!r}") from error
         finally:
             if not is_up:
-                worker.kill()
+                await worker.close()
         return worker
 
     async def exchange(self, message: Any) -> Any:
@@ -62,14 +62,17 @@ class _Worker:
         length = int.from_bytes(await source.readexactly(LENGTH_BYTES), "big")
         return result_of(await source.readexactly(length))
 
-    def kill(self) -> None:
-        """End the process at once; it holds nothing that is worth saving."""
-        if self._process.returncode is None:
-            self._process.kill()
+    @property
+    def is_alive(self) -> bool:
+        """Whether the process is there, as far as is known."""
+        return self._process.returncode is None
 
     async def close(self) -> None:
-        """End the process and wait until it is gone."""
-        self.kill()
+        """End the process at once, it holds nothing that is worth saving, and wait until it is gone."""
+        if self.is_alive:
+            self._process.kill()
+        if self._process.stdin is not None:
+            self._process.stdin.close()
         await self._process.wait()
 
 
@@ -122,7 +125,8 @@ class ProcessWorkers:
         worker: _Worker | None = None
         try:
             async with asyncio.timeout(self._options.call_timeout):
-                worker = await self._idle.get()
+                while not (worker := await self._idle.get()).is_alive:
+                    self._replace(worker)
                 result = await worker.exchange(message)
         except TimeoutError:
             self._replace(worker)
@@ -143,10 +147,9 @@ class ProcessWorkers:
     def _replace(self, worker: _Worker | None) -> None:
         if worker is None or self._is_closed:
             return
-        worker.kill()
         self._workers.discard(worker)
-        logger.warning("%s does not answer; it was killed and another one is started", worker.name)
-        task = asyncio.create_task(self._try_add_worker())
+        logger.warning("%s does not answer; it is killed and another one is started", worker.name)
+        task = asyncio.create_task(self._exchange_for_new(worker))
         self._starting.add(task)
         task.add_done_callback(self._starting.discard)
 
@@ -157,7 +160,8 @@ class ProcessWorkers:
         self._workers.add(worker)
         self._release(worker)
 
-    async def _try_add_worker(self) -> None:
+    async def _exchange_for_new(self, worker: _Worker) -> None:
+        await worker.close()
         try:
             await self._add_worker()
         except PagodaError as error:
