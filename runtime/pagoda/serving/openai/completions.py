@@ -6,10 +6,10 @@ import asyncio
 import time
 import uuid
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from pagoda.errors import InvalidRequestError
+from pagoda.errors import InvalidRequestError, NotSupportedError
 from pagoda.serving.context import ServingContext
 from pagoda.serving.generation import GenerationJob, SequenceResult, check_job_count, limit_time
 from pagoda.serving.openai.logprobs import CompletionLogprobs, joined, prompt_logprobs
@@ -37,6 +37,8 @@ class CompletionCall:
         # An echoed prompt has log-probabilities too.
         overrides = {"prompt_logprobs": request.logprobs} if request.echo and request.logprobs is not None else {}
         sampling, options = sampling_and_options(request, context.generator.sampling_params, overrides)
+        if request.stream and overrides and sampling.n > 1:
+            raise NotSupportedError("echo with logprobs and n > 1 cannot be streamed; leave stream out, or n")
         add_special_tokens = request.add_special_tokens is not False
         jobs = [
             limit_time(
@@ -55,9 +57,10 @@ class CompletionCall:
         choices = []
         for prompt_index, sequences in enumerate(results):
             for sequence_index, result in enumerate(sequences):
-                usage.add(prompt_index, _as_chunk(result))
-                choice = _Choice(self, prompt_index, sequence_index)
-                choices.append(await choice.piece(_as_chunk(result)))
+                # The engine computes them for the first sequence of a prompt only; they are the same for all.
+                chunk = replace(_as_chunk(result), prompt_logprobs=sequences[0].prompt_logprobs)
+                usage.add(prompt_index, chunk)
+                choices.append(await _Choice(self, prompt_index, sequence_index).piece(chunk))
         return {**self._head(choices), "usage": usage.usage()}
 
     async def events(self) -> Events:

@@ -47,8 +47,11 @@ class CompletionLogprobs:
         """The lists for the next tokens."""
         offsets = []
         for position in positions:
-            offsets.append(self._offset)
-            self._offset += len(self._decoder.decode(bytes(position.chosen.bytes)))
+            added = bytes(position.chosen.bytes)
+            breaks_off = bool(self._decoder.getstate()[0] and added) and added[0] & 0xC0 != 0x80
+            # A character that this token leaves half is one U+FFFD in the text, before this token's own.
+            offsets.append(self._offset + breaks_off)
+            self._offset += len(self._decoder.decode(added))
         return {
             "tokens": [position.chosen.token for position in positions],
             "token_logprobs": [position.chosen.logprob for position in positions],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
@@ -41,10 +40,9 @@ EVENTS = {"text/event-stream": {"schema": {"type": "string"}}}
 Body = TypeVar("Body", bound=RequestModel)
 
 
-def openai_router(context: ServingContext, prefix: str) -> APIRouter:
-    """Models, completions, chat completions and embeddings under one prefix."""
+def openai_router(context: ServingContext, prefix: str, started: int) -> APIRouter:
+    """Models, completions, chat completions and embeddings under one prefix. `started`: when, in seconds since the epoch."""
     router = APIRouter(prefix=prefix, tags=["openai"], include_in_schema=prefix == PREFIXES[0])
-    started = int(time.time())
     errors = openai_errors(*GENERATION_ERRORS)
 
     @router.get("/models", response_model=ModelList, responses=openai_errors(401, 503))

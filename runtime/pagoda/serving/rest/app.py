@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import time
+
 from fastapi import FastAPI
+from kserve.protocol.rest.v2_datamodels import InferenceRequest
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -11,11 +14,22 @@ import pagoda
 from pagoda.serving.context import ServingContext
 from pagoda.serving.model import EngineDataPlane
 from pagoda.serving.openai.routes import PREFIXES, openai_router, tokenizer_router
+from pagoda.serving.openai.types import ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from pagoda.serving.rest import documentation
 from pagoda.serving.rest.gate import Gate
 from pagoda.serving.rest.generate_routes import generate_router
+from pagoda.serving.rest.schemas import GenerateRequest
 from pagoda.serving.rest.server_routes import server_router
 from pagoda.serving.rest.v2_routes import repository_router, v2_router
+
+BODIES = (
+    InferenceRequest,
+    GenerateRequest,
+    CompletionRequest,
+    ChatCompletionRequest,
+    TokenizeRequest,
+    DetokenizeRequest,
+)
 
 
 def install(app: FastAPI, context: ServingContext, plane: EngineDataPlane) -> None:
@@ -32,10 +46,11 @@ def install(app: FastAPI, context: ServingContext, plane: EngineDataPlane) -> No
     app.include_router(v2_router(context, plane))
     app.include_router(generate_router(context, plane))
     app.include_router(repository_router(context, plane))
+    started = int(time.time())
     for prefix in PREFIXES:
-        app.include_router(openai_router(context, prefix))
+        app.include_router(openai_router(context, prefix, started))
     app.include_router(tokenizer_router(context))
-    documentation.install(app)
+    documentation.install(app, BODIES)
 
 
 async def _pass_on(request: Request, error: Exception) -> Response:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI
@@ -27,13 +28,10 @@ ERRORS = {
 
 
 def request_body(*models: type[BaseModel], media_type: str = "application/json") -> dict[str, Any]:
-    """`openapi_extra` of a route whose body is one of `models`."""
+    """`openapi_extra` of a route whose body is one of `models`, which must be among those given to `install`."""
     schemas = [{"$ref": REFERENCE.format(model=model.__name__)} for model in models]
     schema = schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
-    return {
-        "requestBody": {"required": True, "content": {media_type: {"schema": schema}}},
-        "x-models": list(models),
-    }
+    return {"requestBody": {"required": True, "content": {media_type: {"schema": schema}}}}
 
 
 def v2_errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -51,24 +49,22 @@ def event_stream(description: str) -> dict[str, Any]:
     return {"description": description, "content": {"text/event-stream": {"schema": {"type": "string"}}}}
 
 
-def install(app: FastAPI) -> None:
-    """Make `app.openapi()` describe the routes as they are."""
+def install(app: FastAPI, bodies: Sequence[type[BaseModel]]) -> None:
+    """Make `app.openapi()` describe the routes as they are; `bodies` are the models of all request bodies."""
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
-            app.openapi_schema = _document(app)
+            app.openapi_schema = _document(app, bodies)
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]
 
 
-def _document(app: FastAPI) -> dict[str, Any]:
+def _document(app: FastAPI, bodies: Sequence[type[BaseModel]]) -> dict[str, Any]:
     document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
     schemas = document.setdefault("components", {}).setdefault("schemas", {})
-    bodies: set[type[BaseModel]] = set()
     for operations in document["paths"].values():
         for operation in operations.values():
-            bodies.update(operation.pop("x-models", ()))
             # FastAPI adds its own validation error wherever a path has parameters; bad input is a 400 here.
             operation["responses"].pop("422", None)
     _, definitions = models_json_schema([(model, "validation") for model in bodies], ref_template=REFERENCE)

@@ -64,21 +64,17 @@ class Gate:
                 if has_started:
                     logger.exception("the answer on %s broke off", path)
                     raise
-                await self.answer(path, error)(scope, receive, send_with_id)
+                await self.answer(scope, error)(scope, receive, send_with_id)
 
-    def answer(self, path: str, error: Exception) -> Response:
-        """The answer to a request on `path` that failed with `error`; counts it, and logs what is a fault of ours."""
+    def answer(self, scope: Scope, error: Exception) -> Response:
+        """The answer to a request that failed with `error`; counts it, and logs what is a fault of ours."""
+        path = scope["path"]
+        if isinstance(error, HTTPException) and error.status_code == 405:
+            wrong = InvalidRequestError(f"{scope['method']} is not allowed on {path[:200]!r}")
+            return json_response(error_body(path, note_error(wrong, self._metrics, path)), 405, error.headers)
         if isinstance(error, HTTPException):
-            return self._http_answer(path, error)
+            error = ModelNotFoundError(f"there is no route {path[:200]!r} here")
         return error_response(path, note_error(error, self._metrics, path))
-
-    def _http_answer(self, path: str, error: HTTPException) -> Response:
-        """404 and 405 of the router, in the shapes of all other errors."""
-        if error.status_code == 404:
-            return self.answer(path, ModelNotFoundError(f"there is no route {path[:200]!r} here"))
-        wrong_method = InvalidRequestError(f"{path[:200]!r} does not take this method: {error.detail}")
-        content = error_body(path, note_error(wrong_method, self._metrics, path))
-        return json_response(content, error.status_code, error.headers)
 
 
 def is_public(path: str) -> bool:

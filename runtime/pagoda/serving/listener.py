@@ -1,0 +1,26 @@
+"""The REST port's socket, taken before anything heavy is imported."""
+
+from __future__ import annotations
+
+import socket
+
+from pagoda.config.schema import PagodaConfig
+from pagoda.errors import ConfigError
+
+BACKLOG = 2048
+
+
+def listen(config: PagodaConfig) -> socket.socket:
+    """The socket of the REST port, listening: clients that come while the server is loaded wait in its backlog.
+
+    Raises `ConfigError` for an address or port that cannot be had.
+    """
+    address = (config.host, config.http_port)
+    try:
+        family = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0][0]
+        is_any_ipv6 = config.host == "::" and socket.has_dualstack_ipv6()
+        return socket.create_server(address, family=family, backlog=BACKLOG, dualstack_ipv6=is_any_ipv6)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen on {config.host}:{config.http_port} (host, http_port): {error.strerror or error}"
+        ) from error
