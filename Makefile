@@ -14,7 +14,7 @@ INSTALLED := $(VENV)/.installed
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-slow lint format typecheck docs bench
+.PHONY: help install serve test test-slow lint format typecheck proto docs bench
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -50,6 +50,9 @@ format: install ## let ruff mend what it can
 
 typecheck: install ## mypy
 	$(BIN)/mypy
+
+proto: install ## compile proto/*.proto into the descriptor sets that the server loads
+	$(BIN)/python proto/generate.py
 
 docs: install ## write docs/configuration.md out of the schema
 	$(BIN)/python -m pagoda.config.documentation > docs/configuration.md
