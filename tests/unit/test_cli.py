@@ -101,7 +101,7 @@ def test_models_make_dummy_and_inspect(tmp_path: Path, capsys: pytest.CaptureFix
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["inspect", "/does/not/exist"], "model /does/not/exist: there is no such directory"),
+        (["inspect", "/does/not/exist"], "there is no directory /does/not/exist"),
         (["make-dummy", "/tmp"], "/tmp exists already"),
         (["make-dummy", "/tmp/never-made", "--num-kv-heads", "3"], "multiple of num_kv_heads"),
         (["make-dummy", "/tmp/never-made", "--rope-scaling", "[]"], "is no JSON object"),

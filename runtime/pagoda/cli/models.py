@@ -41,9 +41,9 @@ def inspect_checkpoint(model: str) -> dict[str, Any]:
         CheckpointError: it is not there, or no model that can be served.
     """
     from pagoda.models.config import ModelConfig
-    from pagoda.models.locate import locate_checkpoint
+    from pagoda.models.source import checkpoint_directory
 
-    directory = locate_checkpoint(model)
+    directory = checkpoint_directory(model)
     config = ModelConfig.from_directory(directory)
     element_bytes = DTYPE_BYTES[config.dtype]
     return {

@@ -136,7 +136,9 @@ def path_problems(values: Mapping[str, Any]) -> list[Problem]:
             continue
         if info.path == "file" and not Path(value).is_file():
             problems.append(Problem(key, shown(key, value), "there is no such file"))
-        elif info.path == "checkpoint" and value.startswith(("/", ".", "~")) and not Path(value).is_dir():
+        elif info.path in ("directory", "checkpoint") and not Path(value).expanduser().is_dir():
+            if info.path == "checkpoint" and not value.startswith(("/", ".", "~")):
+                continue  # it may be a Hugging Face id
             problems.append(Problem(key, shown(key, value), "there is no such directory"))
     return problems
 

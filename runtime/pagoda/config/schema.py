@@ -35,8 +35,8 @@ class OptionInfo:
     """What is known of one setting besides its type and default.
 
     `ge`, `le`, `gt`, `lt` bound a number. `pattern` must match a whole string, `pattern_help` says it in words. `aliases` are
-    other names under which every source accepts the setting. `path`: a file that must exist, or a checkpoint (a directory or
-    a Hugging Face id). `auto`: None stands for a value chosen at start. `secret`: the value is never printed.
+    other names under which every source accepts the setting. `path`: a file or directory that must exist, or a checkpoint
+    (a directory or a Hugging Face id). `auto`: None stands for a value chosen at start. `secret`: the value is never printed.
     """
 
     help: str
@@ -48,7 +48,7 @@ class OptionInfo:
     pattern: str | None = None
     pattern_help: str = ""
     unit: Literal["", "bytes", "seconds", "tokens"] = ""
-    path: Literal["", "file", "checkpoint"] = ""
+    path: Literal["", "file", "directory", "checkpoint"] = ""
     aliases: tuple[str, ...] = ()
     auto: bool = False
     secret: bool = False
@@ -72,7 +72,7 @@ class PagodaConfig:
     model: str | None = _option(
         None,
         "model",
-        "Checkpoint: a directory in Hugging Face format, or a Hugging Face id. None: a small demo model made on the spot.",
+        "Checkpoint: a directory in Hugging Face format, or a Hugging Face id. None: the built-in demo model.",
         path="checkpoint",
         aliases=("model_dir",),
     )
@@ -85,7 +85,7 @@ class PagodaConfig:
         aliases=("served_model_name",),
     )
     tokenizer: str | None = _option(
-        None, "model", "Tokenizer's directory or Hugging Face id, where it is not the model's own.", path="checkpoint"
+        None, "model", "Directory of the tokenizer, where it is not the model's own.", path="directory"
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
         "auto", "model", "Type of weights and activations; auto follows the checkpoint and what the device does well."
@@ -206,6 +206,20 @@ class PagodaConfig:
     )
     engine_start_timeout_seconds: float = _option(
         1800.0, "limits", "Longest time from start to ready; then the server exits.", gt=0, unit="seconds"
+    )
+    engine_stall_timeout_seconds: float = _option(
+        30.0,
+        "limits",
+        "Longest silence of an idle engine, or in a step of up to 512 tokens (longer steps: in proportion), before it counts "
+        "as stuck.",
+        gt=0,
+        unit="seconds",
+    )
+    on_engine_failure: Literal["restart", "exit"] = _option(
+        "restart", "limits", "When the engine is lost: start it anew in place, or exit and leave that to Kubernetes."
+    )
+    max_engine_restarts: int = _option(
+        3, "limits", "Restarts in a row, with growing pauses, before the server exits all the same.", ge=0
     )
 
     # Tokenizer and chat

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pagoda.errors import CheckpointError
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 
 
@@ -40,5 +40,5 @@ def _from_hub(model: str) -> Path:
         raise CheckpointError(
             f"there is no directory {model}, it is not in the Hugging Face cache, and the hub cannot be reached"
         ) from None
-    except (HfHubHTTPError, OSError) as error:
+    except (HfHubHTTPError, OSError, ValueError) as error:
         raise CheckpointError(f"{model} could not be had from the Hugging Face hub: {error}") from error
