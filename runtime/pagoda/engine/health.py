@@ -1,7 +1,8 @@
 """The engine's state machine: one owner, every change with its cause.
 
     starting ──▶ ready ⇄ degraded ──▶ draining ──▶ dead
-        └──────────┴────────┴─────────────────────▶ dead
+       ▲  └────────┼────────┼────────────────────▶ dead
+       └───────────┴────────┘  the core was lost, and is started anew
 
 Ready and live are different questions. A starting or draining engine is live and not ready; a dead one is neither.
 """
@@ -31,10 +32,10 @@ class EngineState(StrEnum):
 
 _ALLOWED = {
     EngineState.STARTING: {EngineState.READY, EngineState.DRAINING, EngineState.DEAD},
-    EngineState.READY: {EngineState.DEGRADED, EngineState.DRAINING, EngineState.DEAD},
-    EngineState.DEGRADED: {EngineState.READY, EngineState.DRAINING, EngineState.DEAD},
+    EngineState.READY: {EngineState.STARTING, EngineState.DEGRADED, EngineState.DRAINING, EngineState.DEAD},
+    EngineState.DEGRADED: {EngineState.STARTING, EngineState.READY, EngineState.DRAINING, EngineState.DEAD},
     EngineState.DRAINING: {EngineState.DEAD},
-    EngineState.DEAD: {EngineState.STARTING},  # a restart in place
+    EngineState.DEAD: set(),
 }
 
 

@@ -8,6 +8,7 @@ reads the end of the socket and ends the process, whatever the main thread does.
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import logging
 import os
@@ -16,10 +17,12 @@ import signal
 import socket
 import sys
 import threading
+from contextlib import suppress
 from typing import Any
 
 from pagoda.config.schema import PagodaConfig
 from pagoda.engine import wire
+from pagoda.engine.child import STACKS_SIGNAL
 from pagoda.engine.core import EngineCore
 from pagoda.engine.messages import (
     AbortRequests,
@@ -37,6 +40,7 @@ from pagoda.sampling.output import FinishReason
 
 logger = logging.getLogger(__name__)
 
+_HEARTBEAT_SECONDS = 0.5  # between signs of life of an idle core
 _OUTBOX_LENGTH = 256  # messages the parent has not read; past that the loop waits for it
 
 
@@ -96,6 +100,7 @@ class CoreProcess:
         self._connection = connection
         self._board = board
         self._is_ending = False
+        self._last_step = 0
         core.on_submit = lambda step, plan: board.write(step, plan.total_tokens, is_busy=True)
 
     def run(self) -> None:
@@ -104,16 +109,21 @@ class CoreProcess:
             self._drain_inbox()
             if self._is_ending:
                 return
+            step_before = self._last_step
             news = self._core.step()
-            self._board.write(news.stats.step, 0, is_busy=self._core.has_work)
-            self._connection.send(news)
+            self._last_step = news.stats.step
+            if news.outputs or news.stats.step != step_before:
+                # Only a turn that brought something is a sign of life: a core that spins must look stuck.
+                self._board.write(news.stats.step, 0, is_busy=self._core.has_work)
+                self._connection.send(news)
 
     def _drain_inbox(self) -> None:
         """Take all messages; wait for one when there is nothing else to do."""
         inbox = self._connection.inbox
-        if not self._core.has_work:
-            self._board.write(self._core.stats().step, 0, is_busy=False)
-            self._take(inbox.get())
+        while not self._core.has_work and not self._is_ending:
+            self._board.write(self._last_step, 0, is_busy=False)
+            with suppress(queue.Empty):
+                self._take(inbox.get(timeout=_HEARTBEAT_SECONDS))
         while not inbox.empty() and not self._is_ending:
             self._take(inbox.get())
 
@@ -142,6 +152,8 @@ def main(socket_fd: int, board_fd: int) -> int:
     # The terminal's Ctrl-C and the pod's SIGTERM are the parent's business; it tells us when to go.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    faulthandler.enable()
+    faulthandler.register(STACKS_SIGNAL, all_threads=True)
     connection = Connection(socket_fd)
     board = ProgressBoard(board_fd)
     first = connection.receive()
@@ -169,6 +181,7 @@ def _serve(fields: dict[str, Any], connection: Connection, board: ProgressBoard)
     core = start_core(config, lambda name, detail: connection.send(EngineStage(name, detail)))
     gc.collect()
     gc.freeze()  # what start-up made lives for ever: later collections need not walk it
+    board.write(0, 0, is_busy=False)
     connection.send(core.ready)
     CoreProcess(core, connection, board).run()
     core.shutdown()

@@ -1,0 +1,110 @@
+"""The core's process as its parent holds it: start, talk, look at, end."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import asdict
+
+from pagoda.config.schema import PagodaConfig
+from pagoda.engine import wire
+from pagoda.engine.messages import StartCore
+from pagoda.engine.progress_board import EngineProgress, ProgressBoard
+
+# Dumps the stacks of all threads to the child's stderr, without ending it (see `engine.process`).
+STACKS_SIGNAL = signal.SIGUSR1
+
+_EXIT_SECONDS = 5.0  # from the end of the connection to the end of the process; then it is killed
+_STACKS_SECONDS = 0.5
+
+
+class CoreChild:
+    """A running core process. Made by `start`; ended by `reap`, which must be called once.
+
+    They talk over a socket pair that the child inherits: nobody else can connect to it, and when either side dies the other
+    reads its end at once.
+    """
+
+    def __init__(
+        self,
+        process: subprocess.Popen[bytes],
+        board: ProgressBoard,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+    ) -> None:
+        self.process = process
+        self._board = board
+        self._reader = reader
+        self._writer = writer
+
+    @classmethod
+    async def start(cls, config: PagodaConfig) -> CoreChild:
+        """Start a core with this configuration; it reports its stages from here on."""
+        ours, theirs = socket.socketpair()
+        board = ProgressBoard()
+        with theirs:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "pagoda.engine.process", str(theirs.fileno()), str(board.fd)],
+                pass_fds=(theirs.fileno(), board.fd),
+                stdin=subprocess.DEVNULL,
+            )
+        reader, writer = await asyncio.open_unix_connection(sock=ours)
+        child = cls(process, board, reader, writer)
+        child.send(StartCore(_core_fields(config)))
+        return child
+
+    @property
+    def pid(self) -> int:
+        """Process id."""
+        return self.process.pid
+
+    @property
+    def progress(self) -> EngineProgress:
+        """The core's last sign of life, read from shared memory."""
+        return self._board.read()
+
+    def send(self, message: wire.Message) -> None:
+        """Queue a message; one to a core that is gone is dropped, for its end is news enough."""
+        if not self._writer.is_closing():
+            self._writer.write(wire.encode(message))
+
+    async def receive(self) -> wire.Message | None:
+        """The next message, or None when the connection has ended."""
+        try:
+            header = await self._reader.readexactly(wire.HEADER.size)
+            return wire.decode(header, await self._reader.readexactly(wire.payload_size(header)))
+        except (asyncio.IncompleteReadError, ConnectionError):
+            return None
+
+    async def kill(self, *, dump_stacks: bool = False) -> None:
+        """End the process now; with `dump_stacks`, the stacks of its threads go to the log first."""
+        with suppress(ProcessLookupError):
+            if dump_stacks:
+                os.kill(self.pid, STACKS_SIGNAL)
+                await asyncio.sleep(_STACKS_SECONDS)
+            os.kill(self.pid, signal.SIGKILL)  # ends a stopped process too
+
+    async def reap(self) -> str:
+        """Wait for the process, by force if it lingers, free what it held, and say how it ended."""
+        deadline = time.monotonic() + _EXIT_SECONDS
+        while self.process.poll() is None:
+            if time.monotonic() > deadline:
+                await self.kill()
+            await asyncio.sleep(0.01)
+        self._writer.close()
+        self._board.close()
+        code = self.process.returncode
+        return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+
+
+def _core_fields(config: PagodaConfig) -> dict[str, object]:
+    """The configuration for the core, without what only the server may know."""
+    fields = asdict(config)
+    del fields["api_keys"]
+    return fields
