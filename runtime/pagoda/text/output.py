@@ -40,8 +40,9 @@ class GenerationChunk:
     `finish_reason` is set on the last chunk of an index and only there; `stop_reason` is then the stop string or the id of
     `stop_token_ids` that ended it, None when an end-of-sequence token or the length did.
 
-    Only on the first chunk of an index: `num_prompt_tokens`, `prompt_token_ids`, `prompt_logprobs` (if asked for; the first
-    entry is None), `num_cached_tokens` (prompt tokens found in the prefix cache) and `scheduled_time` (monotonic seconds).
+    Only on the first chunk of an index: `num_prompt_tokens`, `prompt_token_ids`, `num_cached_tokens` (prompt tokens found in
+    the prefix cache) and `scheduled_time` (monotonic seconds); and on that of index 0, if they were asked for,
+    `prompt_logprobs`, whose first entry is None.
     """
 
     index: int = 0
@@ -55,3 +56,44 @@ class GenerationChunk:
     prompt_logprobs: list[PositionLogprobs | None] | None = None
     num_cached_tokens: int | None = None
     scheduled_time: float | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class CompletionOutput:
+    """One whole completion: the chunks of one index joined.
+
+    `finish_reason` is None only while it is being made. `error` says why when the reason is ERROR; what came before stays.
+    """
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[PositionLogprobs] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    error: str | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class RequestOutput:
+    """All that came of one prompt; `outputs` has one entry a choice. `prompt` is None where ids were given."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    prompt_logprobs: list[PositionLogprobs | None] | None = None
+    num_cached_tokens: int = 0
+
+    def add(self, chunk: GenerationChunk) -> None:
+        """Join `chunk` to the choice it belongs to."""
+        output = self.outputs[chunk.index]
+        output.text += chunk.text
+        output.token_ids += chunk.token_ids
+        if chunk.logprobs is not None:
+            output.logprobs = (output.logprobs or []) + chunk.logprobs
+        output.finish_reason, output.stop_reason = chunk.finish_reason, chunk.stop_reason
+        if chunk.prompt_logprobs is not None:
+            self.prompt_logprobs = chunk.prompt_logprobs
+        if chunk.num_cached_tokens is not None:
+            self.num_cached_tokens = max(self.num_cached_tokens, chunk.num_cached_tokens)

@@ -33,7 +33,7 @@ class RequestTextState:
     ) -> None:
         self._tokenizer = tokenizer
         self._prompt_token_ids = prompt_token_ids
-        self._index = index
+        self.index = index
         self._echo = echo
         self._min_tokens = sampling.min_tokens
         self._drops_terminator = not sampling.include_stop_str_in_output
@@ -77,7 +77,7 @@ class RequestTextState:
         first, self._started = not self._started, True
         logprobs, prompt_logprobs = output.logprobs, output.prompt_logprobs
         return GenerationChunk(
-            index=self._index,
+            index=self.index,
             text=self._echo + text if first else text,
             token_ids=output.new_token_ids[:num_used],
             logprobs=None if logprobs is None else decode_logprobs(self._tokenizer, logprobs[:num_used]),

@@ -1,0 +1,294 @@
+"""Generation without a server: the engine runs in this process, one step at a time.
+
+    llm = LLM("./Qwen3-0.6B", max_model_len=4096)
+    for output in llm.generate(["Once upon a time", "The sky is"], SamplingParams(max_tokens=32)):
+        print(output.outputs[0].text)
+
+Imports neither KServe nor gRPC nor pydantic: torch, transformers and what they bring are enough.
+"""
+
+from __future__ import annotations
+
+import itertools
+import signal
+import threading
+from collections import deque
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from types import FrameType
+from typing import Any
+
+from pagoda.config.schema import PagodaConfig
+from pagoda.config.sources import from_kwargs
+from pagoda.engine.core import EngineCore
+from pagoda.engine.messages import EngineRequest
+from pagoda.engine.startup import StageListener, start_core
+from pagoda.errors import InvalidRequestError, PagodaError, QueueFullError
+from pagoda.models.source import checkpoint_directory
+from pagoda.sampling.output import FinishReason
+from pagoda.sampling.params import SamplingParams
+from pagoda.text.admission import AdmissionLimits, admit
+from pagoda.text.chat_template import Message
+from pagoda.text.checkpoint_defaults import read_checkpoint_defaults
+from pagoda.text.operations import TextOperations
+from pagoda.text.output import CompletionOutput, GenerationChunk, RequestOutput
+from pagoda.text.progress import TokenProgress
+from pagoda.text.request_state import RequestTextState
+from pagoda.text.tokenizer import Tokenizer
+
+Prompt = str | list[int]
+
+
+@dataclass(eq=False, slots=True)
+class _Sequence:
+    """One sequence on its way through the engine, and the chunks of it that nobody has taken yet."""
+
+    request: EngineRequest
+    state: RequestTextState
+    chunks: deque[GenerationChunk] = field(default_factory=deque)
+    error: PagodaError | None = None
+
+
+class LLM:
+    """A model and its engine in this process. Used from one thread.
+
+    `model` is a checkpoint directory or a Hugging Face id (None: the built-in demo model); every setting of the server
+    that concerns the engine is accepted by its name (`max_model_len=4096`). `on_stage(name, detail)` hears of each stage of
+    loading. Raises `ConfigError` or `CheckpointError`, saying what to change.
+    """
+
+    def __init__(self, model: str | None = None, *, on_stage: StageListener | None = None, **settings: Any) -> None:
+        self._start(from_kwargs({"model": model, **settings}), on_stage)
+
+    @classmethod
+    def from_config(cls, config: PagodaConfig, on_stage: StageListener | None = None) -> LLM:
+        """The same from a configuration that was read elsewhere, such as from a command line."""
+        llm = cls.__new__(cls)
+        llm._start(config, on_stage)
+        return llm
+
+    def _start(self, config: PagodaConfig, on_stage: StageListener | None) -> None:
+        directory = str(checkpoint_directory(config.model))
+        self.config = config = replace(config, model=directory)
+        self._text = TextOperations(
+            directory if config.tokenizer is None else str(checkpoint_directory(config.tokenizer)),
+            chat_template=config.chat_template,
+            trust_remote_code=config.trust_remote_code,
+        )
+        defaults = read_checkpoint_defaults(config, self._text.tokenizer)
+        self._default_sampling = defaults.sampling
+        self._core: EngineCore = start_core(config, on_stage)
+        self._limits = AdmissionLimits(
+            max_model_len=self._core.ready.max_model_len,
+            vocab_size=self._core.ready.vocab_size,
+            eos_token_ids=defaults.eos_token_ids,
+            default_max_tokens=config.default_max_tokens,
+        )
+        self._request_numbers = itertools.count()
+        self._sequences: dict[str, _Sequence] = {}
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer."""
+        return self._text.tokenizer
+
+    @property
+    def max_model_len(self) -> int:
+        """Most tokens that a prompt and its completion may have together."""
+        return self._limits.max_model_len
+
+    def default_sampling_params(self, **given: Any) -> SamplingParams:
+        """`SamplingParams` with what the checkpoint recommends, and `given` in place of it."""
+        return SamplingParams(**{**self._default_sampling, **given})
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool = False,
+    ) -> list[RequestOutput]:
+        """Complete all prompts, batched, and return what came of them in their order.
+
+        `prompts`: one or several texts or lists of token ids. `sampling_params`: for all, or one for each; None: what the
+        checkpoint recommends. `progress` shows a bar. A prompt that cannot be served raises `InvalidRequestError` before
+        anything runs; one that fails later has the finish reason ERROR and leaves the others alone.
+        """
+        listed: list[Prompt] = _as_prompts(prompts)
+        params = self._params_for(len(listed), sampling_params)
+        outputs, sequences = [], []
+        for prompt, sampling in zip(listed, params, strict=True):
+            output, own = self._prepare(prompt, sampling)
+            outputs.append(output)
+            sequences += [(output, sequence) for sequence in own]
+        with self._aborting([sequence for _, sequence in sequences]), TokenProgress(len(sequences), progress) as bar:
+            self._run_to_end(sequences, bar)
+        return outputs
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool = False,
+        **template_arguments: Any,
+    ) -> list[RequestOutput]:
+        """Answer one conversation or several; `template_arguments` as in `ChatTemplate.render`.
+
+        Raises `InvalidRequestError` when the model has no chat template.
+        """
+        is_one = bool(messages) and isinstance(messages[0], Mapping)
+        conversations: Any = [messages] if is_one else messages
+        prompts = [self.encode_chat(conversation, **template_arguments) for conversation in conversations]
+        return self.generate(prompts, sampling_params, progress=progress)
+
+    def encode_chat(self, messages: Sequence[Message], **template_arguments: Any) -> list[int]:
+        """Token ids of a conversation, ready for `generate` or `stream`."""
+        return self._text.render_chat_and_encode(messages, add_special_tokens=False, **template_arguments)
+
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None
+    ) -> Generator[GenerationChunk, None, None]:
+        """Complete one prompt, chunk by chunk. Closing the generator, or leaving its loop, aborts what still runs.
+
+        Raises `InvalidRequestError` for a prompt that cannot be served, and the error that a sequence failed with.
+        """
+        (sampling,) = self._params_for(1, sampling_params)
+        _, sequences = self._prepare(prompt, sampling)
+        with self._aborting(sequences):
+            waiting = deque(sequences)
+            while any(sequence.chunks or not sequence.state.finished for sequence in sequences):
+                self._submit_some(waiting)
+                self._step()
+                for sequence in sequences:
+                    if sequence.error is not None:
+                        raise sequence.error
+                    while sequence.chunks:
+                        yield sequence.chunks.popleft()
+
+    def close(self) -> None:
+        """Give the model's memory back. The object is of no use after this."""
+        self._core.shutdown()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _params_for(
+        self, count: int, sampling_params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> list[SamplingParams]:
+        if sampling_params is None:
+            return [self.default_sampling_params()] * count
+        if isinstance(sampling_params, SamplingParams):
+            return [sampling_params] * count
+        if len(sampling_params) != count:
+            raise InvalidRequestError(f"there are {count} prompts and {len(sampling_params)} sampling_params")
+        return list(sampling_params)
+
+    def _prepare(self, prompt: Prompt, sampling: SamplingParams) -> tuple[RequestOutput, list[_Sequence]]:
+        """Tokenize and check one prompt; nothing has reached the engine yet."""
+        text = prompt if isinstance(prompt, str) else None
+        prompt_token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        request_id = str(next(self._request_numbers))
+        requests = admit(prompt_token_ids, sampling, self.tokenizer, self._limits, request_id=request_id)
+        output = RequestOutput(
+            request_id=request_id,
+            prompt=text,
+            prompt_token_ids=prompt_token_ids,
+            outputs=[CompletionOutput(index=index) for index in range(sampling.n)],
+        )
+        sequences = [
+            _Sequence(request, RequestTextState(self.tokenizer, prompt_token_ids, sampling, index=index))
+            for index, request in enumerate(requests)
+        ]
+        return output, sequences
+
+    def _run_to_end(self, sequences: list[tuple[RequestOutput, _Sequence]], bar: TokenProgress) -> None:
+        waiting = deque(sequence for _, sequence in sequences)
+        running = sequences
+        while running:
+            self._submit_some(waiting)
+            self._step()
+            still_running = []
+            for output, sequence in running:
+                while sequence.chunks:
+                    chunk = sequence.chunks.popleft()
+                    output.add(chunk)
+                    bar.count_tokens(len(chunk.token_ids))
+                if not sequence.state.finished:
+                    still_running.append((output, sequence))
+                    continue
+                bar.count_sequence()
+                if sequence.error is not None:
+                    completion = output.outputs[sequence.state.index]
+                    completion.finish_reason, completion.error = FinishReason.ERROR, str(sequence.error)
+            running = still_running
+
+    def _submit_some(self, waiting: deque[_Sequence]) -> None:
+        """Hand sequences to the engine while its queue takes them."""
+        while waiting:
+            sequence = waiting[0]
+            try:
+                self._core.add_request(sequence.request)
+            except QueueFullError:
+                if not self._core.has_work:
+                    raise
+                return
+            except PagodaError as error:
+                sequence.error, sequence.state.finished = error, True
+            else:
+                self._sequences[sequence.request.request_id] = sequence
+            waiting.popleft()
+
+    def _step(self) -> None:
+        """Run one step of the engine and hand its news to the sequences they concern."""
+        with _interrupts_deferred():
+            outputs = self._core.step().outputs
+            for output in outputs:
+                sequence = self._sequences.get(output.request_id)
+                if sequence is None:  # it was aborted, and the engine says so
+                    continue
+                try:
+                    sequence.chunks.append(sequence.state.process(output))
+                except PagodaError as error:
+                    sequence.error = error
+                if sequence.state.finished:
+                    del self._sequences[output.request_id]
+                if sequence.state.must_abort:
+                    self._core.abort([output.request_id])
+
+    @contextmanager
+    def _aborting(self, sequences: list[_Sequence]) -> Iterator[None]:
+        """Whatever ends the block, none of the sequences is left in the engine."""
+        try:
+            yield
+        finally:
+            left = [sequence.request.request_id for sequence in sequences]
+            self._core.abort([request_id for request_id in left if self._sequences.pop(request_id, None) is not None])
+
+
+def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    if prompts and isinstance(prompts[0], int):
+        return [list(prompts)]  # type: ignore[arg-type]  # one prompt of ids
+    return list(prompts)  # type: ignore[arg-type]
+
+
+@contextmanager
+def _interrupts_deferred() -> Iterator[None]:
+    """Let Ctrl-C wait for the end of the block, so that the engine is never left in the middle of a step."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    interrupted: list[FrameType | None] = []
+    previous = signal.signal(signal.SIGINT, lambda _, frame: interrupted.append(frame))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if interrupted and callable(previous):
+        previous(signal.SIGINT, interrupted[0])
