@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -69,7 +70,7 @@ class PendingStep:
         token_ids = sampled.token_ids.tolist()
         for index, plan_row in enumerate(self._sampling_plan_rows):
             result.sampled_token_ids[plan_row] = [token_ids[index]]
-        if not bool(sampled.best_logits.isfinite().all()):
+        if not np.isfinite(sampled.best_logits.numpy()).all():
             for plan_row, best_logit in zip(self._sampling_plan_rows, sampled.best_logits.tolist(), strict=True):
                 error = row_error(best_logit)
                 if error is not None:

@@ -122,7 +122,8 @@ class MinTokens(LogitsProcessor[_ForbiddenUntil, Tensor]):
 
     def _state_of(self, request: SlotRequest) -> _ForbiddenUntil | None:
         params = request.params
-        ids = self._check_ids("stop_token_ids", (*request.eos_token_ids, *params.stop_token_ids))
+        endings = {*request.eos_token_ids, *params.stop_token_ids}
+        ids = np.array([i for i in endings if 0 <= i < self.context.vocab_size], dtype=np.int64)
         if not params.min_tokens or not ids.size:
             return None
         return _ForbiddenUntil(ids, request.num_prompt_tokens + params.min_tokens)

@@ -2,7 +2,8 @@
 
 The generator is Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011): it has
 no state to carry along, so a request draws the same numbers alone, in any batch, in any slot and after preemption
-(docs/architecture.md, invariant 9). The key is the seed, the counter is the position.
+(docs/architecture.md, invariant 9). The key is the seed, the counter is the position and, for tokens that need more than one
+number, which of them it is.
 """
 
 from __future__ import annotations
@@ -48,11 +49,15 @@ def philox4x32(counter: tuple[UInt64Array, ...], key: tuple[UInt64Array, UInt64A
     return c0, c1, c2, c3
 
 
-def uniforms(seeds: UInt64Array, positions: Int64Array) -> Float64Array:
-    """One uniform number in [0, 1), with 53 random bits, for each pair of a seed and a position (broadcast together)."""
+def uniforms(seeds: UInt64Array, positions: Int64Array, attempt: int = 0) -> Float64Array:
+    """One uniform number in [0, 1), with 53 random bits, for each pair of a seed and a position (broadcast together).
+
+    `attempt`: where one number is not enough for a token, the next ones are numbered from 1.
+    """
     counter = positions.astype(np.uint64)
     zero = np.zeros_like(counter)
-    high, low, _, _ = philox4x32((counter & _LOW_32, counter >> _32, zero, zero), (seeds & _LOW_32, seeds >> _32))
+    counters = (counter & _LOW_32, counter >> _32, zero + np.uint64(attempt), zero)
+    high, low, _, _ = philox4x32(counters, (seeds & _LOW_32, seeds >> _32))
     bits = ((high >> np.uint64(5)) << np.uint64(26)) | (low >> np.uint64(6))
     numbers: Float64Array = bits.astype(np.float64) * 2.0**-53
     return numbers
@@ -91,3 +96,7 @@ class SlotNoise:
             columns = np.zeros_like(positions)
         numbers: Float64Array = self._drawn[slots, columns]
         return numbers
+
+    def again(self, slots: Int64Array, positions: Int64Array, attempt: int) -> Float64Array:
+        """Further numbers for tokens that need them: see `uniforms`."""
+        return uniforms(self._seeds[slots], positions, attempt)

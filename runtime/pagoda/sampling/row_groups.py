@@ -34,22 +34,23 @@ class RankedGroup:
 
 @dataclass(frozen=True, slots=True)
 class OpenGroup:
-    """Rows without top-k, whose probabilities must be known as a whole. Tensors are `[R]` (`rows`) and `[R, 1]`.
+    """Rows without top-k: their probabilities must be known as a whole. Tensors are `[R]` (`rows`) and `[R, 1]`.
 
-    `nucleus`: int64, those of the R rows that have a top-p; `others`: the rest. `min_p` is None where no row has one.
+    `inverse_temperature` is None where all are 1, `min_p` where no row has one. Either all rows have a `top_p` or none.
     """
 
     rows: Tensor
-    inverse_temperature: Tensor
+    inverse_temperature: Tensor | None
     min_p: Tensor | None
-    top_p: Tensor
-    nucleus: Tensor
-    others: Tensor
+    top_p: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
 class RowGroups:
-    """All rows of a step: greedy ones (int64 `[R]`, None if there are none), those with top-k, and the open ones."""
+    """All rows of a step: greedy ones (int64 `[R]`, None if there are none), those with top-k, and the open ones.
+
+    `logprob_rows` int64 on the host: rows that ask for log-probabilities, of `logprob_counts` best tokens each.
+    """
 
     greedy: Tensor | None
     ranked: list[RankedGroup]
@@ -66,15 +67,18 @@ class RowGroups:
 def make_row_groups(params: Sequence[SamplingParams], context: SamplingContext) -> RowGroups:
     """Sort rows with these parameters, in row order, into groups."""
     greedy: list[int] = []
-    open_rows: list[int] = []
+    nucleus: list[int] = []
+    unbounded: list[int] = []
     ranked: dict[int, list[int]] = {}
     for row, p in enumerate(params):
         if p.is_greedy or p.top_k == 1:
             greedy.append(row)
         elif 0 < p.top_k < context.vocab_size:
             ranked.setdefault(_top_k_class(p.top_k), []).append(row)
+        elif p.top_p < 1.0:
+            nucleus.append(row)
         else:
-            open_rows.append(row)
+            unbounded.append(row)
     asking = [row for row, p in enumerate(params) if p.logprobs is not None]
     return RowGroups(
         greedy=context.upload(np.array(greedy, dtype=np.int64)) if greedy else None,
@@ -83,7 +87,11 @@ def make_row_groups(params: Sequence[SamplingParams], context: SamplingContext) 
             for rows in ranked.values()
             for piece in _pieces(rows, max(params[row].top_k for row in rows) * BLOCK)
         ],
-        open=[_open_group(piece, params, context) for piece in _pieces(open_rows, context.padded_vocab_size)],
+        open=[
+            _open_group(piece, params, context)
+            for rows in (nucleus, unbounded)
+            for piece in _pieces(rows, context.padded_vocab_size)
+        ],
         logprob_rows=np.array(asking, dtype=np.int64),
         logprob_counts=[min(params[row].logprobs or 0, context.vocab_size) for row in asking],
     )
@@ -111,17 +119,14 @@ def _ranked_group(rows: list[int], params: Sequence[SamplingParams], context: Sa
 
 
 def _open_group(rows: list[int], params: Sequence[SamplingParams], context: SamplingContext) -> OpenGroup:
-    top_p = [params[row].top_p for row in rows]
-    min_p = _column([params[row].min_p for row in rows], np.float64)
-    nucleus = [index for index, p in enumerate(top_p) if p < 1.0]
-    others = [index for index, p in enumerate(top_p) if p >= 1.0]
+    inverse_temperature = _column([1.0 / params[row].temperature for row in rows], np.float32)
+    min_p = _column([params[row].min_p for row in rows], np.float32)
+    top_p = _column([params[row].top_p for row in rows], np.float64)
     return OpenGroup(
         rows=context.upload(np.array(rows, dtype=np.int64)),
-        inverse_temperature=context.upload(_column([1.0 / params[row].temperature for row in rows], np.float64)),
+        inverse_temperature=context.upload(inverse_temperature) if (inverse_temperature != 1.0).any() else None,
         min_p=context.upload(min_p) if min_p.any() else None,
-        top_p=context.upload(_column(top_p, np.float64)),
-        nucleus=context.upload(np.array(nucleus, dtype=np.int64)),
-        others=context.upload(np.array(others, dtype=np.int64)),
+        top_p=context.upload(top_p) if params[rows[0]].top_p < 1.0 else None,
     )
 
 

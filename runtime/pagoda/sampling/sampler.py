@@ -3,8 +3,8 @@
     raw logits ─▶ (kept for rows that ask for logprobs) ─▶ processors: allowed ids, min_tokens, logit_bias, bad words,
     repetition, presence and frequency penalty ─▶ temperature ─▶ min-p ─▶ top-k ─▶ top-p ─▶ inverse CDF
 
-A row's token depends on its own logits and its own (seed, position) only. Nothing is read back from the device, except whether
-the best 128 tokens of rows with top-p and no top-k reached p.
+A row's token depends on its own logits and its own (seed, position) only. Nothing is read back from the device, except which
+rows with top-p and no top-k must draw again.
 """
 
 from __future__ import annotations
@@ -34,9 +34,6 @@ PROCESSORS: tuple[type[LogitsProcessor[Any, Any]], ...] = (
     RepetitionPenalty,
     OutputPenalties,
 )
-
-# Best tokens looked at for top-p without top-k, before all tokens are. Enough for most distributions of trained models.
-_NUCLEUS_CANDIDATES = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +125,7 @@ class Sampler:
     def _rows(self, slots: Int64Array, positions: Int64Array) -> tuple[SampledRows, RowGroups]:
         """This step's rows, and their groups: the last step's, if nothing but the positions changed."""
         if self._groups is None or not np.array_equal(slots, self._slots):
+            self._groups = None  # until all below has succeeded
             self._composition += 1
             self._row_of_slot[self._slots] = -1
             self._slots = slots.copy()
@@ -142,20 +140,46 @@ class Sampler:
         """Token ids int64 `[N]`, each group's by its own way."""
         if groups.greedy is not None and not groups.has_random_rows:
             return selection.argmax(logits, maxima, groups.greedy)
-        token_ids = torch.zeros(len(rows.slots), dtype=torch.int64, device=logits.device)
+        token_ids = torch.empty(len(rows.slots), dtype=torch.int64, device=logits.device)
         uniform = self.context.upload(self._noise.at(rows.slots, rows.positions)).unsqueeze(1)
         if groups.greedy is not None:
             token_ids.index_copy_(0, groups.greedy, selection.argmax(logits, maxima, groups.greedy))
         for ranked in groups.ranked:
             token_ids.index_copy_(0, ranked.rows, _choose_ranked(logits, maxima, uniform, ranked))
-        for group in groups.open:  # last: they turn their logits into probabilities in place
-            token_ids.index_copy_(0, group.rows, _choose_open(logits, maxima, best_logits, uniform, group))
+        for group in groups.open:  # last: a group that is all rows turns the logits into probabilities in place
+            token_ids.index_copy_(0, group.rows, self._choose_open(logits, best_logits, uniform, rows, group))
         return token_ids
+
+    def _choose_open(
+        self, logits: Tensor, best_logits: Tensor, uniform: Tensor, rows: SampledRows, group: OpenGroup
+    ) -> Tensor:
+        """Token ids int64 `[R]` of rows without top-k."""
+        whole = len(group.rows) == len(logits)
+        weights = selection.to_weights_(
+            logits if whole else logits.index_select(0, group.rows),
+            best_logits.index_select(0, group.rows).unsqueeze(1),
+            group.inverse_temperature,
+            group.min_p,
+        )
+        uniform = uniform.index_select(0, group.rows)
+        if group.top_p is None:
+            every = torch.arange(len(weights), device=logits.device)
+            return selection.choose_by_weight(weights, selection.block_sums(weights), every, uniform)
+
+        def draw(attempt: int, indices: list[int]) -> Tensor:
+            if attempt == 0:
+                return uniform
+            own = group.rows[indices].cpu().numpy()
+            again = self._noise.again(rows.slots[own], rows.positions[own], attempt)
+            return self.context.upload(again).unsqueeze(1)
+
+        return selection.choose_nucleus(weights, group.top_p, draw)
 
 
 def _choose_ranked(logits: Tensor, maxima: Tensor, uniform: Tensor, group: RankedGroup) -> Tensor:
+    """Token ids int64 `[R]` of rows with top-k."""
     values, ids = selection.best_tokens(logits, maxima, group.rows, group.count)
-    chosen, _ = selection.choose_ranked(
+    return selection.choose_ranked(
         values,
         ids,
         top_k=group.top_k,
@@ -164,41 +188,3 @@ def _choose_ranked(logits: Tensor, maxima: Tensor, uniform: Tensor, group: Ranke
         top_p=group.top_p,
         uniform=uniform.index_select(0, group.rows),
     )
-    return chosen
-
-
-def _choose_open(logits: Tensor, maxima: Tensor, best_logits: Tensor, uniform: Tensor, group: OpenGroup) -> Tensor:
-    """Rows without top-k: int64 `[R]`. In place where the group is all rows, on a copy otherwise."""
-    uniform = uniform.index_select(0, group.rows)
-    own_logits = logits if len(group.rows) == len(logits) else logits.index_select(0, group.rows)
-    count = min(_NUCLEUS_CANDIDATES, logits.shape[1])
-    nucleus = group.nucleus
-    if len(nucleus):
-        candidates = selection.best_tokens(logits, maxima, group.rows.index_select(0, nucleus), count)
-    best = best_logits.index_select(0, group.rows).unsqueeze(1)
-    weights = selection.to_weights_(own_logits, best, group.inverse_temperature, group.min_p)
-    sums = selection.block_sums(weights)
-    token_ids = torch.zeros(len(group.rows), dtype=torch.int64, device=logits.device)
-    if len(group.others):
-        chosen = selection.choose_by_weight(weights, sums, group.others, uniform.index_select(0, group.others))
-        token_ids.index_copy_(0, group.others, chosen)
-    if len(nucleus):
-        total = sums.sum(-1, keepdim=True)
-        min_p = torch.zeros_like(group.top_p) if group.min_p is None else group.min_p
-        chosen, reaches = selection.choose_ranked(
-            *candidates,
-            top_k=None,
-            inverse_temperature=group.inverse_temperature.index_select(0, nucleus),
-            min_p=min_p.index_select(0, nucleus),
-            top_p=group.top_p.index_select(0, nucleus),
-            uniform=uniform.index_select(0, nucleus),
-            total=total.index_select(0, nucleus),
-        )
-        token_ids.index_copy_(0, nucleus, chosen)
-        wide = nucleus[~reaches]
-        if len(wide):
-            kept = selection.keep_nucleus_(weights.index_select(0, wide), (group.top_p * total).index_select(0, wide))
-            every = torch.arange(len(wide), device=logits.device)
-            chosen = selection.choose_by_weight(kept, selection.block_sums(kept), every, uniform.index_select(0, wide))
-            token_ids.index_copy_(0, wide, chosen)
-    return token_ids

@@ -14,15 +14,15 @@ A row is cut into blocks of 64 ids. One pass finds the greatest logit of each bl
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 BLOCK = 64
 
 _LOW_32 = 0xFFFFFFFF
-# The bits of float32 numbers from 0 to 1 grow with the number: 0x3F800000 is 1.0. So 30 halvings find any of them.
-_ONE_BITS = 0x3F800000
-_HALVINGS = 30
 
 
 def padded_size(vocab_size: int) -> int:
@@ -67,39 +67,38 @@ def choose_ranked(
     values: Tensor,
     ids: Tensor,
     *,
-    top_k: Tensor | None,
+    top_k: Tensor,
     inverse_temperature: Tensor,
     min_p: Tensor,
     top_p: Tensor,
     uniform: Tensor,
-    total: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Sample among the best tokens of rows: ids int64 `[R]`, and whether the tokens given reached far enough, bool `[R]`.
+) -> Tensor:
+    """Sample each row among the first `top_k` of its best tokens: ids int64 `[R]`.
 
-    `values` float32 and `ids` int64 `[R, K]` come from `best_tokens`; the parameters are `[R, 1]`: int64 `top_k` (at most K;
-    None where `total` is given), float64 the others. `total` float64 `[R, 1]` is the weight of all tokens that min-p leaves,
-    relative to the best token's; without it, the K tokens are all there are after top-k.
+    `values` float32 and `ids` int64 `[R, K]` come from `best_tokens`. The parameters are `[R, 1]`: int64 `top_k`, at most K,
+    and float64 the others.
     """
     weights = ((values - values[:, :1]).double() * inverse_temperature).exp_()
-    kept = weights >= min_p
-    if top_k is not None:
-        kept &= torch.arange(values.shape[1], device=values.device) < top_k
+    kept = (weights >= min_p) & (torch.arange(values.shape[1], device=values.device) < top_k)
     cumulative = (weights * kept).cumsum(-1)
-    needed = top_p * (cumulative[:, -1:] if total is None else total)
-    reaches = cumulative[:, -1] >= needed[:, 0]
-    last = (cumulative < needed).sum(-1, keepdim=True).clamp_(max=values.shape[1] - 1)
+    needed = top_p * cumulative[:, -1:]
+    last = (cumulative < needed).sum(-1, keepdim=True)
     target = uniform * cumulative.gather(1, last)
     chosen = (cumulative <= target).sum(-1, keepdim=True).minimum(last)
-    return ids.gather(1, chosen).squeeze(1), reaches
+    return ids.gather(1, chosen).squeeze(1)
 
 
-def to_weights_(logits: Tensor, best: Tensor, inverse_temperature: Tensor, min_p: Tensor | None) -> Tensor:
+def to_weights_(logits: Tensor, best: Tensor, inverse_temperature: Tensor | None, min_p: Tensor | None) -> Tensor:
     """Turn logits `[R, V]` in place into probabilities relative to the best token's, 0 for tokens that min-p drops.
 
-    `best` float32, `inverse_temperature` and `min_p` float64, all `[R, 1]`.
+    `best`, `inverse_temperature` and `min_p` are float32 `[R, 1]`; None stands for a temperature of 1, and for no min-p.
     """
-    weights = logits.sub_(best).mul_(inverse_temperature.float()).exp_()
-    return weights if min_p is None else weights.mul_(weights >= min_p.float())
+    weights = logits.sub_(best)
+    if inverse_temperature is not None:
+        weights.mul_(inverse_temperature)
+    weights.exp_()
+    # The comparison gives floats, for torch multiplies floats by bools several times slower.
+    return weights if min_p is None else weights.mul_(torch.ge(weights, min_p, out=torch.empty_like(weights)))
 
 
 def choose_by_weight(weights: Tensor, sums: Tensor, rows: Tensor, uniform: Tensor) -> Tensor:
@@ -117,27 +116,53 @@ def choose_by_weight(weights: Tensor, sums: Tensor, rows: Tensor, uniform: Tenso
     return block.squeeze(1) * BLOCK + token
 
 
-def keep_nucleus_(weights: Tensor, needed: Tensor) -> Tensor:
-    """Zero, in place, all but the shortest beginning of each row's order that weighs at least `needed` float64 `[R, 1]`.
+def choose_nucleus(weights: Tensor, top_p: Tensor, draw: Callable[[int, list[int]], Tensor]) -> Tensor:
+    """Sample each row of `weights` `[R, V]` among its shortest beginning that weighs `top_p` float64 `[R, 1]`: ids `[R]`.
 
-    Finds the weight of the last token kept by halving: the greatest float32 number such that the tokens at least as heavy
-    weigh enough. A fixed number of passes over the rows, with no look from the host.
+    By rejection: a token drawn from all is in that beginning if the tokens before it weigh less than asked for. If not, it
+    and all that come after it in the order are taken out, and another one is drawn from the rest: at most a share of
+    1 - top_p of first draws, and each draw takes about half of what is still too much away. One look at the vocabulary a
+    draw, where finding the beginning itself would take thirty, or a sort.
+
+    `draw(attempt, rows)` returns float64 `[len(rows), 1]` in [0, 1): fresh numbers for these of the R rows.
     """
-    low = torch.zeros((weights.shape[0], 1), dtype=torch.int32, device=weights.device)
-    high = torch.full_like(low, _ONE_BITS + 1)
-    scratch = torch.empty_like(weights)
-    for _ in range(_HALVINGS):
-        middle = (low + high) // 2
-        torch.ge(weights, middle.view(torch.float32), out=scratch)
-        enough = block_sums(scratch.mul_(weights)).sum(-1, keepdim=True) >= needed
-        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
-    least = low.view(torch.float32)
-    torch.gt(weights, least, out=scratch)
-    missing = needed - block_sums(scratch.mul_(weights)).sum(-1, keepdim=True)
-    num_ties = (missing / least.double()).ceil_().clamp_(min=1.0)
-    ties = weights == least
-    dropped = (weights < least) | (ties & (ties.cumsum(-1, dtype=torch.int32) > num_ties))
-    return weights.masked_fill_(dropped, 0.0)
+    rows = torch.arange(len(weights), device=weights.device)
+    pending = rows.tolist()
+    token_ids = torch.empty_like(rows)
+    sums = block_sums(weights)
+    needed = top_p * sums.sum(-1, keepdim=True)
+    for attempt in itertools.count():
+        chosen = choose_by_weight(weights, sums, torch.arange(len(pending), device=rows.device), draw(attempt, pending))
+        token_ids.index_copy_(0, rows, chosen)
+        better = _keep_better(weights, chosen)
+        sums = block_sums(better)
+        rejected = (sums.sum(-1, keepdim=True) >= needed).squeeze(1).nonzero().squeeze(1)
+        if not len(rejected):
+            break
+        rows, needed = rows.index_select(0, rejected), needed.index_select(0, rejected)
+        weights, sums = better.index_select(0, rejected), sums.index_select(0, rejected)
+        pending = rows.tolist()
+    return token_ids
+
+
+def _keep_better(weights: Tensor, token_ids: Tensor) -> Tensor:
+    """A copy of `weights` `[R, V]`, 0 where a token does not come before the row's `token_ids` int64 `[R]` in the order.
+
+    Of equals, those with lower ids come before: so blocks before the token's own are compared with `>=`, those after it
+    with `>`, and its own block, a single one, is seen to apart.
+    """
+    weight = weights.gather(1, token_ids.unsqueeze(1))
+    blocks, own_block = weights.view(len(weights), -1, BLOCK), (token_ids // BLOCK).unsqueeze(1)
+    just_below = torch.nextafter(weight, torch.full_like(weight, -1.0))
+    is_before = torch.arange(blocks.shape[1], device=weights.device) < own_block
+    better = torch.empty_like(blocks)
+    torch.gt(blocks, torch.where(is_before, just_below, weight).unsqueeze(-1), out=better)
+    every = torch.arange(len(weights), device=weights.device)
+    own = _blocks_of(weights, every, own_block.squeeze(1))
+    lower = torch.arange(BLOCK, device=weights.device) < (token_ids % BLOCK).unsqueeze(1)
+    ties = ((own == weight) & lower).to(better.dtype)
+    better.view(-1, BLOCK).index_add_(0, every * blocks.shape[1] + own_block.squeeze(1), ties)
+    return better.view_as(weights).mul_(weights)
 
 
 def _below(target: Tensor, total: Tensor) -> Tensor:

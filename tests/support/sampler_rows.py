@@ -1,0 +1,39 @@
+"""Runs the batched sampler on naive rows."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from pagoda.sampling.rows import SlotRequest
+from pagoda.sampling.sampler import Sampler, SamplerOutput
+from tests.support.naive_sampler import Row
+
+MAX_TOKENS = 64
+
+
+def make_sampler(vocab_size: int, max_num_seqs: int, seed: int | None = 0) -> tuple[Sampler, torch.Tensor]:
+    """A sampler and the token pool that it reads."""
+    pool = torch.full((max_num_seqs, MAX_TOKENS + 1), 0, dtype=torch.int64)
+    return Sampler(vocab_size=vocab_size, token_pool=pool, seed=seed), pool
+
+
+def enter(sampler: Sampler, pool: torch.Tensor, slot: int, row: Row) -> None:
+    pool[slot, : len(row.tokens)] = torch.tensor(row.tokens)
+    sampler.add(slot, SlotRequest(row.params, len(row.prompt), row.eos_token_ids))
+
+
+def run(sampler: Sampler, rows: list[Row], slots: list[int]) -> SamplerOutput:
+    """Sample rows that are in their slots already."""
+    logits = torch.tensor([row.logits for row in rows], dtype=torch.float32)
+    positions = np.array([len(row.tokens) for row in rows], dtype=np.int64)
+    return sampler.sample(logits, np.array(slots, dtype=np.int64), positions)
+
+
+def sample_rows(rows: list[Row], slots: list[int] | None = None, max_num_seqs: int | None = None) -> SamplerOutput:
+    """Sample rows in a sampler of their own."""
+    slots = list(range(len(rows))) if slots is None else slots
+    sampler, pool = make_sampler(len(rows[0].logits), max_num_seqs or len(rows))
+    for slot, row in zip(slots, rows, strict=True):
+        enter(sampler, pool, slot, row)
+    return run(sampler, rows, slots)
