@@ -15,5 +15,8 @@ def apply_rotary(
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     first, second = x.float().chunk(2, dim=-1)
-    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    rotated = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    rotated_first, rotated_second = rotated.chunk(2, dim=-1)
+    torch.mul(first, cos, out=rotated_first).addcmul_(second, sin, value=-1.0)
+    torch.mul(second, cos, out=rotated_second).addcmul_(first, sin)
     return rotated.to(x.dtype)
