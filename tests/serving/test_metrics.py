@@ -6,6 +6,8 @@ import asyncio
 from dataclasses import dataclass, field
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
 from pagoda.engine.messages import EngineStats
 from pagoda.errors import (
     DeadlineExceededError,
@@ -20,7 +22,6 @@ from pagoda.observability.request_meter import RequestMeter, request_meters
 from pagoda.sampling.output import FinishReason
 from pagoda.sampling.params import SamplingParams
 from pagoda.text.output import GenerationChunk
-from prometheus_client.parser import text_string_to_metric_families
 
 NAMES_READ_BY_AUTOSCALERS_AND_DASHBOARDS = {
     "num_requests_running",

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 
 import pytest
+
 from pagoda.observability.logs import UNIFIED_LOGGERS, bind_request_id, configure_logging
 
 
@@ -56,11 +57,15 @@ def test_level_governs_ours_and_other_libraries_speak_from_warning_on(stream: io
     logging.getLogger("pagoda").debug("too fine")
     logging.getLogger("httpx").info("chatter")
     logging.getLogger("httpx").warning("trouble")
+    logging.getLogger("grpc._cython.cygrpc").debug("loops")
+    logging.getLogger("grpc._cython.cygrpc").error("lost")
     logging.getLogger("pagoda").info("news")
     text = stream.getvalue()
     assert "too fine" not in text
     assert "chatter" not in text
     assert "trouble" in text
+    assert "loops" not in text
+    assert text.count("lost") == 1
     assert "news" in text
     with pytest.raises(KeyError):
         configure_logging("loud", stream=stream)

@@ -20,8 +20,8 @@ from typing import Any, Literal, TextIO
 request_id_var: ContextVar[str | None] = ContextVar("pagoda_request_id", default=None)
 
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
-# Libraries that put handlers of their own on their loggers, or take their level from elsewhere.
-UNIFIED_LOGGERS = ("pagoda", "kserve", "kserve.trace", "uvicorn", "uvicorn.error", "uvicorn.access", "grpc", "asyncio")
+# Ours, and those of the servers around us, which come with handlers and levels of their own.
+UNIFIED_LOGGERS = ("pagoda", "kserve", "kserve.trace", "uvicorn", "uvicorn.error", "uvicorn.access")
 # Asked every few seconds by Kubernetes and Prometheus; a successful answer is no news.
 PROBE_PATHS = ("/health", "/v2/health/", "/metrics", "/ready", "/ping")
 MASK = "***"
@@ -36,7 +36,10 @@ _STANDARD_ATTRIBUTES = frozenset(logging.makeLogRecord({}).__dict__) | {
 
 @contextmanager
 def bind_request_id(request_id: str) -> Iterator[None]:
-    """Put `request_id` on every line logged inside the block, in this task and in tasks started there."""
+    """Put `request_id` on every line logged inside the block, in this task and in tasks started there.
+
+    A task that serves one request only may set `request_id_var` instead.
+    """
     token = request_id_var.set(request_id)
     try:
         yield

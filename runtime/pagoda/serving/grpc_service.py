@@ -15,7 +15,7 @@ from typing import Any
 
 from pagoda import __version__
 from pagoda.errors import InvalidRequestError, ModelNotFoundError, NotSupportedError, PagodaError
-from pagoda.observability.logs import bind_request_id
+from pagoda.observability.logs import request_id_var
 from pagoda.serving.context import ServingContext
 from pagoda.serving.generation import SequenceResult
 from pagoda.serving.grpc_codec import decode_request, encode_response
@@ -124,11 +124,11 @@ class InferenceService:
 
     async def model_infer(self, request: Any, remaining: float | None) -> Any:
         """One answer with every sequence in it."""
-        with bind_request_id(_log_name(request)):
-            batch = self._parse(request, remaining)[1]
-            if batch.stream:
-                raise InvalidRequestError("stream is for ModelStreamInfer; ModelInfer gives one response", "stream")
-            return await self._answer_whole(request, batch)
+        request_id_var.set(_log_name(request))
+        batch = self._parse(request, remaining)[1]
+        if batch.stream:
+            raise InvalidRequestError("stream is for ModelStreamInfer; ModelInfer gives one response", "stream")
+        return await self._answer_whole(request, batch)
 
     async def model_stream_infer(
         self,
@@ -146,9 +146,9 @@ class InferenceService:
         broken_off: PagodaError | None = None
 
         async def answer(request: Any) -> None:
+            request_id_var.set(_log_name(request))
             try:
-                with bind_request_id(_log_name(request)):
-                    await self._answer_in_stream(request, remaining(), write)
+                await self._answer_in_stream(request, remaining(), write)
             finally:
                 slots.release()
 
@@ -195,7 +195,7 @@ class InferenceService:
         is_single = num_open == 1
         num_input_tokens: Counter[tuple[int, int]] = Counter()
         num_output_tokens: Counter[tuple[int, int]] = Counter()
-        async with aclosing(self._context.runner.stream_all(batch.jobs, _engine_request_id())) as chunks:
+        async with aclosing(self._context.runner.stream_all(batch.jobs, f"grpc-{uuid.uuid4().hex}")) as chunks:
             async for prompt_index, chunk in chunks:
                 piece = SequenceResult()
                 piece.add(chunk)
@@ -216,7 +216,7 @@ class InferenceService:
                 yield encode_response(request, tensors, model_version=MODEL_VERSION, parameters=parameters)
 
     async def _answer_whole(self, request: Any, batch: V2Batch) -> Any:
-        results = await self._context.runner.collect_all(batch.jobs, _engine_request_id())
+        results = await self._context.runner.collect_all(batch.jobs, f"grpc-{uuid.uuid4().hex}")
         return encode_response(request, output_tensors(results, batch.output_names), model_version=MODEL_VERSION)
 
     def _parse(self, request: Any, remaining: float | None) -> tuple[V2Request, V2Batch]:
@@ -241,14 +241,9 @@ class InferenceService:
             raise ModelNotFoundError(f"model {name!r} has no version {shown(version)}; it has {MODEL_VERSION!r}")
 
 
-def _engine_request_id() -> str:
-    """A name that no other request in the engine has, which a client's own id cannot promise."""
-    return f"grpc-{uuid.uuid4().hex}"
-
-
 def _log_name(request: Any) -> str:
-    """What log lines of this request carry: the client's own id for it, cut to a bearable length."""
-    return request.id[:MAX_LOGGED_ID_CHARACTERS] or "-"
+    """What the log lines of this request's task carry: the client's own id for it, cut to a bearable length."""
+    return request.id[:MAX_LOGGED_ID_CHARACTERS] or uuid.uuid4().hex
 
 
 def _gives_stream(request: V2Request) -> bool:
