@@ -110,7 +110,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         )
         self.counter += 1
         fits = 0 < len(prompt) < min(30, self.kv.pool.num_usable * self.kv.block_size + 1)
-        room = self.scheduler.num_waiting < 6
+        room = self.scheduler.num_waiting + self.scheduler.num_running < 6 + self.scheduler.limits.max_num_seqs
         try:
             self.scheduler.add(request)
         except (InvalidRequestError, QueueFullError) as error:

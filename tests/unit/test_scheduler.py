@@ -189,7 +189,7 @@ def test_prompt_that_can_never_fit_is_refused_at_once(num_tokens: int) -> None:
 
 
 def test_waiting_queue_is_bounded_and_aborted_requests_make_room() -> None:
-    scheduler = make_scheduler(max_num_waiting=2)
+    scheduler = make_scheduler(max_num_seqs=1, max_num_waiting=1)
     scheduler.add(make_request("a"))
     scheduler.add(make_request("b"))
     with pytest.raises(QueueFullError):

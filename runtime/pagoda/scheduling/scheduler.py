@@ -107,8 +107,9 @@ class Scheduler:
                 f"(max_model_len is {limits.max_model_len}, the KV cache holds {self.kv.max_tokens_of_a_request - 1})",
                 "prompt",
             )
-        if len(self._waiting) >= limits.max_num_waiting:
-            raise QueueFullError(f"{len(self._waiting)} requests are waiting, as many as max_num_waiting allows")
+        # Requests for which a slot is free are not in the queue in earnest: the next step may take them.
+        if len(self._waiting) - len(self._free_slots) >= limits.max_num_waiting:
+            raise QueueFullError(f"{limits.max_num_waiting} requests are waiting, as many as max_num_waiting allows")
         request.max_tokens = min(request.max_tokens, longest - request.num_prompt_tokens)
         request.sequence_number = self._num_arrived
         self._num_arrived += 1

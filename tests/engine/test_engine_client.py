@@ -1,0 +1,170 @@
+"""The engine in a process of its own: every request ends once, whatever happens to the client or to the process."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from pagoda.config.schema import PagodaConfig
+from pagoda.engine.client import ProcessEngineClient
+from pagoda.engine.health import EngineState
+from pagoda.engine.messages import EngineRequest
+from pagoda.errors import EngineDeadError, EngineNotReadyError, InvalidRequestError, PagodaError, QueueFullError
+from pagoda.models.dummy import DummySpec, write_dummy_checkpoint
+from pagoda.sampling.output import FinishReason
+from pagoda.sampling.params import SamplingParams
+
+MAX_MODEL_LEN = 200
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dummy_checkpoint(tmp_path_factory.mktemp("client") / "model", DummySpec(num_layers=2))
+
+
+@asynccontextmanager
+async def engine(checkpoint: Path, **fields) -> AsyncIterator[ProcessEngineClient]:
+    values = {"max_num_seqs": 16, "max_num_batched_tokens": 64, "max_model_len": MAX_MODEL_LEN, "threads": 1} | fields
+    client = ProcessEngineClient(PagodaConfig(model=str(checkpoint), device="cpu", **values))
+    await client.start()
+    try:
+        yield client
+    finally:
+        await client.shutdown()
+
+
+def request(request_id: str, num_tokens: int = 5, max_tokens: int = 12, **fields) -> EngineRequest:
+    sampling = SamplingParams(temperature=0.0, ignore_eos=True)
+    seed = sum(map(ord, request_id))
+    prompt = [3 + (seed * (index + 7)) % 400 for index in range(num_tokens)]
+    return EngineRequest(
+        request_id=request_id, prompt_token_ids=prompt, sampling=sampling, max_tokens=max_tokens, **fields
+    )
+
+
+async def run(client: ProcessEngineClient, what: EngineRequest) -> tuple[list[int], FinishReason | None]:
+    tokens: list[int] = []
+    reasons = []
+    async for output in client.submit(what):
+        tokens += output.new_token_ids
+        reasons.append(output.finish_reason)
+    assert all(reason is None for reason in reasons[:-1]), "news after the end"
+    return tokens, reasons[-1]
+
+
+async def until(condition, seconds: float = 60.0) -> None:
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.02)
+
+
+async def test_three_hundred_requests_each_end_once_in_order_of_arrival(checkpoint: Path) -> None:
+    # 24 blocks for up to 16 requests of up to 5 blocks: they queue, and they are preempted.
+    async with engine(checkpoint, num_gpu_blocks_override=25, max_model_len=120) as client:
+        alone = {name: await run(client, request(name)) for name in ("r0", "r7", "r299")}
+        ended: list[int] = []
+
+        async def one(index: int) -> tuple[list[int], FinishReason | None]:
+            result = await run(client, request(f"r{index}", num_tokens=5 + index % 40))
+            ended.append(index)
+            return result
+
+        results = await asyncio.gather(*(one(index) for index in range(300)))
+        assert {reason for _, reason in results} == {FinishReason.LENGTH}
+        assert {len(tokens) for tokens, _ in results} == {12}
+        assert results[0] == alone["r0"]
+        # All have equal lengths of output, so nobody may be overtaken by more than a batch.
+        assert max(abs(position - index) for position, index in enumerate(ended)) <= 32
+        await until(lambda: client.stats.num_running == 0)
+        assert (client.stats.num_waiting, client.stats.num_blocks_in_use, client.num_requests) == (0, 0, 0)
+
+
+async def test_closing_a_stream_frees_its_blocks_and_disturbs_nobody(checkpoint: Path) -> None:
+    async with engine(checkpoint, max_num_seqs=2) as client:
+        undisturbed = await run(client, request("other", max_tokens=100))
+        other = asyncio.create_task(run(client, request("other", max_tokens=100)))
+        async with aclosing(client.submit(request("left", max_tokens=150))) as stream:
+            await anext(stream)
+        waiting = asyncio.create_task(run(client, request("waiting", max_tokens=150)))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        assert await other == undisturbed
+        await until(lambda: client.stats.num_blocks_in_use == 0 and client.num_requests == 0)
+
+
+async def test_a_request_that_can_never_fit_is_refused_and_the_next_is_served(checkpoint: Path) -> None:
+    async with engine(checkpoint) as client:
+        with pytest.raises(InvalidRequestError, match="300 tokens"):
+            await run(client, request("long", num_tokens=300))
+        assert (await run(client, request("good")))[1] is FinishReason.LENGTH
+
+
+async def test_max_tokens_beyond_the_model_ends_with_length(checkpoint: Path) -> None:
+    async with engine(checkpoint) as client:
+        tokens, reason = await run(client, request("a", num_tokens=50, max_tokens=10**6))
+        assert (len(tokens), reason) == (MAX_MODEL_LEN - 50, FinishReason.LENGTH)
+
+
+async def test_full_queue_refuses_with_a_time_to_retry(checkpoint: Path) -> None:
+    async with engine(checkpoint, max_num_seqs=1, max_num_waiting=2) as client:
+        tasks = [asyncio.create_task(run(client, request(f"r{index}", max_tokens=60))) for index in range(3)]
+        await until(lambda: client.num_requests == 3)
+        with pytest.raises(QueueFullError) as refused:
+            await run(client, request("more"))
+        assert refused.value.retry_after_seconds >= 1
+        await asyncio.gather(*tasks)
+        assert (await run(client, request("more")))[1] is FinishReason.LENGTH
+
+
+async def test_killed_core_fails_its_requests_and_a_new_one_gives_the_same_answers(checkpoint: Path) -> None:
+    async with engine(checkpoint) as client:
+        before = await run(client, request("a"))
+        running = asyncio.create_task(run(client, request("long", max_tokens=190)))
+        await until(lambda: client.stats.num_running == 1)
+        killed = client.pid
+        os.kill(killed, signal.SIGKILL)
+        with pytest.raises(EngineDeadError, match="send it again"):
+            await running
+        assert not client.health.accepts_requests
+        with pytest.raises(EngineNotReadyError):
+            await run(client, request("too early"))
+        await until(lambda: client.health.accepts_requests)
+        assert client.pid != killed
+        assert await run(client, request("a")) == before
+
+
+@pytest.mark.parametrize("is_busy", [True, False])
+async def test_stopped_core_is_noticed_within_its_bound_busy_or_idle(checkpoint: Path, is_busy: bool) -> None:
+    async with engine(checkpoint, engine_stall_timeout_seconds=3) as client:
+        running = asyncio.create_task(run(client, request("long", max_tokens=190))) if is_busy else None
+        if is_busy:
+            await until(lambda: client.stats.num_running == 1)
+        os.kill(client.pid, signal.SIGSTOP)
+        await until(lambda: not client.health.accepts_requests, seconds=10)
+        assert "no sign of life" in str(client.health.cause)
+        if running is not None:
+            with pytest.raises(EngineDeadError):
+                await running
+        await until(lambda: client.health.accepts_requests)
+        assert (await run(client, request("a")))[1] is FinishReason.LENGTH
+
+
+async def test_policy_exit_leaves_the_engine_dead(checkpoint: Path) -> None:
+    async with engine(checkpoint, on_engine_failure="exit") as client:
+        os.kill(client.pid, signal.SIGKILL)
+        await until(lambda: client.health.state is EngineState.DEAD)
+        assert "SIGKILL" in str(client.health.cause)
+        with pytest.raises(EngineDeadError):
+            await run(client, request("a"))
+
+
+async def test_core_that_cannot_start_says_why(checkpoint: Path) -> None:
+    with pytest.raises(PagodaError, match=r"max_model_len=100000.*at most 512"):
+        async with engine(checkpoint, max_model_len=100000):
+            pass
