@@ -26,7 +26,7 @@ class Row:
         return self.prompt + self.output
 
 
-class TooClose(Exception):
+class TooCloseError(Exception):
     """The outcome hangs on the last bits of a sum, so two right samplers may differ."""
 
 
@@ -45,7 +45,9 @@ def processed(row: Row) -> list[float]:
         if len(prefix) <= len(tokens) and tokens[len(tokens) - len(prefix) :] == prefix:
             forbidden.add(last)
     for token in set(tokens):
-        logits[token] = logits[token] / p.repetition_penalty if logits[token] > 0 else logits[token] * p.repetition_penalty
+        logits[token] = (
+            logits[token] / p.repetition_penalty if logits[token] > 0 else logits[token] * p.repetition_penalty
+        )
     for token in set(row.output):
         logits[token] -= p.presence_penalty + p.frequency_penalty * row.output.count(token)
     return [-math.inf if token in forbidden else logit for token, logit in enumerate(logits)]
@@ -69,7 +71,7 @@ def nucleus(weights: list[tuple[int, float]], top_p: float) -> list[tuple[int, f
     held = 0.0
     for token, weight in weights:
         if kept and abs(held - needed) < 1e-5 * needed and top_p < 1.0:
-            raise TooClose
+            raise TooCloseError
         if held >= needed:
             break
         kept.append((token, weight))
@@ -83,10 +85,10 @@ def _draw(weights: list[tuple[int, float]], uniform: float) -> int:
     for token, weight in weights:
         if before + weight > target:
             if min(target - before, before + weight - target) < 1e-5:
-                raise TooClose
+                raise TooCloseError
             return token
         before += weight
-    raise TooClose
+    raise TooCloseError
 
 
 def sample(row: Row) -> int:

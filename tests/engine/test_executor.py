@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pagoda.config.schema import PagodaConfig
+from pagoda.errors import CheckpointError, ConfigError, EngineDeadError, NotSupportedError
+from pagoda.execution.executor import InProcessExecutor, create_executor
+from pagoda.models.config import ModelConfig
+from pagoda.models.dummy import DummySpec, write_dummy_checkpoint
+from pagoda.sampling.params import SamplingParams
+from tests.support.plan_driver import PlanDriver, make_executor
+
+GREEDY = SamplingParams(temperature=0.0)
+RESOLVED = {"device": "cpu", "dtype": "float32", "threads": 1, "max_num_seqs": 4, "max_num_batched_tokens": 64}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dummy_checkpoint(tmp_path_factory.mktemp("executor") / "model", DummySpec(num_layers=2))
+
+
+def config_of(checkpoint: Path, **settings) -> PagodaConfig:
+    return PagodaConfig(model=str(checkpoint), **{**RESOLVED, **settings})
+
+
+def test_step_that_raises_fails_in_result_and_the_next_plan_works(checkpoint, monkeypatch):
+    executor = make_executor(checkpoint)
+    driver = PlanDriver(executor)
+    untouched = driver.add("untouched", [5, 6, 7], GREEDY)
+    driver.run_to(2, [untouched])
+    expected = PlanDriver(make_executor(checkpoint))
+    alone = expected.add("alone", [5, 6, 7], GREEDY)
+    expected.run_to(6, [alone])
+
+    victim = driver.add("victim", [1, 2, 3], SamplingParams(repetition_penalty=1.2))
+    model = executor._worker.runner.model
+
+    def broken(*args):
+        raise RuntimeError("the kernel fell over")
+
+    monkeypatch.setattr(model, "forward", broken)
+    handle = executor.submit(driver.plan({"victim": 3}, [victim]))
+    with pytest.raises(RuntimeError, match="the kernel fell over"):
+        handle.result()
+    executor.check_health()
+    monkeypatch.undo()
+
+    slot = victim.slot
+    driver.release(victim)
+    again = driver.add("again", [1, 2, 3], GREEDY)
+    driver.run_to(2, [again])
+    driver.run_to(6, [untouched])
+    assert untouched.output == alone.output
+    assert again.slot == slot
+
+
+def test_device_error_makes_the_executor_unhealthy(checkpoint, monkeypatch):
+    executor = make_executor(checkpoint)
+    driver = PlanDriver(executor)
+
+    def broken(*args):
+        raise torch.AcceleratorError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(executor._worker.runner.model, "forward", broken)
+    with pytest.raises(torch.AcceleratorError):
+        executor.submit(driver.plan({"a": 1}, [driver.add("a", [1], GREEDY)])).result()
+    with pytest.raises(EngineDeadError, match="illegal memory access"):
+        executor.check_health()
+
+
+def test_executor_is_dead_after_shutdown_which_may_come_twice(checkpoint):
+    executor = make_executor(checkpoint)
+    executor.check_health()
+    executor.shutdown()
+    executor.shutdown()
+    with pytest.raises(EngineDeadError, match="shut down"):
+        executor.check_health()
+    with pytest.raises(RuntimeError, match="not initialized"):
+        executor.submit(PlanDriver(executor).plan({}, [])).result()
+
+
+def test_blocks_are_as_large_as_keys_and_values_of_all_layers(checkpoint):
+    executor = InProcessExecutor(config_of(checkpoint, dtype="bfloat16"), ModelConfig.from_directory(checkpoint))
+    assert executor.kv_block_bytes(16) == 2 * 2 * 2 * 16 * 16 * 2  # k and v, layers, KV heads, head_dim, tokens, bytes
+    executor.load()
+    executor.initialize_kv_cache(7)
+    caches = executor._worker.runner.kv_caches
+    assert sum(cache.nbytes for layer in caches for cache in layer) == 7 * executor.kv_block_bytes(16)
+
+
+def test_kv_memory_is_what_is_configured_else_a_share_of_free_memory(checkpoint, monkeypatch):
+    model_config = ModelConfig.from_directory(checkpoint)
+    given = InProcessExecutor(config_of(checkpoint, kv_cache_memory_bytes=12345), model_config)
+    assert given.available_kv_bytes() == 12345
+    executor = InProcessExecutor(config_of(checkpoint, max_model_len=32), model_config)
+    every_sequence = (4 * 2 + 1) * executor.kv_block_bytes(16)  # 4 sequences of 2 blocks and the null block
+    assert executor.available_kv_bytes() == every_sequence
+
+
+def test_longest_sequence_is_the_fitted_one_else_the_configured_else_the_models(checkpoint):
+    model_config = ModelConfig.from_directory(checkpoint)
+    for configured, fitted, expected in ((None, None, 512), (100, None, 100), (None, 40, 40), (100, 40, 40)):
+        executor = InProcessExecutor(config_of(checkpoint, max_model_len=configured), model_config)
+        executor.load()
+        executor.initialize_kv_cache(5, fitted)
+        assert executor._worker.runner.batch.max_model_len == expected
+
+
+@pytest.mark.parametrize(("max_model_len", "num_blocks"), [(1, 2), (2, 2), (40, 2)])
+def test_smallest_caches_and_lengths_come_up(checkpoint, max_model_len, num_blocks):
+    executor = InProcessExecutor(config_of(checkpoint, block_size=1), ModelConfig.from_directory(checkpoint))
+    executor.load()
+    executor.initialize_kv_cache(num_blocks, max_model_len)
+    executor.check_health()
+
+
+def test_warm_up_leaves_the_slots_empty_and_writes_the_null_block_only(checkpoint):
+    executor = make_executor(checkpoint)
+    runner = executor._worker.runner
+    assert not runner.sampler._requests
+    assert not runner.batch.num_tokens.any()
+    for key_cache, value_cache in runner.kv_caches:
+        assert not key_cache[1:].any()
+        assert not value_cache[1:].any()
+
+
+def test_dummy_weights_need_no_weight_files(checkpoint, tmp_path):
+    (tmp_path / "config.json").write_text((checkpoint / "config.json").read_text())
+    executor = make_executor(tmp_path, load_format="dummy")
+    driver = PlanDriver(executor)
+    sequence = driver.add("a", [1, 2], GREEDY)
+    driver.run_to(2, [sequence])
+    assert len(sequence.output) == 2
+    with pytest.raises(CheckpointError):
+        InProcessExecutor(config_of(tmp_path), ModelConfig.from_directory(checkpoint)).load()
+
+
+def test_progress_is_told_while_weights_are_loaded(checkpoint):
+    told: list[tuple[int, int]] = []
+    executor = InProcessExecutor(config_of(checkpoint), ModelConfig.from_directory(checkpoint))
+    executor.load(lambda name, done, total: told.append((done, total)))
+    assert told[-1][0] == told[-1][1] > 0
+
+
+@pytest.mark.parametrize("name", ["max_num_seqs", "max_num_batched_tokens", "device", "dtype"])
+def test_unresolved_configuration_is_refused(checkpoint, name):
+    value = "auto" if name in ("device", "dtype") else None
+    with pytest.raises(ConfigError, match=name):
+        create_executor(config_of(checkpoint, **{name: value}), ModelConfig.from_directory(checkpoint))
+
+
+def test_steps_need_a_loaded_model_and_a_cache(checkpoint):
+    executor = create_executor(config_of(checkpoint), ModelConfig.from_directory(checkpoint))
+    with pytest.raises(RuntimeError, match="not loaded"):
+        executor.initialize_kv_cache(3)
+
+
+def test_more_than_one_rank_is_refused(checkpoint):
+    config = config_of(checkpoint)
+    object.__setattr__(config, "tensor_parallel_size", 2)
+    with pytest.raises(NotSupportedError, match="tensor_parallel_size=2"):
+        create_executor(config, ModelConfig.from_directory(checkpoint))
+
+
+def test_low_precision_models_run(checkpoint):
+    for dtype in ("bfloat16", "float16"):
+        driver = PlanDriver(make_executor(checkpoint, dtype=dtype))
+        sequences = [driver.add(name, prompt, GREEDY) for name, prompt in (("a", [1, 2, 3]), ("b", list(range(40))))]
+        driver.run_to(3, sequences, chunk=7)
+        assert all(sequence.error is None for sequence in sequences)
