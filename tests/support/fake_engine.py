@@ -1,0 +1,118 @@
+"""An engine client whose tokens are known, for tests of the layers above it: no torch, no process, milliseconds."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+from pagoda.engine.client import EngineClient
+from pagoda.engine.health import EngineState
+from pagoda.engine.messages import EngineOutput, EngineReady, EngineRequest, EngineStats
+from pagoda.errors import EngineDeadError, EngineNotReadyError, ErrorKind, QueueFullError, error_of
+from pagoda.sampling.output import FinishReason, TokenLogprobs
+
+
+class FakeEngineClient(EngineClient):
+    """Answers a prompt with its own tokens from the front, over and over, until the length limit or a stop token.
+
+    Knobs: `step_seconds` between tokens; `hold`, cleared, stops every request before its next token; `fail_after` ends each
+    request with an error after so many tokens; `max_requests` bounds what may run. Records: `submitted` requests, and the ids
+    of those that were `aborted`, which is closed by the reader or cancelled before they were finished.
+    """
+
+    def __init__(self, *, max_model_len: int = 128, vocab_size: int = 512) -> None:
+        super().__init__()
+        self._limits = EngineReady(
+            max_model_len=max_model_len,
+            max_num_seqs=16,
+            max_num_batched_tokens=512,
+            num_blocks=100,
+            block_size=16,
+            vocab_size=vocab_size,
+            kv_equation="none",
+        )
+        self.step_seconds = 0.0
+        self.hold = asyncio.Event()
+        self.hold.set()
+        self.fail_after: tuple[int, ErrorKind] | None = None
+        self.max_requests: int | None = None
+        self.submitted: list[EngineRequest] = []
+        self.aborted: list[str] = []
+        self.num_running = 0
+
+    async def start(self) -> None:
+        self.ready = self._limits
+        self.health.transition(EngineState.READY, "started")
+
+    async def submit(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
+        if self.health.state is EngineState.DEAD:
+            raise EngineDeadError("the engine is dead")
+        if not self.health.accepts_requests:
+            raise EngineNotReadyError("the engine is not ready")
+        if self.max_requests is not None and self.num_running >= self.max_requests:
+            raise QueueFullError("the queue is full", retry_after_seconds=7)
+        self.submitted.append(request)
+        self.num_running += 1
+        self.stats = EngineStats(num_running=self.num_running)
+        is_over = False
+        try:
+            for position in range(request.max_tokens):
+                await self._wait(request, position)
+                token_id = request.prompt_token_ids[position % len(request.prompt_token_ids)]
+                reason, stop_reason = self._reason(request, position, token_id)
+                is_over = reason is not None
+                yield EngineOutput(
+                    request_id=request.request_id,
+                    new_token_ids=[token_id],
+                    logprobs=self._logprobs(request, token_id),
+                    prompt_logprobs=self._prompt_logprobs(request) if position == 0 else None,
+                    finish_reason=reason,
+                    stop_reason=stop_reason,
+                    scheduled_time=request.arrival_time,
+                )
+                if is_over:
+                    return
+        finally:
+            self.num_running -= 1
+            self.stats = EngineStats(num_running=self.num_running)
+            if not is_over:
+                self.aborted.append(request.request_id)
+
+    async def shutdown(self) -> None:
+        self.health.transition(EngineState.DEAD, "shut down")
+
+    async def _wait(self, request: EngineRequest, position: int) -> None:
+        await asyncio.sleep(self.step_seconds)
+        await self.hold.wait()
+        if self.health.state is EngineState.DEAD:
+            raise EngineDeadError("the engine was lost while the request was in it")
+        if self.fail_after is not None and position >= self.fail_after[0]:
+            raise error_of(self.fail_after[1], "failed as asked")
+
+    @staticmethod
+    def _reason(request: EngineRequest, position: int, token_id: int) -> tuple[FinishReason | None, int | None]:
+        if position + 1 >= request.max_tokens:
+            return FinishReason.LENGTH, None
+        if token_id in request.sampling.stop_token_ids:
+            return FinishReason.STOP, token_id
+        if token_id in request.eos_token_ids and not request.sampling.ignore_eos:
+            return FinishReason.STOP, None
+        return None, None
+
+    @staticmethod
+    def _logprobs(request: EngineRequest, token_id: int) -> list[TokenLogprobs] | None:
+        count = request.sampling.logprobs
+        return None if count is None else [_position(token_id, count)]
+
+    @staticmethod
+    def _prompt_logprobs(request: EngineRequest) -> list[TokenLogprobs | None] | None:
+        count = request.sampling.prompt_logprobs
+        if count is None:
+            return None
+        return [None, *(_position(token_id, count) for token_id in request.prompt_token_ids[1:])]
+
+
+def _position(token_id: int, count: int) -> TokenLogprobs:
+    """`count` candidates with ids from `token_id` up, the token itself the most probable."""
+    top = [token_id + offset for offset in range(count)]
+    return TokenLogprobs([token_id, *top], [-0.5, *(-0.5 - offset for offset in range(count))], rank=1)
