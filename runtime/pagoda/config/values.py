@@ -30,7 +30,8 @@ def parse_bytes(text: str) -> int:
         raise ValueError(f"{text!r} is no size; write 4096, 512MiB, 2Gi or 1.5GB")
     number, unit, binary = match.groups()
     power = " kmgt".index(unit.lower()) if unit else 0
-    return round(float(number) * (1024 if binary else 1000) ** power)
+    base = 1024.0 if binary else 1000.0
+    return round(float(number) * base**power)
 
 
 def format_bytes(count: int) -> str:
