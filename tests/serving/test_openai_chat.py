@@ -1,0 +1,166 @@
+"""/v1/chat/completions, with OpenAI's own clients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+
+from pagoda.serving.openai.types import ChatCompletionResponse
+from tests.support.rest_harness import RestHarness
+
+MESSAGES: list[Any] = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "grün 🙂?"}]
+
+
+@pytest.fixture(scope="module")
+def harness() -> Iterator[RestHarness]:
+    with RestHarness() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(harness: RestHarness) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=harness.url + "/v1", api_key="none", max_retries=0) as made:
+        yield made
+
+
+def chat_tokens(harness: RestHarness, **arguments: Any) -> list[int]:
+    return harness.client.post("/tokenize", json={"messages": MESSAGES, **arguments}).json()["tokens"]
+
+
+def test_the_answer_has_openais_shape(harness: RestHarness) -> None:
+    answer = harness.client.post("/v1/chat/completions", json={"messages": MESSAGES, "max_tokens": 3}).json()
+    typed = ChatCompletionResponse.model_validate(answer, strict=True)
+    assert typed.id.startswith("chatcmpl-")
+    assert typed.choices[0].message.role == "assistant"
+    assert typed.usage.prompt_tokens == len(chat_tokens(harness))
+    assert typed.usage.completion_tokens == 3
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"max_tokens": 40},
+        {"max_completion_tokens": 10, "n": 3},
+        {"max_tokens": 20, "logprobs": True, "top_logprobs": 3},
+        {"max_tokens": 40, "stop": ["brief"]},
+    ],
+    ids=lambda arguments: "-".join(arguments),
+)
+def test_a_stream_joins_to_the_whole_answer(client: openai.OpenAI, arguments: dict[str, Any]) -> None:
+    whole = client.chat.completions.create(model="demo", messages=MESSAGES, **arguments)
+    texts: dict[int, str] = {}
+    reasons: dict[int, str | None] = {}
+    logprobs: dict[int, list[Any]] = {}
+    usage = None
+    stream = client.chat.completions.create(
+        model="demo", messages=MESSAGES, stream=True, stream_options={"include_usage": True}, **arguments
+    )
+    for event in stream:
+        usage = event.usage or usage
+        for piece in event.choices:
+            if piece.index not in texts:
+                assert piece.delta.role == "assistant"
+            texts[piece.index] = texts.get(piece.index, "") + (piece.delta.content or "")
+            reasons[piece.index] = piece.finish_reason
+            if piece.logprobs is not None:
+                logprobs.setdefault(piece.index, []).extend(piece.logprobs.content or [])
+    for choice in whole.choices:
+        assert texts[choice.index] == choice.message.content
+        assert reasons[choice.index] == choice.finish_reason
+        assert logprobs.get(choice.index) == (choice.logprobs.content if choice.logprobs else None)
+    assert sorted(texts) == [choice.index for choice in whole.choices]
+    assert usage == whole.usage
+
+
+def test_logprobs_join_to_the_bytes_of_the_text(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model="demo",
+        messages=MESSAGES,
+        max_tokens=40,
+        logprobs=True,
+        top_logprobs=2,
+        extra_body={"skip_special_tokens": False, "ignore_eos": True},
+    )
+    choice = answer.choices[0]
+    assert choice.logprobs is not None
+    entries = choice.logprobs.content or []
+    assert len(entries) == 40
+    joined = b"".join(bytes(entry.bytes or []) for entry in entries)
+    assert joined.decode("utf-8", "replace") == choice.message.content
+    assert all(len(entry.top_logprobs) == 2 for entry in entries)
+
+
+def test_max_completion_tokens_wins_over_max_tokens(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(model="demo", messages=MESSAGES, max_tokens=9, max_completion_tokens=2)
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 2
+
+
+def test_the_prompt_is_the_rendered_conversation(harness: RestHarness, client: openai.OpenAI) -> None:
+    client.chat.completions.create(model="demo", messages=MESSAGES, max_tokens=1)
+    assert harness.engine.submitted[-1].prompt_token_ids == chat_tokens(harness)
+
+
+def test_a_message_can_be_continued(harness: RestHarness, client: openai.OpenAI) -> None:
+    messages = [*MESSAGES, {"role": "assistant", "content": "Well"}]
+    client.chat.completions.create(
+        model="demo", messages=messages, max_tokens=1, extra_body={"continue_final_message": True}
+    )
+    prompt = harness.engine.submitted[-1].prompt_token_ids
+    assert harness.client.post("/detokenize", json={"tokens": prompt}).json()["prompt"].endswith("Well")
+
+
+def test_text_may_come_in_parts(harness: RestHarness, client: openai.OpenAI) -> None:
+    parts: Any = [{"role": "user", "content": [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]}]
+    client.chat.completions.create(model="demo", messages=parts, max_tokens=1)
+    prompt = harness.engine.submitted[-1].prompt_token_ids
+    text = harness.client.post("/detokenize", json={"tokens": prompt}).json()["prompt"]
+    assert "one " in text
+    assert "two" in text
+
+
+def test_what_has_no_effect_here_is_accepted(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model="demo",
+        messages=MESSAGES,
+        max_tokens=1,
+        tools=[],
+        tool_choice="none",
+        response_format={"type": "text"},
+        user="somebody",
+        store=False,
+        metadata={"a": "b"},
+        parallel_tool_calls=True,
+    )
+    assert answer.choices[0].finish_reason == "length"
+
+
+def test_a_template_that_refuses_the_messages_is_a_400(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError):
+        client.chat.completions.create(model="demo", messages=[], max_tokens=1)
+
+
+def test_tools_are_refused_with_a_sentence(client: openai.OpenAI) -> None:
+    tool: Any = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    with pytest.raises(openai.APIStatusError) as caught:
+        client.chat.completions.create(model="demo", messages=MESSAGES, tools=[tool])
+    assert caught.value.status_code == 501
+    assert "not supported" in caught.value.message
+
+
+def test_without_max_tokens_the_models_limit_ends_the_answer(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(model="demo", messages=MESSAGES, extra_body={"ignore_eos": True})
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.usage is not None
+    assert answer.usage.total_tokens == 128
+
+
+async def test_the_asynchronous_client_streams(harness: RestHarness) -> None:
+    async with openai.AsyncOpenAI(base_url=harness.url + "/v1", api_key="none", max_retries=0) as client:
+        whole = await client.chat.completions.create(model="demo", messages=MESSAGES, max_tokens=9)
+        stream = await client.chat.completions.create(model="demo", messages=MESSAGES, max_tokens=9, stream=True)
+        text = "".join([event.choices[0].delta.content or "" async for event in stream])
+    assert text == whole.choices[0].message.content
