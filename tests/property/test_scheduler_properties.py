@@ -13,9 +13,10 @@ from pagoda.errors import InvalidRequestError, QueueFullError
 from pagoda.sampling.output import FinishReason
 from pagoda.sampling.params import SamplingParams
 from pagoda.scheduling.kv_cache_manager import KVCacheManager
+from pagoda.scheduling.limits import SchedulerLimits
 from pagoda.scheduling.plan import StepPlan, StepResult
 from pagoda.scheduling.request import Request
-from pagoda.scheduling.scheduler import Progress, Scheduler, SchedulerLimits
+from pagoda.scheduling.scheduler import Progress, Scheduler
 from tests.support.simulated_runner import SimulatedRunner, simulated_token
 
 EOS = 7
@@ -65,9 +66,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         caching=st.booleans(),
         window=st.sampled_from([None, None, 1, 3]),
         watermark=st.sampled_from([0.0, 0.2]),
+        burst=st.sampled_from([1, 1, 4]),
     )
     def build(
-        self, num_usable, block_size, max_num_seqs, budget, threshold, depth, policy, caching, window, watermark
+        self, num_usable, block_size, max_num_seqs, budget, threshold, depth, policy, caching, window, watermark, burst
     ) -> None:
         self.kv = KVCacheManager(
             num_usable + 1, block_size, enable_prefix_caching=caching, sliding_window=window, watermark=watermark
@@ -81,6 +83,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 long_prefill_token_threshold=threshold,
                 max_preemptions=2,
                 policy=policy,
+                num_scheduler_steps=burst,
             ),
             self.kv,
         )
@@ -124,7 +127,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule()
     def step(self) -> None:
         while len(self.in_flight) < self.depth and (plan := self.scheduler.schedule()) is not None:
-            assert plan.total_tokens <= self.scheduler.limits.max_num_batched_tokens
+            assert sum(plan.num_scheduled_tokens) <= self.scheduler.limits.max_num_batched_tokens
             self.in_flight.append((plan, self.runner.execute(plan)))
         had_work = bool(self.in_flight)
         if had_work:
@@ -167,6 +170,16 @@ class SchedulerMachine(RuleBasedStateMachine):
                     self.runner.kv[self.runner.place(slot, position)] = (-1,)
         self.in_flight.clear()
         self.scheduler.fail_in_flight("step fault")
+        self._record(self.scheduler.take_ended())
+
+    @rule()
+    def a_step_does_not_fit(self) -> None:
+        plan = self.scheduler.schedule()
+        if plan is not None:
+            self.runner.enter_only(plan)
+        self.in_flight.clear()
+        if not self.scheduler.retry_in_flight():
+            self.scheduler.fail_in_flight("out of memory")
         self._record(self.scheduler.take_ended())
 
     @invariant()

@@ -1,8 +1,8 @@
 """A model runner without a model: it executes plans on a simulated KV cache and checks every read.
 
 The KV of a position is represented by the whole token prefix that led to it. So a block that is shared wrongly, evicted while
-in use, or read before it was written shows up as a wrong prefix. The "model" is a pure function of the prefix, so the tokens of
-a request must not depend on how it was scheduled.
+in use, or read before it was written shows up as a wrong prefix. The "model" is a pure function of the prefix, so the tokens
+of a request must not depend on how it was scheduled.
 """
 
 from __future__ import annotations
@@ -26,13 +26,24 @@ class SimulatedRunner:
         self.block_table: dict[int, list[int]] = {}
         self.num_tokens_run = 0
 
-    def execute(self, plan: StepPlan) -> StepResult:
+    def enter_only(self, plan: StepPlan) -> None:
+        """What is left of a plan whose step failed before it computed anything."""
         for slot in plan.released_slots:
             del self.token_pool[slot], self.block_table[slot]
         for new in plan.new_requests:
             self._enter(new)
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        self.enter_only(plan)
         rows = list(
-            zip(plan.slots, plan.num_computed_tokens, plan.num_scheduled_tokens, plan.new_block_ids, plan.block_offsets)
+            zip(
+                plan.slots,
+                plan.num_computed_tokens,
+                plan.num_scheduled_tokens,
+                plan.new_block_ids,
+                plan.block_offsets,
+                strict=True,
+            )
         )
         assert len(set(plan.slots)) == len(plan.slots)
         for slot, computed, scheduled, new_blocks, offset in rows:
@@ -40,14 +51,18 @@ class SimulatedRunner:
             self.block_table[slot].extend(new_blocks)
             self._write(slot, computed, scheduled)  # all rows write before any reads, as in a layer
         sampled: list[list[int]] = []
-        for (slot, computed, scheduled, _, _), samples in zip(rows, plan.samples):
+        for (slot, computed, scheduled, _, _), samples in zip(rows, plan.samples, strict=True):
             self._read(slot, computed, scheduled)
             tokens = self.token_pool[slot]
             if samples:
                 assert len(tokens) == computed + scheduled
                 tokens.append(simulated_token(tuple(tokens)))
             sampled.append(tokens[-1:] if samples else [])
-        self.num_tokens_run += plan.total_tokens
+        self.num_tokens_run += sum(plan.num_scheduled_tokens)
+        for index in range(1, max(plan.bursts, default=1)):
+            rows, step = plan.continuation(index)
+            for row, tokens in zip(rows, self.execute(step).sampled_token_ids, strict=True):
+                sampled[row] += tokens
         return StepResult(plan.step_id, sampled)
 
     def _enter(self, new: NewRequest) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from pagoda.errors import InvalidRequestError, QueueFullError
 from pagoda.sampling.output import FinishReason, TokenLogprobs
 from pagoda.sampling.params import SamplingParams
 from pagoda.scheduling.kv_cache_manager import KVCacheManager
+from pagoda.scheduling.limits import SchedulerLimits
 from pagoda.scheduling.plan import StepPlan, StepResult
 from pagoda.scheduling.request import Request
-from pagoda.scheduling.scheduler import Progress, Scheduler, SchedulerLimits
+from pagoda.scheduling.scheduler import Progress, Scheduler
 
 
 def make_scheduler(num_usable: int = 64, block_size: int = 4, watermark: float = 0.0, **limits) -> Scheduler:
@@ -207,7 +210,7 @@ def test_sending_and_aborting_for_ever_does_not_grow_the_queue() -> None:
     for index in range(2000):
         scheduler.add(make_request(f"r{index}"))
         scheduler.abort([f"r{index}"])
-    assert len(scheduler._waiting._requests) < 200  # type: ignore[attr-defined]
+    assert len(scheduler._waiting._tenants[""]) < 200  # type: ignore[attr-defined]
     assert scheduler.num_waiting == 1
 
 
@@ -253,3 +256,87 @@ def test_prompt_logprobs_come_once_even_when_the_prompt_is_computed_twice() -> N
     assert wanted.num_preemptions > 0
     assert len(seen) == 1
     assert [entry and entry.token_ids[0] for entry in seen[0]] == [None, 1, 2, 3, 4, 5, 6, 7]
+
+
+def test_tenants_take_turns_and_keep_their_own_order() -> None:
+    scheduler = make_scheduler(max_num_seqs=1)
+    for name in ("a1", "a2", "a3", "b1", "c1", "b2"):
+        scheduler.add(make_request(name, max_tokens=1, tenant=name[0]))
+    assert [step(scheduler).request_ids[0] for _ in range(6)] == ["a1", "b1", "c1", "a2", "b2", "a3"]
+
+
+def test_burst_runs_several_steps_on_one_plan_and_ends_at_the_length_cap() -> None:
+    scheduler = make_scheduler(num_scheduler_steps=4)
+    request = make_request("a", 4, max_tokens=7)
+    scheduler.add(request)
+    assert step(scheduler).bursts == []  # the prompt
+    plan = scheduler.schedule()
+    assert plan is not None
+    assert plan.bursts == [4]
+    scheduler.apply(plan, StepResult(plan.step_id, [[1, 2, 3, 4]]))
+    plan = scheduler.schedule()
+    assert plan is not None
+    assert plan.bursts == [2]
+    scheduler.apply(plan, StepResult(plan.step_id, [[5, 6]]))
+    assert (request.num_output_tokens, request.finish_reason) == (7, FinishReason.LENGTH)
+    scheduler.check_idle()
+
+
+def test_tokens_sampled_past_a_stop_in_a_burst_are_dropped() -> None:
+    scheduler = make_scheduler(num_scheduler_steps=4)
+    scheduler.add(make_request("a", sampling=SamplingParams(stop_token_ids=(9,)), max_tokens=20))
+    step(scheduler)
+    plan = scheduler.schedule()
+    assert plan is not None
+    (news,) = scheduler.apply(plan, StepResult(plan.step_id, [[1, 9, 3, 4]]))
+    assert (news.new_token_ids, news.request.finish_reason) == ([1, 9], FinishReason.STOP)
+    scheduler.check_idle()
+
+
+def test_a_step_that_does_not_fit_is_planned_again_under_half_the_budget() -> None:
+    scheduler = make_scheduler(max_num_batched_tokens=16)
+    request = make_request("a", 30)
+    scheduler.add(request)
+    step(scheduler)
+    assert scheduler.schedule() is not None
+    assert scheduler.retry_in_flight()
+    assert [step(scheduler).num_scheduled_tokens[0] for _ in range(4)] == [8, 8, 8, 6]
+    assert request.finish_reason is None
+    assert request.num_output_tokens == 1
+
+
+def test_repetition_is_stopped_where_it_is_asked_for() -> None:
+    def run(mode: str) -> Request:
+        scheduler = make_scheduler(
+            runaway_detection=mode, runaway_min_tokens=40, runaway_max_period=5, max_model_len=300, num_usable=100
+        )
+        request = make_request("a", 4, max_tokens=200)
+        scheduler.add(request)
+        for index in range(200):
+            if not scheduler.has_work:
+                break
+            step(scheduler, token_id=1 + index % 3 if index >= 20 else 50 + index)
+        return request
+
+    assert run("stop").finish_reason is FinishReason.REPETITION
+    assert run("stop").num_output_tokens == 64  # 20 varied ones, 40 that repeat, and up to the next look
+    assert run("warn").finish_reason is FinishReason.LENGTH
+    assert run("off").finish_reason is FinishReason.LENGTH
+
+
+def test_time_limit_ends_a_request_with_what_it_has() -> None:
+    scheduler = make_scheduler(max_request_seconds=1000.0)
+    old, new = (
+        make_request("old", arrival_time=time.monotonic() - 999.9),
+        make_request("new", arrival_time=time.monotonic()),
+    )
+    scheduler.add(old)
+    scheduler.add(new)
+    step(scheduler)
+    time.sleep(0.15)
+    assert step(scheduler).request_ids == ["new"]
+    assert (old.num_output_tokens, old.finish_reason, old.stop_reason) == (
+        1,
+        FinishReason.LENGTH,
+        "max_request_seconds",
+    )

@@ -57,6 +57,7 @@ class EngineCore:
                 arrival_time=request.arrival_time,
                 priority=request.priority,
                 cache_salt=request.cache_salt,
+                tenant=request.tenant,
             )
         )
 
@@ -129,6 +130,7 @@ class EngineCore:
             prefix_cache_queries=kv.num_prefix_queries,
             prefix_cache_hits=kv.num_prefix_hits,
             num_preemptions=self._scheduler.num_preemptions,
+            num_runaways=self._scheduler.runaway.num_found,
             num_scheduled_tokens=self._num_scheduled_tokens,
             step_seconds=self._step_seconds,
         )

@@ -20,7 +20,8 @@ class EngineRequest:
 
     `prompt_token_ids`: at least one id below the vocabulary size. `max_tokens`: resolved, at least 1, and
     `len(prompt_token_ids) + max_tokens <= max_model_len`. `eos_token_ids` end generation unless `sampling.ignore_eos`.
-    `priority`: lower is served first. `cache_salt` separates tenants in the prefix cache.
+    `priority`: lower is served first. `cache_salt` separates tenants in the prefix cache. `tenant`: whose turn in the waiting
+    queue it takes; tenants take turns.
     """
 
     request_id: str
@@ -31,6 +32,7 @@ class EngineRequest:
     arrival_time: float = 0.0
     priority: int = 0
     cache_salt: str | None = None
+    tenant: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +42,8 @@ class EngineOutput:
     `new_token_ids` were appended (the stop token included, if one was hit). `logprobs` has one entry for each of them.
     `prompt_logprobs` comes once, with the output that completes the prompt: one entry a prompt token, the first None.
     `finish_reason` is set on the last output of the request and only there; `stop_reason` is then the stop token's id when
-    one of `stop_token_ids` ended it; `error_kind` and `error` are set when the reason is ERROR.
+    one of `stop_token_ids` ended it, or the name of the setting that did (`max_request_seconds`). `error_kind` and `error`
+    are set when the reason is ERROR.
     `scheduled_time` is when the request first left the waiting queue.
     """
 
@@ -49,7 +52,7 @@ class EngineOutput:
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     finish_reason: FinishReason | None = None
-    stop_reason: int | None = None
+    stop_reason: int | str | None = None
     error_kind: ErrorKind | None = None
     error: str | None = None
     num_cached_tokens: int = 0
@@ -68,6 +71,7 @@ class EngineStats:
     prefix_cache_queries: int = 0
     prefix_cache_hits: int = 0
     num_preemptions: int = 0
+    num_runaways: int = 0
     num_scheduled_tokens: int = 0
     step_seconds: float = 0.0
 

@@ -23,7 +23,8 @@ from pagoda.execution.executor import create_executor
 from pagoda.models.config import ModelConfig
 from pagoda.models.source import checkpoint_directory
 from pagoda.scheduling.kv_cache_manager import KVCacheManager
-from pagoda.scheduling.scheduler import Scheduler, SchedulerLimits
+from pagoda.scheduling.limits import SchedulerLimits
+from pagoda.scheduling.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
 

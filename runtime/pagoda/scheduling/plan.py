@@ -43,6 +43,9 @@ class StepPlan:
     `released_slots` were left by their requests since the last plan; they are released before `new_requests` enter.
     `new_block_ids[i]` are appended to the block table of `slots[i]` (empty for a row that enters: its blocks are in
     `NewRequest.block_ids`). `block_offsets[i]` is the length of that table before they are appended.
+
+    A burst (`num_scheduler_steps`) is a plan in which every row samples one token: row i then runs `bursts[i]` steps, each on
+    the token sampled by the one before; its blocks are there. Outside of a burst `bursts` is empty.
     """
 
     step_id: int
@@ -55,18 +58,34 @@ class StepPlan:
     new_block_ids: list[list[int]] = field(default_factory=list)
     block_offsets: list[int] = field(default_factory=list)
     samples: list[bool] = field(default_factory=list)
+    bursts: list[int] = field(default_factory=list)
 
     @property
     def total_tokens(self) -> int:
         """Tokens that run through the model in this step."""
-        return sum(self.num_scheduled_tokens)
+        return sum(self.bursts) if self.bursts else sum(self.num_scheduled_tokens)
+
+    def continuation(self, index: int) -> tuple[list[int], StepPlan]:
+        """The rows of a burst that run a step number `index` (the plan itself is number 0), and the plan of that step."""
+        rows = [row for row, length in enumerate(self.bursts) if length > index]
+        plan = StepPlan(
+            step_id=self.step_id,
+            request_ids=[self.request_ids[row] for row in rows],
+            slots=[self.slots[row] for row in rows],
+            num_computed_tokens=[self.num_computed_tokens[row] + index for row in rows],
+            num_scheduled_tokens=[1] * len(rows),
+            new_block_ids=[[]] * len(rows),
+            block_offsets=[self.block_offsets[row] + len(self.new_block_ids[row]) for row in rows],
+            samples=[True] * len(rows),
+        )
+        return rows, plan
 
 
 @dataclass(slots=True)
 class StepResult:
     """What the model runner made of a plan; rows are indices into the plan's parallel lists.
 
-    `sampled_token_ids[i]`: the ids sampled for row i, empty where `samples[i]` is False or the row failed.
+    `sampled_token_ids[i]`: the ids sampled for row i (several in a burst), empty where it does not sample or has failed.
     `logprobs[i]`: one entry a sampled id, only for rows that asked. `prompt_logprobs[i]`: for a row that asked, entries for
     the prompt positions `computed+1 .. computed+scheduled` that this step predicted (the first prompt token has none).
     `errors[i]`: the row failed alone, and why.

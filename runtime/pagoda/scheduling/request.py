@@ -38,6 +38,7 @@ class Request:
         "error",
         "error_kind",
         "finish_reason",
+        "is_runaway",
         "lease",
         "max_tokens",
         "num_blocks_sent",
@@ -57,6 +58,7 @@ class Request:
         "status",
         "stop_ids",
         "stop_reason",
+        "tenant",
         "token_ids",
     )
 
@@ -71,6 +73,7 @@ class Request:
         arrival_time: float = 0.0,
         priority: int = 0,
         cache_salt: str | None = None,
+        tenant: str = "",
     ) -> None:
         self.request_id = request_id
         self.token_ids = list(prompt_token_ids)
@@ -81,6 +84,7 @@ class Request:
         self.arrival_time = arrival_time
         self.priority = priority
         self.cache_salt = cache_salt
+        self.tenant = tenant
         self.sequence_number = -1  # order of arrival, given by the scheduler
 
         self.status = RequestStatus.WAITING
@@ -92,6 +96,7 @@ class Request:
         self.num_published_blocks = 0
         self.block_hashes: list[bytes] = []
         self.num_preemptions = 0
+        self.is_runaway = False
         self.num_cached_tokens = 0
         self.scheduled_time: float | None = None
         self.prompt_logprobs: list[TokenLogprobs | None] | None = None if sampling.prompt_logprobs is None else [None]
@@ -101,7 +106,7 @@ class Request:
             frozenset() if sampling.ignore_eos else frozenset(eos_token_ids)
         )
         self.finish_reason: FinishReason | None = None
-        self.stop_reason: int | None = None
+        self.stop_reason: int | str | None = None
         self.error_kind: ErrorKind | None = None
         self.error: str | None = None
 

@@ -14,6 +14,7 @@ nobody is admitted. Plans may be made while earlier ones are in flight: counters
 
 from __future__ import annotations
 
+import heapq
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -21,25 +22,12 @@ from dataclasses import dataclass
 from pagoda.errors import ErrorKind, InvalidRequestError, QueueFullError
 from pagoda.sampling.output import FinishReason, TokenLogprobs
 from pagoda.scheduling.kv_cache_manager import KVCacheManager
+from pagoda.scheduling.limits import SchedulerLimits
 from pagoda.scheduling.plan import NewRequest, StepPlan, StepResult
 from pagoda.scheduling.request import Request, RequestStatus
+from pagoda.scheduling.runaway import RunawayDetector
+from pagoda.scheduling.token_budget import TokenBudget
 from pagoda.scheduling.waiting_queue import make_waiting_queue
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SchedulerLimits:
-    """The scheduler's bounds; `long_prefill_token_threshold` of 0 lets one request take the whole budget of a step.
-
-    A request preempted `max_preemptions` times is protected: others are chosen as victims while there are any.
-    """
-
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    max_model_len: int
-    max_num_waiting: int
-    long_prefill_token_threshold: int = 0
-    max_preemptions: int = 4
-    policy: str = "fcfs"
 
 
 @dataclass(slots=True)
@@ -59,6 +47,9 @@ class Scheduler:
         self.limits = limits
         self.kv = kv
         self.num_preemptions = 0
+        self.runaway = RunawayDetector(limits)
+        self._budget = TokenBudget(limits.max_num_batched_tokens)
+        self._deadlines: list[tuple[float, int, Request]] = []
         self._requests: dict[str, Request] = {}
         self._waiting = make_waiting_queue(limits.policy)
         self._running: dict[str, Request] = {}
@@ -115,6 +106,9 @@ class Scheduler:
         self._num_arrived += 1
         self._requests[request.request_id] = request
         self._waiting.push(request)
+        if limits.max_request_seconds is not None:
+            deadline = (request.arrival_time or time.monotonic()) + limits.max_request_seconds
+            heapq.heappush(self._deadlines, (deadline, request.sequence_number, request))
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """End requests whose client is gone, in whatever state they are. Unknown ids have ended already: ignored."""
@@ -144,6 +138,22 @@ class Scheduler:
                 self.fail(request, ErrorKind.INTERNAL, message)
         self.kv.forget_prefixes()
 
+    def retry_in_flight(self) -> bool:
+        """The device had no memory for a step: plan its requests anew, under half the token budget.
+
+        They keep their tokens and wait at the front. False, and no change, when the budget cannot shrink any more.
+        """
+        if not self._budget.shrink():
+            return False
+        plans, self._in_flight = self._in_flight, {}
+        concerned = {request for requests in plans.values() for request in requests if not request.is_finished}
+        for request in sorted(concerned, key=self._standing, reverse=True):
+            request.num_in_flight = 0  # these tokens will never land
+            if request.status is RequestStatus.RUNNING:
+                self._return_to_waiting(request)
+        self.kv.forget_prefixes()
+        return True
+
     def take_ended(self) -> list[Progress]:
         """Requests that ended outside of a step's result (aborted or failed) since the last call."""
         ended, self._ended = self._ended, []
@@ -153,8 +163,9 @@ class Scheduler:
 
     def schedule(self) -> StepPlan | None:
         """Plan the next step, or None when nothing can run: idle, or everything waits for steps in flight."""
+        self._expire()
         scheduled, preempted = self._schedule_running()
-        budget = self.limits.max_num_batched_tokens - sum(scheduled.values())
+        budget = self._budget.tokens - sum(scheduled.values())
         plan = StepPlan(step_id=self._num_steps)
         requests: list[Request] = []
         for request, num_new in scheduled.items():
@@ -163,15 +174,26 @@ class Scheduler:
             self._admit_waiting(plan, requests, budget)
         if not requests:
             return None
+        if self.limits.num_scheduler_steps > 1 and plan.total_tokens == len(requests) and not plan.new_requests:
+            self._lengthen_to_burst(plan, requests)
         plan.released_slots, self._released_slots = self._released_slots, []
         self._in_flight[plan.step_id] = requests
         self._num_steps += 1
         return plan
 
+    def _expire(self) -> None:
+        """End requests that have had all the time one may have; O(1) when there are none."""
+        while self._deadlines and (self._deadlines[0][2].is_finished or self._deadlines[0][0] <= time.monotonic()):
+            request = heapq.heappop(self._deadlines)[2]
+            if not request.is_finished:
+                request.finish_reason, request.stop_reason = FinishReason.LENGTH, "max_request_seconds"
+                self._retire(request)
+                self._ended.append(Progress(request, []))
+
     def _schedule_running(self) -> tuple[dict[Request, int], bool]:
         """How many tokens each running request moves forward, and whether somebody was preempted for it."""
         scheduled: dict[Request, int] = {}
-        budget = self.limits.max_num_batched_tokens
+        budget = self._budget.tokens
         preempted = False
         for request in list(self._running.values()):
             num_new = self._clamp(request.next_tokens(), budget)
@@ -249,6 +271,26 @@ class Scheduler:
         self.kv.publish(request)
         request.num_in_flight += samples
 
+    def _lengthen_to_burst(self, plan: StepPlan, requests: list[Request]) -> None:
+        """Let every row run on, up to `num_scheduler_steps` steps, its length cap, and the blocks that are free.
+
+        Nobody is preempted for steps to come. What a row samples past its end is dropped when it lands.
+        """
+        if not all(plan.samples):
+            return
+        for row, request in enumerate(requests):
+            assert request.lease is not None
+            allowed = request.max_tokens - request.num_output_tokens - request.num_in_flight
+            extra = min(self.limits.num_scheduler_steps - 1, allowed)
+            if not self.kv.extend(request, request.num_computed_tokens + extra):
+                extra = 0
+            new_blocks = request.lease.blocks[request.num_blocks_sent :]
+            plan.new_block_ids[row] += [block.block_id for block in new_blocks]
+            plan.bursts.append(1 + extra)
+            request.num_blocks_sent = len(request.lease)
+            request.num_computed_tokens += extra
+            request.num_in_flight += extra
+
     def _standing(self, request: Request) -> tuple[int, int]:
         """The order in which requests deserve to run; the greatest is preempted first."""
         priority = request.priority if self.limits.policy == "priority" else 0
@@ -263,13 +305,17 @@ class Scheduler:
         return victim
 
     def _preempt(self, request: Request) -> None:
-        """Take a running request's blocks and slot; it waits at the front, to be recomputed."""
+        """Take a running request's blocks and slot for others."""
+        request.num_preemptions += 1
+        self.num_preemptions += 1
+        self._return_to_waiting(request)
+
+    def _return_to_waiting(self, request: Request) -> None:
+        """A running request gives everything back but its tokens, and waits at the front to be recomputed."""
         self._leave_slot(request)
         self.kv.release(request)
         request.status = RequestStatus.WAITING
         request.num_computed_tokens = 0
-        request.num_preemptions += 1
-        self.num_preemptions += 1
         self._waiting.push_preempted(request)
 
     def _leave_slot(self, request: Request) -> None:
@@ -294,11 +340,11 @@ class Scheduler:
     def apply(self, plan: StepPlan, result: StepResult) -> list[Progress]:
         """Take the result of a plan, oldest plan first. Rows of requests that have ended meanwhile are ignored."""
         progress: list[Progress] = []
+        self._budget.count_good_step()
         for row, request in enumerate(self._in_flight.pop(plan.step_id)):
             if request.is_finished:
                 continue
-            if plan.samples[row]:
-                request.num_in_flight -= 1
+            request.num_in_flight -= plan.bursts[row] if plan.bursts else plan.samples[row]
             if row in result.errors:
                 self.fail(request, ErrorKind.INTERNAL, result.errors[row])
                 continue
@@ -316,6 +362,7 @@ class Scheduler:
         for token_id in token_ids:
             request.append_output(token_id)
             taken += 1
+            self.runaway.look_at(request)
             if request.finish_reason is not None:
                 self._retire(request)
                 break

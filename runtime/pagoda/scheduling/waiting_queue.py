@@ -9,6 +9,7 @@ from __future__ import annotations
 import heapq
 from abc import ABC, abstractmethod
 from collections import deque
+from collections.abc import Iterable, Iterator
 
 from pagoda.scheduling.request import Request, RequestStatus
 
@@ -38,7 +39,7 @@ class WaitingQueue(ABC):
     def peek(self) -> Request | None:
         """The request to admit next, or None."""
         while (request := self._first()) is not None and request.status is not RequestStatus.WAITING:
-            self._drop_first()
+            self._drop_first(ends_turn=False)
             self._num_dead -= 1
         return request
 
@@ -46,7 +47,7 @@ class WaitingQueue(ABC):
         """Take the request that `peek` showed."""
         request = self.peek()
         assert request is not None, "the waiting queue is empty"
-        self._drop_first()
+        self._drop_first(ends_turn=True)
         self._length -= 1
         return request
 
@@ -68,33 +69,56 @@ class WaitingQueue(ABC):
     def _first(self) -> Request | None: ...
 
     @abstractmethod
-    def _drop_first(self) -> None: ...
+    def _drop_first(self, *, ends_turn: bool) -> None: ...
 
     @abstractmethod
     def _sweep(self) -> None: ...
 
 
 class FirstComeFirstServedQueue(WaitingQueue):
-    """Order of arrival; preempted requests return to the front."""
+    """Order of arrival within a tenant; tenants take turns. Preempted requests come before all others.
+
+    With one tenant (no API keys, or one) this is the order of arrival.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self._requests: deque[Request] = deque()
+        self._preempted: deque[Request] = deque()
+        self._tenants: dict[str, deque[Request]] = {}
+        self._turns: deque[str] = deque()  # tenants with entries, whose turn is next first
 
     def _insert(self, request: Request) -> None:
-        self._requests.append(request)
+        entries = self._tenants.get(request.tenant)
+        if entries is None:
+            entries = self._tenants[request.tenant] = deque()
+            self._turns.append(request.tenant)
+        entries.append(request)
 
     def _insert_preempted(self, request: Request) -> None:
-        self._requests.appendleft(request)
+        self._preempted.appendleft(request)
 
     def _first(self) -> Request | None:
-        return self._requests[0] if self._requests else None
+        if self._preempted:
+            return self._preempted[0]
+        return self._tenants[self._turns[0]][0] if self._turns else None
 
-    def _drop_first(self) -> None:
-        self._requests.popleft()
+    def _drop_first(self, *, ends_turn: bool) -> None:
+        if self._preempted:
+            self._preempted.popleft()
+            return
+        tenant = self._turns[0]
+        self._tenants[tenant].popleft()
+        if not self._tenants[tenant]:
+            del self._tenants[tenant]
+            self._turns.popleft()
+        elif ends_turn:
+            self._turns.rotate(-1)
 
     def _sweep(self) -> None:
-        self._requests = deque(r for r in self._requests if r.status is RequestStatus.WAITING)
+        self._preempted = deque(_waiting(self._preempted))
+        swept = {tenant: deque(_waiting(entries)) for tenant, entries in self._tenants.items()}
+        self._tenants = {tenant: entries for tenant, entries in swept.items() if entries}
+        self._turns = deque(tenant for tenant in self._turns if tenant in self._tenants)
 
 
 class PriorityQueue(WaitingQueue):
@@ -112,12 +136,16 @@ class PriorityQueue(WaitingQueue):
     def _first(self) -> Request | None:
         return self._heap[0][2] if self._heap else None
 
-    def _drop_first(self) -> None:
+    def _drop_first(self, *, ends_turn: bool) -> None:
         heapq.heappop(self._heap)
 
     def _sweep(self) -> None:
         self._heap = [entry for entry in self._heap if entry[2].status is RequestStatus.WAITING]
         heapq.heapify(self._heap)
+
+
+def _waiting(requests: Iterable[Request]) -> Iterator[Request]:
+    return (request for request in requests if request.status is RequestStatus.WAITING)
 
 
 def make_waiting_queue(policy: str) -> WaitingQueue:

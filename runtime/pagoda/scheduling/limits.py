@@ -1,0 +1,29 @@
+"""The bounds within which the scheduler decides."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerLimits:
+    """`long_prefill_token_threshold` of 0 lets one request take the whole budget of a step.
+
+    A request preempted `max_preemptions` times is protected: others are chosen as victims while there are any.
+    `num_scheduler_steps` above 1 lets a batch that only decodes run so many steps on one plan. `max_request_seconds`, from
+    arrival, ends a request with what it has. `runaway_detection` (off, warn, stop) looks for an output that repeats a period
+    of at most `runaway_max_period` tokens over its last `runaway_min_tokens`.
+    """
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    max_num_waiting: int
+    long_prefill_token_threshold: int = 0
+    max_preemptions: int = 4
+    policy: str = "fcfs"
+    num_scheduler_steps: int = 1
+    max_request_seconds: float | None = None
+    runaway_detection: str = "off"
+    runaway_max_period: int = 64
+    runaway_min_tokens: int = 256
