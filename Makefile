@@ -54,5 +54,8 @@ typecheck: install ## mypy
 proto: install ## compile proto/*.proto into the descriptor sets that the server loads
 	$(BIN)/python proto/generate.py
 
+bench: install ## throughput without a server; ARGS="--model DIR --batch-sizes 1 8 32 --json FILE"
+	$(BIN)/python benchmarks/offline_throughput.py $(ARGS)
+
 docs: install ## write docs/configuration.md out of the schema
 	$(BIN)/python -m pagoda.config.documentation > docs/configuration.md
