@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from pagoda.engine.health import EngineState
 from pagoda.engine.messages import EngineStats
 from pagoda.errors import (
     DeadlineExceededError,
@@ -17,6 +18,7 @@ from pagoda.errors import (
     InvalidRequestError,
     QueueFullError,
 )
+from pagoda.observability.engine_collector import ENGINE_STATES
 from pagoda.observability.metrics import FINISHED_REASONS, Metrics
 from pagoda.observability.request_meter import RequestMeter, request_meters
 from pagoda.sampling.output import FinishReason
@@ -44,7 +46,8 @@ NAMES_READ_BY_AUTOSCALERS_AND_DASHBOARDS = {
     "request_generation_tokens_bucket",
     "request_params_max_tokens_bucket",
     "request_aborts_total",
-    "runaway_stops_total",
+    "runaways_total",
+    "engine_restarts_total",
     "request_errors_total",
     "engine_state",
 }
@@ -62,6 +65,7 @@ class Clock:
 @dataclass
 class Health:
     state: str = "ready"
+    transitions: dict[tuple[str, str], int] = field(default_factory=dict)
 
 
 @dataclass
@@ -118,7 +122,8 @@ def test_all_names_are_there_from_the_start_with_the_prefix_and_the_model(prefix
 
 
 def test_label_values_are_those_of_the_enums() -> None:
-    assert tuple(FINISHED_REASONS) == tuple(FinishReason)
+    assert set(FINISHED_REASONS) == set(FinishReason)
+    assert tuple(ENGINE_STATES) == tuple(EngineState)
     assert set(Metrics("demo").request_errors) == set(ErrorKind)
 
 
@@ -150,7 +155,6 @@ def test_times_and_tokens_of_one_request_are_exact(metrics: Metrics, clock: Cloc
         "request_params_max_tokens_sum": 20,
         "request_success_total{finished_reason=stop}": 1,
         "request_success_total{finished_reason=abort}": 0,
-        "runaway_stops_total": 0,
     }
     assert {name: found["pagoda_" + name] for name in expected} == expected
 
@@ -208,15 +212,15 @@ def test_each_sequence_of_a_request_counts_and_the_unfinished_ones_end_with_it(m
     assert found["pagoda_request_success_total{finished_reason=length}"] == 1
     assert found["pagoda_request_success_total{finished_reason=abort}"] == 2
     assert found["pagoda_prompt_tokens_total"] == 14
-    assert found["pagoda_runaway_stops_total"] == 0
 
 
-def test_length_without_max_tokens_is_a_runaway_stop(metrics: Metrics, clock: Clock) -> None:
-    meter = begin(metrics, clock)
-    meter.on_chunk(first_chunk([1], finish_reason=FinishReason.LENGTH))
-    meter.on_end(None)
-    assert samples(metrics)["pagoda_runaway_stops_total"] == 1
-    assert samples(metrics)["pagoda_request_params_max_tokens_count"] == 0
+def test_max_tokens_is_observed_only_where_it_was_given(metrics: Metrics, clock: Clock) -> None:
+    for sampling in ({}, {"max_tokens": 9}):
+        meter = begin(metrics, clock, **sampling)
+        meter.on_chunk(first_chunk([1], finish_reason=FinishReason.LENGTH))
+        meter.on_end(None)
+    assert samples(metrics)["pagoda_request_params_max_tokens_count"] == 1
+    assert samples(metrics)["pagoda_request_params_max_tokens_sum"] == 9
 
 
 def test_gauges_follow_the_engine_and_are_zero_when_it_is_dead(metrics: Metrics) -> None:
@@ -240,13 +244,16 @@ def test_gauges_follow_the_engine_and_are_zero_when_it_is_dead(metrics: Metrics)
 def test_counts_of_the_engine_keep_rising_over_a_restart(metrics: Metrics) -> None:
     engine = Engine()
     metrics.watch(engine)
-    engine.stats = EngineStats(prefix_cache_queries=10, prefix_cache_hits=4, num_preemptions=2)
+    engine.stats = EngineStats(prefix_cache_queries=10, prefix_cache_hits=4, num_preemptions=2, num_runaways=1)
+    engine.health.transitions = {("starting", "ready"): 2, ("ready", "starting"): 1}
     assert samples(metrics)["pagoda_prefix_cache_queries_total"] == 10
     engine.stats = EngineStats(prefix_cache_queries=3, prefix_cache_hits=1, num_preemptions=0)
     found = samples(metrics)
     assert found["pagoda_prefix_cache_queries_total"] == 13
     assert found["pagoda_prefix_cache_hits_total"] == 5
     assert found["pagoda_num_preemptions_total"] == 2
+    assert found["pagoda_runaways_total"] == 1
+    assert found["pagoda_engine_restarts_total"] == 1
 
 
 def test_tokens_of_every_step_are_counted_even_when_reports_are_skipped(metrics: Metrics) -> None:

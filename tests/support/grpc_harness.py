@@ -10,20 +10,15 @@ from typing import Any, TypeVar
 import grpc
 
 from pagoda.config.schema import PagodaConfig
-from pagoda.engine.health import EngineHealth, EngineState
-from pagoda.engine.messages import EngineStats
+from pagoda.engine.health import EngineState
 from pagoda.errors import ErrorKind, InvalidRequestError, error_of
-from pagoda.observability.metrics import Metrics
-from pagoda.observability.request_meter import request_meters
 from pagoda.sampling.output import FinishReason
 from pagoda.sampling.params import SamplingParams
-from pagoda.serving.auth import ApiKeys
-from pagoda.serving.context import ServingContext
-from pagoda.serving.generation import GenerationRunner
 from pagoda.serving.grpc_messages import SERVICE_NAME, message_class, service_methods
 from pagoda.serving.grpc_server import GrpcServer
-from pagoda.serving.health import ServerHealth
+from pagoda.serving.server import make_context
 from pagoda.text.output import GenerationChunk
+from tests.support.fake_engine import FakeEngineClient
 
 T = TypeVar("T")
 MAX_MODEL_LEN = 64
@@ -31,14 +26,6 @@ HANG = "hang"
 """A prompt that gives one token and then nothing more."""
 WAIT = "wait"
 """A prompt that gives nothing at all."""
-
-
-class FakeEngine:
-    """The part of `EngineClient` that health and metrics look at."""
-
-    def __init__(self) -> None:
-        self.health = EngineHealth()
-        self.stats = EngineStats()
 
 
 class FakeGenerator:
@@ -109,10 +96,8 @@ class GrpcHarness:
 
     def __init__(self, *, is_ready: bool = True, **settings: Any) -> None:
         self.config = PagodaConfig(**{"model_name": "demo", "host": "127.0.0.1", "grpc_port": 0, **settings})
-        self.engine = FakeEngine()
+        self.engine = FakeEngineClient()
         self.generator = FakeGenerator()
-        self.health = ServerHealth(self.engine)
-        self.metrics = Metrics("demo")
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._is_ready = is_ready
@@ -128,25 +113,13 @@ class GrpcHarness:
         return self
 
     async def _start(self) -> None:
-        self.metrics.watch(self.engine)
-        runner = GenerationRunner(
-            self.generator,  # type: ignore[arg-type]
-            self.health,
-            request_timeout_seconds=self.config.request_timeout_seconds,
-            observe=request_meters(self.metrics),
-        )
-        context = ServingContext(
-            config=self.config,
-            client=self.engine,  # type: ignore[arg-type]
-            runner=runner,
-            health=self.health,
-            metrics=self.metrics,
-            keys=ApiKeys(self.config.api_keys),
-        )
+        context = make_context(self.config, self.engine)
+        context.runner.attach(self.generator)  # type: ignore[arg-type]
+        self.health, self.metrics = context.health, context.metrics
         self.engine.health.enter_stage("weights")
         self.health.text_is_ready()
         if self._is_ready:
-            self.engine.health.transition(EngineState.READY, "started")
+            await self.engine.start()
         self.server = GrpcServer(context)
         await self.server.start()
 

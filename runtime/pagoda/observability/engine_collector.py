@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Protocol
 
 from prometheus_client import Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-ENGINE_STATES = ("starting", "ready", "degraded", "draining", "dead")
-# A dead engine runs nothing: its last report must not be shown as the present.
-STATES_WITHOUT_REQUESTS = ("starting", "dead")
+STARTING = "starting"
+ENGINE_STATES = (STARTING, "ready", "degraded", "draining", "dead")
+# An engine that is not there runs nothing: its last report must not be shown as the present.
+STATES_WITHOUT_REQUESTS = (STARTING, "dead")
 
 
 class ObservedStats(Protocol):
@@ -49,6 +50,10 @@ class ObservedStats(Protocol):
     def num_preemptions(self) -> int:
         """Times a running request was sent back to wait."""
 
+    @property
+    def num_runaways(self) -> int:
+        """Outputs found to repeat themselves without end."""
+
 
 class ObservedHealth(Protocol):
     """The part of `engine.health.EngineHealth` that is reported."""
@@ -56,6 +61,10 @@ class ObservedHealth(Protocol):
     @property
     def state(self) -> str:
         """One of `ENGINE_STATES`."""
+
+    @property
+    def transitions(self) -> Mapping[tuple[str, str], int]:
+        """How often the engine went from one state to another."""
 
 
 class ObservedEngine(Protocol):
@@ -80,6 +89,7 @@ class EngineCollector(Collector):
         self._queries = _Total()
         self._hits = _Total()
         self._preemptions = _Total()
+        self._runaways = _Total()
 
     def collect(self) -> Iterator[Metric]:
         """One family for each figure, as of now."""
@@ -103,6 +113,11 @@ class EngineCollector(Collector):
             "prefix_cache_hits", "Prefix cache hits, in cached tokens.", self._hits(stats.prefix_cache_hits)
         )
         yield self._count("num_preemptions", "Number of preemptions.", self._preemptions(stats.num_preemptions))
+        yield self._count(
+            "runaways", "Number of outputs found to repeat themselves without end.", self._runaways(stats.num_runaways)
+        )
+        restarts = sum(times for (_, to), times in self._engine.health.transitions.items() if to == STARTING)
+        yield self._count("engine_restarts", "Times the engine was lost and started again.", restarts)
         states = GaugeMetricFamily(
             self._prefix + "engine_state",
             "1 for the state the engine is in, 0 for others.",

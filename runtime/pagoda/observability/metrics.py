@@ -13,7 +13,7 @@ from prometheus_client.exposition import choose_encoder
 from pagoda.errors import ErrorKind
 from pagoda.observability.engine_collector import EngineCollector, ObservedEngine, StepMeter
 
-FINISHED_REASONS = ("stop", "length", "abort", "error")
+FINISHED_REASONS = ("stop", "length", "repetition", "abort", "error")
 ABORT_CAUSES = ("client", "deadline", "server")
 
 TIME_TO_FIRST_TOKEN_BUCKETS = (
@@ -61,9 +61,6 @@ class Metrics:
         )
         self.request_errors = self._counters(
             "request_errors", "Count of error answers on all routes by the kind of error.", "kind", tuple(ErrorKind)
-        )
-        self.runaway_stops = self._counter(
-            "runaway_stops", "Count of requests without max_tokens that only the length limit ended."
         )
         self.time_to_first_token = self._histogram(
             "time_to_first_token_seconds", "Time from arrival to the first token.", TIME_TO_FIRST_TOKEN_BUCKETS

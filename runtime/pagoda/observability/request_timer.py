@@ -67,8 +67,6 @@ class RequestTimer:
         metrics.request_success[reason].inc()
         if abort_cause is not None:
             metrics.request_aborts[abort_cause].inc()
-        if reason == "length" and self._max_tokens is None:
-            metrics.runaway_stops.inc()
         metrics.e2e_request_latency.observe(now - self._arrival_time)
         metrics.request_generation_tokens.observe(self._num_generated_tokens)
         if self._max_tokens is not None:
