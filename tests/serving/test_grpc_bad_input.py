@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -312,6 +313,22 @@ def test_no_message_makes_an_internal_error(harness: GrpcHarness, request: Any) 
     except grpc.RpcError as error:
         code = error.code()
     assert code in FINE
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+)
+@given(requests=st.lists(messages(), min_size=1, max_size=5))
+def test_every_message_of_a_stream_has_one_end_and_the_stream_survives(
+    harness: GrpcHarness, requests: list[Any]
+) -> None:
+    for number, request in enumerate(requests):
+        request.id = str(number)
+        request.parameters["timeout_seconds"].double_param = 2.0
+    ends: Counter[str] = Counter()
+    for response in harness.stub("ModelStreamInfer")(iter(requests), timeout=20):
+        ends[response.infer_response.id] += response.infer_response.parameters["triton_final_response"].bool_param
+    assert ends == {str(number): 1 for number in range(len(requests))}
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -59,11 +59,6 @@ class GrpcServer:
         if self._server is not None:
             await self._server.stop(grace)
 
-    async def wait(self) -> None:
-        """Return when the server has stopped."""
-        if self._server is not None:
-            await self._server.wait_for_termination()
-
 
 def _options(config: PagodaConfig) -> list[tuple[str, int]]:
     return [
