@@ -7,6 +7,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import grpc
@@ -63,6 +64,10 @@ class OpenStream:
 
 def stream(harness: GrpcHarness, *requests: Any) -> list[Any]:
     return list(harness.stub("ModelStreamInfer")(iter(requests), timeout=20))
+
+
+def metrics(harness: GrpcHarness) -> str:
+    return harness.metrics.render()[0].decode()
 
 
 def is_final(response: Any) -> bool:
@@ -177,6 +182,32 @@ def test_a_lost_connection_aborts_everything_in_it(harness: GrpcHarness) -> None
     assert opened.wait_for(lambda: len(harness.generator.left) == num_left + 1)
     opened.close()
     opened.join()
+
+
+def test_clients_that_vanish_in_the_middle_leave_no_request_and_no_error_behind() -> None:
+    def vanish(harness: GrpcHarness, number: int) -> None:
+        channel = grpc.insecure_channel(harness.address, options=[("grpc.use_local_subchannel_pool", 1)])
+        requests = [infer_request("x" * 30, id=str(index)) for index in range(10)]
+        call = harness.stub("ModelStreamInfer", channel)(iter(requests))
+        with suppress(grpc.RpcError, ValueError):
+            for _ in range(number % 17):
+                next(call)
+        if number % 2:
+            call.cancel()
+        channel.close()
+
+    with GrpcHarness() as harness:
+        threads = [threading.Thread(target=vanish, args=(harness, number)) for number in range(60)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        opened = OpenStream(harness)
+        opened.send(infer_request("ok"))
+        opened.close()
+        opened.join()
+        assert opened.wait_for(lambda: len(harness.generator.left) == len(harness.generator.started) - 1)
+    assert 'request_errors_total{kind="internal",model_name="demo"} 0.0' in metrics(harness)
 
 
 def test_deadline_of_the_stream_ends_what_runs_in_it(harness: GrpcHarness) -> None:

@@ -18,7 +18,7 @@ from google.protobuf.message_factory import GetMessageClass
 from pagoda.errors import EngineNotReadyError, ErrorKind, InvalidRequestError
 from pagoda.serving.context import ServingContext
 from pagoda.serving.grpc_messages import SERVICE_NAME, service_methods
-from pagoda.serving.grpc_service import InferenceService
+from pagoda.serving.grpc_service import ClientGoneError, InferenceService
 from pagoda.serving.status import ErrorReport, report
 
 logger = logging.getLogger("pagoda.serving.grpc")
@@ -83,7 +83,11 @@ class InferenceHandlers:
 
             async def write(message: Any) -> None:
                 async with one_at_a_time:
-                    await call.write(message)
+                    try:
+                        await call.write(message)
+                    except grpc.aio.BaseError as error:
+                        # The connection was lost, or the call is over; grpc cancels this task a moment later.
+                        raise ClientGoneError from error
 
             async def respond() -> None:
                 self._authorize(name, call)

@@ -42,7 +42,10 @@ class HealthService:
                 changed.clear()
                 status = self._status(request.service)
                 if status != told:
-                    await context.write(health_pb2.HealthCheckResponse(status=status))
+                    try:
+                        await context.write(health_pb2.HealthCheckResponse(status=status))
+                    except grpc.aio.BaseError:
+                        return  # the client has left
                     told = status
                 if self._stopping.is_set():
                     return

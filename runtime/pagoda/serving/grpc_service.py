@@ -10,7 +10,7 @@ import dataclasses
 import uuid
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any
 
 from pagoda import __version__
@@ -46,6 +46,10 @@ MAX_REQUESTS_PER_STREAM = 256
 MAX_LOGGED_ID_CHARACTERS = 64
 EMPTY_FINAL_RESPONSE = "triton_enable_empty_final_response"
 FINAL_RESPONSE = "triton_final_response"
+
+
+class ClientGoneError(Exception):
+    """A response could not be written, because nobody reads this stream any more."""
 
 
 class InferenceService:
@@ -139,10 +143,10 @@ class InferenceService:
         """Answer the requests of a stream side by side, each with responses in their own order.
 
         Returns when `requests` has ended and everything is answered; an error with which it ends is raised then. An error
-        of one request is a response with `error_message`, and the stream goes on.
+        of one request is a response with `error_message`, and the stream goes on. `write` raises `ClientGoneError` when
+        there is nobody to write to.
         """
         slots = asyncio.Semaphore(MAX_REQUESTS_PER_STREAM)
-
         broken_off: PagodaError | None = None
 
         async def answer(request: Any) -> None:
@@ -169,10 +173,13 @@ class InferenceService:
             async with aclosing(self._responses(request, remaining)) as responses:
                 async for response in responses:
                     await write(ModelStreamInferResponse(infer_response=response))
+        except ClientGoneError:
+            return  # leaving the block above has aborted the request
         except Exception as error:
             failed = ModelInferResponse(model_name=request.model_name, id=request.id)
             failed.parameters[FINAL_RESPONSE].bool_param = True
-            await write(ModelStreamInferResponse(error_message=self._report_error(error), infer_response=failed))
+            with suppress(ClientGoneError):
+                await write(ModelStreamInferResponse(error_message=self._report_error(error), infer_response=failed))
 
     async def _responses(self, request: Any, remaining: float | None) -> AsyncGenerator[Any, None]:
         """Pieces as they come, or one whole answer where the client gave `stream` as false."""
