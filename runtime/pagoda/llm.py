@@ -71,18 +71,18 @@ class LLM:
     def _start(self, config: PagodaConfig, on_stage: StageListener | None) -> None:
         directory = str(checkpoint_directory(config.model))
         self.config = config = replace(config, model=directory)
+        defaults = read_checkpoint_defaults(config)
         self._text = TextOperations(
             directory if config.tokenizer is None else str(checkpoint_directory(config.tokenizer)),
             chat_template=config.chat_template,
             trust_remote_code=config.trust_remote_code,
         )
-        defaults = read_checkpoint_defaults(config, self._text.tokenizer)
         self._default_sampling = defaults.sampling
         self._core: EngineCore = start_core(config, on_stage)
         self._limits = AdmissionLimits(
             max_model_len=self._core.ready.max_model_len,
             vocab_size=self._core.ready.vocab_size,
-            eos_token_ids=defaults.eos_token_ids,
+            eos_token_ids=defaults.eos_token_ids(self._text.tokenizer),
             default_max_tokens=config.default_max_tokens,
         )
         self._request_numbers = itertools.count()

@@ -83,6 +83,8 @@ async def test_mistakes_of_the_client_come_back_as_such(make_pool, kind):
     with pytest.raises(InvalidRequestError, match="role") as caught:
         await pool.render_chat_and_encode([{"content": "x"}])
     assert caught.value.param == "messages"
+    with pytest.raises(InvalidRequestError, match="JSON"):
+        await pool.render_chat_and_encode([{"role": "user", "content": object()}])
     with pytest.raises(InvalidRequestError, match="integers"):
         await pool.decode([1, -1])
     pool.max_model_len = 10

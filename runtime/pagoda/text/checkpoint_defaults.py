@@ -15,13 +15,19 @@ from pagoda.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True, slots=True)
 class CheckpointDefaults:
-    """`eos_token_ids`: the model's, then the tokenizer's. `sampling`: fields of `SamplingParams` that are recommended."""
+    """`model_eos_token_ids`: what the model's files name. `sampling`: fields of `SamplingParams` that they recommend."""
 
-    eos_token_ids: tuple[int, ...]
+    model_eos_token_ids: tuple[int, ...]
     sampling: dict[str, Any]
+    vocab_size: int
+
+    def eos_token_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
+        """The ids that end generation: the model's, then the tokenizer's own."""
+        unique = dict.fromkeys((*self.model_eos_token_ids, tokenizer.eos_token_id))
+        return tuple(token_id for token_id in unique if token_id is not None and token_id < self.vocab_size)
 
 
-def read_checkpoint_defaults(config: PagodaConfig, tokenizer: Tokenizer) -> CheckpointDefaults:
+def read_checkpoint_defaults(config: PagodaConfig) -> CheckpointDefaults:
     """Read config.json and, unless `generation_config` is `none`, generation_config.json of the configured model.
 
     Raises `CheckpointError` for a configuration that cannot be read and `ConfigError` when no model is configured.
@@ -32,13 +38,11 @@ def read_checkpoint_defaults(config: PagodaConfig, tokenizer: Tokenizer) -> Chec
         model = ModelConfig.from_dicts(read_json_object(Path(config.model) / CONFIG_FILE))
     else:
         model = ModelConfig.from_directory(config.model)
-    eos_token_ids = dict.fromkeys(model.eos_token_ids)
-    if tokenizer.eos_token_id is not None:
-        eos_token_ids[tokenizer.eos_token_id] = None
     recommended = asdict(model.generation)
     # Whether to sample at all is for the client to say; it does so with the temperature.
     del recommended["do_sample"]
     return CheckpointDefaults(
-        eos_token_ids=tuple(token_id for token_id in eos_token_ids if token_id < model.vocab_size),
+        model_eos_token_ids=model.eos_token_ids,
         sampling={name: value for name, value in recommended.items() if value is not None},
+        vocab_size=model.vocab_size,
     )

@@ -57,11 +57,11 @@ class TextGenerator:
 
         Raises `CheckpointError` when the checkpoint's configuration cannot be read.
         """
-        defaults = read_checkpoint_defaults(config, pool.tokenizer)
+        defaults = read_checkpoint_defaults(config)
         return cls(
             client,
             pool,
-            eos_token_ids=defaults.eos_token_ids,
+            eos_token_ids=defaults.eos_token_ids(pool.tokenizer),
             default_max_tokens=config.default_max_tokens,
             default_sampling=defaults.sampling,
         )

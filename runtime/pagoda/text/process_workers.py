@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from pagoda.errors import EngineNotReadyError, PagodaError, RequestFailedError
+from pagoda.errors import EngineNotReadyError, InvalidRequestError, PagodaError, RequestFailedError
 from pagoda.text.frames import LENGTH_BYTES, encode_frame, result_of
 from pagoda.text.workers import WorkerOptions, call_took_too_long, not_started_in_time
 
@@ -41,7 +41,7 @@ class _Worker:
         is_up = False
         try:
             async with asyncio.timeout(options.start_timeout):
-                await worker.exchange(asdict(options))
+                await worker.exchange(encode_frame(asdict(options)))
             is_up = True
         except TimeoutError:
             raise not_started_in_time(name, options) from None
@@ -52,12 +52,12 @@ class _Worker:
                 await worker.close()
         return worker
 
-    async def exchange(self, message: Any) -> Any:
-        """Send a message and wait for the result; one exchange at a time."""
+    async def exchange(self, frame: bytes) -> Any:
+        """Send a frame and wait for the result; one exchange at a time."""
         sink, source = self._process.stdin, self._process.stdout
         assert sink is not None
         assert source is not None
-        sink.write(encode_frame(message))
+        sink.write(frame)
         await sink.drain()
         length = int.from_bytes(await source.readexactly(LENGTH_BYTES), "big")
         return result_of(await source.readexactly(length))
@@ -90,23 +90,27 @@ class ProcessWorkers:
 
     async def start(self) -> None:
         """Start all processes at once."""
-        try:
-            async with asyncio.TaskGroup() as group:
-                for _ in range(self._options.size):
-                    group.create_task(self._add_worker())
-        except* PagodaError as errors:
+        results = await asyncio.gather(*(self._add_worker() for _ in range(self._options.size)), return_exceptions=True)
+        errors = [result for result in results if isinstance(result, BaseException)]
+        if errors:
             await self.shutdown(0)
-            raise errors.exceptions[0] from None
+            raise errors[0]
 
     async def call(self, operation: str, arguments: Mapping[str, Any]) -> Any:
         """Have a process perform the operation; `options.call_timeout` seconds at most, waiting included."""
         if self._is_closed or not (self._workers or self._starting):
             reason = "the server is shutting down" if self._is_closed else "no tokenizer process is left"
             raise EngineNotReadyError(f"no text can be tokenized: {reason}")
+        try:
+            frame = encode_frame({"operation": operation, "arguments": arguments})
+        except (TypeError, ValueError, RecursionError) as error:
+            raise InvalidRequestError(
+                f"the request cannot be tokenized: it holds what is not JSON ({error})"
+            ) from error
         # A task of its own, so that a caller who goes away does not leave half an exchange on the pipe.
-        task = asyncio.create_task(self._call({"operation": operation, "arguments": arguments}, operation))
+        task = asyncio.create_task(self._call(operation, frame))
         self._running.add(task)
-        task.add_done_callback(self._running.discard)
+        task.add_done_callback(self._forget)
         return await asyncio.shield(task)
 
     async def shutdown(self, grace: float) -> None:
@@ -121,13 +125,12 @@ class ProcessWorkers:
         await asyncio.gather(*(worker.close() for worker in self._workers))
         self._workers.clear()
 
-    async def _call(self, message: Mapping[str, Any], operation: str) -> Any:
+    async def _call(self, operation: str, frame: bytes) -> Any:
         worker: _Worker | None = None
         try:
             async with asyncio.timeout(self._options.call_timeout):
-                while not (worker := await self._idle.get()).is_alive:
-                    self._replace(worker)
-                result = await worker.exchange(message)
+                worker = await self._take_worker()
+                result = await worker.exchange(frame)
         except TimeoutError:
             self._replace(worker)
             raise call_took_too_long(operation, self._options) from None
@@ -139,6 +142,16 @@ class ProcessWorkers:
             raise
         self._release(worker)
         return result
+
+    async def _take_worker(self) -> _Worker:
+        while not (worker := await self._idle.get()).is_alive:
+            self._replace(worker)
+        return worker
+
+    def _forget(self, task: asyncio.Task[Any]) -> None:
+        self._running.discard(task)
+        if not task.cancelled():
+            task.exception()  # its caller may have left; asyncio would call the error lost
 
     def _release(self, worker: _Worker | None) -> None:
         if worker is not None:

@@ -49,6 +49,8 @@ class StopStringMatcher:
 
         Without `may_stop` a stop string that is completed by this text is let through (`min_tokens`).
         """
+        if not self._root.children:
+            return text
         held, self._held = self._held + text, ""
         node, root = self._node, self._root
         end = len(held) - len(text)

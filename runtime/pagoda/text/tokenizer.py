@@ -152,8 +152,9 @@ def _from_auto_tokenizer(files: TokenizerFiles, trust_remote_code: bool) -> Toke
             str(files.directory), local_files_only=True, trust_remote_code=trust_remote_code
         )
     except Exception as error:  # transformers raises whatever the converter of the vocabulary raised
+        reason = " ".join(str(error).split())
         raise CheckpointError(
-            f"{files.directory} has no tokenizer.json, and transformers cannot load another tokenizer from it: {error}"
+            f"{files.directory} has no tokenizer.json, and transformers cannot load another tokenizer from it: {reason}"
         ) from error
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(backend, TokenizersTokenizer):
