@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
+
 from pagoda.errors import CheckpointError
 from pagoda.models.dummy import DummySpec, ensure_demo_checkpoint, tensor_shapes, write_dummy_checkpoint
-from safetensors import safe_open
 
 SPECS = {
     "llama with scaled rope": DummySpec(
