@@ -52,7 +52,7 @@ def test_the_defaults_are_sound_and_every_setting_is_explained() -> None:
         ({"tensor_parallel_size": 2}, "tensor_parallel_size=2: must be 1: this version"),
         ({"pipeline_parallel_size": 2}, "this version runs the model on one rank"),
         ({"data_parallel_size": 2}, "this version runs the model on one rank"),
-        ({"num_scheduler_steps": 8}, "must be 1: every step is scheduled anew"),
+        ({"runaway_max_period": 200}, "must be at most half of runaway_min_tokens=256"),
         ({"quantization": "awq"}, "quantization=awq: must be none: this version"),
         ({"speculative_config": {"method": "ngram"}}, "this version does not speculate"),
     ],

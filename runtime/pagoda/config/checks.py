@@ -115,8 +115,8 @@ def relation_problems(values: Mapping[str, Any]) -> list[Problem]:
     for key in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
         if values[key] != 1:
             refuse(key, "must be 1: this version runs the model on one rank")
-    if values["num_scheduler_steps"] != 1:
-        refuse("num_scheduler_steps", "must be 1: every step is scheduled anew, the next while the last still runs")
+    if values["runaway_max_period"] * 2 > values["runaway_min_tokens"]:
+        refuse("runaway_max_period", f"must be at most half of runaway_min_tokens={values['runaway_min_tokens']}")
     if values["quantization"] is not None:
         refuse("quantization", "must be none: this version runs float32, bfloat16 and float16 weights only")
     if values["speculative_config"] is not None:

@@ -169,7 +169,9 @@ class PagodaConfig:
     max_preemptions: int = _option(
         4, "scheduler", "Times a request may be preempted before it is protected from it.", ge=0
     )
-    num_scheduler_steps: int = _option(1, "scheduler", "Model steps per scheduling; only 1 is supported.", ge=1)
+    num_scheduler_steps: int = _option(
+        1, "scheduler", "Model steps on one plan while a batch only decodes; new requests wait as long.", ge=1, le=64
+    )
 
     # Parallelism and speed-ups
     tensor_parallel_size: int = _option(1, "parallel", "Ranks that share every layer; only 1 is supported yet.", ge=1)
@@ -200,6 +202,20 @@ class PagodaConfig:
     max_grpc_message_bytes: int = _option(32 * 2**20, "limits", "Largest gRPC message.", ge=1024, unit="bytes")
     request_timeout_seconds: float | None = _option(
         None, "limits", "Longest time a request may take in all; None: no limit but the client's.", gt=0, unit="seconds"
+    )
+    max_request_seconds: float | None = _option(
+        None,
+        "limits",
+        "Time from arrival after which a request ends with what it has (finish reason `length`); None: no such limit.",
+        gt=0,
+        unit="seconds",
+    )
+    runaway_detection: Literal["off", "warn", "stop"] = _option(
+        "warn", "limits", "What to do about an output that repeats itself: nothing, log and count it, or end it."
+    )
+    runaway_max_period: int = _option(64, "limits", "Longest period that counts as repetition.", ge=1, unit="tokens")
+    runaway_min_tokens: int = _option(
+        256, "limits", "Length of output that must repeat one period throughout.", ge=2, unit="tokens"
     )
     grace_period_seconds: float = _option(
         30.0, "limits", "Time that running requests have to end after SIGTERM.", ge=0, unit="seconds"
@@ -242,6 +258,9 @@ class PagodaConfig:
         "Prefix of metric names; `vllm:` gives the names that dashboards made for vLLM read.",
         pattern=r"[a-zA-Z_:][a-zA-Z0-9_:]*",
         pattern_help="of letters, digits, `_` and `:`, with no digit first",
+    )
+    fault_injection: str | None = _option(
+        None, "observability", "Faults on purpose, for tests and rehearsals, separated by commas: POINT[@REQUEST_PREFIX][#N]=ACTION."
     )
     log_level: Literal["debug", "info", "warning", "error"] = _option("info", "observability", "Least level logged.")
     log_format: Literal["text", "json"] = _option("text", "observability", "Log lines for people, or one JSON each.")

@@ -219,6 +219,8 @@ class ProcessEngineClient(EngineClient):
         while True:
             await asyncio.sleep(_WATCH_SECONDS)
             now = time.monotonic()
+            if self._is_ending:
+                return
             if self.health.state is EngineState.STARTING:
                 trouble = (
                     f"the engine was not ready after engine_start_timeout_seconds={start_timeout:g} "
@@ -261,4 +263,4 @@ class ProcessEngineClient(EngineClient):
             await self._supervising
         self._fail_requests("the server is shutting down")
         if self.health.state is not EngineState.DEAD:
-            self.health.transition(EngineState.DEAD, "shut down")
+            self.health.transition(EngineState.DEAD, "shut down", is_expected=True)

@@ -14,8 +14,8 @@ from collections import deque
 from collections.abc import Callable, Iterable
 
 from pagoda.engine.messages import EngineOutput, EngineOutputs, EngineReady, EngineRequest, EngineStats
-from pagoda.errors import EngineDeadError
-from pagoda.execution.executor import Executor, StepHandle
+from pagoda.errors import EngineDeadError, InvalidRequestError
+from pagoda.execution.executor import Executor, StepHandle, is_out_of_memory
 from pagoda.scheduling.plan import StepPlan
 from pagoda.scheduling.request import Request
 from pagoda.scheduling.scheduler import Progress, Scheduler
@@ -47,6 +47,12 @@ class EngineCore:
 
     def add_request(self, request: EngineRequest) -> None:
         """Accept a request. Raises `InvalidRequestError` or `QueueFullError`, and then it was never there."""
+        vocab_size = self.ready.vocab_size
+        if (
+            request.prompt_token_ids
+            and not 0 <= min(request.prompt_token_ids) <= max(request.prompt_token_ids) < vocab_size
+        ):
+            raise InvalidRequestError(f"the prompt has token ids outside of 0 to {vocab_size - 1}", "prompt")
         self._scheduler.add(
             Request(
                 request_id=request.request_id,
@@ -109,7 +115,14 @@ class EngineCore:
         return self._scheduler.apply(plan, result)
 
     def _fail_step(self, plan: StepPlan, error: Exception) -> None:
-        """End the requests of the failed step, and of those planned on top of it; then see whether the device is sane."""
+        """Plan a step that did not fit again, smaller; end the requests of one that failed otherwise.
+
+        Steps that were planned on top of it share its fate. Then see whether the device is sane.
+        """
+        if is_out_of_memory(error) and self._scheduler.retry_in_flight():
+            logger.warning("a step of %d tokens did not fit (%s): smaller steps from here on", plan.total_tokens, error)
+            self._in_flight.clear()
+            return
         logger.exception("step %d with %d tokens failed", plan.step_id, plan.total_tokens, exc_info=error)
         self._in_flight.clear()
         self._scheduler.fail_in_flight(f"the model step failed: {type(error).__name__}: {error}")

@@ -56,13 +56,16 @@ class EngineHealth:
         """Whether a request sent now would be taken."""
         return self.state in (EngineState.READY, EngineState.DEGRADED)
 
-    def transition(self, state: EngineState, cause: str) -> None:
-        """Move to `state`; staying is no transition, and a move that the picture does not have is a bug: `ValueError`."""
+    def transition(self, state: EngineState, cause: str, *, is_expected: bool = False) -> None:
+        """Move to `state`; staying is no transition, and a move that the picture does not have is a bug: `ValueError`.
+
+        `is_expected`: an end that was asked for is no error in the log.
+        """
         if state is self.state:
             return
         if state not in _ALLOWED[self.state]:
             raise ValueError(f"the engine cannot go from {self.state} to {state} ({cause})")
-        level = logging.ERROR if state is EngineState.DEAD else logging.INFO
+        level = logging.ERROR if state is EngineState.DEAD and not is_expected else logging.INFO
         logger.log(level, "engine %s -> %s: %s", self.state, state, cause)
         self.transitions[self.state.value, state.value] += 1
         self.state, self.cause, self.since = state, cause, time.time()

@@ -177,7 +177,7 @@ def _serve(fields: dict[str, Any], connection: Connection, board: ProgressBoard)
     from pagoda.observability.logs import configure_logging
 
     config = PagodaConfig(**fields)
-    configure_logging(config.log_level, config.log_format)
+    configure_logging(config.log_level, config.log_format, model_name=config.served_model_name)
     core = start_core(config, lambda name, detail: connection.send(EngineStage(name, detail)))
     gc.collect()
     gc.freeze()  # what start-up made lives for ever: later collections need not walk it

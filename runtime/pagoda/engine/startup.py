@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
+from pagoda import faults
 from pagoda.config.auto import ResolvedSettings, resolve
 from pagoda.config.hardware import cpu_report, gpu_reports
 from pagoda.config.kv_fit import KVFit, fit_max_model_len
@@ -34,6 +35,7 @@ StageListener = Callable[[str, str], None]
 def start_core(config: PagodaConfig, on_stage: StageListener | None = None) -> EngineCore:
     """Bring an engine up in this process. Raises `ConfigError` or `CheckpointError` saying what to change."""
     stages = _Stages(on_stage)
+    faults.install(config.fault_injection)
     with stages.enter("config"):
         directory = checkpoint_directory(config.model)
         model_config = ModelConfig.from_directory(directory)
@@ -96,6 +98,11 @@ def _make_scheduler(
         long_prefill_token_threshold=config.long_prefill_token_threshold,
         max_preemptions=config.max_preemptions,
         policy=config.scheduling_policy,
+        num_scheduler_steps=config.num_scheduler_steps,
+        max_request_seconds=config.max_request_seconds,
+        runaway_detection=config.runaway_detection,
+        runaway_max_period=config.runaway_max_period,
+        runaway_min_tokens=config.runaway_min_tokens,
     )
     return Scheduler(limits, kv)
 

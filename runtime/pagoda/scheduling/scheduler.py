@@ -347,6 +347,7 @@ class Scheduler:
             request.num_in_flight -= plan.bursts[row] if plan.bursts else plan.samples[row]
             if row in result.errors:
                 self.fail(request, ErrorKind.INTERNAL, result.errors[row])
+                self.kv.forget_prefixes()  # what it announced may hold what made it fail
                 continue
             if request.prompt_logprobs is not None:
                 self._collect_prompt_logprobs(
