@@ -19,6 +19,7 @@ from pagoda.config.sources import LoadedConfig, load
 from pagoda.config.values import format_bytes
 from pagoda.errors import PagodaError
 from pagoda.models.config import ModelConfig
+from pagoda.models.source import checkpoint_directory
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -97,7 +98,8 @@ def _examine_model(
     report: dict[str, Any], config: PagodaConfig, cpu: CpuReport, memory: MemoryReport, gpus: Sequence[GpuReport]
 ) -> None:
     """Fill in what depends on the checkpoint, as far as it lies on this machine already."""
-    model = ModelConfig.from_directory(config.model) if config.model and Path(config.model).is_dir() else None
+    is_here = config.model is None or Path(config.model).expanduser().is_dir()
+    model = ModelConfig.from_directory(checkpoint_directory(config.model)) if is_here else None
     resolved = resolve(config, checkpoint_dtype=model.dtype if model else None, cpu=cpu, gpus=gpus)
     report["choices"] = [asdict(choice) for choice in resolved.choices]
     if model is None:
