@@ -55,6 +55,11 @@ class Executor(Protocol):
         """Give back what the ranks hold. May be called twice."""
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a step failed only because the device had no memory for it: a smaller one may fit."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
 class FailedStep:
     """The handle of a step that failed before it was under way."""
 

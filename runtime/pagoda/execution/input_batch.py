@@ -29,26 +29,48 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class StepInputs:
-    """The batch of one step: R rows, T tokens, S rows that sample.
+class RowLayout:
+    """Which rows run how many tokens: R rows, T tokens, S rows that sample. While it stays the same it is not made again.
 
-    Rows are in batch order: those with one token first. `plan_rows`, `slots`, `num_computed_tokens`, `num_scheduled_tokens`
-    and `first_tokens` int64 `[R]` are on the host: each row's index in the plan, its entries there, and the index of its first
-    token in the batch. `input_ids` and `positions` int64 `[T]`. `sampling_rows` int64 `[S]` on the host: batch rows that
-    sample. `sampling_tokens` int64 `[S]`: their last tokens in the batch, None if these are all tokens in order.
-    `sampled_pool_index` int64 `[S]`: where their sampled tokens belong in the flattened token pool.
+    Rows are in batch order: those with one token first. On the host, int64: of each row its index in the plan
+    (`plan_rows`), its slot, its number of tokens and the index of its first token in the batch, `[R]`; `sampling_rows`, rows
+    that sample, and their slots, `[S]`; for each token where its slot begins in the flattened token pool and block table, and
+    how far it is behind its row's first one, `[T]`; `sampled_offsets` `[S]`, where the slots of the rows that sample begin in
+    the pool. On the device: `query_start_loc` int32 `[R + 1]`, `slot_index` int64 `[R]`, and `sampling_tokens` int64 `[S]`,
+    the last tokens of the rows that sample, or None if these are all tokens in order.
     """
 
     plan_rows: Int64Array
     slots: Int64Array
-    num_computed_tokens: Int64Array
     num_scheduled_tokens: Int64Array
     first_tokens: Int64Array
+    sampling_rows: Int64Array
+    sampling_slots: Int64Array
+    pool_offsets: Int64Array
+    table_offsets: Int64Array
+    token_offsets: Int64Array
+    sampled_offsets: Int64Array
+    query_start_loc: Tensor
+    slot_index: Tensor
+    sampling_tokens: Tensor | None
+    max_query_len: int
+    num_decode_rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepInputs:
+    """The batch of one step, in the order of its layout.
+
+    `num_computed_tokens` int64 `[R]` and `sampled_positions` int64 `[S]` are on the host. On the device: `input_ids` and
+    `positions` int64 `[T]`; `sampled_pool_index` int64 `[S]`, where sampled tokens belong in the flattened token pool.
+    """
+
+    layout: RowLayout
+    num_computed_tokens: Int64Array
+    sampled_positions: Int64Array
     input_ids: Tensor
     positions: Tensor
     metadata: AttentionMetadata
-    sampling_rows: Int64Array
-    sampling_tokens: Tensor | None
     sampled_pool_index: Tensor
 
 
@@ -75,22 +97,29 @@ class InputBatch:
         self.block_table = torch.zeros((max_num_seqs, self.max_blocks), dtype=torch.int32, device=device)
         # Tokens that a slot holds, sampled ones that only the device knows included; 0 while it is empty.
         self.num_tokens = np.zeros(max_num_seqs, dtype=np.int64)
-        # Slots whose request could not be prepared, or was planned wrongly, and why. Their rows fail until they are released.
+        # Slots whose rows fail until they are released, and why. None of them samples. Those that hold no sound request, or
+        # were planned wrongly, do not run either. The others do: in the same step, rows may share blocks that they write.
         self.slot_errors: dict[int, str] = {}
+        self._cannot_run: set[int] = set()
+        self._layout: RowLayout | None = None
+        self._layout_key: tuple[list[int], list[int], list[bool], list[int], list[int]] | None = None
 
     def release(self, slot: int) -> None:
         """Empty `slot`; it may be empty already."""
         self.num_tokens[slot] = 0
         self.slot_errors.pop(slot, None)
+        self._cannot_run.discard(slot)
 
     def enter(self, new: NewRequest, prepare: Callable[[NewRequest], None]) -> None:
-        """Let a request enter its slot; `prepare` does what else must be done for it.
+        """Let a request enter its slot; `prepare` does what else must be done before it can sample.
 
         Whatever goes wrong fails this request alone: the reason is kept in `slot_errors`.
         """
         self.release(new.slot)
+        self._cannot_run.add(new.slot)
         try:
             self._write_request(new)
+            self._cannot_run.discard(new.slot)
             prepare(new)
         except PagodaError as error:
             self.slot_errors[new.slot] = str(error)
@@ -103,7 +132,7 @@ class InputBatch:
         index: list[int] = []
         values: list[int] = []
         for slot, offset, block_ids in zip(plan.slots, plan.block_offsets, plan.new_block_ids, strict=True):
-            if block_ids and self._check_blocks(slot, offset, block_ids):
+            if block_ids and slot not in self._cannot_run and self._check_blocks(slot, offset, block_ids):
                 first = slot * self.max_blocks + offset
                 index.extend(range(first, first + len(block_ids)))
                 values.extend(block_ids)
@@ -113,80 +142,100 @@ class InputBatch:
             self.block_table.view(-1).index_copy_(0, table_index, block_ids_on_device)
 
     def build(self, plan: StepPlan) -> StepInputs | None:
-        """The inputs of the plan's rows, or None if no row can run. Rows in `slot_errors` are left out."""
-        slots = np.array(plan.slots, dtype=np.int64)
+        """The inputs of the plan's rows, or None if no row can run. Rows that have failed run or sample no more."""
         computed = np.array(plan.num_computed_tokens, dtype=np.int64)
-        scheduled = np.array(plan.num_scheduled_tokens, dtype=np.int64)
-        samples = np.array(plan.samples, dtype=bool)
-        self._check_rows(slots, computed, scheduled)
-        plan_rows = np.argsort(scheduled > 1, kind="stable")
-        if self.slot_errors:
-            runs = [slot not in self.slot_errors for slot in plan.slots]
-            plan_rows = plan_rows[np.array(runs, dtype=bool)[plan_rows]]
-        if not plan_rows.size:
+        layout = self._layout_of(plan)
+        if layout is not None and self._fail_wrong_rows(layout, computed):
+            layout = self._layout_of(plan)
+        if layout is None:
             return None
-        return self._gather(plan_rows, slots[plan_rows], computed[plan_rows], scheduled[plan_rows], samples[plan_rows])
+        computed = computed[layout.plan_rows]
+        seq_lens = computed + layout.num_scheduled_tokens
+        sampled_positions = seq_lens[layout.sampling_rows]
+        self.num_tokens[layout.sampling_slots] = sampled_positions + 1
+        positions = np.repeat(computed, layout.num_scheduled_tokens) + layout.token_offsets
+        block_index, block_offsets = np.divmod(positions, self.block_size)
+        arrays = (
+            positions,
+            layout.pool_offsets + positions,
+            layout.table_offsets + block_index,
+            block_offsets,
+            layout.sampled_offsets + sampled_positions,
+        )
+        positions_, pool_index, table_index, offsets, sampled_pool_index = upload_all(arrays, self.device)
+        max_seq_len = int(seq_lens.max())
+        num_columns = -(-max_seq_len // self.block_size)
+        metadata = AttentionMetadata(
+            query_start_loc=layout.query_start_loc,
+            seq_lens=upload(seq_lens.astype(np.int32), self.device),
+            block_table=self.block_table[:, :num_columns].index_select(0, layout.slot_index),
+            slot_mapping=self.block_table.view(-1)[table_index] * self.block_size + offsets,
+            max_query_len=layout.max_query_len,
+            max_seq_len=max_seq_len,
+            num_decode_rows=layout.num_decode_rows,
+        )
+        input_ids = self.token_pool.view(-1).index_select(0, pool_index)
+        return StepInputs(layout, computed, sampled_positions, input_ids, positions_, metadata, sampled_pool_index)
 
     def write_sampled(self, inputs: StepInputs, token_ids: Tensor) -> None:
         """Put the sampled `token_ids` int64 `[S]` where the next step will read them."""
         self.token_pool.view(-1).index_copy_(0, inputs.sampled_pool_index, token_ids)
 
-    def _gather(
-        self, plan_rows: Int64Array, slots: Int64Array, computed: Int64Array, scheduled: Int64Array, samples: np.ndarray
-    ) -> StepInputs:
-        """Inputs of rows in batch order."""
+    def _layout_of(self, plan: StepPlan) -> RowLayout | None:
+        """The layout of the plan's rows without those that cannot run; None if none can. The last one, if it fits again."""
+        blocked = sorted(self._cannot_run)
+        key = (plan.slots, plan.num_scheduled_tokens, plan.samples, list(self.slot_errors), blocked)
+        if key != self._layout_key:
+            rows = [row for row, slot in enumerate(plan.slots) if slot not in self._cannot_run]
+            rows.sort(key=lambda row: plan.num_scheduled_tokens[row] > 1)
+            self._layout_key = None
+            self._layout = self._make_layout(plan, rows) if rows else None
+            self._layout_key = key
+        return self._layout
+
+    def _make_layout(self, plan: StepPlan, rows: list[int]) -> RowLayout:
+        """The layout of these rows of the plan, in this order."""
+        slots = np.array([plan.slots[row] for row in rows], dtype=np.int64)
+        scheduled = np.array([plan.num_scheduled_tokens[row] for row in rows], dtype=np.int64)
+        samples = np.array([plan.samples[row] and plan.slots[row] not in self.slot_errors for row in rows], dtype=bool)
+        if scheduled.min() < 1:
+            raise ValueError(f"every row of a plan runs at least one token, not {plan.num_scheduled_tokens}")
         query_start_loc = np.zeros(len(slots) + 1, dtype=np.int64)
         np.cumsum(scheduled, out=query_start_loc[1:])
-        num_tokens, num_decode_rows = int(query_start_loc[-1]), int((scheduled == 1).sum())
-        first_tokens, seq_lens = query_start_loc[:-1], computed + scheduled
-        if num_tokens == len(slots):
-            token_slots, positions = slots, computed
-        else:
-            token_slots = np.repeat(slots, scheduled)
-            positions = np.arange(num_tokens) + np.repeat(computed - first_tokens, scheduled)
+        first_tokens, num_tokens = query_start_loc[:-1], int(query_start_loc[-1])
         sampling_rows = samples.nonzero()[0]
         sampling_tokens = query_start_loc[1:][sampling_rows] - 1
         pool_width = self.token_pool.shape[1]
-        sampled_positions = seq_lens[sampling_rows]
-        self.num_tokens[slots[sampling_rows]] = sampled_positions + 1
-        arrays = (
-            positions,
-            token_slots * pool_width + positions,
-            token_slots * self.max_blocks + positions // self.block_size,
-            positions % self.block_size,
-            slots,
-            sampling_tokens,
-            slots[sampling_rows] * pool_width + sampled_positions,
-        )
-        positions_, pool_index, table_index, block_offsets, slots_, sampling_tokens_, sampled_pool_index = upload_all(
-            arrays, self.device
-        )
-        max_seq_len = int(seq_lens.max())
-        lengths = [query_start_loc.astype(np.int32), seq_lens.astype(np.int32)]
-        query_start_loc_, seq_lens_ = upload_all(lengths, self.device)
-        blocks = self.block_table.view(-1).index_select(0, table_index)
-        metadata = AttentionMetadata(
-            query_start_loc=query_start_loc_,
-            seq_lens=seq_lens_,
-            block_table=self.block_table[:, : -(-max_seq_len // self.block_size)].index_select(0, slots_),
-            slot_mapping=blocks.long().mul_(self.block_size).add_(block_offsets),
-            max_query_len=int(scheduled.max()),
-            max_seq_len=max_seq_len,
-            num_decode_rows=num_decode_rows,
-        )
-        return StepInputs(
-            plan_rows=plan_rows,
+        return RowLayout(
+            plan_rows=np.array(rows, dtype=np.int64),
             slots=slots,
-            num_computed_tokens=computed,
             num_scheduled_tokens=scheduled,
             first_tokens=first_tokens,
-            input_ids=self.token_pool.view(-1).index_select(0, pool_index),
-            positions=positions_,
-            metadata=metadata,
             sampling_rows=sampling_rows,
-            sampling_tokens=None if len(sampling_rows) == num_tokens else sampling_tokens_,
-            sampled_pool_index=sampled_pool_index,
+            sampling_slots=slots[sampling_rows],
+            pool_offsets=np.repeat(slots * pool_width, scheduled),
+            table_offsets=np.repeat(slots * self.max_blocks, scheduled),
+            token_offsets=np.arange(num_tokens) - np.repeat(first_tokens, scheduled),
+            sampled_offsets=slots[sampling_rows] * pool_width,
+            query_start_loc=upload(query_start_loc.astype(np.int32), self.device),
+            slot_index=upload(slots, self.device),
+            sampling_tokens=None if len(sampling_rows) == num_tokens else upload(sampling_tokens, self.device),
+            max_query_len=int(scheduled.max()),
+            num_decode_rows=int((scheduled == 1).sum()),
         )
+
+    def _fail_wrong_rows(self, layout: RowLayout, computed: Int64Array) -> bool:
+        """Fail rows that would run tokens which their slot does not hold; whether there are any."""
+        begins, counts = computed[layout.plan_rows], layout.num_scheduled_tokens
+        wrong = (begins < 0) | (begins + counts > self.num_tokens[layout.slots])
+        if not wrong.any():
+            return False
+        for row in wrong.nonzero()[0].tolist():
+            slot = int(layout.slots[row])
+            tokens = f"{counts[row]} tokens from position {begins[row]}"
+            self.slot_errors.setdefault(slot, f"{tokens} were planned; the slot has {self.num_tokens[slot]}")
+            self._cannot_run.add(slot)
+        return True
 
     def _write_request(self, new: NewRequest) -> None:
         """Write a request's tokens and blocks into its slot; `InvalidRequestError` says what cannot be right."""
@@ -210,13 +259,5 @@ class InputBatch:
         if offset + len(block_ids) <= self.max_blocks and min(block_ids) >= 0 and max(block_ids) < self.num_blocks:
             return True
         self.slot_errors.setdefault(slot, f"blocks {block_ids} cannot stand at {offset} of a block table")
+        self._cannot_run.add(slot)
         return False
-
-    def _check_rows(self, slots: Int64Array, computed: Int64Array, scheduled: Int64Array) -> None:
-        """Fail rows that would run tokens which their slot does not hold."""
-        wrong = (computed < 0) | (scheduled < 1) | (computed + scheduled > self.num_tokens[slots])
-        if wrong.any():
-            for row in wrong.nonzero()[0].tolist():
-                slot = int(slots[row])
-                tokens = f"{scheduled[row]} tokens from position {computed[row]}"
-                self.slot_errors.setdefault(slot, f"{tokens} were planned; the slot has {self.num_tokens[slot]}")

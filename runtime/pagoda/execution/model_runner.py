@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pagoda import faults
 from pagoda.execution.input_batch import InputBatch, StepInputs
 from pagoda.models.decoder import DecoderForCausalLM, KVCache
 from pagoda.sampling.logprobs import LogprobTensors, RawDistribution
@@ -48,7 +49,7 @@ class PendingStep:
         self._errors = errors
         self._sampling_plan_rows: list[int] = []
         if inputs is not None:
-            self._sampling_plan_rows = inputs.plan_rows[inputs.sampling_rows].tolist()
+            self._sampling_plan_rows = inputs.layout.plan_rows[inputs.layout.sampling_rows].tolist()
         self._sampled = _downloaded(sampled) if sampled is not None else None
         self._prompt_logprobs = [
             _PromptLogprobs(row.plan_row, row.count, [_downloaded_logprobs(piece) for piece in row.pieces])
@@ -95,6 +96,29 @@ class PendingStep:
             result.prompt_logprobs[row.plan_row] = entries
 
 
+class PendingBurst:
+    """All steps of a burst; `later` holds, for each step after the first, its rows in the plan and the step."""
+
+    def __init__(self, first: PendingStep, later: list[tuple[list[int], PendingStep]]) -> None:
+        self._first = first
+        self._later = later
+
+    def result(self) -> StepResult:
+        """Wait for all steps; a row has the tokens of every step it was in, or the first error it met."""
+        result = self._first.result()
+        for rows, pending in self._later:
+            step = pending.result()
+            for index, row in enumerate(rows):
+                if row in result.errors:
+                    continue
+                result.sampled_token_ids[row] += step.sampled_token_ids[index]
+                if index in step.logprobs:
+                    result.logprobs[row] += step.logprobs[index]
+                if index in step.errors:
+                    result.errors[row] = step.errors[index]
+        return result
+
+
 class ModelRunner:
     """Runs plans. `kv_caches`: one `(k, v)` a layer, see `DecoderForCausalLM.forward`."""
 
@@ -125,11 +149,14 @@ class ModelRunner:
         errors = {
             row: self.batch.slot_errors[slot] for row, slot in enumerate(plan.slots) if slot in self.batch.slot_errors
         }
+        faults.fire("step")
         if inputs is None:
             return PendingStep(plan, errors, self.batch.device)
+        if faults.is_installed("sample"):
+            _fire_sample_faults(plan, errors)
         hidden = self.model.forward(inputs.input_ids, inputs.positions, self.kv_caches, inputs.metadata)
         prompt_logprobs = self._compute_prompt_logprobs(inputs, hidden) if self._prompt_logprobs else []
-        sampled = self._sample(inputs, hidden) if inputs.sampling_rows.size else None
+        sampled = self._sample(inputs, hidden) if inputs.sampled_positions.size else None
         return PendingStep(plan, errors, self.batch.device, inputs, sampled, prompt_logprobs)
 
     def _release(self, slot: int) -> None:
@@ -139,6 +166,7 @@ class ModelRunner:
 
     def _prepare(self, new: NewRequest) -> None:
         """Tell the sampler of a request that enters."""
+        faults.fire("prepare", new.request_id)
         self.sampler.add(new.slot, SlotRequest(new.sampling, new.num_prompt_tokens, new.eos_token_ids))
         if new.sampling.prompt_logprobs is not None:
             count = min(new.sampling.prompt_logprobs, self.batch.vocab_size)
@@ -146,29 +174,29 @@ class ModelRunner:
 
     def _sample(self, inputs: StepInputs, hidden: Tensor) -> SamplerOutput:
         """Sample the rows that have come to their last token, and put their new tokens into the pool."""
-        if inputs.sampling_tokens is not None:
-            hidden = hidden.index_select(0, inputs.sampling_tokens)
-        rows = inputs.sampling_rows
-        positions = inputs.num_computed_tokens[rows] + inputs.num_scheduled_tokens[rows]
-        sampled = self.sampler.sample(self.model.compute_logits(hidden), inputs.slots[rows], positions)
+        if inputs.layout.sampling_tokens is not None:
+            hidden = hidden.index_select(0, inputs.layout.sampling_tokens)
+        logits = self.model.compute_logits(hidden)
+        sampled = self.sampler.sample(logits, inputs.layout.sampling_slots, inputs.sampled_positions)
         self.batch.write_sampled(inputs, sampled.token_ids)
         return sampled
 
     def _compute_prompt_logprobs(self, inputs: StepInputs, hidden: Tensor) -> list[_PromptLogprobs]:
         """Log-probabilities of the prompt tokens that this step's tokens predict, for rows that ask."""
         found: list[_PromptLogprobs] = []
-        for row, slot in enumerate(inputs.slots.tolist()):
+        layout = inputs.layout
+        for row, slot in enumerate(layout.slots.tolist()):
             if slot not in self._prompt_logprobs:
                 continue
             count, num_prompt_tokens = self._prompt_logprobs[slot]
             computed = int(inputs.num_computed_tokens[row])
-            first, last = computed + 1, min(computed + int(inputs.num_scheduled_tokens[row]) + 1, num_prompt_tokens)
+            first, last = computed + 1, min(computed + int(layout.num_scheduled_tokens[row]) + 1, num_prompt_tokens)
             if first >= last:
                 continue
             targets = self.batch.token_pool[slot, first:last]
-            begin = int(inputs.first_tokens[row])
+            begin = int(layout.first_tokens[row])
             pieces = self._logprobs_in_pieces(hidden[begin : begin + len(targets)], targets, count)
-            found.append(_PromptLogprobs(int(inputs.plan_rows[row]), count, pieces))
+            found.append(_PromptLogprobs(int(layout.plan_rows[row]), count, pieces))
         return found
 
     def _logprobs_in_pieces(self, hidden: Tensor, targets: Tensor, count: int) -> list[LogprobTensors]:
@@ -177,6 +205,16 @@ class ModelRunner:
             RawDistribution.of(pad_to_blocks(self.model.compute_logits(states)), count).of_tokens(ids)
             for states, ids in zip(torch.split(hidden, size), torch.split(targets, size), strict=True)
         ]
+
+
+def _fire_sample_faults(plan: StepPlan, errors: dict[int, str]) -> None:
+    """Pass the point `sample` for every row that samples; a fault there ends the row alone."""
+    for row, request_id in enumerate(plan.request_ids):
+        if plan.samples[row]:
+            try:
+                faults.fire("sample", request_id)
+            except Exception as error:
+                errors.setdefault(row, f"the request could not be sampled: {error}")
 
 
 def _downloaded(sampled: SamplerOutput) -> SamplerOutput:

@@ -12,7 +12,7 @@ from pagoda.config.schema import PagodaConfig
 from pagoda.config.values import format_bytes
 from pagoda.errors import ConfigError
 from pagoda.execution.input_batch import InputBatch
-from pagoda.execution.model_runner import ModelRunner, PendingStep
+from pagoda.execution.model_runner import ModelRunner, PendingBurst, PendingStep
 from pagoda.models.config import ModelConfig
 from pagoda.models.decoder import DecoderForCausalLM
 from pagoda.models.loader import Progress, initialize_dummy_weights, load_weights
@@ -85,11 +85,15 @@ class Worker:
         self.runner = self._make_runner(num_blocks, max_model_len or self._longest_sequence(), self._max_num_seqs())
         self._run_largest(self.runner, num_rows=1, num_tokens=min(_WARM_UP_TOKENS, self.runner.batch.max_model_len - 1))
 
-    def execute(self, plan: StepPlan) -> PendingStep:
-        """Run a plan, see `ModelRunner.execute`."""
+    def execute(self, plan: StepPlan) -> PendingStep | PendingBurst:
+        """Run a plan, see `ModelRunner.execute`; all steps of a burst, each on what the one before sampled."""
         if self.runner is None:
             raise RuntimeError("the KV cache is not initialized: no step can run")
-        return self.runner.execute(plan)
+        first = self.runner.execute(plan)
+        if not plan.bursts:
+            return first
+        later = [plan.continuation(index) for index in range(1, max(plan.bursts))]
+        return PendingBurst(first, [(rows, self.runner.execute(step)) for rows, step in later])
 
     def shutdown(self) -> None:
         """Give model and KV cache back."""

@@ -100,7 +100,7 @@ class Sampler:
         """Choose a token for each of N rows; at most one row a slot.
 
         `logits` float32 `[N, vocab_size]` may be changed. `slots` and `positions` int64 `[N]`: the row's slot, and the
-        position that the token will take, which is the number of tokens the request has.
+        position that the token will take, which is the number of tokens the request has. `slots` must not be changed later.
         """
         logits = selection.pad_to_blocks(logits)
         rows, groups = self._rows(slots, positions)
@@ -124,11 +124,11 @@ class Sampler:
 
     def _rows(self, slots: Int64Array, positions: Int64Array) -> tuple[SampledRows, RowGroups]:
         """This step's rows, and their groups: the last step's, if nothing but the positions changed."""
-        if self._groups is None or not np.array_equal(slots, self._slots):
+        if self._groups is None or not (slots is self._slots or np.array_equal(slots, self._slots)):
             self._groups = None  # until all below has succeeded
             self._composition += 1
             self._row_of_slot[self._slots] = -1
-            self._slots = slots.copy()
+            self._slots = slots
             self._row_of_slot[slots] = np.arange(len(slots))
             params = [self._requests[slot].params for slot in slots.tolist()]
             self._groups = make_row_groups(params, self.context)
