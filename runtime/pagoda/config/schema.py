@@ -260,7 +260,9 @@ class PagodaConfig:
         pattern_help="of letters, digits, `_` and `:`, with no digit first",
     )
     fault_injection: str | None = _option(
-        None, "observability", "Faults on purpose, for tests and rehearsals, separated by commas: POINT[@REQUEST_PREFIX][#N]=ACTION."
+        None,
+        "observability",
+        "Faults on purpose, for tests and rehearsals: POINT[@REQUEST_PREFIX][#N]=ACTION, with commas between.",
     )
     log_level: Literal["debug", "info", "warning", "error"] = _option("info", "observability", "Least level logged.")
     log_format: Literal["text", "json"] = _option("text", "observability", "Log lines for people, or one JSON each.")
