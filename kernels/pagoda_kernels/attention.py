@@ -25,7 +25,7 @@ def paged_attention(
     Slots beyond a row's context, the null block included, never influence the result, whatever they hold (NaN too).
 
     Args:
-        query: [T, num_heads, head_dim]; head h reads KV head `h // (num_heads // num_kv_heads)`.
+        query: contiguous [T, num_heads, head_dim]; head h reads KV head `h // (num_heads // num_kv_heads)`.
         k_cache, v_cache: contiguous [num_blocks, num_kv_heads, block_size, head_dim], dtype of `query`.
         metadata: the batch.
         scale: factor of the scores, usually `head_dim ** -0.5`.

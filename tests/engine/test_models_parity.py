@@ -97,8 +97,8 @@ ROPE: dict[str, dict[str, Any]] = {
         "factor": 3.0,
         "original_max_position_embeddings": 80,
         "attention_factor": 0.8,
-        "beta_fast": 16.0,
-        "beta_slow": 2.0,
+        "beta_fast": 4.0,
+        "beta_slow": 0.5,
         "truncate": False,
     },
     "yarn, mscale": {

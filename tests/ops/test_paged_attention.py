@@ -47,12 +47,15 @@ def test_sliding_window_of_any_size(sliding_window: int) -> None:
 
 
 def test_window_reads_no_block_before_it() -> None:
-    case = make_case([(1, 60), (3, 60)])
+    case = make_case([(1, 60), (3, 60)], block_size=8, num_kv_heads=2)
     for row in range(2):
         blocks = case.metadata.block_table[row, :5].long()  # tokens 0 to 39; the windows begin at token 40 or later
         case.k_cache[blocks] = math.nan
         case.v_cache[blocks] = math.nan
     case.assert_matches(sliding_window=16)
+    plan = plan_attention(case.metadata, CacheGeometry.of(case.k_cache), 16)
+    assert [group.pages.numel() for group in plan.decode] == [2 * 3]
+    assert [row.pages.numel() for row in plan.prefill] == [2 * 3]
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf, 3e38])

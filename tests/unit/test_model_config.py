@@ -153,10 +153,9 @@ def test_dtype_in_either_spelling(values: dict[str, Any], dtype: str) -> None:
 
 def test_generation_config_names_eos_tokens_and_sampling_defaults(tmp_path: Path) -> None:
     generation = {"eos_token_id": [5, 7], "do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95}
-    write(tmp_path, config_json(eos_token_id=2, bos_token_id=1), generation)
+    write(tmp_path, config_json(eos_token_id=2), generation)
     config = ModelConfig.from_directory(tmp_path)
     assert config.eos_token_ids == (5, 7)
-    assert config.bos_token_id == 1
     assert config.generation == GenerationDefaults(do_sample=True, temperature=0.6, top_k=20, top_p=0.95)
 
 

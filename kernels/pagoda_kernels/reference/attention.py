@@ -89,7 +89,8 @@ def _prefill(
         group_size = grouped.shape[0]
         keys = row_keys[:, tile.first_key : tile.last_key].expand(group_size, -1, -1, -1)
         values = row_values[:, tile.first_key : tile.last_key].expand(group_size, -1, -1, -1)
-        attended = _attend(grouped, keys, values, tile.mask, scale, soft_cap)
+        # A copy of the mask, since torch's attention on CUDA refuses rows that are not aligned.
+        attended = _attend(grouped, keys, values, tile.mask.contiguous(), scale, soft_cap)
         output[tile.start : tile.stop].view(shape).copy_(attended.permute(2, 1, 0, 3))
 
 

@@ -169,7 +169,7 @@ def _decode_group(
         positions = torch.arange(num_blocks * geometry.block_size, device=table.device)
         seen = (positions >= low.unsqueeze(1)) & (positions < high.unsqueeze(1))
         mask = torch.zeros(seen.shape, dtype=geometry.dtype, device=table.device).masked_fill_(~seen, float("-inf"))
-        mask = mask[:, None, None, first_key:last_key]
+        mask = mask[:, None, None, first_key:last_key].contiguous()
         hidden = ~seen[:, None, :].expand(-1, geometry.num_kv_heads, -1).flatten()
         foreign_slots = hidden.repeat(2).nonzero().squeeze(1)
     return DecodeGroup(

@@ -62,8 +62,6 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     hidden_act: str = "silu"
     dtype: str = "float32"
-    bos_token_id: int | None = None
-    pad_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     generation: GenerationDefaults = field(default_factory=GenerationDefaults)
 
@@ -100,13 +98,9 @@ class ModelConfig:
             raise CheckpointError(f"{where}: quantized checkpoints (quantization_config, {method}) are not supported")
         generation_reader = ConfigReader(generation or {}, generation_where)
         values = {**_common_values(reader), **family.read(reader)}
-        bos_token_ids = reader.token_ids("bos_token_id")
-        pad_token_ids = reader.token_ids("pad_token_id")
         model = cls(
             architecture=family.architecture,
             model_type=family.model_type,
-            bos_token_id=bos_token_ids[0] if bos_token_ids else None,
-            pad_token_id=pad_token_ids[0] if pad_token_ids else None,
             eos_token_ids=generation_reader.token_ids("eos_token_id") or reader.token_ids("eos_token_id"),
             generation=_generation_defaults(generation_reader),
             **values,

@@ -16,5 +16,7 @@ def demo_checkpoint() -> Path:
         CheckpointError: the package was installed without its data files.
     """
     if not (DIRECTORY / "model.safetensors").is_file():
-        raise CheckpointError(f"the built-in demo model is missing from {DIRECTORY}: install pagoda with its data files")
+        raise CheckpointError(
+            f"the built-in demo model is missing from {DIRECTORY}: install pagoda with its data files"
+        )
     return DIRECTORY
