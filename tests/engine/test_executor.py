@@ -171,3 +171,30 @@ def test_low_precision_models_run(checkpoint):
         sequences = [driver.add(name, prompt, GREEDY) for name, prompt in (("a", [1, 2, 3]), ("b", list(range(40))))]
         driver.run_to(3, sequences, chunk=7)
         assert all(sequence.error is None for sequence in sequences)
+
+
+def test_kv_memory_on_a_gpu_is_its_share_less_use_step_and_tables(checkpoint, monkeypatch):
+    """The arithmetic, with a GPU that only says what it holds; the largest step is really run."""
+    config = config_of(checkpoint, gpu_memory_utilization=0.5, max_model_len=63)
+    executor = InProcessExecutor(config, ModelConfig.from_directory(checkpoint))
+    executor.load()
+    worker = executor._worker
+    sizes: list[int] = []
+    forward = worker.model.forward
+
+    def watched(input_ids, *args):
+        sizes.append(len(input_ids))
+        return forward(input_ids, *args)
+
+    monkeypatch.setattr(worker.model, "forward", watched)
+    for name, value in (
+        ("empty_cache", None),
+        ("reset_peak_memory_stats", None),
+        ("memory_reserved", 1_000),
+        ("max_memory_reserved", 21_000),
+        ("mem_get_info", (700_000, 1_000_000)),
+    ):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    tables = 4 * (8 * 64 + 4 * 4)
+    assert worker._profile_cuda() == 500_000 - 300_000 - 20_000 - tables
+    assert sizes == [64, 4]  # max_num_batched_tokens in max_num_seqs rows, then one more token each

@@ -60,6 +60,7 @@ def test_logit_bias_is_added_to_its_tokens():
         ([(5, 0)], [5, 4], 0),  # it was there, but is not any more
         ([(4, 5, 0)], [4, 5], 1),
         ([(4, 5, 0)], [5], 0),  # the sequence is shorter than the beginning
+        ([(5, 5, 0)], [5], 0),
         ([(3, 4, 5, 0), (5, 1)], [4, 5], 0),
         ([(4, 5, 0), (5, 1), (2,)], [4, 5], 3),
     ],

@@ -176,16 +176,16 @@ class Worker:
         self._run_largest(
             self._make_runner(1, num_tokens // num_rows + 2, num_rows), num_rows=num_rows, num_tokens=num_tokens
         )
-        step = torch.cuda.max_memory_reserved() - held
+        step_bytes = torch.cuda.max_memory_reserved() - held
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info()
         blocks_per_row = -(-self._longest_sequence() // self.config.block_size)
-        tables = self._max_num_seqs() * (8 * (self._longest_sequence() + 1) + 4 * blocks_per_row)
-        utilization = self.config.gpu_memory_utilization
-        available = int(total * utilization) - (total - free) - step - tables
+        table_bytes = self._max_num_seqs() * (8 * (self._longest_sequence() + 1) + 4 * blocks_per_row)
+        share = self.config.gpu_memory_utilization
+        available = max(0, int(total * share) - (total - free) - step_bytes - table_bytes)
         logger.info(
-            "memory of the KV cache: %s * %g - %s weights and other use - %s a step - %s tables = %s",
-            *(format_bytes(total), utilization, format_bytes(total - free), format_bytes(step)),
-            *(format_bytes(tables), format_bytes(max(0, available))),
+            "memory of the KV cache: %g of %s - %s in use - %s for a step - %s for tokens and block tables = %s",
+            share,
+            *(format_bytes(size) for size in (total, total - free, step_bytes, table_bytes, available)),
         )
-        return max(0, available)
+        return available

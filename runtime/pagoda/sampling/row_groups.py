@@ -36,10 +36,12 @@ class RankedGroup:
 class OpenGroup:
     """Rows without top-k: their probabilities must be known as a whole. Tensors are `[R]` (`rows`) and `[R, 1]`.
 
+    `host_rows` int64 `[R]` is `rows` on the host.
     `inverse_temperature` is None where all are 1, `min_p` where no row has one. Either all rows have a `top_p` or none.
     """
 
     rows: Tensor
+    host_rows: Int64Array
     inverse_temperature: Tensor | None
     min_p: Tensor | None
     top_p: Tensor | None
@@ -122,8 +124,10 @@ def _open_group(rows: list[int], params: Sequence[SamplingParams], context: Samp
     inverse_temperature = _column([1.0 / params[row].temperature for row in rows], np.float32)
     min_p = _column([params[row].min_p for row in rows], np.float32)
     top_p = _column([params[row].top_p for row in rows], np.float64)
+    host_rows = np.array(rows, dtype=np.int64)
     return OpenGroup(
-        rows=context.upload(np.array(rows, dtype=np.int64)),
+        rows=context.upload(host_rows),
+        host_rows=host_rows,
         inverse_temperature=context.upload(inverse_temperature) if (inverse_temperature != 1.0).any() else None,
         min_p=context.upload(min_p) if min_p.any() else None,
         top_p=context.upload(top_p) if params[rows[0]].top_p < 1.0 else None,

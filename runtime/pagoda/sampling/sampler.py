@@ -169,7 +169,7 @@ class Sampler:
         def draw(attempt: int, indices: list[int]) -> Tensor:
             if attempt == 0:
                 return uniform
-            own = group.rows[indices].cpu().numpy()
+            own = group.host_rows[indices]
             again = self._noise.again(rows.slots[own], rows.positions[own], attempt)
             return self.context.upload(again).unsqueeze(1)
 

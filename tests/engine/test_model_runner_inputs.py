@@ -1,0 +1,167 @@
+"""The inputs of a step against loops over rows and tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pagoda.execution.input_batch import InputBatch
+from pagoda.sampling.params import SamplingParams
+from pagoda.scheduling.plan import NewRequest, StepPlan
+
+MAX_NUM_SEQS, MAX_MODEL_LEN, VOCAB_SIZE, NUM_BLOCKS = 5, 40, 1000, 64
+
+
+@dataclass
+class Held:
+    """What a slot must hold."""
+
+    tokens: list[int]
+    blocks: list[int] = field(default_factory=list)
+    num_computed: int = 0
+
+
+def make_batch(block_size: int) -> InputBatch:
+    return InputBatch(
+        max_num_seqs=MAX_NUM_SEQS,
+        max_model_len=MAX_MODEL_LEN,
+        vocab_size=VOCAB_SIZE,
+        block_size=block_size,
+        num_blocks=NUM_BLOCKS,
+        device=torch.device("cpu"),
+    )
+
+
+def random_plan(random: np.random.Generator, step_id: int, slots: dict[int, Held], block_size: int) -> StepPlan:
+    """Some requests leave, some enter, some run; `slots` becomes what the slots must hold then."""
+    plan = StepPlan(step_id)
+    for slot in list(slots):
+        if random.random() < 0.2 or len(slots[slot].tokens) >= MAX_MODEL_LEN:
+            plan.released_slots.append(slot)
+            del slots[slot]
+    entering = [slot for slot in range(MAX_NUM_SEQS) if slot not in slots and random.random() < 0.5]
+    for slot in random.permutation([*slots, *entering]).tolist():
+        is_new = slot in entering
+        if is_new:
+            slots[slot] = Held(random.integers(0, VOCAB_SIZE, random.integers(1, MAX_MODEL_LEN - 2)).tolist())
+        held = slots[slot]
+        if random.random() < 0.3 and not is_new:
+            continue
+        count = int(random.integers(1, len(held.tokens) - held.num_computed + 1))
+        offset = len(held.blocks)
+        missing = -(-(held.num_computed + count) // block_size) - offset
+        new_blocks = random.integers(1, NUM_BLOCKS, max(0, missing)).tolist()
+        held.blocks += new_blocks
+        if is_new:
+            plan.new_requests.append(
+                NewRequest(slot, str(slot), list(held.tokens), 1, SamplingParams(), (), list(held.blocks), 0)
+            )
+            offset, new_blocks = len(held.blocks), []
+        plan.request_ids.append(str(slot))
+        plan.slots.append(slot)
+        plan.num_computed_tokens.append(held.num_computed)
+        plan.num_scheduled_tokens.append(count)
+        plan.block_offsets.append(offset)
+        plan.new_block_ids.append(new_blocks)
+        held.num_computed += count
+        plan.samples.append(held.num_computed == len(held.tokens))
+    return plan
+
+
+def check(batch: InputBatch, plan: StepPlan, slots: dict[int, Held], block_size: int) -> list[int]:
+    """Hold the inputs of a plan against what they must be; returns the plan's rows that sample, in batch order."""
+    for slot in plan.released_slots:
+        batch.release(slot)
+    for new in plan.new_requests:
+        batch.enter(new, lambda _: None)
+    batch.append_blocks(plan)
+    inputs = batch.build(plan)
+    if not plan.slots:
+        assert inputs is None
+        return []
+    order = sorted(range(len(plan.slots)), key=lambda row: plan.num_scheduled_tokens[row] > 1)
+    tokens, positions, mapping, starts, sampling = [], [], [], [0], []
+    for row in order:
+        held = slots[plan.slots[row]]
+        for position in range(held.num_computed - plan.num_scheduled_tokens[row], held.num_computed):
+            tokens.append(held.tokens[position])
+            positions.append(position)
+            mapping.append(held.blocks[position // block_size] * block_size + position % block_size)
+        starts.append(len(tokens))
+        if plan.samples[row]:
+            sampling.append(row)
+    metadata, layout = inputs.metadata, inputs.layout
+    lengths = [slots[plan.slots[row]].num_computed for row in order]
+    assert layout.plan_rows.tolist() == order
+    assert inputs.input_ids.tolist() == tokens
+    assert inputs.positions.tolist() == positions
+    assert metadata.slot_mapping.tolist() == mapping
+    assert metadata.query_start_loc.tolist() == starts
+    assert metadata.seq_lens.tolist() == lengths
+    assert metadata.max_seq_len == max(lengths)
+    assert metadata.max_query_len == max(plan.num_scheduled_tokens)
+    assert metadata.num_decode_rows == plan.num_scheduled_tokens.count(1)
+    assert metadata.block_table.shape == (len(order), -(-max(lengths) // block_size))
+    for row, table in zip(order, metadata.block_table.tolist(), strict=True):
+        blocks = slots[plan.slots[row]].blocks[: len(table)]
+        assert table == blocks + [0] * (len(table) - len(blocks))
+    assert (metadata.slot_mapping.dtype, metadata.block_table.dtype) == (torch.int64, torch.int32)
+    last_tokens = [starts[order.index(row) + 1] - 1 for row in sampling]
+    found = layout.sampling_tokens
+    assert (list(range(len(tokens))) if found is None else found.tolist()) == last_tokens
+    sampled = torch.arange(len(sampling)) + step_token(plan.step_id)
+    batch.write_sampled(inputs, sampled)
+    for row, token in zip(sampling, sampled.tolist(), strict=True):
+        slots[plan.slots[row]].tokens.append(token)
+    return sampling
+
+
+def step_token(step_id: int) -> int:
+    return 20 * step_id % (VOCAB_SIZE - MAX_NUM_SEQS)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.sampled_from([1, 4, 16]))
+def test_step_inputs_are_what_loops_over_rows_and_tokens_would_make_them(seed, block_size):
+    random = np.random.default_rng(seed)
+    batch, slots = make_batch(block_size), {}
+    for step_id in range(12):
+        check(batch, random_plan(random, step_id, slots, block_size), slots, block_size)
+
+
+def test_layout_is_kept_while_the_same_rows_decode_and_made_again_when_they_change():
+    batch = make_batch(4)
+    slots = {slot: Held([slot + 1] * 3) for slot in range(3)}
+    prefill = StepPlan(
+        0, slots=[0, 1, 2], num_computed_tokens=[0] * 3, num_scheduled_tokens=[3] * 3, samples=[True] * 3
+    )
+    prefill.new_requests = [
+        NewRequest(slot, str(slot), held.tokens, 3, SamplingParams(), (), [slot + 1, slot + 9], 0)
+        for slot, held in slots.items()
+    ]
+    prefill.new_block_ids, prefill.block_offsets = [[], [], []], [2, 2, 2]
+    for new in prefill.new_requests:
+        batch.enter(new, lambda _: None)
+    first = batch.build(prefill)
+
+    def decode(rows: list[int], computed: int) -> StepPlan:
+        return StepPlan(
+            computed,
+            slots=rows,
+            num_computed_tokens=[computed] * len(rows),
+            num_scheduled_tokens=[1] * len(rows),
+            samples=[True] * len(rows),
+        )
+
+    second, third = batch.build(decode([0, 1, 2], 3)), batch.build(decode([0, 1, 2], 4))
+    assert first.layout is not second.layout
+    assert second.layout is third.layout
+    assert third.positions.tolist() == [4, 4, 4]
+    assert third.metadata.slot_mapping.tolist() == [36, 40, 44]
+    assert batch.build(decode([0, 2], 5)).layout is not third.layout
+    assert batch.build(decode([0, 2], 9)) is None  # tokens nobody knows
+    assert set(batch.slot_errors) == {0, 2}
