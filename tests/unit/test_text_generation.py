@@ -268,4 +268,5 @@ async def test_checkpoint_says_what_ends_generation_and_how_to_sample(tmp_path):
         assert generator.eos_token_ids == eos
         assert generator.default_sampling == sampling
         assert generator.default_max_tokens == 11
+        assert pool.max_model_len == 200  # the first chat is bounded too
         await pool.shutdown()

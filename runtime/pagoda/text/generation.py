@@ -58,6 +58,8 @@ class TextGenerator:
         Raises `CheckpointError` when the checkpoint's configuration cannot be read.
         """
         defaults = read_checkpoint_defaults(config)
+        if client.ready is not None:
+            pool.max_model_len = client.ready.max_model_len
         return cls(
             client,
             pool,
