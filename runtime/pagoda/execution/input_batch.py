@@ -34,10 +34,10 @@ class RowLayout:
 
     Rows are in batch order: those with one token first. On the host, int64: of each row its index in the plan
     (`plan_rows`), its slot, its number of tokens and the index of its first token in the batch, `[R]`; `sampling_rows`, rows
-    that sample, and their slots, `[S]`; for each token where its slot begins in the flattened token pool and block table, and
-    how far it is behind its row's first one, `[T]`; `sampled_offsets` `[S]`, where the slots of the rows that sample begin in
-    the pool. On the device: `query_start_loc` int32 `[R + 1]`, `slot_index` int64 `[R]`, and `sampling_tokens` int64 `[S]`,
-    the last tokens of the rows that sample, or None if these are all tokens in order.
+    that sample, their rows in the plan and their slots, `[S]`; for each token where its slot begins in the flattened token
+    pool and block table, and how far it is behind its row's first one, `[T]`; `sampled_offsets` `[S]`, where the slots of the
+    rows that sample begin in the pool. On the device: `query_start_loc` int32 `[R + 1]`, `slot_index` int64 `[R]`, and
+    `sampling_tokens` int64 `[S]`, the last tokens of the rows that sample, or None if these are all tokens in order.
     """
 
     plan_rows: Int64Array
@@ -45,6 +45,7 @@ class RowLayout:
     num_scheduled_tokens: Int64Array
     first_tokens: Int64Array
     sampling_rows: Int64Array
+    sampling_plan_rows: list[int]
     sampling_slots: Int64Array
     pool_offsets: Int64Array
     table_offsets: Int64Array
@@ -212,6 +213,7 @@ class InputBatch:
             num_scheduled_tokens=scheduled,
             first_tokens=first_tokens,
             sampling_rows=sampling_rows,
+            sampling_plan_rows=[rows[index] for index in sampling_rows],
             sampling_slots=slots[sampling_rows],
             pool_offsets=np.repeat(slots * pool_width, scheduled),
             table_offsets=np.repeat(slots * self.max_blocks, scheduled),

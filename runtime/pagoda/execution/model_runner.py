@@ -47,9 +47,7 @@ class PendingStep:
         self._step_id = plan.step_id
         self._num_rows = len(plan.slots)
         self._errors = errors
-        self._sampling_plan_rows: list[int] = []
-        if inputs is not None:
-            self._sampling_plan_rows = inputs.layout.plan_rows[inputs.layout.sampling_rows].tolist()
+        self._sampling_plan_rows = inputs.layout.sampling_plan_rows if inputs is not None else []
         self._sampled = _downloaded(sampled) if sampled is not None else None
         self._prompt_logprobs = [
             _PromptLogprobs(row.plan_row, row.count, [_downloaded_logprobs(piece) for piece in row.pieces])
@@ -71,6 +69,8 @@ class PendingStep:
         token_ids = sampled.token_ids.tolist()
         for index, plan_row in enumerate(self._sampling_plan_rows):
             result.sampled_token_ids[plan_row] = [token_ids[index]]
+        for plan_row in result.errors:
+            result.sampled_token_ids[plan_row] = []
         if not np.isfinite(sampled.best_logits.numpy()).all():
             for plan_row, best_logit in zip(self._sampling_plan_rows, sampled.best_logits.tolist(), strict=True):
                 error = row_error(best_logit)
