@@ -7,7 +7,7 @@ from enum import StrEnum
 
 
 class FinishReason(StrEnum):
-    """Why a request ended. Exactly one reaches the client for every accepted request (DESIGN §2, invariant 2)."""
+    """Why a request ended. Exactly one reaches the client for every accepted request (docs/architecture.md, invariant 2)."""
 
     STOP = "stop"
     LENGTH = "length"
