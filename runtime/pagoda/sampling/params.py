@@ -19,8 +19,8 @@ class SamplingParams:
     """How the next token is chosen and when generation ends; names and meaning are vLLM's.
 
     Construction validates: `InvalidRequestError` names the field, its value and the allowed range. `max_tokens=None` means
-    "not given" and is resolved at admission (docs/architecture.md, invariant 4); the engine reads `EngineRequest.max_tokens` only.
-    `temperature == 0` is greedy. `top_k` of 0 or -1 switches top-k off. Text fields (`stop`, `bad_words`,
+    "not given" and is resolved at admission (docs/architecture.md, invariant 4); the engine reads `EngineRequest.max_tokens`
+    only. `temperature == 0` is greedy. `top_k` of 0 or -1 switches top-k off. Text fields (`stop`, `bad_words`,
     `skip_special_tokens`, `include_stop_str_in_output`) are the text layer's; it turns `bad_words` into
     `bad_words_token_ids` before the engine sees them. Ids are checked against the vocabulary at admission.
     """
