@@ -142,7 +142,6 @@ class ModelRunner:
         for slot in plan.released_slots:
             self._release(slot)
         for new in plan.new_requests:
-            self._prompt_logprobs.pop(new.slot, None)
             self.batch.enter(new, self._prepare)
         self.batch.append_blocks(plan)
         inputs = self.batch.build(plan)
