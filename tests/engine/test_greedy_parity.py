@@ -78,6 +78,7 @@ def core(request: pytest.FixtureRequest, family: Family) -> Iterator[EngineCore]
         model=str(family.directory),
         device="cpu",
         dtype="float32",
+        threads=1,
         block_size=block_size,
         max_num_batched_tokens=chunk,
         max_num_seqs=min(16, chunk),
