@@ -6,15 +6,17 @@ import json
 import socket
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
 from pagoda.engine.health import EngineState
-from pagoda.errors import ErrorKind
+from pagoda.errors import ConfigError, ErrorKind
 from pagoda.serving.rest import event_stream
 from tests.support.rest_harness import RestHarness
+from tests.support.tls import write_self_signed_certificate
 
 INFER_BODY = {
     "inputs": [{"name": "text_input", "datatype": "BYTES", "shape": [2], "data": ["a", "b"]}],
@@ -283,3 +285,18 @@ def test_errors_and_requests_are_counted(harness: RestHarness) -> None:
     assert 'pagoda_request_success_total{finished_reason="length",model_name="demo"} 1.0' in metrics
     assert 'pagoda_request_errors_total{kind="invalid_request",model_name="demo"} 1.0' in metrics
     assert 'pagoda_generation_tokens_total{model_name="demo"} 3.0' in metrics
+
+
+def test_https_with_the_configured_certificate(tmp_path: Path) -> None:
+    certificate, key = write_self_signed_certificate(tmp_path, "localhost")
+    with RestHarness(ssl_certfile=str(certificate), ssl_keyfile=str(key)) as harness:
+        assert harness.url.startswith("https://")
+        assert harness.client.post("/v2/models/demo/generate", json=GENERATE_BODY).status_code == 200
+        with pytest.raises(httpx.RemoteProtocolError):
+            httpx.get(harness.url.replace("https", "http") + "/health")
+
+
+def test_a_certificate_that_cannot_be_read_is_a_configuration_error(tmp_path: Path) -> None:
+    missing = str(tmp_path / "none.pem")
+    with pytest.raises(ConfigError, match="ssl_certfile"), RestHarness(ssl_certfile=missing, ssl_keyfile=missing):
+        pass

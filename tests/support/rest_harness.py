@@ -60,7 +60,8 @@ class RestHarness:
     def __enter__(self) -> RestHarness:
         self._thread.start()
         self.run(self._start)
-        self.client = httpx.Client(base_url=self.url, timeout=20)
+        # Certificates of tests are signed by nobody; localhost is never asked through a proxy.
+        self.client = httpx.Client(base_url=self.url, timeout=20, verify=False, trust_env=False)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -71,7 +72,8 @@ class RestHarness:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        scheme = "https" if self.config.ssl_certfile else "http"
+        return f"{scheme}://127.0.0.1:{self.port}"
 
     def run(self, make: Callable[..., Awaitable[T]], *arguments: Any) -> T:
         """The result of a coroutine function, run in the server's loop."""
@@ -114,6 +116,9 @@ class RestHarness:
         listener = listen(self.config)
         self.port = listener.getsockname()[1]
         self._serving = asyncio.ensure_future(self.server.serve(listener))
+        await asyncio.wait((self._serving,), timeout=0.01)
+        if self._serving.done():
+            self._serving.result()
         self.pool = TokenizerPool.from_config(self.config)
         self.engine.health.enter_stage("weights")
         await self.pool.start()

@@ -62,8 +62,9 @@ def tensor_from_values(name: str, datatype: str, shape: Sequence[int], values: o
     if not isinstance(values, list):
         raise InvalidRequestError(f"input {name!r}: data must be a list, got {type(values).__name__}", name)
     flat = _flatten(name, values, dimensions)
-    for value in flat:
-        _check_element(name, datatype, value)
+    if not _are_plainly_right(datatype, flat):
+        for value in flat:
+            _check_element(name, datatype, value)
     return Tensor(name, datatype, dimensions, flat)
 
 
@@ -126,22 +127,33 @@ def _checked_shape(name: str, datatype: str, shape: Sequence[int]) -> tuple[int,
 def _flatten(name: str, values: list[Any], shape: tuple[int, ...]) -> list[Any]:
     """`values` as a flat list; nesting, where there is any, must follow `shape`."""
     flat = values
-    if any(isinstance(value, list) for value in values):
+    if list in set(map(type, values)):
         for depth, size in enumerate(shape):
             is_last = depth == len(shape) - 1
             if depth == 0:
                 matches = len(flat) == size
             else:
-                matches = all(isinstance(value, list) and len(value) == size for value in flat)
+                matches = set(map(type, flat)) <= {list} and all(len(value) == size for value in flat)
                 if matches:
                     flat = [element for value in flat for element in value]
-            if not matches or (is_last and any(isinstance(value, list) for value in flat)):
+            if not matches or (is_last and list in set(map(type, flat))):
                 raise InvalidRequestError(f"input {name!r}: data is not nested as shape {list(shape)} says", name)
     if len(flat) != math.prod(shape):
         raise InvalidRequestError(
             f"input {name!r}: shape {list(shape)} needs {math.prod(shape)} elements, got {len(flat)}", name
         )
     return flat
+
+
+def _are_plainly_right(datatype: str, values: list[Any]) -> bool:
+    """Whether all elements are what nearly all are; quick, because a prompt of token ids may have a million of them."""
+    types = set(map(type, values))
+    if datatype == BYTES:
+        return types <= {str, bytes}
+    if datatype in INTEGER_DATATYPES and types == {int}:
+        low, high = _INTEGER_RANGES[datatype]
+        return low <= min(values) and max(values) <= high
+    return False
 
 
 def _check_element(name: str, datatype: str, value: object) -> None:

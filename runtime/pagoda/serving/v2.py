@@ -236,10 +236,10 @@ def _token_ids(values: list[Any]) -> list[int]:
     """Ids that are integers from 0; whether the vocabulary has them is checked at admission."""
     if not values:
         raise InvalidRequestError(f"{INPUT_IDS} must hold at least one token id", INPUT_IDS)
-    for value in values:
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**31:
-            raise InvalidRequestError(f"{INPUT_IDS} must hold token ids from 0, got {shown(value)}", INPUT_IDS)
-    return values
+    if set(map(type, values)) == {int} and min(values) >= 0 and max(values) < 2**31:
+        return values
+    wrong = next(value for value in values if type(value) is not int or not 0 <= value < 2**31)
+    raise InvalidRequestError(f"{INPUT_IDS} must hold token ids from 0, got {shown(wrong)}", INPUT_IDS)
 
 
 def _column(tensor: Tensor, num_prompts: int) -> list[Any]:

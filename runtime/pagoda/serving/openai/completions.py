@@ -147,7 +147,7 @@ def split_prompt(prompt: object) -> list[str | list[int]]:
 
 
 def _ids(entry: object) -> list[int]:
-    if not isinstance(entry, list) or not entry or not all(0 <= token_id < 2**31 for token_id in entry):
+    if not isinstance(entry, list) or not entry or min(entry) < 0 or max(entry) >= 2**31:
         raise InvalidRequestError("a prompt of token ids must hold at least one id, and none below 0", "prompt")
     return entry
 
