@@ -6,16 +6,17 @@ from dataclasses import dataclass
 from random import Random
 
 import torch
-from generate_data import LONG, Mixture, Pieces, document
+from generate_data import EARLY, LONG, Mixture, Pieces, document
 from tokenizers import Tokenizer
 
 # Row lengths and their shares, by the part of the run they hold from: short rows first, long recall when lookup works.
 CURRICULUM: list[tuple[float, dict[int, float]]] = [
-    (0.00, {256: 0.8, 512: 0.2}),
-    (0.15, {256: 0.5, 512: 0.3, 1024: 0.2}),
-    (0.40, {256: 0.4, 512: 0.2, 1024: 0.15, 2048: 0.25}),
+    (0.00, {256: 1.0}),
+    (0.15, {256: 0.6, 512: 0.25, 1024: 0.15}),
+    (0.40, {256: 0.5, 512: 0.15, 1024: 0.15, 2048: 0.2}),
 ]
-TOKENS_EARLY, TOKENS_LATE, LATE = 6144, 8192, 0.4
+TOKENS_PER_STEP = 4096
+EARLY_UNTIL = 0.04  # part of the run with the early mixture
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,12 @@ class BatchMaker:
         return sum(len(self.encode(text)) for text, _ in pieces) <= room
 
     def make(self, step: int, progress: float) -> Batch:
-        """The batch of `step`; `progress` (0 to 1) chooses the lengths and the size."""
+        """The batch of `step`; `progress` (0 to 1) chooses the lengths."""
         shares = [shares for start, shares in CURRICULUM if progress >= start][-1]
         length = Random(f"{self.seed}/{step}").choices(list(shares), list(shares.values()))[0]
-        rows = max(1, (TOKENS_EARLY if progress < LATE else TOKENS_LATE) // length // self.ranks)
+        rows = max(1, TOKENS_PER_STEP // length // self.ranks)
         random = Random(f"{self.seed}/{step}/{self.rank}")
-        mixture = LONG if length >= 1024 else Mixture()
+        mixture = LONG if length >= 1024 else EARLY if progress < EARLY_UNTIL else Mixture()
         input_ids = torch.zeros(rows, length, dtype=torch.int64)
         positions, targets, weights = [], [], []
         for row in range(rows):

@@ -12,7 +12,7 @@ from random import Random
 
 import tokenizer as text_format
 from recall import ask_many, ask_one, fact_sheet
-from skills import SKILLS, draw, is_held_out, sum_key
+from skills import SKILLS, draw, is_held_out, sequence, sum_key
 from stories import story
 from tools import TOOLS, system_text, tool_item
 
@@ -30,11 +30,31 @@ Pieces = list[tuple[str, float]]  # text and the weight of its tokens in the los
 class Mixture:
     """Shares of the kinds of documents."""
 
-    conversation: float = 0.50
-    tools: float = 0.10
-    recall: float = 0.25
-    drill: float = 0.10
-    story: float = 0.05
+    conversation: float = 0.43
+    tools: float = 0.07
+    recall: float = 0.20
+    drill: float = 0.18
+    repeats: float = 0.08
+    story: float = 0.04
+
+
+EARLY = Mixture(conversation=0.34, tools=0.04, recall=0.20, drill=0.08, repeats=0.32, story=0.02)  # looking back first
+LONG = Mixture(
+    conversation=0.15, tools=0.05, recall=0.74, drill=0.02, repeats=0.02, story=0.02
+)  # rows from 1024 tokens
+Pieces = list[tuple[str, float]]  # text and the weight of its tokens in the loss
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Shares of the kinds of documents."""
+
+    conversation: float = 0.43
+    tools: float = 0.07
+    recall: float = 0.20
+    drill: float = 0.18
+    repeats: float = 0.08
+    story: float = 0.04
 
 
 LONG = Mixture(conversation=0.15, tools=0.05, recall=0.75, drill=0.03, story=0.02)  # for rows of 1024 tokens and more
@@ -106,6 +126,16 @@ def drill(random: Random, room: int, fits: Callable[[Pieces], bool]) -> Pieces:
         pieces += line
 
 
+def repeats(random: Random, room: int, fits: Callable[[Pieces], bool]) -> Pieces:
+    """A list of words or numbers again and again, the densest way to learn to look back; its first time is not learnt."""
+    words = sequence(random, 3, 24)
+    line = "".join(f" {word}" for word in words) + "\n"
+    pieces: Pieces = [(line, 0.0)]
+    while fits([*pieces, (line, 1.0)]):
+        pieces.append((line, 1.0))
+    return pieces
+
+
 def stories(random: Random, room: int, fits: Callable[[Pieces], bool]) -> Pieces:
     """Stories one after the other, each ended by the end-of-text token."""
     pieces: Pieces = []
@@ -136,6 +166,7 @@ KINDS: dict[str, Callable[[Random, int, Callable[[Pieces], bool]], Pieces]] = {
     "tools": tool_conversation,
     "recall": recall_conversation,
     "drill": drill,
+    "repeats": repeats,
     "story": stories,
 }
 

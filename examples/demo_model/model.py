@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as functional
 from torch import nn
 
+OUTPUT_SCALE = 0.02
+
 
 @dataclass(frozen=True)
 class ModelShape:
@@ -18,10 +20,10 @@ class ModelShape:
 
     vocab_size: int = 2048
     hidden_size: int = 192
-    intermediate_size: int = 576
+    intermediate_size: int = 512
     num_hidden_layers: int = 4
-    num_attention_heads: int = 6
-    num_key_value_heads: int = 2
+    num_attention_heads: int = 8
+    num_key_value_heads: int = 4
     head_dim: int = 32
     rope_theta: float = 1_000_000.0
     rms_norm_eps: float = 1e-5
@@ -117,11 +119,6 @@ class DemoModel(nn.Module):
         self.model = Decoder(shape)
         self.register_buffer("rope", rope_table(shape), persistent=False)
         self.apply(initialise)
-        residual_scale = (2 * shape.num_hidden_layers) ** -0.5
-        with torch.no_grad():
-            for layer in self.model.layers:
-                layer.self_attn.o_proj.weight.mul_(residual_scale)
-                layer.mlp.down_proj.weight.mul_(residual_scale)
 
     def hidden(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Final hidden states [batch, length, hidden_size] of `input_ids` int64 [batch, length]."""
@@ -147,11 +144,15 @@ class DemoModel(nn.Module):
 
 
 def initialise(module: nn.Module) -> None:
-    """Normal(0, 0.02) embedding; linear layers scaled by their fan-in."""
+    """Linear layers scaled by their fan-in, those that write to the residual stream small; embedding of norm about one."""
     if isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, std=module.in_features**-0.5)
     elif isinstance(module, nn.Embedding):
-        nn.init.normal_(module.weight, std=0.02)
+        nn.init.normal_(module.weight, std=module.embedding_dim**-0.5)
+    elif isinstance(module, DecoderLayer):  # visited after its parts
+        with torch.no_grad():
+            module.self_attn.o_proj.weight.mul_(OUTPUT_SCALE)
+            module.mlp.down_proj.weight.mul_(OUTPUT_SCALE)
 
 
 def rope_table(shape: ModelShape) -> torch.Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-MUON_RATE, ADAM_RATE = 0.02, 3e-3
+MUON_RATE, ADAM_RATE = 0.006, 6e-4
 MOMENTUM, WEIGHT_DECAY = 0.95, 0.02
 
 

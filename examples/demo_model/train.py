@@ -25,13 +25,14 @@ from batches import BatchMaker
 from export import export
 from generate_data import texts
 from lexicon import KEY_WORDS
+from lookup_init import sketch_lookup
 from model import DemoModel, ModelShape
 from optimizer import Optimizer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from tokenizer import save, train
 from tokenizers import Tokenizer
 
-WARMUP_STEPS, DECAY_START = 60, 0.8
+WARMUP_STEPS, DECAY_START = 60, 0.75
 TOKENIZER_DOCUMENTS = 3000
 
 
@@ -98,7 +99,9 @@ def run(arguments: argparse.Namespace, rank: int, ranks: int) -> None:
     if ranks > 1:
         distributed.barrier()
     tokenizer = prepare_tokenizer(arguments.output, arguments.seed, shape)
-    model = DemoModel(shape).to(device)
+    model = DemoModel(shape)
+    sketch_lookup(model)
+    model.to(device)
     trainer = Trainer(BatchMaker(tokenizer, arguments.seed, rank, ranks), model, Optimizer(model), device)
     state = load_run(arguments.output, model, trainer.optimizer, device)
     saved_at = state.seconds
