@@ -113,6 +113,27 @@ def test_logprobs_have_one_entry_a_token_and_offsets_into_the_text(client: opena
     assert all(1 <= len(top) <= 3 for top in logprobs.top_logprobs)
 
 
+def test_a_character_left_half_counts_in_the_offsets_behind_it(harness: RestHarness, client: openai.OpenAI) -> None:
+    half = harness.client.post("/tokenize", json={"prompt": "🙂"}).json()["tokens"][0]
+    letter = harness.client.post("/tokenize", json={"prompt": "a"}).json()["tokens"][0]
+    answer = client.completions.create(model="demo", prompt=[half, letter], max_tokens=4, logprobs=0)
+    assert answer.choices[0].text == "\ufffda\ufffda"
+    assert answer.choices[0].logprobs is not None
+    assert answer.choices[0].logprobs.text_offset == [0, 1, 2, 3]
+
+
+def test_usage_counts_what_a_prompt_found_in_the_prefix_cache_once(harness: RestHarness, client: openai.OpenAI) -> None:
+    harness.engine.num_cached_tokens = 2
+    try:
+        answer = client.completions.create(model="demo", prompt=[[70, 71, 72], [73, 74, 75]], max_tokens=1, n=2)
+    finally:
+        harness.engine.num_cached_tokens = 0
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens == 6
+    assert answer.usage.prompt_tokens_details is not None
+    assert answer.usage.prompt_tokens_details.cached_tokens == 4
+
+
 def test_echoed_logprobs_cover_the_prompt_and_its_first_token_has_none(client: openai.OpenAI) -> None:
     answer = client.completions.create(model="demo", prompt=[70, 71, 72], max_tokens=2, logprobs=1, echo=True, n=2)
     for choice in answer.choices:

@@ -16,8 +16,9 @@ class FakeEngineClient(EngineClient):
     """Answers a prompt with its own tokens from the front, over and over, until the length limit or a stop token.
 
     Knobs: `step_seconds` between tokens; `hold`, cleared, stops every request before its next token; `fail_after` ends each
-    request with an error after so many tokens; `max_requests` bounds what may run. Records: `submitted` requests, and the ids
-    of those that were `aborted`, which is closed by the reader or cancelled before they were finished.
+    request with an error after so many tokens; `max_requests` bounds what may run; `num_cached_tokens` is what every prompt
+    is said to have found. Records: `submitted` requests, and the ids of those that were `aborted`, which is closed by the
+    reader or cancelled before they were finished.
     """
 
     def __init__(self, *, max_model_len: int = 128, vocab_size: int = 512) -> None:
@@ -36,6 +37,7 @@ class FakeEngineClient(EngineClient):
         self.hold.set()
         self.fail_after: tuple[int, ErrorKind] | None = None
         self.max_requests: int | None = None
+        self.num_cached_tokens = 0
         self.submitted: list[EngineRequest] = []
         self.aborted: list[str] = []
         self.num_running = 0
@@ -68,6 +70,7 @@ class FakeEngineClient(EngineClient):
                     prompt_logprobs=self._prompt_logprobs(request) if position == 0 else None,
                     finish_reason=reason,
                     stop_reason=stop_reason,
+                    num_cached_tokens=self.num_cached_tokens,
                     scheduled_time=request.arrival_time,
                 )
                 if is_over:
