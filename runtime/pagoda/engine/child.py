@@ -20,7 +20,6 @@ from pagoda.engine.progress_board import EngineProgress, ProgressBoard
 # Dumps the stacks of all threads to the child's stderr, without ending it (see `engine.process`).
 STACKS_SIGNAL = signal.SIGUSR1
 
-_EXIT_SECONDS = 5.0  # from the end of the connection to the end of the process; then it is killed
 _STACKS_SECONDS = 0.5
 
 
@@ -42,6 +41,7 @@ class CoreChild:
         self._board = board
         self._reader = reader
         self._writer = writer
+        self.is_connected = True
 
     @classmethod
     async def start(cls, config: PagodaConfig) -> CoreChild:
@@ -69,6 +69,11 @@ class CoreChild:
         """The core's last sign of life, read from shared memory."""
         return self._board.read()
 
+    @property
+    def num_unsent_bytes(self) -> int:
+        """Bytes of messages that the core has not taken yet."""
+        return self._writer.transport.get_write_buffer_size()
+
     def send(self, message: wire.Message) -> None:
         """Queue a message; one to a core that is gone is dropped, for its end is news enough."""
         if not self._writer.is_closing():
@@ -80,6 +85,7 @@ class CoreChild:
             header = await self._reader.readexactly(wire.HEADER.size)
             return wire.decode(header, await self._reader.readexactly(wire.payload_size(header)))
         except (asyncio.IncompleteReadError, ConnectionError):
+            self.is_connected = False
             return None
 
     async def kill(self, *, dump_stacks: bool = False) -> None:
@@ -87,16 +93,18 @@ class CoreChild:
         with suppress(ProcessLookupError):
             if dump_stacks:
                 os.kill(self.pid, STACKS_SIGNAL)
+                os.kill(self.pid, signal.SIGCONT)  # a stopped process would keep them to itself
                 await asyncio.sleep(_STACKS_SECONDS)
             os.kill(self.pid, signal.SIGKILL)  # ends a stopped process too
 
-    async def reap(self) -> str:
-        """Wait for the process, by force if it lingers, free what it held, and say how it ended."""
-        deadline = time.monotonic() + _EXIT_SECONDS
+    async def reap(self, patience: float) -> str:
+        """Wait for the process, by force after `patience` seconds, free what it held, and say how it ended."""
+        deadline = time.monotonic() + patience
         while self.process.poll() is None:
             if time.monotonic() > deadline:
                 await self.kill()
             await asyncio.sleep(0.01)
+        self.is_connected = False
         self._writer.close()
         self._board.close()
         code = self.process.returncode

@@ -30,11 +30,13 @@ from pagoda.engine.messages import (
     Shutdown,
 )
 from pagoda.engine.progress_board import EngineProgress
+from pagoda.engine.restarts import RestartPolicy
 from pagoda.engine.service_rate import ServiceRate
-from pagoda.engine.watchdog import describe_stall
+from pagoda.engine.watchdog import StallWatch
 from pagoda.errors import (
     EngineDeadError,
     EngineNotReadyError,
+    ErrorKind,
     InvalidRequestError,
     PagodaError,
     QueueFullError,
@@ -44,10 +46,9 @@ from pagoda.errors import (
 logger = logging.getLogger(__name__)
 
 _SHUTDOWN_SECONDS = 5.0
+_EXIT_SECONDS = 0.5  # from the end of a lost core's connection to the end of its process; then it is killed
 _WATCH_SECONDS = 0.25
-_FIRST_BACK_OFF_SECONDS = 0.5
-_LONGEST_BACK_OFF_SECONDS = 30.0
-_HEALTHY_SECONDS = 600.0  # a core that lived this long has earned its restarts back
+_MAX_UNSENT_BYTES = 64 * 2**20  # requests that a core which does not read has not taken; past that no more are
 
 
 class EngineClient(ABC):
@@ -60,6 +61,11 @@ class EngineClient(ABC):
         self.health = EngineHealth()
         self.ready: EngineReady | None = None
         self.stats = EngineStats()
+
+    @property
+    def progress(self) -> EngineProgress | None:
+        """The core's last sign of life, while there is a core that gives any."""
+        return None
 
     @abstractmethod
     async def start(self) -> None:
@@ -86,9 +92,12 @@ class ProcessEngineClient(EngineClient):
         self._config = config
         self._mailboxes: dict[str, Mailbox] = {}
         self._service_rate = ServiceRate()
+        self._restarts = RestartPolicy(config.on_engine_failure, config.max_engine_restarts)
+        self._pause: float | None = None  # before the next core; None: there will be none
         self._child: CoreChild | None = None
+        self._is_lost = False  # the core is of no use any more, though its process may still be there
         self._supervising: asyncio.Task[None] | None = None
-        self._failure: PagodaError | None = None
+        self._started: asyncio.Future[EngineReady] | None = None
         self._is_ending = False
 
     @property
@@ -110,18 +119,16 @@ class ProcessEngineClient(EngineClient):
 
     async def submit(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
         """See `EngineClient.submit`."""
-        self._admit(request)
-        child = self._child
-        assert child is not None
+        child = self._admit(request)
         mailbox = self._mailboxes[request.request_id] = Mailbox()
-        child.send(request)
         is_over = False
         try:
+            child.send(request)
             while not is_over:
                 output = await mailbox.get()
                 is_over = output.finish_reason is not None
                 if output.error_kind is not None:
-                    raise error_of(output.error_kind, output.error or "the request failed")
+                    raise self._error_of(output.error_kind, output.error or "the request failed")
                 yield output
         finally:
             # The one place where a request leaves: ended, failed, closed by its reader or cancelled.
@@ -129,114 +136,137 @@ class ProcessEngineClient(EngineClient):
             if not is_over:
                 child.send(AbortRequests([request.request_id]))
 
-    def _admit(self, request: EngineRequest) -> None:
+    def _admit(self, request: EngineRequest) -> CoreChild:
+        """The core that takes the request, or the error that says why none does."""
         if self.health.state is EngineState.DEAD:
             raise EngineDeadError(f"the engine is dead: {self.health.cause}")
-        if not self.health.accepts_requests or self.ready is None:
+        child = self._child
+        if not self.health.accepts_requests or self.ready is None or child is None or not child.is_connected:
             raise EngineNotReadyError(f"the engine is {self.health.state} (stage: {self.health.stage})")
         if request.request_id in self._mailboxes:
             raise InvalidRequestError(f"a request with id {request.request_id!r} is running already", "request_id")
         waiting = len(self._mailboxes) - self.ready.max_num_seqs
         if waiting >= self._config.max_num_waiting:
-            raise QueueFullError(
-                f"{waiting} requests are waiting, as many as max_num_waiting allows",
-                self._service_rate.seconds_until_served(waiting),
+            raise self._error_of(
+                ErrorKind.QUEUE_FULL, f"{waiting} requests are waiting, as many as max_num_waiting allows"
             )
+        if child.num_unsent_bytes > _MAX_UNSENT_BYTES:
+            raise self._error_of(ErrorKind.QUEUE_FULL, "the engine is behind with reading its requests")
+        return child
+
+    def _error_of(self, kind: ErrorKind, message: str) -> PagodaError:
+        if kind is ErrorKind.QUEUE_FULL:
+            waiting = len(self._mailboxes) - (self.ready.max_num_seqs if self.ready is not None else 0)
+            return QueueFullError(message, self._service_rate.seconds_until_served(waiting))
+        return error_of(kind, message)
 
     def _deliver(self, news: EngineOutputs) -> None:
+        if news.stats.degradation != self.stats.degradation:
+            self._note_degradation(news.stats.degradation)
         self.stats = news.stats
         for output in news.outputs:
-            if output.finish_reason is not None:
+            if output.finish_reason is not None and output.error_kind is None:
                 self._service_rate.count(news.timestamp)
             mailbox = self._mailboxes.get(output.request_id)
             if mailbox is not None:  # else its reader has left, and the abort is on its way
                 mailbox.put(output)
 
+    def _note_degradation(self, degradation: str) -> None:
+        if self.health.accepts_requests:
+            state = EngineState.DEGRADED if degradation else EngineState.READY
+            self.health.transition(state, degradation or "nothing is less than it should be any more")
+
     # ---- the core's life ------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
         """Start the core and wait until it is ready; see `EngineClient.start`."""
-        started: asyncio.Future[EngineReady] = asyncio.get_running_loop().create_future()
-        self._supervising = asyncio.create_task(self._supervise(started), name="engine-supervisor")
-        self.ready = await started
+        self._started = asyncio.get_running_loop().create_future()
+        self._supervising = asyncio.create_task(self._supervise(), name="engine-supervisor")
+        await self._started
 
-    async def _supervise(self, started: asyncio.Future[EngineReady]) -> None:
+    async def _supervise(self) -> None:
         """Run cores, one after the other, until one may not be replaced."""
-        failures = 0
         while True:
-            since = time.monotonic()
-            cause = await self._run_core(started)
-            if self._is_ending:
-                break
-            failures = 1 if time.monotonic() - since > _HEALTHY_SECONDS else failures + 1
-            was_ready = started.done()
-            may_restart = (
-                was_ready
-                and self._config.on_engine_failure == "restart"
-                and failures <= self._config.max_engine_restarts
-            )
-            self.health.transition(EngineState.STARTING if may_restart else EngineState.DEAD, str(cause))
-            self._fail_requests(str(cause))
-            if not may_restart:
-                if not was_ready:
-                    started.set_exception(cause)
-                break
-            back_off = min(_LONGEST_BACK_OFF_SECONDS, _FIRST_BACK_OFF_SECONDS * 2 ** (failures - 1))
-            self.health.enter_stage(
-                "restart", f"attempt {failures} of {self._config.max_engine_restarts}, in {back_off:g} s"
-            )
-            await asyncio.sleep(back_off)
+            self._pause = None
+            self._restarts.core_started(time.monotonic())
+            try:
+                await self._run_core()
+            except Exception as error:  # a fault in here must not leave an engine that nobody looks after
+                logger.exception("the engine process could not be run")
+                self._lose_core(EngineDeadError(f"the engine process could not be run: {error}"))
+            if self._is_ending or self._pause is None:
+                return
+            await asyncio.sleep(self._pause)
 
-    async def _run_core(self, started: asyncio.Future[EngineReady]) -> PagodaError:
-        """Run one core from its start to its end; returns why it ended."""
-        self._failure = None
-        self._child = await CoreChild.start(self._config)
-        watching = asyncio.create_task(self._watch(self._child), name="engine-watchdog")
+    async def _run_core(self) -> None:
+        """Run one core from its start to its end."""
+        child = self._child = await CoreChild.start(self._config)
+        self._is_lost = False
+        watching = asyncio.create_task(self._watch(child), name="engine-watchdog")
         try:
-            while (message := await self._child.receive()) is not None:
+            while (message := await child.receive()) is not None:
                 if isinstance(message, EngineOutputs):
                     self._deliver(message)
                 elif isinstance(message, EngineStage):
-                    self.health.enter_stage(message.name, message.detail)
+                    if self.health.state is EngineState.STARTING:  # else the server was told to stop meanwhile
+                        self.health.enter_stage(message.name, message.detail)
                 elif isinstance(message, EngineReady):
-                    self.ready = message
-                    self.health.transition(EngineState.READY, "the engine core has started")
-                    if not started.done():
-                        started.set_result(message)
+                    self._welcome(message)
                 elif isinstance(message, EngineFailed):
-                    self._failure = error_of(message.kind, message.message)
+                    self._lose_core(error_of(message.kind, message.message))
         finally:
             watching.cancel()
-            child, self._child = self._child, None
+            exit_text = await child.reap(_SHUTDOWN_SECONDS if self._is_ending else _EXIT_SECONDS)
+            self._child = None
             self.stats = EngineStats()
-        exit_text = await child.reap()
-        return self._failure or EngineDeadError(f"the engine process {exit_text}")
+        self._lose_core(EngineDeadError(f"the engine process {exit_text}"))
+
+    def _welcome(self, ready: EngineReady) -> None:
+        """The core can take requests."""
+        assert self._started is not None
+        self.ready = ready
+        if self.health.state is EngineState.STARTING:
+            self.health.transition(EngineState.READY, "the engine core has started")
+        if not self._started.done():
+            self._started.set_result(ready)
+
+    def _lose_core(self, cause: PagodaError) -> None:
+        """The core is of no use any more: unready and its requests failed now, not when its process is gone."""
+        assert self._started is not None
+        if self._is_lost or self._is_ending:
+            return
+        self._is_lost = True
+        may_restart = self._started.done() and self.health.state not in (EngineState.DRAINING, EngineState.DEAD)
+        self._pause = self._restarts.pause_before_restart(time.monotonic()) if may_restart else None
+        if self._pause is None:
+            self.health.transition(EngineState.DEAD, str(cause))
+        else:
+            self.health.transition(EngineState.STARTING, str(cause))
+            self.health.enter_stage("restart", f"{self._restarts.attempt}, in {self._pause:g} s")
+        self._fail_requests(str(cause))
+        if not self._started.done():
+            self._started.set_exception(cause)
 
     async def _watch(self, child: CoreChild) -> None:
         """Kill a core that starts too slowly, or that is stuck; its end is then noticed like any other."""
         start_timeout = self._config.engine_start_timeout_seconds
         deadline = time.monotonic() + start_timeout
+        stall_watch = StallWatch(self._config.engine_stall_timeout_seconds)
         while True:
             await asyncio.sleep(_WATCH_SECONDS)
             now = time.monotonic()
-            if self._is_ending:
-                return
-            if self.health.state is EngineState.STARTING:
+            progress = child.progress
+            trouble: str | None = None
+            if progress.is_up:
+                trouble = stall_watch.look(progress, now)
+            elif now > deadline:
                 trouble = (
                     f"the engine was not ready after engine_start_timeout_seconds={start_timeout:g} "
                     f"(stage: {self.health.stage} {self.health.detail})"
-                    if now > deadline
-                    else None
                 )
-            else:
-                trouble = describe_stall(child.progress, now, self._config.engine_stall_timeout_seconds)
-            if trouble is not None:
+            if trouble is not None and not self._is_ending:
                 logger.error("%s; it will be ended", trouble)
-                self._failure = EngineDeadError(trouble)
-                # Unready and failed now, not when the process is gone.
-                if self.health.accepts_requests:
-                    self.health.transition(EngineState.STARTING, trouble)
-                self._fail_requests(trouble)
+                self._lose_core(EngineDeadError(trouble))
                 await child.kill(dump_stacks=True)
                 return
 
@@ -257,7 +287,7 @@ class ProcessEngineClient(EngineClient):
             if self._child is not None:
                 await self._child.kill()
             else:
-                self._supervising.cancel()  # between two cores, in the back-off
+                self._supervising.cancel()  # between two cores, in the pause
             await asyncio.wait([self._supervising])
         with suppress(asyncio.CancelledError):
             await self._supervising

@@ -146,6 +146,7 @@ class EngineCore:
             num_runaways=self._scheduler.runaway.num_found,
             num_scheduled_tokens=self._num_scheduled_tokens,
             step_seconds=self._step_seconds,
+            degradation=self._scheduler.degradation,
         )
 
     def shutdown(self) -> None:

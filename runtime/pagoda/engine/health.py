@@ -1,10 +1,11 @@
-"""The engine's state machine: one owner, every change with its cause.
+"""The state machine: one owner, every change with its cause. All doors of a server show this one and no other.
 
     starting ──▶ ready ⇄ degraded ──▶ draining ──▶ dead
        ▲  └────────┼────────┼────────────────────▶ dead
        └───────────┴────────┘  the core was lost, and is started anew
 
-Ready and live are different questions. A starting or draining engine is live and not ready; a dead one is neither.
+Ready and live are different questions. A starting or draining engine is live and not ready; a dead one is neither. What else
+must be up before requests can be taken (a server's tokenizers) holds the engine in `starting`.
 """
 
 from __future__ import annotations
@@ -30,12 +31,19 @@ class EngineState(StrEnum):
     DEAD = "dead"
 
 
-_ALLOWED = {
+ALLOWED = {
     EngineState.STARTING: {EngineState.READY, EngineState.DRAINING, EngineState.DEAD},
     EngineState.READY: {EngineState.STARTING, EngineState.DEGRADED, EngineState.DRAINING, EngineState.DEAD},
     EngineState.DEGRADED: {EngineState.STARTING, EngineState.READY, EngineState.DRAINING, EngineState.DEAD},
     EngineState.DRAINING: {EngineState.DEAD},
     EngineState.DEAD: set(),
+}
+
+# A loss is an error, whether the engine comes back or not.
+_LEVELS = {
+    EngineState.STARTING: logging.ERROR,
+    EngineState.DEGRADED: logging.WARNING,
+    EngineState.DEAD: logging.ERROR,
 }
 
 
@@ -49,6 +57,8 @@ class EngineHealth:
         self.cause: str | None = None
         self.since = time.time()
         self.transitions: Counter[tuple[str, str]] = Counter()
+        self._held_by: list[str] = []
+        self._cause_of_ready: str | None = None  # set while the engine itself is ready and something holds it
         self._listeners: list[Listener] = []
 
     @property
@@ -59,19 +69,37 @@ class EngineHealth:
     def transition(self, state: EngineState, cause: str, *, is_expected: bool = False) -> None:
         """Move to `state`; staying is no transition, and a move that the picture does not have is a bug: `ValueError`.
 
-        `is_expected`: an end that was asked for is no error in the log.
+        `READY` waits in `STARTING` for whatever was told to `hold` it. `is_expected`: an end that was asked for is no error in
+        the log.
         """
         if state is self.state:
             return
-        if state not in _ALLOWED[self.state]:
+        if state not in ALLOWED[self.state]:
             raise ValueError(f"the engine cannot go from {self.state} to {state} ({cause})")
-        level = logging.ERROR if state is EngineState.DEAD and not is_expected else logging.INFO
+        self._cause_of_ready = None
+        if state is EngineState.READY and self._held_by:
+            self._cause_of_ready = cause
+            self.enter_stage(self._held_by[0])
+            return
+        level = logging.INFO if is_expected else _LEVELS.get(state, logging.INFO)
         logger.log(level, "engine %s -> %s: %s", self.state, state, cause)
         self.transitions[self.state.value, state.value] += 1
         self.state, self.cause, self.since = state, cause, time.time()
         if state is not EngineState.STARTING:
             self.stage, self.detail = state.value, ""
         self._notify()
+
+    def hold(self, stage: str) -> None:
+        """Do not become ready before `release(stage)`; meanwhile that is the stage shown."""
+        self._held_by.append(stage)
+
+    def release(self, stage: str) -> None:
+        """What held the engine in `STARTING` is up; nothing happens if it did not hold it."""
+        if stage not in self._held_by:
+            return
+        self._held_by.remove(stage)
+        if self._cause_of_ready is not None:
+            self.transition(EngineState.READY, self._cause_of_ready)
 
     def enter_stage(self, stage: str, detail: str = "") -> None:
         """Note the start-up stage, for people and for the startup probe."""

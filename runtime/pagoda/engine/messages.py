@@ -61,7 +61,10 @@ class EngineOutput:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
-    """Gauges as of now, and counts since the core started; the receiver takes differences of the counts."""
+    """Gauges as of now, and counts since the core started; the receiver takes differences of the counts.
+
+    `degradation` says what is less than it should be, for people; empty when nothing is.
+    """
 
     step: int = 0
     num_running: int = 0
@@ -74,6 +77,7 @@ class EngineStats:
     num_runaways: int = 0
     num_scheduled_tokens: int = 0
     step_seconds: float = 0.0
+    degradation: str = ""
 
     @property
     def kv_cache_usage(self) -> float:

@@ -3,11 +3,13 @@
     reader thread ──inbox──▶ main thread: the loop ──outbox──▶ writer thread
 
 The main thread never waits for the network unless the outbox, which is bounded, is full. When the parent is gone the reader
-reads the end of the socket and ends the process, whatever the main thread does.
+reads the end of the socket and ends the process, whatever the main thread does; and where the reader cannot run, because the
+process is stopped or stuck in a call that keeps the interpreter to itself, the kernel ends it.
 """
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import gc
 import logging
@@ -35,13 +37,17 @@ from pagoda.engine.messages import (
     StartCore,
 )
 from pagoda.engine.progress_board import ProgressBoard
-from pagoda.errors import ErrorKind, PagodaError
+from pagoda.engine.watchdog import tokens_to_wait_for
+from pagoda.errors import ErrorKind, PagodaError, RequestFailedError
 from pagoda.sampling.output import FinishReason
 
 logger = logging.getLogger(__name__)
 
 _HEARTBEAT_SECONDS = 0.5  # between signs of life of an idle core
 _OUTBOX_LENGTH = 256  # messages the parent has not read; past that the loop waits for it
+_INBOX_LENGTH = 4096  # messages the loop has not taken; past that they wait in the parent, which then refuses requests
+_SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
+_LOST_EXIT_CODE = 1
 
 
 class Connection:
@@ -50,7 +56,7 @@ class Connection:
     def __init__(self, fd: int) -> None:
         self._socket = socket.socket(fileno=fd)
         self._stream = self._socket.makefile("rb")
-        self.inbox: queue.SimpleQueue[wire.Message] = queue.SimpleQueue()
+        self.inbox: queue.Queue[wire.Message | wire.UnreadableRequestError] = queue.Queue(_INBOX_LENGTH)
         self._outbox: queue.Queue[wire.Message | None] = queue.Queue(_OUTBOX_LENGTH)
         self._writing = threading.Thread(target=self._write, name="engine-writer", daemon=True)
 
@@ -79,17 +85,27 @@ class Connection:
     def _read(self) -> None:
         try:
             while True:
-                self.inbox.put(self.receive())
+                try:
+                    self.inbox.put(self.receive())
+                except wire.UnreadableRequestError as error:
+                    self.inbox.put(error)
         except (EOFError, OSError):
             logger.info("the parent process is gone: the engine core ends")
             os._exit(0)
+        except Exception:
+            logger.exception("the parent process cannot be understood")
+            os._exit(_LOST_EXIT_CODE)
 
     def _write(self) -> None:
-        while (message := self._outbox.get()) is not None:
-            try:
+        try:
+            while (message := self._outbox.get()) is not None:
                 self._socket.sendall(wire.encode(message))
-            except OSError:
-                return  # the parent is gone; the reader ends the process
+        except OSError:
+            return  # the parent is gone; the reader ends the process
+        except Exception:
+            # Without this thread nobody would hear of the engine again.
+            logger.exception("a message to the parent process could not be written")
+            os._exit(_LOST_EXIT_CODE)
 
 
 class CoreProcess:
@@ -101,7 +117,7 @@ class CoreProcess:
         self._board = board
         self._is_ending = False
         self._last_step = 0
-        core.on_submit = lambda step, plan: board.write(step, plan.total_tokens, is_busy=True)
+        core.on_submit = lambda step, plan: board.write(step, tokens_to_wait_for(plan), is_busy=True)
 
     def run(self) -> None:
         """The loop, until the parent says so."""
@@ -127,12 +143,20 @@ class CoreProcess:
         while not inbox.empty() and not self._is_ending:
             self._take(inbox.get())
 
-    def _take(self, message: wire.Message) -> None:
+    def _take(self, message: wire.Message | wire.UnreadableRequestError) -> None:
         if isinstance(message, EngineRequest):
             try:
                 self._core.add_request(message)
             except PagodaError as error:
                 self._refuse(message.request_id, error)
+            except (
+                Exception
+            ) as error:  # a fault that one request brings to light is that request's end, not the engine's
+                logger.exception("request %s could not be taken", message.request_id)
+                self._refuse(message.request_id, RequestFailedError(f"the request could not be taken: {error!r}"))
+        elif isinstance(message, wire.UnreadableRequestError):
+            logger.error("request %s could not be read: %s", message.request_id, message)
+            self._refuse(message.request_id, RequestFailedError(f"the request could not be read: {message}"))
         elif isinstance(message, AbortRequests):
             self._core.abort(message.request_ids)
         elif isinstance(message, Shutdown):
@@ -152,6 +176,7 @@ def main(socket_fd: int, board_fd: int) -> int:
     # The terminal's Ctrl-C and the pod's SIGTERM are the parent's business; it tells us when to go.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    _end_with_parent()
     faulthandler.enable()
     faulthandler.register(STACKS_SIGNAL, all_threads=True)
     connection = Connection(socket_fd)
@@ -167,9 +192,15 @@ def main(socket_fd: int, board_fd: int) -> int:
         message = str(error) if isinstance(error, PagodaError) else f"{type(error).__name__}: {error}"
         connection.send(EngineFailed(kind, message))
         connection.close()
-        return 1
+        return _LOST_EXIT_CODE
     connection.close()
     return 0
+
+
+def _end_with_parent() -> None:
+    """Let the kernel kill this process when its parent ends. Elsewhere than on Linux the reader thread must do."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
 
 
 def _serve(fields: dict[str, Any], connection: Connection, board: ProgressBoard) -> None:

@@ -27,6 +27,11 @@ class EngineProgress:
     scheduled_tokens: int
     is_busy: bool
 
+    @property
+    def is_up(self) -> bool:
+        """Whether the core has given any sign of life, which it does once it has started."""
+        return self.time > 0
+
 
 class ProgressBoard:
     """The page. The parent makes it, the child opens the file descriptor that it inherited."""

@@ -4,29 +4,54 @@ A core writes to the progress board when a step is submitted and when it has lan
 It writes nothing when a turn of its loop brought nothing, so one that spins in place looks as old as one that sleeps.
 
     idle             bound = timeout
-    a step of n      bound = timeout * max(1, n / TOKENS_PER_TIMEOUT)     an honest long prefill is given its time
+    a step of n      bound = timeout * max(1, n / TOKENS_PER_TIMEOUT)      an honest long prefill is given its time
+    a burst          the same, each of its steps counted with at least TOKENS_OF_A_STEP tokens
+
+Silence is counted in looks at the board, each for the time since the one before and at most for `LONGEST_LOOK_SECONDS`. So a
+server that was itself stopped, or starved of CPU, does not blame the core for the time in which nobody listened to it.
 """
 
 from __future__ import annotations
 
 from pagoda.engine.progress_board import EngineProgress
+from pagoda.scheduling.plan import StepPlan
 
 TOKENS_PER_TIMEOUT = 512
+TOKENS_OF_A_STEP = 32
+LONGEST_LOOK_SECONDS = 1.0
 
 
-def stall_bound(progress: EngineProgress, timeout: float) -> float:
+def tokens_to_wait_for(plan: StepPlan) -> int:
+    """The tokens of a plan as the bound counts them; for the progress board."""
+    return max(plan.total_tokens, TOKENS_OF_A_STEP * max(plan.bursts, default=0))
+
+
+def stall_bound(scheduled_tokens: int, timeout: float) -> float:
     """Seconds that the core may be silent, `timeout` being those of an idle core or a small step."""
-    return timeout * max(1.0, progress.scheduled_tokens / TOKENS_PER_TIMEOUT)
+    return timeout * max(1.0, scheduled_tokens / TOKENS_PER_TIMEOUT)
 
 
-def describe_stall(progress: EngineProgress, now: float, timeout: float) -> str | None:
-    """The sentence about a stuck core, or None for a healthy one. `now` is monotonic seconds."""
-    silent = now - progress.time
-    bound = stall_bound(progress, timeout)
-    if silent <= bound:
-        return None
-    doing = f"a step of {progress.scheduled_tokens} tokens" if progress.scheduled_tokens else "no step"
-    return (
-        f"the engine core gave no sign of life for {silent:.1f} s (bound {bound:.1f} s) "
-        f"after step {progress.step}, in {doing}"
-    )
+class StallWatch:
+    """Watches one core. `timeout`: see `stall_bound`, in seconds."""
+
+    def __init__(self, timeout: float) -> None:
+        self._timeout = timeout
+        self._last_sign: float | None = None
+        self._last_look = 0.0
+        self._silent = 0.0
+
+    def look(self, progress: EngineProgress, now: float) -> str | None:
+        """The sentence about a stuck core, or None for a healthy one. `now`: monotonic seconds."""
+        if progress.time != self._last_sign:
+            self._silent = 0.0
+        else:
+            self._silent += min(now - self._last_look, LONGEST_LOOK_SECONDS)
+        self._last_sign, self._last_look = progress.time, now
+        bound = stall_bound(progress.scheduled_tokens, self._timeout)
+        if self._silent <= bound:
+            return None
+        doing = f"a step of {progress.scheduled_tokens} tokens" if progress.scheduled_tokens else "no step"
+        return (
+            f"the engine core gave no sign of life for {self._silent:.1f} s (bound {bound:.1f} s) "
+            f"after step {progress.step}, in {doing}"
+        )

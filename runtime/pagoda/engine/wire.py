@@ -44,6 +44,14 @@ _ENCODER = msgspec.msgpack.Encoder()
 HEADER = struct.Struct("<IB")
 
 
+class UnreadableRequestError(Exception):
+    """A frame that should be a request and is not one; `request_id` is whose it is, where that much can be read."""
+
+    def __init__(self, request_id: str, message: str) -> None:
+        super().__init__(message)
+        self.request_id = request_id
+
+
 def encode(message: Message) -> bytes:
     """The frame of a message."""
     payload = _ENCODER.encode(message)
@@ -57,6 +65,12 @@ def payload_size(header: bytes) -> int:
 
 
 def decode(header: bytes, payload: bytes) -> Message:
-    """The message of a frame; `msgspec.ValidationError` if it is not one."""
-    message: Message = _DECODERS[HEADER.unpack(header)[1]].decode(payload)
+    """The message of a frame. Raises `UnreadableRequestError`, and `msgspec.ValidationError` for other kinds of message."""
+    kind: int = HEADER.unpack(header)[1]
+    try:
+        message: Message = _DECODERS[kind].decode(payload)
+    except msgspec.ValidationError as error:
+        if _KINDS[kind] is not EngineRequest:
+            raise
+        raise UnreadableRequestError(str(msgspec.msgpack.decode(payload).get("request_id")), str(error)) from error
     return message

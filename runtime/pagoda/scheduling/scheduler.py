@@ -14,13 +14,13 @@ nobody is admitted. Plans may be made while earlier ones are in flight: counters
 
 from __future__ import annotations
 
-import heapq
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from pagoda.errors import ErrorKind, InvalidRequestError, QueueFullError
 from pagoda.sampling.output import FinishReason, TokenLogprobs
+from pagoda.scheduling.deadlines import Deadlines
 from pagoda.scheduling.kv_cache_manager import KVCacheManager
 from pagoda.scheduling.limits import SchedulerLimits
 from pagoda.scheduling.plan import NewRequest, StepPlan, StepResult
@@ -49,7 +49,7 @@ class Scheduler:
         self.num_preemptions = 0
         self.runaway = RunawayDetector(limits)
         self._budget = TokenBudget(limits.max_num_batched_tokens)
-        self._deadlines: list[tuple[float, int, Request]] = []
+        self._deadlines = Deadlines(limits.max_request_seconds)
         self._requests: dict[str, Request] = {}
         self._waiting = make_waiting_queue(limits.policy)
         self._running: dict[str, Request] = {}
@@ -71,6 +71,11 @@ class Scheduler:
     def num_waiting(self) -> int:
         """Requests that wait for admission, preempted ones included."""
         return len(self._waiting)
+
+    @property
+    def degradation(self) -> str:
+        """What is less than it should be, in words; empty when nothing is."""
+        return self._budget.shortage
 
     @property
     def has_work(self) -> bool:
@@ -98,17 +103,28 @@ class Scheduler:
                 f"(max_model_len is {limits.max_model_len}, the KV cache holds {self.kv.max_tokens_of_a_request - 1})",
                 "prompt",
             )
-        # Requests for which a slot is free are not in the queue in earnest: the next step may take them.
-        if len(self._waiting) - len(self._free_slots) >= limits.max_num_waiting:
-            raise QueueFullError(f"{limits.max_num_waiting} requests are waiting, as many as max_num_waiting allows")
+        self._check_room(request.tenant)
         request.max_tokens = min(request.max_tokens, longest - request.num_prompt_tokens)
         request.sequence_number = self._num_arrived
         self._num_arrived += 1
         self._requests[request.request_id] = request
         self._waiting.push(request)
-        if limits.max_request_seconds is not None:
-            deadline = (request.arrival_time or time.monotonic()) + limits.max_request_seconds
-            heapq.heappush(self._deadlines, (deadline, request.sequence_number, request))
+        self._deadlines.add(request)
+
+    def _check_room(self, tenant: str) -> None:
+        """Raise `QueueFullError` where `tenant` may not have one more request wait.
+
+        One tenant may hold at most as many places in the queue as it leaves free, so the others always find some: alone it
+        gets half of them, one of two busy ones a third. A tenant without a name is the only one, and may have all.
+        """
+        # Requests for which a slot is free are not in the queue in earnest: the next step may take them.
+        num_waiting = max(0, len(self._waiting) - len(self._free_slots))
+        num_free = self.limits.max_num_waiting - num_waiting
+        if num_free <= 0:
+            raise QueueFullError(f"{num_waiting} requests are waiting, as many as max_num_waiting allows")
+        num_own = min(num_waiting, self._waiting.num_of(tenant))
+        if tenant and num_own >= num_free:
+            raise QueueFullError(f"{num_own} requests of this API key are waiting; the other places are for other keys")
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """End requests whose client is gone, in whatever state they are. Unknown ids have ended already: ignored."""
@@ -163,7 +179,10 @@ class Scheduler:
 
     def schedule(self) -> StepPlan | None:
         """Plan the next step, or None when nothing can run: idle, or everything waits for steps in flight."""
-        self._expire()
+        for request in self._deadlines.take_overdue():
+            request.finish_reason, request.stop_reason = FinishReason.LENGTH, "max_request_seconds"
+            self._retire(request)
+            self._ended.append(Progress(request, []))
         scheduled, preempted = self._schedule_running()
         budget = self._budget.tokens - sum(scheduled.values())
         plan = StepPlan(step_id=self._num_steps)
@@ -180,15 +199,6 @@ class Scheduler:
         self._in_flight[plan.step_id] = requests
         self._num_steps += 1
         return plan
-
-    def _expire(self) -> None:
-        """End requests that have had all the time one may have; O(1) when there are none."""
-        while self._deadlines and (self._deadlines[0][2].is_finished or self._deadlines[0][0] <= time.monotonic()):
-            request = heapq.heappop(self._deadlines)[2]
-            if not request.is_finished:
-                request.finish_reason, request.stop_reason = FinishReason.LENGTH, "max_request_seconds"
-                self._retire(request)
-                self._ended.append(Progress(request, []))
 
     def _schedule_running(self) -> tuple[dict[Request, int], bool]:
         """How many tokens each running request moves forward, and whether somebody was preempted for it."""
@@ -331,7 +341,7 @@ class Scheduler:
             request.status = RequestStatus.FINISHED
         else:
             request.status = RequestStatus.FINISHED
-            self._waiting.discard()
+            self._waiting.discard(request)
         self.kv.release(request)
         del self._requests[request.request_id]
 

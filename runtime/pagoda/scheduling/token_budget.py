@@ -13,6 +13,13 @@ class TokenBudget:
         self._configured = configured
         self._good_steps = 0
 
+    @property
+    def shortage(self) -> str:
+        """How far the budget is below what was configured, in words; empty when it is not."""
+        if self.tokens == self._configured:
+            return ""
+        return f"steps have {self.tokens} tokens of {self._configured} at most since one did not fit the device"
+
     def shrink(self) -> bool:
         """Halve the budget; False when it cannot be any smaller."""
         if self.tokens == 1:

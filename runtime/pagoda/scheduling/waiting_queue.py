@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 from abc import ABC, abstractmethod
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 
 from pagoda.scheduling.request import Request, RequestStatus
@@ -21,19 +21,24 @@ class WaitingQueue(ABC):
 
     def __init__(self) -> None:
         self._length = 0
+        self._num_of: Counter[str] = Counter()  # waiting requests of each tenant that has any
         self._num_dead = 0
 
     def __len__(self) -> int:
         return self._length
 
+    def num_of(self, tenant: str) -> int:
+        """How many requests of `tenant` wait."""
+        return self._num_of[tenant]
+
     def push(self, request: Request) -> None:
         """Add a request that has just arrived."""
-        self._length += 1
+        self._count_in(request)
         self._insert(request)
 
     def push_preempted(self, request: Request) -> None:
         """Add a request that had already been running; it goes before all that never ran."""
-        self._length += 1
+        self._count_in(request)
         self._insert_preempted(request)
 
     def peek(self) -> Request | None:
@@ -48,16 +53,26 @@ class WaitingQueue(ABC):
         request = self.peek()
         assert request is not None, "the waiting queue is empty"
         self._drop_first(ends_turn=True)
-        self._length -= 1
+        self._count_out(request)
         return request
 
-    def discard(self) -> None:
-        """Count out one request that was finished while it waited (its status is FINISHED by now)."""
-        self._length -= 1
+    def discard(self, request: Request) -> None:
+        """Count out a request that was finished while it waited (its status is FINISHED by now)."""
+        self._count_out(request)
         self._num_dead += 1
-        if self._num_dead > _SWEEP_FROM + self._length:
+        if self._num_dead > _SWEEP_FROM + len(self):
             self._sweep()
             self._num_dead = 0
+
+    def _count_in(self, request: Request) -> None:
+        self._length += 1
+        self._num_of[request.tenant] += 1
+
+    def _count_out(self, request: Request) -> None:
+        self._length -= 1
+        self._num_of[request.tenant] -= 1
+        if not self._num_of[request.tenant]:
+            del self._num_of[request.tenant]
 
     @abstractmethod
     def _insert(self, request: Request) -> None: ...

@@ -1,0 +1,35 @@
+"""Whether a core that was lost is replaced, and after which pause."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+FIRST_PAUSE_SECONDS = 0.5
+LONGEST_PAUSE_SECONDS = 30.0
+HEALTHY_SECONDS = 600.0
+"""A core that lived this long has earned its restarts back."""
+
+
+class RestartPolicy:
+    """`on_engine_failure` and `max_engine_restarts` as a decision; times are monotonic seconds."""
+
+    def __init__(self, on_failure: Literal["restart", "exit"], max_restarts: int) -> None:
+        self._max_restarts = max_restarts if on_failure == "restart" else 0
+        self._started_at = 0.0
+        self.num_failures = 0
+
+    def core_started(self, now: float) -> None:
+        """A core begins its life."""
+        self._started_at = now
+
+    def pause_before_restart(self, now: float) -> float | None:
+        """The core is lost: seconds until the next one, or None when there is to be none."""
+        self.num_failures = 1 if now - self._started_at > HEALTHY_SECONDS else self.num_failures + 1
+        if self.num_failures > self._max_restarts:
+            return None
+        return float(min(LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2 ** (self.num_failures - 1)))
+
+    @property
+    def attempt(self) -> str:
+        """Which restart this is, for people."""
+        return f"attempt {self.num_failures} of {self._max_restarts}"

@@ -1,0 +1,44 @@
+"""Which requests have had all the time that one may have (`max_request_seconds`)."""
+
+from __future__ import annotations
+
+import heapq
+import time
+
+from pagoda.scheduling.request import Request
+
+_SWEEP_FROM = 64  # ended requests that are not worth a sweep
+
+
+class Deadlines:
+    """The deadlines of all requests, the next one first. A request that ends before its own is let go of soon after."""
+
+    def __init__(self, max_seconds: float | None) -> None:
+        """`max_seconds`: time from arrival; None: there are no deadlines."""
+        self._max_seconds = max_seconds
+        self._heap: list[tuple[float, int, Request]] = []
+        self._sweep_at = _SWEEP_FROM
+
+    def __len__(self) -> int:
+        return len(self._heap)
+
+    def add(self, request: Request) -> None:
+        """Watch a request that was accepted. Amortized O(log n)."""
+        if self._max_seconds is None:
+            return
+        deadline = (request.arrival_time or time.monotonic()) + self._max_seconds
+        heapq.heappush(self._heap, (deadline, request.sequence_number, request))
+        if len(self._heap) > self._sweep_at:
+            # Otherwise one long request would keep all that came and went after it.
+            self._heap = [entry for entry in self._heap if not entry[2].is_finished]
+            heapq.heapify(self._heap)
+            self._sweep_at = _SWEEP_FROM + 2 * len(self._heap)
+
+    def take_overdue(self) -> list[Request]:
+        """Requests that have not ended and whose time is up; each is given once. O(1) when there are none."""
+        overdue: list[Request] = []
+        while self._heap and (self._heap[0][2].is_finished or self._heap[0][0] <= time.monotonic()):
+            request = heapq.heappop(self._heap)[2]
+            if not request.is_finished:
+                overdue.append(request)
+        return overdue

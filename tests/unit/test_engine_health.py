@@ -1,0 +1,85 @@
+"""The state machine: which moves there are, what holds it back, and who hears of it."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+
+import pytest
+
+from pagoda.engine.health import ALLOWED, EngineHealth, EngineState
+
+
+def health_in(state: EngineState) -> EngineHealth:
+    health = EngineHealth()
+    way = {
+        EngineState.STARTING: [],
+        EngineState.READY: [EngineState.READY],
+        EngineState.DEGRADED: [EngineState.READY, EngineState.DEGRADED],
+        EngineState.DRAINING: [EngineState.DRAINING],
+        EngineState.DEAD: [EngineState.DEAD],
+    }[state]
+    for step in way:
+        health.transition(step, "on the way")
+    return health
+
+
+@pytest.mark.parametrize(("origin", "target"), itertools.permutations(EngineState, 2))
+def test_only_the_moves_of_the_picture_are_made_and_each_is_counted(origin: EngineState, target: EngineState) -> None:
+    health = health_in(origin)
+    if target not in ALLOWED[origin]:
+        with pytest.raises(ValueError, match=f"from {origin} to {target}"):
+            health.transition(target, "a test")
+        assert health.state is origin
+        return
+    health.transition(target, "a test")
+    assert (health.state, health.cause) == (target, "a test")
+    assert health.transitions[origin, target] == 1
+
+
+def test_staying_is_no_transition() -> None:
+    health = health_in(EngineState.READY)
+    health.transition(EngineState.READY, "again")
+    assert health.transitions.total() == 1
+    assert health.cause == "on the way"
+
+
+def test_what_holds_it_keeps_it_from_becoming_ready(caplog: pytest.LogCaptureFixture) -> None:
+    health = EngineHealth()
+    health.hold("tokenizer")
+    health.transition(EngineState.READY, "the core has started")
+    assert (health.state, health.stage) == (EngineState.STARTING, "tokenizer")
+    with caplog.at_level(logging.INFO):
+        health.release("tokenizer")
+    assert (health.state, health.cause) == (EngineState.READY, "the core has started")
+    assert "engine starting -> ready: the core has started" in caplog.text
+    health.release("tokenizer")
+
+
+def test_a_drain_while_it_is_held_is_not_undone_by_the_release() -> None:
+    health = EngineHealth()
+    health.hold("tokenizer")
+    health.transition(EngineState.READY, "the core has started")
+    health.transition(EngineState.DRAINING, "told to stop")
+    health.release("tokenizer")
+    assert health.state is EngineState.DRAINING
+
+
+def test_a_loss_is_logged_as_an_error_and_an_end_that_was_asked_for_is_not(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        health_in(EngineState.READY).transition(EngineState.STARTING, "killed")
+        health_in(EngineState.READY).transition(EngineState.DEAD, "shut down", is_expected=True)
+    levels = {record.getMessage(): record.levelno for record in caplog.records}
+    assert levels["engine ready -> starting: killed"] == logging.ERROR
+    assert levels["engine ready -> dead: shut down"] == logging.INFO
+
+
+def test_listeners_hear_of_states_and_stages_until_they_unsubscribe() -> None:
+    health = EngineHealth()
+    heard: list[tuple[str, str]] = []
+    end = health.subscribe(lambda: heard.append((health.state, health.stage)))
+    health.enter_stage("weights")
+    health.transition(EngineState.READY, "started")
+    end()
+    health.transition(EngineState.DEAD, "lost")
+    assert heard == [("starting", "weights"), ("ready", "ready")]
