@@ -14,7 +14,7 @@ INSTALLED := $(VENV)/.installed
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-slow lint format typecheck proto docs bench
+.PHONY: help install serve test test-slow lint format typecheck proto docs chart test-image bench
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -59,3 +59,9 @@ bench: install ## throughput without a server; ARGS="--model DIR --batch-sizes 1
 
 docs: install ## write docs/configuration.md out of the schema
 	$(BIN)/python -m pagoda.config.documentation > docs/configuration.md
+
+chart: install ## write the chart's README.md and values.schema.json out of values.yaml and the schema
+	$(BIN)/python charts/generate.py
+
+test-image: install ## build the image and run it as a pod would; needs docker or podman. ARGS="--image TAG" takes one that is there
+	$(BIN)/python -m tests.deploy.image $(ARGS)

@@ -1,0 +1,53 @@
+"""`helm test`: asks the release a question until it answers. Arguments: URL, model, prompt, seconds.
+
+Runs from a string in the release's own image, with the standard library alone.
+"""
+
+import json
+import os
+import ssl
+import sys
+import time
+import urllib.error
+import urllib.request
+from urllib.parse import quote
+
+
+def ask(url: str, model: str, prompt: str, seconds: float) -> str:
+    """The model's answer; raises OSError if the server is out of reach and ValueError for an answer without text."""
+    body = json.dumps({"text_input": prompt, "parameters": {"max_tokens": 16}}).encode()
+    headers = {"Content-Type": "application/json"}
+    if keys := os.environ.get("API_KEYS"):
+        headers["Authorization"] = f"Bearer {keys.split(',')[0].strip()}"
+    request = urllib.request.Request(f"{url}/v2/models/{quote(model, safe='')}/generate", body, headers)
+    context = ssl.create_default_context()
+    context.check_hostname = False  # the certificate is the cluster's own affair, as for the kubelet's probes
+    context.verify_mode = ssl.CERT_NONE
+    with urllib.request.urlopen(request, timeout=seconds, context=context) as response:
+        text = json.load(response)["text_output"]
+    if not text:
+        raise ValueError("the answer is empty")
+    return text
+
+
+def main() -> int:
+    """Ask until there is an answer or the time is over; the exit status."""
+    url, model, prompt, seconds = sys.argv[1], sys.argv[2], sys.argv[3], float(sys.argv[4])
+    deadline = time.monotonic() + seconds
+    while True:
+        left = deadline - time.monotonic()
+        try:
+            print(f"{prompt!r} -> {ask(url, model, prompt, max(left, 1.0))!r}")
+            return 0
+        except urllib.error.HTTPError as error:
+            reason, is_final = f"{error.code}: {error.read().decode(errors='replace')}", error.code < 500
+        except (OSError, KeyError, ValueError) as error:
+            reason, is_final = repr(error), False
+        print(f"{url}: {reason}", file=sys.stderr)
+        if is_final or left <= 2:
+            return 1
+        time.sleep(2)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

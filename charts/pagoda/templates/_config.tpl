@@ -1,0 +1,63 @@
+{{/* The model, the file of settings, and the times that follow from them. */}}
+
+{{/* Where the checkpoint comes from: demo, hub, claim or initContainer. */}}
+{{- define "pagoda.modelSource" -}}
+{{- $given := list -}}
+{{- if .Values.model.hubId -}}{{- $given = append $given "hub" -}}{{- end -}}
+{{- if .Values.model.claim.name -}}{{- $given = append $given "claim" -}}{{- end -}}
+{{- if .Values.model.initContainer.image -}}{{- $given = append $given "initContainer" -}}{{- end -}}
+{{- if gt (len $given) 1 -}}
+{{- fail "model: give one of model.hubId, model.claim.name and model.initContainer.image, not several" -}}
+{{- end -}}
+{{- first (append $given "demo") -}}
+{{- end -}}
+
+{{- define "pagoda.modelName" -}}
+{{- if .Values.model.name -}}
+{{- .Values.model.name -}}
+{{- else if eq (include "pagoda.modelSource" .) "demo" -}}
+demo
+{{- else -}}
+{{- .Values.model.hubId | base | trimPrefix "." | default (include "pagoda.fullname" .) -}}
+{{- end -}}
+{{- end -}}
+
+{{/* The file for `pagoda serve --config`. JSON, because Helm's YAML may write large integers as floats. */}}
+{{- define "pagoda.configFile" -}}
+{{- $source := include "pagoda.modelSource" . -}}
+{{- $own := dict
+  "model_name" (include "pagoda.modelName" .)
+  "host" "0.0.0.0"
+  "http_port" .Values.network.httpPort
+  "grpc_port" .Values.network.grpcPort -}}
+{{- if eq $source "hub" -}}
+{{- $_ := set $own "model" .Values.model.hubId -}}
+{{- else if ne $source "demo" -}}
+{{- $_ := set $own "model" "/models" -}}
+{{- end -}}
+{{- if .Values.network.tls.secretName -}}
+{{- $_ := set $own "ssl_certfile" "/etc/pagoda-tls/tls.crt" -}}
+{{- $_ := set $own "ssl_keyfile" "/etc/pagoda-tls/tls.key" -}}
+{{- end -}}
+{{- merge $own .Values.engine | toPrettyJson -}}
+{{- end -}}
+
+{{- define "pagoda.metricsPrefix" -}}
+{{- .Values.engine.metrics_prefix | default "pagoda_" -}}
+{{- end -}}
+
+{{/* The labels that Prometheus puts on this release's series, whether scraped by Service or by pod. */}}
+{{- define "pagoda.seriesSelector" -}}
+{{- printf `namespace="%s",pod=~"%s-[a-z0-9]+-[a-z0-9]+"` .Release.Namespace (include "pagoda.fullname" .) -}}
+{{- end -}}
+
+{{/* Seconds a pod may take to end: still serving, then draining, then closing. */}}
+{{- define "pagoda.terminationGracePeriodSeconds" -}}
+{{- add (int .Values.rollout.preStopSeconds) (int (ceil .Values.engine.grace_period_seconds)) 10 -}}
+{{- end -}}
+
+{{/* Startup probes that may fail. The engine's own limit comes first: then the log ends with the reason. */}}
+{{- define "pagoda.startupFailureThreshold" -}}
+{{- $seconds := addf .Values.engine.engine_start_timeout_seconds 60 -}}
+{{- int (ceil (divf $seconds .Values.probes.startup.periodSeconds)) -}}
+{{- end -}}

@@ -1,0 +1,53 @@
+"""The question of `helm test`: the very command of the rendered pod, run against a server."""
+
+import os
+import subprocess
+import sys
+
+from tests.support.chart import VALUE_SETS, render
+from tests.support.rest_harness import RestHarness
+
+
+def ask(
+    url: str, values: dict[str, object], model: str = "demo", **environment: str
+) -> subprocess.CompletedProcess[str]:
+    (container,) = render(values)["Pod"]["spec"]["containers"]
+    command = [sys.executable, *container["command"][1:], url, model, *container["args"][2:]]
+    return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=60)
+
+
+def test_it_passes_on_an_answer() -> None:
+    with RestHarness() as server:
+        done = ask(server.url, {"test": {"prompt": 'once "upon" a $(TIME)'}})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("'once \"upon\" a $(TIME)' -> ")
+
+
+def test_it_fails_with_the_server_s_words_while_the_model_loads() -> None:
+    with RestHarness(is_ready=False) as server:
+        done = ask(server.url, {"test": {"timeoutSeconds": 1}})
+    assert done.returncode == 1
+    assert "503" in done.stderr
+    assert "loading" in done.stderr
+
+
+def test_it_fails_at_once_for_a_model_that_is_not_there() -> None:
+    with RestHarness() as server:
+        done = ask(server.url, {}, model="other")
+    assert done.returncode == 1
+    assert "404" in done.stderr
+
+
+def test_it_fails_where_nobody_listens() -> None:
+    done = ask("http://127.0.0.1:1", {"test": {"timeoutSeconds": 1}})
+    assert done.returncode == 1
+    assert "refused" in done.stderr
+
+
+def test_it_sends_the_first_key_of_the_release_s_secret() -> None:
+    values = VALUE_SETS["api keys"]
+    (variable,) = render(values)["Pod"]["spec"]["containers"][0]["env"]
+    assert variable["valueFrom"]["secretKeyRef"] == {"name": "keys", "key": "clients.txt"}
+    with RestHarness(api_keys=("first", "second")) as server:
+        assert ask(server.url, values, **{variable["name"]: "first,second"}).returncode == 0
+        assert ask(server.url, values, **{variable["name"]: "wrong"}).returncode == 1

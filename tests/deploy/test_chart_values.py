@@ -1,0 +1,102 @@
+"""Values that are wrong are refused before anything is rendered, by a message that names them."""
+
+import importlib.util
+import sys
+from types import ModuleType
+from typing import Any
+
+import helm_python
+import pytest
+import yaml
+
+from pagoda.config.schema import options
+from tests.support.chart import CHART, render
+
+WRONG_VALUES: list[tuple[dict[str, Any], str]] = [
+    ({"replica": 2}, "replica"),
+    ({"replicas": "two"}, "replicas"),
+    ({"replicas": -1}, "replicas"),
+    ({"engine": {"max_num_sequences": 8}}, "max_num_sequences"),
+    ({"engine": {"max_num_seqs": 0}}, "max_num_seqs"),
+    ({"engine": {"dtype": "fp8"}}, "dtype"),
+    ({"engine": {"gpu_memory_utilization": 1.5}}, "gpu_memory_utilization"),
+    ({"engine": {"kv_cache_memory_bytes": "lots"}}, "kv_cache_memory_bytes"),
+    ({"engine": {"http_port": 9000}}, "http_port"),
+    ({"engine": {"api_keys": ["k"]}}, "api_keys"),
+    ({"engine": {"grace_period_seconds": None}}, "grace_period_seconds"),
+    ({"engine": {"grace_period_seconds": "30s"}}, "grace_period_seconds"),
+    ({"network": {"httpPort": 80}}, "httpPort"),
+    ({"network": {"service": {"type": "ExternalName"}}}, "type"),
+    ({"network": {"policy": {"enable": True}}}, "enable"),
+    ({"probes": {"readyness": {}}}, "readyness"),
+    ({"probes": {"startup": {"failureThreshold": 3}}}, "failureThreshold"),
+    ({"model": {"hubId": "no slash"}}, "hubId"),
+    ({"model": {"name": "a/b"}}, "name"),
+    ({"model": {"claim": {"path": "/absolute"}}}, "path"),
+    ({"model": {"hubId": "a/b", "claim": {"name": "c"}}}, "model.hubId, model.claim.name"),
+    ({"image": {"digest": "latest"}}, "digest"),
+    ({"autoscaling": {"type": "vpa"}}, "type"),
+    ({"autoscaling": {"type": "keda"}}, "autoscaling.keda.prometheusAddress"),
+    ({"autoscaling": {"type": "hpa", "minReplicas": 5, "maxReplicas": 2}}, "autoscaling.maxReplicas"),
+    ({"rollout": {"maxSurge": 0}}, "rollout.maxSurge"),
+    ({"rollout": {"maxSurge": "many"}}, "maxSurge"),
+    ({"security": {"runAsUser": 0}}, "runAsUser"),
+    ({"extraLabels": {"serving.kserve.io/inferenceservice": "x"}}, "serving.kserve.io/inferenceservice"),
+    ({"storage": {"cache": {"sizeLimit": "big"}}}, "sizeLimit"),
+    ({"multiNode": {"enabled": True}}, "multiNode"),
+]
+
+
+@pytest.mark.parametrize(("values", "named"), WRONG_VALUES, ids=[str(values) for values, _ in WRONG_VALUES])
+def test_wrong_values_fail_and_are_named(values: dict[str, Any], named: str) -> None:
+    with pytest.raises(helm_python.HelmError) as error:
+        render(values)
+    assert named in str(error.value)
+
+
+def test_the_chart_may_be_a_part_of_another_one() -> None:
+    render({"global": {"anything": 1}})
+
+
+@pytest.fixture(scope="module")
+def generator() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("chart_generator", CHART.parent / "generate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_readme_and_schema_are_current(generator: ModuleType) -> None:
+    for path, text in generator.outputs().items():
+        assert path.read_text() == text, f"{path.name}: run `make chart`"
+
+
+def test_every_setting_is_a_value_or_set_by_the_chart(generator: ModuleType) -> None:
+    engine = generator.values_schema(generator.read_values(CHART / "values.yaml"))["properties"]["engine"]
+    assert set(engine["properties"]) == set(options()) - set(generator.CHART_SETTINGS)
+    assert set(generator.CHART_SETTINGS) <= set(options())
+
+
+def test_every_value_is_documented(generator: ModuleType) -> None:
+    def leaves(values: list[Any]) -> list[Any]:
+        return [leaf for value in values for leaf in (leaves(value.children) or [value])]
+
+    values = generator.read_values(CHART / "values.yaml")
+    assert [".".join(leaf.path) for leaf in leaves(values) if not leaf.description] == []
+    documented = (CHART / "README.md").read_text()
+    assert all(f"`{'.'.join(leaf.path)}`" in documented for leaf in leaves(values))
+
+
+def test_no_object_of_the_chart_s_own_takes_unknown_keys(generator: ModuleType) -> None:
+    schema = generator.values_schema(generator.read_values(CHART / "values.yaml"))
+
+    def check(node: dict[str, Any], defaults: Any) -> None:
+        assert node["additionalProperties"] is False
+        for name, child in node["properties"].items():
+            if "properties" in child:
+                check(child, defaults[name])
+
+    check(schema, yaml.safe_load((CHART / "values.yaml").read_text()))
