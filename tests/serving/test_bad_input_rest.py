@@ -269,6 +269,7 @@ NOT_SUPPORTED: dict[str, tuple[str, Any]] = {
     "JSON schema": (CHAT, {"messages": MESSAGES, "response_format": {"type": "json_schema", "json_schema": {}}}),
     "images": (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}),
     "audio": (CHAT, {"messages": MESSAGES, "modalities": ["text", "audio"]}),
+    "echo of a conversation": (CHAT, {"messages": MESSAGES, "echo": True}),
     "best of": (COMPLETIONS, {"prompt": "a", "best_of": 3}),
     "suffix": (COMPLETIONS, {"prompt": "a", "suffix": "b"}),
     "guided decoding": (COMPLETIONS, {"prompt": "a", "guided_regex": "a+"}),

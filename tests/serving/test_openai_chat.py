@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
 import openai
+import orjson
 import pytest
 
+from pagoda.serving.openai.logprobs import CompletionLogprobs, chat_logprobs, prompt_logprobs
 from pagoda.serving.openai.types import ChatCompletionResponse
+from pagoda.serving.v2 import logprobs_json
+from pagoda.text.output import PositionLogprobs, TokenLogprob
 from tests.support.rest_harness import RestHarness
 
 MESSAGES: list[Any] = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "grün 🙂?"}]
@@ -164,3 +169,12 @@ async def test_the_asynchronous_client_streams(harness: RestHarness) -> None:
         stream = await client.chat.completions.create(model="demo", messages=MESSAGES, max_tokens=9, stream=True)
         text = "".join([event.choices[0].delta.content or "" async for event in stream])
     assert text == whole.choices[0].message.content
+
+
+def test_a_token_that_cannot_come_has_a_logprob_that_json_can_hold() -> None:
+    impossible = TokenLogprob(token_id=5, token="x", bytes=[120], logprob=float("-inf"), rank=9)
+    position = PositionLogprobs(chosen=impossible, top=[impossible])
+    shapes = [chat_logprobs([position]), prompt_logprobs([position]), CompletionLogprobs().add([position])]
+    for shape in [*shapes, logprobs_json([position])]:
+        assert json.loads(orjson.dumps(shape)) == shape
+        assert "-9999.0" in json.dumps(shape)

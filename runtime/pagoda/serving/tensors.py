@@ -152,7 +152,7 @@ def _are_plainly_right(datatype: str, values: list[Any]) -> bool:
         return types <= {str, bytes}
     if datatype in INTEGER_DATATYPES and types == {int}:
         low, high = _INTEGER_RANGES[datatype]
-        return low <= min(values) and max(values) <= high
+        return bool(low <= min(values) and max(values) <= high)
     return False
 
 

@@ -55,6 +55,7 @@ OUTPUTS: tuple[dict[str, Any], ...] = (
 OUTPUT_NAMES = tuple(output["name"] for output in OUTPUTS)
 PADDING_ID = -1
 """Fills `output_ids` behind the shorter sequences."""
+LOWEST_LOGPROB = -9999.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,8 +206,18 @@ def logprobs_json(logprobs: Sequence[PositionLogprobs] | None) -> list[dict[str,
     ]
 
 
+def finite_logprob(logprob: float) -> float:
+    """`logprob` as JSON can hold it: a token that cannot come has minus infinity, which is no JSON number."""
+    return max(logprob, LOWEST_LOGPROB)
+
+
 def _candidate(token: TokenLogprob) -> dict[str, Any]:
-    return {"id": token.token_id, "text": token.token, "logprob": token.logprob, "rank": token.rank}
+    return {
+        "id": token.token_id,
+        "text": token.token,
+        "logprob": finite_logprob(token.logprob),
+        "rank": token.rank,
+    }
 
 
 def _prompts(text: Tensor | None, ids: Tensor | None) -> list[str | list[int]]:

@@ -39,6 +39,8 @@ class ChatCall:
         check_stream_options(request)
         if request.response_format is not None and request.response_format.type != "text":
             raise NotSupportedError(f"response_format {request.response_format.type[:40]!r} is not supported; text is")
+        if (request.model_extra or {}).get("echo"):
+            raise NotSupportedError("echo is not supported for conversations; /v1/completions has it")
         overrides: dict[str, Any] = {"logprobs": _num_logprobs(request)}
         if request.max_completion_tokens is not None:
             overrides["max_tokens"] = request.max_completion_tokens

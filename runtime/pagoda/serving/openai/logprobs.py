@@ -6,6 +6,7 @@ import codecs
 from collections.abc import Sequence
 from typing import Any
 
+from pagoda.serving.v2 import finite_logprob
 from pagoda.text.output import PositionLogprobs, TokenLogprob
 
 
@@ -20,7 +21,7 @@ def chat_logprobs(positions: Sequence[PositionLogprobs]) -> dict[str, Any]:
 
 
 def _chat_token(token: TokenLogprob) -> dict[str, Any]:
-    return {"token": token.token, "logprob": token.logprob, "bytes": token.bytes}
+    return {"token": token.token, "logprob": finite_logprob(token.logprob), "bytes": token.bytes}
 
 
 def prompt_logprobs(positions: Sequence[PositionLogprobs | None]) -> list[dict[str, Any] | None]:
@@ -29,7 +30,11 @@ def prompt_logprobs(positions: Sequence[PositionLogprobs | None]) -> list[dict[s
         None
         if position is None
         else {
-            str(token.token_id): {"logprob": token.logprob, "rank": token.rank, "decoded_token": token.token}
+            str(token.token_id): {
+                "logprob": finite_logprob(token.logprob),
+                "rank": token.rank,
+                "decoded_token": token.token,
+            }
             for token in (*position.top, position.chosen)
         }
         for position in positions
@@ -54,9 +59,10 @@ class CompletionLogprobs:
             self._offset += len(self._decoder.decode(added))
         return {
             "tokens": [position.chosen.token for position in positions],
-            "token_logprobs": [position.chosen.logprob for position in positions],
+            "token_logprobs": [finite_logprob(position.chosen.logprob) for position in positions],
             "top_logprobs": [
-                {token.token: token.logprob for token in (*position.top, position.chosen)} for position in positions
+                {token.token: finite_logprob(token.logprob) for token in (*position.top, position.chosen)}
+                for position in positions
             ],
             "text_offset": offsets,
         }
