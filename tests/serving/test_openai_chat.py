@@ -10,6 +10,8 @@ import openai
 import orjson
 import pytest
 
+from pagoda.sampling.output import FinishReason
+from pagoda.serving.openai.finish import finish_fields
 from pagoda.serving.openai.logprobs import CompletionLogprobs, chat_logprobs, prompt_logprobs
 from pagoda.serving.openai.types import ChatCompletionResponse
 from pagoda.serving.v2 import logprobs_json
@@ -178,3 +180,16 @@ def test_a_token_that_cannot_come_has_a_logprob_that_json_can_hold() -> None:
     for shape in [*shapes, logprobs_json([position])]:
         assert json.loads(orjson.dumps(shape)) == shape
         assert "-9999.0" in json.dumps(shape)
+
+
+@pytest.mark.parametrize(
+    ("reason", "stop_reason", "expected"),
+    [
+        (None, None, (None, None)),
+        (FinishReason.STOP, "END", ("stop", "END")),
+        (FinishReason.LENGTH, None, ("length", None)),
+        (FinishReason.REPETITION, None, ("length", "repetition")),
+    ],
+)
+def test_every_reason_has_a_word_that_openais_clients_know(reason: Any, stop_reason: Any, expected: Any) -> None:
+    assert finish_fields(reason, stop_reason) == dict(zip(("finish_reason", "stop_reason"), expected, strict=True))

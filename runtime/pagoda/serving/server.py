@@ -61,14 +61,13 @@ def make_context(config: PagodaConfig, client: EngineClient) -> ServingContext:
 
 async def _serve(config: PagodaConfig, listener: socket.socket) -> int:
     client = ProcessEngineClient(config)
+    context = make_context(config, client)
     text = _Text(config, client)
     starting = asyncio.ensure_future(client.start())
     # The engine's process loads its libraries while this one loads KServe.
     await asyncio.sleep(ENGINE_HEAD_START_SECONDS)
     with _command_line(KSERVE_ARGUMENTS):
         from pagoda.serving.kserve_server import PagodaModelServer
-
-    context = make_context(config, client)
 
     async def load() -> None:
         await asyncio.gather(starting, text.start())

@@ -12,6 +12,7 @@ from pagoda.errors import InvalidRequestError, NotSupportedError
 from pagoda.sampling.params import MAX_LOGPROBS, SamplingParams
 from pagoda.serving.context import ServingContext
 from pagoda.serving.generation import GenerationJob, SequenceResult, limit_time
+from pagoda.serving.openai.finish import finish_fields
 from pagoda.serving.openai.logprobs import chat_logprobs, prompt_logprobs
 from pagoda.serving.openai.requests import check_stream_options, sampling_and_options, template_messages
 from pagoda.serving.openai.types import ChatCompletionRequest, TokenizeRequest
@@ -98,8 +99,7 @@ class ChatCall:
             "index": index,
             "message": {"role": "assistant", "content": result.text},
             "logprobs": chat_logprobs(result.logprobs or []) if self.request.logprobs else None,
-            "finish_reason": result.finish_reason,
-            "stop_reason": result.stop_reason,
+            **finish_fields(result.finish_reason, result.stop_reason),
         }
 
     def _pieces(self, chunk: GenerationChunk, begun: set[int]) -> list[dict[str, Any]]:
@@ -112,8 +112,7 @@ class ChatCall:
             if chunk.logprobs:
                 piece["logprobs"] = chat_logprobs(chunk.logprobs)
             if chunk.finish_reason is not None:
-                piece["finish_reason"] = str(chunk.finish_reason)
-                piece["stop_reason"] = chunk.stop_reason
+                piece |= finish_fields(chunk.finish_reason, chunk.stop_reason)
             pieces.append(piece)
         return pieces
 

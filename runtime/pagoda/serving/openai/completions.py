@@ -12,6 +12,7 @@ from typing import Any
 from pagoda.errors import InvalidRequestError, NotSupportedError
 from pagoda.serving.context import ServingContext
 from pagoda.serving.generation import GenerationJob, SequenceResult, check_job_count, limit_time
+from pagoda.serving.openai.finish import finish_fields
 from pagoda.serving.openai.logprobs import CompletionLogprobs, joined, prompt_logprobs
 from pagoda.serving.openai.requests import PROMPT_FORMS, check_stream_options, sampling_and_options
 from pagoda.serving.openai.types import CompletionRequest
@@ -111,8 +112,7 @@ class _Choice:
             "index": self._index,
             "text": chunk.text,
             "logprobs": await self._piece_logprobs(chunk),
-            "finish_reason": None if chunk.finish_reason is None else str(chunk.finish_reason),
-            "stop_reason": chunk.stop_reason,
+            **finish_fields(chunk.finish_reason, chunk.stop_reason),
         }
         if self._call.request.prompt_logprobs is not None and chunk.prompt_logprobs is not None:
             piece["prompt_logprobs"] = prompt_logprobs(chunk.prompt_logprobs)

@@ -1,0 +1,18 @@
+"""Why an answer ended, in the words that OpenAI's clients know."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pagoda.sampling.output import FinishReason
+
+
+def finish_fields(reason: FinishReason | None, stop_reason: int | str | None) -> dict[str, Any]:
+    """`finish_reason` and `stop_reason` of a choice; both None while it goes on.
+
+    OpenAI has no word for an answer that was cut off because it only repeated itself: it is `length`, and `stop_reason` says
+    more.
+    """
+    if reason is FinishReason.REPETITION:
+        return {"finish_reason": str(FinishReason.LENGTH), "stop_reason": stop_reason or str(reason)}
+    return {"finish_reason": None if reason is None else str(reason), "stop_reason": stop_reason}
