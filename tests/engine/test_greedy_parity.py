@@ -29,7 +29,7 @@ LONGEST = 300
 
 SPECS = {
     "llama": DummySpec(family="llama", tie_word_embeddings=True, num_heads=6, num_kv_heads=2, hidden_size=96),
-    "mistral": DummySpec(family="mistral", sliding_window=40, num_shards=3),
+    "mistral": DummySpec(family="mistral", sliding_window=128, num_shards=3),
     "qwen2": DummySpec(family="qwen2", tie_word_embeddings=True, num_heads=4, num_kv_heads=1),
     "qwen3": DummySpec(family="qwen3", num_heads=4, num_kv_heads=2, num_shards=2),
 }

@@ -340,3 +340,23 @@ def test_time_limit_ends_a_request_with_what_it_has() -> None:
         FinishReason.LENGTH,
         "max_request_seconds",
     )
+
+
+def test_windowed_prefix_hits_without_the_blocks_that_have_left_the_window() -> None:
+    kv = KVCacheManager(20, 4, sliding_window=6)
+    scheduler = Scheduler(
+        SchedulerLimits(max_num_seqs=4, max_num_batched_tokens=64, max_model_len=64, max_num_waiting=10), kv
+    )
+    scheduler.add(make_request("a", 24, first=5, max_tokens=3))
+    for _ in range(3):
+        step(scheduler)
+    scheduler.add(
+        make_request("other", 56, max_tokens=1)
+    )  # takes the oldest free blocks: the beginning of the first prompt
+    step(scheduler)
+    again = make_request("b", 24, first=5, max_tokens=3)
+    scheduler.add(again)
+    plan = step(scheduler)
+    assert scheduled(plan) == {"b": 4}
+    assert again.num_cached_tokens == 20
+    assert plan.new_requests[0].block_ids[:3] == [0, 0, 0]

@@ -134,7 +134,9 @@ class BlockPool:
         return blocks
 
     def share(self, block: Block) -> None:
-        """Hold a block that was found by its hash; it leaves the free list if it was there."""
+        """Hold a block that was found by its hash; it leaves the free list if it was there. The null block never does."""
+        if block is self.null_block:
+            return
         if block.ref_count == 0:
             self._free_list.remove(block)
             self._num_cached -= 1
@@ -235,7 +237,7 @@ class BlockLease:
             dropped.append(self.blocks[index])
             self.blocks[index] = null_block
             index -= 1
-        self._pool.release(dropped)
+        self._pool.release(reversed(dropped))  # a hit needs the end of a window more than its beginning
 
     def release(self) -> None:
         """Give everything back, the tail first: the head of a prefix is worth more to others than its end."""

@@ -12,6 +12,7 @@ of blocks half-way, and only decoding can need more.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import takewhile
 
 from pagoda.scheduling.block_pool import Block, BlockLease, BlockPool
 from pagoda.scheduling.prefix_hash import extend_hashes, root_hash
@@ -138,14 +139,28 @@ class KVCacheManager:
         extend_hashes(request.block_hashes, root_hash(request.cache_salt), request.token_ids, self.block_size)
 
     def _find_prefix(self, request: Request) -> list[Block]:
-        """The longest run of cached blocks from the start; at least one token is left to compute, or there are no logits."""
+        """The blocks of the longest cached prefix; at least one token is left to compute, or there are no logits.
+
+        With a sliding window the blocks that no token still to be computed can see need not be cached: the null block stands
+        in for them.
+        """
         if not self.enable_prefix_caching or request.sampling.prompt_logprobs is not None:
             return []
         self._hash_blocks(request)
-        hits: list[Block] = []
-        for block_hash in request.block_hashes[: (request.num_tokens - 1) // self.block_size]:
-            block = self.pool.find(block_hash)
+        hashes = request.block_hashes[: (request.num_tokens - 1) // self.block_size]
+        if self._sliding_window is None:
+            return list(takewhile(lambda block: block is not None, map(self.pool.find, hashes)))  # type: ignore[arg-type]
+        return self._find_window(hashes, -(-(self._sliding_window - 1) // self.block_size))
+
+    def _find_window(self, hashes: list[bytes], num_visible: int) -> list[Block]:
+        """The longest prefix whose last `num_visible` blocks are cached, or all of it if it is shorter than that."""
+        run: list[Block] = []
+        for index in range(len(hashes) - 1, -1, -1):
+            block = self.pool.find(hashes[index])
             if block is None:
-                break
-            hits.append(block)
-        return hits
+                run = []
+                continue
+            run.append(block)
+            if len(run) >= num_visible:
+                return [self.pool.null_block] * index + run[::-1]
+        return run[::-1]
