@@ -187,7 +187,8 @@ def main(socket_fd: int, board_fd: int) -> int:
     try:
         _serve(first.config, connection, board)
     except Exception as error:
-        logger.exception("the engine core failed")
+        # A sentence of ours says it all; anything else needs its stack.
+        logger.error("the engine core failed: %s", error, exc_info=not isinstance(error, PagodaError))
         kind = error.kind if isinstance(error, PagodaError) else ErrorKind.ENGINE_DEAD
         message = str(error) if isinstance(error, PagodaError) else f"{type(error).__name__}: {error}"
         connection.send(EngineFailed(kind, message))
