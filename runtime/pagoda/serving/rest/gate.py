@@ -8,7 +8,7 @@ import uuid
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -52,7 +52,6 @@ class Gate:
             await send(message)
 
         path: str = scope["path"]
-        scope["pagoda.request_id"] = request_id
         with bind_request_id(request_id):
             try:
                 if not is_public(path):
@@ -80,11 +79,6 @@ class Gate:
 def is_public(path: str) -> bool:
     """Whether `path` is answered without an API key."""
     return path in PUBLIC_PATHS or PUBLIC_PATTERN.fullmatch(path) is not None
-
-
-def request_id_of(request: Request) -> str:
-    """The id under which `request` is logged; the client's own `X-Request-Id` where it is well-formed."""
-    return str(request.scope["pagoda.request_id"])
 
 
 def _request_id(headers: Headers) -> str:
