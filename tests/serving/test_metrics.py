@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import dataclass, field
 
 import pytest
@@ -10,6 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from pagoda.engine.health import EngineState
 from pagoda.engine.messages import EngineStats
+from pagoda.engine.progress_board import EngineProgress
 from pagoda.errors import (
     DeadlineExceededError,
     EngineDeadError,
@@ -50,6 +52,8 @@ NAMES_READ_BY_AUTOSCALERS_AND_DASHBOARDS = {
     "engine_restarts_total",
     "request_errors_total",
     "engine_state",
+    "engine_state_transitions_total",
+    "engine_seconds_since_progress",
 }
 
 
@@ -72,6 +76,7 @@ class Health:
 class Engine:
     stats: EngineStats = field(default_factory=EngineStats)
     health: Health = field(default_factory=Health)
+    progress: EngineProgress | None = None
 
 
 @dataclass
@@ -236,7 +241,7 @@ def test_gauges_follow_the_engine_and_are_zero_when_it_is_dead(metrics: Metrics)
     found = samples(metrics)
     assert found["pagoda_num_requests_running"] == found["pagoda_num_requests_waiting"] == 0
     assert found["pagoda_kv_cache_usage_perc"] == 0
-    states = {name: value for name, value in found.items() if name.startswith("pagoda_engine_state")}
+    states = {name: value for name, value in found.items() if name.startswith("pagoda_engine_state{")}
     assert sum(states.values()) == 1
     assert states["pagoda_engine_state{state=dead}"] == 1
 
@@ -254,6 +259,16 @@ def test_counts_of_the_engine_keep_rising_over_a_restart(metrics: Metrics) -> No
     assert found["pagoda_num_preemptions_total"] == 2
     assert found["pagoda_runaways_total"] == 1
     assert found["pagoda_engine_restarts_total"] == 1
+    assert found["pagoda_engine_state_transitions_total{from=starting,to=ready}"] == 2
+    assert found["pagoda_engine_state_transitions_total{from=ready,to=dead}"] == 0
+
+
+def test_the_age_of_the_last_sign_of_life_is_shown(metrics: Metrics) -> None:
+    engine = Engine()
+    metrics.watch(engine)
+    assert samples(metrics)["pagoda_engine_seconds_since_progress"] == 0
+    engine.progress = EngineProgress(1, time.monotonic() - 5, 0, is_busy=False)
+    assert 5 <= samples(metrics)["pagoda_engine_seconds_since_progress"] < 60
 
 
 def test_tokens_of_every_step_are_counted_even_when_reports_are_skipped(metrics: Metrics) -> None:

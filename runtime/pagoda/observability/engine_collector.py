@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections.abc import Iterator, Mapping
 from typing import Protocol
 
@@ -67,6 +69,18 @@ class ObservedHealth(Protocol):
         """How often the engine went from one state to another."""
 
 
+class ObservedProgress(Protocol):
+    """The part of `engine.progress_board.EngineProgress` that is reported."""
+
+    @property
+    def is_up(self) -> bool:
+        """Whether the engine has given any sign of life."""
+
+    @property
+    def time(self) -> float:
+        """The last one, monotonic seconds."""
+
+
 class ObservedEngine(Protocol):
     """What `EngineClient` shows of the engine."""
 
@@ -77,6 +91,10 @@ class ObservedEngine(Protocol):
     @property
     def health(self) -> ObservedHealth:
         """The state the engine is in."""
+
+    @property
+    def progress(self) -> ObservedProgress | None:
+        """The engine's last sign of life, while there is an engine that gives any."""
 
 
 class EngineCollector(Collector):
@@ -116,7 +134,12 @@ class EngineCollector(Collector):
         yield self._count(
             "runaways", "Number of outputs found to repeat themselves without end.", self._runaways(stats.num_runaways)
         )
-        restarts = sum(times for (_, to), times in self._engine.health.transitions.items() if to == STARTING)
+        yield from self._health(state)
+
+    def _health(self, state: str) -> Iterator[Metric]:
+        """The state, how it was come to, and the age of the last sign of life."""
+        transitions = self._engine.health.transitions
+        restarts = sum(times for (_, to), times in transitions.items() if to == STARTING)
         yield self._count("engine_restarts", "Times the engine was lost and started again.", restarts)
         states = GaugeMetricFamily(
             self._prefix + "engine_state",
@@ -126,6 +149,19 @@ class EngineCollector(Collector):
         for name in ENGINE_STATES:
             states.add_metric([self._model_name, name], float(name == state))
         yield states
+        moves = CounterMetricFamily(
+            self._prefix + "engine_state_transitions",
+            "Times the engine went from one state to another.",
+            labels=["model_name", "from", "to"],
+        )
+        for origin, target in itertools.permutations(ENGINE_STATES, 2):
+            moves.add_metric([self._model_name, origin, target], transitions.get((origin, target), 0))
+        yield moves
+        progress = self._engine.progress
+        age = time.monotonic() - progress.time if progress is not None and progress.is_up else 0.0
+        yield self._gauge(
+            "engine_seconds_since_progress", "Age of the engine's last sign of life; 0 while there is none.", age
+        )
 
     def _gauge(self, name: str, help: str, value: float) -> Metric:
         family = GaugeMetricFamily(self._prefix + name, help, labels=["model_name"])

@@ -1,14 +1,21 @@
-"""API keys: one check for REST (`Authorization` header) and gRPC (`authorization` metadata)."""
+"""API keys: one check for REST (`Authorization` header) and gRPC (`authorization` metadata), and whose requests they are."""
 
 from __future__ import annotations
 
 import hashlib
 import hmac
 from collections.abc import Iterable
+from contextvars import ContextVar
 
 from pagoda.errors import AuthenticationError
 
 SCHEME = "bearer"
+TENANT_CHARACTERS = 16
+
+tenant_var: ContextVar[str] = ContextVar("pagoda_tenant", default="")
+"""Whose request the current task serves: a name made from the API key, empty where there are not several keys. Set where the
+key is checked and read where a job starts, so that no route in between can forget it.
+"""
 
 
 class ApiKeys:
@@ -26,7 +33,10 @@ class ApiKeys:
         return bool(self._digests)
 
     def check(self, authorization: str | None) -> None:
-        """Raise `AuthenticationError` unless `authorization` is `Bearer KEY` with a known key, or none is required."""
+        """Let the current task speak for the key's tenant.
+
+        Raises `AuthenticationError` unless `authorization` is `Bearer KEY` with a known key, or none is required.
+        """
         if not self._digests:
             return
         scheme, _, key = (authorization or "").partition(" ")
@@ -36,6 +46,8 @@ class ApiKeys:
         matches = [hmac.compare_digest(given, known) for known in self._digests]
         if not any(matches):
             raise AuthenticationError("the API key is not known here")
+        if len(self._digests) > 1:
+            tenant_var.set(given.hex()[:TENANT_CHARACTERS])
 
 
 def _digest(key: str) -> bytes:

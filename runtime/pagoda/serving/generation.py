@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 from pagoda.errors import DeadlineExceededError, EngineNotReadyError, InvalidRequestError
 from pagoda.sampling.output import FinishReason
 from pagoda.sampling.params import SamplingParams
+from pagoda.serving.auth import tenant_var
 from pagoda.serving.parameters import RequestOptions
 from pagoda.text.output import GenerationChunk, PositionLogprobs
 
@@ -172,6 +173,7 @@ class GenerationRunner:
                 request_id=request_id,
                 priority=job.options.priority,
                 cache_salt=job.options.cache_salt,
+                tenant=tenant_var.get(),
                 deadline=deadline,
                 echo=job.options.echo,
                 add_special_tokens=job.add_special_tokens,

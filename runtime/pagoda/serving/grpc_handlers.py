@@ -15,7 +15,7 @@ import grpc
 from google.protobuf.message import DecodeError
 from google.protobuf.message_factory import GetMessageClass
 
-from pagoda.errors import EngineNotReadyError, ErrorKind, InvalidRequestError
+from pagoda.errors import DeadlineExceededError, EngineNotReadyError, ErrorKind, InvalidRequestError
 from pagoda.serving.context import ServingContext
 from pagoda.serving.grpc_messages import SERVICE_NAME, service_methods
 from pagoda.serving.grpc_service import ClientGoneError, InferenceService
@@ -28,6 +28,9 @@ METHODS_WITHOUT_KEY = frozenset({"ServerLive", "ServerReady", "ModelReady"})
 LOGGED_METHODS = frozenset({"ModelInfer", "ModelStreamInfer"})
 # A status message travels percent-encoded in a header, of which clients take 8 KiB by default.
 MAX_STATUS_MESSAGE_BYTES = 1536
+STALLED_READER_SECONDS = 60.0
+LAST_STATUS_SECONDS = 5.0
+"""Time for a status to go out to a client that has stopped reading."""
 
 Parser = Callable[[bytes], Any]
 UnaryMethod = Callable[[Any, float | None], Awaitable[Any]]
@@ -80,19 +83,28 @@ class InferenceHandlers:
     def _stream(self, name: str, parse: Parser) -> Callable[..., Awaitable[None]]:
         async def handle(raw_messages: AsyncIterator[bytes], call: grpc.aio.ServicerContext) -> None:
             one_at_a_time = asyncio.Lock()
+            stalled = asyncio.Event()
 
             async def write(message: Any) -> None:
                 async with one_at_a_time:
+                    if stalled.is_set():
+                        raise ClientGoneError
                     try:
-                        await call.write(message)
+                        async with asyncio.timeout(STALLED_READER_SECONDS):
+                            await call.write(message)
                     except grpc.aio.BaseError as error:
                         # The connection was lost, or the call is over; grpc cancels this task a moment later.
+                        raise ClientGoneError from error
+                    except TimeoutError as error:
+                        stalled.set()
                         raise ClientGoneError from error
 
             async def respond() -> None:
                 self._authorize(name, call)
-                messages = self._messages(parse, raw_messages)
+                messages = self._messages(parse, raw_messages, stalled)
                 await self._service.model_stream_infer(messages, write, call.time_remaining)
+                if stalled.is_set():
+                    raise DeadlineExceededError(f"no response was read for {STALLED_READER_SECONDS:g} s")
 
             await self._guard(name, call, respond)
 
@@ -114,7 +126,8 @@ class InferenceHandlers:
             return answer
         retry_after = failure.retry_after_seconds
         trailers = () if retry_after is None else (("retry-after", str(retry_after)),)
-        return await call.abort(grpc.StatusCode[failure.grpc_code], _clipped(failure.message), trailers)
+        async with asyncio.timeout(LAST_STATUS_SECONDS):
+            return await call.abort(grpc.StatusCode[failure.grpc_code], _clipped(failure.message), trailers)
 
     def _authorize(self, name: str, call: grpc.aio.ServicerContext) -> None:
         if name in METHODS_WITHOUT_KEY:
@@ -132,17 +145,25 @@ class InferenceHandlers:
             logger.info("%s %s: %s", name, failure.grpc_code, _clipped(failure.message))
         return failure
 
-    async def _messages(self, parse: Parser, raw_messages: AsyncIterator[bytes]) -> AsyncGenerator[Any, None]:
-        """The messages of a stream, until the client closes its side; `EngineNotReadyError` when the server goes away."""
+    async def _messages(
+        self, parse: Parser, raw_messages: AsyncIterator[bytes], stalled: asyncio.Event
+    ) -> AsyncGenerator[Any, None]:
+        """The messages of a stream, until the client closes its side or reads nothing (`stalled`).
+
+        Raises `EngineNotReadyError` when the server goes away.
+        """
         iterator = aiter(raw_messages)
         stopping = asyncio.ensure_future(self._stopping.wait())
+        stalling = asyncio.ensure_future(stalled.wait())
         try:
             while True:
                 arrival = asyncio.ensure_future(anext(iterator))
                 try:
-                    await asyncio.wait((arrival, stopping), return_when=asyncio.FIRST_COMPLETED)
+                    await asyncio.wait((arrival, stopping, stalling), return_when=asyncio.FIRST_COMPLETED)
                 finally:
                     arrival.cancel()  # nothing, where it is done
+                if stalled.is_set():
+                    return
                 if not arrival.done():
                     raise EngineNotReadyError("the server is shutting down; open a stream to another replica")
                 try:
@@ -152,6 +173,7 @@ class InferenceHandlers:
                 yield _parse(parse, raw)
         finally:
             stopping.cancel()
+            stalling.cancel()
 
 
 def _parse(parse: Parser, raw: bytes) -> Any:

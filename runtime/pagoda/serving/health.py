@@ -1,7 +1,8 @@
-"""The one truth about health that every door shows: REST probes, KServe's data plane, gRPC health and `/health`.
+"""Health as every door shows it: REST probes, KServe's data plane, gRPC health, `/health`, metrics.
 
-It joins what the engine says of itself with what only the server knows: that the tokenizers are up, and that the server is
-going away. Ready and live are different questions: a server that loads or drains is live and not ready.
+There is one state machine, the engine's (`engine.health`). The server adds what only it knows: that its tokenizers must be up
+before requests can be taken, that it is going away, that it can never serve. Ready and live are different questions: a server
+that loads, recovers or drains is live and not ready.
 """
 
 from __future__ import annotations
@@ -12,9 +13,12 @@ from typing import Any, Protocol
 
 from pagoda.engine.health import EngineHealth, EngineState
 from pagoda.engine.messages import EngineStats
+from pagoda.engine.progress_board import EngineProgress
 from pagoda.errors import EngineDeadError, EngineNotReadyError
 
 Listener = Callable[[], None]
+
+TOKENIZER_STAGE = "tokenizer"
 
 
 class EngineLike(Protocol):
@@ -22,39 +26,33 @@ class EngineLike(Protocol):
 
     @property
     def health(self) -> EngineHealth:
-        """The engine's own state."""
+        """The state machine."""
 
     @property
     def stats(self) -> EngineStats:
         """The engine's figures after its last step."""
 
+    @property
+    def progress(self) -> EngineProgress | None:
+        """The core's last sign of life, while there is a core that gives any."""
+
 
 class ServerHealth:
-    """State of the whole server, and its changes; listeners hear of changes of state only."""
+    """The engine's state machine with the server's own say in it. Not ready before `text_is_ready` was called."""
 
     def __init__(self, engine: EngineLike) -> None:
         self._engine = engine
-        self._is_text_ready = False
-        self._failure: str | None = None
-        self._listeners: list[Listener] = []
-        self._state = EngineState.STARTING
-        self._since = time.time()
-        engine.health.subscribe(self._notice)
+        engine.health.hold(TOKENIZER_STAGE)
 
     @property
     def state(self) -> EngineState:
         """The state as of now."""
-        engine_health = self._engine.health
-        if self._failure is not None:
-            return EngineState.DEAD
-        if engine_health.accepts_requests and not self._is_text_ready:
-            return EngineState.STARTING
-        return engine_health.state
+        return self._engine.health.state
 
     @property
     def is_ready(self) -> bool:
         """Whether a request sent now would be taken."""
-        return self.state in (EngineState.READY, EngineState.DEGRADED)
+        return self._engine.health.accepts_requests
 
     @property
     def is_live(self) -> bool:
@@ -64,15 +62,12 @@ class ServerHealth:
     @property
     def stage(self) -> str:
         """What is going on, for people: the start-up stage while the server starts, else the state."""
-        engine_health = self._engine.health
-        if self.state is not EngineState.STARTING:
-            return str(self.state)
-        return "tokenizer" if engine_health.accepts_requests else engine_health.stage
+        return self._engine.health.stage
 
     @property
     def cause(self) -> str | None:
-        """Why the server is degraded or dead."""
-        return self._failure or self._engine.health.cause
+        """Why the server is in its state."""
+        return self._engine.health.cause
 
     def check_ready(self) -> None:
         """Raise `EngineNotReadyError` or `EngineDeadError`, with the reason, where a request would not be taken."""
@@ -85,44 +80,39 @@ class ServerHealth:
             raise EngineNotReadyError("the server is shutting down; send the request to another replica")
 
     def snapshot(self) -> dict[str, Any]:
-        """The body of `/health`: plain values. `since` is when the state began, in seconds since the epoch."""
-        stats = self._engine.stats
+        """The body of `/health`: plain values. `since` is when the state began, in seconds since the epoch.
+
+        `step` counts the engine's steps since its core started; `seconds_since_progress` is the age of its last sign of life.
+        Both are None while there is no core that gives any.
+        """
+        health, stats, progress = self._engine.health, self._engine.stats, self._engine.progress
+        is_up = progress is not None and progress.is_up
         return {
-            "state": str(self.state),
-            "stage": self.stage,
-            "detail": self._engine.health.detail,
-            "since": self._since,
-            "cause": self.cause,
+            "state": str(health.state),
+            "stage": health.stage,
+            "detail": health.detail,
+            "since": health.since,
+            "cause": health.cause,
             "running": stats.num_running,
             "waiting": stats.num_waiting,
             "kv_cache_usage": stats.kv_cache_usage,
+            "step": progress.step if progress is not None and is_up else None,
+            "seconds_since_progress": time.monotonic() - progress.time if progress is not None and is_up else None,
         }
 
     def text_is_ready(self) -> None:
         """The tokenizers are up."""
-        self._is_text_ready = True
-        self._notice()
+        self._engine.health.release(TOKENIZER_STAGE)
 
     def drain(self, cause: str) -> None:
         """Take no new requests from now on; those under way go on."""
-        if self._engine.health.state not in (EngineState.DRAINING, EngineState.DEAD):
+        if self.state not in (EngineState.DRAINING, EngineState.DEAD):
             self._engine.health.transition(EngineState.DRAINING, cause)
 
     def fail(self, cause: str) -> None:
         """The server can never serve (again), whatever the engine says."""
-        self._failure = cause
-        self._notice()
+        self._engine.health.transition(EngineState.DEAD, cause)
 
     def subscribe(self, listener: Listener) -> Callable[[], None]:
-        """Call `listener()` after each change of state; returns what ends the subscription."""
-        self._listeners.append(listener)
-        return lambda: self._listeners.remove(listener)
-
-    def _notice(self) -> None:
-        state = self.state
-        if state is self._state:
-            return
-        self._state = state
-        self._since = time.time()
-        for listener in list(self._listeners):
-            listener()
+        """Call `listener()` after each change of state or stage; returns what ends the subscription."""
+        return self._engine.health.subscribe(listener)

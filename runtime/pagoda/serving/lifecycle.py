@@ -1,10 +1,11 @@
 """The life of a server: listening from the first second, ready when the model is, draining when told to go, then gone.
 
     listen ─▶ load ─▶ serve ──signal──▶ drain ─▶ close ─▶ exit 0
-                └───────┴──engine lost──────────▶ close ─▶ exit 1
+                └───────┴──engine dead──┴───────▶ close ─▶ exit 1
 
 While it drains the port stays open: what still arrives through a proxy that has not heard of it is answered 503, not with a
-refused connection. A server without an engine does not stay: it exits, so that whoever started it can start it again.
+refused connection. A server whose engine is dead, which an engine that is started anew is not, does not stay: it exits, so
+that whoever started it can start it again.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 from pagoda.engine.health import EngineState
 from pagoda.errors import PagodaError
+from pagoda.serving import exit_guard
 from pagoda.serving.context import ServingContext
 
 logger = logging.getLogger(__name__)
@@ -47,6 +49,11 @@ class Lifecycle:
 
     async def run(self, loading: Awaitable[None], server: asyncio.Future[None]) -> int:
         """Serve until the end; returns the exit status. `server` is the REST port, which must not end by itself."""
+        status = await self._run(loading, server)
+        exit_guard.arm(status)
+        return status
+
+    async def _run(self, loading: Awaitable[None], server: asyncio.Future[None]) -> int:
         context = self._context
         loader = asyncio.ensure_future(loading)
         signalled = asyncio.ensure_future(self._signalled.wait())
@@ -58,7 +65,7 @@ class Lifecycle:
                 await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             if signalled.done():
                 await self._drain()
-                return EXIT_OK
+                return EXIT_FAILED if context.health.state is EngineState.DEAD else EXIT_OK
             cause = _failure(server) or _failure(loader) or context.health.cause
             self._say_failure(cause)
             context.health.fail(str(cause))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import resource
 import socket
 
 from pagoda.config.schema import PagodaConfig
 from pagoda.errors import ConfigError
 
 BACKLOG = 2048
+MAX_OPEN_FILES = 2**16
 
 
 def listen(config: PagodaConfig) -> socket.socket:
@@ -24,3 +26,11 @@ def listen(config: PagodaConfig) -> socket.socket:
         raise ConfigError(
             f"cannot listen on {config.host}:{config.http_port} (host, http_port): {error.strerror or error}"
         ) from error
+
+
+def raise_open_file_limit() -> None:
+    """Let this process have as many connections as it may: the usual soft limit of 1024 is soon reached."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import uvloop
 
+from pagoda import faults
 from pagoda.config.schema import PagodaConfig
 from pagoda.config.sources import LoadedConfig
 from pagoda.engine.client import EngineClient, ProcessEngineClient
@@ -24,7 +25,7 @@ from pagoda.serving.auth import ApiKeys
 from pagoda.serving.context import ServingContext
 from pagoda.serving.generation import GenerationRunner
 from pagoda.serving.health import ServerHealth
-from pagoda.serving.listener import listen
+from pagoda.serving.listener import listen, raise_open_file_limit
 from pagoda.text.generation import TextGenerator
 from pagoda.text.pool import TokenizerPool
 
@@ -39,6 +40,8 @@ def run(loaded: LoadedConfig) -> int:
     """Serve until told to stop; returns the exit status. Raises `ConfigError` for a port that cannot be had."""
     config = loaded.config
     configure_logging(config.log_level, config.log_format, model_name=config.served_model_name, secrets=config.api_keys)
+    faults.install(config.fault_injection)
+    raise_open_file_limit()
     with listen(config) as listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(_serve(config, listener))
 

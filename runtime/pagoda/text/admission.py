@@ -34,6 +34,7 @@ def admit(
     request_id: str,
     priority: int = 0,
     cache_salt: str | None = None,
+    tenant: str = "",
 ) -> list[EngineRequest]:
     """The `sampling.n` engine requests of one request, with `max_tokens` resolved and `bad_words` as ids.
 
@@ -62,6 +63,7 @@ def admit(
             arrival_time=arrival_time,
             priority=priority,
             cache_salt=cache_salt,
+            tenant=tenant,
         )
         for index in range(sampling.n)
     ]

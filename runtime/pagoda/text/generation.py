@@ -86,6 +86,7 @@ class TextGenerator:
         request_id: str,
         priority: int = 0,
         cache_salt: str | None = None,
+        tenant: str = "",
         deadline: float | None = None,
         echo: bool = False,
         add_special_tokens: bool = True,
@@ -93,8 +94,9 @@ class TextGenerator:
         """Stream the completion(s) of `prompt`: text, or token ids taken as they are.
 
         Chunks of the `sampling.n` choices come interleaved in the order they are made. With `echo` the first chunk of each
-        choice begins with the prompt's text. `deadline` is monotonic seconds. `add_special_tokens` concerns a text prompt
-        only. Closing the iterator, cancelling the task that reads it, or any error aborts what is still running.
+        choice begins with the prompt's text. `tenant`: tenants take turns in the waiting queue. `deadline` is monotonic
+        seconds. `add_special_tokens` concerns a text prompt only. Closing the iterator, cancelling the task that reads it, or
+        any error aborts what is still running.
 
         Raises, before the first chunk: `InvalidRequestError`, `QueueFullError`, `EngineNotReadyError`; at any time:
         `DeadlineExceededError`, `EngineDeadError`, `RequestFailedError`.
@@ -115,6 +117,7 @@ class TextGenerator:
             request_id=request_id,
             priority=priority,
             cache_salt=cache_salt,
+            tenant=tenant,
         )
         states = [
             RequestTextState(self.pool.tokenizer, prompt_token_ids, sampling, index=index, echo=echoed)
@@ -159,17 +162,17 @@ class TextGenerator:
     async def _run_all(
         self, requests: list[EngineRequest], states: list[RequestTextState], deadline: float | None
     ) -> AsyncGenerator[GenerationChunk, None]:
-        """All sequences of one request; the first error of any ends them all."""
-        queue: asyncio.Queue[GenerationChunk | Exception | None] = asyncio.Queue()
+        """All sequences of one request; the first error of any ends them all. Each is read one chunk ahead at most."""
+        queue: asyncio.Queue[GenerationChunk | Exception | None] = asyncio.Queue(maxsize=len(requests))
 
         async def forward(request: EngineRequest, state: RequestTextState) -> None:
             try:
                 async with aclosing(self._run(request, state, deadline)) as chunks:
                     async for chunk in chunks:
-                        queue.put_nowait(chunk)
-                queue.put_nowait(None)
+                        await queue.put(chunk)
+                await queue.put(None)
             except Exception as error:
-                queue.put_nowait(error)
+                await queue.put(error)
 
         tasks = [asyncio.create_task(forward(*pair)) for pair in zip(requests, states, strict=True)]
         try:

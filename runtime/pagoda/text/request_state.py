@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pagoda import faults
 from pagoda.engine.messages import EngineOutput
 from pagoda.errors import ErrorKind, RequestFailedError, error_of
 from pagoda.sampling.output import FinishReason
@@ -63,6 +64,7 @@ class RequestTextState:
             raise RequestFailedError(f"the tokens of this request could not be turned into text: {error!r}") from error
 
     def _process(self, output: EngineOutput) -> GenerationChunk:
+        faults.fire("detokenize", output.request_id)
         text, num_used = self._take_tokens(output)
         finish_reason: FinishReason | None = output.finish_reason
         stop_reason: int | str | None = output.stop_reason

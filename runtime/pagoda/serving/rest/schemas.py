@@ -67,7 +67,10 @@ class LoadResponse(BaseModel):
 
 
 class HealthResponse(BaseModel):
-    """What the server is doing. `since`: seconds since the epoch; `running`, `waiting`: sequences in the engine."""
+    """What the server is doing. `since`: seconds since the epoch; `running`, `waiting`: sequences in the engine.
+
+    `step`: steps the engine has done; `seconds_since_progress`: age of its last sign of life; null while there is no engine.
+    """
 
     state: str
     stage: str
@@ -77,6 +80,8 @@ class HealthResponse(BaseModel):
     running: int
     waiting: int
     kv_cache_usage: float
+    step: int | None
+    seconds_since_progress: float | None
 
 
 class LiveResponse(BaseModel):
