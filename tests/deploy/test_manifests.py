@@ -1,0 +1,239 @@
+"""The manifests: what kustomize makes of them is taken by Kubernetes, by KServe's CRDs, and by its webhooks' rules."""
+
+import copy
+import shutil
+import subprocess
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import pagoda
+from pagoda.cli.probe import PATHS
+from pagoda.config import load
+from pagoda.config.schema import option_defaults
+from tests.support.chart import render, server_container, server_pod
+from tests.support.kserve_objects import CRDS_VARIABLE, REPOSITORY, build_model, crd_errors, crds
+from tests.support.kubernetes_objects import validate
+
+MANIFESTS = REPOSITORY / "manifests"
+KUSTOMIZATIONS = sorted(str(path.parent.relative_to(MANIFESTS)) for path in MANIFESTS.rglob("kustomization.yaml"))
+KSERVE_KINDS = ("InferenceService", "ClusterServingRuntime", "ServingRuntime")
+
+every_kustomization = pytest.mark.parametrize("folder", KUSTOMIZATIONS)
+needs_crds = pytest.mark.skipif(
+    crds() is None, reason=f"KServe's CRDs are not here; {CRDS_VARIABLE} may name their folder"
+)
+
+
+@cache
+def _built(folder: str) -> str:
+    kubectl = shutil.which("kubectl")
+    if kubectl is None:
+        pytest.skip("kubectl, which builds kustomizations, is not installed")
+    return subprocess.run(
+        [kubectl, "kustomize", str(MANIFESTS / folder)], capture_output=True, text=True, check=True, timeout=60
+    ).stdout
+
+
+def objects(folder: str) -> list[dict[str, Any]]:
+    """What `kubectl apply -k` would send."""
+    return list(yaml.safe_load_all(_built(folder)))
+
+
+def of_kind(folder: str, kind: str) -> dict[str, Any]:
+    (document,) = [document for document in objects(folder) if document["kind"] == kind]
+    return document
+
+
+def found(is_wanted: Callable[[dict[str, Any]], bool]) -> list[Any]:
+    """Test parameters: folder and position among its KServe objects of those that are wanted."""
+    if shutil.which("kubectl") is None:
+        return []
+    return [
+        pytest.param(folder, index, id=f"{folder}-{document['kind']}")
+        for folder in KUSTOMIZATIONS
+        for index, document in enumerate(kserve_objects(folder))
+        if is_wanted(document)
+    ]
+
+
+def kserve_objects(folder: str) -> list[dict[str, Any]]:
+    return [document for document in objects(folder) if document["kind"] in KSERVE_KINDS]
+
+
+def kserve_object(folder: str, index: int) -> dict[str, Any]:
+    return kserve_objects(folder)[index]
+
+
+def has_container(document: dict[str, Any]) -> bool:
+    """Whether the object has the server's container itself, and not a runtime that it names."""
+    return "containers" in document["spec"].get("predictor", document["spec"])
+
+
+every_kserve_object = pytest.mark.parametrize(("folder", "index"), found(lambda document: True))
+every_server = pytest.mark.parametrize(("folder", "index"), found(has_container))
+every_inference_service = pytest.mark.parametrize(
+    ("folder", "index"), found(lambda document: document["kind"] == "InferenceService")
+)
+
+
+def container_of(document: dict[str, Any]) -> dict[str, Any]:
+    spec = document["spec"].get("predictor", document["spec"])
+    (container,) = spec["containers"]
+    return container
+
+
+def test_there_are_runtimes_a_base_and_overlays() -> None:
+    assert {"base", "runtimes/cluster", "runtimes/namespaced"} <= set(KUSTOMIZATIONS)
+    assert {"overlays/runtime", "overlays/gpu", "overlays/autoscaling"} <= set(KUSTOMIZATIONS)
+
+
+@every_kustomization
+def test_kubernetes_knows_every_field(folder: str) -> None:
+    for document in objects(folder):
+        if document["kind"] not in (*KSERVE_KINDS, "PodMonitor"):
+            validate(document)
+
+
+@needs_crds
+@every_kserve_object
+def test_crds_know_every_field(folder: str, index: int) -> None:
+    assert crd_errors(kserve_object(folder, index)) == []
+
+
+@needs_crds
+def test_a_misspelt_probe_would_be_noticed() -> None:
+    document = copy.deepcopy(of_kind("base", "InferenceService"))
+    container = container_of(document)
+    container["readynessProbe"] = container.pop("readinessProbe")
+    assert any("readynessProbe" in error for error in crd_errors(document))
+
+
+@every_kserve_object
+def test_kserve_s_own_classes_can_be_built(folder: str, index: int) -> None:
+    document = kserve_object(folder, index)
+    if document["kind"] == "ServingRuntime":
+        document = {**document, "metadata": {**document["metadata"], "namespace": "default"}}
+    built = build_model(document)
+    assert built.metadata.name == document["metadata"]["name"]
+
+
+def test_a_field_that_kserve_s_classes_lack_would_be_noticed() -> None:
+    document = copy.deepcopy(of_kind("base", "InferenceService"))
+    document["spec"]["predictor"]["minReplica"] = 1
+    with pytest.raises(ValueError, match="minReplica"):
+        build_model(document)
+
+
+@every_server
+def test_probes_are_the_engine_s_and_cover_a_long_start(folder: str, index: int) -> None:
+    document = kserve_object(folder, index)
+    container = container_of(document)
+    assert container["startupProbe"]["httpGet"]["path"] == PATHS["ready"]
+    assert container["readinessProbe"]["httpGet"]["path"] == PATHS["ready"]
+    assert container["livenessProbe"]["httpGet"]["path"] == PATHS["live"]
+    startup = container["startupProbe"]
+    assert startup["periodSeconds"] * startup["failureThreshold"] > option_defaults()["engine_start_timeout_seconds"]
+
+
+@every_server
+def test_container_is_what_kserve_expects(folder: str, index: int) -> None:
+    document = kserve_object(folder, index)
+    container = container_of(document)
+    assert container["name"] == "kserve-container"
+    # The first port becomes the Service's port 80; a name with h2c makes the second one HTTP/2 in the clear.
+    ports = [(port["name"], port["containerPort"]) for port in container["ports"]]
+    assert ports == [("http1", option_defaults()["http_port"]), ("h2c", option_defaults()["grpc_port"])]
+    assert not {variable["name"] for variable in container.get("env", [])} & {"PYTHONPATH", "PROTOCOL"}
+    assert container["image"].startswith(f"pagoda:{pagoda.__version__}")
+
+
+@every_kserve_object
+def test_server_takes_the_arguments(folder: str, index: int, tmp_path: Path) -> None:
+    document = kserve_object(folder, index)
+    predictor = document["spec"].get("predictor", {})
+    runtime = of_kind("runtimes/cluster", "ClusterServingRuntime")
+    words = container_of(runtime)["args"] + predictor["model"]["args"] if "model" in predictor else None
+    command, *arguments = words or container_of(document)["args"]
+    assert command == "serve"
+    arguments = [word.replace("{{.Name}}", "demo").replace("/mnt/models", str(tmp_path)) for word in arguments]
+    assert load(arguments, {}).config.model_name == "demo"
+
+
+@every_inference_service
+def test_a_stopped_predictor_has_time_to_drain(folder: str, index: int) -> None:
+    document = kserve_object(folder, index)
+    runtime = of_kind("runtimes/cluster", "ClusterServingRuntime")
+    predictor = document["spec"]["predictor"]
+    container = container_of(runtime if "model" in predictor else document)
+    seconds = int(container["lifecycle"]["preStop"]["exec"]["command"][1]) + option_defaults()["grace_period_seconds"]
+    assert predictor["terminationGracePeriodSeconds"] >= seconds + 10
+    assert predictor["deploymentStrategy"]["rollingUpdate"]["maxUnavailable"] == 0
+    assert predictor["timeout"] > 60  # the route's own default cuts answers off
+
+
+@every_inference_service
+def test_mode_and_autoscaler_are_said(folder: str, index: int) -> None:
+    document = kserve_object(folder, index)
+    annotations = document["metadata"]["annotations"]
+    assert annotations["serving.kserve.io/deploymentMode"] == "Standard"
+    scales = "autoScaling" in document["spec"]["predictor"]
+    assert annotations["serving.kserve.io/autoscalerClass"] == ("keda" if scales else "none")
+
+
+def test_predictor_and_chart_run_the_server_alike() -> None:
+    predictor = of_kind("base", "InferenceService")["spec"]["predictor"]
+    chart = render({})
+    for key in ("lifecycle", "resources", "securityContext"):
+        assert container_of(of_kind("base", "InferenceService"))[key] == server_container(chart)[key]
+    for key in ("terminationGracePeriodSeconds", "enableServiceLinks", "automountServiceAccountToken"):
+        assert predictor[key] == server_pod(chart)[key]
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        ours, theirs = container_of(of_kind("base", "InferenceService"))[probe], server_container(chart)[probe]
+        assert {**ours, "httpGet": ours["httpGet"]["path"]} == {**theirs, "httpGet": theirs["httpGet"]["path"]}
+
+
+def test_selectors_are_the_label_that_kserve_gives_the_pods() -> None:
+    name = of_kind("base", "InferenceService")["metadata"]["name"]
+    label = {"app": f"isvc.{name}-predictor"}
+    assert of_kind("base", "PodDisruptionBudget")["spec"]["selector"]["matchLabels"] == label
+    assert of_kind("base", "NetworkPolicy")["spec"]["podSelector"]["matchLabels"] == label
+    assert of_kind("overlays/autoscaling", "PodMonitor")["spec"]["selector"]["matchLabels"] == label
+
+
+def test_autoscaling_asks_for_metrics_of_the_server_in_whole_numbers() -> None:
+    from tests.deploy.test_chart_monitoring import served_series
+
+    metrics = of_kind("overlays/autoscaling", "InferenceService")["spec"]["predictor"]["autoScaling"]["metrics"]
+    for metric in metrics:
+        query = metric["external"]["metric"]["query"]
+        assert any(series in query for series in served_series("pagoda_"))
+        assert metric["external"]["target"]["value"].isdigit()  # handed on as it stands: `800m` would be no number
+
+
+def test_format_of_kserve_s_own_runtime_is_not_taken_over() -> None:
+    formats = of_kind("runtimes/cluster", "ClusterServingRuntime")["spec"]["supportedModelFormats"]
+    assert [entry["name"] for entry in formats if entry.get("autoSelect")] == ["pagoda"]
+
+
+def test_an_image_of_one_s_own_is_put_in_by_kustomize(tmp_path: Path) -> None:
+    shutil.copytree(MANIFESTS, tmp_path / "manifests")
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "kustomization.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "resources": ["../manifests/base", "../manifests/runtimes/cluster"],
+                "images": [{"name": "pagoda", "newName": "somewhere/pagoda", "newTag": "7"}],
+            }
+        )
+    )
+    kubectl = shutil.which("kubectl")
+    if kubectl is None:
+        pytest.skip("kubectl, which builds kustomizations, is not installed")
+    text = subprocess.run([kubectl, "kustomize", str(mine)], capture_output=True, text=True, check=True).stdout
+    assert text.count("image: somewhere/pagoda:7") == 2
