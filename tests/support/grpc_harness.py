@@ -32,13 +32,14 @@ class FakeGenerator:
     """Answers a prompt with its own characters in capitals, one token each; ends with `stop`, or at max_tokens.
 
     `fail:KIND` fails with that kind of error after one token. `started` and `left` count sequences that began, and those
-    whose reader left before their end.
+    whose reader left before their end; `tenants` has whose they all were.
     """
 
     def __init__(self) -> None:
         self.started: list[str] = []
         self.left: list[str] = []
         self.last_deadline: float | None = None
+        self.tenants: list[str] = []
         self.seconds_per_token = 0.0
 
     def sampling_params(self, given: Mapping[str, Any]) -> SamplingParams:
@@ -51,9 +52,11 @@ class FakeGenerator:
         *,
         request_id: str,
         deadline: float | None = None,
+        tenant: str = "",
         **options: Any,
     ) -> AsyncGenerator[GenerationChunk, None]:
         self.last_deadline = deadline
+        self.tenants.append(tenant)
         text = prompt if isinstance(prompt, str) else "".join(chr(97 + token_id % 26) for token_id in prompt)
         if not text or len(text) >= MAX_MODEL_LEN:
             raise InvalidRequestError(f"the prompt has {len(text)} tokens; 1 to {MAX_MODEL_LEN - 1} are allowed")

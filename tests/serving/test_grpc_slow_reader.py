@@ -1,0 +1,63 @@
+"""A gRPC stream that nobody reads holds back what is generated for it, and is given up."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grpc
+import pytest
+
+from pagoda.serving import grpc_handlers
+from tests.support.grpc_harness import GrpcHarness, infer_request
+
+# Small windows, so that a stream is full after 64 KiB and not after some megabytes.
+NARROW = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1024)]
+MUCH = infer_request("x" * 60, parameters={"n": 64, "max_tokens": 60})
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 20.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+@pytest.mark.parametrize("is_half_closed", [True, False])
+def test_a_stream_that_nobody_reads_ends_and_so_do_its_requests(
+    monkeypatch: pytest.MonkeyPatch, is_half_closed: bool
+) -> None:
+    monkeypatch.setattr(grpc_handlers, "STALLED_READER_SECONDS", 0.5)
+    monkeypatch.setattr(grpc_handlers, "LAST_STATUS_SECONDS", 0.5)
+    no_more = threading.Event()
+
+    def requests() -> Iterator[Any]:
+        yield MUCH
+        if not is_half_closed:
+            no_more.wait(60)
+
+    with GrpcHarness() as harness, grpc.insecure_channel(harness.address, options=NARROW) as channel:
+        responses = harness.stub("ModelStreamInfer", channel)(requests())
+        next(responses)
+        assert eventually(lambda: bool(harness.generator.left))
+        # Whoever comes back to it hears why; and the server has kept nothing but what was on its way.
+        with pytest.raises(grpc.RpcError) as caught:
+            list(responses)
+        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        no_more.set()
+        assert harness.infer(infer_request("good")).outputs
+
+
+def test_a_reader_that_is_only_slow_gets_everything() -> None:
+    with GrpcHarness() as harness, grpc.insecure_channel(harness.address, options=NARROW) as channel:
+        num_read = 0
+        for _ in harness.stub("ModelStreamInfer", channel)(iter([MUCH]), timeout=120):
+            num_read += 1
+            if num_read % 500 == 0:
+                time.sleep(0.1)
+        assert num_read == 60 * 64
+        assert not harness.generator.left

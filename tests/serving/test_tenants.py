@@ -1,0 +1,64 @@
+"""API keys share the engine: every door tells it whose request it is, and nobody can tell which key that was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import grpc
+import pytest
+
+from tests.support.grpc_harness import GrpcHarness, infer_request
+from tests.support.rest_harness import RestHarness
+
+KEYS = ("first-secret-key", "second-secret-key")
+INFER = {"inputs": [{"name": "text_input", "datatype": "BYTES", "shape": [1], "data": ["a"]}]}
+CHAT = {"messages": [{"role": "user", "content": "hi"}]}
+ROUTES = {
+    "/v2/models/demo/infer": {**INFER, "parameters": {"max_tokens": 2}},
+    "/v2/models/demo/generate": {"text_input": "a", "max_tokens": 2},
+    "/v2/models/demo/generate_stream": {"text_input": "a", "max_tokens": 2},
+    "/v1/completions": {"prompt": ["a", "b"], "max_tokens": 2, "n": 2},
+    "/v1/chat/completions": {**CHAT, "max_tokens": 2, "stream": True},
+}
+
+
+@pytest.fixture(scope="module")
+def rest() -> Iterator[RestHarness]:
+    with RestHarness(api_keys=KEYS) as running:
+        yield running
+
+
+def tenants_of(harness: RestHarness, path: str, key: str | None) -> set[str]:
+    """Whose requests reached the engine."""
+    harness.engine.submitted.clear()
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    assert harness.client.post(path, json=ROUTES[path], headers=headers).status_code == 200
+    return {request.tenant for request in harness.engine.submitted}
+
+
+@pytest.mark.parametrize("path", ROUTES)
+def test_every_route_tells_the_engine_whose_request_it_is(rest: RestHarness, path: str) -> None:
+    (first,) = tenants_of(rest, path, KEYS[0])
+    (second,) = tenants_of(rest, path, KEYS[1])
+    assert first != second
+    assert tenants_of(rest, path, KEYS[0]) == {first}  # on the same connection
+    assert not any(key[:5] in tenant for key in KEYS for tenant in (first, second))
+
+
+@pytest.mark.parametrize("keys", [(), KEYS[:1]])
+def test_without_several_keys_nobody_is_anybody(keys: tuple[str, ...]) -> None:
+    with RestHarness(api_keys=keys) as harness:
+        assert tenants_of(harness, "/v1/completions", keys[0] if keys else None) == {""}
+
+
+def test_grpc_tells_the_same_names_as_rest(rest: RestHarness) -> None:
+    with GrpcHarness(api_keys=KEYS) as harness:
+        for key in (*KEYS, *KEYS):
+            metadata = (("authorization", f"Bearer {key}"),)
+            harness.infer(infer_request("a"), metadata=metadata)
+            requests = iter([infer_request("a"), infer_request("b")])
+            assert list(harness.stub("ModelStreamInfer")(requests, metadata=metadata, timeout=20))
+        with pytest.raises(grpc.RpcError):
+            harness.infer(infer_request("a"))
+        names = [tenants_of(rest, "/v1/completions", key).pop() for key in KEYS]
+        assert harness.generator.tenants == [name for name in (*names, *names) for _ in range(3)]
