@@ -66,6 +66,14 @@ def test_ready_and_live_ask_their_own_route(probe: str, path: str, monkeypatch: 
         assert main(["probe", probe]) == 1
 
 
+def test_a_probe_that_fails_says_why(capsys: pytest.CaptureFixture[str]) -> None:
+    with server(
+        answering({"/v2/health/ready": 503}, {"ready": False, "error": "not ready: starting, weights"})
+    ) as port:
+        assert main(["probe", "ready", f"--http-port={port}"]) == 1
+    assert capsys.readouterr().out == "ready: no: status 503, not ready: starting, weights\n"
+
+
 def test_no_server_fails_with_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -61,13 +61,22 @@ def probe(name: str, port: int, scheme: str, timeout: float) -> tuple[bool, str]
     """
     status, body = _get(PATHS[name], port, scheme, timeout)
     if name != "startup":
-        return status == 200, f"status {status}"
+        return status == 200, f"status {status}{_reason(body)}"
     health = json.loads(body)
     if not isinstance(health, dict) or "state" not in health:
         raise ValueError(f"status {status}, and the answer tells no state: another server listens there")
     words = [f"state {health['state']}"]
     words += [f"{key} {health[key]}" for key in ("stage", "detail", "cause") if health.get(key)]
     return health["state"] in STARTED_STATES, ", ".join(words)
+
+
+def _reason(body: bytes) -> str:
+    """What an answer says of why not; empty where it says nothing that can be read."""
+    try:
+        answer = json.loads(body)
+    except ValueError:
+        return ""
+    return f", {answer['error']}" if isinstance(answer, dict) and isinstance(answer.get("error"), str) else ""
 
 
 def _get(path: str, port: int, scheme: str, timeout: float) -> tuple[int, bytes]:

@@ -85,9 +85,10 @@ class HealthResponse(BaseModel):
 
 
 class LiveResponse(BaseModel):
-    """V2 liveness."""
+    """V2 liveness; `error` says why not."""
 
     live: bool
+    error: str | None = None
 
 
 class ReadyResponse(BaseModel):

@@ -30,14 +30,17 @@ def server_router(context: ServingContext) -> APIRouter:
     @router.get("/v2/health/live", response_model=LiveResponse, responses={503: {"model": LiveResponse}})
     async def live() -> Response:
         """200 unless the engine is dead: a server that loads or drains is live."""
-        return json_response({"live": health.is_live}, 200 if health.is_live else 503)
+        if health.is_live:
+            return json_response({"live": True})
+        return json_response({"live": False, "error": f"dead: {health.cause}"}, 503)
 
     @router.get("/v2/health/ready", response_model=ReadyResponse, responses={503: {"model": ReadyResponse}})
     async def ready() -> Response:
         """200 while a request sent now would be taken."""
         if health.is_ready:
             return json_response({"ready": True})
-        return json_response({"ready": False, "error": f"not ready: {health.stage}"}, 503)
+        words = ", ".join(dict.fromkeys([str(health.state), health.stage]))
+        return json_response({"ready": False, "error": f"not ready: {words}"}, 503)
 
     @router.get("/metrics", responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}})
     async def metrics(request: Request) -> Response:
