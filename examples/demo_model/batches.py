@@ -6,17 +6,27 @@ from dataclasses import dataclass
 from random import Random
 
 import torch
-from generate_data import EARLY, LONG, Mixture, Pieces, document
+from generate_data import EARLY, LONG, SHORT, Mixture, Pieces, document
 from tokenizers import Tokenizer
 
 # Row lengths and their shares, by the part of the run they hold from: short rows first, long recall when lookup works.
 CURRICULUM: list[tuple[float, dict[int, float]]] = [
-    (0.00, {256: 1.0}),
-    (0.15, {256: 0.6, 512: 0.25, 1024: 0.15}),
-    (0.40, {256: 0.5, 512: 0.15, 1024: 0.15, 2048: 0.2}),
+    (0.00, {96: 0.4, 256: 0.6}),
+    (0.15, {96: 0.35, 256: 0.35, 512: 0.15, 1024: 0.15}),
+    (0.40, {96: 0.35, 256: 0.30, 512: 0.10, 1024: 0.10, 2048: 0.15}),
 ]
+FIRST_TOKEN_WEIGHT = 3.0  # the first token of an answer says where to look, the others follow
 TOKENS_PER_STEP = 4096
 EARLY_UNTIL = 0.04  # part of the run with the early mixture
+
+
+def mixture_of(length: int, progress: float) -> Mixture:
+    """What rows of `length` tokens hold at this point of the run."""
+    if length < 256:
+        return SHORT
+    if length >= 1024:
+        return LONG
+    return EARLY if progress < EARLY_UNTIL else Mixture()
 
 
 @dataclass(frozen=True)
@@ -57,19 +67,19 @@ class BatchMaker:
         length = Random(f"{self.seed}/{step}").choices(list(shares), list(shares.values()))[0]
         rows = max(1, TOKENS_PER_STEP // length // self.ranks)
         random = Random(f"{self.seed}/{step}/{self.rank}")
-        mixture = LONG if length >= 1024 else EARLY if progress < EARLY_UNTIL else Mixture()
+        mixture = mixture_of(length, progress)
         input_ids = torch.zeros(rows, length, dtype=torch.int64)
         positions, targets, weights = [], [], []
         for row in range(rows):
             pieces = document(random, length, mixture, lambda pieces: self.fits(pieces, length))
             column = 0
             for text, weight in pieces:
-                for token in self.encode(text)[: length - column]:
+                for index, token in enumerate(self.encode(text)[: length - column]):
                     input_ids[row, column] = token
                     if weight and column:
                         positions.append(row * length + column - 1)
                         targets.append(token)
-                        weights.append(weight)
+                        weights.append(weight if index else weight * FIRST_TOKEN_WEIGHT)
                     column += 1
         return Batch(
             input_ids, torch.tensor(positions), torch.tensor(targets), torch.tensor(weights, dtype=torch.float32)

@@ -30,15 +30,16 @@ Pieces = list[tuple[str, float]]  # text and the weight of its tokens in the los
 class Mixture:
     """Shares of the kinds of documents."""
 
-    conversation: float = 0.43
+    conversation: float = 0.42
     tools: float = 0.07
-    recall: float = 0.20
+    recall: float = 0.18
     drill: float = 0.18
-    repeats: float = 0.08
+    repeats: float = 0.11
     story: float = 0.04
 
 
 EARLY = Mixture(conversation=0.34, tools=0.04, recall=0.20, drill=0.08, repeats=0.32, story=0.02)  # looking back first
+SHORT = Mixture(conversation=0.70, tools=0.16, recall=0.08, drill=0.02, repeats=0.02, story=0.02)  # one or two turns
 LONG = Mixture(
     conversation=0.15, tools=0.05, recall=0.74, drill=0.02, repeats=0.02, story=0.02
 )  # rows from 1024 tokens
@@ -49,11 +50,11 @@ Pieces = list[tuple[str, float]]  # text and the weight of its tokens in the los
 class Mixture:
     """Shares of the kinds of documents."""
 
-    conversation: float = 0.43
+    conversation: float = 0.42
     tools: float = 0.07
-    recall: float = 0.20
+    recall: float = 0.18
     drill: float = 0.18
-    repeats: float = 0.08
+    repeats: float = 0.11
     story: float = 0.04
 
 
@@ -127,12 +128,15 @@ def drill(random: Random, room: int, fits: Callable[[Pieces], bool]) -> Pieces:
 
 
 def repeats(random: Random, room: int, fits: Callable[[Pieces], bool]) -> Pieces:
-    """A list of words or numbers again and again, the densest way to learn to look back; its first time is not learnt."""
+    """A list of words or numbers again and again, the densest way to learn to look back; its first time is not learnt.
+
+    It stands on one line or on a line each: a word after a space and one at a line's start are different tokens.
+    """
     words = sequence(random, 3, 24)
-    line = "".join(f" {word}" for word in words) + "\n"
-    pieces: Pieces = [(line, 0.0)]
-    while fits([*pieces, (line, 1.0)]):
-        pieces.append((line, 1.0))
+    forms = [" " + " ".join(words) + "\n", "\n".join(words) + "\n"]
+    pieces: Pieces = [(random.choice(forms), 0.0)]
+    while fits([*pieces, line := (random.choice(forms), 1.0)]):
+        pieces.append(line)
     return pieces
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import torch
 from model import DemoModel
+from tokenizers import Tokenizer
 from torch import nn
 
 CONSTANT = 4.0  # column 0 of the embedding, in units of the other columns' spread
@@ -21,6 +22,23 @@ OFFSETS = (1, 2, 3)
 FAST_PAIRS = 8  # rotary pairs quick enough to tell neighbours apart
 OFFSET_SHARPNESS, MATCH_SHARPNESS = 2.0, 2.6
 OFFSET_OUTPUT, MATCH_OUTPUT = 0.12, 0.25
+
+
+SPACE = "Ġ"  # how byte-level BPE writes a leading space
+FORM_OFFSET = 0.4  # length of the step from a word after a space to the same word at a line's start
+
+
+@torch.no_grad()
+def pair_word_forms(model: DemoModel, tokenizer: Tokenizer) -> None:
+    """Start the two tokens of a word, after a space and at a line's start, with one embedding but for a common step.
+
+    An answer often begins with a word that the question has after a space; without this every such pair is learnt alone.
+    """
+    embedding, vocabulary = model.model.embed_tokens.weight, tokenizer.get_vocab()
+    bare = [word for word in vocabulary if len(word) > 1 and word.isalpha() and SPACE + word in vocabulary]
+    step = nn.init.normal_(torch.empty(embedding.shape[1]))
+    after_space = embedding[[vocabulary[SPACE + word] for word in bare]]
+    embedding[[vocabulary[word] for word in bare]] = after_space + FORM_OFFSET * step / step.norm()
 
 
 @torch.no_grad()

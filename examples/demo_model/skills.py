@@ -222,16 +222,16 @@ def tell_story(random: Random) -> Item:
 
 
 SKILLS: dict[str, tuple[Callable[[Random], Item], float]] = {
-    "copy": (copy, 1.6),
-    "reverse": (reverse, 1.2),
-    "count": (count, 1.2),
+    "copy": (copy, 3.0),
+    "reverse": (reverse, 1.4),
+    "count": (count, 0.8),
     "add": (add, 4.0),
-    "compare": (compare, 1.2),
+    "compare": (compare, 1.5),
     "sort": (sort, 1.2),
-    "json": (json_answer, 2.0),
-    "refuse": (refuse, 0.6),
-    "identity": (identity, 0.8),
-    "stop": (one_word, 0.4),
+    "json": (json_answer, 3.0),
+    "refuse": (refuse, 0.5),
+    "identity": (identity, 0.6),
+    "stop": (one_word, 1.0),
     "story": (tell_story, 0.3),
 }
 

@@ -25,14 +25,14 @@ from batches import BatchMaker
 from export import export
 from generate_data import texts
 from lexicon import KEY_WORDS
-from lookup_init import sketch_lookup
+from lookup_init import pair_word_forms, sketch_lookup
 from model import DemoModel, ModelShape
 from optimizer import Optimizer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from tokenizer import save, train
 from tokenizers import Tokenizer
 
-WARMUP_STEPS, DECAY_START = 60, 0.75
+WARMUP_STEPS, DECAY_START = 60, 0.7
 TOKENIZER_DOCUMENTS = 3000
 
 
@@ -100,6 +100,7 @@ def run(arguments: argparse.Namespace, rank: int, ranks: int) -> None:
         distributed.barrier()
     tokenizer = prepare_tokenizer(arguments.output, arguments.seed, shape)
     model = DemoModel(shape)
+    pair_word_forms(model, tokenizer)
     sketch_lookup(model)
     model.to(device)
     trainer = Trainer(BatchMaker(tokenizer, arguments.seed, rank, ranks), model, Optimizer(model), device)
