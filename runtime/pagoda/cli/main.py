@@ -16,6 +16,7 @@ COMMANDS = {
     "chat": ("pagoda.cli.chat", "talk to a model in the terminal"),
     "doctor": ("pagoda.cli.doctor", "show hardware, versions, and every setting with its source"),
     "probe": ("pagoda.cli.probe", "ask a server on this machine whether it is started, ready or live"),
+    "deploy": ("pagoda.cli.deploy", "put a model into a Kubernetes cluster with KServe, and ask it"),
     "models": ("pagoda.cli.models", "inspect a checkpoint, or make one with random weights"),
 }
 USAGE_ERROR = 2
