@@ -57,7 +57,7 @@ proto: install ## compile proto/*.proto into the descriptor sets that the server
 bench: install ## throughput without a server; ARGS="--model DIR --batch-sizes 1 8 32 --json FILE"
 	$(BIN)/python benchmarks/offline_throughput.py $(ARGS)
 
-docs: install ## write docs/configuration.md out of the schema
+docs: chart ## write docs/configuration.md, and what `chart` writes, out of the schema
 	$(BIN)/python -m pagoda.config.documentation > docs/configuration.md
 
 chart: install ## write the chart's README.md and values.schema.json out of values.yaml and the schema
