@@ -49,7 +49,7 @@ async def test_nobody_notices_when_others_leave_when_the_queue_is_full_or_when_t
         leaving.check(references)
         assert leaving.count().keys() == {"finished", "left"}
 
-        crowd = random.Random(1).choices(asks_of(lengths=(12,)), k=260)
+        crowd = random.Random(1).choices(asks_of(lengths=(60,)), k=160)
         crowded = await run_all(clients, crowd)
         crowded.check(references)
         assert crowded.count().keys() == {"finished", "refused"}

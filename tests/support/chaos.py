@@ -27,7 +27,7 @@ SETTINGS: dict[str, Any] = {
     "max_num_seqs": 8,
     "max_num_batched_tokens": 48,
     "num_gpu_blocks_override": 120,  # fewer than eight of the longest need
-    "max_num_waiting": 200,
+    "max_num_waiting": 24,
     "engine_stall_timeout_seconds": STALL_SECONDS,
     "max_engine_restarts": 20,
 }

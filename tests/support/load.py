@@ -24,6 +24,7 @@ from tests.support.server import ServerProcess
 DOORS = ("generate", "generate_stream", "infer", "completions", "chat", "grpc", "grpc_stream")
 CHAT_TEXTS = frozenset({"chat"})
 """Doors whose prompt goes through the chat template, so the text is another."""
+RETRIABLE_KINDS = ("queue_full", "not_ready", "engine_dead")
 RETRIABLE_STATUSES = (429, 503)
 RETRIABLE_CODES = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED)
 
@@ -175,7 +176,9 @@ class Clients:
             async for message in call:
                 response = message.infer_response
                 if message.error_message:
-                    answer.close("failed" if answer.text else "refused", message.error_message, is_retriable=True)
+                    code = grpc.StatusCode[response.parameters["error_code"].string_param]
+                    end = "failed" if answer.text else "refused"
+                    answer.close(end, message.error_message, is_retriable=code in RETRIABLE_CODES)
                 else:
                     answer.text += _grpc_text(response)
                     if response.parameters["triton_final_response"].bool_param:
@@ -238,7 +241,8 @@ def take_event(answer: Answer, line: str) -> None:
         return
     content = json.loads(data)
     if "error" in content:
-        answer.close("failed", str(content["error"]), is_retriable="send it" in data or "queue" in data)
+        code = content["code"] if "code" in content else content["error"]["code"]
+        answer.close("failed", str(content["error"]), is_retriable=code in RETRIABLE_KINDS)
         return
     piece = content["choices"][0] if "choices" in content else content
     answer.text += piece["text"] if "choices" in content else piece["text_output"]
@@ -286,7 +290,7 @@ async def load(
             answer = await clients.run(choice.choice(asks), choice.choice((0, 1, 2, 5, 9)) if leaves else None)
             books.answers.append(answer)
             if answer.end in ("refused", "failed"):
-                await asyncio.sleep(0.1)
+                await asyncio.sleep(0.5)
 
     tasks = [asyncio.create_task(one(number)) for number in range(num_clients)]
     try:

@@ -241,8 +241,10 @@ class ProcessEngineClient(EngineClient):
         if self._pause is None:
             self.health.transition(EngineState.DEAD, str(cause))
         else:
+            when = f"{self._restarts.attempt}, in {self._pause:g} s"
             self.health.transition(EngineState.STARTING, str(cause))
-            self.health.enter_stage("restart", f"{self._restarts.attempt}, in {self._pause:g} s")
+            self.health.enter_stage("restart", when)
+            logger.warning("the engine is started anew: %s", when)
         self._fail_requests(str(cause))
         if not self._started.done():
             self._started.set_exception(cause)

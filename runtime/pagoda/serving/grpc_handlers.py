@@ -42,7 +42,7 @@ class InferenceHandlers:
     def __init__(self, context: ServingContext, stopping: asyncio.Event) -> None:
         self._context = context
         self._stopping = stopping
-        self._service = InferenceService(context, lambda error: self._report("ModelStreamInfer", error).message)
+        self._service = InferenceService(context, lambda error: self._report("ModelStreamInfer", error))
 
     def generic_handler(self) -> grpc.GenericRpcHandler:
         """A handler for each method of the descriptor; one that is not implemented would be noticed here, at start."""

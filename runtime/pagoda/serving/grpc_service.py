@@ -31,6 +31,7 @@ from pagoda.serving.grpc_messages import (
     ServerMetadataResponse,
     ServerReadyResponse,
 )
+from pagoda.serving.status import ErrorReport
 from pagoda.serving.tensors import shown
 from pagoda.serving.v2 import INPUTS, MODEL_VERSION, OUTPUTS, PLATFORM, V2Batch, V2Request, output_tensors, parse_infer
 
@@ -46,6 +47,8 @@ MAX_REQUESTS_PER_STREAM = 256
 MAX_LOGGED_ID_CHARACTERS = 64
 EMPTY_FINAL_RESPONSE = "triton_enable_empty_final_response"
 FINAL_RESPONSE = "triton_final_response"
+ERROR_CODE = "error_code"
+"""Parameter of the response that ends a request inside a stream: the status it would have had as a call of its own."""
 
 
 class ClientGoneError(Exception):
@@ -55,8 +58,8 @@ class ClientGoneError(Exception):
 class InferenceService:
     """One method for each RPC. `remaining` is the time the client waits, in seconds, None without a deadline."""
 
-    def __init__(self, context: ServingContext, report_error: Callable[[Exception], str]) -> None:
-        """`report_error` records an error that is answered inside a stream, and returns the sentence for the client."""
+    def __init__(self, context: ServingContext, report_error: Callable[[Exception], ErrorReport]) -> None:
+        """`report_error` records an error that is answered inside a stream, and returns what the client may know of it."""
         self._context = context
         self._report_error = report_error
 
@@ -176,10 +179,12 @@ class InferenceService:
         except ClientGoneError:
             return  # leaving the block above has aborted the request
         except Exception as error:
+            failure = self._report_error(error)
             failed = ModelInferResponse(model_name=request.model_name, id=request.id)
             failed.parameters[FINAL_RESPONSE].bool_param = True
+            failed.parameters[ERROR_CODE].string_param = failure.grpc_code
             with suppress(ClientGoneError):
-                await write(ModelStreamInferResponse(error_message=self._report_error(error), infer_response=failed))
+                await write(ModelStreamInferResponse(error_message=failure.message, infer_response=failed))
 
     async def _responses(self, request: Any, remaining: float | None) -> AsyncGenerator[Any, None]:
         """Pieces as they come, or one whole answer where the client gave `stream` as false."""

@@ -18,7 +18,7 @@ from pagoda.serving.rest.bodies import read_object
 from pagoda.serving.rest.disconnect import until_disconnect
 from pagoda.serving.rest.documentation import event_stream, request_body, v2_errors
 from pagoda.serving.rest.event_stream import Events, event, open_event_stream
-from pagoda.serving.rest.responses import json_response, v2_error
+from pagoda.serving.rest.responses import json_response, v2_stream_error
 from pagoda.serving.rest.schemas import GenerateRequest, GenerateResponse
 from pagoda.serving.rest.v2_routes import MODEL, VERSION
 from pagoda.serving.tensors import shown
@@ -48,7 +48,7 @@ def generate_router(context: ServingContext, plane: EngineDataPlane) -> APIRoute
     async def generate_stream(request: Request, model_name: str, model_version: str | None = None) -> Response:
         """Complete one prompt, piece by piece."""
         head, job = await _read(request, model_name, model_version)
-        return await open_event_stream(request, _events(head, job), v2_error, context.metrics)
+        return await open_event_stream(request, _events(head, job), v2_stream_error, context.metrics)
 
     async def _read(
         request: Request, model_name: str, model_version: str | None

@@ -46,6 +46,11 @@ def v2_error(report: ErrorReport) -> dict[str, Any]:
     return {"error": report.message}
 
 
+def v2_stream_error(report: ErrorReport) -> dict[str, Any]:
+    """The last event of a V2 stream that broke off; `code` stands in for the HTTP status, which went out long before."""
+    return {"error": report.message, "code": str(report.kind)}
+
+
 def error_body(path: str, report: ErrorReport) -> dict[str, Any]:
     """The body of an error on `path`."""
     return openai_error(report) if is_openai_path(path) else v2_error(report)

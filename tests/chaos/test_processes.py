@@ -1,0 +1,100 @@
+"""Every process of a server is killed and stopped while it is under load."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.support.chaos import SETTINGS, STALL_SECONDS, asks_of, check_same_answers, references_of, watched
+from tests.support.load import load, until
+from tests.support.observer import is_there
+from tests.support.server import ServerProcess
+
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
+ASKS = asks_of()
+TOKENIZER_SECONDS = 4.0
+
+
+@asynccontextmanager
+async def running_server(**settings: object) -> AsyncIterator[ServerProcess]:
+    with ServerProcess(**SETTINGS, **settings) as server:
+        server.wait_until_ready()
+        yield server
+
+
+def children_of(server: ServerProcess, name: str) -> list[int]:
+    """Process ids of the server's children whose command line has `name` in it."""
+    pid = server.process.pid
+    children = map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+    return [child for child in children if name.encode() in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
+async def test_a_server_that_was_stopped_for_long_goes_on_where_it_was() -> None:
+    async with running_server() as server, watched(server) as (clients, observer):
+        references = await references_of(clients, ASKS)
+        engine = server.engine_pid()
+        async with load(clients, ASKS, num_clients=8) as books:
+            await until(lambda: len(books.answers) > 8)
+            server.send_signal(signal.SIGSTOP)
+            # Longer than its engine may be silent: the engine waits for it, and must not be blamed.
+            await asyncio.sleep(STALL_SECONDS + 3)
+            server.send_signal(signal.SIGCONT)
+            so_far = len(books.answers)
+            await until(lambda: len(books.answers) > so_far + 20)
+        books.check(references)
+        assert books.count().keys() == {"finished"}
+        assert server.engine_pid() == engine
+        assert {sight.state for sight in observer.sights} == {"ready"}
+        await observer.until_idle()
+
+
+async def test_an_engine_that_is_killed_again_and_again_comes_back_each_time() -> None:
+    async with running_server() as server, watched(server) as (clients, observer):
+        references = await references_of(clients, ASKS)
+        async with load(clients, ASKS, num_clients=8) as books:
+            await until(lambda: len(books.answers) > 8)
+            os.kill(server.engine_pid(), signal.SIGKILL)
+            await observer.until_state("starting")
+            await until(lambda: bool(children_of(server, "pagoda.engine.process")))
+            os.kill(server.engine_pid(), signal.SIGKILL)  # while it starts
+            await observer.until_state("ready", seconds=150)
+            os.kill(server.engine_pid(), signal.SIGKILL)
+            await observer.until_state("starting")
+            await observer.until_state("ready", seconds=150)
+        books.check(references)
+        assert all(sight.is_live for sight in observer.sights)
+        assert not [answer for answer in books.of("failed", "refused") if not answer.is_retriable]
+        await observer.until_idle()
+        await check_same_answers(clients, ASKS, references)
+        assert "attempt 3 of" in server.log
+
+
+async def test_tokenizer_processes_that_are_killed_or_stopped_are_replaced() -> None:
+    settings = {"tokenizer_pool_type": "process", "tokenizer_timeout_seconds": TOKENIZER_SECONDS}
+    # Prompts long enough not to be tokenized by the server itself.
+    asks = [ask for ask in ASKS if len(ask.prompt) > 130]
+    async with running_server(**settings) as server, watched(server) as (clients, observer):
+        references = await references_of(clients, asks)
+        async with load(clients, asks, num_clients=8) as books:
+            for number in (signal.SIGKILL, signal.SIGSTOP):
+                await until(lambda: len(children_of(server, "pagoda.text.worker_process")) == 2)
+                for worker in children_of(server, "pagoda.text.worker_process"):
+                    os.kill(worker, number)
+                so_far = len(books.of("finished"))
+                await until(lambda so_far=so_far: len(books.of("finished")) > so_far + 30, seconds=150)
+        books.check(references)
+        # Nothing but what a lost worker had in its hands.
+        assert len(books.of("failed", "refused")) <= 2 * 8
+        assert {sight.state for sight in observer.sights} == {"ready"}
+        await observer.until_idle()
+        workers = children_of(server, "pagoda.text.worker_process")
+        engine = server.engine_pid()
+        server.send_signal(signal.SIGKILL)
+        server.wait()
+        await until(lambda: not any(map(is_there, [engine, *workers])), seconds=30)
