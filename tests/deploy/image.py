@@ -51,7 +51,8 @@ class Container:
     def __init__(self, tool: str, image: str) -> None:
         self._tool = tool
         self.http_port, self.grpc_port = free_port(), free_port()
-        objects = render({"network": {"httpPort": self.http_port, "grpcPort": self.grpc_port}})
+        network = {"httpPort": self.http_port, "grpcPort": self.grpc_port}
+        objects = render({"network": network, "engine": {"threads": 1}})
         self._pod, self._container = server_pod(objects), server_container(objects)
         self._settings = config_file(objects)
         self._image = image
@@ -66,7 +67,7 @@ class Container:
         self._run(
             *("run", "--detach", "--name", self._name, "--network", "host", "--user", f"{user}:{user}"),
             *("--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges"),
-            *("--tmpfs", "/tmp:mode=1777", "--tmpfs", "/cache:mode=1777"),
+            *("--tmpfs", "/tmp:mode=1777"),  # /cache is the image's own volume
             *("--volume", f"{folder}:/etc/pagoda:ro", self._image, *self._container["args"]),
         )
         self.started = time.monotonic()
@@ -74,7 +75,7 @@ class Container:
 
     def __exit__(self, *exception: object) -> None:
         if exception[0] is not None:
-            print(self._run("logs", self._name))
+            subprocess.run([self._tool, "logs", self._name])
         self._run("rm", "--force", "--volumes", self._name)
         self._folder.cleanup()
 
@@ -91,6 +92,8 @@ class Container:
             if code == 0:
                 return waited
             assert waited < START_SECONDS, said
+            running = self._run("container", "inspect", "--format", "{{.State.Running}}", self._name)
+            assert running == "true", "the server has ended"
             time.sleep(0.5)
 
     def stop(self) -> int:
@@ -138,7 +141,7 @@ def check_drain(container: Container) -> None:
 
     def read() -> None:
         url = f"http://127.0.0.1:{container.http_port}/v2/models/demo/generate_stream"
-        body = {"text_input": PROMPT, "parameters": {"max_tokens": 200, "ignore_eos": True}}
+        body = {"text_input": PROMPT, "parameters": {"max_tokens": 64, "ignore_eos": True}}
         with httpx.stream("POST", url, json=body, timeout=120, trust_env=False) as response:
             for line in response.iter_lines():
                 received.append(line)
