@@ -41,6 +41,7 @@ def test_the_report_has_state_load_and_the_age_of_the_last_sign_of_life() -> Non
     engine.stats = EngineStats(num_running=2, num_waiting=3, num_blocks=10, num_blocks_in_use=4)
     engine.last_sign = EngineProgress(17, time.monotonic() - 2.0, 64, is_busy=True)
     report = health.snapshot()
+    assert (before["started"], report["started"]) == (False, True)
     assert report["state"] == "ready"
     assert report["cause"] == "started"
     assert report["since"] == pytest.approx(time.time(), abs=60)

@@ -44,12 +44,20 @@ def answering(statuses: dict[str, int], health: object = None) -> Callable[[str]
 
 
 @pytest.mark.parametrize(
-    ("state", "passes"), [("starting", False), ("ready", True), ("degraded", True), ("draining", True), ("dead", False)]
+    ("state", "passes"),
+    [
+        ("starting", False),
+        ("starting", True),
+        ("ready", True),
+        ("draining", False),
+        ("draining", True),
+        ("dead", False),
+    ],
 )
 def test_startup_passes_once_the_engine_was_started(
     state: str, passes: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    health = {"state": state, "stage": "weights", "cause": None}
+    health = {"state": state, "started": passes, "stage": "weights", "cause": None}
     with server(answering({"/health": 503 if not passes else 200}, health)) as port:
         status = main(["probe", "startup", f"--http-port={port}"])
     assert status == (0 if passes else 1)

@@ -24,7 +24,6 @@ from pagoda.config.schema import option_defaults
 from pagoda.config.sources import gather
 
 PATHS = {"startup": "/health", "ready": "/v2/health/ready", "live": "/v2/health/live"}
-STARTED_STATES = ("ready", "degraded", "draining")
 DEFAULT_TIMEOUT_SECONDS = 3.0
 MAX_ANSWER_BYTES = 65536
 
@@ -67,7 +66,7 @@ def probe(name: str, port: int, scheme: str, timeout: float) -> tuple[bool, str]
         raise ValueError(f"status {status}, and the answer tells no state: another server listens there")
     words = [f"state {health['state']}"]
     words += [f"{key} {health[key]}" for key in ("stage", "detail", "cause") if health.get(key)]
-    return health["state"] in STARTED_STATES, ", ".join(words)
+    return health.get("started") is True, ", ".join(words)
 
 
 def _reason(body: bytes) -> str:

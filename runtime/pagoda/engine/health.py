@@ -66,6 +66,11 @@ class EngineHealth:
         """Whether a request sent now would be taken."""
         return self.state in (EngineState.READY, EngineState.DEGRADED)
 
+    @property
+    def has_started(self) -> bool:
+        """Whether requests could be taken at some time, whatever came after."""
+        return any(target == EngineState.READY for _, target in self.transitions)
+
     def transition(self, state: EngineState, cause: str, *, is_expected: bool = False) -> None:
         """Move to `state`; staying is no transition, and a move that the picture does not have is a bug: `ValueError`.
 

@@ -82,6 +82,7 @@ class ServerHealth:
     def snapshot(self) -> dict[str, Any]:
         """The body of `/health`: plain values. `since` is when the state began, in seconds since the epoch.
 
+        `started` is true once requests could be taken, for good: a startup probe has no further business then.
         `step` counts the engine's steps since its core started; `seconds_since_progress` is the age of its last sign of life.
         Both are None while there is no core that gives any.
         """
@@ -89,6 +90,7 @@ class ServerHealth:
         is_up = progress is not None and progress.is_up
         return {
             "state": str(health.state),
+            "started": health.has_started,
             "stage": health.stage,
             "detail": health.detail,
             "since": health.since,

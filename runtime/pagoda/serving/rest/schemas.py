@@ -69,10 +69,12 @@ class LoadResponse(BaseModel):
 class HealthResponse(BaseModel):
     """What the server is doing. `since`: seconds since the epoch; `running`, `waiting`: sequences in the engine.
 
-    `step`: steps the engine has done; `seconds_since_progress`: age of its last sign of life; null while there is no engine.
+    `started`: whether requests could be taken at some time. `step`: steps the engine has done; `seconds_since_progress`: age
+    of its last sign of life; null while there is no engine.
     """
 
     state: str
+    started: bool
     stage: str
     detail: str
     since: float
