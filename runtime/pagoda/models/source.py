@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from pagoda.errors import CheckpointError
+from pagoda.models.demo import demo_checkpoint
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
@@ -17,9 +18,7 @@ def checkpoint_directory(model: str | None) -> Path:
     Raises `CheckpointError` saying what was looked for where.
     """
     if model is None:
-        from pagoda.models.dummy import ensure_demo_checkpoint
-
-        return ensure_demo_checkpoint()
+        return demo_checkpoint()
     path = Path(model).expanduser()
     if path.is_dir():
         return path
