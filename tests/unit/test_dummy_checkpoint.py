@@ -7,7 +7,7 @@ import pytest
 from safetensors import safe_open
 
 from pagoda.errors import CheckpointError
-from pagoda.models.dummy import DummySpec, ensure_demo_checkpoint, tensor_shapes, write_dummy_checkpoint
+from pagoda.models.dummy import DummySpec, tensor_shapes, write_dummy_checkpoint
 
 SPECS = {
     "llama with scaled rope": DummySpec(
@@ -88,23 +88,3 @@ def test_an_existing_directory_is_not_overwritten(tmp_path: Path) -> None:
 def test_impossible_specifications_are_refused(arguments: dict, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         DummySpec(**arguments)
-
-
-def test_the_demo_checkpoint_is_made_once_in_the_cache_directory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    directory = ensure_demo_checkpoint()
-    assert directory.parent == tmp_path / "pagoda"
-    made = (directory / "config.json").stat().st_mtime_ns
-    assert ensure_demo_checkpoint() == directory
-    assert (directory / "config.json").stat().st_mtime_ns == made
-
-
-def test_a_cache_directory_that_cannot_be_written_says_what_to_do(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.raises(CheckpointError, match="set XDG_CACHE_HOME"):
-        ensure_demo_checkpoint()

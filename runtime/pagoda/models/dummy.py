@@ -1,4 +1,4 @@
-"""Small checkpoints with random weights, made on the spot: for tests, for trying out, and as the model of last resort.
+"""Small checkpoints with random weights, made on the spot: for tests and for trying out.
 
 A checkpoint is what Hugging Face transformers would read: config.json, generation_config.json, tokenizer and safetensors, one
 file or several shards. Equal specifications give equal bytes. Written with numpy and safetensors alone; torch is not needed.
@@ -6,10 +6,8 @@ file or several shards. Equal specifications give equal bytes. Written with nump
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import os
 import shutil
 import tempfile
 import zlib
@@ -103,11 +101,6 @@ class DummySpec:
         return self.family in ("llama", "mistral") if self.add_bos is None else self.add_bos
 
 
-DEMO_SPEC = DummySpec(
-    hidden_size=128, intermediate_size=384, num_layers=4, num_heads=8, num_kv_heads=4, max_position_embeddings=2048
-)
-
-
 def write_dummy_checkpoint(directory: Path | str, spec: DummySpec | None = None) -> Path:
     """Write the checkpoint and return its directory, which appears whole or not at all.
 
@@ -130,25 +123,6 @@ def write_dummy_checkpoint(directory: Path | str, spec: DummySpec | None = None)
         if not target.is_dir():  # else another process was first, with the same files
             raise CheckpointError(f"{target} cannot be written: {error}") from error
     return target
-
-
-def ensure_demo_checkpoint() -> Path:
-    """The demo checkpoint in the user's cache directory, made there when it is missing.
-
-    Raises:
-        CheckpointError: the cache directory cannot be written; the message says how to choose another.
-    """
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pagoda"
-    digest = hashlib.sha256(repr((DEMO_SPEC, Path(__file__).read_bytes())).encode()).hexdigest()[:12]
-    target = root / f"demo-{digest}"
-    if target.is_dir():
-        return target
-    try:
-        return write_dummy_checkpoint(target, DEMO_SPEC)
-    except CheckpointError as error:
-        raise CheckpointError(
-            f"{error}; set XDG_CACHE_HOME to a directory that can be written, or give --model"
-        ) from error
 
 
 def _write_files(directory: Path, spec: DummySpec) -> None:
