@@ -15,8 +15,7 @@ def test_directories_are_taken_as_they_are(tmp_path: Path, monkeypatch: pytest.M
     assert checkpoint_directory("~/model") == tmp_path / "model"
 
 
-def test_no_model_is_a_demo_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def test_no_model_is_the_demo_model() -> None:
     assert (checkpoint_directory(None) / "config.json").is_file()
 
 
