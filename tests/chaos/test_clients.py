@@ -1,0 +1,114 @@
+"""Clients as they are: they leave in the middle, they come by the thousand, they do not read what they asked for."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import resource
+import socket
+from collections.abc import Iterator
+from contextlib import closing
+
+import pytest
+
+from tests.support.chaos import PROMPTS, SETTINGS, asks_of, check_same_answers, references_of, watched
+from tests.support.load import load
+from tests.support.observer import resident_bytes
+from tests.support.server import ServerProcess
+
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
+ASKS = asks_of()
+DROPPING_SECONDS = 60.0
+NUM_IDLE, NUM_STREAMING = 1000, 300
+NUM_SLOW_READERS = 8
+MIB = 2**20
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ServerProcess]:
+    with ServerProcess(**{**SETTINGS, "max_num_waiting": 1000}) as running:
+        running.wait_until_ready()
+        yield running
+
+
+async def test_a_third_of_the_clients_leave_for_a_minute_and_nobody_else_notices(server: ServerProcess) -> None:
+    async with watched(server) as (clients, observer):
+        references = await references_of(clients, ASKS)
+        before = await observer.metrics()
+        async with load(clients, ASKS, num_clients=24, drop=0.3) as books:
+            await asyncio.sleep(DROPPING_SECONDS)
+        books.check(references)
+        count = books.count()
+        assert count.keys() == {"finished", "left"}
+        assert count["left"] > count.total() / 10
+        await observer.until_idle()
+        after = await observer.metrics()
+        ended = {
+            reason: after[f"request_success_total[{reason}]"] - before[f"request_success_total[{reason}]"]
+            for reason in ("length", "abort", "error")
+        }
+        # Each ended once; who left may have left before the server knew of them, or when they were done.
+        assert ended["error"] == 0
+        assert count["finished"] <= ended["length"]
+        assert ended["length"] + ended["abort"] <= count.total()
+        assert after["engine_restarts_total"] == 0
+        await check_same_answers(clients, ASKS, references)
+
+
+async def test_a_thousand_idle_connections_and_hundreds_of_streams_are_served(server: ServerProcess) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 8192)), hard))
+    body = json.dumps({"prompt": PROMPTS[0], "max_tokens": 12, "temperature": 0, "stream": True}).encode()
+
+    async def connect() -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        return await asyncio.open_connection("127.0.0.1", server.port)
+
+    async def stream() -> bytes:
+        reader, writer = await connect()
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
+        writer.write(head.encode() + body)
+        with closing(writer):
+            return await reader.read()
+
+    async with watched(server) as (_, observer):
+        idle = [await connect() for _ in range(NUM_IDLE)]
+        answers = await asyncio.gather(*(stream() for _ in range(NUM_STREAMING)))
+        assert {answer.split(b"\r\n", 1)[0] for answer in answers} == {b"HTTP/1.1 200 OK"}
+        assert all(answer.count(b"data: [DONE]") == 1 for answer in answers)
+        assert all(answer.count(b'"finish_reason":"length"') == 1 for answer in answers)
+        for _, writer in idle:
+            writer.write(b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n")
+        heads = await asyncio.gather(*(reader.readline() for reader, _ in idle))
+        assert set(heads) == {b"HTTP/1.1 200 OK\r\n"}
+        for _, writer in idle:
+            writer.close()
+        await observer.until_idle()
+
+
+async def test_readers_that_do_not_read_hold_neither_the_engine_nor_much_memory(server: ServerProcess) -> None:
+    body = {"prompt": PROMPTS[0], "max_tokens": 450, "ignore_eos": True, "logprobs": 20, "n": 4, "stream": True}
+    content = json.dumps(body).encode()
+    async with watched(server) as (clients, observer):
+        references = await references_of(clients, ASKS)
+        before = resident_bytes(server.process.pid)
+        readers = []
+        for _ in range(NUM_SLOW_READERS):
+            connection = socket.socket()
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.connect(("127.0.0.1", server.port))
+            connection.sendall(
+                f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n".encode() + content
+            )
+            readers.append(connection)
+        async with asyncio.timeout(60):
+            while (await observer.health())["running"] == 0:
+                await asyncio.sleep(0.02)
+        # The engine finishes and forgets them, though nobody has read a word.
+        await observer.until_idle(seconds=200)
+        grown = resident_bytes(server.process.pid) - before
+        # What is kept is a request's own output at most, 4 * 450 tokens with 20 log-probabilities each, in one piece.
+        assert grown < NUM_SLOW_READERS * 4 * MIB, f"{grown / MIB:.0f} MiB"
+        await check_same_answers(clients, ASKS, references)
+        for connection in readers:
+            connection.close()
+        await observer.until_idle()
