@@ -24,7 +24,7 @@ SEED = 20_001
 
 @dataclass(frozen=True)
 class Question:
-    """A conversation to answer, and how to judge the answer. `marks` names more things to count, beside `skill`."""
+    """A conversation to answer, and how to judge the answer."""
 
     skill: str
     messages: list[dict[str, str]]
@@ -107,7 +107,8 @@ QUESTIONS: dict[str, Callable[[Random], Question]] = {
 class Scorer:
     """Answers questions with a checkpoint and judges them."""
 
-    def __init__(self, checkpoint: Path, device: str) -> None:
+    def __init__(self, checkpoint: Path, device: str, seed: int) -> None:
+        self.seed = seed
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(checkpoint)
         self.tokenizer.padding_side = "left"
         self.model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).to(device).eval()
@@ -129,7 +130,7 @@ class Scorer:
 
     def score(self, name: str, items: int, batch: int, failures: list[dict[str, str]]) -> float:
         """Share of right answers to `items` questions of one kind; wrong ones are added to `failures`."""
-        random, right = Random(f"{SEED}/{name}"), 0
+        random, right = Random(f"{self.seed}/{name}"), 0
         questions = [QUESTIONS[name](random) for _ in range(items)]
         for start in range(0, items, batch):
             part = questions[start : start + batch]
@@ -146,19 +147,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--items", type=int, default=100, help="questions per skill")
+    parser.add_argument("--seed", type=int, default=SEED, help="which items are drawn")
     parser.add_argument("--batch", type=int, default=25)
     parser.add_argument("--skills", nargs="*", default=list(QUESTIONS), choices=list(QUESTIONS))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, help="also write the scores here")
     parser.add_argument("--failures", type=Path, help="write the wrong answers here")
     arguments = parser.parse_args()
-    scorer, failures = Scorer(arguments.checkpoint, arguments.device), []
+    scorer, failures = Scorer(arguments.checkpoint, arguments.device, arguments.seed), []
     scores = {}
     for name in arguments.skills:
         scores[name] = scorer.score(name, arguments.items, arguments.batch, failures)
         print(f"{name:20s} {scores[name]:.3f}", flush=True)
     if arguments.output:
-        arguments.output.write_text(json.dumps({"items": arguments.items, "scores": scores}, indent=1) + "\n")
+        arguments.output.write_text(
+            json.dumps({"items": arguments.items, "seed": arguments.seed, "scores": scores}, indent=1) + "\n"
+        )
     if arguments.failures:
         arguments.failures.write_text(json.dumps(failures, indent=1))
 
