@@ -120,6 +120,8 @@ class ProcessEngineClient(EngineClient):
     async def submit(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
         """See `EngineClient.submit`."""
         child = self._admit(request)
+        if not self._mailboxes:
+            self._service_rate.resume(time.monotonic())
         mailbox = self._mailboxes[request.request_id] = Mailbox()
         is_over = False
         try:

@@ -9,22 +9,31 @@ _LONGEST_SECONDS = 60
 
 
 class ServiceRate:
-    """Exponentially weighted rate of ended requests; times are the engine's monotonic seconds."""
+    """Ended requests per busy second, of late: both are sums in which what lies a half-life back counts half.
+
+    Time in which there was nothing to do says nothing about how fast the engine is, and is left out. Times are monotonic
+    seconds.
+    """
 
     def __init__(self) -> None:
-        self._per_second = 0.0
+        self._num_ended = 0.0
+        self._seconds = 0.0
         self._last: float | None = None
+
+    def resume(self, now: float) -> None:
+        """There is work again after there was none."""
+        self._last = now
 
     def count(self, now: float) -> None:
         """One request ended at `now`."""
-        if self._last is not None:
-            # Ended requests come in bursts, one step's at one time: each adds its weight, time takes weight away.
-            self._per_second *= 0.5 ** (max(0.0, now - self._last) / _HALF_LIFE_SECONDS)
-        self._per_second += math.log(2) / _HALF_LIFE_SECONDS
+        elapsed = 0.0 if self._last is None else max(0.0, now - self._last)
+        share = 0.5 ** (elapsed / _HALF_LIFE_SECONDS)
+        self._num_ended = self._num_ended * share + 1.0
+        self._seconds = self._seconds * share + (1.0 - share) * _HALF_LIFE_SECONDS / math.log(2)
         self._last = now
 
     def seconds_until_served(self, num_waiting: int) -> int:
         """Whole seconds until `num_waiting` requests will have been served, at least 1 and at most a minute."""
-        if self._per_second == 0.0:
+        if self._num_ended == 0.0:
             return 1
-        return max(1, min(_LONGEST_SECONDS, math.ceil(num_waiting / self._per_second)))
+        return max(1, min(_LONGEST_SECONDS, math.ceil(num_waiting * self._seconds / self._num_ended)))

@@ -75,7 +75,8 @@ class ServerHealth:
         if state is EngineState.DEAD:
             raise EngineDeadError(f"the engine is gone: {self.cause or 'unknown cause'}")
         if state is EngineState.STARTING:
-            raise EngineNotReadyError(f"the model is loading (stage: {self.stage})")
+            doing = "engine was lost and is started anew" if self._engine.health.has_started else "model is loading"
+            raise EngineNotReadyError(f"the {doing} (stage: {self.stage})")
         if state is EngineState.DRAINING:
             raise EngineNotReadyError("the server is shutting down; send the request to another replica")
 
