@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from contextlib import closing
 from statistics import median
 
+import httpx
 import pytest
 
 from tests.support.chaos import PROMPTS, SETTINGS, asks_of, check_same_answers, references_of, watched
-from tests.support.load import load
+from tests.support.load import Books, Clients, load
 from tests.support.observer import resident_bytes
 from tests.support.server import ServerProcess
 
@@ -131,3 +132,20 @@ async def test_readers_that_do_not_read_hold_neither_the_engine_nor_much_memory(
         for connection in readers:
             connection.close()
         await observer.until_idle()
+
+
+async def test_a_flood_under_one_key_leaves_room_and_turns_for_the_other() -> None:
+    settings = {**SETTINGS, "api_keys": "flood-key,quiet-key"}
+    with ServerProcess(**settings) as server:
+        server.wait_until_ready()
+        async with Clients(server, key="flood-key") as flood, Clients(server, key="quiet-key") as quiet:
+            asks = asks_of(lengths=(60,))
+            async with load(flood, asks, num_clients=60) as flooded:
+                async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{server.port}", timeout=60) as http:
+                    async with asyncio.timeout(60):
+                        while (await http.get("/health")).json()["waiting"] < SETTINGS["max_num_waiting"] // 2:
+                            await asyncio.sleep(0.01)
+                answers = Books([await quiet.run(ask) for ask in asks[:8]])
+            assert answers.count() == {"finished": 8}
+        assert flooded.count().keys() == {"finished", "refused"}
+        assert any("of this API key" in answer.error for answer in flooded.of("refused"))

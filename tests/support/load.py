@@ -86,12 +86,16 @@ class Books:
 
 
 class Clients:
-    """Connections to one server; used inside of one event loop, as a context."""
+    """Connections to one server, with an API key where it asks for one; used inside of one event loop, as a context."""
 
-    def __init__(self, server: ServerProcess, seconds: float = 120.0) -> None:
+    def __init__(self, server: ServerProcess, seconds: float = 120.0, key: str | None = None) -> None:
         self._seconds = seconds
+        self._headers = {} if key is None else {"authorization": f"Bearer {key}"}
         self._http = httpx.AsyncClient(
-            base_url=f"http://127.0.0.1:{server.port}", timeout=seconds, limits=httpx.Limits(max_connections=None)
+            base_url=f"http://127.0.0.1:{server.port}",
+            timeout=seconds,
+            limits=httpx.Limits(max_connections=None),
+            headers=self._headers,
         )
         self._channel = grpc.aio.insecure_channel(f"127.0.0.1:{server.grpc_port}")
 
@@ -159,7 +163,9 @@ class Clients:
 
     async def _grpc(self, answer: Answer) -> AsyncGenerator[None, None]:
         try:
-            response = await self._stub("ModelInfer")(grpc_request(answer.ask), timeout=self._seconds)
+            response = await self._stub("ModelInfer")(
+                grpc_request(answer.ask), timeout=self._seconds, metadata=self._metadata
+            )
         except grpc.aio.AioRpcError as error:
             _close_with_status(answer, error)
         else:
@@ -171,7 +177,7 @@ class Clients:
         async def requests() -> AsyncIterator[Any]:
             yield grpc_request(answer.ask)
 
-        call = self._stub("ModelStreamInfer")(requests(), timeout=self._seconds)
+        call = self._stub("ModelStreamInfer")(requests(), timeout=self._seconds, metadata=self._metadata)
         try:
             async for message in call:
                 response = message.infer_response
@@ -188,6 +194,10 @@ class Clients:
             _close_with_status(answer, error)
         finally:
             call.cancel()
+
+    @property
+    def _metadata(self) -> tuple[tuple[str, str], ...]:
+        return tuple(self._headers.items())
 
     def _stub(self, method: str) -> Any:
         descriptor = next(entry for entry in service_methods() if entry.name == method)
