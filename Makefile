@@ -40,7 +40,7 @@ test: lint typecheck ## lint, types and the whole test suite
 test-slow: install ## tests that take minutes
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
-test-chaos: install ## processes killed and stopped, faults, leaving clients, fuzzed bodies: minutes
+test-chaos: install ## processes killed and stopped, faults, leaving clients, fuzzed bodies, memory: minutes
 	$(BIN)/python -m pytest -m chaos tests/chaos $(ARGS)
 
 lint: install ## ruff: rules and format
