@@ -40,25 +40,7 @@ class Mixture:
 
 EARLY = Mixture(conversation=0.34, tools=0.04, recall=0.20, drill=0.08, repeats=0.32, story=0.02)  # looking back first
 SHORT = Mixture(conversation=0.70, tools=0.16, recall=0.08, drill=0.02, repeats=0.02, story=0.02)  # one or two turns
-LONG = Mixture(
-    conversation=0.15, tools=0.05, recall=0.74, drill=0.02, repeats=0.02, story=0.02
-)  # rows from 1024 tokens
-Pieces = list[tuple[str, float]]  # text and the weight of its tokens in the loss
-
-
-@dataclass(frozen=True)
-class Mixture:
-    """Shares of the kinds of documents."""
-
-    conversation: float = 0.42
-    tools: float = 0.07
-    recall: float = 0.18
-    drill: float = 0.18
-    repeats: float = 0.11
-    story: float = 0.04
-
-
-LONG = Mixture(conversation=0.15, tools=0.05, recall=0.75, drill=0.03, story=0.02)  # for rows of 1024 tokens and more
+LONG = Mixture(conversation=0.16, tools=0.05, recall=0.70, drill=0.02, repeats=0.05, story=0.02)  # from 1024 tokens
 
 
 def learnt(pieces: list[tuple[str, bool]]) -> Pieces:

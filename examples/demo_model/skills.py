@@ -222,7 +222,7 @@ def tell_story(random: Random) -> Item:
 
 
 SKILLS: dict[str, tuple[Callable[[Random], Item], float]] = {
-    "copy": (copy, 5.0),
+    "copy": (copy, 7.0),
     "reverse": (reverse, 1.4),
     "count": (count, 0.8),
     "add": (add, 4.0),
