@@ -1,0 +1,1 @@
+"""More than one rank: the layout of ranks, their process groups and collectives, network interfaces, checks before the start."""
