@@ -112,9 +112,19 @@ def relation_problems(values: Mapping[str, Any]) -> list[Problem]:
         refuse("grpc_port", "must differ from http_port")
     if any(not key for key in values["api_keys"]):
         refuse("api_keys", "must not hold an empty key")
-    for key in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
-        if values[key] != 1:
-            refuse(key, "must be 1: this version runs the model on one rank")
+    if values["data_parallel_size"] != 1:
+        refuse("data_parallel_size", "must be 1: this version runs one copy of the engine")
+    if values["distributed_executor_backend"] == "mp" and values["ray_address"] is not None:
+        refuse(
+            "ray_address",
+            "must be none with distributed_executor_backend=mp, which asks no Ray cluster; use ray or auto",
+        )
+    if values["num_scheduler_steps"] > 1 and values["pipeline_parallel_size"] > 1:
+        refuse(
+            "num_scheduler_steps",
+            f"must be 1 with pipeline_parallel_size={values['pipeline_parallel_size']}: the first stage does not know the "
+            "tokens that the last one samples",
+        )
     if values["runaway_max_period"] * 2 > values["runaway_min_tokens"]:
         refuse("runaway_max_period", f"must be at most half of runaway_min_tokens={values['runaway_min_tokens']}")
     if values["quantization"] is not None:

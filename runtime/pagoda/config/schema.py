@@ -174,9 +174,51 @@ class PagodaConfig:
     )
 
     # Parallelism and speed-ups
-    tensor_parallel_size: int = _option(1, "parallel", "Ranks that share every layer; only 1 is supported yet.", ge=1)
-    pipeline_parallel_size: int = _option(1, "parallel", "Ranks in a row of layers; only 1 is supported yet.", ge=1)
+    tensor_parallel_size: int = _option(1, "parallel", "Ranks that share every layer, each with its heads.", ge=1)
+    pipeline_parallel_size: int = _option(1, "parallel", "Stages, each with its part of the layers.", ge=1)
     data_parallel_size: int = _option(1, "parallel", "Copies of the engine; only 1 is supported yet.", ge=1)
+    distributed_executor_backend: Literal["auto", "mp", "ray"] = _option(
+        "auto",
+        "parallel",
+        "Where ranks live: processes of this machine (mp), or actors of a Ray cluster (ray). Auto: ray where ray_address is "
+        "given, mp for more than one rank, and no process but the engine's for one.",
+    )
+    ray_address: str | None = _option(
+        None,
+        "parallel",
+        "The Ray cluster: `auto` for the one this machine belongs to, or HOST:PORT of its head. None: one is started here.",
+        pattern=r"auto|\S+:\d+",
+        pattern_help="that is auto or HOST:PORT",
+    )
+    network_interface: str | None = _option(
+        None,
+        "parallel",
+        "Network interface of the traffic between ranks, such as eth0; None: the one on the route to the engine.",
+        pattern=r"[^\s/]+",
+        pattern_help="that is an interface's name",
+    )
+    rendezvous_timeout_seconds: float = _option(
+        120.0,
+        "parallel",
+        "Longest time until all ranks are there, connected and checked, each of these by itself.",
+        gt=0,
+        unit="seconds",
+    )
+    collective_timeout_seconds: float = _option(
+        20.0,
+        "parallel",
+        "Longest time that ranks wait for each other in a step of up to 512 tokens (longer steps: in proportion). Below "
+        "engine_stall_timeout_seconds the error names the rank.",
+        gt=0,
+        unit="seconds",
+    )
+    rank_heartbeat_timeout_seconds: float = _option(
+        10.0,
+        "parallel",
+        "Longest silence of a rank, or of the engine towards its ranks, before it counts as lost.",
+        gt=0,
+        unit="seconds",
+    )
     quantization: str | None = _option(None, "parallel", "Quantization of the weights; not supported yet.")
     speculative_config: Mapping[str, Any] | None = _option(
         None, "parallel", "Speculative decoding, as a JSON object; not supported yet."
