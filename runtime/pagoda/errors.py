@@ -114,6 +114,10 @@ class CheckpointError(PagodaError):
     kind = ErrorKind.INVALID_REQUEST
 
 
+class CommunicationError(PagodaError):
+    """The ranks of a model cannot reach each other. The message names the ranks and what they were doing."""
+
+
 ERROR_TYPES: dict[ErrorKind, type[PagodaError]] = {
     cls.kind: cls
     for cls in (

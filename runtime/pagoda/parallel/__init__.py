@@ -1,1 +1,1 @@
-"""More than one rank: the layout of ranks, their process groups and collectives, network interfaces, checks before the start."""
+"""How a model is spread over ranks, and how the ranks talk to each other."""

@@ -1,0 +1,219 @@
+"""How the ranks of a model talk to each other while it runs: over torch.distributed, with a deadline on everything.
+
+A model holds one `ParallelGroups`. Its parts call `groups.tensor` and `groups.pipeline` without asking how many ranks there
+are: with one rank these are objects whose methods give back what they are given.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from pagoda.errors import CommunicationError
+from pagoda.parallel.layout import ParallelLayout, RankPlace
+
+_Result = TypeVar("_Result")
+
+
+class TensorGroup:
+    """The ranks that share the tensors of a layer. This one is a rank alone; `_DistributedTensorGroup` is several."""
+
+    rank = 0
+    size = 1
+
+    def all_reduce(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum of all ranks' `values`, the same to the last bit on each; `values` may be overwritten."""
+        return values
+
+    def all_gather(self, values: torch.Tensor, dim: int) -> torch.Tensor:
+        """All ranks' `values`, of equal shapes, one after the other along `dim`, in the order of ranks."""
+        return values
+
+    def gather(self, values: torch.Tensor, dim: int) -> torch.Tensor | None:
+        """Like `all_gather`, on tensor rank 0 only; None on the others."""
+        return values
+
+    def broadcast(self, values: torch.Tensor) -> torch.Tensor:
+        """The `values` of tensor rank 0, written into those of the others (of equal shape and dtype)."""
+        return values
+
+
+class PipelineLink:
+    """The way to the stages before and after. This one is a single stage, which has neither."""
+
+    def send(self, values: torch.Tensor) -> None:
+        """Send contiguous `values` to the next stage. Does not wait for it; `values` must not be changed any more."""
+        raise RuntimeError("there is no next pipeline stage")
+
+    def receive(self, into: torch.Tensor) -> torch.Tensor:
+        """Fill contiguous `into` with what the stage before sent, of equal shape and dtype, and return it."""
+        raise RuntimeError("there is no pipeline stage before this one")
+
+
+class _DistributedTensorGroup(TensorGroup):
+    """Several ranks. Every method must be called by all of them, in the same order, with equal shapes."""
+
+    def __init__(self, ranks: range, rank: int, group: dist.ProcessGroup) -> None:
+        self.rank = ranks.index(rank)
+        self.size = len(ranks)
+        self._first = ranks[0]
+        self._group = group
+        self._what = f"of rank {rank} with ranks {', '.join(map(str, ranks))}"
+
+    def all_reduce(self, values: torch.Tensor) -> torch.Tensor:
+        _checked(f"all-reduce {self._what}", dist.all_reduce, values, group=self._group)
+        return values
+
+    def all_gather(self, values: torch.Tensor, dim: int) -> torch.Tensor:
+        values = values.contiguous()
+        gathered = [torch.empty_like(values) for _ in range(self.size)]
+        _checked(f"all-gather {self._what}", dist.all_gather, gathered, values, group=self._group)
+        return torch.cat(gathered, dim)
+
+    def gather(self, values: torch.Tensor, dim: int) -> torch.Tensor | None:
+        values = values.contiguous()
+        gathered = [torch.empty_like(values) for _ in range(self.size)] if self.rank == 0 else None
+        _checked(f"gather {self._what}", dist.gather, values, gathered, dst=self._first, group=self._group)
+        return torch.cat(gathered, dim) if gathered is not None else None
+
+    def broadcast(self, values: torch.Tensor) -> torch.Tensor:
+        _checked(f"broadcast {self._what}", dist.broadcast, values, src=self._first, group=self._group)
+        return values
+
+
+class _DistributedPipelineLink(PipelineLink):
+    """One stage among several, to its neighbours of equal tensor rank."""
+
+    def __init__(self, ranks: range, rank: int, group: dist.ProcessGroup) -> None:
+        stage = ranks.index(rank)
+        self._rank = rank
+        self._before = ranks[stage - 1] if stage > 0 else None
+        self._after = ranks[stage + 1] if stage + 1 < len(ranks) else None
+        self._max_unsent = len(ranks)
+        self._group = group
+        # Messages on their way, oldest first: the tensor has to live until the other side has taken it.
+        self._unsent: deque[tuple[dist.Work, torch.Tensor]] = deque()
+
+    def send(self, values: torch.Tensor) -> None:
+        if self._after is None:
+            super().send(values)
+        what = f"sending from rank {self._rank} to rank {self._after}"
+        while self._unsent and (len(self._unsent) >= self._max_unsent or self._unsent[0][0].is_completed()):
+            _checked(what, self._unsent.popleft()[0].wait)
+        work = _checked(what, dist.isend, values, self._after, group=self._group)
+        assert work is not None, "this rank belongs to the group"
+        self._unsent.append((work, values))
+
+    def receive(self, into: torch.Tensor) -> torch.Tensor:
+        if self._before is None:
+            super().receive(into)
+        what = f"rank {self._rank} receiving from rank {self._before}"
+        _checked(what, dist.recv, into, self._before, group=self._group)
+        return into
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelGroups:
+    """A rank's place, and its ways to the others."""
+
+    layout: ParallelLayout
+    place: RankPlace
+    tensor: TensorGroup
+    pipeline: PipelineLink
+
+    def close(self) -> None:
+        """Leave all groups. Other ranks that still wait for this one fail. May be called twice."""
+        if self.layout.world_size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+SINGLE_RANK = ParallelGroups(ParallelLayout(), ParallelLayout().place(0), TensorGroup(), PipelineLink())
+
+
+def connect_groups(
+    layout: ParallelLayout,
+    rank: int,
+    *,
+    host: str,
+    port: int,
+    backend: str,
+    timeout_seconds: float,
+    device: torch.device,
+    rendezvous_timeout_seconds: float | None = None,
+) -> ParallelGroups:
+    """Meet the other ranks at `host`:`port`, where rank 0 listens (on that address only), and make all groups.
+
+    Args:
+        backend: "gloo" or "nccl".
+        timeout_seconds: bound of every collective and every message.
+        rendezvous_timeout_seconds: bound of the meeting itself; None: `timeout_seconds`.
+
+    Raises:
+        CommunicationError: a rank did not come in time, the address is taken or cannot be reached.
+    """
+    if layout.world_size == 1:
+        return SINGLE_RANK
+    meeting = timedelta(seconds=rendezvous_timeout_seconds or timeout_seconds)
+    timeout = timedelta(seconds=timeout_seconds)
+    what = f"rank {rank} of {layout.world_size} at the rendezvous on {host}:{port}"
+    store = _checked(what, _open_store, layout, rank, host, port, meeting)
+    _checked(
+        what,
+        dist.init_process_group,
+        backend,
+        store=store,
+        rank=rank,
+        world_size=layout.world_size,
+        timeout=timeout,
+        device_id=device if device.type == "cuda" else None,
+    )
+    try:
+        return _checked(what, _make_groups, layout, rank, timeout)
+    except BaseException:
+        dist.destroy_process_group()
+        raise
+
+
+def _open_store(layout: ParallelLayout, rank: int, host: str, port: int, timeout: timedelta) -> dist.Store:
+    listener: dict[str, Any] = {}
+    if rank == 0:
+        # Given a socket of ours the store listens on this address; left to itself it would on every one there is.
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        listener["master_listen_fd"] = socket.create_server((host, port), family=family, backlog=1024).detach()
+    return dist.TCPStore(  # type: ignore[attr-defined]
+        host, port, layout.world_size, is_master=rank == 0, timeout=timeout, **listener
+    )
+
+
+def _make_groups(layout: ParallelLayout, rank: int, timeout: timedelta) -> ParallelGroups:
+    """Every rank makes every group, its own or not, in the same order: torch.distributed wants it so."""
+    place = layout.place(rank)
+    tensor, pipeline = TensorGroup(), PipelineLink()
+    if layout.tensor_parallel_size > 1:
+        for stage in range(layout.pipeline_parallel_size):
+            ranks = layout.tensor_group(stage)
+            group = dist.new_group(list(ranks), timeout=timeout)
+            if stage == place.pipeline_stage:
+                tensor = _DistributedTensorGroup(ranks, rank, group)
+    if layout.pipeline_parallel_size > 1:
+        for tensor_rank in range(layout.tensor_parallel_size):
+            ranks = layout.pipeline_group(tensor_rank)
+            group = dist.new_group(list(ranks), timeout=timeout)
+            if tensor_rank == place.tensor_rank:
+                pipeline = _DistributedPipelineLink(ranks, rank, group)
+    return ParallelGroups(layout, place, tensor, pipeline)
+
+
+def _checked(what: str, function: Callable[..., _Result], *args: Any, **kwargs: Any) -> _Result:
+    """Call `function`; what goes wrong in it becomes a `CommunicationError` that begins with `what`."""
+    try:
+        return function(*args, **kwargs)
+    except (RuntimeError, OSError) as error:
+        raise CommunicationError(f"{what} failed: {str(error).splitlines()[0]}") from error
