@@ -11,6 +11,7 @@ import os
 import socket
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
+from typing import Any
 
 import psutil
 
@@ -166,7 +167,7 @@ def _existing(host: list[HostInterface]) -> str:
     return f"{socket.gethostname()} has {', '.join(map(str, host)) or 'no interface'}"
 
 
-def _addresses(entries: list[psutil._common.snicaddr]) -> tuple[str, ...]:
+def _addresses(entries: list[Any]) -> tuple[str, ...]:
     """IPv4 addresses, then IPv6 ones that are not link-local: those need a scope that other hosts do not know."""
     families = {
         family: [e.address for e in entries if e.family == family] for family in (socket.AF_INET, socket.AF_INET6)
