@@ -181,7 +181,8 @@ def connect_groups(
         raise
 
 
-def _open_store(layout: ParallelLayout, rank: int, host: str, port: int, timeout: timedelta) -> dist.Store:
+def _open_store(layout: ParallelLayout, rank: int, host: str, port: int, timeout: timedelta) -> Any:
+    """A `TCPStore`, which torch does not export to type checkers."""
     listener: dict[str, Any] = {}
     if rank == 0:
         # Given a socket of ours the store listens on this address; left to itself it would on every one there is.

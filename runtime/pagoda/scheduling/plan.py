@@ -81,6 +81,22 @@ class StepPlan:
         return rows, plan
 
 
+@dataclass(frozen=True, slots=True)
+class LandedTokens:
+    """Tokens that the last pipeline stage sampled, on their way to the token pools of all ranks.
+
+    Token `token_ids[i]` is at position `positions[i]` of the request in `slots[i]`. They go with a plan, and are written before
+    anything else of it is done. Empty with one stage: its ranks exchange what was sampled among themselves.
+    """
+
+    slots: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+
+
+NO_LANDED_TOKENS = LandedTokens()
+
+
 @dataclass(slots=True)
 class StepResult:
     """What the model runner made of a plan; rows are indices into the plan's parallel lists.
