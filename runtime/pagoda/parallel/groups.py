@@ -56,6 +56,10 @@ class PipelineLink:
         """Fill contiguous `into` with what the stage before sent, of equal shape and dtype, and return it."""
         raise RuntimeError("there is no pipeline stage before this one")
 
+    def all_reduce(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum over all stages. For the check before the start: the model itself only sends forward."""
+        return values
+
 
 class _DistributedTensorGroup(TensorGroup):
     """Several ranks. Every method must be called by all of them, in the same order, with equal shapes."""
@@ -117,6 +121,10 @@ class _DistributedPipelineLink(PipelineLink):
         what = f"rank {self._rank} receiving from rank {self._before}"
         _checked(what, dist.recv, into, self._before, group=self._group)
         return into
+
+    def all_reduce(self, values: torch.Tensor) -> torch.Tensor:
+        _checked(f"all-reduce of rank {self._rank} with the other stages", dist.all_reduce, values, group=self._group)
+        return values
 
 
 @dataclass(frozen=True, slots=True)
