@@ -1,0 +1,16 @@
+"""What is known of a rank's health. Imports no torch: the server shows it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankHealth:
+    """One rank as the driver sees it. `last_heartbeat`: `time.monotonic()` on the driver's machine; `num_steps` done by then."""
+
+    rank: int
+    host: str
+    pid: int
+    last_heartbeat: float
+    num_steps: int

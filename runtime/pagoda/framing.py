@@ -1,0 +1,51 @@
+"""Frames on a stream socket between processes of one server: typed messages, nothing pickled, nothing guessed from content.
+
+    frame = uint32 length of what follows | uint8 kind | MessagePack of the message's dataclass
+
+The kind says which class of a fixed list to decode into.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+HEADER = struct.Struct("<IB")
+MAX_PAYLOAD_BYTES = 2**30
+
+
+class FrameError(Exception):
+    """A frame that the other side cannot have meant: of a kind there is not, too long, or not what its kind says."""
+
+
+class FrameCodec:
+    """Encodes and decodes messages of the classes in `kinds`; a class's place in it is its kind on the wire."""
+
+    def __init__(self, kinds: Sequence[type[Any]]) -> None:
+        self.kinds = tuple(kinds)
+        self._kind_of = {cls: kind for kind, cls in enumerate(kinds)}
+        self._decoders = [msgspec.msgpack.Decoder(cls) for cls in kinds]
+        self._encoder = msgspec.msgpack.Encoder()
+
+    def encode(self, message: Any) -> bytes:
+        """The frame of a message. Raises `KeyError` for one of a class that is not in the list."""
+        payload = self._encoder.encode(message)
+        return HEADER.pack(len(payload) + 1, self._kind_of[type(message)]) + payload
+
+    def payload_size(self, header: bytes) -> int:
+        """Bytes that follow a header. Raises `FrameError`."""
+        length, kind = HEADER.unpack(header)
+        if not 1 <= length <= MAX_PAYLOAD_BYTES or kind >= len(self.kinds):
+            raise FrameError(f"a frame of kind {kind} and length {length} means nothing here")
+        return int(length) - 1
+
+    def decode(self, header: bytes, payload: bytes) -> Any:
+        """The message of a frame whose header `payload_size` has accepted. Raises `FrameError`."""
+        kind = HEADER.unpack(header)[1]
+        try:
+            return self._decoders[kind].decode(payload)
+        except msgspec.DecodeError as error:
+            raise FrameError(f"a {self.kinds[kind].__name__} cannot be read: {error}") from error
