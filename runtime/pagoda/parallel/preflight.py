@@ -1,8 +1,8 @@
 """The communication check: what the ranks' network does, before weights are loaded over minutes.
 
-Every rank runs `check_communication` at the same time, right after rendezvous. It looks at the groups that the model uses and at
-nothing else: an all-reduce in which each rank's contribution can be told apart, messages from stage to stage with known content,
-and how long small and large ones take.
+Every rank runs `check_communication` at the same time, right after rendezvous. It looks at the groups that the model uses: an
+all-reduce in which each rank's contribution can be told apart, messages from stage to stage with known content, and how long
+small and large ones take.
 """
 
 from __future__ import annotations
