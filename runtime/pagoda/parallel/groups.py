@@ -27,6 +27,8 @@ class TensorGroup:
 
     rank = 0
     size = 1
+    num_operations = 0
+    """Collectives that were begun: ranks that have begun equally many are in step with each other."""
 
     def all_reduce(self, values: torch.Tensor) -> torch.Tensor:
         """The sum of all ranks' `values`, the same to the last bit on each; `values` may be overwritten."""
@@ -47,6 +49,9 @@ class TensorGroup:
 
 class PipelineLink:
     """The way to the stages before and after. This one is a single stage, which has neither."""
+
+    num_operations = 0
+    """Messages and collectives that were begun."""
 
     def send(self, values: torch.Tensor) -> None:
         """Send contiguous `values` to the next stage. Does not wait for it; `values` must not be changed any more."""
@@ -72,22 +77,26 @@ class _DistributedTensorGroup(TensorGroup):
         self._what = f"of rank {rank} with ranks {', '.join(map(str, ranks))}"
 
     def all_reduce(self, values: torch.Tensor) -> torch.Tensor:
+        self.num_operations += 1
         _checked(f"all-reduce {self._what}", dist.all_reduce, values, group=self._group)
         return values
 
     def all_gather(self, values: torch.Tensor, dim: int) -> torch.Tensor:
+        self.num_operations += 1
         values = values.contiguous()
         gathered = [torch.empty_like(values) for _ in range(self.size)]
         _checked(f"all-gather {self._what}", dist.all_gather, gathered, values, group=self._group)
         return torch.cat(gathered, dim)
 
     def gather(self, values: torch.Tensor, dim: int) -> torch.Tensor | None:
+        self.num_operations += 1
         values = values.contiguous()
         gathered = [torch.empty_like(values) for _ in range(self.size)] if self.rank == 0 else None
         _checked(f"gather {self._what}", dist.gather, values, gathered, dst=self._first, group=self._group)
         return torch.cat(gathered, dim) if gathered is not None else None
 
     def broadcast(self, values: torch.Tensor) -> torch.Tensor:
+        self.num_operations += 1
         _checked(f"broadcast {self._what}", dist.broadcast, values, src=self._first, group=self._group)
         return values
 
@@ -106,6 +115,7 @@ class _DistributedPipelineLink(PipelineLink):
         self._unsent: deque[tuple[dist.Work, torch.Tensor]] = deque()
 
     def send(self, values: torch.Tensor) -> None:
+        self.num_operations += 1
         if self._after is None:
             super().send(values)
         what = f"sending from rank {self._rank} to rank {self._after}"
@@ -116,6 +126,7 @@ class _DistributedPipelineLink(PipelineLink):
         self._unsent.append((work, values))
 
     def receive(self, into: torch.Tensor) -> torch.Tensor:
+        self.num_operations += 1
         if self._before is None:
             super().receive(into)
         what = f"rank {self._rank} receiving from rank {self._before}"
@@ -123,6 +134,7 @@ class _DistributedPipelineLink(PipelineLink):
         return into
 
     def all_reduce(self, values: torch.Tensor) -> torch.Tensor:
+        self.num_operations += 1
         _checked(f"all-reduce of rank {self._rank} with the other stages", dist.all_reduce, values, group=self._group)
         return values
 
@@ -135,6 +147,11 @@ class ParallelGroups:
     place: RankPlace
     tensor: TensorGroup
     pipeline: PipelineLink
+
+    @property
+    def num_operations(self) -> int:
+        """Collectives and messages that this rank has begun."""
+        return self.tensor.num_operations + self.pipeline.num_operations
 
     def close(self) -> None:
         """Leave all groups. Other ranks that still wait for this one fail. May be called twice."""
