@@ -38,7 +38,6 @@ class FakeGenerator:
     def __init__(self) -> None:
         self.started: list[str] = []
         self.left: list[str] = []
-        self.last_deadline: float | None = None
         self.tenants: list[str] = []
         self.seconds_per_token = 0.0
 
@@ -51,11 +50,9 @@ class FakeGenerator:
         sampling: SamplingParams,
         *,
         request_id: str,
-        deadline: float | None = None,
         tenant: str = "",
         **options: Any,
     ) -> AsyncGenerator[GenerationChunk, None]:
-        self.last_deadline = deadline
         self.tenants.append(tenant)
         text = prompt if isinstance(prompt, str) else "".join(chr(97 + token_id % 26) for token_id in prompt)
         if not text or len(text) >= MAX_MODEL_LEN:

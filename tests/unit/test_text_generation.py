@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 
@@ -11,7 +10,6 @@ import pytest
 from pagoda.config.schema import PagodaConfig
 from pagoda.engine.messages import EngineOutput, EngineReady, EngineRequest
 from pagoda.errors import (
-    DeadlineExceededError,
     EngineDeadError,
     EngineNotReadyError,
     InvalidRequestError,
@@ -150,26 +148,6 @@ async def test_cancelling_the_reader_aborts_what_still_runs(pool, n):
     with pytest.raises(asyncio.CancelledError):
         await task
     assert len(client.aborted) == n
-
-
-@pytest.mark.parametrize("n", [1, 3])
-async def test_deadline_ends_the_request_and_aborts_what_still_runs(pool, n):
-    client = ScriptedClient(says(lambda request: "on and on", pool, 0.05))
-    generator = TextGenerator(client, pool)
-    stream = generator.generate("x", SamplingParams(n=n), request_id="r", deadline=time.monotonic() + 0.12)
-    assert (await anext(stream)).token_ids
-    with pytest.raises(DeadlineExceededError):
-        await collect(stream)
-    assert len(client.aborted) == n
-
-
-async def test_deadline_that_has_passed_reaches_no_engine(pool):
-    client = ScriptedClient(says(lambda request: "x", pool, 0.05))
-    generator = TextGenerator(client, pool)
-    long_prompt = "a long prompt " * 40
-    with pytest.raises(DeadlineExceededError):
-        await collect(generator.generate(long_prompt, SamplingParams(), request_id="r", deadline=time.monotonic() - 1))
-    assert client.requests == []
 
 
 @pytest.mark.parametrize("error", [EngineDeadError("gone"), QueueFullError("full", 7)])

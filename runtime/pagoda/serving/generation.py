@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
@@ -13,6 +13,7 @@ from pagoda.errors import DeadlineExceededError, EngineNotReadyError, InvalidReq
 from pagoda.sampling.output import FinishReason
 from pagoda.sampling.params import SamplingParams
 from pagoda.serving.auth import tenant_var
+from pagoda.serving.bounded_wait import BoundedWait
 from pagoda.serving.parameters import RequestOptions
 from pagoda.text.output import GenerationChunk, PositionLogprobs
 
@@ -123,7 +124,7 @@ class GenerationRunner:
         self._num_running = 0
         self._idle = asyncio.Event()
         self._idle.set()
-        self._waits: set[asyncio.Timeout] = set()
+        self._waits: set[BoundedWait] = set()
         self._is_stopped = False
 
     @property
@@ -149,10 +150,8 @@ class GenerationRunner:
     def stop(self) -> None:
         """End every job under way with `EngineNotReadyError`: the server's grace period is over."""
         self._is_stopped = True
-        now = asyncio.get_running_loop().time()
-        for wait in self._waits:
-            if not wait.expired():
-                wait.reschedule(now)
+        for wait in list(self._waits):
+            wait.interrupt(EngineNotReadyError(STOPPED))
 
     async def stream(self, job: GenerationJob, request_id: str) -> AsyncGenerator[GenerationChunk, None]:
         """The chunks of a job as they come. Close the iterator (or cancel its reader) to abort the job in the engine.
@@ -174,7 +173,6 @@ class GenerationRunner:
                 priority=job.options.priority,
                 cache_salt=job.options.cache_salt,
                 tenant=tenant_var.get(),
-                deadline=deadline,
                 echo=job.options.echo,
                 add_special_tokens=job.add_special_tokens,
             )
@@ -255,31 +253,29 @@ class GenerationRunner:
         return arrival + min(limits) if limits else None
 
     async def _until(
-        self, deadline: float | None, chunks: AsyncIterator[GenerationChunk]
+        self, deadline: float | None, chunks: AsyncGenerator[GenerationChunk, None]
     ) -> AsyncGenerator[GenerationChunk, None]:
-        """`chunks`, or `DeadlineExceededError` once `deadline` (monotonic seconds) is past and none has come.
+        """`chunks`, or `DeadlineExceededError` once `deadline` is past: tokenization that hangs is bounded by it too."""
+        wait = BoundedWait()
+        if self._is_stopped:
+            wait.interrupt(EngineNotReadyError(STOPPED))
+        timer = None if deadline is None else self._interrupt_at(deadline, wait)
+        self._waits.add(wait)
+        try:
+            async with aclosing(chunks):
+                while (chunk := await wait.run(anext(chunks, None))) is not None:
+                    yield chunk
+        finally:
+            self._waits.discard(wait)
+            if timer is not None:
+                timer.cancel()
 
-        The engine watches the deadline too; this one also covers what happens before it, such as a tokenizer that hangs.
-        """
-        loop = asyncio.get_running_loop()
-        async with aclosing(chunks) as source:  # type: ignore[type-var]
-            while True:
-                if self._is_stopped:
-                    raise EngineNotReadyError(STOPPED)
-                remaining = None if deadline is None else deadline - time.monotonic()
-                wait = asyncio.timeout_at(None if remaining is None else loop.time() + remaining)
-                self._waits.add(wait)
-                try:
-                    async with wait:
-                        chunk = await anext(source)
-                except StopAsyncIteration:
-                    return
-                except TimeoutError:
-                    if not wait.expired():
-                        raise
-                    if self._is_stopped:
-                        raise EngineNotReadyError(STOPPED) from None
-                    raise DeadlineExceededError("the request's deadline passed before it was finished") from None
-                finally:
-                    self._waits.discard(wait)
-                yield chunk
+    @staticmethod
+    def _interrupt_at(deadline: float, wait: BoundedWait) -> asyncio.TimerHandle | None:
+        """The timer that ends `wait`; None, and it is ended, where the deadline is past."""
+        error = DeadlineExceededError("the request's deadline passed before it was finished")
+        remaining = deadline - time.monotonic()
+        if remaining > 0:
+            return asyncio.get_running_loop().call_later(remaining, wait.interrupt, error)
+        wait.interrupt(error)
+        return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import fields
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from pagoda.config.schema import PagodaConfig
 from pagoda.engine.messages import EngineOutput, EngineRequest
-from pagoda.errors import DeadlineExceededError, EngineNotReadyError, InvalidRequestError, RequestFailedError
+from pagoda.errors import EngineNotReadyError, InvalidRequestError, RequestFailedError
 from pagoda.sampling.params import SamplingParams
 from pagoda.text.admission import AdmissionLimits, admit
 from pagoda.text.checkpoint_defaults import read_checkpoint_defaults
@@ -87,28 +86,25 @@ class TextGenerator:
         priority: int = 0,
         cache_salt: str | None = None,
         tenant: str = "",
-        deadline: float | None = None,
         echo: bool = False,
         add_special_tokens: bool = True,
     ) -> AsyncGenerator[GenerationChunk, None]:
         """Stream the completion(s) of `prompt`: text, or token ids taken as they are.
 
         Chunks of the `sampling.n` choices come interleaved in the order they are made. With `echo` the first chunk of each
-        choice begins with the prompt's text. `tenant`: tenants take turns in the waiting queue. `deadline` is monotonic
-        seconds. `add_special_tokens` concerns a text prompt only. Closing the iterator, cancelling the task that reads it, or
-        any error aborts what is still running.
+        choice begins with the prompt's text. `tenant`: tenants take turns in the waiting queue. `add_special_tokens` concerns
+        a text prompt only. Closing the iterator, cancelling the task that reads it, or any error aborts what is still running.
 
         Raises, before the first chunk: `InvalidRequestError`, `QueueFullError`, `EngineNotReadyError`; at any time:
-        `DeadlineExceededError`, `EngineDeadError`, `RequestFailedError`.
+        `EngineDeadError`, `RequestFailedError`.
         """
         limits = self._limits()
-        async with _until(deadline):
-            if isinstance(prompt, str):
-                prompt_token_ids = await self.pool.encode(prompt, add_special_tokens=add_special_tokens)
-                echoed = prompt if echo else ""
-            else:
-                prompt_token_ids = prompt
-                echoed = await self._decode_prompt(prompt, sampling) if echo else ""
+        if isinstance(prompt, str):
+            prompt_token_ids = await self.pool.encode(prompt, add_special_tokens=add_special_tokens)
+            echoed = prompt if echo else ""
+        else:
+            prompt_token_ids = prompt
+            echoed = await self._decode_prompt(prompt, sampling) if echo else ""
         requests = admit(
             prompt_token_ids,
             sampling,
@@ -123,10 +119,7 @@ class TextGenerator:
             RequestTextState(self.pool.tokenizer, prompt_token_ids, sampling, index=index, echo=echoed)
             for index in range(sampling.n)
         ]
-        is_single = sampling.n == 1
-        sequences = (
-            self._run(requests[0], states[0], deadline) if is_single else self._run_all(requests, states, deadline)
-        )
+        sequences = self._run(requests[0], states[0]) if sampling.n == 1 else self._run_all(requests, states)
         async with aclosing(sequences) as chunks:
             async for chunk in chunks:
                 yield chunk
@@ -146,28 +139,25 @@ class TextGenerator:
     async def _decode_prompt(self, prompt: list[int], sampling: SamplingParams) -> str:
         return await self.pool.decode(prompt, skip_special_tokens=sampling.skip_special_tokens)
 
-    async def _run(
-        self, request: EngineRequest, state: RequestTextState, deadline: float | None
-    ) -> AsyncGenerator[GenerationChunk, None]:
+    async def _run(self, request: EngineRequest, state: RequestTextState) -> AsyncGenerator[GenerationChunk, None]:
         """One sequence. However this is left, after a stop string too, the stream is closed and that aborts the request."""
         outputs = cast("AsyncGenerator[EngineOutput, None]", self.client.submit(request))
         async with aclosing(outputs):
             while not state.finished:
-                async with _until(deadline):
-                    output = await anext(outputs, None)
+                output = await anext(outputs, None)
                 if output is None:
                     raise RequestFailedError("the engine left a request without finishing it")
                 yield state.process(output)
 
     async def _run_all(
-        self, requests: list[EngineRequest], states: list[RequestTextState], deadline: float | None
+        self, requests: list[EngineRequest], states: list[RequestTextState]
     ) -> AsyncGenerator[GenerationChunk, None]:
         """All sequences of one request; the first error of any ends them all. Each is read one chunk ahead at most."""
         queue: asyncio.Queue[GenerationChunk | Exception | None] = asyncio.Queue(maxsize=len(requests))
 
         async def forward(request: EngineRequest, state: RequestTextState) -> None:
             try:
-                async with aclosing(self._run(request, state, deadline)) as chunks:
+                async with aclosing(self._run(request, state)) as chunks:
                     async for chunk in chunks:
                         await queue.put(chunk)
                 await queue.put(None)
@@ -189,19 +179,3 @@ class TextGenerator:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-
-
-class _until:  # noqa: N801 (used like a function)
-    """A context that ends with `DeadlineExceededError` once `deadline` (monotonic seconds, None for never) has passed."""
-
-    def __init__(self, deadline: float | None) -> None:
-        self._timeout = asyncio.timeout(None if deadline is None else max(0.0, deadline - time.monotonic()))
-
-    async def __aenter__(self) -> None:
-        await self._timeout.__aenter__()
-
-    async def __aexit__(self, *exception: Any) -> None:
-        try:
-            await self._timeout.__aexit__(*exception)
-        except TimeoutError:
-            raise DeadlineExceededError("the request was not finished before its deadline") from None

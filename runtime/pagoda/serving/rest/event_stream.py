@@ -17,6 +17,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from pagoda.observability.metrics import Metrics
+from pagoda.serving.bounded_wait import BoundedWait
 from pagoda.serving.rest.disconnect import end_tasks, wait_for_disconnect
 from pagoda.serving.rest.responses import note_error
 from pagoda.serving.status import ErrorReport
@@ -92,29 +93,51 @@ class EventStream(Response):
 
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        while not self._first.done():
-            await _send_body(send, COMMENT)
-            await asyncio.wait((self._first,), timeout=COMMENT_EVERY_SECONDS)
+        reader = _Reader(send)
         try:
-            await _send_body(send, await self._first)
-            async for piece in self._events:
-                await _send_body(send, piece)
-        except ClientDisconnect:
-            raise
-        except Exception as error:
-            await _send_body(send, self._error_event(error))
+            while not self._first.done():
+                await reader.send(COMMENT)
+                await asyncio.wait((self._first,), timeout=COMMENT_EVERY_SECONDS)
+            try:
+                await reader.send(await self._first)
+                async for piece in self._events:
+                    await reader.send(piece)
+            except ClientDisconnect:
+                raise
+            except Exception as error:
+                await reader.send(self._error_event(error))
+        finally:
+            reader.close()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+class _Reader:
+    """The client at the other end. One timer for the whole stream looks whether it still reads."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._wait = BoundedWait()
+        self._clock = asyncio.get_running_loop().time
+        self._sending_since = 0.0
+        self._look()
+
+    async def send(self, body: bytes) -> None:
+        """Send one piece; raises `ClientDisconnect` once the client has read nothing for `STALLED_READER_SECONDS`."""
+        self._sending_since = self._clock()
+        await self._wait.run(self._send({"type": "http.response.body", "body": body, "more_body": True}))
+
+    def close(self) -> None:
+        """Stop looking."""
+        self._timer.cancel()
+
+    def _look(self) -> None:
+        waited = self._clock() - self._sending_since if self._wait.is_waiting else 0.0
+        if waited >= STALLED_READER_SECONDS:
+            self._wait.interrupt(ClientDisconnect())
+        self._timer = asyncio.get_running_loop().call_later(STALLED_READER_SECONDS - waited, self._look)
 
 
 async def _first(events: Events) -> bytes:
     async for piece in events:
         return piece
     return b""
-
-
-async def _send_body(send: Send, body: bytes) -> None:
-    try:
-        async with asyncio.timeout(STALLED_READER_SECONDS):
-            await send({"type": "http.response.body", "body": body, "more_body": True})
-    except TimeoutError:
-        raise ClientDisconnect from None

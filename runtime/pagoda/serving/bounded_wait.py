@@ -1,0 +1,58 @@
+"""Waits that somebody else may end, for the price of a few attribute writes each.
+
+`asyncio.timeout` costs about as much as formatting a streamed token, and a stream would pay it for every one. A `BoundedWait`
+is made once for a stream; a timer, or a server that stops, interrupts it whenever that is due.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class BoundedWait:
+    """The waits of one stream, one at a time, in whichever task."""
+
+    def __init__(self) -> None:
+        self._task: asyncio.Task[Any] | None = None
+        self._error: Exception | None = None
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether a `run` is under way."""
+        return self._task is not None
+
+    def interrupt(self, error: Exception) -> None:
+        """End the wait under way, and every later one, with `error`; the first error stands."""
+        if self._error is None:
+            self._error = error
+            if self._task is not None:
+                self._task.cancel()
+
+    async def run(self, awaitable: Awaitable[T]) -> T:
+        """The result of `awaitable`; raises what `interrupt` was given, cancelling it if it has begun.
+
+        A task that is cancelled by others too stays cancelled.
+        """
+        if self._error is not None:
+            _close(awaitable)
+            raise self._error
+        task = self._task = asyncio.current_task()
+        assert task is not None
+        try:
+            return await awaitable
+        except asyncio.CancelledError:
+            if self._error is None or task.uncancel() > 0:
+                raise
+            raise self._error from None
+        finally:
+            self._task = None
+
+
+def _close(awaitable: Awaitable[Any]) -> None:
+    close = getattr(awaitable, "close", None)
+    if close is not None:
+        close()
