@@ -22,7 +22,7 @@ from torch import Tensor
 from pagoda.errors import InvalidRequestError, PagodaError
 from pagoda.sampling.rows import Int64Array
 from pagoda.sampling.transfer import upload, upload_all
-from pagoda.scheduling.plan import NewRequest, StepPlan
+from pagoda.scheduling.plan import LandedTokens, NewRequest, StepPlan
 from pagoda_kernels.attention import AttentionMetadata
 
 logger = logging.getLogger(__name__)
@@ -98,12 +98,13 @@ class InputBatch:
         self.block_table = torch.zeros((max_num_seqs, self.max_blocks), dtype=torch.int32, device=device)
         # Tokens that a slot holds, sampled ones that only the device knows included; 0 while it is empty.
         self.num_tokens = np.zeros(max_num_seqs, dtype=np.int64)
-        # Slots whose rows fail until they are released, and why. None of them samples. Those that hold no sound request, or
-        # were planned wrongly, do not run either. The others do: in the same step, rows may share blocks that they write.
+        # Slots whose rows fail until they are released, and why. Those that hold no sound request, or were planned wrongly, do
+        # not run. The others do: in the same step, rows may share blocks that they write. They even sample, for nobody: what
+        # runs must follow from the plan alone, or ranks would disagree on the shapes that they exchange.
         self.slot_errors: dict[int, str] = {}
         self._cannot_run: set[int] = set()
         self._layout: RowLayout | None = None
-        self._layout_key: tuple[list[int], list[int], list[bool], list[int], list[int]] | None = None
+        self._layout_key: tuple[list[int], list[int], list[bool], list[int]] | None = None
 
     def release(self, slot: int) -> None:
         """Empty `slot`; it may be empty already."""
@@ -128,6 +129,15 @@ class InputBatch:
             logger.exception("request %s could not be prepared", new.request_id)
             self.slot_errors[new.slot] = f"the request could not be prepared: {type(error).__name__}: {error}"
 
+    def write_landed(self, landed: LandedTokens) -> None:
+        """Write tokens that another rank sampled into the pool. Slots and positions were planned, so they are there."""
+        if landed.slots:
+            slots, positions, token_ids = (
+                upload(np.array(values, dtype=np.int64), self.device)
+                for values in (landed.slots, landed.positions, landed.token_ids)
+            )
+            self.token_pool[slots, positions] = token_ids
+
     def append_blocks(self, plan: StepPlan) -> None:
         """Append the plan's new blocks to the block tables of their slots."""
         index: list[int] = []
@@ -143,7 +153,7 @@ class InputBatch:
             self.block_table.view(-1).index_copy_(0, table_index, block_ids_on_device)
 
     def build(self, plan: StepPlan) -> StepInputs | None:
-        """The inputs of the plan's rows, or None if no row can run. Rows that have failed run or sample no more."""
+        """The inputs of the plan's rows, or None if no row can run."""
         computed = np.array(plan.num_computed_tokens, dtype=np.int64)
         layout = self._layout_of(plan)
         if layout is not None and self._fail_wrong_rows(layout, computed):
@@ -185,7 +195,7 @@ class InputBatch:
     def _layout_of(self, plan: StepPlan) -> RowLayout | None:
         """The layout of the plan's rows without those that cannot run; None if none can. The last one, if it fits again."""
         blocked = sorted(self._cannot_run)
-        key = (plan.slots, plan.num_scheduled_tokens, plan.samples, list(self.slot_errors), blocked)
+        key = (plan.slots, plan.num_scheduled_tokens, plan.samples, blocked)
         if key != self._layout_key:
             rows = [row for row, slot in enumerate(plan.slots) if slot not in self._cannot_run]
             rows.sort(key=lambda row: plan.num_scheduled_tokens[row] > 1)
@@ -198,7 +208,7 @@ class InputBatch:
         """The layout of these rows of the plan, in this order."""
         slots = np.array([plan.slots[row] for row in rows], dtype=np.int64)
         scheduled = np.array([plan.num_scheduled_tokens[row] for row in rows], dtype=np.int64)
-        samples = np.array([plan.samples[row] and plan.slots[row] not in self.slot_errors for row in rows], dtype=bool)
+        samples = np.array([plan.samples[row] for row in rows], dtype=bool)
         if scheduled.min() < 1:
             raise ValueError(f"every row of a plan runs at least one token, not {plan.num_scheduled_tokens}")
         query_start_loc = np.zeros(len(slots) + 1, dtype=np.int64)

@@ -13,14 +13,17 @@ from pagoda.execution.input_batch import InputBatch, StepInputs
 from pagoda.models.decoder import DecoderForCausalLM, KVCache
 from pagoda.sampling.logprobs import LogprobTensors, RawDistribution
 from pagoda.sampling.output import TokenLogprobs
+from pagoda.sampling.params import SamplingParams
 from pagoda.sampling.rows import SlotRequest
 from pagoda.sampling.sampler import Sampler, SamplerOutput, row_error
 from pagoda.sampling.selection import pad_to_blocks
 from pagoda.sampling.transfer import DeviceMark, download
-from pagoda.scheduling.plan import NewRequest, StepPlan, StepResult
+from pagoda.scheduling.plan import NO_LANDED_TOKENS, LandedTokens, NewRequest, StepPlan, StepResult
 
 # Logits computed at once for prompt logprobs: 32 MiB of float32, whatever the prompt's length.
 _MAX_PROMPT_LOGITS = 1 << 23
+
+_PLAINEST_SAMPLING = SamplingParams(temperature=0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +78,7 @@ class PendingStep:
             for plan_row, best_logit in zip(self._sampling_plan_rows, sampled.best_logits.tolist(), strict=True):
                 error = row_error(best_logit)
                 if error is not None:
-                    result.errors[plan_row] = error
+                    result.errors.setdefault(plan_row, error)
                     result.sampled_token_ids[plan_row] = []
         if sampled.logprobs is not None:
             entries = sampled.logprobs.to_lists(sampled.logprob_counts)
@@ -120,12 +123,18 @@ class PendingBurst:
 
 
 class ModelRunner:
-    """Runs plans. `kv_caches`: one `(k, v)` a layer, see `DecoderForCausalLM.forward`."""
+    """Runs plans. `kv_caches`: one `(k, v)` for each layer of this rank, see `DecoderForCausalLM.forward`.
+
+    Every rank gets every plan and keeps the same account of slots. What a rank exchanges with others follows from the plan.
+    """
 
     def __init__(
         self, model: DecoderForCausalLM, kv_caches: list[KVCache], batch: InputBatch, *, seed: int | None
     ) -> None:
         self.model = model
+        self.groups = model.groups
+        # With several stages the sampled tokens come with a later plan, by way of the driver, to all ranks alike.
+        self._shares_samples = self.groups.layout.pipeline_parallel_size == 1
         self.kv_caches = kv_caches
         self.batch = batch
         self.sampler = Sampler(vocab_size=batch.vocab_size, token_pool=batch.token_pool, seed=seed)
@@ -133,12 +142,15 @@ class ModelRunner:
         self._prompt_logprobs: dict[int, tuple[int, int]] = {}
 
     @torch.inference_mode()
-    def execute(self, plan: StepPlan) -> PendingStep:
+    def execute(self, plan: StepPlan, landed: LandedTokens = NO_LANDED_TOKENS) -> PendingStep:
         """Run a plan. Returns when the device has been given the work, which on a CPU is when it is done.
+
+        `landed`: sampled tokens that have come with the plan. Only the output rank's result has samples.
 
         A fault of one request is in `StepResult.errors`. Anything that is raised here concerns the whole step; the slots
         stay consistent, and the next plan, which releases those of the failed step, can be run.
         """
+        self.batch.write_landed(landed)
         for slot in plan.released_slots:
             self._release(slot)
         for new in plan.new_requests:
@@ -151,9 +163,11 @@ class ModelRunner:
         faults.fire("step")
         if inputs is None:
             return PendingStep(plan, errors, self.batch.device)
-        if faults.is_installed("sample"):
+        if faults.is_installed("sample") and self.groups.place.is_output:
             _fire_sample_faults(plan, errors)
         hidden = self.model.forward(inputs.input_ids, inputs.positions, self.kv_caches, inputs.metadata)
+        if hidden is None:  # the next pipeline stage goes on with it
+            return PendingStep(plan, errors, self.batch.device)
         prompt_logprobs = self._compute_prompt_logprobs(inputs, hidden) if self._prompt_logprobs else []
         sampled = self._sample(inputs, hidden) if inputs.sampled_positions.size else None
         return PendingStep(plan, errors, self.batch.device, inputs, sampled, prompt_logprobs)
@@ -164,20 +178,34 @@ class ModelRunner:
         self._prompt_logprobs.pop(slot, None)
 
     def _prepare(self, new: NewRequest) -> None:
-        """Tell the sampler of a request that enters."""
-        faults.fire("prepare", new.request_id)
-        self.sampler.add(new.slot, SlotRequest(new.sampling, new.num_prompt_tokens, new.eos_token_ids))
+        """Tell the sampler of a request that enters. One that it cannot take is sampled in the plainest way, for nobody."""
         if new.sampling.prompt_logprobs is not None:
             count = min(new.sampling.prompt_logprobs, self.batch.vocab_size)
             self._prompt_logprobs[new.slot] = (count, new.num_prompt_tokens)
+        try:
+            faults.fire("prepare", new.request_id)
+            self.sampler.add(new.slot, SlotRequest(new.sampling, new.num_prompt_tokens, new.eos_token_ids))
+        except Exception:
+            self.sampler.add(new.slot, SlotRequest(_PLAINEST_SAMPLING, new.num_prompt_tokens, ()))
+            raise
 
-    def _sample(self, inputs: StepInputs, hidden: Tensor) -> SamplerOutput:
-        """Sample the rows that have come to their last token, and put their new tokens into the pool."""
+    def _sample(self, inputs: StepInputs, hidden: Tensor) -> SamplerOutput | None:
+        """Sample the rows that have come to their last token, and put their new tokens into the pool.
+
+        The output rank samples and tells the others of its tensor group; None on those.
+        """
         if inputs.layout.sampling_tokens is not None:
             hidden = hidden.index_select(0, inputs.layout.sampling_tokens)
         logits = self.model.compute_logits(hidden)
-        sampled = self.sampler.sample(logits, inputs.layout.sampling_slots, inputs.sampled_positions)
-        self.batch.write_sampled(inputs, sampled.token_ids)
+        if logits is None:
+            sampled = None
+            token_ids = torch.empty(len(hidden), dtype=torch.int64, device=hidden.device)
+        else:
+            sampled = self.sampler.sample(logits, inputs.layout.sampling_slots, inputs.sampled_positions)
+            token_ids = sampled.token_ids
+        if self._shares_samples:
+            token_ids = self.groups.tensor.broadcast(token_ids)
+        self.batch.write_sampled(inputs, token_ids)
         return sampled
 
     def _compute_prompt_logprobs(self, inputs: StepInputs, hidden: Tensor) -> list[_PromptLogprobs]:
@@ -199,11 +227,14 @@ class ModelRunner:
         return found
 
     def _logprobs_in_pieces(self, hidden: Tensor, targets: Tensor, count: int) -> list[LogprobTensors]:
+        """On the output rank; the others only do their part of the logits."""
         size = max(1, _MAX_PROMPT_LOGITS // self.batch.vocab_size)
-        return [
-            RawDistribution.of(pad_to_blocks(self.model.compute_logits(states)), count).of_tokens(ids)
-            for states, ids in zip(torch.split(hidden, size), torch.split(targets, size), strict=True)
-        ]
+        pieces = []
+        for states, ids in zip(torch.split(hidden, size), torch.split(targets, size), strict=True):
+            logits = self.model.compute_logits(states)
+            if logits is not None:
+                pieces.append(RawDistribution.of(pad_to_blocks(logits), count).of_tokens(ids))
+        return pieces
 
 
 def _fire_sample_faults(plan: StepPlan, errors: dict[int, str]) -> None:

@@ -17,8 +17,10 @@ from pagoda.models.config import ModelConfig
 from pagoda.models.decoder import DecoderForCausalLM
 from pagoda.models.loader import Progress, initialize_dummy_weights, load_weights
 from pagoda.models.registry import build_model
+from pagoda.models.sharding import ModelShare, check_layout
+from pagoda.parallel.groups import SINGLE_RANK, ParallelGroups
 from pagoda.sampling.params import SamplingParams
-from pagoda.scheduling.plan import NewRequest, StepPlan
+from pagoda.scheduling.plan import NO_LANDED_TOKENS, LandedTokens, NewRequest, StepPlan
 
 logger = logging.getLogger(__name__)
 
@@ -30,16 +32,20 @@ _WARM_UP_TOKENS = 32
 class Worker:
     """Brought up in this order: `load`, `available_kv_bytes`, `initialize_kv_cache`; then `execute` as often as wanted.
 
-    `config` must have its auto values resolved: `device`, `dtype`, `max_num_seqs`, `max_num_batched_tokens`.
+    `config` must have its auto values resolved: `device`, `dtype`, `max_num_seqs`, `max_num_batched_tokens`. Every rank of
+    `groups` goes through the same calls with the same arguments: they exchange messages in most of them.
     """
 
-    def __init__(self, config: PagodaConfig, model_config: ModelConfig) -> None:
+    def __init__(self, config: PagodaConfig, model_config: ModelConfig, groups: ParallelGroups = SINGLE_RANK) -> None:
         unresolved = [name for name in ("max_num_seqs", "max_num_batched_tokens") if getattr(config, name) is None]
         unresolved += [name for name in ("device", "dtype") if getattr(config, name) == "auto"]
         if unresolved:
             raise ConfigError(f"{', '.join(unresolved)}: must be resolved before an executor is made")
+        check_layout(model_config, groups.layout)
         self.config = config
         self.model_config = model_config
+        self.groups = groups
+        self.share = ModelShare.of(model_config, groups.layout, groups.place.rank)
         self.device = torch.device(config.device)
         self.dtype: torch.dtype = getattr(torch, config.dtype)
         self.model: DecoderForCausalLM | None = None
@@ -49,7 +55,7 @@ class Worker:
         """Set up the device and fill the weights. Raises `CheckpointError` for a checkpoint that does not fit."""
         if self.device.type == "cpu" and self.config.threads is not None:
             torch.set_num_threads(self.config.threads)
-        self.model = build_model(self.model_config, self.dtype, self.device)
+        self.model = build_model(self.model_config, self.dtype, self.device, self.groups)
         if self.config.load_format == "dummy":
             initialize_dummy_weights(self.model, self.config.seed)
         elif self.config.model is None:
@@ -58,17 +64,20 @@ class Worker:
             load_weights(self.model, self.config.model, progress)
 
     def kv_block_bytes(self, block_size: int) -> int:
-        """Bytes of one KV block of `block_size` tokens, keys and values, in all layers of this rank."""
-        return self.model_config.kv_bytes_per_token(self.dtype.itemsize) * block_size
+        """Bytes of one KV block of `block_size` tokens: keys and values, in the layers and of the KV heads of this rank."""
+        return self.share.kv_bytes_per_token(self.dtype.itemsize) * block_size
 
-    def available_kv_bytes(self) -> int:
-        """Memory that the KV cache may take, with the weights loaded. On a GPU, a step of the greatest size is run."""
+    def available_kv_bytes(self, num_ranks_on_host: int = 1) -> int:
+        """Memory that the KV cache may take, with the weights loaded. On a GPU, a step of the greatest size is run.
+
+        `num_ranks_on_host`: how many ranks share this host's memory, this one included.
+        """
         asked = self.config.kv_cache_memory_bytes
         if self.device.type == "cuda" and asked is None:
             return self._profile_cuda()
         choice = choose_cpu_kv_cache_bytes(
             asked,
-            memory_available=memory_report().available,
+            memory_available=memory_report().available // num_ranks_on_host,
             block_bytes=self.kv_block_bytes(self.config.block_size),
             block_size=self.config.block_size,
             max_model_len=self._longest_sequence(),
@@ -85,11 +94,11 @@ class Worker:
         self.runner = self._make_runner(num_blocks, max_model_len or self._longest_sequence(), self._max_num_seqs())
         self._run_largest(self.runner, num_rows=1, num_tokens=min(_WARM_UP_TOKENS, self.runner.batch.max_model_len - 1))
 
-    def execute(self, plan: StepPlan) -> PendingStep | PendingBurst:
+    def execute(self, plan: StepPlan, landed: LandedTokens = NO_LANDED_TOKENS) -> PendingStep | PendingBurst:
         """Run a plan, see `ModelRunner.execute`; all steps of a burst, each on what the one before sampled."""
         if self.runner is None:
             raise RuntimeError("the KV cache is not initialized: no step can run")
-        first = self.runner.execute(plan)
+        first = self.runner.execute(plan, landed)
         if not plan.bursts:
             return first
         later = [plan.continuation(index) for index in range(1, max(plan.bursts))]
@@ -113,13 +122,13 @@ class Worker:
         if self.model is None:
             raise RuntimeError("the model is not loaded: there is nothing to run")
         config, model_config = self.config, self.model_config
-        shape = (num_blocks, model_config.num_kv_heads, config.block_size, model_config.head_dim)
+        shape = (num_blocks, self.share.kv_heads.size, config.block_size, model_config.head_dim)
         kv_caches = [
             (
                 torch.zeros(shape, dtype=self.dtype, device=self.device),
                 torch.zeros(shape, dtype=self.dtype, device=self.device),
             )
-            for _ in range(model_config.num_layers)
+            for _ in self.share.layers
         ]
         batch = InputBatch(
             max_num_seqs=max_num_seqs,

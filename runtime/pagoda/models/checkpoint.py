@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,8 +68,11 @@ def stored_tensors(files: list[Path]) -> dict[str, StoredTensor]:
     return tensors
 
 
-def read_tensors(file: Path, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The named tensors of one file, one at a time. Each is a view of the mapped file, good until the next is taken."""
+def read_tensors(file: Path, parts: Mapping[str, tuple[slice, ...] | None]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The named parts of tensors of one file (None: the whole), one at a time.
+
+    Each is a view of the mapped file, good until the next is taken: of a part, nothing but the part is read.
+    """
     with safe_open(file, framework="pt", device="cpu") as reader:
-        for name in names:
-            yield name, reader.get_tensor(name)
+        for name, index in parts.items():
+            yield name, reader.get_tensor(name) if index is None else reader.get_slice(name)[index]

@@ -7,11 +7,14 @@ from torch import nn
 
 from pagoda.models.config import ModelConfig
 from pagoda.models.layers.attention import SelfAttention
-from pagoda.models.layers.embedding import TokenEmbedding
+from pagoda.models.layers.embedding import build_embedding
 from pagoda.models.layers.linear import Linear
 from pagoda.models.layers.mlp import GatedMLP
 from pagoda.models.layers.norm import RMSNorm
 from pagoda.models.layers.rope import build_rotary_embedding
+from pagoda.models.sharding import ModelShare, Shard
+from pagoda.models.weights import WeightTarget
+from pagoda.parallel.groups import ParallelGroups, TensorGroup
 from pagoda_kernels.attention import AttentionMetadata
 
 KVCache = tuple[torch.Tensor, torch.Tensor]
@@ -21,15 +24,22 @@ class DecoderLayer(nn.Module):
     """Attention and MLP, each behind a norm and added to the residual stream."""
 
     def __init__(
-        self, config: ModelConfig, sliding_window: int | None, *, dtype: torch.dtype, device: torch.device
+        self,
+        config: ModelConfig,
+        share: ModelShare,
+        group: TensorGroup,
+        sliding_window: int | None,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
-        self.self_attn = SelfAttention(config, sliding_window, dtype=dtype, device=device)
+        self.self_attn = SelfAttention(config, share, group, sliding_window, dtype=dtype, device=device)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
-        self.mlp = GatedMLP(config, dtype=dtype, device=device)
+        self.mlp = GatedMLP(config, share, group, dtype=dtype, device=device)
 
-    def weight_targets(self, prefix: str) -> dict[str, torch.Tensor]:
+    def weight_targets(self, prefix: str) -> dict[str, WeightTarget]:
         """Attention, MLP and both norms."""
         return {
             **self.input_layernorm.weight_targets(f"{prefix}input_layernorm."),
@@ -57,37 +67,56 @@ class DecoderLayer(nn.Module):
 
 
 class DecoderForCausalLM(nn.Module):
-    """Embedding, layers, final norm and language model head. Weights are allocated, not filled: see `models.loader`."""
+    """Embedding, layers, final norm and language model head; of these, what one rank holds.
 
-    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> None:
+    The first pipeline stage has the embedding, the last one norm and head, each its own run of layers. Weights are allocated,
+    not filled: see `models.loader`.
+    """
+
+    def __init__(
+        self, config: ModelConfig, groups: ParallelGroups, *, dtype: torch.dtype, device: torch.device
+    ) -> None:
         super().__init__()
         self.config = config
+        self.groups = groups
         self.dtype = dtype
         self.device = device
-        self.embed_tokens = TokenEmbedding(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
+        self.share = share = ModelShare.of(config, groups.layout, groups.place.rank)
+        self.embed_tokens = self.norm = self.lm_head = None
+        if share.has_embedding:
+            self.embed_tokens = build_embedding(
+                share.vocabulary, config.hidden_size, group=groups.tensor, dtype=dtype, device=device
+            )
         self.rotary_embedding = build_rotary_embedding(config.rope, config.head_dim, device)
         self.layers = nn.ModuleList(
-            DecoderLayer(config, window, dtype=dtype, device=device) for window in config.layer_windows
+            DecoderLayer(config, share, groups.tensor, config.layer_windows[layer], dtype=dtype, device=device)
+            for layer in share.layers
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
-        self.lm_head = Linear(
-            config.hidden_size,
-            {"lm_head": config.vocab_size},
-            bias=False,
-            dtype=dtype,
-            device=device,
-            weight=self.embed_tokens.weight if config.tie_word_embeddings else None,
-        )
+        if share.has_head:
+            self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
+            tied = config.tie_word_embeddings
+            self.lm_head = Linear(
+                Shard.whole(config.hidden_size),
+                # A tied head on a stage without the embedding has a copy of its own, loaded from the same tensor.
+                {"model.embed_tokens" if tied else "lm_head": share.vocabulary},
+                bias=False,
+                dtype=dtype,
+                device=device,
+                weight=self.embed_tokens.weight if tied and self.embed_tokens is not None else None,
+            )
 
-    def weight_targets(self) -> dict[str, torch.Tensor]:
-        """Every checkpoint tensor by name, with the view it is copied into; see `tied_weights` for those not listed."""
-        targets = self.embed_tokens.weight_targets("model.embed_tokens.")
-        for index, layer in enumerate(self.layers):
+    def weight_targets(self) -> dict[str, WeightTarget]:
+        """The checkpoint tensors of this rank by name, with the part it takes; see `tied_weights` for those not listed."""
+        targets: dict[str, WeightTarget] = {}
+        if self.embed_tokens is not None:
+            targets.update(self.embed_tokens.weight_targets("model.embed_tokens."))
+        for index, layer in zip(self.share.layers, self.layers, strict=True):
             assert isinstance(layer, DecoderLayer)
             targets.update(layer.weight_targets(f"model.layers.{index}."))
-        targets.update(self.norm.weight_targets("model.norm."))
-        if not self.config.tie_word_embeddings:
-            targets.update(self.lm_head.weight_targets(""))
+        if self.norm is not None and self.lm_head is not None:
+            targets.update(self.norm.weight_targets("model.norm."))
+            if self.embed_tokens is None or not self.config.tie_word_embeddings:
+                targets.update(self.lm_head.weight_targets(""))
         return targets
 
     def tied_weights(self) -> dict[str, str]:
@@ -100,26 +129,43 @@ class DecoderForCausalLM(nn.Module):
         positions: torch.Tensor,
         kv_caches: list[KVCache],
         metadata: AttentionMetadata,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | None:
         """One step for a ragged batch of T tokens.
 
         Args:
             input_ids, positions: int64 [T].
-            kv_caches: one `(k, v)` a layer, each [num_blocks, num_kv_heads, block_size, head_dim]; written in place.
+            kv_caches: one `(k, v)` for each layer held here, each [num_blocks, num_kv_heads, block_size, head_dim] with the
+                KV heads held here; written in place.
             metadata: which tokens belong together and where their keys and values are.
 
         Returns:
-            Hidden states after the final norm, [T, hidden_size], for `compute_logits`.
+            Hidden states after the final norm, [T, hidden_size], for `compute_logits`. None if this is not the last stage:
+            it has sent the residual stream on.
         """
         rotary = self.rotary_embedding(positions)
-        hidden = self.embed_tokens(input_ids)
+        if self.embed_tokens is not None:
+            hidden = self.embed_tokens(input_ids)
+        else:
+            shape = (len(input_ids), self.config.hidden_size)
+            hidden = self.groups.pipeline.receive(torch.empty(shape, dtype=self.dtype, device=self.device))
         residual: torch.Tensor | None = None
         for layer, kv_cache in zip(self.layers, kv_caches, strict=True):
             hidden, residual = layer(hidden, residual, rotary, kv_cache, metadata)
+        if self.norm is None:
+            # The next norm adds the two in this dtype before anything else: sent as one, half of the traffic.
+            self.groups.pipeline.send(hidden + residual)
+            return None
         normed: torch.Tensor = self.norm(hidden, residual)[0]
         return normed
 
-    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states [N, hidden_size] of the positions to predict from, to logits, float32 [N, vocab_size]."""
-        logits: torch.Tensor = self.lm_head(hidden)
-        return logits.float()
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
+        """Hidden states [N, hidden_size] of the positions to predict from, to logits, float32 [N, vocab_size].
+
+        On the last stage only, and there by all ranks. Only tensor rank 0 gets the logits, the others None: it alone samples,
+        so ranks can never disagree on a token, even if their devices round differently.
+        """
+        assert self.lm_head is not None, "this rank is not of the last stage"
+        logits = self.groups.tensor.gather(self.lm_head(hidden), dim=1)
+        if logits is None:
+            return None
+        return logits[:, : self.config.vocab_size].float().contiguous()

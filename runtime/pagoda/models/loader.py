@@ -2,7 +2,7 @@
 
 The model's parameters are allocated already, and every checkpoint tensor has one destination in them. Files are mapped, not
 read into memory, and copied tensor by tensor: besides the weights themselves, no memory is taken that the system could not
-reclaim.
+reclaim. A rank reads its own part of each tensor and no other; names and shapes it checks against the whole model.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import torch
 from pagoda.errors import CheckpointError
 from pagoda.models.checkpoint import FLOAT_TYPES, StoredTensor, read_tensors, stored_tensors, weight_files
 from pagoda.models.decoder import DecoderForCausalLM
+from pagoda.models.registry import build_model
+from pagoda.models.weights import WeightTarget
 
 # Tensors that old checkpoints carry although they follow from the configuration.
 IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
@@ -37,7 +39,7 @@ class Progress(Protocol):
 
 
 def load_weights(model: DecoderForCausalLM, directory: str | Path, progress: Progress | None = None) -> None:
-    """Fill every weight of `model` from the safetensors files in `directory`, converting to the model's dtype.
+    """Fill every weight that `model` holds from the safetensors files in `directory`, converting to the model's dtype.
 
     Raises `CheckpointError` before anything is copied: weights that are missing, unknown, of the wrong shape or of a type
     that is no float, files that are missing or cut off. The message names the tensor, what was expected and what was found.
@@ -48,53 +50,79 @@ def load_weights(model: DecoderForCausalLM, directory: str | Path, progress: Pro
         if not name.endswith(IGNORED_SUFFIXES)
     }
     targets = model.weight_targets()
-    _settle_tied_names(stored, targets, model.tied_weights())
-    _check_names(stored, targets, directory)
-    _check_shapes(stored, targets)
+    shapes = _shapes_of_whole_model(model)
+    for second, first in model.tied_weights().items():
+        _settle_tied_names(stored, targets, shapes, second, first)
+    _check_names(stored, shapes, directory)
+    _check_shapes(stored, shapes)
     _copy(stored, targets, progress)
 
 
 def initialize_dummy_weights(model: DecoderForCausalLM, seed: int = 0, std: float = 0.02) -> None:
     """Fill every weight without a checkpoint: norms with 1, everything else with normal noise of `std`.
 
-    The same `seed`, model and dtype give the same weights, whatever the order of the layers.
+    The same `seed`, model and dtype give the same weights, whatever the order of the layers and the number of ranks.
     """
-    for name, destination in model.weight_targets().items():
+    for name, target in model.weight_targets().items():
+        destination = target.destination
         if name.endswith("norm.weight"):
             destination.fill_(1.0)
             continue
         # 32 bits are all that torch's generator on the CPU takes of a seed.
         generator = torch.Generator(destination.device).manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
-        destination.normal_(0.0, std, generator=generator)
+        if target.is_whole:
+            destination.normal_(0.0, std, generator=generator)
+        else:
+            full = torch.empty(target.full_shape, dtype=destination.dtype, device=destination.device)
+            destination.copy_(full.normal_(0.0, std, generator=generator)[target.index])
+
+
+def _shapes_of_whole_model(model: DecoderForCausalLM) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that a checkpoint of the model has, whatever part of it `model` is."""
+    if model.groups.layout.world_size > 1:
+        model = build_model(model.config, model.dtype, "meta")
+    return {name: target.full_shape for name, target in model.weight_targets().items()}
 
 
 def _settle_tied_names(
-    stored: dict[str, StoredTensor], targets: dict[str, torch.Tensor], tied_weights: Mapping[str, str]
+    stored: dict[str, StoredTensor],
+    targets: dict[str, WeightTarget],
+    shapes: dict[str, tuple[int, ...]],
+    second: str,
+    first: str,
 ) -> None:
     """A tied weight may be stored under either name, or under both if the values are the same: keep one of them."""
-    for second, first in tied_weights.items():
-        if second not in stored:
-            continue
-        if first not in stored:
+    if second not in stored:
+        return
+    if first not in stored:
+        shapes[second] = shapes.pop(first)
+        if first in targets:
             targets[second] = targets.pop(first)
-            continue
-        if not torch.equal(_read(stored[first]), _read(stored[second])):
-            raise CheckpointError(
-                f"the checkpoint ties {second} to {first} (tie_word_embeddings) but holds different values for them; "
-                "if they are meant to differ, set tie_word_embeddings to false in config.json"
-            )
-        del stored[second]
+        return
+    # Each rank compares its own part, all ranks together the whole.
+    if first in targets and not torch.equal(
+        _read(stored[first], targets[first]), _read(stored[second], targets[first])
+    ):
+        raise CheckpointError(
+            f"the checkpoint ties {second} to {first} (tie_word_embeddings) but holds different values for them; "
+            "if they are meant to differ, set tie_word_embeddings to false in config.json"
+        )
+    del stored[second]
 
 
-def _read(tensor: StoredTensor) -> torch.Tensor:
-    return next(iter(read_tensors(tensor.file, [tensor.name])))[1]
+def _read(tensor: StoredTensor, target: WeightTarget) -> torch.Tensor:
+    return next(iter(read_tensors(tensor.file, {tensor.name: _part(target)})))[1]
+
+
+def _part(target: WeightTarget) -> tuple[slice, ...] | None:
+    return None if target.is_whole else target.index
 
 
 def _check_names(
-    stored: Mapping[str, StoredTensor], targets: Mapping[str, torch.Tensor], directory: str | Path
+    stored: Mapping[str, StoredTensor], shapes: Mapping[str, tuple[int, ...]], directory: str | Path
 ) -> None:
-    missing = [name for name in targets if name not in stored]
-    unknown = [name for name in stored if name not in targets]
+    missing = [name for name in shapes if name not in stored]
+    unknown = [name for name in stored if name not in shapes]
     problems = []
     if missing:
         problems.append(f"{len(missing)} tensors of the model are missing: {_listed(missing)}")
@@ -110,9 +138,9 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(ordered[:MAX_NAMES_IN_ERROR]) + more
 
 
-def _check_shapes(stored: Mapping[str, StoredTensor], targets: Mapping[str, torch.Tensor]) -> None:
+def _check_shapes(stored: Mapping[str, StoredTensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
     for name, tensor in stored.items():
-        expected = tuple(targets[name].shape)
+        expected = shapes[name]
         if tensor.shape != expected:
             raise CheckpointError(
                 f"tensor {name} in {tensor.file} has shape {list(tensor.shape)}, config.json makes it {list(expected)}"
@@ -123,23 +151,25 @@ def _check_shapes(stored: Mapping[str, StoredTensor], targets: Mapping[str, torc
             )
 
 
-def _copy(stored: Mapping[str, StoredTensor], targets: Mapping[str, torch.Tensor], progress: Progress | None) -> None:
-    names_by_file: dict[Path, list[str]] = {}
-    for tensor in stored.values():
-        names_by_file.setdefault(tensor.file, []).append(tensor.name)
-    bytes_total = sum(target.nbytes for target in targets.values())
+def _copy(stored: Mapping[str, StoredTensor], targets: Mapping[str, WeightTarget], progress: Progress | None) -> None:
+    parts_by_file: dict[Path, dict[str, tuple[slice, ...] | None]] = {}
+    for name, target in targets.items():
+        if target.destination.numel():  # else all rows here are padding
+            parts_by_file.setdefault(stored[name].file, {})[name] = _part(target)
+    bytes_total = sum(target.destination.nbytes for target in targets.values())
     bytes_done = 0
     lock = threading.Lock()
 
-    def copy_file(file: Path, names: list[str]) -> None:
+    def copy_file(file: Path, parts: Mapping[str, tuple[slice, ...] | None]) -> None:
         nonlocal bytes_done
-        for name, source in read_tensors(file, names):
-            targets[name].copy_(source)
+        for name, source in read_tensors(file, parts):
+            destination = targets[name].destination
+            destination.copy_(source)
             with lock:
-                bytes_done += targets[name].nbytes
+                bytes_done += destination.nbytes
                 if progress is not None:
                     progress(name, bytes_done, bytes_total)
 
-    with ThreadPoolExecutor(min(MAX_LOADER_THREADS, len(names_by_file)), "load-weights") as pool:
-        for future in [pool.submit(copy_file, file, names) for file, names in names_by_file.items()]:
+    with ThreadPoolExecutor(min(MAX_LOADER_THREADS, len(parts_by_file)), "load-weights") as pool:
+        for future in [pool.submit(copy_file, file, parts) for file, parts in parts_by_file.items()]:
             future.result()

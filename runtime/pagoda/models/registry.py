@@ -9,12 +9,19 @@ import torch
 from pagoda.models.config import ModelConfig
 from pagoda.models.decoder import DecoderForCausalLM
 from pagoda.models.families import FAMILIES
+from pagoda.parallel.groups import SINGLE_RANK, ParallelGroups
 
 
 def build_model(
-    model_config: ModelConfig, dtype: torch.dtype, device: torch.device | str = "cpu"
+    model_config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    groups: ParallelGroups = SINGLE_RANK,
 ) -> DecoderForCausalLM:
-    """The model with its weights allocated in `dtype` on `device`, once and unfilled, ready for `models.loader`."""
+    """The part of the model that this rank of `groups` holds, ready for `models.loader`.
+
+    Its weights are allocated in `dtype` on `device`, once and unfilled.
+    """
     module, _, name = FAMILIES[model_config.architecture].model.partition(":")
     model_class: type[DecoderForCausalLM] = getattr(importlib.import_module(module), name)
-    return model_class(model_config, dtype=dtype, device=torch.device(device)).eval()
+    return model_class(model_config, groups, dtype=dtype, device=torch.device(device)).eval()

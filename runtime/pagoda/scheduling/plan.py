@@ -85,7 +85,7 @@ class StepPlan:
 class LandedTokens:
     """Tokens that the last pipeline stage sampled, on their way to the token pools of all ranks.
 
-    Token `token_ids[i]` is at position `positions[i]` of the request in `slots[i]`. They go with a plan, and are written before
+    Token `token_ids[i]` is at position `positions[i]` of the request in `slots[i]`. They go with a plan and are written before
     anything else of it is done. Empty with one stage: its ranks exchange what was sampled among themselves.
     """
 

@@ -6,41 +6,55 @@ import torch
 from torch import nn
 
 from pagoda.models.config import ModelConfig
-from pagoda.models.layers.linear import Linear
+from pagoda.models.layers.linear import Linear, RowParallelLinear
 from pagoda.models.layers.norm import RMSNorm
+from pagoda.models.sharding import ModelShare, Shard
+from pagoda.models.weights import WeightTarget
+from pagoda.parallel.groups import TensorGroup
 from pagoda_kernels.attention import AttentionMetadata, paged_attention, write_kv
 from pagoda_kernels.rope import apply_rotary
 
 
 class SelfAttention(nn.Module):
-    """Grouped-query attention (Ainslie et al., 2023) with rotary positions, and query and key norm where the family has it."""
+    """Grouped-query attention (Ainslie et al., 2023) with rotary positions, and query and key norm where the family has it.
+
+    A rank has a run of query heads and the KV heads that these read.
+    """
 
     def __init__(
-        self, config: ModelConfig, sliding_window: int | None, *, dtype: torch.dtype, device: torch.device
+        self,
+        config: ModelConfig,
+        share: ModelShare,
+        group: TensorGroup,
+        sliding_window: int | None,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         super().__init__()
-        self.num_heads = config.num_heads
-        self.num_kv_heads = config.num_kv_heads
+        self.num_heads = share.heads.size
+        self.num_kv_heads = share.kv_heads.size
         self.head_dim = config.head_dim
         self.scale = config.head_dim**-0.5
         self.sliding_window = sliding_window
-        query_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        hidden = Shard.whole(config.hidden_size)
+        query, kv = share.heads.times(config.head_dim), share.kv_heads.times(config.head_dim)
         self.qkv_proj = Linear(
-            config.hidden_size,
-            {"q_proj": query_size, "k_proj": kv_size, "v_proj": kv_size},
+            hidden,
+            {"q_proj": query, "k_proj": kv, "v_proj": kv},
             bias=config.qkv_bias,
             dtype=dtype,
             device=device,
         )
-        self.o_proj = Linear(
-            query_size, {"o_proj": config.hidden_size}, bias=config.output_bias, dtype=dtype, device=device
+        self.o_proj = RowParallelLinear(
+            query, {"o_proj": hidden}, bias=config.output_bias, group=group, dtype=dtype, device=device
         )
         self.q_norm = self.k_norm = None
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype=dtype, device=device)
             self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype=dtype, device=device)
 
-    def weight_targets(self, prefix: str) -> dict[str, torch.Tensor]:
+    def weight_targets(self, prefix: str) -> dict[str, WeightTarget]:
         """Projections, and the norms of queries and keys where there are any."""
         targets = {**self.qkv_proj.weight_targets(prefix), **self.o_proj.weight_targets(prefix)}
         if self.q_norm is not None and self.k_norm is not None:

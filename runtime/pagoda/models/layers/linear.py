@@ -1,4 +1,4 @@
-"""Linear layers behind one interface, fused where a checkpoint keeps several side by side."""
+"""Linear layers behind one interface, fused where a checkpoint keeps several side by side, and shared by ranks."""
 
 from __future__ import annotations
 
@@ -9,9 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from pagoda.models.sharding import Shard
+from pagoda.models.weights import WeightTarget
+from pagoda.parallel.groups import TensorGroup
+
 
 class LinearMethod(ABC):
-    """How a linear layer keeps its weight and multiplies by it: as it is in the checkpoint, packed, quantized, sharded."""
+    """How a linear layer keeps its weight and multiplies by it: as it is in the checkpoint, packed, quantized.
+
+    A method sees the sizes that are allocated on this rank, and where they lie in the stored tensors; never other ranks.
+    """
 
     @abstractmethod
     def create_weights(
@@ -20,8 +27,8 @@ class LinearMethod(ABC):
         """Allocate the layer's parameters, without filling them; share `weight` where one is given."""
 
     @abstractmethod
-    def weight_targets(self, layer: Linear, prefix: str) -> dict[str, torch.Tensor]:
-        """Names of the checkpoint tensors the layer is loaded from, each with the view it is copied into."""
+    def weight_targets(self, layer: Linear, prefix: str) -> dict[str, WeightTarget]:
+        """Names of the checkpoint tensors the layer is loaded from, each with the part it takes and where that goes."""
 
     @abstractmethod
     def apply(self, layer: Linear, x: torch.Tensor) -> torch.Tensor:
@@ -43,15 +50,16 @@ class UnquantizedLinearMethod(LinearMethod):
         if bias:
             layer.bias = nn.Parameter(torch.empty(layer.out_features, dtype=dtype, device=device), requires_grad=False)
 
-    def weight_targets(self, layer: Linear, prefix: str) -> dict[str, torch.Tensor]:
+    def weight_targets(self, layer: Linear, prefix: str) -> dict[str, WeightTarget]:
         """`<part>.weight`, and `<part>.bias` where the layer has one."""
         targets = {}
         row = 0
-        for name, rows in layer.parts.items():
-            targets[f"{prefix}{name}.weight"] = layer.weight[row : row + rows]
+        for name, shard in layer.parts.items():
+            rows = slice(row, row + shard.length)
+            targets[f"{prefix}{name}.weight"] = WeightTarget(layer.weight[rows], (shard, layer.inputs))
             if layer.bias is not None:
-                targets[f"{prefix}{name}.bias"] = layer.bias[row : row + rows]
-            row += rows
+                targets[f"{prefix}{name}.bias"] = WeightTarget(layer.bias[rows], (shard,))
+            row += shard.size
         return targets
 
     def apply(self, layer: Linear, x: torch.Tensor) -> torch.Tensor:
@@ -63,13 +71,14 @@ UNQUANTIZED = UnquantizedLinearMethod()
 
 
 class Linear(nn.Module):
-    """A linear layer, or several that share their input, fused into one.
+    """A linear layer, or several that share their input, fused into one; of each, the outputs that this rank holds.
 
         parts = {"q_proj": 64, "k_proj": 16, "v_proj": 16}     weight  ┌ q_proj.weight  64 rows ┐
                                                                        │ k_proj.weight  16 rows │ [96, in_features]
                                                                        └ v_proj.weight  16 rows ┘
 
-    `parts` maps the names the checkpoint gives them to their output sizes, in output order.
+    `inputs` is the share of the input held here; `parts` maps the names the checkpoint gives the layers to the share of
+    their outputs, in output order. Padding of a part is rows that are never filled: nobody may look at their outputs.
     """
 
     weight: nn.Parameter
@@ -77,8 +86,8 @@ class Linear(nn.Module):
 
     def __init__(
         self,
-        in_features: int,
-        parts: Mapping[str, int],
+        inputs: Shard,
+        parts: Mapping[str, Shard],
         *,
         bias: bool,
         dtype: torch.dtype,
@@ -87,16 +96,42 @@ class Linear(nn.Module):
         method: LinearMethod = UNQUANTIZED,
     ) -> None:
         super().__init__()
-        self.in_features = in_features
+        self.inputs = inputs
         self.parts = dict(parts)
-        self.out_features = sum(self.parts.values())
+        self.in_features = inputs.size
+        self.out_features = sum(shard.size for shard in self.parts.values())
         self.method = method
         method.create_weights(self, bias, weight, dtype, device)
 
-    def weight_targets(self, prefix: str) -> dict[str, torch.Tensor]:
+    def weight_targets(self, prefix: str) -> dict[str, WeightTarget]:
         """See `LinearMethod.weight_targets`; `prefix` is that of the module the layer stands in."""
         return self.method.weight_targets(self, prefix)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [T, in_features] to [T, out_features]."""
         return self.method.apply(self, x)
+
+
+class RowParallelLinear(Linear):
+    """A linear layer whose input is spread over the ranks of a group: each multiplies its share, and the products are summed.
+
+    The bias, which must be added once, is held by the group's first rank.
+    """
+
+    def __init__(
+        self,
+        inputs: Shard,
+        parts: Mapping[str, Shard],
+        *,
+        bias: bool,
+        group: TensorGroup,
+        dtype: torch.dtype,
+        device: torch.device,
+        method: LinearMethod = UNQUANTIZED,
+    ) -> None:
+        super().__init__(inputs, parts, bias=bias and group.rank == 0, dtype=dtype, device=device, method=method)
+        self.group = group
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [T, in_features], different on each rank, to [T, out_features], the same on all."""
+        return self.group.all_reduce(self.method.apply(self, x))

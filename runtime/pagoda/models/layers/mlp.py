@@ -6,28 +6,29 @@ import torch
 from torch import nn
 
 from pagoda.models.config import ModelConfig
-from pagoda.models.layers.linear import Linear
+from pagoda.models.layers.linear import Linear, RowParallelLinear
+from pagoda.models.sharding import ModelShare, Shard
+from pagoda.models.weights import WeightTarget
+from pagoda.parallel.groups import TensorGroup
 from pagoda_kernels.activation import silu_and_mul
 
 
 class GatedMLP(nn.Module):
-    """SwiGLU (Shazeer, 2020): `down(silu(gate(x)) * up(x))`, gate and up in one product."""
+    """SwiGLU (Shazeer, 2020): `down(silu(gate(x)) * up(x))`, gate and up in one product, over the units held here."""
 
-    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, config: ModelConfig, share: ModelShare, group: TensorGroup, *, dtype: torch.dtype, device: torch.device
+    ) -> None:
         super().__init__()
-        size = config.intermediate_size
+        units, hidden = share.intermediate, Shard.whole(config.hidden_size)
         self.gate_up_proj = Linear(
-            config.hidden_size,
-            {"gate_proj": size, "up_proj": size},
-            bias=config.mlp_bias,
-            dtype=dtype,
-            device=device,
+            hidden, {"gate_proj": units, "up_proj": units}, bias=config.mlp_bias, dtype=dtype, device=device
         )
-        self.down_proj = Linear(
-            size, {"down_proj": config.hidden_size}, bias=config.mlp_bias, dtype=dtype, device=device
+        self.down_proj = RowParallelLinear(
+            units, {"down_proj": hidden}, bias=config.mlp_bias, group=group, dtype=dtype, device=device
         )
 
-    def weight_targets(self, prefix: str) -> dict[str, torch.Tensor]:
+    def weight_targets(self, prefix: str) -> dict[str, WeightTarget]:
         """Gate, up and down projections."""
         return {**self.gate_up_proj.weight_targets(prefix), **self.down_proj.weight_targets(prefix)}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from pagoda.models.weights import WeightTarget
 from pagoda_kernels.norm import rms_norm
 
 
@@ -16,9 +17,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(size, dtype=dtype, device=device), requires_grad=False)
         self.eps = eps
 
-    def weight_targets(self, prefix: str) -> dict[str, torch.Tensor]:
+    def weight_targets(self, prefix: str) -> dict[str, WeightTarget]:
         """The layer's one tensor; `prefix` is the layer's own."""
-        return {f"{prefix}weight": self.weight}
+        return {f"{prefix}weight": WeightTarget.whole(self.weight)}
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """x [..., size] to `(normed, new_residual)`, see `pagoda_kernels.norm.rms_norm`."""

@@ -1,0 +1,40 @@
+"""Which part of which checkpoint tensor goes where."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from pagoda.models.sharding import Shard
+
+
+@dataclass(frozen=True, slots=True)
+class WeightTarget:
+    """Where a checkpoint tensor belongs: `destination`, a view of a parameter, and which part of each of its dimensions.
+
+    The shape of `destination` is the length of each of `shards`; the stored tensor has their full sizes.
+    """
+
+    destination: torch.Tensor
+    shards: tuple[Shard, ...]
+
+    @classmethod
+    def whole(cls, destination: torch.Tensor) -> WeightTarget:
+        """All of a tensor."""
+        return cls(destination, tuple(Shard.whole(size) for size in destination.shape))
+
+    @property
+    def full_shape(self) -> tuple[int, ...]:
+        """The shape of the stored tensor."""
+        return tuple(shard.full_size for shard in self.shards)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing of the stored tensor belongs to other ranks."""
+        return all(shard.is_whole for shard in self.shards)
+
+    @property
+    def index(self) -> tuple[slice, ...]:
+        """The part of the stored tensor, one slice a dimension."""
+        return tuple(shard.slice for shard in self.shards)
