@@ -14,7 +14,7 @@ INSTALLED := $(VENV)/.installed
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-slow test-chaos lint format typecheck proto docs chart test-image bench
+.PHONY: help install serve test test-slow test-chaos test-pods lint format typecheck proto docs chart test-image bench
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -35,13 +35,16 @@ serve: install ## serve a model, the demo model if ARGS names none
 	$(BIN)/pagoda serve $(ARGS)
 
 test: lint typecheck ## lint, types and the whole test suite
-	$(BIN)/python -m pytest -m "not slow and not chaos" $(ARGS)
+	$(BIN)/python -m pytest -m "not slow and not chaos and not pods" $(ARGS)
 
 test-slow: install ## tests that take minutes
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 test-chaos: install ## processes killed and stopped, faults, leaving clients, fuzzed bodies, memory: minutes
 	$(BIN)/python -m pytest -m chaos tests/chaos $(ARGS)
+
+test-pods: install ## the rendered release as pods on this machine, upgraded under load; needs root and podman
+	$(BIN)/python -m pytest -m pods tests/e2e $(ARGS)
 
 lint: install ## ruff: rules and format
 	$(BIN)/ruff check .
