@@ -6,6 +6,7 @@ import asyncio
 import json
 import resource
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from statistics import median
@@ -15,6 +16,7 @@ import pytest
 
 from tests.support.chaos import PROMPTS, SETTINGS, asks_of, check_same_answers, references_of, watched
 from tests.support.load import Books, Clients, load
+from tests.support.notes import Note
 from tests.support.observer import resident_bytes
 from tests.support.server import ServerProcess
 
@@ -48,7 +50,7 @@ def server() -> Iterator[ServerProcess]:
 
 
 async def test_a_third_of_the_clients_leave_for_a_minute_nobody_else_notices_and_no_memory_is_lost(
-    server: ServerProcess,
+    server: ServerProcess, note: Note
 ) -> None:
     async with watched(server) as (clients, observer):
         references = await references_of(clients, ASKS)
@@ -57,6 +59,8 @@ async def test_a_third_of_the_clients_leave_for_a_minute_nobody_else_notices_and
             await asyncio.sleep(WARM_UP_SECONDS)
             grown = await growth_of({"server": server.process.pid, "engine": server.engine_pid()}, DROPPING_SECONDS)
         books.check(references)
+        growth = ", ".join(f"{name} {size / MIB:+.2f} MiB" for name, size in grown.items())
+        note(f"{books.summary}; growth in {DROPPING_SECONDS:g} s: {growth}")
         assert max(grown.values()) < MAX_GROWTH_BYTES, f"{grown} bytes over {len(books.answers)} requests"
         count = books.count()
         assert count.keys() == {"finished", "left"}
@@ -68,6 +72,7 @@ async def test_a_third_of_the_clients_leave_for_a_minute_nobody_else_notices_and
             for reason in ("length", "abort", "error")
         }
         # Each ended once; who left may have left before the server knew of them, or when they were done.
+        note(f"ended in the engine: {', '.join(f'{number:g} {reason}' for reason, number in ended.items())}")
         assert ended["error"] == 0
         assert count["finished"] <= ended["length"]
         assert ended["length"] + ended["abort"] <= count.total()
@@ -75,7 +80,9 @@ async def test_a_third_of_the_clients_leave_for_a_minute_nobody_else_notices_and
         await check_same_answers(clients, ASKS, references)
 
 
-async def test_a_thousand_idle_connections_and_hundreds_of_streams_are_served(server: ServerProcess) -> None:
+async def test_a_thousand_idle_connections_and_hundreds_of_streams_are_served(
+    server: ServerProcess, note: Note
+) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 8192)), hard))
     body = json.dumps({"prompt": PROMPTS[0], "max_tokens": 12, "temperature": 0, "stream": True}).encode()
@@ -91,11 +98,18 @@ async def test_a_thousand_idle_connections_and_hundreds_of_streams_are_served(se
             return await reader.read()
 
     async with watched(server) as (_, observer):
+        before = resident_bytes(server.process.pid)
         idle = [await connect() for _ in range(NUM_IDLE)]
+        begun = time.monotonic()
         answers = await asyncio.gather(*(stream() for _ in range(NUM_STREAMING)))
         assert {answer.split(b"\r\n", 1)[0] for answer in answers} == {b"HTTP/1.1 200 OK"}
         assert all(answer.count(b"data: [DONE]") == 1 for answer in answers)
         assert all(answer.count(b'"finish_reason":"length"') == 1 for answer in answers)
+        grown = resident_bytes(server.process.pid) - before
+        note(
+            f"{NUM_IDLE} idle connections, {NUM_STREAMING} streams at once in {time.monotonic() - begun:.1f} s; "
+            f"the server is {grown / MIB:.1f} MiB larger meanwhile"
+        )
         for _, writer in idle:
             writer.write(b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n")
         heads = await asyncio.gather(*(reader.readline() for reader, _ in idle))
@@ -105,7 +119,9 @@ async def test_a_thousand_idle_connections_and_hundreds_of_streams_are_served(se
         await observer.until_idle()
 
 
-async def test_readers_that_do_not_read_hold_neither_the_engine_nor_much_memory(server: ServerProcess) -> None:
+async def test_readers_that_do_not_read_hold_neither_the_engine_nor_much_memory(
+    server: ServerProcess, note: Note
+) -> None:
     body = {"prompt": PROMPTS[0], "max_tokens": 450, "ignore_eos": True, "logprobs": 20, "n": 4, "stream": True}
     content = json.dumps(body).encode()
     async with watched(server) as (clients, observer):
@@ -126,6 +142,7 @@ async def test_readers_that_do_not_read_hold_neither_the_engine_nor_much_memory(
         # The engine finishes and forgets them, though nobody has read a word.
         await observer.until_idle(seconds=200)
         grown = resident_bytes(server.process.pid) - before
+        note(f"{NUM_SLOW_READERS} streams of 4 * 450 tokens that nobody reads: {grown / MIB:.1f} MiB")
         # What is kept is a request's own output at most, 4 * 450 tokens with 20 log-probabilities each, in one piece.
         assert grown < NUM_SLOW_READERS * 4 * MIB, f"{grown / MIB:.0f} MiB"
         await check_same_answers(clients, ASKS, references)
@@ -134,7 +151,7 @@ async def test_readers_that_do_not_read_hold_neither_the_engine_nor_much_memory(
         await observer.until_idle()
 
 
-async def test_a_flood_under_one_key_leaves_room_and_turns_for_the_other() -> None:
+async def test_a_flood_under_one_key_leaves_room_and_turns_for_the_other(note: Note) -> None:
     settings = {**SETTINGS, "api_keys": "flood-key,quiet-key"}
     with ServerProcess(**settings) as server:
         server.wait_until_ready()
@@ -147,5 +164,6 @@ async def test_a_flood_under_one_key_leaves_room_and_turns_for_the_other() -> No
                             await asyncio.sleep(0.01)
                 answers = Books([await quiet.run(ask) for ask in asks[:8]])
             assert answers.count() == {"finished": 8}
+        note(f"the busy key: {flooded.summary}; the other: {answers.summary}")
         assert flooded.count().keys() == {"finished", "refused"}
         assert any("of this API key" in answer.error for answer in flooded.of("refused"))

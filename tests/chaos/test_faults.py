@@ -16,12 +16,13 @@ from tests.support.chaos import (
     watched,
 )
 from tests.support.load import Ask, Books, load, run_all, until
+from tests.support.notes import Note
 from tests.support.server import ServerProcess
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
 
 
-async def test_a_fault_of_one_request_at_any_point_ends_that_request_alone() -> None:
+async def test_a_fault_of_one_request_at_any_point_ends_that_request_alone(note: Note) -> None:
     # The doors name their requests, so a fault can be meant for some of them: completions, infer, chat.
     faults = {
         "completions": "prepare@cmpl=raise",
@@ -41,6 +42,7 @@ async def test_a_fault_of_one_request_at_any_point_ends_that_request_alone() -> 
             books.check(references)
             assert books.count().keys() == {"finished"}
             failed = wrong.of("failed", "refused")
+            note(f"{', '.join(faults.values())}: {wrong.summary}; all others: {books.summary}")
             assert {answer.ask.door for answer in failed} == set(faults)
             assert not [
                 answer for answer in failed if "injected fault" not in answer.error and "500" not in answer.error
@@ -53,7 +55,9 @@ async def test_a_fault_of_one_request_at_any_point_ends_that_request_alone() -> 
             assert [sight.state for sight in observer.sights if sight.state != "ready"] == []
 
 
-async def test_a_step_that_does_not_fit_costs_nobody_anything_and_one_that_fails_only_its_own_requests() -> None:
+async def test_a_step_that_does_not_fit_costs_nobody_anything_and_one_that_fails_only_its_own_requests(
+    note: Note,
+) -> None:
     asks = asks_of(lengths=(12, 60))
     with ServerProcess(**SETTINGS, fault_injection="step#900=oom,step#905=oom,step#1600=raise") as server:
         server.wait_until_ready()
@@ -65,6 +69,7 @@ async def test_a_step_that_does_not_fit_costs_nobody_anything_and_one_that_fails
                 await until(lambda: len(books.answers) > so_far + 30)
             books.check(references)
             failed = books.of("failed", "refused")
+            note(f"two steps that do not fit, one that fails: {books.summary}")
             assert 1 <= len(failed) <= SETTINGS["max_num_seqs"]
             assert not [answer for answer in failed if answer.is_retriable]  # the same again might fail again
             await observer.until_idle()
@@ -78,7 +83,7 @@ async def test_a_step_that_does_not_fit_costs_nobody_anything_and_one_that_fails
 
 
 @pytest.mark.parametrize(("fault", "bound"), [("prepare@cmpl=exit", 0.5), ("sample@cmpl=spin", STALL_SECONDS + 1)])
-async def test_a_request_that_brings_the_engine_down_does_so_for_a_moment(fault: str, bound: float) -> None:
+async def test_a_request_that_brings_the_engine_down_does_so_for_a_moment(fault: str, bound: float, note: Note) -> None:
     good = asks_of(("generate", "generate_stream", "infer", "chat", "grpc", "grpc_stream"))
     with ServerProcess(**SETTINGS, fault_injection=fault) as server:
         server.wait_until_ready()
@@ -87,12 +92,13 @@ async def test_a_request_that_brings_the_engine_down_does_so_for_a_moment(fault:
             poisoned: list[asyncio.Task] = []
             async with load(clients, good, num_clients=8) as books:
                 await until(lambda: len(books.answers) > 10)
-                await disturb_and_recover(
+                recovery = await disturb_and_recover(
                     observer,
                     lambda: poisoned.append(asyncio.create_task(clients.run(Ask("completions", "poison", 5)))),
                     unready_within=bound,
                 )
             books.check(references)
+            note(f"{recovery}; {books.summary}")
             assert not [answer for answer in books.of("failed", "refused") if not answer.is_retriable]
             assert (await poisoned[0]).end in ("failed", "refused")
             await observer.until_idle()

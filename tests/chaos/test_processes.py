@@ -13,6 +13,7 @@ import pytest
 
 from tests.support.chaos import SETTINGS, STALL_SECONDS, asks_of, check_same_answers, references_of, watched
 from tests.support.load import load, run_all, until
+from tests.support.notes import Note
 from tests.support.observer import is_there
 from tests.support.server import ServerProcess
 
@@ -35,7 +36,7 @@ def children_of(server: ServerProcess, name: str) -> list[int]:
     return [child for child in children if name.encode() in Path(f"/proc/{child}/cmdline").read_bytes()]
 
 
-async def test_a_server_that_was_stopped_for_long_goes_on_where_it_was() -> None:
+async def test_a_server_that_was_stopped_for_long_goes_on_where_it_was(note: Note) -> None:
     # So many tokens that the engine, which goes on, must wait for its server to take them.
     asks = asks_of(("generate", "generate_stream", "grpc", "grpc_stream"), lengths=(250,)) * 2
     async with running_server() as server, watched(server) as (clients, observer):
@@ -50,13 +51,14 @@ async def test_a_server_that_was_stopped_for_long_goes_on_where_it_was() -> None
         server.send_signal(signal.SIGCONT)
         books = await running
         books.check(references)
+        note(f"SIGSTOP of the server for {3 * STALL_SECONDS:g} s: {books.summary}")
         assert books.count() == {"finished": len(asks)}
         assert server.engine_pid() == engine
         assert {sight.state for sight in observer.sights} == {"ready"}
         await observer.until_idle()
 
 
-async def test_an_engine_that_is_killed_again_and_again_comes_back_each_time() -> None:
+async def test_an_engine_that_is_killed_again_and_again_comes_back_each_time(note: Note) -> None:
     async with running_server() as server, watched(server) as (clients, observer):
         references = await references_of(clients, ASKS)
         async with load(clients, ASKS, num_clients=8) as books:
@@ -70,6 +72,7 @@ async def test_an_engine_that_is_killed_again_and_again_comes_back_each_time() -
             await observer.until_state("starting")
             await observer.until_state("ready", seconds=150)
         books.check(references)
+        note(f"three SIGKILLs of the engine, one of them while it starts: {books.summary}")
         assert all(sight.is_live for sight in observer.sights)
         assert not [answer for answer in books.of("failed", "refused") if not answer.is_retriable]
         await observer.until_idle()
@@ -77,7 +80,7 @@ async def test_an_engine_that_is_killed_again_and_again_comes_back_each_time() -
         assert "attempt 3 of" in server.log
 
 
-async def test_tokenizer_processes_that_are_killed_or_stopped_are_replaced() -> None:
+async def test_tokenizer_processes_that_are_killed_or_stopped_are_replaced(note: Note) -> None:
     settings = {"tokenizer_pool_type": "process", "tokenizer_timeout_seconds": TOKENIZER_SECONDS}
     # Prompts long enough not to be tokenized by the server itself.
     asks = [ask for ask in ASKS if len(ask.prompt) > 130]
@@ -91,6 +94,7 @@ async def test_tokenizer_processes_that_are_killed_or_stopped_are_replaced() -> 
                 so_far = len(books.of("finished"))
                 await until(lambda so_far=so_far: len(books.of("finished")) > so_far + 30, seconds=150)
         books.check(references)
+        note(f"SIGKILL and SIGSTOP of both tokenizer processes: {books.summary}")
         # Nothing but what a lost worker had in its hands.
         assert len(books.of("failed", "refused")) <= 2 * 8
         assert {sight.state for sight in observer.sights} == {"ready"}

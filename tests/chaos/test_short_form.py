@@ -25,6 +25,7 @@ from tests.support.chaos import (
     watched,
 )
 from tests.support.load import load, run_all, until
+from tests.support.notes import Note
 from tests.support.observer import is_there
 from tests.support.server import ServerProcess
 
@@ -39,7 +40,7 @@ def server() -> Iterator[ServerProcess]:
 
 
 async def test_nobody_notices_when_others_leave_when_the_queue_is_full_or_when_the_engine_is_lost(
-    server: ServerProcess,
+    server: ServerProcess, note: Note
 ) -> None:
     async with watched(server) as (clients, observer):
         references = await references_of(clients, ASKS)
@@ -48,11 +49,13 @@ async def test_nobody_notices_when_others_leave_when_the_queue_is_full_or_when_t
             await asyncio.sleep(3)
         leaving.check(references)
         assert leaving.count().keys() == {"finished", "left"}
+        note(f"clients that leave: {leaving.summary}")
 
         crowd = random.Random(1).choices(asks_of(lengths=(60,)), k=160)
         crowded = await run_all(clients, crowd)
         crowded.check(references)
         assert crowded.count().keys() == {"finished", "refused"}
+        note(f"a full queue: {crowded.summary}")
         assert all(answer.is_retriable for answer in crowded.of("refused"))
         await observer.until_idle()
 
@@ -60,12 +63,13 @@ async def test_nobody_notices_when_others_leave_when_the_queue_is_full_or_when_t
             bound = 0.5 if number is signal.SIGKILL else STALL_SECONDS + 1
             async with load(clients, ASKS, num_clients=16, seed=number) as books:
                 await until(lambda books=books: len(books.answers) > 16)
-                await disturb_and_recover(
+                recovery = await disturb_and_recover(
                     observer, lambda number=number: os.kill(server.engine_pid(), number), unready_within=bound
                 )
                 num_before = len(books.answers)
                 await until(lambda books=books, so_far=num_before: len(books.answers) > so_far + 30)
             books.check(references)
+            note(f"{signal.Signals(number).name} of the engine: {recovery}; {books.summary}")
             lost = books.of("failed", "refused")
             assert lost
             assert all(answer.is_retriable for answer in lost), lost

@@ -11,7 +11,7 @@ from pagoda.config.schema import PagodaConfig
 from pagoda.engine.core import EngineCore
 from pagoda.engine.messages import EngineOutput, EngineRequest
 from pagoda.engine.startup import start_core
-from pagoda.errors import ConfigError, ErrorKind
+from pagoda.errors import ConfigError, EngineDeadError, ErrorKind
 from pagoda.models.dummy import DummySpec, write_dummy_checkpoint
 from pagoda.sampling.output import FinishReason
 from pagoda.sampling.params import SamplingParams
@@ -98,6 +98,20 @@ def test_failed_step_ends_its_requests_and_the_engine_goes_on(checkpoint: Path) 
     assert {name: tokens for name, (tokens, _) in again.items()} == {
         name: tokens for name, (tokens, _) in undisturbed.items()
     }
+
+
+def test_failed_step_on_a_device_that_is_not_sane_is_the_end_of_the_engine(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core = make_core(checkpoint)
+    faults.install("step#2=raise")
+
+    def insane() -> None:
+        raise EngineDeadError("the device is lost")
+
+    monkeypatch.setattr(core._executor, "check_health", insane)
+    with pytest.raises(EngineDeadError, match=r"did not survive a failed step: the device is lost"):
+        run(core, NAMES)
 
 
 def test_step_that_does_not_fit_is_run_in_smaller_ones_with_the_same_tokens(checkpoint: Path) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from tests.support.load import DOORS, Ask, Books, Clients
-from tests.support.observer import NOT_SERVING, SERVING, Observer, Sight
+from tests.support.observer import NOT_SERVING, SERVING, Observer
 from tests.support.server import ServerProcess
 
 STALL_SECONDS = 5.0
@@ -64,9 +65,20 @@ async def watched(server: ServerProcess) -> AsyncIterator[tuple[Clients, Observe
         yield clients, observer
 
 
+@dataclass(frozen=True)
+class Recovery:
+    """Seconds from a disturbance until the probes said so, and until the server was ready again."""
+
+    until_unready: float
+    until_ready: float
+
+    def __str__(self) -> str:
+        return f"unready after {self.until_unready:.2f} s, ready again after {self.until_ready:.1f} s"
+
+
 async def disturb_and_recover(
     observer: Observer, disturb: Callable[[], None], *, unready_within: float, state: str = "starting"
-) -> Sight:
+) -> Recovery:
     """Disturb the engine, see the probes flip within the bound and come back; live all the time."""
     num_seen, num_watched = len(observer.sights), len(observer.watched)
     disturb()
@@ -78,4 +90,4 @@ async def disturb_and_recover(
     assert all(sight.is_live for sight in seen)
     assert all(sight.is_ready == (sight.state in ("ready", "degraded")) for sight in seen)
     assert observer.watched[num_watched:] == [NOT_SERVING, SERVING]
-    return back
+    return Recovery(flipped.time - begun, back.time - begun)

@@ -69,6 +69,11 @@ class Books:
         """How many ended in which way."""
         return Counter(answer.end for answer in self.answers)
 
+    @property
+    def summary(self) -> str:
+        """The count in words."""
+        return ", ".join(f"{number} {end}" for end, number in sorted(self.count().items()))
+
     def of(self, *ends: str) -> list[Answer]:
         """The answers that ended like this."""
         return [answer for answer in self.answers if answer.end in ends]

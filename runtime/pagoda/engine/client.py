@@ -202,8 +202,8 @@ class ProcessEngineClient(EngineClient):
 
     async def _run_core(self) -> None:
         """Run one core from its start to its end."""
-        child = self._child = await CoreChild.start(self._config)
         self._is_lost = False
+        child = self._child = await CoreChild.start(self._config)
         watching = asyncio.create_task(self._watch(child), name="engine-watchdog")
         try:
             while (message := await child.receive()) is not None:
