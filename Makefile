@@ -14,7 +14,11 @@ INSTALLED := $(VENV)/.installed
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-slow test-chaos test-pods lint format typecheck proto docs chart test-image bench
+PEERS ?= transformers openvino vllm llamacpp
+# For the processor at hand, and nothing but the library.
+LLAMA_CMAKE_ARGS := -DGGML_NATIVE=ON -DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_SERVER=OFF
+
+.PHONY: help install serve test test-slow test-chaos test-pods lint format typecheck proto docs chart test-image bench peers bench-peers
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -60,8 +64,19 @@ typecheck: install ## mypy
 proto: install ## compile proto/*.proto into the descriptor sets that the server loads
 	$(BIN)/python proto/generate.py
 
-bench: install ## throughput without a server; ARGS="--model DIR --batch-sizes 1 8 32 --json FILE"
-	$(BIN)/python benchmarks/offline_throughput.py $(ARGS)
+bench: install ## prefill and decode steps of the engine by batch size; ARGS="--model DIR --json FILE"
+	$(BIN)/pagoda bench latency --batch-size 1 8 32 $(ARGS)
+
+peers: $(PEERS:%=.peers/%/.installed) ## other engines, each into an environment of its own; PEERS="openvino vllm" for some
+
+.peers/%/.installed: benchmarks/peers/requirements/%.txt
+	@test -x .peers/$*/bin/python || $(PYTHON) -m venv .peers/$*
+	@echo "installing $* into .peers/$*: minutes"
+	@CMAKE_ARGS="$(LLAMA_CMAKE_ARGS)" .peers/$*/bin/python -m pip install --quiet $(PIP_ARGS) --requirement $<
+	@touch $@
+
+bench-peers: install ## Pagoda and its peers in turn on the same checkpoint and prompts; ARGS="--quick --rows decode-1"
+	$(BIN)/python benchmarks/peers/compare.py $(ARGS)
 
 docs: chart ## write docs/configuration.md, and what `chart` writes, out of the schema
 	$(BIN)/python -m pagoda.config.documentation > docs/configuration.md

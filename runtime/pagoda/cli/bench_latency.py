@@ -1,0 +1,84 @@
+"""`pagoda bench latency`: one batch after the other through the engine in this process, each step timed."""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from pagoda.benchmarking.engine_runs import BatchTimes, check_lengths, time_batch
+from pagoda.benchmarking.metrics import MILLISECONDS, percentile, summary
+from pagoda.benchmarking.report import print_rows
+from pagoda.cli.bench_options import add_result_options, positive, write_json
+from pagoda.cli.offline import parse
+from pagoda.engine.startup import start_core
+
+DESCRIPTION = (
+    "Runs batches of random prompts through the engine in this process. Every sequence generates its full length. Settings of "
+    "the engine (--model, --dtype, --threads, ...) are taken as by `pagoda serve`."
+)
+_COLUMNS = {
+    "batch_size": "batch",
+    "prefill_ms_p50": "prefill ms",
+    "prefill_tokens_per_second": "prefill tok/s",
+    "step_ms_p50": "step ms p50",
+    "step_ms_p99": "p99",
+    "decode_tokens_per_second": "decode tok/s",
+    "total_ms_p50": "whole batch ms p50",
+    "total_ms_p99": "p99",
+}
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Measure every batch size, print a table, write JSON where asked."""
+    own, config = parse(_parser(), arguments)
+    core = start_core(config)
+    try:
+        for size in own.batch_size:
+            check_lengths(core, size, own.input_len, own.output_len)
+        rows = []
+        for size in own.batch_size:
+            rng = random.Random(own.workload_seed)
+            count = own.num_iters_warmup + own.num_iters
+            timed = [time_batch(core, size, own.input_len, own.output_len, rng) for _ in range(count)]
+            rows.append(_row(size, own.input_len, timed[own.num_iters_warmup :]))
+    finally:
+        core.shutdown()
+    print_rows(rows, _COLUMNS)
+    settings = {"model": config.model, "dtype": config.dtype, "quantization": config.quantization}
+    results = {"settings": settings, "stage_seconds": core.ready.stage_seconds, "results": rows}
+    write_json(own.json, "latency", own, results)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="pagoda bench latency", description=DESCRIPTION, allow_abbrev=False)
+    parser.add_argument("--batch-size", type=positive, nargs="+", default=[1], metavar="N", help="one or several")
+    parser.add_argument("--input-len", type=positive, default=128, metavar="TOKENS")
+    parser.add_argument("--output-len", type=positive, default=64, metavar="TOKENS")
+    parser.add_argument("--num-iters", type=positive, default=5, metavar="N", help="batches that are measured")
+    parser.add_argument("--num-iters-warmup", type=positive, default=1, metavar="N", help="batches before them")
+    parser.add_argument("--workload-seed", type=int, default=0, metavar="N")
+    add_result_options(parser)
+    return parser
+
+
+def _row(batch_size: int, input_tokens: int, timed: list[BatchTimes]) -> dict[str, Any]:
+    """The figures of one batch size. Rates come from medians: one slow moment of the machine is not the engine's."""
+    steps = [seconds * MILLISECONDS for times in timed for seconds in times.steps]
+    totals = [times.total * MILLISECONDS for times in timed]
+    prefill = statistics.median(times.prefill for times in timed)
+    return {
+        "batch_size": batch_size,
+        "prefill_ms_p50": prefill * MILLISECONDS,
+        "prefill_tokens_per_second": batch_size * input_tokens / prefill,
+        "step_ms_p50": percentile(steps, 50),
+        "step_ms_p99": percentile(steps, 99),
+        "decode_tokens_per_second": batch_size * MILLISECONDS / percentile(steps, 50),
+        "total_ms_p50": percentile(totals, 50),
+        "total_ms_p99": percentile(totals, 99),
+        "total_ms": summary(totals),
+        "step_ms": summary(steps),
+    }

@@ -1,0 +1,117 @@
+"""What the kinds of `pagoda bench` share: options of a workload, and where results go."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from pagoda.benchmarking.environment import environment
+from pagoda.benchmarking.prompts import PromptSource
+from pagoda.benchmarking.text_files import read_workload
+from pagoda.benchmarking.workloads import (
+    Conversation,
+    LengthRange,
+    multi_turn_conversations,
+    random_prompts,
+    shared_prefix_prompts,
+)
+from pagoda.errors import InvalidRequestError
+
+_LENGTH = "TOKENS or LOW:HIGH"
+
+
+def length(text: str) -> LengthRange:
+    """`LengthRange.parse` in argparse's manners."""
+    try:
+        return LengthRange.parse(text)
+    except InvalidRequestError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def positive(text: str) -> int:
+    """An integer of 1 or more, in argparse's manners."""
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be an integer of 1 or more")
+    return int(text)
+
+
+def add_workload_options(parser: argparse.ArgumentParser) -> None:
+    """Options that say what is asked."""
+    group = parser.add_argument_group("workload", "made up by the seed; equal options give equal workloads")
+    group.add_argument("--workload", choices=["random", "shared-prefix", "multi-turn", "file"], default="random")
+    group.add_argument("--num-prompts", type=positive, default=100, metavar="N", help="prompts or conversations")
+    group.add_argument("--input-len", type=length, default=LengthRange(128, 128), metavar=_LENGTH)
+    group.add_argument("--output-len", type=length, default=LengthRange(64, 64), metavar=_LENGTH)
+    group.add_argument(
+        "--num-prefixes", type=positive, default=8, metavar="N", help="shared-prefix: how many beginnings"
+    )
+    group.add_argument(
+        "--prefix-len",
+        type=length,
+        default=LengthRange(256, 256),
+        metavar=_LENGTH,
+        help="shared-prefix: length of a beginning; --input-len is what follows it",
+    )
+    group.add_argument(
+        "--num-turns",
+        type=length,
+        default=LengthRange(4, 4),
+        metavar="N or LOW:HIGH",
+        help="multi-turn: requests of a conversation; --input-len is what each adds",
+    )
+    group.add_argument(
+        "--dataset-path",
+        type=Path,
+        metavar="FILE",
+        help="file: one prompt a line, *.jsonl, or *.json in the form of ShareGPT",
+    )
+    group.add_argument("--workload-seed", type=int, default=0, metavar="N")
+
+
+def add_result_options(parser: argparse.ArgumentParser) -> None:
+    """Options that say where results go."""
+    group = parser.add_argument_group("results")
+    group.add_argument(
+        "--json", type=Path, metavar="FILE", help="the results, with machine, versions, commit and arguments"
+    )
+    group.add_argument("--progress", action=argparse.BooleanOptionalAction, help="show a bar; default: on a terminal")
+
+
+def make_workload(own: argparse.Namespace, source: PromptSource) -> list[Conversation]:
+    """The conversations that the options ask for. Raises `InvalidRequestError` for what is impossible."""
+    count, seed = own.num_prompts, own.workload_seed
+    if (own.dataset_path is None) == (own.workload == "file"):
+        raise InvalidRequestError("--workload file and --dataset-path FILE go together")
+    if own.workload == "file":
+        return read_workload(own.dataset_path, count, own.output_len, seed)
+    if own.workload == "shared-prefix":
+        return shared_prefix_prompts(
+            source, count, own.num_prefixes, own.prefix_len, own.input_len, own.output_len, seed
+        )
+    if own.workload == "multi-turn":
+        return multi_turn_conversations(source, count, own.num_turns, own.input_len, own.output_len, seed)
+    return random_prompts(source, count, own.input_len, own.output_len, seed)
+
+
+def write_json(path: Path | None, kind: str, own: argparse.Namespace, results: dict[str, Any]) -> None:
+    """Write `results` with all that is needed to measure them again; nothing if `path` is None.
+
+    Raises `InvalidRequestError` when the file cannot be written.
+    """
+    if path is None:
+        return
+    hidden = ("json", "progress", "plot", "api_key")
+    arguments = {name: _plain(value) for name, value in vars(own).items() if name not in hidden}
+    report = {"kind": kind, **environment(), "arguments": arguments, **results}
+    try:
+        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise InvalidRequestError(f"--json {path} cannot be written: {error}") from error
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, LengthRange):
+        return f"{value.low}:{value.high}"
+    return value if isinstance(value, int | float | str | list | dict | None) else str(value)
