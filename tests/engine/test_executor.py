@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pagoda.config.schema import PagodaConfig
-from pagoda.errors import CheckpointError, ConfigError, EngineDeadError, NotSupportedError
+from pagoda.errors import CheckpointError, ConfigError, EngineDeadError
 from pagoda.execution.executor import InProcessExecutor, create_executor
 from pagoda.models.config import ModelConfig
 from pagoda.models.dummy import DummySpec, write_dummy_checkpoint
@@ -84,20 +84,21 @@ def test_executor_is_dead_after_shutdown_which_may_come_twice(checkpoint):
 
 def test_blocks_are_as_large_as_keys_and_values_of_all_layers(checkpoint):
     executor = InProcessExecutor(config_of(checkpoint, dtype="bfloat16"), ModelConfig.from_directory(checkpoint))
-    assert executor.kv_block_bytes(16) == 2 * 2 * 2 * 16 * 16 * 2  # k and v, layers, KV heads, head_dim, tokens, bytes
+    block_bytes = executor.kv_budget(16).block_bytes
+    assert block_bytes == 2 * 2 * 2 * 16 * 16 * 2  # k and v, layers, KV heads, head_dim, tokens, bytes
     executor.load()
     executor.initialize_kv_cache(7)
     caches = executor._worker.runner.kv_caches
-    assert sum(cache.nbytes for layer in caches for cache in layer) == 7 * executor.kv_block_bytes(16)
+    assert sum(cache.nbytes for layer in caches for cache in layer) == 7 * block_bytes
 
 
 def test_kv_memory_is_what_is_configured_else_a_share_of_free_memory(checkpoint, monkeypatch):
     model_config = ModelConfig.from_directory(checkpoint)
     given = InProcessExecutor(config_of(checkpoint, kv_cache_memory_bytes=12345), model_config)
-    assert given.available_kv_bytes() == 12345
+    assert given.kv_budget(16).available_bytes == 12345
     executor = InProcessExecutor(config_of(checkpoint, max_model_len=32), model_config)
-    every_sequence = (4 * 2 + 1) * executor.kv_block_bytes(16)  # 4 sequences of 2 blocks and the null block
-    assert executor.available_kv_bytes() == every_sequence
+    budget = executor.kv_budget(16)
+    assert budget.available_bytes == (4 * 2 + 1) * budget.block_bytes  # 4 sequences of 2 blocks and the null block
 
 
 def test_longest_sequence_is_the_fitted_one_else_the_configured_else_the_models(checkpoint):
@@ -156,13 +157,6 @@ def test_steps_need_a_loaded_model_and_a_cache(checkpoint):
     executor = create_executor(config_of(checkpoint), ModelConfig.from_directory(checkpoint))
     with pytest.raises(RuntimeError, match="not loaded"):
         executor.initialize_kv_cache(3)
-
-
-def test_more_than_one_rank_is_refused(checkpoint):
-    config = config_of(checkpoint)
-    object.__setattr__(config, "tensor_parallel_size", 2)
-    with pytest.raises(NotSupportedError, match="tensor_parallel_size=2"):
-        create_executor(config, ModelConfig.from_directory(checkpoint))
 
 
 def test_low_precision_models_run(checkpoint):

@@ -6,8 +6,9 @@ import pytest
 
 from pagoda.engine.progress_board import EngineProgress, ProgressBoard
 from pagoda.engine.restarts import FIRST_PAUSE_SECONDS, HEALTHY_SECONDS, LONGEST_PAUSE_SECONDS, RestartPolicy
-from pagoda.engine.watchdog import StallWatch, stall_bound, tokens_to_wait_for
+from pagoda.engine.watchdog import StallWatch
 from pagoda.scheduling.plan import StepPlan
+from pagoda.scheduling.step_bound import stall_bound, tokens_to_wait_for
 
 TIMEOUT = 10.0
 LOOK_SECONDS = 0.25

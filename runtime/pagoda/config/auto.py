@@ -74,7 +74,7 @@ def resolve(
     choices = (
         device,
         choose_dtype(config.dtype, checkpoint_dtype, capability, cpu.instruction_sets),
-        choose_threads(config.threads, cpu),
+        choose_threads(config.threads, cpu, config.tensor_parallel_size * config.pipeline_parallel_size),
         sequences,
         choose_max_num_batched_tokens(config.max_num_batched_tokens, device.value, sequences.value),
     )
@@ -121,13 +121,20 @@ def choose_dtype(
     return Choice("dtype", "float32", f"{origin}, which float32 holds exactly, and this CPU multiplies no bfloat16")
 
 
-def choose_threads(asked: int | None, cpu: CpuReport) -> Choice:
-    """Compute threads: one a physical core; hyperthreads share the units that matrix products use."""
+def choose_threads(asked: int | None, cpu: CpuReport, num_ranks: int = 1) -> Choice:
+    """Compute threads of a rank: one a physical core; hyperthreads share the units that matrix products use.
+
+    `num_ranks` share the machine. When there are more of them than cores, each has one thread and takes turns.
+    """
     if asked is not None:
         return Choice("threads", asked, GIVEN)
     if cpu.usable_cores < cpu.physical_cores:
-        return Choice("threads", cpu.usable_cores, f"the container's CPU quota is {cpu.quota:g}")
-    return Choice("threads", cpu.usable_cores, f"{cpu.physical_cores} physical cores")
+        reason = f"the container's CPU quota is {cpu.quota:g}"
+    else:
+        reason = f"{cpu.physical_cores} physical cores"
+    if num_ranks > 1:
+        reason += f", shared by {num_ranks} ranks"
+    return Choice("threads", max(1, cpu.usable_cores // num_ranks), reason)
 
 
 def choose_max_num_seqs(asked: int | None, device: str, batched_tokens: int | None) -> Choice:

@@ -37,9 +37,9 @@ from pagoda.engine.messages import (
     StartCore,
 )
 from pagoda.engine.progress_board import ProgressBoard
-from pagoda.engine.watchdog import tokens_to_wait_for
 from pagoda.errors import ErrorKind, PagodaError, RequestFailedError
 from pagoda.sampling.output import FinishReason
+from pagoda.scheduling.step_bound import tokens_to_wait_for
 
 logger = logging.getLogger(__name__)
 

@@ -1,6 +1,7 @@
 """From a configuration to a core that can take requests: a sequence of named, timed stages.
 
-    config → hardware → weights → kv → warm-up → ready
+    config → hardware → [ launch → rendezvous → communication → ] weights → kv → warm-up → ready
+                        with more than one rank
 
 The stage is reported as it is entered, so a startup probe, a log and a person see where time goes.
 """
@@ -20,7 +21,7 @@ from pagoda.config.kv_fit import KVFit, fit_max_model_len
 from pagoda.config.schema import PagodaConfig
 from pagoda.engine.core import EngineCore
 from pagoda.engine.messages import EngineReady
-from pagoda.execution.executor import create_executor
+from pagoda.execution.executor import Executor, create_executor
 from pagoda.models.config import ModelConfig
 from pagoda.models.source import checkpoint_directory
 from pagoda.scheduling.kv_cache_manager import KVCacheManager
@@ -45,20 +46,11 @@ def start_core(config: PagodaConfig, on_stage: StageListener | None = None) -> E
             logger.info("%s", choice)
         config = _resolved(config, settings, str(directory))
         executor = create_executor(config, model_config)
-    with stages.enter("weights", str(directory)):
-        executor.load(stages.weights_progress)
-    with stages.enter("kv"):
-        fit = fit_max_model_len(
-            block_bytes=executor.kv_block_bytes(config.block_size),
-            available_bytes=executor.available_kv_bytes(),
-            block_size=config.block_size,
-            model_max_len=model_config.max_context_length,
-            max_model_len=config.max_model_len,
-            num_blocks_override=config.num_gpu_blocks_override,
-        )
-        logger.info("%s", fit.equation)
-    with stages.enter("warm-up"):
-        executor.initialize_kv_cache(fit.num_blocks, fit.max_model_len)
+    try:
+        fit = _bring_up(executor, config, model_config, stages)
+    except BaseException:
+        executor.shutdown()  # its ranks may be processes, on other machines too
+        raise
     scheduler = _make_scheduler(config, settings, model_config, fit)
     ready = EngineReady(
         max_model_len=fit.max_model_len,
@@ -74,8 +66,34 @@ def start_core(config: PagodaConfig, on_stage: StageListener | None = None) -> E
     return EngineCore(scheduler, executor, ready)
 
 
+def _bring_up(executor: Executor, config: PagodaConfig, model_config: ModelConfig, stages: _Stages) -> KVFit:
+    """Take the ranks from nothing to their first step; how many KV blocks there are."""
+    executor.connect(stages)
+    with stages.enter("weights", str(config.model)):
+        executor.load(stages.weights_progress)
+    with stages.enter("kv"):
+        budget = executor.kv_budget(config.block_size)
+        fit = fit_max_model_len(
+            block_bytes=budget.block_bytes,
+            available_bytes=budget.available_bytes,
+            block_size=config.block_size,
+            model_max_len=model_config.max_context_length,
+            max_model_len=config.max_model_len,
+            num_blocks_override=config.num_gpu_blocks_override,
+        )
+        if budget.note:
+            fit = fit._replace(equation=f"{fit.equation}; {budget.note}")
+        logger.info("%s", fit.equation)
+    with stages.enter("warm-up"):
+        executor.initialize_kv_cache(fit.num_blocks, fit.max_model_len)
+    return fit
+
+
 def _resolved(config: PagodaConfig, settings: ResolvedSettings, directory: str) -> PagodaConfig:
-    return replace(config, model=directory, **{choice.key: choice.value for choice in settings.choices})
+    values = {choice.key: choice.value for choice in settings.choices}
+    if config.tensor_parallel_size * config.pipeline_parallel_size > 1:
+        values["threads"] = config.threads  # each rank chooses by its own machine, and by how many share it
+    return replace(config, model=directory, **values)
 
 
 def _make_scheduler(
@@ -112,23 +130,29 @@ class _Stages:
 
     def __init__(self, listener: StageListener | None) -> None:
         self._listener = listener
-        self._percent = -1
+        self._name = ""
+        self._last_detail = ""
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def enter(self, name: str, detail: str = "") -> Iterator[None]:
         started = time.monotonic()
-        self._report(name, detail)
+        self._name, self._last_detail = name, detail
+        self._report()
         yield
         self.seconds[name] = time.monotonic() - started
 
-    def weights_progress(self, name: str, bytes_done: int, bytes_total: int) -> None:
-        """Report each whole percent of the weights."""
-        percent = 100 * bytes_done // max(1, bytes_total)
-        if percent != self._percent:
-            self._percent = percent
-            self._report("weights", f"{percent} %")
+    def detail(self, text: str) -> None:
+        """Report what the present stage is at, where that is news."""
+        if text != self._last_detail:
+            self._last_detail = text
+            self._report()
 
-    def _report(self, name: str, detail: str) -> None:
+    def weights_progress(self, rank: str, bytes_done: int, bytes_total: int) -> None:
+        """Report each whole percent of the weights; `rank` is the slowest, where there are several."""
+        percent = f"{100 * bytes_done // max(1, bytes_total)} %"
+        self.detail(f"{rank}, {percent}" if rank else percent)
+
+    def _report(self) -> None:
         if self._listener is not None:
-            self._listener(name, detail)
+            self._listener(self._name, self._last_detail)

@@ -3,9 +3,8 @@
 A core writes to the progress board when a step is submitted and when it has landed, and about twice a second while it idles.
 It writes nothing when a turn of its loop brought nothing, so one that spins in place looks as old as one that sleeps.
 
-    idle             bound = timeout
-    a step of n      bound = timeout * max(1, n / TOKENS_PER_TIMEOUT)      an honest long prefill is given its time
-    a burst          the same, each of its steps counted with at least TOKENS_OF_A_STEP tokens
+    idle       bound = timeout
+    a step     the bound of its tokens, see `scheduling.step_bound`
 
 Silence is counted in looks at the board, each for the time since the one before and at most for `LONGEST_LOOK_SECONDS`. So a
 server that was itself stopped, or starved of CPU, does not blame the core for the time in which nobody listened to it.
@@ -14,21 +13,9 @@ server that was itself stopped, or starved of CPU, does not blame the core for t
 from __future__ import annotations
 
 from pagoda.engine.progress_board import EngineProgress
-from pagoda.scheduling.plan import StepPlan
+from pagoda.scheduling.step_bound import stall_bound
 
-TOKENS_PER_TIMEOUT = 512
-TOKENS_OF_A_STEP = 32
 LONGEST_LOOK_SECONDS = 1.0
-
-
-def tokens_to_wait_for(plan: StepPlan) -> int:
-    """The tokens of a plan as the bound counts them; for the progress board."""
-    return max(plan.total_tokens, TOKENS_OF_A_STEP * max(plan.bursts, default=0))
-
-
-def stall_bound(scheduled_tokens: int, timeout: float) -> float:
-    """Seconds that the core may be silent, `timeout` being those of an idle core or a small step."""
-    return timeout * max(1.0, scheduled_tokens / TOKENS_PER_TIMEOUT)
 
 
 class StallWatch:

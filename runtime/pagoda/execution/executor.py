@@ -2,16 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from pagoda.config.schema import PagodaConfig
 from pagoda.errors import EngineDeadError, NotSupportedError
+from pagoda.execution.rank_health import RankHealth
 from pagoda.execution.worker import Worker
 from pagoda.models.config import ModelConfig
-from pagoda.models.loader import Progress
 from pagoda.scheduling.plan import StepPlan, StepResult
+
+LoadProgress = Callable[[str, int, int], None]
+"""Told of bytes done and in all, of the rank named first (empty: there is one); from the thread that loads."""
+
+
+class Stages(Protocol):
+    """The start-up as others see it."""
+
+    def enter(self, name: str, detail: str = "") -> AbstractContextManager[None]:
+        """A stage that lasts as long as the context; `detail` is for people."""
+
+    def detail(self, text: str) -> None:
+        """What the present stage is at, for people."""
+
+
+@dataclass(frozen=True, slots=True)
+class KVBudget:
+    """Room for KV blocks on the rank that has least of it: bytes of a block in the layers of that rank, and bytes for all.
+
+    `note` says which rank that is, for people; empty when there is only one.
+    """
+
+    block_bytes: int
+    available_bytes: int
+    note: str = ""
 
 
 class StepHandle(Protocol):
@@ -22,7 +50,7 @@ class StepHandle(Protocol):
 
 
 class Executor(Protocol):
-    """All ranks of one model. Called from one thread, in this order: `load`, `available_kv_bytes`, `initialize_kv_cache`.
+    """All ranks of one model. Called from one thread, in this order: `connect`, `load`, `kv_budget`, `initialize_kv_cache`.
 
     `max_concurrent_batches`: how many steps may be submitted before the first one's result is taken. Results are taken in
     the order of submission.
@@ -30,14 +58,17 @@ class Executor(Protocol):
 
     max_concurrent_batches: int
 
-    def load(self, progress: Progress | None = None) -> None:
+    def connect(self, stages: Stages) -> None:
+        """Bring several ranks together, in stages `launch`, `rendezvous` and `communication`; a single rank has none.
+
+        Raises a `PagodaError` that names the rank, its host and what to do.
+        """
+
+    def load(self, progress: LoadProgress | None = None) -> None:
         """Set up the devices and load the weights. Raises `CheckpointError`."""
 
-    def kv_block_bytes(self, block_size: int) -> int:
-        """Bytes of a KV block of `block_size` tokens in all layers, on the rank where it is largest."""
-
-    def available_kv_bytes(self) -> int:
-        """Bytes that the KV cache may take, on the rank where they are fewest."""
+    def kv_budget(self, block_size: int) -> KVBudget:
+        """Room for KV blocks of `block_size` tokens, with the weights in place."""
 
     def initialize_kv_cache(self, num_blocks: int, max_model_len: int | None = None) -> None:
         """Allocate the KV cache, block 0 included, and run a first step. Nothing that grows is allocated after this.
@@ -50,6 +81,9 @@ class Executor(Protocol):
 
     def check_health(self) -> None:
         """Raise `EngineDeadError` if no further step can run."""
+
+    def ranks(self) -> list[RankHealth]:
+        """The processes of the ranks; empty when there are none but the caller's."""
 
     def shutdown(self) -> None:
         """Give back what the ranks hold. May be called twice."""
@@ -80,17 +114,16 @@ class InProcessExecutor:
         # On a GPU a step is only queued by `submit`, so the next one is made meanwhile. On a CPU it is done by then.
         self.max_concurrent_batches = 2 if self._worker.device.type == "cuda" else 1
 
-    def load(self, progress: Progress | None = None) -> None:
+    def connect(self, stages: Stages) -> None:
         """See `Executor`."""
-        self._worker.load(progress)
 
-    def kv_block_bytes(self, block_size: int) -> int:
+    def load(self, progress: LoadProgress | None = None) -> None:
         """See `Executor`."""
-        return self._worker.kv_block_bytes(block_size)
+        self._worker.load(None if progress is None else lambda _, done, total: progress("", done, total))
 
-    def available_kv_bytes(self) -> int:
+    def kv_budget(self, block_size: int) -> KVBudget:
         """See `Executor`."""
-        return self._worker.available_kv_bytes()
+        return KVBudget(self._worker.kv_block_bytes(block_size), self._worker.available_kv_bytes())
 
     def initialize_kv_cache(self, num_blocks: int, max_model_len: int | None = None) -> None:
         """See `Executor`."""
@@ -108,6 +141,10 @@ class InProcessExecutor:
         """See `Executor`."""
         if self._dead is not None:
             raise EngineDeadError(self._dead)
+
+    def ranks(self) -> list[RankHealth]:
+        """See `Executor`."""
+        return []
 
     def shutdown(self) -> None:
         """See `Executor`."""
@@ -136,10 +173,17 @@ class _InProcessStep:
 
 
 def create_executor(config: PagodaConfig, model_config: ModelConfig) -> Executor:
-    """The executor that the configuration asks for. Raises `NotSupportedError` for more than one rank."""
-    if config.tensor_parallel_size * config.pipeline_parallel_size != 1:
-        raise NotSupportedError(
-            f"tensor_parallel_size={config.tensor_parallel_size}, pipeline_parallel_size={config.pipeline_parallel_size}: "
-            "only one rank is supported"
-        )
-    return InProcessExecutor(config, model_config)
+    """The executor that the configuration asks for. Raises `ConfigError` for one that this machine cannot have."""
+    backend = config.distributed_executor_backend
+    if backend == "auto" and config.ray_address is not None:
+        backend = "ray"
+    if backend == "auto" and config.tensor_parallel_size * config.pipeline_parallel_size > 1:
+        backend = "mp"
+    if backend == "auto":
+        return InProcessExecutor(config, model_config)
+    if backend == "mp":
+        # Imported here: it needs msgspec, which a single rank does without.
+        from pagoda.execution.multi_process import multi_process_executor
+
+        return multi_process_executor(config, model_config)
+    raise NotSupportedError("distributed_executor_backend=ray: this version has no Ray executor")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankHealth:
-    """One rank as the driver sees it. `last_heartbeat`: `time.monotonic()` on the driver's machine; `num_steps` done by then."""
+    """One rank as the driver sees it. `last_heartbeat`: `time.monotonic()` of the driver; it had done `num_steps` by then."""
 
     rank: int
     host: str

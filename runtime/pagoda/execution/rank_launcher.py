@@ -42,4 +42,4 @@ class RankLauncher(Protocol):
         """How a rank ended (`was killed by SIGKILL`), or None while it lives or where nothing is known."""
 
     def terminate(self, patience_seconds: float) -> None:
-        """See that every rank is gone, by force after `patience_seconds`. Connections are closed by then. May come twice."""
+        """See that every rank is gone, by force after `patience_seconds`; all were told to end before. May be called twice."""

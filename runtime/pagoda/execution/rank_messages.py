@@ -21,6 +21,7 @@ from typing import Any
 
 from pagoda.errors import ErrorKind
 from pagoda.parallel.facts import RankFacts
+from pagoda.parallel.preflight import CommunicationReport
 from pagoda.scheduling.plan import NO_LANDED_TOKENS, LandedTokens, StepPlan, StepResult
 
 PROTOCOL_VERSION = 1
@@ -76,6 +77,13 @@ class CheckCommunication:
 
 
 @dataclass(frozen=True, slots=True)
+class CommunicationChecked:
+    """What the rank has measured."""
+
+    report: CommunicationReport
+
+
+@dataclass(frozen=True, slots=True)
 class LoadWeights:
     """Set up the device, load this rank's share."""
 
@@ -113,10 +121,9 @@ class InitializeKV:
 
 @dataclass(frozen=True, slots=True)
 class StageDone:
-    """The start-up stage was passed; `detail` is for people."""
+    """The start-up stage was passed."""
 
     stage: str
-    detail: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +190,7 @@ KINDS = (
     RankPrepared,
     JoinGroup,
     CheckCommunication,
+    CommunicationChecked,
     LoadWeights,
     WeightsProgress,
     MeasureKV,
@@ -199,5 +207,15 @@ KINDS = (
 )
 
 Command = StartRank | JoinGroup | CheckCommunication | LoadWeights | MeasureKV | InitializeKV | RunStep | EndRank
-Answer = RankHello | RankPrepared | WeightsProgress | KVMeasured | StageDone | StepDone | StepFailed | RankFailed
+Answer = (
+    RankHello
+    | RankPrepared
+    | CommunicationChecked
+    | WeightsProgress
+    | KVMeasured
+    | StageDone
+    | StepDone
+    | StepFailed
+    | RankFailed
+)
 Message = Command | Answer | Heartbeat | RankHeartbeat

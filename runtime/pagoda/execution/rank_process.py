@@ -1,0 +1,21 @@
+"""A rank in a process of its own on the driver's machine: `python -m pagoda.execution.rank_process SOCKET_FD RANK`."""
+
+from __future__ import annotations
+
+import socket
+import sys
+
+from pagoda.process_control import become_child
+
+
+def main(socket_fd: int, rank: int) -> int:
+    """Serve the driver at the other end of the inherited socket; the exit status."""
+    become_child()
+    # Not before: whatever happens while torch is imported, the kernel ends this process with its parent.
+    from pagoda.execution.rank_service import RankService
+
+    return RankService(socket.socket(fileno=socket_fd), rank).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]), int(sys.argv[2])))

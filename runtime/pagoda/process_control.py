@@ -1,0 +1,29 @@
+"""What the child processes of a server have in common: they end with their parent, and not by signals meant for it."""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import signal
+import sys
+
+# Dumps the stacks of all threads to stderr, without ending the process.
+STACKS_SIGNAL = signal.SIGUSR1
+
+_SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
+
+
+def become_child() -> None:
+    """Set up this process as one that its parent ends, and that does not outlive it."""
+    # The terminal's Ctrl-C and the pod's SIGTERM are the parent's business; it tells us when to go.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    _end_with_parent()
+    faulthandler.enable()
+    faulthandler.register(STACKS_SIGNAL, all_threads=True)
+
+
+def _end_with_parent() -> None:
+    """Let the kernel kill this process when its parent ends. Elsewhere than on Linux the end of their connection must do."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
