@@ -141,6 +141,12 @@ def render(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return objects
 
 
+def render_documents(values: dict[str, Any]) -> list[dict[str, Any]]:
+    """Everything that `helm install` would apply, which the test's pod is not."""
+    texts = [text for name, text in render_files(values).items() if name.endswith(".yaml") and name != "ask.yaml"]
+    return [document for text in texts for document in yaml.safe_load_all(text) if document is not None]
+
+
 def config_file(objects: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """The settings that the server will read."""
     return json.loads(objects["ConfigMap"]["data"]["pagoda.json"])

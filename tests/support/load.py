@@ -13,13 +13,12 @@ from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import grpc
 import httpx
 
 from pagoda.serving.grpc_messages import SERVICE_NAME, message_class, service_methods
-from tests.support.server import ServerProcess
 
 DOORS = ("generate", "generate_stream", "infer", "completions", "chat", "grpc", "grpc_stream")
 CHAT_TEXTS = frozenset({"chat"})
@@ -27,6 +26,13 @@ CHAT_TEXTS = frozenset({"chat"})
 RETRIABLE_KINDS = ("queue_full", "not_ready", "engine_dead")
 RETRIABLE_STATUSES = (429, 503)
 RETRIABLE_CODES = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED)
+
+
+class Server(Protocol):
+    """Where REST and gRPC are."""
+
+    port: int
+    grpc_port: int
 
 
 @dataclass(frozen=True)
@@ -93,16 +99,18 @@ class Books:
 class Clients:
     """Connections to one server, with an API key where it asks for one; used inside of one event loop, as a context."""
 
-    def __init__(self, server: ServerProcess, seconds: float = 120.0, key: str | None = None) -> None:
+    def __init__(
+        self, server: Server, seconds: float = 120.0, key: str | None = None, *, host: str = "127.0.0.1"
+    ) -> None:
         self._seconds = seconds
         self._headers = {} if key is None else {"authorization": f"Bearer {key}"}
         self._http = httpx.AsyncClient(
-            base_url=f"http://127.0.0.1:{server.port}",
+            base_url=f"http://{host}:{server.port}",
             timeout=seconds,
             limits=httpx.Limits(max_connections=None),
             headers=self._headers,
         )
-        self._channel = grpc.aio.insecure_channel(f"127.0.0.1:{server.grpc_port}")
+        self._channel = grpc.aio.insecure_channel(f"{host}:{server.grpc_port}")
 
     async def __aenter__(self) -> Clients:
         return self

@@ -23,7 +23,7 @@ _KNOWN = {"command", "args", "env", "resources", "securityContext", "volumeMount
 
 
 class Container:
-    """A container that runs. `exited` is set once its first process is gone."""
+    """A container that runs. `exited` is set once its first process is gone, `settled` when its status is known too."""
 
     def __init__(self, pod: Pod, spec: Object, identity: str, process: int) -> None:
         self.pod = pod
@@ -33,6 +33,7 @@ class Container:
         self.is_ready = False
         self.started_at = time.monotonic()
         self.exited = asyncio.Event()
+        self.settled = asyncio.Event()
         self.actions = Actions(pod.address, spec, self.execute)
         self._identity = identity
         self._process = process

@@ -100,7 +100,9 @@ class Pod:
             self.tell("", "Deleted")
             self._withdraw()
             grace = self.spec.get("terminationGracePeriodSeconds", 30) if grace_seconds is None else grace_seconds
-            await asyncio.gather(*(c.end(grace, "the pod is deleted") for c in list(self.containers.values())))
+            containers = list(self.containers.values())
+            await asyncio.gather(*(container.end(grace, "the pod is deleted") for container in containers))
+            await asyncio.gather(*(container.settled.wait() for container in containers))
             self._running.cancel()
         await asyncio.wait([self._running])
 
@@ -203,6 +205,7 @@ class Pod:
         self._set_ready(container, False)
         status = await container.exit_status()
         self.tell(name, "Exited", f"status {status} after {time.monotonic() - container.started_at:.1f} s")
+        container.settled.set()
         return status
 
     # ---- probes
