@@ -86,7 +86,7 @@ async def test_three_hundred_requests_each_end_once_in_order_of_arrival(checkpoi
 
 
 async def test_closing_a_stream_frees_its_blocks_and_disturbs_nobody(checkpoint: Path) -> None:
-    async with engine(checkpoint, max_num_seqs=2) as client:
+    async with engine(checkpoint, max_num_seqs=2, fault_injection="step=sleep:0.01") as client:
         undisturbed = await run(client, request("other", max_tokens=100))
         other = asyncio.create_task(run(client, request("other", max_tokens=100)))
         async with aclosing(client.submit(request("left", max_tokens=150))) as stream:
@@ -96,6 +96,8 @@ async def test_closing_a_stream_frees_its_blocks_and_disturbs_nobody(checkpoint:
         waiting.cancel()
         assert await other == undisturbed
         await until(lambda: client.stats.num_blocks_in_use == 0 and client.num_requests == 0)
+        # Nothing was computed for those who left that they might have had in the end: 155 tokens each.
+        assert client.stats.num_scheduled_tokens < 2 * 104 + 155
 
 
 async def test_a_request_that_can_never_fit_is_refused_and_the_next_is_served(checkpoint: Path) -> None:
@@ -120,6 +122,18 @@ async def test_full_queue_refuses_with_a_time_to_retry(checkpoint: Path) -> None
         assert refused.value.retry_after_seconds >= 1
         await asyncio.gather(*tasks)
         assert (await run(client, request("more")))[1] is FinishReason.LENGTH
+
+
+async def test_a_core_that_does_not_look_at_its_queue_does_not_make_it_longer(checkpoint: Path) -> None:
+    async with engine(checkpoint, max_num_seqs=1, max_num_waiting=2) as client:
+        assert client.pid is not None
+        os.kill(client.pid, signal.SIGSTOP)
+        tasks = [asyncio.create_task(run(client, request(f"r{index}"))) for index in range(3)]
+        await until(lambda: client.num_requests == 3)
+        with pytest.raises(QueueFullError):
+            await run(client, request("more"))
+        os.kill(client.pid, signal.SIGCONT)
+        assert [reason for _, reason in await asyncio.gather(*tasks)] == [FinishReason.LENGTH] * 3
 
 
 async def test_killed_core_fails_its_requests_and_a_new_one_gives_the_same_answers(checkpoint: Path) -> None:
