@@ -18,7 +18,7 @@ PEERS ?= transformers openvino vllm llamacpp
 # For the processor at hand, and nothing but the library.
 LLAMA_CMAKE_ARGS := -DGGML_NATIVE=ON -DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_SERVER=OFF
 
-.PHONY: help install serve test test-slow test-chaos test-pods lint format typecheck proto docs chart test-image bench peers bench-peers
+.PHONY: help install serve test test-slow test-chaos test-cluster test-pods lint format typecheck proto docs chart test-image bench peers bench-peers
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -39,13 +39,16 @@ serve: install ## serve a model, the demo model if ARGS names none
 	$(BIN)/pagoda serve $(ARGS)
 
 test: lint typecheck ## lint, types and the whole test suite
-	$(BIN)/python -m pytest -m "not slow and not chaos and not pods" $(ARGS)
+	$(BIN)/python -m pytest -m "not slow and not chaos and not cluster and not pods" $(ARGS)
 
 test-slow: install ## tests that take minutes
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 test-chaos: install ## processes killed and stopped, faults, leaving clients, fuzzed bodies, memory: minutes
 	$(BIN)/python -m pytest -m chaos tests/chaos $(ARGS)
+
+test-cluster: install ## several Ray nodes in network namespaces (as root): cut, killed, stopped, restarted; minutes
+	$(BIN)/python -m pytest -m cluster tests/cluster $(ARGS)
 
 test-pods: install ## the rendered release as pods on this machine, upgraded under load; needs root and podman
 	$(BIN)/python -m pytest -m pods tests/e2e $(ARGS)
