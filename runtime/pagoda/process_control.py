@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
+import os
 import signal
 import sys
 
@@ -12,9 +13,18 @@ STACKS_SIGNAL = signal.SIGUSR1
 
 _SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 
+_owner = os.getpid()
+
+
+def owner_process() -> int:
+    """Id of the process for whose sake this one runs: its parent if it is a child of a server, else itself."""
+    return _owner
+
 
 def become_child() -> None:
     """Set up this process as one that its parent ends, and that does not outlive it."""
+    global _owner
+    _owner = os.getppid()
     # The terminal's Ctrl-C and the pod's SIGTERM are the parent's business; it tells us when to go.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -7,7 +7,12 @@ import psutil
 import pytest
 
 from pagoda.errors import ConfigError
-from pagoda.parallel.interfaces import choose_interface, export_interface, nccl_selects
+from pagoda.parallel.interfaces import (
+    choose_interface,
+    choose_outward_interface,
+    export_interface,
+    nccl_selects,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -128,3 +133,35 @@ def test_the_choice_is_exported_exactly_for_both_libraries() -> None:
 )
 def test_nccl_patterns(value: str, name: str, selected: bool) -> None:
     assert nccl_selects(value, name) is selected
+
+
+def without_default_route(monkeypatch: pytest.MonkeyPatch, *, gone: tuple[str, ...]) -> None:
+    def unreachable(host: str) -> str:
+        raise ConfigError("there is no route")
+
+    present = {name: entry for name, entry in psutil.net_if_addrs().items() if name not in gone}
+    monkeypatch.setattr(psutil, "net_if_addrs", lambda: present)
+    monkeypatch.setattr("pagoda.parallel.interfaces.source_address", unreachable)
+
+
+def test_a_head_listens_on_the_default_route(monkeypatch: pytest.MonkeyPatch) -> None:
+    route_from(monkeypatch, "10.1.0.5")
+    assert str(choose_outward_interface(environ={})) == "eth0 (10.1.0.5), on the default route"
+    assert choose_outward_interface("ib0", environ={}).name == "ib0"
+    assert choose_outward_interface(environ={"GLOO_SOCKET_IFNAME": "ib0"}).name == "ib0"
+
+
+@pytest.mark.parametrize(("gone", "name"), [(("ib0",), "eth0"), (("ib0", "eth0"), "lo")])
+def test_without_a_default_route_a_head_listens_where_there_is_no_choice(
+    monkeypatch: pytest.MonkeyPatch, gone: tuple[str, ...], name: str
+) -> None:
+    without_default_route(monkeypatch, gone=gone)
+    assert choose_outward_interface(environ={}).name == name
+
+
+def test_without_a_default_route_several_networks_need_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_default_route(monkeypatch, gone=())
+    with pytest.raises(
+        ConfigError, match=r"network_interface: there is no default route, so it must be set; .* has eth0"
+    ):
+        choose_outward_interface(environ={})

@@ -61,6 +61,7 @@ from pagoda.parallel.facts import RankFacts, describe_rank
 from pagoda.parallel.groups import SINGLE_RANK, ParallelGroups, connect_groups
 from pagoda.parallel.interfaces import NetworkInterface, choose_interface, export_interface
 from pagoda.parallel.layout import ParallelLayout
+from pagoda.parallel.node_state import READY, StateFile, rank_file
 from pagoda.parallel.preflight import check_communication
 from pagoda.scheduling.plan import StepPlan
 from pagoda.scheduling.step_bound import stall_bound
@@ -68,14 +69,20 @@ from pagoda.scheduling.step_bound import stall_bound
 logger = logging.getLogger(__name__)
 
 _LOST_EXIT_CODE = 1
+_STAGE_OF = {CheckCommunication: "communication", LoadWeights: "weights", MeasureKV: "kv", InitializeKV: "warm-up"}
 _FLUSH_SECONDS = 5.0
 
 
 class RankService:
-    """The loop of one rank. `connected`: the stream to the driver, authenticated before it came here."""
+    """The loop of one rank. `connected`: the stream to the driver, authenticated before it came here.
 
-    def __init__(self, connected: socket.socket, rank: int) -> None:
+    `state_directory`: where the rank publishes its state for the probes of its node; None: nowhere.
+    """
+
+    def __init__(self, connected: socket.socket, rank: int, state_directory: Path | None = None) -> None:
         self._rank = rank
+        self._state_directory = state_directory
+        self._state: StateFile | None = None
         self._channel = RankChannel(connected)
         self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._groups: ParallelGroups = SINGLE_RANK
@@ -122,6 +129,7 @@ class RankService:
     def _bring_up(self, command: Command) -> None:
         """Do one of the commands between rendezvous and the first step."""
         worker = self._worker
+        self._publish(_STAGE_OF.get(type(command), "unknown"))
         if isinstance(command, CheckCommunication):
             self._channel.send(CommunicationChecked(check_communication(self._groups, worker.device)))
         elif isinstance(command, LoadWeights):
@@ -134,6 +142,7 @@ class RankService:
             worker.initialize_kv_cache(command.num_blocks, command.max_model_len)
             gc.collect()
             gc.freeze()  # what start-up made lives for ever: later collections need not walk it
+            self._publish(READY)
             self._channel.send(StageDone("warm-up"))
         else:
             raise TypeError(f"a rank does not take {type(command).__name__}")
@@ -147,6 +156,9 @@ class RankService:
         handler.addFilter(self._add_rank)
         faults.install(config.fault_injection)
         self._start = start
+        if self._state_directory is not None:
+            self._state = rank_file(self._state_directory, self._rank, config.rank_heartbeat_timeout_seconds)
+            self._publish("launch")
         self._watch_driver(config.rank_heartbeat_timeout_seconds)
         interface = choose_interface(config.network_interface, start.route_to)
         export_interface(interface)
@@ -163,6 +175,7 @@ class RankService:
 
     def _join(self, command: JoinGroup) -> None:
         """Meet the others, and make the worker that works with them."""
+        self._publish("rendezvous")
         config = self._config
         assert config.max_num_batched_tokens is not None
         self._groups = connect_groups(
@@ -240,10 +253,17 @@ class RankService:
             if silent > timeout:
                 logger.error("the engine core has been silent for %.1f s (bound %g s): this rank ends", silent, timeout)
                 os._exit(_LOST_EXIT_CODE)
+            if self._state is not None:
+                self._state.beat()
 
         HeartbeatThread(
             [self._channel], lambda: RankHeartbeat(self._num_steps, self._groups.num_operations), timeout, listen
         ).start()
+
+    def _publish(self, stage: str) -> None:
+        """Tell the probes of this node which stage the rank is at."""
+        if self._state is not None:
+            self._state.enter(stage)
 
     def _add_rank(self, record: logging.LogRecord) -> bool:
         record.rank = self._rank

@@ -20,6 +20,7 @@ from pagoda.errors import ConfigError
 GLOO_VARIABLE = "GLOO_SOCKET_IFNAME"
 NCCL_VARIABLE = "NCCL_SOCKET_IFNAME"
 
+_ELSEWHERE = "198.51.100.1"  # reserved for documentation: any address that is not of this network will do
 _ANY_PORT = 9  # nothing is sent: connecting a datagram socket only looks up the route
 
 
@@ -91,6 +92,31 @@ def choose_interface(
     if nccl is None or nccl_selects(nccl, route.name):
         return route if nccl is None else NetworkInterface(route.name, route.address, f"set by {NCCL_VARIABLE}")
     return _selected_by_nccl(host, nccl)
+
+
+def choose_outward_interface(
+    configured: str | None = None, environ: Mapping[str, str] | None = None
+) -> NetworkInterface:
+    """The interface on which other machines, as yet unknown ones, reach this one: that of the default route, if nothing else
+    is said. Without a default route it is the only one besides the loopback, and the loopback on a machine with no network.
+
+    Raises:
+        ConfigError: as `choose_interface`, and when there are several and nothing says which.
+    """
+    variables = os.environ if environ is None else environ
+    if configured is not None or GLOO_VARIABLE in variables or NCCL_VARIABLE in variables:
+        return choose_interface(configured, environ=variables)
+    try:
+        chosen = choose_interface(route_to=_ELSEWHERE, environ=variables)
+        return NetworkInterface(chosen.name, chosen.address, "on the default route")
+    except ConfigError:
+        usable = [item for item in host_interfaces() if item.is_up and item.addresses]
+    others = [item for item in usable if not any(map(_is_loopback, item.addresses))]
+    if len(others) > 1:
+        raise ConfigError(f"network_interface: there is no default route, so it must be set; {_existing(usable)}")
+    if not others:
+        return choose_interface(environ=variables)
+    return NetworkInterface(others[0].name, others[0].addresses[0], "the only one with an address")
 
 
 def export_interface(interface: NetworkInterface, environ: MutableMapping[str, str] | None = None) -> None:

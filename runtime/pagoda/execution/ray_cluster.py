@@ -1,0 +1,186 @@
+"""Belonging to a Ray cluster as its driver: found or started, connected to, asked for room. Nothing here waits for ever."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pagoda.config.schema import PagodaConfig
+from pagoda.errors import CommunicationError, ConfigError, PagodaError
+from pagoda.execution.ray_head import ensure_head
+from pagoda.execution.ray_node import RayNode, ray_environment, require_ray, split_address, wait_for_head
+from pagoda.parallel.facts import python_series
+from pagoda.parallel.interfaces import NetworkInterface, choose_interface, choose_outward_interface
+from pagoda.parallel.layout import ParallelLayout
+from pagoda.process_control import owner_process
+
+if TYPE_CHECKING:
+    from ray.util.placement_group import PlacementGroup
+
+logger = logging.getLogger(__name__)
+
+_LOOK_SECONDS = 0.5
+_CALL_SECONDS = 10.0  # of a call to Ray whose answer is not worth more waiting
+
+_VERSIONS = re.compile(r"Ray: (\S+)\s+(?:\([^)]*\)\s+)?Python: (\d+\.\d+\.\d+)")
+
+
+@dataclass(frozen=True, slots=True)
+class RayCluster:
+    """A cluster that this process is connected to. `interface`: this machine's, on the way to the head."""
+
+    address: str
+    interface: NetworkInterface
+
+
+def connect_cluster(config: PagodaConfig, deadline: float, on_progress: Callable[[str], None]) -> RayCluster:
+    """Connect this process to the cluster at `ray_address`, or to one that is started here.
+
+    `deadline`: `time.monotonic()`.
+
+    Raises:
+        ConfigError: Ray is missing or of another version, this machine belongs to no cluster, a token is refused.
+        CommunicationError: nobody answers in time.
+    """
+    version = require_ray()
+    os.environ.update(ray_environment(os.environ))  # read by Ray as it is imported, and by what it starts
+    address = config.ray_address
+    if address is None:
+        interface = choose_outward_interface(config.network_interface)
+        address = ensure_head(owner_process(), RayNode(address=interface.address), deadline, on_progress)
+    elif address != "auto":
+        wait_for_head(address, deadline, on_progress)
+    on_progress(f"connecting to the Ray cluster at {address}")
+    import ray
+
+    if not ray.is_initialized():
+        _connect(address, version, deadline)
+    address = str(ray.get_runtime_context().gcs_address)
+    interface = choose_interface(config.network_interface, split_address(address)[0])
+    logger.info("Ray %s at %s; ranks reach the engine over %s", version, address, interface)
+    return RayCluster(address, interface)
+
+
+def reserve(layout: ParallelLayout, device: str, deadline: float, on_progress: Callable[[str], None]) -> PlacementGroup:
+    """Room for all ranks: a bundle for each pipeline stage, which holds the stage's tensor group.
+
+    A bundle never spans nodes, so a tensor group never does. GPUs are filled node by node; of CPUs each node adds memory
+    bandwidth, so there stages are spread.
+
+    Raises:
+        ConfigError: the cluster has no such room by `deadline`; the message says what it has.
+    """
+    from ray.util.placement_group import placement_group
+
+    kind = "GPU" if device == "cuda" else "CPU"
+    bundles = [{kind: layout.tensor_parallel_size} for _ in range(layout.pipeline_parallel_size)]
+    group = placement_group(bundles, strategy="PACK" if kind == "GPU" else "SPREAD")
+    while not group.wait(_LOOK_SECONDS):
+        wanted = f"{len(bundles)} x {layout.tensor_parallel_size} {kind}, each on one node"
+        has = f"the cluster has {_nodes_in_words(kind)}"
+        if time.monotonic() > deadline:
+            release(group)
+            raise ConfigError(
+                f"the Ray cluster has no room for tensor_parallel_size={layout.tensor_parallel_size}, "
+                f"pipeline_parallel_size={layout.pipeline_parallel_size}: needed are {wanted}; {has}. "
+                "Let nodes join (pagoda join), free them, or lower one of the two"
+            )
+        on_progress(f"waiting for room for {wanted}; {has}")
+    return group
+
+
+def release(group: PlacementGroup) -> None:
+    """Give room back."""
+    from ray.util.placement_group import remove_placement_group
+
+    remove_placement_group(group)
+
+
+def cluster_nodes() -> list[dict[str, Any]]:
+    """The nodes that Ray believes alive. For people only: one that has just died is among them for some seconds."""
+    import ray
+
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
+def within(seconds: float, call: Callable[[], object]) -> bool:
+    """Whether `call` came to an end in time, by an error or not: calls to a head that is gone would wait for its return."""
+
+    def guarded() -> None:
+        try:
+            call()
+        except Exception as error:
+            logger.debug("a call to Ray failed: %s", error)
+
+    thread = threading.Thread(target=guarded, name="ray-call", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return not thread.is_alive()
+
+
+def _connect(address: str, version: str, deadline: float) -> None:
+    """`ray.init` in a thread of its own: it may wait longer than we do, and must not take over this process's signals."""
+    import ray
+
+    outcome: list[Exception | None] = []
+
+    def connect() -> None:
+        try:
+            ray.init(address, namespace="pagoda", configure_logging=False, log_to_driver=True)
+            outcome.append(None)
+        except Exception as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=connect, name="ray-connect", daemon=True)
+    thread.start()
+    thread.join(max(_CALL_SECONDS, deadline - time.monotonic()))
+    if not outcome:
+        raise CommunicationError(f"the Ray head at {address} accepts connections and does not answer")
+    if outcome[0] is not None:
+        raise _in_words(outcome[0], address, version) from outcome[0]
+
+
+def _in_words(error: Exception, address: str, version: str) -> PagodaError:
+    text = " ".join(str(error).split())
+    conflict = version_conflict(text, address, version)
+    if conflict is not None:
+        return ConfigError(conflict)
+    if "authenticat" in text.lower():
+        return ConfigError(
+            f"the Ray cluster at {address} refuses this process: "
+            "RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) must hold the token of its head"
+        )
+    if isinstance(error, ConnectionError) and address == "auto":
+        return ConfigError(
+            "ray_address=auto: this machine is no node of a Ray cluster; "
+            "run `pagoda join HEAD` here first, or leave ray_address out to start a head"
+        )
+    if "node_ip_address" in text or "No node" in text or "not find" in text:
+        return ConfigError(
+            f"ray_address={address}: this machine is no node of that cluster; run `pagoda join {address}` here first"
+        )
+    return CommunicationError(f"the Ray cluster at {address} cannot be joined: {text}")
+
+
+def version_conflict(text: str, address: str, version: str) -> str | None:
+    """What Ray says of a version conflict, in a sentence; None if `text` is about something else."""
+    if "ersion mismatch" not in text:
+        return None
+    found = _VERSIONS.search(text)
+    theirs = f"Ray {found[1]} with Python {found[2]}" if found else "another version of Ray or Python"
+    return (
+        f"the Ray cluster at {address} runs {theirs}, and here are Ray {version} with Python {python_series()}: "
+        "install the same image on every node"
+    )
+
+
+def _nodes_in_words(kind: str) -> str:
+    nodes = cluster_nodes()
+    offers = [f"{node['Resources'].get(kind, 0):g} {kind} on {node['NodeManagerHostname']}" for node in nodes]
+    return ", ".join(offers) + " (some may be taken)" if offers else "no nodes"

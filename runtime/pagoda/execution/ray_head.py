@@ -1,0 +1,144 @@
+"""A Ray head of our own, for a server that is given no cluster: `python -m pagoda.execution.ray_head OWNER_PID …`.
+
+    server ──▶ engine core ──▶ this ──▶ ray start --head --block
+       └──────── lives as long as ────────▶┘
+
+It belongs to the server and not to the core that started it, so it outlives a core: worker nodes stay, and the next core finds
+the head by the file that this process keeps.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from pagoda.errors import CommunicationError, ConfigError
+from pagoda.execution.ray_node import HEAD_PORT, RayNode, ray_environment
+from pagoda.parallel.node_state import READY, StateFile, default_directory, is_alive, published
+
+_LOOK_SECONDS = 0.25
+_PATIENCE_SECONDS = 5.0
+_STARTED = "Ray runtime started"
+_SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
+
+
+def ensure_head(owner: int, node: RayNode, deadline: float, on_progress: Callable[[str], None]) -> str:
+    """HOST:PORT of the head that belongs to the process `owner`; started at `node.address` if there is none yet.
+
+    Raises:
+        ConfigError: the port is taken.
+        CommunicationError: the head did not come up, and what it said.
+    """
+    found = find_head(owner)
+    if found is not None:
+        return found
+    head = replace(node, head_port=HEAD_PORT if node.head_port is None else node.head_port)
+    _check_port(head)
+    directory = _directory()
+    log = directory / f"{_name(owner)}.log"
+    address = f"{head.address}:{head.head_port}"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pagoda.execution.ray_head", str(owner), address, str(log), *head.command()],
+            env=ray_environment(os.environ),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C is for the server, which ends first
+        )
+    while (found := find_head(owner)) is None:
+        if process.poll() is not None:
+            raise CommunicationError(f"the Ray head did not start: {last_words(log)} (all of it: {log})")
+        if time.monotonic() > deadline:
+            process.terminate()
+            raise CommunicationError(f"the Ray head did not start in time; its log: {log}")
+        on_progress(f"starting a Ray head at {address}")
+        time.sleep(_LOOK_SECONDS)
+    return found
+
+
+def find_head(owner: int) -> str | None:
+    """HOST:PORT of the head that belongs to `owner`, if one is up."""
+    _, states = published(_directory())
+    for state in states:
+        if state.name == _name(owner) and state.stage == READY:
+            return state.detail
+    return None
+
+
+def last_words(log: Path) -> str:
+    """The line of a log of Ray's that says most about why it ended: the last with an error in it, else the last."""
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    errors = [line for line in lines if "Error" in line or "error" in line or "mismatch" in line]
+    return (errors or lines or ["it said nothing"])[-1]
+
+
+def _check_port(node: RayNode) -> None:
+    assert node.head_port is not None
+    try:
+        with socket.create_server((node.address, node.head_port), family=_family(node.address)):
+            return
+    except OSError as error:
+        where = f"{node.address}:{node.head_port}"
+        raise ConfigError(
+            f"ray_address=none: a Ray head cannot be started at {where}: {error.strerror}; "
+            f"to use a head that runs there set ray_address={where}"
+        ) from error
+
+
+def _family(address: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in address else socket.AF_INET
+
+
+def _name(owner: int) -> str:
+    return f"ray-head-of-{owner}"
+
+
+def _directory() -> Path:
+    directory = default_directory() / "heads"
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return directory
+
+
+def main(owner: int, address: str, log: Path, command: list[str]) -> int:
+    """Run the head until it or its owner ends; its exit status."""
+    told_to_stop = []
+    signal.signal(signal.SIGTERM, lambda *_: told_to_stop.append(True))
+    state = StateFile(_directory(), _name(owner), bound=_PATIENCE_SECONDS)
+    state.enter("starting", address)
+    ray = subprocess.Popen(command, preexec_fn=_end_with_parent)
+    is_up = False
+    while ray.poll() is None and is_alive(owner) and not told_to_stop:
+        if not is_up and _STARTED in log.read_text(encoding="utf-8", errors="replace"):
+            is_up = True
+            state.enter(READY, address)
+        state.beat()
+        time.sleep(_LOOK_SECONDS)
+    return end_ray(ray, _PATIENCE_SECONDS)
+
+
+def end_ray(ray: subprocess.Popen[bytes], patience_seconds: float) -> int:
+    """End `ray start --block`, which takes its processes with it; by force after `patience_seconds`. Its exit status."""
+    if ray.poll() is None:
+        ray.terminate()
+    try:
+        return ray.wait(patience_seconds)
+    except subprocess.TimeoutExpired:
+        ray.kill()  # its reaper ends the rest
+        return ray.wait()
+
+
+def _end_with_parent() -> None:
+    ctypes.CDLL(None, use_errno=True).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), sys.argv[4:]))

@@ -1,0 +1,131 @@
+"""How a Ray node is started, as head or as worker: one command line and one environment for both. Imports no Ray."""
+
+from __future__ import annotations
+
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from pagoda.errors import CommunicationError, ConfigError
+from pagoda.parallel.facts import installed_version
+
+HEAD_PORT = 6379
+
+# Ray's object store carries nothing of ours: the least that Ray accepts, so that a small /dev/shm will do.
+_OBJECT_STORE_BYTES = 80_000_000
+
+_LOOK_SECONDS = 0.5
+_CONNECT_SECONDS = 2.0
+
+# Ray by itself notices a dead node after 12 s, a cut network or a dead head after a minute. These bounds hold on a busy
+# machine too; ranks have heartbeats of their own, which are faster.
+_TUNED = {
+    "RAY_health_check_initial_delay_ms": "5000",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "2000",
+    "RAY_health_check_failure_threshold": "4",
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "5",
+    "RAY_raylet_liveness_self_check_interval_ms": "2000",
+    "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+    # A rank's memory is settled before it is ready. What else fills the machine is the kernel's and the kubelet's affair.
+    "RAY_memory_monitor_refresh_ms": "0",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RayNode:
+    """A node to be: its address, and what it offers. None: what Ray finds on the machine. Port 0: any free one."""
+
+    address: str
+    head_port: int | None = None
+    head_address: str | None = None
+    num_cpus: int | None = None
+    num_gpus: int | None = None
+    node_manager_port: int = 0
+    object_manager_port: int = 0
+    worker_ports: tuple[int, int] | None = None
+
+    def command(self) -> list[str]:
+        """The command line: a head at `head_port`, or a worker of the head at `head_address` (HOST:PORT)."""
+        words = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
+        if self.head_port is not None:
+            words += ["--head", f"--port={self.head_port}", "--include-dashboard=false", "--ray-client-server-port=0"]
+        else:
+            words.append(f"--address={self.head_address}")
+        words += [f"--node-ip-address={self.address}", f"--object-store-memory={_OBJECT_STORE_BYTES}"]
+        words += [f"--node-manager-port={self.node_manager_port}", f"--object-manager-port={self.object_manager_port}"]
+        if self.worker_ports is not None:
+            words += [f"--min-worker-port={self.worker_ports[0]}", f"--max-worker-port={self.worker_ports[1]}"]
+        words += [] if self.num_cpus is None else [f"--num-cpus={self.num_cpus}"]
+        return words + ([] if self.num_gpus is None else [f"--num-gpus={self.num_gpus}"])
+
+
+def ray_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """`environ` and what makes Ray notice losses in time; what is set there already stays.
+
+    A token in `RAY_AUTH_TOKEN` or `RAY_AUTH_TOKEN_PATH` turns on Ray's authentication by it.
+    """
+    added = dict(_TUNED)
+    if environ.get("RAY_AUTH_TOKEN") or environ.get("RAY_AUTH_TOKEN_PATH"):
+        added["RAY_AUTH_MODE"] = "token"
+    return {**added, **environ}
+
+
+def require_ray() -> str:
+    """The version of Ray that is installed here. Raises `ConfigError` if there is none."""
+    found = installed_version("ray")
+    if found is None:
+        raise ConfigError("Ray is not installed here, which several nodes need: pip install 'pagoda[ray]'")
+    return found
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Host and port of `HOST`, `HOST:PORT` or `[IPV6]:PORT`; without a port it is Ray's own. Raises `ConfigError`."""
+    host, colon, port = address.rpartition(":")
+    if not colon or port.endswith("]"):
+        host, port = address, str(HEAD_PORT)
+    host = host.removeprefix("[").removesuffix("]")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise ConfigError(f"{address}: must be HOST or HOST:PORT of a Ray head")
+    return host, int(port)
+
+
+def wait_for_head(
+    address: str,
+    deadline: float,
+    on_progress: Callable[[str], None],
+    is_told_to_stop: Callable[[], bool] = lambda: False,
+) -> bool:
+    """Wait until something listens at `address`, until `deadline` (`time.monotonic()`); False if told to stop before.
+
+    `on_progress` hears why it is still waiting. That the port is open does not mean that the head is ready.
+
+    Raises:
+        CommunicationError: nobody listened there in time; the message says how it failed last.
+    """
+    host, port = split_address(address)
+    while not is_told_to_stop():
+        trouble = _trouble_with(host, port)
+        if trouble is None:
+            return True
+        if time.monotonic() > deadline:
+            raise CommunicationError(f"the Ray head at {host}:{port} cannot be reached: {trouble}")
+        on_progress(f"waiting for the Ray head at {host}:{port}: {trouble}")
+        time.sleep(_LOOK_SECONDS)
+    return False
+
+
+def _trouble_with(host: str, port: int) -> str | None:
+    try:
+        socket.create_connection((host, port), _CONNECT_SECONDS).close()
+    except socket.gaierror:
+        return f"the name {host} is not known (yet); in Kubernetes it is once the Service exists"
+    except ConnectionRefusedError:
+        return f"{host} is there and nobody listens on port {port} (yet)"
+    except TimeoutError:
+        return f"{host} does not answer: another network, a firewall, or a NetworkPolicy"
+    except OSError as error:
+        return f"{error.strerror or error}"
+    return None

@@ -1,0 +1,163 @@
+"""What runs on a worker node, in small files that the node's probes read: the node's own state, and one of each rank there.
+
+    <directory>/node.json      written by `pagoda join`
+    <directory>/rank-3.json    written by rank 3
+
+A file holds a stage, when its process last gave a sign of life, and who that process is: if that is gone, the file counts
+for nothing. Imports the standard library only, for a probe has a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+DIRECTORY_VARIABLE = "PAGODA_NODE_STATE_DIRECTORY"
+"""Set by `pagoda join` for everything that it starts; where it is not set, ranks publish nothing."""
+
+READY = "ready"
+JOINED = "joined"
+
+_NODE = "node"
+_START_TIME_FIELD = 19  # of /proc/PID/stat, counted from the field after the command's name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PublishedState:
+    """`name`: `node` or `rank 3`. `beat`: `time.monotonic()` of the last sign of life; it may be `bound` seconds old."""
+
+    name: str
+    stage: str
+    detail: str
+    beat: float
+    bound: float
+    pid: int
+    process_start: int
+
+    @property
+    def silent_seconds(self) -> float:
+        """Seconds since the last sign of life."""
+        return time.monotonic() - self.beat
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.stage}" + (f", {self.detail}" if self.detail else "")
+
+
+class StateFile:
+    """The file of the calling process. `bound`: seconds of silence after which it is to count as stuck."""
+
+    def __init__(self, directory: Path, name: str, bound: float) -> None:
+        self._path = directory / f"{name.replace(' ', '-')}.json"
+        self._name = name
+        self._bound = bound
+        self._stage = "starting"
+        self._detail = ""
+        self._process_start = _process_start(os.getpid()) or 0
+
+    def enter(self, stage: str, detail: str = "") -> None:
+        """Say that the process is at `stage` now."""
+        self._stage, self._detail = stage, detail
+        self.beat()
+
+    def beat(self) -> None:
+        """Say that the process is alive."""
+        state = PublishedState(
+            name=self._name,
+            stage=self._stage,
+            detail=self._detail,
+            beat=time.monotonic(),
+            bound=self._bound,
+            pid=os.getpid(),
+            process_start=self._process_start,
+        )
+        unfinished = self._path.with_suffix(f".{os.getpid()}")
+        unfinished.write_text(json.dumps(asdict(state)), encoding="utf-8")
+        unfinished.replace(self._path)  # a reader sees the state before or this one, never half of it
+
+
+def default_directory() -> Path:
+    """Where state is published when nobody says otherwise: one place for each user."""
+    return Path(tempfile.gettempdir()) / f"pagoda-node-{os.getuid()}"
+
+
+def prepare_directory(directory: Path) -> None:
+    """Make the directory, for this user only, and clear what an earlier life left there."""
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for path in directory.glob("*.json"):
+        path.unlink(missing_ok=True)
+
+
+def published(directory: Path) -> tuple[PublishedState | None, list[PublishedState]]:
+    """The node's state and that of its ranks, as far as their processes exist."""
+    states = {state.name: state for state in _read_all(directory) if _is_there(state)}
+    node = states.pop(_NODE, None)
+    return node, sorted(states.values(), key=lambda state: state.name)
+
+
+def judge(probe: str, node: PublishedState | None, ranks: list[PublishedState]) -> tuple[bool, str]:
+    """Whether `probe` passes on a worker node, and why.
+
+    startup  passes once the node belongs to the cluster
+    ready    passes while it does, has ranks, and all of them are ready and alive
+    live     fails when only a restart can help: `pagoda join` or a rank that exists gives no sign of life
+    """
+    if node is None:
+        return False, "no `pagoda join` runs on this node"
+    silent = [state for state in (node, *ranks) if state.silent_seconds > state.bound]
+    if silent:
+        worst = silent[0]
+        return False, f"{worst} gave no sign of life for {worst.silent_seconds:.1f} s (bound {worst.bound:g} s)"
+    words = "; ".join(map(str, (node, *ranks)))
+    if probe == "live":
+        return True, words
+    if node.stage != JOINED:
+        return False, words
+    if probe == "startup":
+        return True, words
+    if not ranks:
+        return False, f"{words}; no rank runs here"
+    return all(state.stage == READY for state in ranks), words
+
+
+def node_file(directory: Path, bound: float) -> StateFile:
+    """The file of the node itself."""
+    return StateFile(directory, _NODE, bound)
+
+
+def rank_file(directory: Path, rank: int, bound: float) -> StateFile:
+    """The file of a rank."""
+    return StateFile(directory, f"rank {rank}", bound)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether there is a process of this id that runs, or could."""
+    return _process_start(pid) is not None
+
+
+def _read_all(directory: Path) -> Iterator[PublishedState]:
+    for path in directory.glob("*.json"):
+        try:
+            fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            yield PublishedState(**fields)
+        except (OSError, ValueError, TypeError):
+            continue  # it was removed meanwhile, or is not ours
+
+
+def _is_there(state: PublishedState) -> bool:
+    return state.process_start != 0 and _process_start(state.pid) == state.process_start
+
+
+def _process_start(pid: int) -> int | None:
+    """When the process began, in the kernel's ticks; with its id that names a process for good. None: there is none."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    fields = stat.rpartition(")")[2].split()
+    return None if fields[0] == "Z" else int(fields[_START_TIME_FIELD])
