@@ -56,6 +56,15 @@ def test_what_holds_it_keeps_it_from_becoming_ready(caplog: pytest.LogCaptureFix
     health.release("tokenizer")
 
 
+def test_an_engine_that_is_lost_while_it_is_held_is_not_released_into_readiness() -> None:
+    health = EngineHealth()
+    health.hold("tokenizer")
+    health.transition(EngineState.READY, "the core has started")
+    health.transition(EngineState.STARTING, "the core was lost")
+    health.release("tokenizer")
+    assert health.state is EngineState.STARTING
+
+
 def test_a_drain_while_it_is_held_is_not_undone_by_the_release() -> None:
     health = EngineHealth()
     health.hold("tokenizer")

@@ -4,6 +4,8 @@
        ▲  └────────┼────────┼────────────────────▶ dead
        └───────────┴────────┘  the core was lost, and is started anew
 
+Several replicas, all of them lost, go from starting to degraded when the first is back.
+
 Ready and live are different questions. A starting or draining engine is live and not ready; a dead one is neither. What else
 must be up before requests can be taken (a server's tokenizers) holds the engine in `starting`.
 """
@@ -31,8 +33,10 @@ class EngineState(StrEnum):
     DEAD = "dead"
 
 
+SERVING = (EngineState.READY, EngineState.DEGRADED)
+
 ALLOWED = {
-    EngineState.STARTING: {EngineState.READY, EngineState.DRAINING, EngineState.DEAD},
+    EngineState.STARTING: {EngineState.READY, EngineState.DEGRADED, EngineState.DRAINING, EngineState.DEAD},
     EngineState.READY: {EngineState.STARTING, EngineState.DEGRADED, EngineState.DRAINING, EngineState.DEAD},
     EngineState.DEGRADED: {EngineState.STARTING, EngineState.READY, EngineState.DRAINING, EngineState.DEAD},
     EngineState.DRAINING: {EngineState.DEAD},
@@ -48,9 +52,13 @@ _LEVELS = {
 
 
 class EngineHealth:
-    """The state, since when, and why. `since` is seconds since the epoch; listeners hear of state and stage changes."""
+    """The state, since when, and why. `since` is seconds since the epoch; listeners hear of state and stage changes.
 
-    def __init__(self) -> None:
+    `name`: what the log calls it.
+    """
+
+    def __init__(self, name: str = "engine") -> None:
+        self.name = name
         self.state = EngineState.STARTING
         self.stage = "config"
         self.detail = ""
@@ -58,36 +66,36 @@ class EngineHealth:
         self.since = time.time()
         self.transitions: Counter[tuple[str, str]] = Counter()
         self._held_by: list[str] = []
-        self._cause_of_ready: str | None = None  # set while the engine itself is ready and something holds it
+        self._held_back: tuple[EngineState, str] | None = None  # where it would be if nothing held it, and why
         self._listeners: list[Listener] = []
 
     @property
     def accepts_requests(self) -> bool:
         """Whether a request sent now would be taken."""
-        return self.state in (EngineState.READY, EngineState.DEGRADED)
+        return self.state in SERVING
 
     @property
     def has_started(self) -> bool:
         """Whether requests could be taken at some time, whatever came after."""
-        return any(target == EngineState.READY for _, target in self.transitions)
+        return any(target in SERVING for _, target in self.transitions)
 
     def transition(self, state: EngineState, cause: str, *, is_expected: bool = False) -> None:
         """Move to `state`; staying is no transition, and a move that the picture does not have is a bug: `ValueError`.
 
-        `READY` waits in `STARTING` for whatever was told to `hold` it. `is_expected`: an end that was asked for is no error in
-        the log.
+        `READY` and `DEGRADED` wait in `STARTING` for whatever was told to `hold` them. `is_expected`: an end that was asked
+        for is no error in the log.
         """
+        self._held_back = None  # an engine that is lost while it is held has nothing to be released into
         if state is self.state:
             return
         if state not in ALLOWED[self.state]:
             raise ValueError(f"the engine cannot go from {self.state} to {state} ({cause})")
-        self._cause_of_ready = None
-        if state is EngineState.READY and self._held_by:
-            self._cause_of_ready = cause
+        if state in SERVING and self._held_by:
+            self._held_back = state, cause
             self.enter_stage(self._held_by[0])
             return
         level = logging.INFO if is_expected else _LEVELS.get(state, logging.INFO)
-        logger.log(level, "engine %s -> %s: %s", self.state, state, cause)
+        logger.log(level, "%s %s -> %s: %s", self.name, self.state, state, cause)
         self.transitions[self.state.value, state.value] += 1
         self.state, self.cause, self.since = state, cause, time.time()
         if state is not EngineState.STARTING:
@@ -103,8 +111,8 @@ class EngineHealth:
         if stage not in self._held_by:
             return
         self._held_by.remove(stage)
-        if self._cause_of_ready is not None:
-            self.transition(EngineState.READY, self._cause_of_ready)
+        if self._held_back is not None:
+            self.transition(*self._held_back)
 
     def enter_stage(self, stage: str, detail: str = "") -> None:
         """Note the start-up stage, for people and for the startup probe."""
