@@ -13,11 +13,12 @@ from pagoda.errors import InvalidRequestError, QueueFullError
 from pagoda.sampling.output import FinishReason
 from pagoda.sampling.params import SamplingParams
 from pagoda.scheduling.kv_cache_manager import KVCacheManager
+from pagoda.scheduling.landed_tokens import LandedTokensTracker
 from pagoda.scheduling.limits import SchedulerLimits
 from pagoda.scheduling.plan import StepPlan, StepResult
 from pagoda.scheduling.request import Request
 from pagoda.scheduling.scheduler import Progress, Scheduler
-from tests.support.simulated_runner import SimulatedRunner, simulated_token
+from tests.support.simulated_runner import SimulatedFirstStage, SimulatedRunner, simulated_token
 
 EOS = 7
 
@@ -67,9 +68,22 @@ class SchedulerMachine(RuleBasedStateMachine):
         window=st.sampled_from([None, None, 1, 3]),
         watermark=st.sampled_from([0.0, 0.2]),
         burst=st.sampled_from([1, 1, 4]),
+        stages=st.sampled_from([1, 1, 2, 3]),
     )
     def build(
-        self, num_usable, block_size, max_num_seqs, budget, threshold, depth, policy, caching, window, watermark, burst
+        self,
+        num_usable,
+        block_size,
+        max_num_seqs,
+        budget,
+        threshold,
+        depth,
+        policy,
+        caching,
+        window,
+        watermark,
+        burst,
+        stages,
     ) -> None:
         self.kv = KVCacheManager(
             num_usable + 1, block_size, enable_prefix_caching=caching, sliding_window=window, watermark=watermark
@@ -83,12 +97,15 @@ class SchedulerMachine(RuleBasedStateMachine):
                 long_prefill_token_threshold=threshold,
                 max_preemptions=2,
                 policy=policy,
-                num_scheduler_steps=burst,
+                num_scheduler_steps=burst if stages == 1 else 1,
+                pipeline_parallel_size=stages,
             ),
             self.kv,
         )
         self.runner = SimulatedRunner(block_size, window)
-        self.depth = depth
+        self.depth = depth if stages == 1 else stages
+        self.first_stage = SimulatedFirstStage()
+        self.landed_tokens = LandedTokensTracker()
         self.in_flight: deque[tuple[StepPlan, StepResult]] = deque()
         self.requests: dict[str, Request] = {}
         self.outputs: dict[str, list[int]] = {}
@@ -128,12 +145,37 @@ class SchedulerMachine(RuleBasedStateMachine):
     def step(self) -> None:
         while len(self.in_flight) < self.depth and (plan := self.scheduler.schedule()) is not None:
             assert sum(plan.num_scheduled_tokens) <= self.scheduler.limits.max_num_batched_tokens
-            self.in_flight.append((plan, self.runner.execute(plan)))
+            self.in_flight.append((plan, self._execute(plan)))
         had_work = bool(self.in_flight)
         if had_work:
-            self._record(self.scheduler.apply(*self.in_flight.popleft()))
+            self._land(*self.in_flight.popleft())
         self._record(self.scheduler.take_ended())
         assert had_work or not self.scheduler.has_work, "requests wait, and nothing can run"
+
+    def _execute(self, plan: StepPlan) -> StepResult:
+        """Run a plan. With stages, the first one must know every token of it: none may still be on the way."""
+        if self.scheduler.limits.pipeline_parallel_size == 1:
+            return self.runner.execute(plan)
+        on_the_way = {
+            request_id
+            for earlier, _ in self.in_flight
+            for request_id, samples in zip(earlier.request_ids, earlier.samples, strict=True)
+            if samples
+        }
+        assert not on_the_way & set(plan.request_ids)
+        inputs = self._inputs_of_first_stage(plan)
+        result = self.runner.execute(plan)
+        for slot, computed, tokens in zip(plan.slots, plan.num_computed_tokens, inputs, strict=True):
+            assert tokens == self.runner.token_pool[slot][computed : computed + len(tokens)]
+        return result
+
+    def _inputs_of_first_stage(self, plan: StepPlan) -> list[list[int | None]]:
+        return self.first_stage.inputs(plan, self.landed_tokens.submitted(plan))
+
+    def _land(self, plan: StepPlan, result: StepResult) -> None:
+        if self.scheduler.limits.pipeline_parallel_size > 1:
+            self.landed_tokens.landed(result)
+        self._record(self.scheduler.apply(plan, result))
 
     @rule(count=st.integers(5, 40))
     def steps(self, count: int) -> None:
@@ -154,7 +196,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def a_row_fails(self) -> None:
         plan, result = self.in_flight.popleft()
         result.errors[0] = "row fault"
-        self._record(self.scheduler.apply(plan, result))
+        self._land(plan, result)
         self._record(self.scheduler.take_ended())
 
     @rule()
@@ -162,7 +204,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         # Nothing that the failed step should have written may be trusted: overwrite all of it.
         plan = self.scheduler.schedule()
         if plan is not None:
-            self.runner.execute(plan)
+            self._execute(plan)
             for slot, computed, scheduled in zip(
                 plan.slots, plan.num_computed_tokens, plan.num_scheduled_tokens, strict=True
             ):
@@ -176,6 +218,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     def a_step_does_not_fit(self) -> None:
         plan = self.scheduler.schedule()
         if plan is not None:
+            if self.scheduler.limits.pipeline_parallel_size > 1:
+                self._inputs_of_first_stage(plan)
             self.runner.enter_only(plan)
         self.in_flight.clear()
         if not self.scheduler.retry_in_flight():

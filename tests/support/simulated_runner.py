@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from hashlib import blake2b
 
-from pagoda.scheduling.plan import NewRequest, StepPlan, StepResult
+from pagoda.scheduling.plan import LandedTokens, NewRequest, StepPlan, StepResult
 
 
 def simulated_token(prefix: tuple[int, ...], vocab_size: int = 50) -> int:
@@ -88,3 +88,24 @@ class SimulatedRunner:
         block_id = self.block_table[slot][position // self.block_size]
         assert block_id != 0, "the null block is written or read"
         return block_id, position % self.block_size
+
+
+class SimulatedFirstStage:
+    """The token pool of a pipeline's first stage: it knows what plans bring and what has landed, never what is sampled."""
+
+    def __init__(self) -> None:
+        self.token_pool: dict[int, dict[int, int]] = {}
+
+    def inputs(self, plan: StepPlan, landed: LandedTokens) -> list[list[int | None]]:
+        """The tokens of each row of `plan` as this stage knows them; None for one that it does not."""
+        for slot, position, token_id in zip(landed.slots, landed.positions, landed.token_ids, strict=True):
+            self.token_pool[slot][position] = token_id
+        for slot in plan.released_slots:
+            del self.token_pool[slot]
+        for new in plan.new_requests:
+            self.token_pool[new.slot] = dict(enumerate(new.token_ids))
+        rows = zip(plan.slots, plan.num_computed_tokens, plan.num_scheduled_tokens, strict=True)
+        return [
+            [self.token_pool[slot].get(position) for position in range(computed, computed + scheduled)]
+            for slot, computed, scheduled in rows
+        ]

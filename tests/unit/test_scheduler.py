@@ -10,8 +10,9 @@ from pagoda.errors import InvalidRequestError, QueueFullError
 from pagoda.sampling.output import FinishReason, TokenLogprobs
 from pagoda.sampling.params import SamplingParams
 from pagoda.scheduling.kv_cache_manager import KVCacheManager
+from pagoda.scheduling.landed_tokens import LandedTokensTracker
 from pagoda.scheduling.limits import SchedulerLimits
-from pagoda.scheduling.plan import StepPlan, StepResult
+from pagoda.scheduling.plan import LandedTokens, StepPlan, StepResult
 from pagoda.scheduling.request import Request
 from pagoda.scheduling.scheduler import Progress, Scheduler
 
@@ -360,3 +361,56 @@ def test_windowed_prefix_hits_without_the_blocks_that_have_left_the_window() -> 
     assert scheduled(plan) == {"b": 4}
     assert again.num_cached_tokens == 20
     assert plan.new_requests[0].block_ids[:3] == [0, 0, 0]
+
+
+def test_stages_of_a_pipeline_all_have_requests_to_decode() -> None:
+    scheduler = make_scheduler(pipeline_parallel_size=3)
+    for name in "abcdefg":
+        scheduler.add(make_request(name))
+    step(scheduler)  # all prompts at once
+    first, second, third = (scheduler.schedule() for _ in range(3))
+    assert [plan.request_ids for plan in (first, second, third)] == [["a", "b", "c"], ["d", "e", "f"], ["g"]]
+    assert scheduler.schedule() is None, "every request waits for a token"
+    land(scheduler, first)
+    assert scheduler.schedule().request_ids == ["a", "b", "c"]
+    scheduler.check_integrity()
+
+
+def test_chunks_of_a_prompt_follow_each_other_through_the_pipeline() -> None:
+    scheduler = make_scheduler(max_num_batched_tokens=5, pipeline_parallel_size=2)
+    scheduler.add(make_request("a", 12))
+    plans = [scheduler.schedule() for _ in range(3)]
+    assert [plan.num_scheduled_tokens for plan in plans] == [[5], [5], [2]]
+    assert scheduler.schedule() is None, "the first sampled token is not there yet"
+
+
+def test_request_left_out_of_a_full_batch_is_in_the_next() -> None:
+    scheduler = make_scheduler(pipeline_parallel_size=2)
+    for name in "abcd":
+        scheduler.add(make_request(name, max_tokens=50))
+    step(scheduler)
+    in_flight = [scheduler.schedule(), scheduler.schedule()]
+    scheduler.add(make_request("e", max_tokens=50))
+    last_seen = dict.fromkeys("abcde", 0)
+    for turn in range(1, 20):
+        land(scheduler, in_flight.pop(0))
+        in_flight.append(scheduler.schedule())
+        last_seen.update(dict.fromkeys(in_flight[-1].request_ids, turn))
+        assert min(last_seen.values()) >= turn - 3
+
+
+def test_landed_token_of_a_slot_that_has_changed_hands_is_dropped() -> None:
+    scheduler, tracker = make_scheduler(pipeline_parallel_size=2), LandedTokensTracker()
+    for name in "ab":
+        scheduler.add(make_request(name))
+    first = scheduler.schedule()
+    assert tracker.submitted(first) == LandedTokens()
+    scheduler.abort(["a"])
+    scheduler.add(make_request("c"))
+    second = scheduler.schedule()
+    assert tracker.submitted(second) == LandedTokens()
+    assert second.new_requests[0].slot == first.slots[0], "the newcomer was meant to take the slot"
+    result = StepResult(first.step_id, [[41], [42]])
+    tracker.landed(result)
+    scheduler.apply(first, result)
+    assert tracker.submitted(scheduler.schedule()) == LandedTokens([first.slots[1]], [4], [42])

@@ -10,6 +10,12 @@ Running requests come first. One that needs a block when none is left preempts t
 blocks go back, and it waits at the front to be recomputed (its published blocks usually still hit). In a step that preempted,
 nobody is admitted. Plans may be made while earlier ones are in flight: counters advance when a step is planned, and
 `Request.num_in_flight` stands for sampled tokens that are still on the way.
+
+With pipeline stages a request can be planned again only when its last sampled token has landed. So each plan takes its share
+of the requests that decode, and all stages have a batch to work on:
+
+    stage 0:  plan 0 (R1 R2)   plan 1 (R3 R4)   plan 2 (R1 R2)   plan 3 (R3 R4) …
+    stage 1:                   plan 0 (R1 R2)   plan 1 (R3 R4)   plan 2 (R1 R2) …
 """
 
 from __future__ import annotations
@@ -205,7 +211,7 @@ class Scheduler:
         scheduled: dict[Request, int] = {}
         budget = self._budget.tokens
         preempted = False
-        for request in list(self._running.values()):
+        for request in self._candidates():
             num_new = self._clamp(request.next_tokens(), budget)
             if num_new == 0 or request.status is not RequestStatus.RUNNING:
                 continue  # nothing to do, no budget, or preempted a moment ago for one before it
@@ -221,6 +227,24 @@ class Scheduler:
                 scheduled[request] = num_new
                 budget -= num_new
         return scheduled, preempted
+
+    def _candidates(self) -> list[Request]:
+        """The running requests that this plan may move forward."""
+        running = list(self._running.values())
+        num_stages = self.limits.pipeline_parallel_size
+        if num_stages == 1:
+            return running
+        # The last `num_stages` plans are in flight together. A request that one after the other left out for being full would
+        # be one more than there are: nobody is left out for long.
+        room = -(-len(running) // num_stages)
+        candidates = []
+        for request in running:
+            decodes = request.next_tokens() == 1
+            if request.num_in_flight or (decodes and room == 0):
+                continue
+            room -= decodes
+            candidates.append(request)
+        return candidates
 
     def _admit_waiting(self, plan: StepPlan, requests: list[Request], budget: int) -> None:
         """Admit waiting requests in order while budget, slots and blocks last. Nobody is overtaken."""
@@ -402,6 +426,7 @@ class Scheduler:
             )
             assert 0 <= request.num_computed_tokens <= request.num_tokens + request.num_in_flight
             assert request.num_output_tokens + request.num_in_flight <= request.max_tokens
+            assert request.num_in_flight <= 1 or self.limits.pipeline_parallel_size == 1
 
     def check_idle(self) -> None:
         """Assert, cheaply, that an engine without requests holds nothing."""
