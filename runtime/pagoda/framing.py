@@ -42,6 +42,11 @@ class FrameCodec:
             raise FrameError(f"a frame of kind {kind} and length {length} means nothing here")
         return int(length) - 1
 
+    def kind_of(self, header: bytes) -> type[Any]:
+        """The class of a frame's message, by a header that `payload_size` has accepted."""
+        kind: int = HEADER.unpack(header)[1]
+        return self.kinds[kind]
+
     def decode(self, header: bytes, payload: bytes) -> Any:
         """The message of a frame whose header `payload_size` has accepted. Raises `FrameError`."""
         kind = HEADER.unpack(header)[1]

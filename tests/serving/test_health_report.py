@@ -10,6 +10,7 @@ import pytest
 from pagoda.engine.health import EngineState
 from pagoda.engine.messages import EngineStats
 from pagoda.engine.progress_board import EngineProgress
+from pagoda.execution.rank_health import RankHealth
 from pagoda.serving.health import ServerHealth
 from tests.support.fake_engine import FakeEngineClient
 from tests.support.rest_harness import RestHarness
@@ -47,6 +48,16 @@ def test_the_report_has_state_load_and_the_age_of_the_last_sign_of_life() -> Non
     assert report["since"] == pytest.approx(time.time(), abs=60)
     assert (report["running"], report["waiting"], report["kv_cache_usage"], report["step"]) == (2, 3, 0.4, 17)
     assert 2 <= report["seconds_since_progress"] < 60
+
+
+def test_the_report_lists_the_ranks_of_a_model_with_several() -> None:
+    engine = WatchedEngine()
+    health = ServerHealth(engine)
+    assert health.snapshot()["ranks"] == []
+    engine.ranks = [RankHealth(rank=1, host="b", pid=42, last_heartbeat=time.monotonic() - 2, num_steps=7, is_up=False)]
+    (rank,) = health.snapshot()["ranks"]
+    assert 2 <= rank.pop("seconds_since_heartbeat") < 60
+    assert rank == {"rank": 1, "host": "b", "pid": 42, "up": False, "step": 7}
 
 
 def test_an_engine_without_tokenizers_is_not_ready(harness: RestHarness) -> None:

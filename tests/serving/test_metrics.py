@@ -20,6 +20,7 @@ from pagoda.errors import (
     InvalidRequestError,
     QueueFullError,
 )
+from pagoda.execution.rank_health import RankHealth
 from pagoda.observability.engine_collector import ENGINE_STATES
 from pagoda.observability.metrics import FINISHED_REASONS, Metrics
 from pagoda.observability.request_meter import RequestMeter, request_meters
@@ -77,6 +78,7 @@ class Engine:
     stats: EngineStats = field(default_factory=EngineStats)
     health: Health = field(default_factory=Health)
     progress: EngineProgress | None = None
+    ranks: list[RankHealth] = field(default_factory=list)
 
 
 @dataclass
@@ -269,6 +271,21 @@ def test_the_age_of_the_last_sign_of_life_is_shown(metrics: Metrics) -> None:
     assert samples(metrics)["pagoda_engine_seconds_since_progress"] == 0
     engine.progress = EngineProgress(1, time.monotonic() - 5, 0, is_busy=False)
     assert 5 <= samples(metrics)["pagoda_engine_seconds_since_progress"] < 60
+
+
+def test_each_rank_shows_whether_it_is_up_and_how_old_its_last_heartbeat_is(metrics: Metrics) -> None:
+    engine = Engine()
+    metrics.watch(engine)
+    assert not any("rank" in name for name in samples(metrics))
+    engine.ranks = [
+        RankHealth(rank=0, host="a", pid=1, last_heartbeat=time.monotonic() - 3, num_steps=9),
+        RankHealth(rank=1, host="b", pid=2, last_heartbeat=time.monotonic() - 20, num_steps=8, is_up=False),
+    ]
+    found = samples(metrics)
+    assert found["pagoda_rank_up{host=a,rank=0}"] == 1
+    assert found["pagoda_rank_up{host=b,rank=1}"] == 0
+    assert 3 <= found["pagoda_rank_seconds_since_heartbeat{host=a,rank=0}"] < 20
+    assert 20 <= found["pagoda_rank_seconds_since_heartbeat{host=b,rank=1}"] < 100
 
 
 def test_tokens_of_every_step_are_counted_even_when_reports_are_skipped(metrics: Metrics) -> None:

@@ -16,9 +16,7 @@ from pagoda.config.schema import PagodaConfig
 from pagoda.engine import wire
 from pagoda.engine.messages import StartCore
 from pagoda.engine.progress_board import EngineProgress, ProgressBoard
-
-# Dumps the stacks of all threads to the child's stderr, without ending it (see `engine.process`).
-STACKS_SIGNAL = signal.SIGUSR1
+from pagoda.process_control import STACKS_SIGNAL
 
 _STACKS_SECONDS = 0.5
 

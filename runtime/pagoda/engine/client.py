@@ -13,6 +13,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from dataclasses import replace
 
 from pagoda.config.schema import PagodaConfig
 from pagoda.engine.child import CoreChild
@@ -23,6 +24,7 @@ from pagoda.engine.messages import (
     EngineFailed,
     EngineOutput,
     EngineOutputs,
+    EngineRanks,
     EngineReady,
     EngineRequest,
     EngineStage,
@@ -42,6 +44,7 @@ from pagoda.errors import (
     QueueFullError,
     error_of,
 )
+from pagoda.execution.rank_health import RankHealth
 
 logger = logging.getLogger(__name__)
 
@@ -54,13 +57,15 @@ _MAX_UNSENT_BYTES = 64 * 2**20  # requests that a core which does not read has n
 class EngineClient(ABC):
     """An engine that takes requests. Used from one event loop.
 
-    `ready` holds the engine's limits once it has started, `stats` its figures after the last step.
+    `ready` holds the engine's limits once it has started, `stats` its figures after the last step, `ranks` what was last
+    heard of its ranks' processes (none where the core has no other).
     """
 
     def __init__(self) -> None:
         self.health = EngineHealth()
         self.ready: EngineReady | None = None
         self.stats = EngineStats()
+        self.ranks: list[RankHealth] = []
 
     @property
     def progress(self) -> EngineProgress | None:
@@ -209,6 +214,8 @@ class ProcessEngineClient(EngineClient):
             while (message := await child.receive()) is not None:
                 if isinstance(message, EngineOutputs):
                     self._deliver(message)
+                elif isinstance(message, EngineRanks):
+                    self.ranks = message.ranks
                 elif isinstance(message, EngineStage):
                     if self.health.state is EngineState.STARTING:  # else the server was told to stop meanwhile
                         self.health.enter_stage(message.name, message.detail)
@@ -238,6 +245,7 @@ class ProcessEngineClient(EngineClient):
         if self._is_lost or self._is_ending:
             return
         self._is_lost = True
+        self.ranks = [replace(rank, is_up=False) for rank in self.ranks]
         may_restart = self._started.done() and self.health.state not in (EngineState.DRAINING, EngineState.DEAD)
         self._pause = self._restarts.pause_before_restart(time.monotonic()) if may_restart else None
         if self._pause is None:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 from pagoda.engine.messages import EngineOutput, EngineOutputs, EngineReady, EngineRequest, EngineStats
 from pagoda.errors import EngineDeadError, InvalidRequestError
 from pagoda.execution.executor import Executor, StepHandle, is_out_of_memory
+from pagoda.execution.rank_health import RankHealth
 from pagoda.scheduling.plan import StepPlan
 from pagoda.scheduling.request import Request
 from pagoda.scheduling.scheduler import Progress, Scheduler
@@ -130,6 +131,14 @@ class EngineCore:
             self._executor.check_health()
         except Exception as fault:
             raise EngineDeadError(f"the executor did not survive a failed step: {fault}") from error
+
+    def check_health(self) -> None:
+        """Raise `EngineDeadError` when no further step can run; for the time in which none does."""
+        self._executor.check_health()
+
+    def ranks(self) -> list[RankHealth]:
+        """The processes of the ranks; empty when there are none but this one."""
+        return self._executor.ranks()
 
     def stats(self) -> EngineStats:
         """The engine's figures as of now."""

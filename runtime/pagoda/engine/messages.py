@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pagoda.errors import ErrorKind
+from pagoda.execution.rank_health import RankHealth
 from pagoda.sampling.output import FinishReason, TokenLogprobs
 from pagoda.sampling.params import SamplingParams
 
@@ -125,6 +126,13 @@ class EngineStage:
 
     name: str
     detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRanks:
+    """The processes of the ranks, about once a second; not sent when the core has none but its own."""
+
+    ranks: list[RankHealth]
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,28 +9,25 @@ process is stopped or stuck in a call that keeps the interpreter to itself, the 
 
 from __future__ import annotations
 
-import ctypes
-import faulthandler
 import gc
 import logging
 import os
 import queue
-import signal
 import socket
 import sys
 import threading
-from contextlib import suppress
+import time
 from typing import Any
 
 from pagoda.config.schema import PagodaConfig
 from pagoda.engine import wire
-from pagoda.engine.child import STACKS_SIGNAL
 from pagoda.engine.core import EngineCore
 from pagoda.engine.messages import (
     AbortRequests,
     EngineFailed,
     EngineOutput,
     EngineOutputs,
+    EngineRanks,
     EngineRequest,
     EngineStage,
     Shutdown,
@@ -38,6 +35,7 @@ from pagoda.engine.messages import (
 )
 from pagoda.engine.progress_board import ProgressBoard
 from pagoda.errors import ErrorKind, PagodaError, RequestFailedError
+from pagoda.process_control import become_child
 from pagoda.sampling.output import FinishReason
 from pagoda.scheduling.step_bound import tokens_to_wait_for
 
@@ -46,7 +44,7 @@ logger = logging.getLogger(__name__)
 _HEARTBEAT_SECONDS = 0.5  # between signs of life of an idle core
 _OUTBOX_LENGTH = 256  # messages the parent has not read; past that the loop waits for it
 _INBOX_LENGTH = 4096  # messages the loop has not taken; past that they wait in the parent, which then refuses requests
-_SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
+_RANKS_SECONDS = 1.0  # between news of the ranks' health
 _LOST_EXIT_CODE = 1
 
 
@@ -117,6 +115,7 @@ class CoreProcess:
         self._board = board
         self._is_ending = False
         self._last_step = 0
+        self._ranks_told = 0.0
         core.on_submit = lambda step, plan: board.write(step, tokens_to_wait_for(plan), is_busy=True)
 
     def run(self) -> None:
@@ -132,14 +131,26 @@ class CoreProcess:
                 # Only a turn that brought something is a sign of life: a core that spins must look stuck.
                 self._board.write(news.stats.step, 0, is_busy=self._core.has_work)
                 self._connection.send(news)
+            self._tell_ranks()
+
+    def _tell_ranks(self) -> None:
+        """Pass on what is known of the ranks, now and then."""
+        now = time.monotonic()
+        if now - self._ranks_told >= _RANKS_SECONDS:
+            self._ranks_told = now
+            if ranks := self._core.ranks():
+                self._connection.send(EngineRanks(ranks))
 
     def _drain_inbox(self) -> None:
-        """Take all messages; wait for one when there is nothing else to do."""
+        """Take all messages; wait for one when there is nothing else to do, and see meanwhile whether the ranks are there."""
         inbox = self._connection.inbox
         while not self._core.has_work and not self._is_ending:
             self._board.write(self._last_step, 0, is_busy=False)
-            with suppress(queue.Empty):
+            self._tell_ranks()
+            try:
                 self._take(inbox.get(timeout=_HEARTBEAT_SECONDS))
+            except queue.Empty:
+                self._core.check_health()
         while not inbox.empty() and not self._is_ending:
             self._take(inbox.get())
 
@@ -173,12 +184,7 @@ class CoreProcess:
 
 def main(socket_fd: int, board_fd: int) -> int:
     """Run the core until its parent ends it; the exit code tells a clean end (0) from a lost engine (1)."""
-    # The terminal's Ctrl-C and the pod's SIGTERM are the parent's business; it tells us when to go.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    _end_with_parent()
-    faulthandler.enable()
-    faulthandler.register(STACKS_SIGNAL, all_threads=True)
+    become_child()
     connection = Connection(socket_fd)
     board = ProgressBoard(board_fd)
     first = connection.receive()
@@ -198,12 +204,6 @@ def main(socket_fd: int, board_fd: int) -> int:
     return 0
 
 
-def _end_with_parent() -> None:
-    """Let the kernel kill this process when its parent ends. Elsewhere than on Linux the reader thread must do."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
-
-
 def _serve(fields: dict[str, Any], connection: Connection, board: ProgressBoard) -> None:
     from pagoda.engine.startup import start_core
     from pagoda.observability.logs import configure_logging
@@ -211,12 +211,14 @@ def _serve(fields: dict[str, Any], connection: Connection, board: ProgressBoard)
     config = PagodaConfig(**fields)
     configure_logging(config.log_level, config.log_format, model_name=config.served_model_name)
     core = start_core(config, lambda name, detail: connection.send(EngineStage(name, detail)))
-    gc.collect()
-    gc.freeze()  # what start-up made lives for ever: later collections need not walk it
-    board.write(0, 0, is_busy=False)
-    connection.send(core.ready)
-    CoreProcess(core, connection, board).run()
-    core.shutdown()
+    try:
+        gc.collect()
+        gc.freeze()  # what start-up made lives for ever: later collections need not walk it
+        board.write(0, 0, is_busy=False)
+        connection.send(core.ready)
+        CoreProcess(core, connection, board).run()
+    finally:
+        core.shutdown()
 
 
 if __name__ == "__main__":

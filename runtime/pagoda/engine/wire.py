@@ -1,14 +1,6 @@
-"""The bytes between client and core: length-prefixed frames of msgspec, over a socket pair that only the two hold.
-
-    frame = uint32 length of what follows | uint8 kind | MessagePack of the message's dataclass
-
-The kind says which class to decode into, so nothing is ever guessed from content, and nothing is pickled.
-"""
+"""The messages between client and core as frames (see `pagoda.framing`), over a socket pair that only the two hold."""
 
 from __future__ import annotations
-
-import struct
-from typing import Any
 
 import msgspec
 
@@ -16,32 +8,42 @@ from pagoda.engine.messages import (
     AbortRequests,
     EngineFailed,
     EngineOutputs,
+    EngineRanks,
     EngineReady,
     EngineRequest,
     EngineStage,
     Shutdown,
     StartCore,
 )
+from pagoda.framing import HEADER, FrameCodec, FrameError
 
 Message = (
-    StartCore | EngineRequest | AbortRequests | Shutdown | EngineStage | EngineReady | EngineOutputs | EngineFailed
+    StartCore
+    | EngineRequest
+    | AbortRequests
+    | Shutdown
+    | EngineStage
+    | EngineReady
+    | EngineOutputs
+    | EngineRanks
+    | EngineFailed
 )
 
-_KINDS: tuple[type[Any], ...] = (
-    StartCore,
-    EngineRequest,
-    AbortRequests,
-    Shutdown,
-    EngineStage,
-    EngineReady,
-    EngineOutputs,
-    EngineFailed,
+_CODEC = FrameCodec(
+    (
+        StartCore,
+        EngineRequest,
+        AbortRequests,
+        Shutdown,
+        EngineStage,
+        EngineReady,
+        EngineOutputs,
+        EngineRanks,
+        EngineFailed,
+    )
 )
-_KIND_OF = {cls: kind for kind, cls in enumerate(_KINDS)}
-_DECODERS = [msgspec.msgpack.Decoder(cls) for cls in _KINDS]
-_ENCODER = msgspec.msgpack.Encoder()
 
-HEADER = struct.Struct("<IB")
+__all__ = ["HEADER", "FrameError", "Message", "UnreadableRequestError", "decode", "encode", "payload_size"]
 
 
 class UnreadableRequestError(Exception):
@@ -54,23 +56,20 @@ class UnreadableRequestError(Exception):
 
 def encode(message: Message) -> bytes:
     """The frame of a message."""
-    payload = _ENCODER.encode(message)
-    return HEADER.pack(len(payload) + 1, _KIND_OF[type(message)]) + payload
+    return _CODEC.encode(message)
 
 
 def payload_size(header: bytes) -> int:
-    """Bytes that follow a header."""
-    size: int = HEADER.unpack(header)[0]
-    return size - 1
+    """Bytes that follow a header. Raises `FrameError`."""
+    return _CODEC.payload_size(header)
 
 
 def decode(header: bytes, payload: bytes) -> Message:
-    """The message of a frame. Raises `UnreadableRequestError`, and `msgspec.ValidationError` for other kinds of message."""
-    kind: int = HEADER.unpack(header)[1]
+    """The message of a frame. Raises `UnreadableRequestError`, and `FrameError` for other kinds of message."""
     try:
-        message: Message = _DECODERS[kind].decode(payload)
-    except msgspec.ValidationError as error:
-        if _KINDS[kind] is not EngineRequest:
+        message: Message = _CODEC.decode(header, payload)
+    except FrameError as error:
+        if _CODEC.kind_of(header) is not EngineRequest or not isinstance(error.__cause__, msgspec.ValidationError):
             raise
         raise UnreadableRequestError(str(msgspec.msgpack.decode(payload).get("request_id")), str(error)) from error
     return message

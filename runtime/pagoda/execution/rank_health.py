@@ -7,10 +7,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankHealth:
-    """One rank as the driver sees it. `last_heartbeat`: `time.monotonic()` of the driver; it had done `num_steps` by then."""
+    """One rank as the driver sees it. `last_heartbeat`: `time.monotonic()` of the driver; it had done `num_steps` by then.
+
+    `is_up`: false once its group is lost, which no rank survives.
+    """
 
     rank: int
     host: str
     pid: int
     last_heartbeat: float
     num_steps: int
+    is_up: bool = True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 from prometheus_client import Histogram
@@ -81,6 +81,26 @@ class ObservedProgress(Protocol):
         """The last one, monotonic seconds."""
 
 
+class ObservedRank(Protocol):
+    """The part of `execution.rank_health.RankHealth` that is reported."""
+
+    @property
+    def rank(self) -> int:
+        """Its number."""
+
+    @property
+    def host(self) -> str:
+        """Its machine."""
+
+    @property
+    def is_up(self) -> bool:
+        """Whether its group is there."""
+
+    @property
+    def last_heartbeat(self) -> float:
+        """Its last sign of life, monotonic seconds."""
+
+
 class ObservedEngine(Protocol):
     """What `EngineClient` shows of the engine."""
 
@@ -95,6 +115,10 @@ class ObservedEngine(Protocol):
     @property
     def progress(self) -> ObservedProgress | None:
         """The engine's last sign of life, while there is an engine that gives any."""
+
+    @property
+    def ranks(self) -> Sequence[ObservedRank]:
+        """The ranks' processes, where there are any but the engine's own."""
 
 
 class EngineCollector(Collector):
@@ -135,6 +159,7 @@ class EngineCollector(Collector):
             "runaways", "Number of outputs found to repeat themselves without end.", self._runaways(stats.num_runaways)
         )
         yield from self._health(state)
+        yield from self._rank_health()
 
     def _health(self, state: str) -> Iterator[Metric]:
         """The state, how it was come to, and the age of the last sign of life."""
@@ -162,6 +187,21 @@ class EngineCollector(Collector):
         yield self._gauge(
             "engine_seconds_since_progress", "Age of the engine's last sign of life; 0 while there is none.", age
         )
+
+    def _rank_health(self) -> Iterator[Metric]:
+        """A series a rank and nothing for an engine that has no processes for them."""
+        labels = ["model_name", "rank", "host"]
+        up = GaugeMetricFamily(self._prefix + "rank_up", "1 for a rank that is there, 0 for a lost one.", labels=labels)
+        age = GaugeMetricFamily(
+            self._prefix + "rank_seconds_since_heartbeat", "Age of a rank's last sign of life.", labels=labels
+        )
+        now = time.monotonic()
+        for rank in self._engine.ranks:
+            values = [self._model_name, str(rank.rank), rank.host]
+            up.add_metric(values, float(rank.is_up))
+            age.add_metric(values, now - rank.last_heartbeat)
+        if self._engine.ranks:
+            yield from (up, age)
 
     def _gauge(self, name: str, help: str, value: float) -> Metric:
         family = GaugeMetricFamily(self._prefix + name, help, labels=["model_name"])

@@ -15,6 +15,7 @@ from pagoda.engine.health import EngineHealth, EngineState
 from pagoda.engine.messages import EngineStats
 from pagoda.engine.progress_board import EngineProgress
 from pagoda.errors import EngineDeadError, EngineNotReadyError
+from pagoda.execution.rank_health import RankHealth
 
 Listener = Callable[[], None]
 
@@ -35,6 +36,10 @@ class EngineLike(Protocol):
     @property
     def progress(self) -> EngineProgress | None:
         """The core's last sign of life, while there is a core that gives any."""
+
+    @property
+    def ranks(self) -> list[RankHealth]:
+        """What was last heard of the ranks' processes."""
 
 
 class ServerHealth:
@@ -85,8 +90,9 @@ class ServerHealth:
 
         `started` is true once requests could be taken, for good: a startup probe has no further business then.
         `step` counts the engine's steps since its core started; `seconds_since_progress` is the age of its last sign of life.
-        Both are None while there is no core that gives any.
+        Both are None while there is no core that gives any. `ranks`: with more than one process to a model, each of them.
         """
+        now = time.monotonic()
         health, stats, progress = self._engine.health, self._engine.stats, self._engine.progress
         is_up = progress is not None and progress.is_up
         return {
@@ -100,7 +106,18 @@ class ServerHealth:
             "waiting": stats.num_waiting,
             "kv_cache_usage": stats.kv_cache_usage,
             "step": progress.step if progress is not None and is_up else None,
-            "seconds_since_progress": time.monotonic() - progress.time if progress is not None and is_up else None,
+            "seconds_since_progress": now - progress.time if progress is not None and is_up else None,
+            "ranks": [
+                {
+                    "rank": rank.rank,
+                    "host": rank.host,
+                    "pid": rank.pid,
+                    "up": rank.is_up,
+                    "step": rank.num_steps,
+                    "seconds_since_heartbeat": now - rank.last_heartbeat,
+                }
+                for rank in self._engine.ranks
+            ],
         }
 
     def text_is_ready(self) -> None:
