@@ -117,6 +117,7 @@ def _make_scheduler(
         max_preemptions=config.max_preemptions,
         policy=config.scheduling_policy,
         num_scheduler_steps=config.num_scheduler_steps,
+        pipeline_parallel_size=config.pipeline_parallel_size,
         max_request_seconds=config.max_request_seconds,
         runaway_detection=config.runaway_detection,
         runaway_max_period=config.runaway_max_period,
