@@ -1,0 +1,36 @@
+"""One state of several replicas: what the engine as a whole can do for a client.
+
+    every replica ready                         ready
+    some take requests, others do not           degraded     and so it is while any of those that do is degraded itself
+    none takes requests, all may come back      starting
+    one will never come back                    dead         for a server at a part of its strength for ever helps nobody
+    draining                                    draining     until none is left that could finish anything
+
+The first start ends when all replicas are there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pagoda.engine.health import SERVING, EngineHealth, EngineState
+
+
+def overall(current: EngineState, replicas: Sequence[EngineHealth]) -> tuple[EngineState, str]:
+    """The state of the whole, and why: the sentence names the replicas that are to blame."""
+    dead = [health for health in replicas if health.state is EngineState.DEAD]
+    if current is EngineState.DRAINING:
+        return (EngineState.DEAD, _sentence(dead)) if len(dead) == len(replicas) else (current, "")
+    if dead:
+        return EngineState.DEAD, _sentence(dead)
+    serving = [health for health in replicas if health.state in SERVING]
+    lacking = [health for health in replicas if health.state is not EngineState.READY]
+    if not lacking:
+        return EngineState.READY, f"all {len(replicas)} replicas are ready"
+    if not serving or not all(health.has_started for health in replicas):
+        return EngineState.STARTING, _sentence(lacking)
+    return EngineState.DEGRADED, _sentence(lacking)
+
+
+def _sentence(replicas: Sequence[EngineHealth]) -> str:
+    return "; ".join(f"{health.name} is {health.state}: {health.cause or health.stage}" for health in replicas)
