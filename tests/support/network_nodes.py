@@ -153,6 +153,8 @@ class NetworkNodes:
             _ip("link", "set", outside, "master", self._bridges[index], "up")
             _ip("-n", node.name, "address", "add", f"{address}/24", "dev", f"eth{index}")
             _ip("-n", node.name, "link", "set", f"eth{index}", "up")
+        # As in a pod: a default route, here one that leads nowhere.
+        _ip("-n", node.name, "route", "add", "default", "via", node.address.rpartition(".")[0] + ".254")
 
     def _end_processes(self, patience: float = 10.0) -> None:
         """End what was started, wait for every process of the nodes, and kill what remains."""

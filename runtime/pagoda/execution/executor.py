@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 
 from pagoda.config.schema import PagodaConfig
-from pagoda.errors import EngineDeadError, NotSupportedError
+from pagoda.errors import EngineDeadError
 from pagoda.execution.rank_health import RankHealth
 from pagoda.execution.worker import Worker
 from pagoda.models.config import ModelConfig
@@ -186,4 +186,6 @@ def create_executor(config: PagodaConfig, model_config: ModelConfig) -> Executor
         from pagoda.execution.multi_process import multi_process_executor
 
         return multi_process_executor(config, model_config)
-    raise NotSupportedError("distributed_executor_backend=ray: this version has no Ray executor")
+    from pagoda.execution.ray_executor import ray_executor
+
+    return ray_executor(config, model_config)

@@ -91,6 +91,7 @@ class RankService:
         self._model_config: ModelConfig
         self._worker: Worker
         self._num_steps = 0
+        self._is_ending = False
         # What waits for a step's result: on a GPU, which is still at it, a thread; on a CPU, where it is there, nobody.
         self._finish: Callable[[StepPlan, StepHandle, int], Any] = self._finish_step
 
@@ -112,6 +113,8 @@ class RankService:
     def _deliver(self, message: Message | ChannelEnded) -> None:
         """Take a message, in the reader's thread; the end of the connection is the end of the process, whatever it does."""
         if isinstance(message, ChannelEnded):
+            if self._is_ending:
+                return  # by our own hand; whoever runs this service may have more to do
             logger.info("the engine core is gone (%s): this rank ends", message.reason)
             os._exit(0)
         self._inbox.put(message)  # type: ignore[arg-type]  # another message raises in `_do`, which tells the driver
@@ -231,6 +234,7 @@ class RankService:
 
     def _end(self, command: EndRank) -> None:
         logger.info("this rank ends: %s", command.reason)
+        self._is_ending = True
         self._groups.close()
         self._channel.close()
 
@@ -239,6 +243,7 @@ class RankService:
         logger.error("this rank failed: %s", error, exc_info=not isinstance(error, PagodaError))
         kind = error.kind if isinstance(error, PagodaError) else ErrorKind.ENGINE_DEAD
         message = str(error) if isinstance(error, PagodaError) else f"{type(error).__name__}: {error}"
+        self._is_ending = True
         self._channel.send(RankFailed(kind, message, isinstance(error, CommunicationError)))
         self._channel.close(_FLUSH_SECONDS)
 

@@ -128,6 +128,8 @@ def _connect(address: str, version: str, deadline: float) -> None:
     """`ray.init` in a thread of its own: it may wait longer than we do, and must not take over this process's signals."""
     import ray
 
+    # It warns that it leaves this process's signals alone.
+    logging.getLogger("ray._private.utils").setLevel(logging.ERROR)
     outcome: list[Exception | None] = []
 
     def connect() -> None:

@@ -21,7 +21,7 @@ _CONNECT_SECONDS = 2.0
 
 # Ray by itself notices a dead node after 12 s, a cut network or a dead head after a minute. These bounds hold on a busy
 # machine too; ranks have heartbeats of their own, which are faster.
-_TUNED = {
+_ENVIRONMENT = {
     "RAY_health_check_initial_delay_ms": "5000",
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "2000",
@@ -31,6 +31,9 @@ _TUNED = {
     "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
     # A rank's memory is settled before it is ready. What else fills the machine is the kernel's and the kubelet's affair.
     "RAY_memory_monitor_refresh_ms": "0",
+    # Lines of the ranks in the driver's log come as they are.
+    "RAY_COLOR_PREFIX": "0",
+    "RAY_DEDUP_LOGS": "0",
 }
 
 
@@ -51,7 +54,7 @@ class RayNode:
         """The command line: a head at `head_port`, or a worker of the head at `head_address` (HOST:PORT)."""
         words = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
         if self.head_port is not None:
-            words += ["--head", f"--port={self.head_port}", "--include-dashboard=false", "--ray-client-server-port=0"]
+            words += ["--head", f"--port={self.head_port}", "--include-dashboard=false"]
         else:
             words.append(f"--address={self.head_address}")
         words += [f"--node-ip-address={self.address}", f"--object-store-memory={_OBJECT_STORE_BYTES}"]
@@ -67,7 +70,7 @@ def ray_environment(environ: Mapping[str, str]) -> dict[str, str]:
 
     A token in `RAY_AUTH_TOKEN` or `RAY_AUTH_TOKEN_PATH` turns on Ray's authentication by it.
     """
-    added = dict(_TUNED)
+    added = dict(_ENVIRONMENT)
     if environ.get("RAY_AUTH_TOKEN") or environ.get("RAY_AUTH_TOKEN_PATH"):
         added["RAY_AUTH_MODE"] = "token"
     return {**added, **environ}
