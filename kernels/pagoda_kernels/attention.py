@@ -7,7 +7,7 @@ import torch
 from pagoda_kernels import backend
 from pagoda_kernels.metadata import AttentionMetadata
 
-__all__ = ["AttentionMetadata", "paged_attention", "write_kv"]
+__all__ = ["AttentionMetadata", "paged_attention", "rotate_and_store", "write_kv"]
 
 
 def paged_attention(
@@ -50,3 +50,34 @@ def write_kv(
     Caches as in `paged_attention`; `slot_mapping` as in `AttentionMetadata`. Two tokens share a slot only if it is slot 0.
     """
     backend.active.write_kv(key, value, k_cache, v_cache, slot_mapping)
+
+
+def rotate_and_store(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    query_norm: torch.Tensor | None,
+    key_norm: torch.Tensor | None,
+    eps: float,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+) -> torch.Tensor:
+    """All that lies between the projection and attention: norm per head, rotation, and the way into the cache.
+
+    Args:
+        query: [T, num_heads, head_dim]; not changed. Like `key` and `value` [T, num_kv_heads, head_dim] it may be a view of
+            one projection, in which heads follow each other without gaps.
+        cos, sin: float32 [T, head_dim // 2], contiguous; see `pagoda_kernels.rope.apply_rotary`.
+        query_norm, key_norm: weights [head_dim] of `pagoda_kernels.norm.rms_norm` over each head, with `eps`; None for models
+            without: both or neither.
+        k_cache, v_cache, slot_mapping: as in `write_kv`; the keys are stored rotated.
+
+    Returns:
+        The normalized and rotated query, contiguous.
+    """
+    return backend.active.rotate_and_store(
+        query, key, value, cos, sin, query_norm, key_norm, eps, k_cache, v_cache, slot_mapping
+    )

@@ -8,7 +8,7 @@ from pagoda_kernels import reference
 from pagoda_kernels.interface import KernelBackend
 
 # Name of a backend to the package that holds it as `BACKEND`. Imported when chosen: a backend may need a compiler or a GPU.
-BACKENDS = {"reference": "pagoda_kernels.reference"}
+BACKENDS = {"reference": "pagoda_kernels.reference", "triton": "pagoda_kernels.gpu"}
 
 active: KernelBackend = reference.BACKEND
 

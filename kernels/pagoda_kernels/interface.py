@@ -58,6 +58,33 @@ class ApplyRotary(Protocol):
         """Rotate."""
 
 
+class RotateAndStore(Protocol):
+    """See `pagoda_kernels.attention.rotate_and_store`."""
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        query_norm: torch.Tensor | None,
+        key_norm: torch.Tensor | None,
+        eps: float,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> torch.Tensor:
+        """Rotate and store."""
+
+
+class GeluAndMul(Protocol):
+    """See `pagoda_kernels.activation.gelu_and_mul`."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Activate."""
+
+
 class SiluAndMul(Protocol):
     """See `pagoda_kernels.activation.silu_and_mul`."""
 
@@ -76,6 +103,8 @@ class KernelBackend:
     name: str
     paged_attention: PagedAttention
     write_kv: WriteKV
+    rotate_and_store: RotateAndStore
     rms_norm: RMSNorm
     apply_rotary: ApplyRotary
     silu_and_mul: SiluAndMul
+    gelu_and_mul: GeluAndMul

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from pagoda_kernels.interface import KernelBackend
-from pagoda_kernels.reference.activation import silu_and_mul
-from pagoda_kernels.reference.attention import paged_attention, write_kv
+from pagoda_kernels.reference.activation import gelu_and_mul, silu_and_mul
+from pagoda_kernels.reference.attention import paged_attention, rotate_and_store, write_kv
 from pagoda_kernels.reference.norm import rms_norm
 from pagoda_kernels.reference.rope import apply_rotary
 
@@ -12,7 +12,9 @@ BACKEND = KernelBackend(
     name="reference",
     paged_attention=paged_attention,
     write_kv=write_kv,
+    rotate_and_store=rotate_and_store,
     rms_norm=rms_norm,
     apply_rotary=apply_rotary,
     silu_and_mul=silu_and_mul,
+    gelu_and_mul=gelu_and_mul,
 )

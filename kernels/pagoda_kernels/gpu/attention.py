@@ -1,0 +1,174 @@
+"""Launching paged attention: which configuration runs on which grid, without asking the device anything."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from pagoda_kernels.gpu.attention_kernels import paged_attention_kernel, reduce_segments_kernel
+from pagoda_kernels.gpu.tuning import AttentionTiles, SegmentRule, table_of_device
+from pagoda_kernels.gpu.workspace import DECODE_WORKSPACE
+from pagoda_kernels.metadata import AttentionMetadata
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionGeometry:
+    """What of an attention layer the kernels are compiled for."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+    sliding_window: int | None
+    has_soft_cap: bool
+
+    @classmethod
+    def of(
+        cls, query: torch.Tensor, k_cache: torch.Tensor, sliding_window: int | None, soft_cap: float | None
+    ) -> AttentionGeometry:
+        """The geometry of a call of `paged_attention`."""
+        _, num_kv_heads, block_size, head_dim = k_cache.shape
+        return cls(query.shape[1], num_kv_heads, head_dim, block_size, sliding_window, soft_cap is not None)
+
+    @property
+    def heads_per_kv(self) -> int:
+        """Query heads that share a KV head."""
+        return self.num_heads // self.num_kv_heads
+
+    def tile_rows(self, tiles: AttentionTiles) -> int:
+        """Rows of a query tile: those of the table, or more where one token has more heads."""
+        needed: int = triton.next_power_of_2(self.heads_per_kv)
+        return max(tiles.rows, needed)
+
+    def constants(self, tiles: AttentionTiles, segments: SegmentRule, *, decode: bool) -> dict[str, int | bool]:
+        """The constants of `paged_attention_kernel`."""
+        return {
+            "NUM_KV_HEADS": self.num_kv_heads,
+            "HEADS_PER_KV": self.heads_per_kv,
+            "HEAD_DIM": self.head_dim,
+            "PADDED_DIM": max(16, triton.next_power_of_2(self.head_dim)),
+            "BLOCK_SIZE": self.block_size,
+            "WINDOW": self.sliding_window or 0,
+            "HAS_SOFT_CAP": self.has_soft_cap,
+            "DECODE": decode,
+            "ROWS": self.tile_rows(tiles),
+            "TILE": tiles.tile,
+            "SEGMENT_TOKENS": segments.tokens,
+            "MAX_SEGMENTS": segments.max_segments if decode else 1,
+        }
+
+    def reduce_constants(self, segments: SegmentRule) -> dict[str, int]:
+        """The constants of `reduce_segments_kernel`."""
+        return {
+            "NUM_HEADS": self.num_heads,
+            "HEAD_DIM": self.head_dim,
+            "PADDED_DIM": triton.next_power_of_2(self.head_dim),
+            "WINDOW": self.sliding_window or 0,
+            "SEGMENT_TOKENS": segments.tokens,
+            "MAX_SEGMENTS": segments.max_segments,
+        }
+
+    def most_segments(self, max_seq_len: int, segments: SegmentRule) -> int:
+        """The most segments that a row of up to `max_seq_len` tokens is cut into."""
+        visible = min(max_seq_len, self.sliding_window or max_seq_len)
+        return min(max(1, -(-visible // segments.tokens)), segments.max_segments)
+
+
+def paged_attention(
+    query: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    metadata: AttentionMetadata,
+    scale: float,
+    sliding_window: int | None,
+    soft_cap: float | None,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+) -> torch.Tensor:
+    """See `pagoda_kernels.attention.paged_attention`.
+
+    Caches of float8_e4m3fn stand for their numbers times `k_scale` and `v_scale`. The order in which a decode row's sums are
+    taken depends on its own length only; `metadata.max_seq_len` and `max_query_len` may be any upper bounds.
+    """
+    output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    geometry = AttentionGeometry.of(query, k_cache, sliding_window, soft_cap)
+    tensors = (query, k_cache, v_cache, metadata.block_table, metadata.seq_lens, metadata.query_start_loc)
+    scales = (scale, soft_cap or 0.0, k_scale, v_scale)
+    if metadata.num_decode_rows:
+        _decode(output, tensors, scales, metadata, geometry)
+    if metadata.num_decode_rows < metadata.seq_lens.numel():
+        _prefill(output, tensors, scales, metadata, geometry)
+    return output
+
+
+def _decode(
+    output: torch.Tensor,
+    tensors: tuple[torch.Tensor, ...],
+    scales: tuple[float, float, float, float],
+    metadata: AttentionMetadata,
+    geometry: AttentionGeometry,
+) -> None:
+    query, _, _, block_table, seq_lens, query_start_loc = tensors
+    table = table_of_device(query.device)
+    tiles = table.decode_tiles(geometry.head_dim, query.element_size())
+    num_rows, num_segments = metadata.num_decode_rows, geometry.most_segments(metadata.max_seq_len, table.segments)
+    partials = DECODE_WORKSPACE.partials(num_rows, geometry.num_heads, table.segments, geometry.head_dim, query.device)
+    paged_attention_kernel[(num_rows, geometry.num_kv_heads, num_segments)](
+        output,
+        *partials,
+        *tensors,
+        0,
+        num_rows,
+        *scales,
+        query.stride(0),
+        block_table.stride(0),
+        **geometry.constants(tiles, table.segments, decode=True),
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+    )
+    if num_segments > 1:
+        reduce_segments_kernel[(num_rows, geometry.num_heads)](
+            output,
+            *partials,
+            seq_lens,
+            query_start_loc,
+            scales[-1],
+            **geometry.reduce_constants(table.segments),
+            num_warps=REDUCE_WARPS,
+        )
+
+
+def _prefill(
+    output: torch.Tensor,
+    tensors: tuple[torch.Tensor, ...],
+    scales: tuple[float, float, float, float],
+    metadata: AttentionMetadata,
+    geometry: AttentionGeometry,
+) -> None:
+    query, _, _, block_table, seq_lens, _ = tensors
+    table = table_of_device(query.device)
+    tiles = table.prefill_tiles(geometry.head_dim, query.element_size())
+    tokens_per_tile = geometry.tile_rows(tiles) // geometry.heads_per_kv
+    first_row, num_rows = metadata.num_decode_rows, seq_lens.numel()
+    # An upper bound that needs no length from the device; see `_first_tile_of`.
+    num_tiles = (query.shape[0] - first_row) // tokens_per_tile + num_rows - first_row
+    unused = DECODE_WORKSPACE.unused(query.device)
+    paged_attention_kernel[(num_tiles, geometry.num_kv_heads)](
+        output,
+        *unused,
+        *tensors,
+        first_row,
+        num_rows,
+        *scales,
+        query.stride(0),
+        block_table.stride(0),
+        **geometry.constants(tiles, table.segments, decode=False),
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+    )
+
+
+# A program of the reduction reads at most 32 x 256 numbers.
+REDUCE_WARPS = 4

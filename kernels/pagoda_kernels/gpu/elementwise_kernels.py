@@ -1,0 +1,204 @@
+"""Norm, gated activation, and everything between the projection and attention, in Triton.
+
+Numbers are rounded to the tensors' type exactly where the torch twins round them.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+SQRT_8_OVER_PI = tl.constexpr(1.5957691216057308)
+FLOAT8_MAX = tl.constexpr(448.0)
+
+
+@triton.jit
+def _sigmoid(x):
+    return 1.0 / (1.0 + tl.exp2(-x * LOG2_E))
+
+
+@triton.jit
+def rms_norm_kernel(
+    normed,
+    stream,
+    x,
+    residual,
+    weight,
+    eps,
+    token_stride,
+    HEADS: tl.constexpr,
+    SIZE: tl.constexpr,
+    PADDED_SIZE: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+):
+    """Grid (tokens * HEADS): one vector of SIZE numbers a program.
+
+    x [tokens, HEADS, SIZE] with `token_stride` elements a token; normed, stream and residual are contiguous. `stream` is
+    written only if there is a residual.
+    """
+    vector = tl.program_id(0).to(tl.int64)
+    index = tl.arange(0, PADDED_SIZE)
+    exists = index < SIZE
+    start = vector // HEADS * token_stride + vector % HEADS * SIZE
+    value = tl.load(x + start + index, mask=exists, other=0.0)
+    if HAS_RESIDUAL:
+        value = value + tl.load(residual + vector * SIZE + index, mask=exists, other=0.0)
+        tl.store(stream + vector * SIZE + index, value, mask=exists)
+    wide = value.to(tl.float32)
+    inverse_rms = tl.rsqrt(tl.sum(wide * wide, 0) / SIZE + eps)
+    scaled = (wide * inverse_rms).to(value.dtype) * tl.load(weight + index, mask=exists, other=0.0)
+    tl.store(normed + vector * SIZE + index, scaled, mask=exists)
+
+
+@triton.jit
+def gated_activation_kernel(output, x, SIZE: tl.constexpr, TILE: tl.constexpr, GELU: tl.constexpr):
+    """Grid (tokens, tiles of SIZE): x = [gate | up] of shape [tokens, 2 * SIZE] to act(gate) * up.
+
+    GELU False: SiLU. True: GELU in its tanh form (Hendrycks and Gimpel, 2016).
+    """
+    token = tl.program_id(0).to(tl.int64)
+    index = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    exists = index < SIZE
+    gate = tl.load(x + token * (2 * SIZE) + index, mask=exists, other=0.0)
+    up = tl.load(x + token * (2 * SIZE) + SIZE + index, mask=exists, other=0.0)
+    wide = gate.to(tl.float32)
+    if GELU:
+        # 0.5 * (1 + tanh(y)) = sigmoid(2 y), y = sqrt(2 / pi) * (x + 0.044715 x**3)
+        activated = wide * _sigmoid((wide + 0.044715 * wide * wide * wide) * SQRT_8_OVER_PI)
+    else:
+        activated = wide * _sigmoid(wide)
+    tl.store(output + token * SIZE + index, activated.to(gate.dtype) * up, mask=exists)
+
+
+@triton.jit
+def _normed_and_rotated(
+    x,
+    norm_weight,
+    cos,
+    sin,
+    eps,
+    token,
+    heads,
+    head_exists,
+    token_stride,
+    HEAD_DIM: tl.constexpr,
+    PADDED_HALF: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+):
+    """Both halves of a token's heads, float32 [heads, PADDED_HALF], normalized if HAS_NORM, and turned."""
+    HALF: tl.constexpr = HEAD_DIM // 2
+    dims = tl.arange(0, PADDED_HALF)
+    dim_exists = dims < HALF
+    exists = head_exists[:, None] & dim_exists[None, :]
+    start = x + token * token_stride + heads[:, None] * HEAD_DIM + dims[None, :]
+    first = tl.load(start, mask=exists, other=0.0)
+    second = tl.load(start + HALF, mask=exists, other=0.0)
+    if HAS_NORM:
+        wide_first = first.to(tl.float32)
+        wide_second = second.to(tl.float32)
+        squares = tl.sum(wide_first * wide_first, 1) + tl.sum(wide_second * wide_second, 1)
+        inverse_rms = tl.rsqrt(squares / HEAD_DIM + eps)[:, None]
+        weight_first = tl.load(norm_weight + dims, mask=dim_exists, other=0.0)
+        weight_second = tl.load(norm_weight + HALF + dims, mask=dim_exists, other=0.0)
+        first = (wide_first * inverse_rms).to(first.dtype) * weight_first[None, :]
+        second = (wide_second * inverse_rms).to(second.dtype) * weight_second[None, :]
+    cosines = tl.load(cos + token * HALF + dims, mask=dim_exists, other=0.0)[None, :]
+    sines = tl.load(sin + token * HALF + dims, mask=dim_exists, other=0.0)[None, :]
+    first = first.to(tl.float32)
+    second = second.to(tl.float32)
+    return first * cosines - second * sines, second * cosines + first * sines
+
+
+@triton.jit
+def _as_cached(x, inverse_scale, cache, IS_FLOAT8: tl.constexpr):
+    """float32 numbers as the cache keeps them; float8 ones are kept inside the type's range."""
+    if IS_FLOAT8:
+        x = tl.minimum(tl.maximum(x * inverse_scale, -FLOAT8_MAX), FLOAT8_MAX)
+    return x.to(cache.dtype.element_ty)
+
+
+@triton.jit(do_not_specialize_on_alignment=["slot_mapping", "cos", "sin"])
+def rotate_and_store_kernel(
+    rotated_query,
+    query,
+    key,
+    value,
+    cos,
+    sin,
+    query_norm,
+    key_norm,
+    k_cache,
+    v_cache,
+    slot_mapping,
+    eps,
+    inverse_k_scale,
+    inverse_v_scale,
+    query_stride,
+    key_stride,
+    value_stride,
+    NUM_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    PADDED_HEADS: tl.constexpr,
+    PADDED_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_HALF: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    IS_FLOAT8: tl.constexpr,
+):
+    """Grid (tokens, 3): program 0 turns a token's queries, 1 turns its keys and stores them, 2 stores its values.
+
+    query, key and value are views of one projection: [tokens, heads, HEAD_DIM] with their strides in elements a token;
+    cos and sin float32 [tokens, HEAD_DIM // 2]; norms [HEAD_DIM]; caches and slot_mapping as in `AttentionMetadata`.
+    """
+    HALF: tl.constexpr = HEAD_DIM // 2
+    token = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    dims = tl.arange(0, PADDED_HALF)
+    if part == 0:
+        heads = tl.arange(0, PADDED_HEADS)
+        first, second = _normed_and_rotated(
+            query,
+            query_norm,
+            cos,
+            sin,
+            eps,
+            token,
+            heads,
+            heads < NUM_HEADS,
+            query_stride,
+            HEAD_DIM,
+            PADDED_HALF,
+            HAS_NORM,
+        )
+        target = rotated_query + (token * NUM_HEADS + heads[:, None]) * HEAD_DIM + dims[None, :]
+        exists = (heads < NUM_HEADS)[:, None] & (dims < HALF)[None, :]
+        tl.store(target, first.to(rotated_query.dtype.element_ty), mask=exists)
+        tl.store(target + HALF, second.to(rotated_query.dtype.element_ty), mask=exists)
+    else:
+        kv_heads = tl.arange(0, PADDED_KV_HEADS)
+        kv_exists = (kv_heads < NUM_KV_HEADS)[:, None] & (dims < HALF)[None, :]
+        slot = tl.load(slot_mapping + token)
+        page = (slot // BLOCK_SIZE * NUM_KV_HEADS + kv_heads) * BLOCK_SIZE + slot % BLOCK_SIZE
+        place = page[:, None] * HEAD_DIM + dims[None, :]
+        if part == 1:
+            first_key, second_key = _normed_and_rotated(
+                key, key_norm, cos, sin, eps, token, kv_heads, kv_heads < NUM_KV_HEADS, key_stride, HEAD_DIM, PADDED_HALF,
+                HAS_NORM,
+            )  # fmt: skip
+            # Rounded to the model's type first, as where the cache has that type.
+            first_key = first_key.to(key.dtype.element_ty).to(tl.float32)
+            second_key = second_key.to(key.dtype.element_ty).to(tl.float32)
+            tl.store(k_cache + place, _as_cached(first_key, inverse_k_scale, k_cache, IS_FLOAT8), mask=kv_exists)
+            tl.store(
+                k_cache + place + HALF, _as_cached(second_key, inverse_k_scale, k_cache, IS_FLOAT8), mask=kv_exists
+            )
+        else:
+            start = value + token * value_stride + kv_heads[:, None] * HEAD_DIM + dims[None, :]
+            first_value = tl.load(start, mask=kv_exists, other=0.0).to(tl.float32)
+            second_value = tl.load(start + HALF, mask=kv_exists, other=0.0).to(tl.float32)
+            tl.store(v_cache + place, _as_cached(first_value, inverse_v_scale, v_cache, IS_FLOAT8), mask=kv_exists)
+            tl.store(
+                v_cache + place + HALF, _as_cached(second_value, inverse_v_scale, v_cache, IS_FLOAT8), mask=kv_exists
+            )

@@ -1,0 +1,169 @@
+"""Every kernel as models launch it: argument types, constants and launch options, for compilation without a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pagoda_kernels.gpu.attention import REDUCE_WARPS, AttentionGeometry
+from pagoda_kernels.gpu.attention_kernels import paged_attention_kernel, reduce_segments_kernel
+from pagoda_kernels.gpu.elementwise import (
+    ACTIVATION_TILE,
+    ACTIVATION_WARPS,
+    ROTATE_WARPS,
+    rms_norm_constants,
+    rms_norm_warps,
+    rotate_constants,
+)
+from pagoda_kernels.gpu.elementwise_kernels import gated_activation_kernel, rms_norm_kernel, rotate_and_store_kernel
+from pagoda_kernels.gpu.tuning import AttentionTiles, TuningTable, load_table, table_name
+
+TRITON_TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "float8_e4m3fn": "fp8e4nv"}
+FIRST_ARCH_WITH_FLOAT8 = 89
+DTYPES_OF_SIZE = {2: ("bfloat16", "float16"), 4: ("float32",)}
+
+# Query heads a KV head, sliding window and soft cap of a layer, beside the head dimension of the table's entry.
+ATTENTION_VARIANTS = ((4, None, False), (8, None, False), (3, None, False), (4, 4096, False), (4, None, True))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelBuild:
+    """One kernel to compile. `types`: Triton's type of each argument that is not in `constants`."""
+
+    name: str
+    kernel: Any
+    types: Mapping[str, str]
+    constants: Mapping[str, Any]
+    aligned_integers: frozenset[str] = frozenset()
+    num_warps: int = 4
+    num_stages: int = 3
+    is_decode: bool = field(default=False)
+
+
+def tuned_builds(arch: int) -> Iterator[KernelBuild]:
+    """Every configuration that the table for compute capability `arch` (80 for 8.0) can lead to."""
+    table = load_table(table_name(divmod(arch, 10)))
+    for decode in (True, False):
+        for tiles in table.decode_attention if decode else table.prefill_attention:
+            for dtype in DTYPES_OF_SIZE[tiles.element_bytes]:
+                if dtype == "bfloat16" and arch < 80:
+                    continue
+                yield from attention_builds(table, tiles, dtype, decode=decode)
+    for head_dim in (64, 128, 256):
+        yield _reduce_build(table, head_dim)
+    for dtype in ("float16",) if arch < 80 else ("bfloat16", "float16", "float32"):
+        yield from _norm_builds(dtype)
+        yield from _activation_builds(dtype)
+        yield from _rotate_builds(dtype, float8=False)
+    if arch >= FIRST_ARCH_WITH_FLOAT8:
+        yield from _rotate_builds("bfloat16", float8=True)
+        for tiles in table.decode_attention:
+            if tiles.element_bytes == 2:
+                yield from attention_builds(table, tiles, "bfloat16", decode=True, kv_dtype="float8_e4m3fn")
+
+
+def attention_builds(
+    table: TuningTable, tiles: AttentionTiles, dtype: str, *, decode: bool, kv_dtype: str | None = None
+) -> Iterator[KernelBuild]:
+    """The attention kernel with `tiles`, in each of `ATTENTION_VARIANTS`."""
+    of_element, of_cache = TRITON_TYPES[dtype], TRITON_TYPES[kv_dtype or dtype]
+    for heads_per_kv, window, has_soft_cap in ATTENTION_VARIANTS:
+        geometry = AttentionGeometry(8 * heads_per_kv, 8, tiles.head_dim, 16, window, has_soft_cap)
+        kind = "decode" if decode else "prefill"
+        extra = f" window={window}" * bool(window) + " soft_cap" * has_soft_cap + f" kv={kv_dtype}" * bool(kv_dtype)
+        yield KernelBuild(
+            name=f"{kind}_attention {dtype} head_dim={tiles.head_dim} heads_per_kv={heads_per_kv}{extra}",
+            kernel=paged_attention_kernel,
+            types={
+                **dict.fromkeys(("output", "query"), f"*{of_element}"),
+                **dict.fromkeys(("k_cache", "v_cache"), f"*{of_cache}"),
+                **dict.fromkeys(("partial_output", "partial_max", "partial_sum"), "*fp32"),
+                **dict.fromkeys(("block_table", "seq_lens", "query_start_loc"), "*i32"),
+                **dict.fromkeys(("first_row", "num_rows", "query_stride", "table_stride"), "i32"),
+                **dict.fromkeys(("scale", "soft_cap", "k_scale", "v_scale"), "fp32"),
+            },
+            constants=geometry.constants(tiles, table.segments, decode=decode),
+            aligned_integers=frozenset({"query_stride"}),
+            num_warps=tiles.num_warps,
+            num_stages=tiles.num_stages,
+            is_decode=decode,
+        )
+
+
+def _reduce_build(table: TuningTable, head_dim: int) -> KernelBuild:
+    geometry = AttentionGeometry(32, 8, head_dim, 16, None, False)
+    return KernelBuild(
+        name=f"reduce_segments head_dim={head_dim}",
+        kernel=reduce_segments_kernel,
+        types={
+            "output": "*bf16" if table.name != "default" else "*fp16",
+            **dict.fromkeys(("partial_output", "partial_max", "partial_sum"), "*fp32"),
+            **dict.fromkeys(("seq_lens", "query_start_loc"), "*i32"),
+            "v_scale": "fp32",
+        },
+        constants=geometry.reduce_constants(table.segments),
+        num_warps=REDUCE_WARPS,
+        is_decode=True,
+    )
+
+
+def _norm_builds(dtype: str) -> Iterator[KernelBuild]:
+    """Norms of a residual stream, and of heads."""
+    pointer = f"*{TRITON_TYPES[dtype]}"
+    for size, heads, has_residual in (
+        (1024, 1, True),
+        (4096, 1, True),
+        (5120, 1, True),
+        (4096, 1, False),
+        (128, 8, False),
+    ):
+        yield KernelBuild(
+            name=f"rms_norm {dtype} size={size}" + " residual" * has_residual,
+            kernel=rms_norm_kernel,
+            types={
+                **dict.fromkeys(("normed", "stream", "x", "residual", "weight"), pointer),
+                "eps": "fp32",
+                "token_stride": "i32",
+            },
+            constants=rms_norm_constants(size, heads, has_residual=has_residual),
+            aligned_integers=frozenset({"token_stride"}),
+            num_warps=rms_norm_warps(size),
+            is_decode=True,
+        )
+
+
+def _activation_builds(dtype: str) -> Iterator[KernelBuild]:
+    for gelu in (False, True):
+        yield KernelBuild(
+            name=f"{'gelu' if gelu else 'silu'}_and_mul {dtype}",
+            kernel=gated_activation_kernel,
+            types=dict.fromkeys(("output", "x"), f"*{TRITON_TYPES[dtype]}"),
+            constants={"SIZE": 12288, "TILE": ACTIVATION_TILE, "GELU": gelu},
+            num_warps=ACTIVATION_WARPS,
+            is_decode=True,
+        )
+
+
+def _rotate_builds(dtype: str, *, float8: bool) -> Iterator[KernelBuild]:
+    pointer = f"*{TRITON_TYPES[dtype]}"
+    cache = f"*{TRITON_TYPES['float8_e4m3fn']}" if float8 else pointer
+    for num_heads, head_dim, has_norm in ((32, 128, True), (40, 128, False), (14, 64, False), (16, 256, True)):
+        yield KernelBuild(
+            name=f"rotate_and_store {dtype} heads={num_heads} head_dim={head_dim}"
+            + " norm" * has_norm
+            + " float8" * float8,
+            kernel=rotate_and_store_kernel,
+            types={
+                **dict.fromkeys(("rotated_query", "query", "key", "value", "query_norm", "key_norm"), pointer),
+                **dict.fromkeys(("k_cache", "v_cache"), cache),
+                **dict.fromkeys(("cos", "sin"), "*fp32"),
+                "slot_mapping": "*i64",
+                **dict.fromkeys(("eps", "inverse_k_scale", "inverse_v_scale"), "fp32"),
+                **dict.fromkeys(("query_stride", "key_stride", "value_stride"), "i32"),
+            },
+            constants=rotate_constants(num_heads, 8, head_dim, 16, has_norm=has_norm, is_float8=float8),
+            aligned_integers=frozenset({"query_stride", "key_stride", "value_stride"}),
+            num_warps=ROTATE_WARPS,
+            is_decode=True,
+        )

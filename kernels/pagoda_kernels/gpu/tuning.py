@@ -1,0 +1,130 @@
+"""Which tile sizes, warps and pipeline stages a kernel is launched with: checked-in tables, one a kind of GPU.
+
+Nothing is searched at run time: a search would make starts slow and results differ from process to process.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+TABLES = Path(__file__).resolve().parent.parent / "tuned"
+
+# Compute capability to table. A GPU with less shared memory than a table's own takes a smaller one: 8.6 and 12.0 have 100 KiB
+# a multiprocessor, as 8.9 has.
+_TABLE_OF = {
+    (8, 0): "sm_80",
+    (8, 6): "sm_89",
+    (8, 7): "sm_80",
+    (8, 9): "sm_89",
+    (9, 0): "sm_90",
+    (10, 0): "sm_90",
+    (10, 3): "sm_90",
+    (12, 0): "sm_89",
+}
+DEFAULT_TABLE = "default"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionTiles:
+    """A configuration of the attention kernel for heads of up to `head_dim` numbers of up to `element_bytes` each.
+
+    `rows` of queries (a power of two, at least 16 and at least the query heads of a KV head) against `tile` keys at a time.
+    """
+
+    head_dim: int
+    element_bytes: int
+    rows: int
+    tile: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SegmentRule:
+    """How a decode row's context is cut: a part for every `tokens`, at most `max_segments` (a power of two)."""
+
+    tokens: int
+    max_segments: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TuningTable:
+    """One GPU kind's choices; `note` says how they were found."""
+
+    name: str
+    note: str
+    segments: SegmentRule
+    decode_attention: tuple[AttentionTiles, ...]
+    prefill_attention: tuple[AttentionTiles, ...]
+
+    def decode_tiles(self, head_dim: int, element_bytes: int) -> AttentionTiles:
+        """The decode configuration for such heads. Raises `ValueError` for heads larger than any in the table."""
+        return _smallest_fit(self, self.decode_attention, head_dim, element_bytes)
+
+    def prefill_tiles(self, head_dim: int, element_bytes: int) -> AttentionTiles:
+        """The prefill configuration, likewise."""
+        return _smallest_fit(self, self.prefill_attention, head_dim, element_bytes)
+
+
+def table_name(capability: tuple[int, int]) -> str:
+    """The table for GPUs of compute capability `(major, minor)`; `default`, which runs anywhere, for unknown ones."""
+    return _TABLE_OF.get(capability, DEFAULT_TABLE)
+
+
+def table_of_device(device: torch.device) -> TuningTable:
+    """The table for `device`; the default one for anything but an NVIDIA GPU, where only the interpreter runs kernels."""
+    if device.type != "cuda":
+        return load_table(DEFAULT_TABLE)
+    return _table_of_gpu(device.index if device.index is not None else torch.cuda.current_device())
+
+
+@cache
+def _table_of_gpu(index: int) -> TuningTable:
+    return load_table(table_name(torch.cuda.get_device_capability(index)))
+
+
+@cache
+def load_table(name: str) -> TuningTable:
+    """Read `tuned/<name>.json`. Raises `ValueError` naming the file and what is wrong in it."""
+    path = TABLES / f"{name}.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return TuningTable(
+            name=name,
+            note=content["note"],
+            segments=_read(SegmentRule, content["segments"]),
+            decode_attention=_read_all(AttentionTiles, content["decode_attention"]),
+            prefill_attention=_read_all(AttentionTiles, content["prefill_attention"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+Entry = TypeVar("Entry")
+
+
+def _read(kind: type[Entry], values: Mapping[str, Any]) -> Entry:
+    known = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    if set(values) != known:
+        raise ValueError(f"{kind.__name__} has {', '.join(sorted(known))}, not {', '.join(sorted(values))}")
+    return kind(**values)
+
+
+def _read_all(kind: type[Entry], entries: Sequence[Mapping[str, Any]]) -> tuple[Entry, ...]:
+    return tuple(_read(kind, entry) for entry in entries)
+
+
+def _smallest_fit(
+    table: TuningTable, entries: Sequence[AttentionTiles], head_dim: int, element_bytes: int
+) -> AttentionTiles:
+    fitting = [entry for entry in entries if entry.head_dim >= head_dim and entry.element_bytes >= element_bytes]
+    if not fitting:
+        raise ValueError(f"no attention configuration of {table.name} has heads of {head_dim} x {element_bytes} bytes")
+    return min(fitting, key=lambda entry: (entry.head_dim, entry.element_bytes))

@@ -1,0 +1,67 @@
+"""Every kernel, compiled for GPUs that are not here: what it would need of them is read from the machine code."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+# Blocks of the same kernel that fit a multiprocessor at once: fewer, and a decode step cannot keep enough loads on their way.
+FEWEST_DECODE_PROGRAMS = 2
+MOST_PREFILL_STACK = 0
+
+
+def compiled(tmp_path: Path, arch: list[int], match: list[str], timeout: float = 170) -> list[dict[str, Any]]:
+    """Compile in a process of its own, for in this one Triton interprets."""
+    output = tmp_path / "resources.json"
+    command = [sys.executable, "-m", "pagoda_kernels.gpu.compilation", "--json", str(output)]
+    command += ["--arch", *map(str, arch), "--match", *match]
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "0",
+        "TRITON_CACHE_DIR": str(tmp_path / "cache"),
+        "TRITON_DEFAULT_FP_FUSION": "1",
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+    }
+    subprocess.run(command, env=environment, check=True, timeout=timeout, stdout=subprocess.DEVNULL)
+    found: list[dict[str, Any]] = json.loads(output.read_text())
+    assert found
+    return found
+
+
+def assert_fits(found: list[dict[str, Any]]) -> None:
+    shared_limit = {75: 64 << 10, 80: 163 << 10, 89: 99 << 10, 90: 227 << 10}
+    for kernel in found:
+        assert kernel["shared_bytes"] <= shared_limit[kernel["arch"]], kernel
+        assert kernel["registers"] <= 255, kernel
+        if kernel["is_decode"]:
+            assert kernel["stack_bytes"] == 0, f"spills: {kernel}"
+
+
+def test_decode_and_prefill_of_the_commonest_heads(tmp_path: Path) -> None:
+    found = compiled(
+        tmp_path, [80, 90], ["attention bfloat16 head_dim=128 heads_per_kv=4", "rotate_and_store bfloat16 heads=32"]
+    )
+    found = [kernel for kernel in found if "window" not in kernel["kernel"] and "soft_cap" not in kernel["kernel"]]
+    assert_fits(found)
+    by_name = {(kernel["kernel"].split()[0], kernel["arch"]): kernel for kernel in found}
+    for arch in (80, 90):
+        decode, prefill = by_name["decode_attention", arch], by_name["prefill_attention", arch]
+        registers = decode["registers"] * 32 * decode["num_warps"]
+        assert (1 << 16) // registers >= FEWEST_DECODE_PROGRAMS
+        assert prefill["stack_bytes"] <= MOST_PREFILL_STACK
+    assert by_name["prefill_attention", 90]["uses_wgmma"], "prefill does not use Hopper's matrix instructions"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("arch", [75, 80, 89, 90])
+def test_every_tuned_configuration(tmp_path: Path, arch: int) -> None:
+    assert_fits(compiled(tmp_path, [arch], [""], timeout=3500))

@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pagoda_kernels import reference
+from pagoda_kernels.activation import gelu_and_mul, silu_and_mul
+from pagoda_kernels.attention import rotate_and_store
+from pagoda_kernels.norm import rms_norm
+from tests.support.triton_kernels import require_interpreter, triton_backend
+
+require_interpreter()
+
+__all__ = ["triton_backend"]
+pytestmark = [
+    pytest.mark.usefixtures("triton_backend"),
+    pytest.mark.filterwarnings("ignore:overflow encountered in exp2"),  # infinity, as on a GPU, and then 1 / infinity
+]
+
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3}
+TWIN = reference.BACKEND
+
+
+def assert_near(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    assert actual.dtype == expected.dtype
+    assert actual.is_contiguous()
+    torch.testing.assert_close(actual, expected, rtol=TOLERANCE[actual.dtype], atol=TOLERANCE[actual.dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", [(1, 64), (3, 48), (5, 3, 16)])
+def test_rms_norm(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    x, weight = torch.randn(shape).to(dtype), torch.randn(shape[-1]).to(dtype)
+    normed, stream = rms_norm(x, weight, 1e-6)
+    assert_near(normed, TWIN.rms_norm(x, weight, 1e-6, None)[0])
+    assert stream is x
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_rms_norm_adds_the_residual_first(dtype: torch.dtype) -> None:
+    x, residual, weight = torch.randn(4, 40).to(dtype), torch.randn(4, 40).to(dtype) * 3, torch.randn(40).to(dtype)
+    before = x.clone(), residual.clone()
+    normed, stream = rms_norm(x, weight, 1e-5, residual)
+    assert torch.equal(stream, before[0] + before[1])
+    assert_near(normed, TWIN.rms_norm(x, weight, 1e-5, residual)[0])
+    assert torch.equal(x, before[0])
+    assert torch.equal(residual, before[1])
+
+
+def test_rms_norm_of_heads_in_a_projection() -> None:
+    heads = torch.randn(3, 6, 16)[:, 2:4]
+    assert_near(rms_norm(heads, torch.randn(16), 1e-6)[0] * 0 + 1, torch.ones(3, 2, 16))
+    weight = torch.randn(16)
+    assert_near(rms_norm(heads, weight, 1e-6)[0], TWIN.rms_norm(heads, weight, 1e-6, None)[0])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("size", [12, 1100])
+def test_gated_activations(dtype: torch.dtype, size: int) -> None:
+    x = torch.randn(2, 2 * size).to(dtype) * 3
+    assert_near(silu_and_mul(x), TWIN.silu_and_mul(x))
+    assert_near(gelu_and_mul(x), TWIN.gelu_and_mul(x))
+    expected = F.gelu(x[:, :size].double(), approximate="tanh") * x[:, size:].double()
+    torch.testing.assert_close(TWIN.gelu_and_mul(x).double(), expected, rtol=4e-3, atol=4e-3)
+
+
+def test_gated_activation_of_large_values_does_not_overflow() -> None:
+    x = torch.tensor([[-1e4, 1e4, 100.0, 2.0, 2.0, 2.0]])
+    assert torch.equal(silu_and_mul(x), torch.tensor([[0.0, 2e4, 200.0]]))
+    assert torch.equal(gelu_and_mul(x), torch.tensor([[0.0, 2e4, 200.0]]))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("has_norm", [True, False])
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(6, 2, 16), (5, 1, 20), (3, 3, 64)])
+def test_queries_are_turned_and_keys_and_values_stored(
+    dtype: torch.dtype, has_norm: bool, num_heads: int, num_kv_heads: int, head_dim: int
+) -> None:
+    num_tokens, eps = 4, 1e-6
+    heads = torch.randn(num_tokens, num_heads + 2 * num_kv_heads, head_dim).to(dtype)
+    before = heads.clone()
+    parts = heads.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
+    angles = torch.randn(num_tokens, head_dim // 2) * 3
+    norms = (torch.randn(head_dim).to(dtype), torch.randn(head_dim).to(dtype)) if has_norm else (None, None)
+    slots = torch.tensor([4 * 5 + 3, 4 * 2, 4 * 2 + 1, 0])
+
+    def caches() -> tuple[torch.Tensor, torch.Tensor]:
+        shape = (6, num_kv_heads, 4, head_dim)
+        return torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)
+
+    written, expected_written = caches(), caches()
+    query = rotate_and_store(*parts, angles.cos(), angles.sin(), *norms, eps, *written, slots)
+    expected = TWIN.rotate_and_store(*parts, angles.cos(), angles.sin(), *norms, eps, *expected_written, slots)
+    assert torch.equal(heads, before)
+    assert_near(query, expected)
+    for actual, cache in zip(written, expected_written, strict=True):
+        assert_near(actual, cache)
+    assert written[0].abs().amax(dim=(1, 3)).count_nonzero() == 4  # four slots, and no other
+
+
+def test_float8_cache_takes_scaled_numbers_and_saturates() -> None:
+    from pagoda_kernels.gpu.elementwise import rotate_and_store as launch
+
+    # Numbers that float8 holds exactly once scaled: the interpreter does not carry when it rounds.
+    heads = torch.randint(-8, 9, (2, 4, 16)).half()
+    heads[0, 3, 0] = 1000.0
+    query, key, value = heads.split((2, 1, 1), dim=1)
+    cos, sin = torch.ones(2, 8), torch.zeros(2, 8)
+    caches = [torch.zeros(2, 1, 4, 16).to(torch.float8_e4m3fn) for _ in range(2)]
+    launch(query, key, value, cos, sin, None, None, 1e-6, *caches, torch.tensor([5, 6]), k_scale=0.25, v_scale=0.5)
+    expected = [torch.zeros(2, 1, 4, 16) for _ in range(2)]
+    expected[0][1, 0, 1:3], expected[1][1, 0, 1:3] = key[:, 0].float(), value[:, 0].float()
+    expected[1][1, 0, 1, 0] = 448.0 * 0.5
+    for cache, scale, wanted in zip(caches, (0.25, 0.5), expected, strict=True):
+        assert torch.equal(cache.float() * scale, wanted)
