@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import threading
 import time
 from collections.abc import Callable
@@ -14,8 +13,14 @@ from typing import TYPE_CHECKING, Any
 from pagoda.config.schema import PagodaConfig
 from pagoda.errors import CommunicationError, ConfigError, PagodaError
 from pagoda.execution.ray_head import ensure_head
-from pagoda.execution.ray_node import RayNode, ray_environment, require_ray, split_address, wait_for_head
-from pagoda.parallel.facts import python_series
+from pagoda.execution.ray_node import (
+    RayNode,
+    ray_environment,
+    refusal_in,
+    require_ray,
+    split_address,
+    wait_for_head,
+)
 from pagoda.parallel.interfaces import NetworkInterface, choose_interface, choose_outward_interface
 from pagoda.parallel.layout import ParallelLayout
 from pagoda.process_control import owner_process
@@ -27,8 +32,6 @@ logger = logging.getLogger(__name__)
 
 _LOOK_SECONDS = 0.5
 _CALL_SECONDS = 10.0  # of a call to Ray whose answer is not worth more waiting
-
-_VERSIONS = re.compile(r"Ray: (\S+)\s+(?:\([^)]*\)\s+)?Python: (\d+\.\d+\.\d+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,14 +153,9 @@ def _connect(address: str, version: str, deadline: float) -> None:
 
 def _in_words(error: Exception, address: str, version: str) -> PagodaError:
     text = " ".join(str(error).split())
-    conflict = version_conflict(text, address, version)
-    if conflict is not None:
-        return ConfigError(conflict)
-    if "authenticat" in text.lower():
-        return ConfigError(
-            f"the Ray cluster at {address} refuses this process: "
-            "RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) must hold the token of its head"
-        )
+    refusal = refusal_in(text, address, version)
+    if refusal is not None:
+        return ConfigError(refusal)
     if isinstance(error, ConnectionError) and address == "auto":
         return ConfigError(
             "ray_address=auto: this machine is no node of a Ray cluster; "
@@ -168,18 +166,6 @@ def _in_words(error: Exception, address: str, version: str) -> PagodaError:
             f"ray_address={address}: this machine is no node of that cluster; run `pagoda join {address}` here first"
         )
     return CommunicationError(f"the Ray cluster at {address} cannot be joined: {text}")
-
-
-def version_conflict(text: str, address: str, version: str) -> str | None:
-    """What Ray says of a version conflict, in a sentence; None if `text` is about something else."""
-    if "ersion mismatch" not in text:
-        return None
-    found = _VERSIONS.search(text)
-    theirs = f"Ray {found[1]} with Python {found[2]}" if found else "another version of Ray or Python"
-    return (
-        f"the Ray cluster at {address} runs {theirs}, and here are Ray {version} with Python {python_series()}: "
-        "install the same image on every node"
-    )
 
 
 def _nodes_in_words(kind: str) -> str:

@@ -26,7 +26,7 @@ from pagoda.parallel.node_state import READY, StateFile, default_directory, is_a
 
 _LOOK_SECONDS = 0.25
 _PATIENCE_SECONDS = 5.0
-_STARTED = "Ray runtime started"
+STARTED = "Ray runtime started"
 _SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 
@@ -56,7 +56,7 @@ def ensure_head(owner: int, node: RayNode, deadline: float, on_progress: Callabl
         )
     while (found := find_head(owner)) is None:
         if process.poll() is not None:
-            raise CommunicationError(f"the Ray head did not start: {last_words(log)} (all of it: {log})")
+            raise CommunicationError(f"the Ray head did not start: {last_words(_text(log))} (all of it: {log})")
         if time.monotonic() > deadline:
             process.terminate()
             raise CommunicationError(f"the Ray head did not start in time; its log: {log}")
@@ -74,9 +74,9 @@ def find_head(owner: int) -> str | None:
     return None
 
 
-def last_words(log: Path) -> str:
-    """The line of a log of Ray's that says most about why it ended: the last with an error in it, else the last."""
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+def last_words(text: str) -> str:
+    """The line of Ray's output that says most about why it ended: the last with an error in it, else the last."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if "Error" in line or "error" in line or "mismatch" in line]
     return (errors or lines or ["it said nothing"])[-1]
 
@@ -117,7 +117,7 @@ def main(owner: int, address: str, log: Path, command: list[str]) -> int:
     ray = subprocess.Popen(command, preexec_fn=_end_with_parent)
     is_up = False
     while ray.poll() is None and is_alive(owner) and not told_to_stop:
-        if not is_up and _STARTED in log.read_text(encoding="utf-8", errors="replace"):
+        if not is_up and STARTED in _text(log):
             is_up = True
             state.enter(READY, address)
         state.beat()
@@ -134,6 +134,10 @@ def end_ray(ray: subprocess.Popen[bytes], patience_seconds: float) -> int:
     except subprocess.TimeoutExpired:
         ray.kill()  # its reaper ends the rest
         return ray.wait()
+
+
+def _text(log: Path) -> str:
+    return log.read_text(encoding="utf-8", errors="replace")
 
 
 def _end_with_parent() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import platform
+import re
 import socket
 import sys
 import time
@@ -15,6 +17,9 @@ HEAD_PORT = 6379
 
 # Ray's object store carries nothing of ours: the least that Ray accepts, so that a small /dev/shm will do.
 _OBJECT_STORE_BYTES = 80_000_000
+
+_VERSIONS = re.compile(r"Ray: (\S+) .*?Python: (\d+\.\d+\.\d+)")
+_REFUSED = re.compile(r"Unauthenticated|AuthenticationError|[Ii]nvalid or missing authentication token")
 
 _LOOK_SECONDS = 0.5
 _CONNECT_SECONDS = 2.0
@@ -118,6 +123,27 @@ def wait_for_head(
         on_progress(f"waiting for the Ray head at {host}:{port}: {trouble}")
         time.sleep(_LOOK_SECONDS)
     return False
+
+
+def refusal_in(text: str, address: str, version: str) -> str | None:
+    """Why the cluster at `address` will not have this machine, out of what Ray says; None if `text` is about something else.
+
+    `version`: of Ray, here.
+    """
+    text = " ".join(text.split())
+    if "ersion mismatch" in text:
+        found = _VERSIONS.search(text)
+        theirs = f"Ray {found[1]} with Python {found[2]}" if found else "another version of Ray or Python"
+        return (
+            f"the Ray cluster at {address} runs {theirs}, and here are Ray {version} with Python {platform.python_version()}: "
+            "install the same image on every node"
+        )
+    if _REFUSED.search(text):
+        return (
+            f"the Ray cluster at {address} refuses this machine: "
+            "RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) must hold the token of its head"
+        )
+    return None
 
 
 def _trouble_with(host: str, port: int) -> str | None:
