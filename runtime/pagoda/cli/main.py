@@ -15,6 +15,7 @@ COMMANDS = {
     "generate": ("pagoda.cli.generate", "complete prompts offline"),
     "chat": ("pagoda.cli.chat", "talk to a model in the terminal"),
     "bench": ("pagoda.cli.bench", "measure the engine, or a running server under load"),
+    "join": ("pagoda.cli.join", "make this machine a worker node of the cluster that serves a model"),
     "doctor": ("pagoda.cli.doctor", "show hardware, versions, and every setting with its source"),
     "probe": ("pagoda.cli.probe", "ask a server on this machine whether it is started, ready or live"),
     "deploy": ("pagoda.cli.deploy", "put a model into a Kubernetes cluster with KServe, and ask it"),
