@@ -235,6 +235,7 @@ class RankService:
     def _end(self, command: EndRank) -> None:
         logger.info("this rank ends: %s", command.reason)
         self._is_ending = True
+        self._is_ending = True
         self._groups.close()
         self._channel.close()
 
@@ -243,6 +244,7 @@ class RankService:
         logger.error("this rank failed: %s", error, exc_info=not isinstance(error, PagodaError))
         kind = error.kind if isinstance(error, PagodaError) else ErrorKind.ENGINE_DEAD
         message = str(error) if isinstance(error, PagodaError) else f"{type(error).__name__}: {error}"
+        self._is_ending = True
         self._is_ending = True
         self._channel.send(RankFailed(kind, message, isinstance(error, CommunicationError)))
         self._channel.close(_FLUSH_SECONDS)

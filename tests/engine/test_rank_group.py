@@ -1,0 +1,289 @@
+"""The driver's side of several ranks, with ranks that hold no model and misbehave on demand."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from pagoda.errors import ConfigError, EngineDeadError, ErrorKind, InvalidRequestError
+from pagoda.execution.executor import is_out_of_memory
+from pagoda.execution.rank_messages import (
+    CheckCommunication,
+    InitializeKV,
+    JoinGroup,
+    KVMeasured,
+    LoadWeights,
+    MeasureKV,
+    RankFailed,
+    RankHeartbeat,
+    RankHello,
+    RankPrepared,
+    RunStep,
+    StageDone,
+    StartRank,
+    StepFailed,
+    WeightsProgress,
+)
+from tests.support.fake_ranks import (
+    FakeStages,
+    facts_of,
+    hang_up,
+    make_group,
+    nothing,
+    plan_of,
+    result_of,
+    running_group,
+)
+
+
+def failed(step_id: int, **changes) -> StepFailed:
+    values = {"error": "ValueError: no", "is_out_of_memory": False, "is_communication": False, "is_out_of_step": False}
+    return StepFailed(step_id=step_id, **values | changes)
+
+
+def failing(at: int, **changes):
+    """Fail step number `at` and do the others right."""
+    return {RunStep: lambda rank, run: failed(at, **changes) if run.plan.step_id == at else rank.right_answer(run)}
+
+
+# ---- start-up -----------------------------------------------------------------------------------------------------
+
+
+def test_start_up_goes_through_its_stages_and_tells_every_rank_its_place() -> None:
+    stages = FakeStages()
+    group, launcher = make_group()
+    group.connect(stages)
+    assert stages.entered == ["launch", "rendezvous", "communication"]
+    starts = [next(m for m in rank.received if isinstance(m, StartRank)) for rank in launcher.ranks]
+    assert [start.rank for start in starts] == [0, 1]
+    assert [start.ranks_on_host for start in starts] == [1, 1]
+    assert all("api_keys" not in start.config for start in starts)
+    group.shutdown()
+
+
+def test_weights_progress_is_that_of_the_slowest_rank() -> None:
+    def load(rank, _):
+        rank.channel.send(WeightsProgress(10 if rank.rank else 90, 100))
+        if rank.rank:
+            time.sleep(0.2)  # so that the driver has heard of both shares before the first answer
+        return StageDone("weights")
+
+    told = []
+    group, _ = make_group({0: {LoadWeights: load}, 1: {LoadWeights: load}})
+    group.connect(FakeStages())
+    group.load(lambda *news: told.append(news))
+    assert ("rank 1 of 2", 10, 100) in told
+    group.shutdown()
+
+
+def test_the_rank_with_room_for_the_fewest_blocks_limits_all_and_is_named() -> None:
+    # More memory, but blocks so large that fewer fit.
+    group, _ = make_group({1: {MeasureKV: lambda *_: KVMeasured(1000, 20_000)}})
+    group.connect(FakeStages())
+    budget = group.kv_budget(16)
+    assert (budget.block_bytes, budget.available_bytes) == (1000, 20_000)
+    assert "rank 1 of 2 (host node-1, pid 101) limits (blocks that fit: rank 0: 100, rank 1: 20)" in budget.note
+    group.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "message"),
+    [
+        ({RankHello: nothing}, r"rank 1 of 2 \(host node-1\) did not connect within rendezvous_timeout_seconds=1"),
+        ({StartRank: nothing}, r"rank 1 of 2 \(host node-1, pid 101\) did not take its configuration within rend"),
+        ({JoinGroup: nothing}, r"rank 1 .* did not meet the others at 127.0.0.1 \(network_interface\) within"),
+        ({CheckCommunication: nothing}, r"rank 1 .* did not get through the communication check within"),
+        ({JoinGroup: hang_up}, r"rank 1 of 2 \(host node-1, pid 101\) was killed by SIGKILL"),
+    ],
+)
+def test_a_rank_that_does_not_come_along_ends_the_start_within_its_bound(behaviour, message) -> None:
+    group, launcher = make_group({1: behaviour}, rendezvous_timeout_seconds=1)
+    with pytest.raises(EngineDeadError, match=message):
+        group.connect(FakeStages())
+    assert launcher.is_terminated
+    with pytest.raises(EngineDeadError, match="rank 1"):
+        group.check_health()
+
+
+@pytest.mark.parametrize("command", [LoadWeights, MeasureKV, InitializeKV])
+def test_a_later_stage_is_bounded_by_the_start_timeout(command) -> None:
+    # The timeout has to hold the stages before as well.
+    group, launcher = make_group({1: {command: nothing}}, engine_start_timeout_seconds=4)
+    group.connect(FakeStages())
+
+    def bring_up() -> None:
+        group.load()
+        group.kv_budget(16)
+        group.initialize_kv_cache(10)
+
+    with pytest.raises(EngineDeadError, match=r"rank 1 .* within engine_start_timeout_seconds=4"):
+        bring_up()
+    assert launcher.is_terminated
+
+
+@pytest.mark.parametrize(
+    ("hello", "message"),
+    [
+        ({"pagoda_version": "0.0.9"}, r"rank 1 of 2 \(host node-1, pid 101\) runs Pagoda 0.0.9 .* install the same"),
+        ({"protocol_version": 0}, r"rank 1 .* \(protocol 0\)"),
+    ],
+)
+def test_a_rank_of_another_version_is_refused_by_name(hello, message) -> None:
+    group, launcher = make_group(hello=hello)
+    with pytest.raises(ConfigError, match=message):
+        group.connect(FakeStages())
+    assert launcher.is_terminated
+
+
+def test_ranks_with_other_models_are_refused_with_what_to_do() -> None:
+    def prepared(rank, command):
+        rank.right_answer(command)
+        return RankPrepared(facts=facts_of(rank.rank, model_hash="xyz"), port=1, threads=1)
+
+    group, launcher = make_group({1: {StartRank: prepared}})
+    with pytest.raises(ConfigError, match=r"checkpoints .* differ: abc on rank 0 .*, xyz on rank 1 .*same model"):
+        group.connect(FakeStages())
+    assert launcher.is_terminated
+
+
+def test_what_a_rank_says_of_its_own_end_is_passed_on_with_its_name() -> None:
+    says = RankFailed(ErrorKind.INVALID_REQUEST, "there is no such file", False)
+    group, _ = make_group({1: {LoadWeights: lambda *_: says}})
+    group.connect(FakeStages())
+    with pytest.raises(InvalidRequestError, match=r"rank 1 of 2 \(host node-1, pid 101\): there is no such file"):
+        group.load()
+
+
+def test_the_rank_that_could_not_reach_another_is_not_blamed_for_its_death() -> None:
+    def unreachable(rank, _):
+        return RankFailed(ErrorKind.INTERNAL, "connection reset by peer", True)
+
+    def dies_later(rank, _):
+        time.sleep(0.3)
+        rank.channel.close()
+
+    group, _ = make_group({0: {InitializeKV: unreachable}, 1: {InitializeKV: dies_later}})
+    group.connect(FakeStages())
+    with pytest.raises(EngineDeadError, match=r"rank 1 of 2 .* was killed by SIGKILL"):
+        group.initialize_kv_cache(10)
+
+
+# ---- steps --------------------------------------------------------------------------------------------------------
+
+
+def test_results_of_steps_under_way_together_are_told_apart() -> None:
+    with running_group(pipeline_parallel_size=2, tensor_parallel_size=1) as (group, _):
+        assert group.max_concurrent_batches == 2
+        first, second = group.submit(plan_of(1)), group.submit(plan_of(2, slots=3))
+        assert first.result() == result_of(plan_of(1))
+        assert second.result() == result_of(plan_of(2, slots=3))
+
+
+def test_pipeline_stages_hear_of_sampled_tokens_with_the_next_plan() -> None:
+    with running_group(pipeline_parallel_size=2, tensor_parallel_size=1) as (group, launcher):
+        group.submit(plan_of(5)).result()
+        group.submit(plan_of(6)).result()
+        landed = [m.landed for m in launcher.ranks[0].received if isinstance(m, RunStep)]
+    assert landed[0].slots == []
+    assert (landed[1].slots, landed[1].positions, landed[1].token_ids) == ([0], [6], [1005])
+
+
+def test_a_step_that_fails_alike_on_all_ranks_fails_alone() -> None:
+    with running_group({0: failing(1), 1: failing(1)}) as (group, _):
+        with pytest.raises(RuntimeError, match="ValueError: no"):
+            group.submit(plan_of(1)).result()
+        group.check_health()
+        assert group.submit(plan_of(2)).result() == result_of(plan_of(2))
+
+
+def test_a_step_for_which_no_rank_has_memory_may_be_tried_smaller() -> None:
+    lacking = failing(1, is_out_of_memory=True)
+    with running_group({0: lacking, 1: lacking}) as (group, _):
+        with pytest.raises(MemoryError) as caught:
+            group.submit(plan_of(1)).result()
+        assert is_out_of_memory(caught.value)
+        group.check_health()
+
+
+def test_a_step_that_fails_on_one_rank_only_loses_the_group_and_names_the_rank() -> None:
+    with running_group({1: failing(1, error="MemoryError: none left", is_out_of_memory=True)}) as (group, launcher):
+        launcher.ranks[0].is_output = False  # it waits in a collective for the rank that failed
+        with pytest.raises(EngineDeadError, match=r"rank 1 of 2 \(host node-1.* failed step 1.*MemoryError: none left"):
+            group.submit(plan_of(1)).result()
+        assert launcher.is_terminated
+        with pytest.raises(EngineDeadError, match="rank 1"):
+            group.check_health()
+        with pytest.raises(EngineDeadError, match="rank 1"):
+            group.submit(plan_of(2)).result()
+
+
+def test_ranks_that_failed_in_the_middle_of_their_collectives_are_lost_even_if_all_did() -> None:
+    out_of_step = failing(1, is_out_of_step=True)
+    with running_group({0: out_of_step, 1: out_of_step}) as (group, _), pytest.raises(EngineDeadError, match="step 1"):
+        group.submit(plan_of(1)).result()
+
+
+def test_a_killed_rank_is_blamed_before_those_that_missed_it() -> None:
+    def killed(rank, _):
+        time.sleep(0.3)
+        rank.channel.close()
+
+    missed = failing(1, error="CommunicationError: reset", is_communication=True, is_out_of_step=True)
+    blamed = r"rank 1 of 2 \(host node-1, pid 101\) was killed by SIGKILL"
+    with running_group({0: missed, 1: {RunStep: killed}}) as (group, _), pytest.raises(EngineDeadError, match=blamed):
+        group.submit(plan_of(1)).result()
+
+
+def test_a_stopped_rank_is_lost_after_the_heartbeat_timeout() -> None:
+    with running_group({1: {RunStep: nothing}}, rank_heartbeat_timeout_seconds=1) as (group, launcher):
+        launcher.ranks[0].is_output = False
+        launcher.ranks[1].heartbeats.stop()
+        with pytest.raises(EngineDeadError, match=r"rank 1 .* no sign of life .*rank_heartbeat_timeout_seconds=1"):
+            group.submit(plan_of(1)).result()
+
+
+def test_a_step_that_hangs_is_lost_after_the_collective_timeout_and_names_who_is_behind() -> None:
+    with running_group(collective_timeout_seconds=1, rank_heartbeat_timeout_seconds=2) as (group, launcher):
+        launcher.ranks[0].is_output = False
+        launcher.ranks[0].progress = RankHeartbeat(0, 7)
+        launcher.ranks[1].progress = RankHeartbeat(0, 6)
+        with pytest.raises(EngineDeadError, match=r"step 1 with 1 tokens was not done .*: the others wait for rank 1"):
+            group.submit(plan_of(1)).result()
+
+
+def test_the_death_of_an_idle_rank_shows_at_the_next_look() -> None:
+    with running_group() as (group, launcher):
+        group.check_health()
+        launcher.ranks[1].channel.close()
+        launcher.ranks[1].is_over.wait(10)
+        time.sleep(0.2)
+        with pytest.raises(EngineDeadError, match=r"rank 1 .* was killed"):
+            group.check_health()
+
+
+def test_results_of_steps_that_were_given_up_are_not_mixed_up_with_later_ones() -> None:
+    behaviour = failing(1)
+    with running_group({0: behaviour, 1: behaviour}, pipeline_parallel_size=2, tensor_parallel_size=1) as (group, _):
+        first = group.submit(plan_of(1))
+        group.submit(plan_of(2))  # the engine drops it when the first one has failed
+        with pytest.raises(RuntimeError, match="ValueError: no"):
+            first.result()
+        assert group.submit(plan_of(3)).result() == result_of(plan_of(3))
+        group.check_health()
+
+
+def test_health_lists_the_ranks_with_their_hosts_and_heartbeats() -> None:
+    with running_group() as (group, _):
+        ranks = group.ranks()
+        assert [(rank.rank, rank.host, rank.pid) for rank in ranks] == [(0, "node-0", 100), (1, "node-1", 101)]
+        assert all(time.monotonic() - rank.last_heartbeat < 60 for rank in ranks)
+
+
+def test_shutdown_tells_the_ranks_and_may_come_twice() -> None:
+    with running_group() as (group, launcher):
+        group.shutdown()
+        group.shutdown()
+        assert all(rank.is_over.wait(10) for rank in launcher.ranks)
+        with pytest.raises(EngineDeadError, match="shut down"):
+            group.check_health()
