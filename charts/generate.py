@@ -23,9 +23,10 @@ from pagoda.config import schema_json
 
 CHART = Path(__file__).resolve().parent / "pagoda"
 
-# Settings that are values of the chart under other names: model.*, network.*, security.apiKeysSecret.
+# Settings that are values of the chart under other names: model.*, network.*, security.apiKeysSecret, mode, multiNode.*.
 CHART_SETTINGS = (
     *("model", "model_name", "host", "http_port", "grpc_port", "api_keys", "ssl_certfile", "ssl_keyfile"),
+    *("distributed_executor_backend", "ray_address", "network_interface"),
 )
 _KEY = re.compile(r"(?P<indent> *)(?P<key>[A-Za-z_]\w*):(?P<rest>.*)")
 _TYPES = {str: "string", bool: "boolean", int: "integer", float: "number", list: "array", dict: "object"}
@@ -174,8 +175,8 @@ _INTRODUCTION = """\
 
 <!-- Generated from values.yaml by `make chart`; edit that file instead. -->
 
-One release serves one model: a Deployment of equal pods behind a Service with REST and OpenAI routes on port 8080 and gRPC on
-port 8081.
+One release serves one model behind a Service with REST and OpenAI routes on port 8080 and gRPC on port 8081: a Deployment of
+equal pods, or (`mode: multiNode`) groups of pods that share the model.
 
     helm install pagoda ./charts/pagoda --set image.repository=<where you pushed the image>
     helm test pagoda --logs
@@ -185,7 +186,8 @@ docs/deployment.md goes from nothing to a first answer, and says how to size a r
 Values are checked before anything is rendered: an unknown key, a wrong type or an impossible value is an error that names it.
 `engine` takes every setting of docs/configuration.md except those that are values of the chart: `model` (`model.hubId`,
 `model.claim`, `model.initContainer`), `model_name` (`model.name`), `host`, `http_port` and `grpc_port` (`network.*`),
-`api_keys` (`security.apiKeysSecret`), `ssl_certfile` and `ssl_keyfile` (`network.tls.secretName`).
+`api_keys` (`security.apiKeysSecret`), `ssl_certfile` and `ssl_keyfile` (`network.tls.secretName`), and
+`distributed_executor_backend`, `ray_address`, `network_interface` (`mode`, `multiNode.*`).
 
 ## Values
 """

@@ -15,7 +15,17 @@ import pagoda
 from pagoda.config import load
 from pagoda.config.schema import option_defaults
 from pagoda.serving.lifecycle import LAST_WORDS_SECONDS
-from tests.support.chart import CHART, VALUE_SETS, config_file, render, render_files, server_container, server_pod
+from tests.support.chart import (
+    CHART,
+    VALUE_SETS,
+    config_file,
+    render,
+    render_files,
+    server_container,
+    server_pod,
+    server_workload,
+    workers,
+)
 from tests.support.kubernetes_objects import validate
 
 # Objects of operators, which kubernetes-validate has no schema for; test_chart_monitoring.py looks at their shape.
@@ -75,10 +85,13 @@ def test_names_of_objects_are_legal_and_one_namespace_holds_them_all(values: dic
 @every_value_set
 def test_selectors_find_the_pods_and_only_them(values: dict[str, Any]) -> None:
     objects = render(values)
-    pod_labels = objects["Deployment"]["spec"]["template"]["metadata"]["labels"]
-    selectors = [objects["Service"]["spec"]["selector"], objects["Deployment"]["spec"]["selector"]["matchLabels"]]
+    workload = server_workload(objects)
+    pod_labels = workload["spec"]["template"]["metadata"]["labels"]
+    selectors = [objects["Service"]["spec"]["selector"], workload["spec"]["selector"]["matchLabels"]]
     kinds = {"PodDisruptionBudget", "PodMonitor"} & objects.keys()
     selectors += [objects[kind]["spec"]["selector"]["matchLabels"] for kind in kinds]
+    if "NetworkPolicy" in objects:
+        selectors.append(objects["NetworkPolicy"]["spec"]["podSelector"]["matchLabels"])
     if "ServiceMonitor" in objects:
         wanted = objects["ServiceMonitor"]["spec"]["selector"]["matchLabels"].items()
         assert wanted <= objects["Service"]["metadata"]["labels"].items()
@@ -96,17 +109,20 @@ def test_no_object_carries_a_label_of_kserve(values: dict[str, Any]) -> None:
 @every_value_set
 def test_pods_are_locked_down(values: dict[str, Any]) -> None:
     objects = render(values)
-    for spec in (server_pod(objects), objects["Pod"]["spec"]):
+    rdma = any("rdma/" in name for name in server_container(objects)["resources"]["limits"])
+    pods = [worker["spec"]["template"]["spec"] for worker in workers(objects)]
+    for spec in (server_pod(objects), objects["Pod"]["spec"], *pods):
         assert spec["automountServiceAccountToken"] is False
         assert spec["enableServiceLinks"] is False
         assert spec["securityContext"]["runAsNonRoot"] is True
         assert spec["securityContext"]["runAsUser"] > 0
         assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
         for container in spec["containers"] + spec.get("initContainers", []):
+            adds = {"add": ["IPC_LOCK"]} if rdma and container["name"] == "pagoda" else {}
             assert container["securityContext"] == {
                 "allowPrivilegeEscalation": False,
                 "readOnlyRootFilesystem": True,
-                "capabilities": {"drop": ["ALL"]},
+                "capabilities": {"drop": ["ALL"], **adds},
             }
 
 
@@ -125,12 +141,19 @@ def test_startup_probe_outlasts_the_engine_s_own_limit(values: dict[str, Any]) -
     probe = server_container(objects)["startupProbe"]
     limit = config_file(objects)["engine_start_timeout_seconds"]
     assert probe["periodSeconds"] * probe["failureThreshold"] > limit
-    assert objects["Deployment"]["spec"]["progressDeadlineSeconds"] > probe["periodSeconds"] * probe["failureThreshold"]
+    if "Deployment" in objects:
+        deadline = objects["Deployment"]["spec"]["progressDeadlineSeconds"]
+        assert deadline > probe["periodSeconds"] * probe["failureThreshold"]
 
 
 @every_value_set
 def test_every_volume_is_mounted_and_every_mount_has_its_volume(values: dict[str, Any]) -> None:
-    pod = server_pod(render(values))
+    objects = render(values)
+    for pod in (server_pod(objects), *(worker["spec"]["template"]["spec"] for worker in workers(objects))):
+        check_volumes(pod)
+
+
+def check_volumes(pod: dict[str, Any]) -> None:
     mounted = {m["name"] for c in pod["containers"] + pod.get("initContainers", []) for m in c["volumeMounts"]}
     assert mounted == {volume["name"] for volume in pod["volumes"]}
     (shm,) = [volume["emptyDir"] for volume in pod["volumes"] if volume["name"] == "shm"]

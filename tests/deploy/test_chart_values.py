@@ -12,6 +12,11 @@ import yaml
 from pagoda.config.schema import options
 from tests.support.chart import CHART, render
 
+MULTI_NODE: dict[str, Any] = {
+    "mode": "multiNode",
+    "engine": {"pipeline_parallel_size": 2},
+    "multiNode": {"ray": {"tokenSecret": {"name": "ray"}}},
+}
 WRONG_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"replica": 2}, "replica"),
     ({"replicas": "two"}, "replicas"),
@@ -43,7 +48,22 @@ WRONG_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"security": {"runAsUser": 0}}, "runAsUser"),
     ({"extraLabels": {"serving.kserve.io/inferenceservice": "x"}}, "serving.kserve.io/inferenceservice"),
     ({"storage": {"cache": {"sizeLimit": "big"}}}, "sizeLimit"),
+    ({"mode": "multinode"}, "mode"),
     ({"multiNode": {"enabled": True}}, "multiNode"),
+    ({"multiNode": {"nodes": 1}}, "nodes"),
+    ({"multiNode": {"nccl": {"UCX_TLS": "rc"}}}, "UCX_TLS"),
+    ({"multiNode": {"rdma": {"resource": "hca"}}}, "resource"),
+    ({"multiNode": {"networkInterface": "a name of its own"}}, "networkInterface"),
+    ({"engine": {"network_interface": "eth0"}}, "network_interface"),
+    ({"engine": {"ray_address": "auto"}}, "ray_address"),
+    ({"engine": {"distributed_executor_backend": "ray"}}, "distributed_executor_backend"),
+    ({"engine": {"tensor_parallel_size": 4}, "resources": {"gpus": 2}}, "resources.gpus"),
+    ({**MULTI_NODE, "engine": {"pipeline_parallel_size": 3}}, "engine.pipeline_parallel_size = 3"),
+    ({**MULTI_NODE, "engine": {"tensor_parallel_size": 2}}, "multiNode.nodes"),
+    ({**MULTI_NODE, "resources": {"gpus": 4}}, "resources.gpus"),
+    ({**MULTI_NODE, "multiNode": {}}, "multiNode.ray.tokenSecret.name"),
+    ({**MULTI_NODE, "autoscaling": {"type": "hpa"}}, "autoscaling.type"),
+    ({**MULTI_NODE, "replicas": 2, "rollout": {"partition": 2}}, "rollout.partition"),
 ]
 
 

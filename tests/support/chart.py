@@ -14,6 +14,9 @@ CHART = Path(__file__).parents[2] / "charts" / "pagoda"
 RELEASE = "story"
 NAMESPACE = "tales"
 
+KINDS_BY_FILE = {"dashboard.yaml": "Dashboard", "head.yaml": "Head", "ranks.yaml": "Ranks", "worker.yaml": "Worker"}
+RAY = {"tokenSecret": {"name": "ray"}}
+
 VALUE_SETS: dict[str, dict[str, Any]] = {
     "defaults": {},
     "hub model with a token": {"model": {"hubId": "Qwen/Qwen3-0.6B", "hubTokenSecret": {"name": "hf"}}},
@@ -96,6 +99,49 @@ VALUE_SETS: dict[str, dict[str, Any]] = {
         "rollout": {"maxSurge": 0, "maxUnavailable": "25%", "preStopSeconds": 0},
         "placement": {"affinity": {"nodeAffinity": {}}, "spreadOver": []},
     },
+    "several GPUs": {"engine": {"tensor_parallel_size": 4}, "resources": {"gpus": 4}},
+    "multi-node, two pods": {
+        "mode": "multiNode",
+        "engine": {"pipeline_parallel_size": 2},
+        "multiNode": {"ray": RAY},
+    },
+    "multi-node, groups of GPUs with RDMA": {
+        "mode": "multiNode",
+        "replicas": 3,
+        "model": {"hubId": "Qwen/Qwen3-235B-A22B", "hubTokenSecret": {"name": "hf"}},
+        "engine": {"tensor_parallel_size": 8, "pipeline_parallel_size": 2, "rendezvous_timeout_seconds": 600},
+        "resources": {"gpus": 8, "limits": {"memory": "512Gi"}, "sharedMemory": "64Gi"},
+        "multiNode": {
+            "ray": RAY,
+            "networkInterface": "net1",
+            "nccl": {"NCCL_IB_HCA": "mlx5", "NCCL_DEBUG": "INFO"},
+            "rdma": {"resource": "rdma/hca_shared_devices_a", "count": 8},
+            "topologyKey": "example.com/rack",
+        },
+        "podAnnotations": {"k8s.v1.cni.cncf.io/networks": "rdma"},
+        "placement": {"nodeSelector": {"accelerator": "h200"}},
+    },
+    "multi-node, four pods, keys, TLS, monitored": {
+        "mode": "multiNode",
+        "model": {"claim": {"name": "weights"}},
+        "engine": {"pipeline_parallel_size": 4, "tensor_parallel_size": 2},
+        "multiNode": {"nodes": 4, "ray": {"tokenSecret": {"name": "secrets", "key": "ray"}}},
+        "security": {"apiKeysSecret": {"name": "keys"}},
+        "network": {"tls": {"secretName": "cert"}, "policy": {"from": [{"podSelector": {}}]}},
+        "monitoring": {"monitor": "pod", "rules": {"enabled": True}, "dashboard": {"enabled": True}},
+    },
+    "multi-node, upgraded group by group": {
+        "mode": "multiNode",
+        "replicas": 2,
+        "fullnameOverride": "a-name-so-long-that-it-must-be-cut-somewhere-or-pods-have-none",
+        "extraLabels": {"team": "a"},
+        "engine": {"pipeline_parallel_size": 2},
+        "multiNode": {"ray": RAY},
+        "rollout": {"partition": 1, "podDisruptionBudget": {"enabled": False}},
+        "network": {"policy": {"enabled": False}},
+        "model": {"initContainer": {"image": "fetch:1"}},
+        "extraEnv": [{"name": "HTTPS_PROXY", "value": "http://proxy:3128"}],
+    },
     "names, labels, volumes, environment": {
         "fullnameOverride": "a-name-of-its-own",
         "extraLabels": {"team": "a", "app.kubernetes.io/name": "usurper"},
@@ -128,14 +174,16 @@ def _render_files(values: str) -> dict[str, str]:
 
 
 def render(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Every object by its kind (the test's pod as `Pod`, the dashboard as `Dashboard`)."""
+    """Every object by its kind: the test's pod as `Pod`, the dashboard as `Dashboard`, and of mode multiNode `Head`, `Ranks`
+    (the headless Service) and for each group `Worker 0`, `Worker 1`."""
     objects: dict[str, dict[str, Any]] = {}
     for name, text in render_files(values).items():
         if not name.endswith(".yaml"):
             continue
         for document in yaml.safe_load_all(text):
             if document is not None:
-                kind = "Dashboard" if name == "dashboard.yaml" else document["kind"]
+                kind = KINDS_BY_FILE.get(name, document["kind"])
+                kind += f" {len([key for key in objects if key.startswith(kind)])}" if kind == "Worker" else ""
                 assert kind not in objects
                 objects[kind] = document
     return objects
@@ -153,8 +201,18 @@ def config_file(objects: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def server_pod(objects: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The spec of the server's pods."""
-    return objects["Deployment"]["spec"]["template"]["spec"]
+    """The spec of the server's pods: in mode multiNode, the heads."""
+    return server_workload(objects)["spec"]["template"]["spec"]
+
+
+def server_workload(objects: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What makes the server's pods."""
+    return objects.get("Deployment") or objects["Head"]
+
+
+def workers(objects: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """The StatefulSets of the workers, group by group; none in mode single."""
+    return [document for kind, document in objects.items() if kind.startswith("Worker ")]
 
 
 def server_container(objects: dict[str, dict[str, Any]]) -> dict[str, Any]:

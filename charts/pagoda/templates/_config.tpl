@@ -39,6 +39,11 @@ demo
 {{- $_ := set $own "ssl_certfile" "/etc/pagoda-tls/tls.crt" -}}
 {{- $_ := set $own "ssl_keyfile" "/etc/pagoda-tls/tls.key" -}}
 {{- end -}}
+{{- if eq .Values.mode "multiNode" -}}
+{{- $_ := set $own "distributed_executor_backend" "ray" -}}
+{{- /* Workers may have an image to pull first. */ -}}
+{{- $own = merge $own .Values.engine (dict "rendezvous_timeout_seconds" .Values.engine.engine_start_timeout_seconds) -}}
+{{- end -}}
 {{- merge $own .Values.engine | toPrettyJson -}}
 {{- end -}}
 

@@ -1,30 +1,45 @@
 {{/* Names and labels. */}}
 
 {{- define "pagoda.name" -}}
-{{- .Values.nameOverride | default .Chart.Name | trunc 50 | trimSuffix "-" -}}
+{{- .Values.nameOverride | default .Chart.Name | trunc 40 | trimSuffix "-" -}}
 {{- end -}}
 
-{{/* Whole name of the objects: at most 50 characters, which leaves room for what Kubernetes appends to pods. */}}
+{{/* Whole name of the objects: at most 40 characters, which leaves room for our own endings and what Kubernetes appends. */}}
 {{- define "pagoda.fullname" -}}
 {{- $name := include "pagoda.name" . -}}
 {{- if .Values.fullnameOverride -}}
-{{- .Values.fullnameOverride | trunc 50 | trimSuffix "-" -}}
+{{- .Values.fullnameOverride | trunc 40 | trimSuffix "-" -}}
 {{- else if contains $name .Release.Name -}}
-{{- .Release.Name | trunc 50 | trimSuffix "-" -}}
+{{- .Release.Name | trunc 40 | trimSuffix "-" -}}
 {{- else -}}
-{{- printf "%s-%s" .Release.Name $name | trunc 50 | trimSuffix "-" -}}
+{{- printf "%s-%s" .Release.Name $name | trunc 40 | trimSuffix "-" -}}
 {{- end -}}
 {{- end -}}
 
+{{/* The pods that are asked: those of the Deployment, or the heads. */}}
 {{- define "pagoda.selectorLabels" -}}
 app.kubernetes.io/name: {{ include "pagoda.name" . }}
 app.kubernetes.io/instance: {{ .Release.Name }}
 app.kubernetes.io/component: server
 {{- end -}}
 
+{{/* The other pods of a group. */}}
+{{- define "pagoda.workerLabels" -}}
+{{- merge (dict "app.kubernetes.io/component" "worker") (include "pagoda.selectorLabels" . | fromYaml) | toYaml -}}
+{{- end -}}
+
+{{/* All of them, as a selector: what is not said of the pods of `helm test`. */}}
+{{- define "pagoda.allPodLabels" -}}
+{{- if eq .Values.mode "single" -}}
+{{- include "pagoda.selectorLabels" . -}}
+{{- else -}}
+pagoda/ranks: {{ include "pagoda.fullname" . }}
+{{- end -}}
+{{- end -}}
+
 {{/* Labels of pods: no versions, so that a new chart alone does not replace pods that took long to load. */}}
 {{- define "pagoda.podLabels" -}}
-{{- merge (include "pagoda.selectorLabels" . | fromYaml) .Values.extraLabels | toYaml -}}
+{{- merge (include "pagoda.selectorLabels" . | fromYaml) (include "pagoda.allPodLabels" . | fromYaml) .Values.extraLabels | toYaml -}}
 {{- end -}}
 
 {{/* Labels of every object. The chart's own win over extraLabels: selectors must hold. */}}
@@ -62,4 +77,23 @@ app.kubernetes.io/component: server
 
 {{- define "pagoda.url" -}}
 {{- printf "%s://%s:%d" (include "pagoda.scheme" .) (include "pagoda.fullname" .) (int .Values.network.httpPort) -}}
+{{- end -}}
+
+{{/* Names inside a release of mode multiNode. Call with the root context, or a list of it and the number of a group. */}}
+{{- define "pagoda.headName" -}}
+{{- include "pagoda.fullname" . }}-head
+{{- end -}}
+
+{{- define "pagoda.workerName" -}}
+{{- include "pagoda.fullname" (index . 0) }}-worker-{{ index . 1 }}
+{{- end -}}
+
+{{- define "pagoda.ranksName" -}}
+{{- include "pagoda.fullname" . }}-ranks
+{{- end -}}
+
+{{/* Where a group's workers find its head. */}}
+{{- define "pagoda.headAddress" -}}
+{{- $root := index . 0 -}}
+{{- printf "%s-%d.%s" (include "pagoda.headName" $root) (int (index . 1)) (include "pagoda.ranksName" $root) -}}
 {{- end -}}

@@ -1,4 +1,28 @@
-{{/* Parts of a server's pod. Each takes the root context; the Deployment puts them together. */}}
+{{/* Parts of a pod. Each takes the root context. */}}
+
+{{/* What a pod has besides its containers. Takes a list: the root context, and for workers the number of their group. */}}
+{{- define "pagoda.podSpec" -}}
+{{- $place := . -}}
+{{- with first . -}}
+serviceAccountName: {{ include "pagoda.serviceAccountName" . }}
+automountServiceAccountToken: false
+# A Service named pagoda would put PAGODA_PORT and the like into the environment.
+enableServiceLinks: false
+terminationGracePeriodSeconds: {{ include "pagoda.terminationGracePeriodSeconds" . }}
+{{- with .Values.image.pullSecrets }}
+imagePullSecrets:
+  {{- range . }}
+  - name: {{ . }}
+  {{- end }}
+{{- end }}
+securityContext: {{- include "pagoda.podSecurityContext" . | nindent 2 }}
+{{- if eq (include "pagoda.modelSource" .) "initContainer" }}
+initContainers: {{- include "pagoda.initContainers" . | nindent 2 }}
+{{- end }}
+volumes: {{- include (ternary "pagoda.serverVolumes" "pagoda.volumes" (eq (len $place) 1)) . | nindent 2 }}
+{{- include "pagoda.placement" $place | trim | nindent 0 }}
+{{- end -}}
+{{- end -}}
 
 {{- define "pagoda.podSecurityContext" -}}
 runAsNonRoot: true
@@ -17,7 +41,16 @@ capabilities:
   drop: [ALL]
 {{- end -}}
 
-{{- define "pagoda.environment" -}}
+{{/* Of a container with ranks: RDMA pins memory. */}}
+{{- define "pagoda.rankSecurityContext" -}}
+{{- $context := include "pagoda.containerSecurityContext" . | fromYaml -}}
+{{- if and (eq .Values.mode "multiNode") .Values.multiNode.rdma.resource -}}
+{{- $_ := set $context.capabilities "add" (list "IPC_LOCK") -}}
+{{- end -}}
+{{- toYaml $context -}}
+{{- end -}}
+
+{{- define "pagoda.serverEnvironment" -}}
 # For `kubectl exec … pagoda probe` and `pagoda doctor`, which then see what the server sees.
 - name: PAGODA_CONFIG
   value: /etc/pagoda/pagoda.json
@@ -30,6 +63,11 @@ capabilities:
       key: {{ .key }}
 {{- end }}
 {{- end }}
+{{ include "pagoda.environment" . }}
+{{- end -}}
+
+{{/* What every container needs that loads a model; ends without a newline. */}}
+{{- define "pagoda.environment" -}}
 {{- with .Values.model.hubTokenSecret }}
 {{- if .name }}
 - name: HF_TOKEN
@@ -39,8 +77,31 @@ capabilities:
       key: {{ .key }}
 {{- end }}
 {{- end }}
+{{- if eq .Values.mode "multiNode" }}
+{{ include "pagoda.rankEnvironment" . }}
+{{- end }}
 {{- with .Values.extraEnv }}
 {{ toYaml . }}
+{{- end }}
+{{- end -}}
+
+{{- define "pagoda.rankEnvironment" -}}
+{{- with .Values.multiNode -}}
+- name: RAY_AUTH_TOKEN
+  valueFrom:
+    secretKeyRef:
+      name: {{ .ray.tokenSecret.name }}
+      key: {{ .ray.tokenSecret.key }}
+{{- with .networkInterface }}
+- name: NCCL_SOCKET_IFNAME
+  value: {{ . }}
+- name: GLOO_SOCKET_IFNAME
+  value: {{ . }}
+{{- end }}
+{{- range $name, $value := .nccl }}
+- name: {{ $name }}
+  value: {{ $value | quote }}
+{{- end }}
 {{- end }}
 {{- end -}}
 
@@ -48,6 +109,9 @@ capabilities:
 {{- $limits := deepCopy .Values.resources.limits -}}
 {{- if .Values.resources.gpus -}}
 {{- $_ := set $limits .Values.resources.gpuResource (int .Values.resources.gpus) -}}
+{{- end -}}
+{{- if and (eq .Values.mode "multiNode") .Values.multiNode.rdma.resource -}}
+{{- $_ := set $limits .Values.multiNode.rdma.resource (int .Values.multiNode.rdma.count) -}}
 {{- end -}}
 {{- dict "requests" .Values.resources.requests "limits" $limits | toYaml -}}
 {{- end -}}
@@ -71,16 +135,44 @@ livenessProbe:
   failureThreshold: {{ int .Values.probes.liveness.failureThreshold }}
 {{- end -}}
 
+{{/* A worker speaks no HTTP; the command reads what the node and its ranks say of themselves. */}}
+{{- define "pagoda.workerProbes" -}}
+startupProbe:
+  exec: {command: [pagoda, probe, startup]}
+  periodSeconds: {{ int .Values.probes.startup.periodSeconds }}
+  timeoutSeconds: {{ int .Values.probes.startup.timeoutSeconds }}
+  failureThreshold: {{ include "pagoda.startupFailureThreshold" . }}
+readinessProbe:
+  exec: {command: [pagoda, probe, ready]}
+  periodSeconds: {{ int .Values.probes.readiness.periodSeconds }}
+  timeoutSeconds: {{ int .Values.probes.readiness.timeoutSeconds }}
+  failureThreshold: {{ int .Values.probes.readiness.failureThreshold }}
+livenessProbe:
+  exec: {command: [pagoda, probe, live]}
+  periodSeconds: {{ int .Values.probes.liveness.periodSeconds }}
+  timeoutSeconds: {{ int .Values.probes.liveness.timeoutSeconds }}
+  failureThreshold: {{ int .Values.probes.liveness.failureThreshold }}
+{{- end -}}
+
 {{- define "pagoda.probeTarget" -}}
 path: {{ index . 1 }}
 port: http1
 scheme: {{ include "pagoda.scheme" (index . 0) | upper }}
 {{- end -}}
 
-{{- define "pagoda.volumeMounts" -}}
+{{- define "pagoda.serverVolumeMounts" -}}
 - name: config
   mountPath: /etc/pagoda
   readOnly: true
+{{- if .Values.network.tls.secretName }}
+- name: tls
+  mountPath: /etc/pagoda-tls
+  readOnly: true
+{{- end }}
+{{ include "pagoda.volumeMounts" . }}
+{{- end -}}
+
+{{- define "pagoda.volumeMounts" -}}
 - name: cache
   mountPath: /cache
 - name: tmp
@@ -99,20 +191,24 @@ scheme: {{ include "pagoda.scheme" (index . 0) | upper }}
   mountPath: /models
   readOnly: true
 {{- end }}
-{{- if .Values.network.tls.secretName }}
-- name: tls
-  mountPath: /etc/pagoda-tls
-  readOnly: true
-{{- end }}
 {{- with .Values.storage.extraVolumeMounts }}
 {{ toYaml . }}
 {{- end }}
 {{- end -}}
 
-{{- define "pagoda.volumes" -}}
+{{- define "pagoda.serverVolumes" -}}
 - name: config
   configMap:
     name: {{ include "pagoda.fullname" . }}
+{{- with .Values.network.tls.secretName }}
+- name: tls
+  secret:
+    secretName: {{ . }}
+{{- end }}
+{{ include "pagoda.volumes" . }}
+{{- end -}}
+
+{{- define "pagoda.volumes" -}}
 - name: cache
   {{- if .Values.storage.cache.claimName }}
   persistentVolumeClaim:
@@ -136,11 +232,6 @@ scheme: {{ include "pagoda.scheme" (index . 0) | upper }}
 - name: model
   emptyDir:
     sizeLimit: {{ .Values.model.initContainer.sizeLimit }}
-{{- end }}
-{{- with .Values.network.tls.secretName }}
-- name: tls
-  secret:
-    secretName: {{ . }}
 {{- end }}
 {{- with .Values.storage.extraVolumes }}
 {{ toYaml . }}
@@ -170,7 +261,10 @@ scheme: {{ include "pagoda.scheme" (index . 0) | upper }}
 {{- end -}}
 {{- end -}}
 
+{{/* Takes what podSpec takes. */}}
 {{- define "pagoda.placement" -}}
+{{- $place := . -}}
+{{- with first . -}}
 {{- with .Values.placement.nodeSelector }}
 nodeSelector: {{- toYaml . | nindent 2 }}
 {{- end }}
@@ -195,8 +289,18 @@ affinity:
         podAffinityTerm:
           topologyKey: kubernetes.io/hostname
           labelSelector:
-            matchLabels: {{- include "pagoda.selectorLabels" . | nindent 14 }}
+            matchLabels: {{- include "pagoda.allPodLabels" . | nindent 14 }}
+  {{- if and .Values.multiNode.topologyKey (eq (len $place) 2) }}
+  # Where the group's head is.
+  podAffinity:
+    requiredDuringSchedulingIgnoredDuringExecution:
+      - topologyKey: {{ .Values.multiNode.topologyKey }}
+        labelSelector:
+          matchLabels:
+            statefulset.kubernetes.io/pod-name: {{ include "pagoda.headName" . }}-{{ last $place }}
   {{- end }}
+  {{- end }}
+{{- if eq (len $place) 1 }}
 {{- with .Values.placement.spreadOver }}
 topologySpreadConstraints:
   {{- range . }}
@@ -204,8 +308,9 @@ topologySpreadConstraints:
     maxSkew: 1
     whenUnsatisfiable: ScheduleAnyway
     labelSelector:
-      matchLabels: {{- include "pagoda.selectorLabels" $ | nindent 8 }}
+      matchLabels: {{- include "pagoda.selectorLabels" (first $place) | nindent 8 }}
   {{- end }}
+{{- end }}
 {{- end }}
 {{- with .Values.placement.priorityClassName }}
 priorityClassName: {{ . }}
@@ -213,4 +318,5 @@ priorityClassName: {{ . }}
 {{- with .Values.placement.runtimeClassName }}
 runtimeClassName: {{ . }}
 {{- end }}
+{{- end -}}
 {{- end -}}

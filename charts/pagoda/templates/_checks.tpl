@@ -1,0 +1,28 @@
+{{/* What the schema cannot say: values that do not go together. Each message names them. */}}
+
+{{- define "pagoda.checks" -}}
+{{- $ranks := mul (int (.Values.engine.tensor_parallel_size | default 1)) (int (.Values.engine.pipeline_parallel_size | default 1)) -}}
+{{- $sizes := printf "engine.tensor_parallel_size × engine.pipeline_parallel_size = %d" $ranks -}}
+{{- $gpus := int .Values.resources.gpus -}}
+{{- if eq .Values.mode "multiNode" -}}
+{{- $nodes := int .Values.multiNode.nodes -}}
+{{- $stages := int (.Values.engine.pipeline_parallel_size | default 1) -}}
+{{- if mod $stages $nodes -}}
+{{- fail (printf "multiNode: engine.pipeline_parallel_size = %d cannot be spread evenly over multiNode.nodes = %d; a stage never spans nodes" $stages $nodes) -}}
+{{- end -}}
+{{- if and $gpus (ne (mul $gpus $nodes) $ranks) -}}
+{{- fail (printf "resources: resources.gpus = %d × multiNode.nodes = %d must be %s" $gpus $nodes $sizes) -}}
+{{- end -}}
+{{- if not .Values.multiNode.ray.tokenSecret.name -}}
+{{- fail "multiNode: multiNode.ray.tokenSecret.name is needed: kubectl create secret generic ray --from-literal=token=$(openssl rand -hex 32)" -}}
+{{- end -}}
+{{- if ne .Values.autoscaling.type "none" -}}
+{{- fail "autoscaling: autoscaling.type must be none in mode multiNode; replicas is the number of groups" -}}
+{{- end -}}
+{{- if and .Values.rollout.partition (ge (int .Values.rollout.partition) (int .Values.replicas)) -}}
+{{- fail "rollout: rollout.partition must be below replicas, or no group would be changed" -}}
+{{- end -}}
+{{- else if and $gpus (gt $ranks $gpus) -}}
+{{- fail (printf "resources: %s ranks need as many resources.gpus, not %d; over several pods only in mode multiNode" $sizes $gpus) -}}
+{{- end -}}
+{{- end -}}
