@@ -32,7 +32,7 @@ class DecodeWorkspace:
         buffer = self._buffer(parts * (head_dim + 2), device)
         shape = (num_rows, num_heads, segments.max_segments)
         used = buffer[: parts * (head_dim + 2)]
-        weighted, maxima, sums = torch.split(used, (parts * head_dim, parts, parts))
+        weighted, maxima, sums = torch.split(used, [parts * head_dim, parts, parts])
         return weighted.view(*shape, head_dim), maxima.view(shape), sums.view(shape)
 
     def unused(self, device: torch.device) -> Partials:

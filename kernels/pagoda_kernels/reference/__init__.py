@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from pagoda_kernels.composed import compose_rotate_and_store
 from pagoda_kernels.interface import KernelBackend
 from pagoda_kernels.reference.activation import gelu_and_mul, silu_and_mul
-from pagoda_kernels.reference.attention import paged_attention, rotate_and_store, write_kv
+from pagoda_kernels.reference.attention import paged_attention, write_kv
 from pagoda_kernels.reference.norm import rms_norm
 from pagoda_kernels.reference.rope import apply_rotary
 
@@ -12,7 +13,7 @@ BACKEND = KernelBackend(
     name="reference",
     paged_attention=paged_attention,
     write_kv=write_kv,
-    rotate_and_store=rotate_and_store,
+    rotate_and_store=compose_rotate_and_store(rms_norm, apply_rotary, write_kv),
     rms_norm=rms_norm,
     apply_rotary=apply_rotary,
     silu_and_mul=silu_and_mul,

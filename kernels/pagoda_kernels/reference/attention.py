@@ -7,8 +7,6 @@ import torch.nn.functional as F
 
 from pagoda_kernels.metadata import AttentionMetadata
 from pagoda_kernels.reference.attention_plan import CacheGeometry, DecodeGroup, PrefillRow, plan_attention
-from pagoda_kernels.reference.norm import rms_norm
-from pagoda_kernels.reference.rope import apply_rotary
 
 
 def write_kv(
@@ -24,27 +22,6 @@ def write_kv(
     offsets = slot_mapping - blocks * block_size
     k_cache[blocks, :, offsets] = key
     v_cache[blocks, :, offsets] = value
-
-
-def rotate_and_store(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    query_norm: torch.Tensor | None,
-    key_norm: torch.Tensor | None,
-    eps: float,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    slot_mapping: torch.Tensor,
-) -> torch.Tensor:
-    """See `pagoda_kernels.attention.rotate_and_store`."""
-    if query_norm is not None and key_norm is not None:
-        query, key = rms_norm(query, query_norm, eps, None)[0], rms_norm(key, key_norm, eps, None)[0]
-    query, key = apply_rotary(query, key, cos, sin)
-    write_kv(key, value, k_cache, v_cache, slot_mapping)
-    return query
 
 
 def paged_attention(
