@@ -73,8 +73,8 @@ def connect_cluster(config: PagodaConfig, deadline: float, on_progress: Callable
 def reserve(layout: ParallelLayout, device: str, deadline: float, on_progress: Callable[[str], None]) -> PlacementGroup:
     """Room for all ranks: a bundle for each pipeline stage, which holds the stage's tensor group.
 
-    A bundle never spans nodes, so a tensor group never does. GPUs are filled node by node; of CPUs each node adds memory
-    bandwidth, so there stages are spread.
+    A bundle never spans nodes, so a tensor group never does. GPUs are filled node by node. On CPUs each stage has a node of its
+    own: what a second node adds is memory and its bandwidth, of which two stages on one node have no more than one.
 
     Raises:
         ConfigError: the cluster has no such room by `deadline`; the message says what it has.
@@ -83,9 +83,9 @@ def reserve(layout: ParallelLayout, device: str, deadline: float, on_progress: C
 
     kind = "GPU" if device == "cuda" else "CPU"
     bundles = [{kind: layout.tensor_parallel_size} for _ in range(layout.pipeline_parallel_size)]
-    group = placement_group(bundles, strategy="PACK" if kind == "GPU" else "SPREAD")
+    group = placement_group(bundles, strategy="PACK" if kind == "GPU" else "STRICT_SPREAD")
     while not group.wait(_LOOK_SECONDS):
-        wanted = f"{len(bundles)} x {layout.tensor_parallel_size} {kind}, each on one node"
+        wanted = _room_in_words(layout, kind)
         has = f"the cluster has {_nodes_in_words(kind)}"
         if time.monotonic() > deadline:
             release(group)
@@ -131,8 +131,8 @@ def _connect(address: str, version: str, deadline: float) -> None:
     """`ray.init` in a thread of its own: it may wait longer than we do, and must not take over this process's signals."""
     import ray
 
-    # It warns that it leaves this process's signals alone.
-    logging.getLogger("ray._private.utils").setLevel(logging.ERROR)
+    # From a thread Ray leaves this process's signals alone, as it should, and warns of that.
+    logging.getLogger("ray._private.worker").setLevel(logging.ERROR)
     outcome: list[Exception | None] = []
 
     def connect() -> None:
@@ -166,6 +166,13 @@ def _in_words(error: Exception, address: str, version: str) -> PagodaError:
             f"ray_address={address}: this machine is no node of that cluster; run `pagoda join {address}` here first"
         )
     return CommunicationError(f"the Ray cluster at {address} cannot be joined: {text}")
+
+
+def _room_in_words(layout: ParallelLayout, kind: str) -> str:
+    stages, size = layout.pipeline_parallel_size, layout.tensor_parallel_size
+    if stages == 1:
+        return f"a node with {size} {kind}"
+    return f"{stages} x {size} {kind}, each on one node" if kind == "GPU" else f"{stages} nodes with {size} {kind} each"
 
 
 def _nodes_in_words(kind: str) -> str:

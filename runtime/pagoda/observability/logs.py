@@ -100,7 +100,9 @@ class _MaskingFormatter(logging.Formatter):
         request_id = getattr(record, "request_id", None)
         found: dict[str, Any] = {} if request_id is None else {"request_id": request_id}
         for name, value in record.__dict__.items():
-            if name not in _STANDARD_ATTRIBUTES and name not in found and value is not None:
+            if name in _STANDARD_ATTRIBUTES or name.startswith("_"):
+                continue  # libraries hang private notes on records
+            if name not in found and value is not None:
                 found[name] = value
         return found
 
