@@ -1,0 +1,20 @@
+// Which kernels this processor can run, and which of them are in use.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace pagoda {
+
+// The kernels in use: the fastest that the processor can run, unless others were chosen.
+const Kernels& active_kernels();
+
+// Names of the levels that this processor can run, slowest first; empty where it can run none.
+std::vector<std::string> available_levels();
+
+// Let all operators use `level`. Returns false, and changes nothing, for one that is not available.
+bool use_level(const std::string& level);
+
+}  // namespace pagoda

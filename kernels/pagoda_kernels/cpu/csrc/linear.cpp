@@ -1,0 +1,110 @@
+// Linear layers over packed float32 or bfloat16 weights, for any number of rows.
+//
+// Few rows: every panel of weights is read once, from memory at its bandwidth. Many rows: a block of panels and depth stays in
+// the second-level cache while all rows of the task pass over it. Sums run over the depth in order in both.
+
+#include "parallel.h"
+#include "scratch.h"
+#include "tile.h"
+
+namespace pagoda::PAGODA_ISA {
+namespace {
+
+constexpr int64_t kRowBlock = 96;       // rows of a task, where there are many
+constexpr int64_t kPanelBlock = 4;      // panels of a task, where there are many rows
+constexpr int64_t kFewPanelBlock = 2;   // and where there are few
+constexpr int64_t kDepthBlockBytes = 64 * 1024;  // of one panel
+
+// Writes sums [rows][sum_stride] with bias to the output's rows and columns from `row` and `column` on.
+template <class T>
+void write_rows(const LinearArguments& a, const float* sums, int64_t sum_stride, int64_t row, int64_t num_rows,
+                int64_t column, int64_t num_columns) {
+  const T* bias = static_cast<const T*>(a.bias);
+  for (int64_t r = 0; r < num_rows; ++r) {
+    T* output = static_cast<T*>(a.output) + (row + r) * a.out_features + column;
+    const float* from = sums + r * sum_stride;
+    for (int64_t c = 0; c < num_columns; c += kLanes) {
+      const int count = static_cast<int>(smaller<int64_t>(kLanes, num_columns - c));
+      Vector value = load(from + c);
+      if (bias != nullptr) value = add(value, load(bias + column + c, count));
+      store(output + c, value, count);
+    }
+  }
+}
+
+template <class Dot, class T>
+void multiply_packed(const LinearArguments& a, const typename Dot::A* x, int64_t x_stride, int64_t num_steps) {
+  const auto* weight = static_cast<const typename Dot::B*>(a.weight);
+  const int64_t panels = ceil_div(a.out_features, kPanel);
+  const bool few_rows = a.num_rows <= kTileRows;
+  const int64_t row_block = few_rows ? a.num_rows : ceil_div(a.num_rows, ceil_div(a.num_rows, kRowBlock));
+  const int64_t panel_block = few_rows ? kFewPanelBlock : kPanelBlock;
+  const int64_t step_block =
+      few_rows ? num_steps : kDepthBlockBytes / (kPanel * static_cast<int64_t>(sizeof(typename Dot::B)));
+  const int64_t row_tasks = ceil_div(a.num_rows, row_block);
+  const int64_t bytes = panels * kPanel * num_steps * static_cast<int64_t>(sizeof(typename Dot::B));
+  const int64_t cost = larger(bytes, bytes / kLanes * a.num_rows);
+  parallel_for_dynamic(a.num_threads, row_tasks * ceil_div(panels, panel_block), cost, [&](int64_t task) {
+    static thread_local Scratch scratch;
+    const int64_t row = task % row_tasks * row_block, panel = task / row_tasks * panel_block;
+    const int64_t rows = smaller(row_block, a.num_rows - row), taken = smaller(panel_block, panels - panel);
+    const int64_t sum_stride = panel_block * kPanel;
+    float* sums = static_cast<float*>(scratch.get(row_block * sum_stride * static_cast<int64_t>(sizeof(float))));
+    for (int64_t step = 0; step < num_steps; step += step_block) {
+      const TileOperands<Dot> operands{smaller(step_block, num_steps - step),
+                                       x + row * x_stride + step * Dot::kAStep,
+                                       x_stride,
+                                       weight + (panel * num_steps + step) * kPanel,
+                                       kPanel,
+                                       num_steps * kPanel,
+                                       sums,
+                                       sum_stride,
+                                       step > 0};
+      multiply_matrix<Dot>(rows, taken * kPanelVectors, operands, rows <= kWideTileRows);
+    }
+    const int64_t column = panel * kPanel;
+    write_rows<T>(a, sums, sum_stride, row, rows, column, smaller(taken * kPanel, a.out_features - column));
+  });
+}
+
+// x in float32; a copy where it is not.
+inline const float* widened(const LinearArguments& a) {
+  if (a.dtype == DType::kFloat32) return static_cast<const float*>(a.x);
+  static thread_local Scratch scratch;
+  float* wide = static_cast<float*>(scratch.get(a.num_rows * a.in_features * static_cast<int64_t>(sizeof(float))));
+  const BFloat16* x = static_cast<const BFloat16*>(a.x);
+  parallel_for(a.num_threads, a.num_rows, a.num_rows * a.in_features, [&](int64_t row) {
+    for (int64_t i = 0; i < a.in_features; i += kLanes) {
+      const int count = static_cast<int>(smaller<int64_t>(kLanes, a.in_features - i));
+      store(wide + row * a.in_features + i, load(x + row * a.in_features + i, count), count);
+    }
+  });
+  return wide;
+}
+
+template <class T>
+void linear_of(const LinearArguments& a) {
+  if (a.kind == WeightKind::kFloat32) {
+    multiply_packed<DotFloat32, T>(a, widened(a), a.in_features, a.in_features);
+    return;
+  }
+#if defined(PAGODA_BF16_DOT)
+  if (a.dtype == DType::kBFloat16) {
+    multiply_packed<DotBFloat16, T>(a, static_cast<const uint32_t*>(a.x), a.in_features / 2, a.in_features / 2);
+    return;
+  }
+#endif
+  multiply_packed<DotBFloat16Weights, T>(a, widened(a), a.in_features, a.in_features / 2);
+}
+
+}  // namespace
+
+void linear(const LinearArguments& a) {
+  if (a.dtype == DType::kFloat32) {
+    linear_of<float>(a);
+  } else {
+    linear_of<BFloat16>(a);
+  }
+}
+
+}  // namespace pagoda::PAGODA_ISA

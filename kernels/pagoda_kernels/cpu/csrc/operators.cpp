@@ -1,0 +1,322 @@
+// The kernels as torch operators `pagoda_cpu::*`. Checks here, arithmetic elsewhere.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "dispatch.h"
+#include "kernels.h"
+
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+pagoda::DType dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case at::kFloat:
+      return pagoda::DType::kFloat32;
+    case at::kBFloat16:
+      return pagoda::DType::kBFloat16;
+    case at::kHalf:
+      return pagoda::DType::kHalf;
+    default:
+      TORCH_CHECK(false, "float32, bfloat16 and float16 are supported, not ", tensor.scalar_type());
+  }
+}
+
+void check(const Tensor& tensor, const char* name, at::IntArrayRef shape, at::ScalarType dtype) {
+  TORCH_CHECK(tensor.sizes() == shape, name, " has shape ", tensor.sizes(), ", not ", shape);
+  TORCH_CHECK(tensor.scalar_type() == dtype, name, " is ", tensor.scalar_type(), ", not ", dtype);
+  TORCH_CHECK(tensor.is_contiguous(), name, " must be contiguous");
+}
+
+const void* pointer_or_null(const OptionalTensor& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
+
+Tensor paged_attention(const Tensor& query, const Tensor& k_cache, const Tensor& v_cache, const Tensor& query_start_loc,
+                       const Tensor& seq_lens, const Tensor& block_table, double scale, int64_t sliding_window,
+                       double soft_cap) {
+  const int64_t rows = seq_lens.size(0), blocks = k_cache.size(0), kv_heads = k_cache.size(1);
+  const int64_t block_size = k_cache.size(2), head_dim = k_cache.size(3);
+  check(query, "query", {query.size(0), query.size(1), head_dim}, k_cache.scalar_type());
+  check(k_cache, "k_cache", {blocks, kv_heads, block_size, head_dim}, k_cache.scalar_type());
+  check(v_cache, "v_cache", k_cache.sizes(), k_cache.scalar_type());
+  check(query_start_loc, "query_start_loc", {rows + 1}, at::kInt);
+  check(seq_lens, "seq_lens", {rows}, at::kInt);
+  check(block_table, "block_table", {rows, block_table.size(1)}, at::kInt);
+  TORCH_CHECK(head_dim % 2 == 0, "head_dim must be even, not ", head_dim);
+  TORCH_CHECK(query.size(1) % kv_heads == 0, query.size(1), " query heads are no multiple of ", kv_heads, " KV heads");
+  Tensor output = at::empty_like(query);
+  pagoda::AttentionArguments a{};
+  a.dtype = dtype_of(query);
+  a.query = query.const_data_ptr();
+  a.output = output.mutable_data_ptr();
+  a.k_cache = k_cache.const_data_ptr();
+  a.v_cache = v_cache.const_data_ptr();
+  a.query_start_loc = query_start_loc.const_data_ptr<int32_t>();
+  a.seq_lens = seq_lens.const_data_ptr<int32_t>();
+  a.block_table = block_table.const_data_ptr<int32_t>();
+  a.table_stride = block_table.size(1);
+  a.num_rows = rows;
+  a.num_heads = query.size(1);
+  a.num_kv_heads = kv_heads;
+  a.head_dim = head_dim;
+  a.block_size = block_size;
+  a.sliding_window = sliding_window;
+  a.scale = static_cast<float>(scale);
+  a.soft_cap = static_cast<float>(soft_cap);
+  a.num_threads = at::get_num_threads();
+  pagoda::active_kernels().attention(a);
+  return output;
+}
+
+// A view of heads [T, heads, head_dim] whose heads lie next to each other; `stride` from token to token.
+int64_t token_stride(const Tensor& heads, const char* name) {
+  TORCH_CHECK(heads.dim() == 3 && heads.stride(2) == 1 && (heads.size(1) == 1 || heads.stride(1) == heads.size(2)), name,
+              " must be [tokens, heads, head_dim] with a token's heads next to each other");
+  return heads.stride(0);
+}
+
+pagoda::HeadsArguments heads_arguments(const Tensor& key) {
+  pagoda::HeadsArguments a{};
+  a.dtype = dtype_of(key);
+  a.key = key.const_data_ptr();
+  a.key_stride = token_stride(key, "key");
+  a.num_tokens = key.size(0);
+  a.num_kv_heads = key.size(1);
+  a.head_dim = key.size(2);
+  a.block_size = 1;
+  a.num_threads = at::get_num_threads();
+  return a;
+}
+
+void set_query(pagoda::HeadsArguments& a, const Tensor& query, Tensor& output) {
+  TORCH_CHECK(query.size(0) == a.num_tokens && query.size(2) == a.head_dim && dtype_of(query) == a.dtype,
+              "query must match key");
+  a.query = query.const_data_ptr();
+  a.query_stride = token_stride(query, "query");
+  a.num_heads = query.size(1);
+  output = at::empty(query.sizes(), query.options());
+  a.query_output = output.mutable_data_ptr();
+}
+
+void set_rotation(pagoda::HeadsArguments& a, const Tensor& cosines, const Tensor& sines) {
+  check(cosines, "cos", {a.num_tokens, a.head_dim / 2}, at::kFloat);
+  check(sines, "sin", {a.num_tokens, a.head_dim / 2}, at::kFloat);
+  a.cosines = cosines.const_data_ptr<float>();
+  a.sines = sines.const_data_ptr<float>();
+}
+
+void set_cache(pagoda::HeadsArguments& a, const Tensor& value, const Tensor& k_cache, const Tensor& v_cache,
+               const Tensor& slot_mapping) {
+  TORCH_CHECK(value.size(0) == a.num_tokens && value.size(1) == a.num_kv_heads && value.size(2) == a.head_dim &&
+                  dtype_of(value) == a.dtype,
+              "value must match key");
+  check(k_cache, "k_cache", {k_cache.size(0), a.num_kv_heads, k_cache.size(2), a.head_dim}, value.scalar_type());
+  check(v_cache, "v_cache", k_cache.sizes(), value.scalar_type());
+  check(slot_mapping, "slot_mapping", {a.num_tokens}, at::kLong);
+  a.value = value.const_data_ptr();
+  a.value_stride = token_stride(value, "value");
+  a.k_cache = k_cache.mutable_data_ptr();
+  a.v_cache = v_cache.mutable_data_ptr();
+  a.slot_mapping = slot_mapping.const_data_ptr<int64_t>();
+  a.block_size = k_cache.size(2);
+}
+
+void write_kv(const Tensor& key, const Tensor& value, const Tensor& k_cache, const Tensor& v_cache,
+              const Tensor& slot_mapping) {
+  pagoda::HeadsArguments a = heads_arguments(key);
+  set_cache(a, value, k_cache, v_cache, slot_mapping);
+  pagoda::active_kernels().heads(a);
+}
+
+std::tuple<Tensor, Tensor> apply_rotary(const Tensor& query, const Tensor& key, const Tensor& cosines,
+                                        const Tensor& sines) {
+  pagoda::HeadsArguments a = heads_arguments(key);
+  Tensor turned_query, turned_key = at::empty(key.sizes(), key.options());
+  set_query(a, query, turned_query);
+  set_rotation(a, cosines, sines);
+  a.key_output = turned_key.mutable_data_ptr();
+  pagoda::active_kernels().heads(a);
+  return {turned_query, turned_key};
+}
+
+Tensor rotate_and_store(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& cosines,
+                        const Tensor& sines, const OptionalTensor& query_norm, const OptionalTensor& key_norm,
+                        double epsilon, const Tensor& k_cache, const Tensor& v_cache, const Tensor& slot_mapping) {
+  pagoda::HeadsArguments a = heads_arguments(key);
+  Tensor turned_query;
+  set_query(a, query, turned_query);
+  set_rotation(a, cosines, sines);
+  set_cache(a, value, k_cache, v_cache, slot_mapping);
+  if (query_norm) check(*query_norm, "query_norm", {a.head_dim}, key.scalar_type());
+  if (key_norm) check(*key_norm, "key_norm", {a.head_dim}, key.scalar_type());
+  a.query_norm = pointer_or_null(query_norm);
+  a.key_norm = pointer_or_null(key_norm);
+  a.epsilon = static_cast<float>(epsilon);
+  pagoda::active_kernels().heads(a);
+  return turned_query;
+}
+
+pagoda::NormArguments norm_arguments(const Tensor& x, const Tensor& weight, double epsilon, Tensor& normed) {
+  check(weight, "weight", {x.size(-1)}, x.scalar_type());
+  normed = at::empty(x.sizes(), x.options());
+  pagoda::NormArguments a{};
+  a.dtype = dtype_of(x);
+  a.weight = weight.const_data_ptr();
+  a.normed = normed.mutable_data_ptr();
+  a.size = x.size(-1);
+  a.num_rows = x.numel() / a.size;
+  a.epsilon = static_cast<float>(epsilon);
+  a.num_threads = at::get_num_threads();
+  return a;
+}
+
+Tensor rms_norm(const Tensor& x, const Tensor& weight, double epsilon) {
+  Tensor normed;
+  const Tensor rows = x.contiguous();
+  pagoda::NormArguments a = norm_arguments(rows, weight, epsilon, normed);
+  a.x = rows.const_data_ptr();
+  pagoda::active_kernels().norm(a);
+  return normed;
+}
+
+std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight, double epsilon) {
+  Tensor normed;
+  const Tensor rows = x.contiguous();
+  pagoda::NormArguments a = norm_arguments(rows, weight, epsilon, normed);
+  check(residual, "residual", rows.sizes(), rows.scalar_type());
+  Tensor stream = at::empty_like(rows);
+  a.x = rows.const_data_ptr();
+  a.residual = residual.const_data_ptr();
+  a.stream = stream.mutable_data_ptr();
+  pagoda::active_kernels().norm(a);
+  return {normed, stream};
+}
+
+Tensor activate_and_mul(const Tensor& x, pagoda::Activation activation) {
+  TORCH_CHECK(x.dim() == 2 && x.size(1) % 2 == 0, "x must be [rows, 2 * size], not ", x.sizes());
+  const Tensor rows = x.contiguous();
+  Tensor output = at::empty({x.size(0), x.size(1) / 2}, x.options());
+  pagoda::GatedActivationArguments a{};
+  a.dtype = dtype_of(x);
+  a.activation = activation;
+  a.x = rows.const_data_ptr();
+  a.output = output.mutable_data_ptr();
+  a.num_rows = x.size(0);
+  a.size = x.size(1) / 2;
+  a.num_threads = at::get_num_threads();
+  pagoda::active_kernels().gated_activation(a);
+  return output;
+}
+
+Tensor silu_and_mul(const Tensor& x) { return activate_and_mul(x, pagoda::Activation::kSilu); }
+Tensor gelu_and_mul(const Tensor& x) { return activate_and_mul(x, pagoda::Activation::kGelu); }
+
+constexpr int64_t kPanel = 32;
+
+pagoda::LinearArguments linear_arguments(const Tensor& x, const OptionalTensor& bias, int64_t out_features,
+                                         Tensor& output) {
+  TORCH_CHECK(x.dim() == 2 && x.is_contiguous(), "x must be a contiguous [rows, in_features], not ", x.sizes());
+  TORCH_CHECK(x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16,
+              "x must be float32 or bfloat16, not ", x.scalar_type());
+  if (bias) check(*bias, "bias", {out_features}, x.scalar_type());
+  output = at::empty({x.size(0), out_features}, x.options());
+  pagoda::LinearArguments a{};
+  a.dtype = dtype_of(x);
+  a.x = x.const_data_ptr();
+  a.bias = pointer_or_null(bias);
+  a.output = output.mutable_data_ptr();
+  a.num_rows = x.size(0);
+  a.in_features = x.size(1);
+  a.out_features = out_features;
+  a.group_size = x.size(1);
+  a.num_threads = at::get_num_threads();
+  return a;
+}
+
+Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, int64_t out_features) {
+  Tensor output;
+  pagoda::LinearArguments a = linear_arguments(x, bias, out_features, output);
+  const int64_t panels = (out_features + kPanel - 1) / kPanel;
+  if (weight.scalar_type() == at::kFloat) {
+    a.kind = pagoda::WeightKind::kFloat32;
+    check(weight, "weight", {panels, a.in_features, kPanel}, at::kFloat);
+  } else {
+    a.kind = pagoda::WeightKind::kBFloat16;
+    TORCH_CHECK(a.in_features % 2 == 0, "in_features must be even, not ", a.in_features);
+    check(weight, "weight", {panels, a.in_features / 2, kPanel, 2}, at::kBFloat16);
+  }
+  a.weight = weight.const_data_ptr();
+  if (a.num_rows > 0) pagoda::active_kernels().linear(a);
+  return output;
+}
+
+Tensor linear_quantized(const Tensor& x, const Tensor& weight, const Tensor& scales, const OptionalTensor& zeros,
+                        const OptionalTensor& bias, int64_t out_features, int64_t group_size, bool four_bits) {
+  Tensor output;
+  pagoda::LinearArguments a = linear_arguments(x, bias, out_features, output);
+  const int64_t panels = (out_features + kPanel - 1) / kPanel, unit = four_bits ? 8 : 4;
+  TORCH_CHECK(a.in_features % unit == 0 && group_size % unit == 0 && group_size > 0, "in_features ", a.in_features,
+              " and group_size ", group_size, " must be multiples of ", unit);
+  const int64_t groups = (a.in_features + group_size - 1) / group_size;
+  check(weight, "weight", {panels, a.in_features / unit, kPanel, 4}, at::kByte);
+  check(scales, "scales", {groups, panels * kPanel}, at::kFloat);
+  if (zeros) check(*zeros, "zeros", {groups, panels * kPanel}, at::kByte);
+  a.kind = four_bits ? pagoda::WeightKind::kInt4 : pagoda::WeightKind::kInt8;
+  a.weight = weight.const_data_ptr();
+  a.scales = scales.const_data_ptr<float>();
+  a.zeros = zeros ? zeros->const_data_ptr<uint8_t>() : nullptr;
+  a.group_size = group_size;
+  if (a.num_rows > 0) pagoda::active_kernels().linear_quantized(a);
+  return output;
+}
+
+void use_level(const std::string& level) {
+  TORCH_CHECK(pagoda::use_level(level), "this processor cannot run ", level);
+}
+
+}  // namespace
+
+TORCH_LIBRARY(pagoda_cpu, m) {
+  m.def("available_levels() -> str[]", &pagoda::available_levels);
+  m.def("active_level() -> str", []() -> std::string { return pagoda::active_kernels().name; });
+  m.def("use_level(str level) -> ()", &use_level);
+  m.def(
+      "paged_attention(Tensor query, Tensor k_cache, Tensor v_cache, Tensor query_start_loc, Tensor seq_lens, "
+      "Tensor block_table, float scale, int sliding_window, float soft_cap) -> Tensor");
+  m.def(
+      "write_kv(Tensor key, Tensor value, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping) -> ()");
+  m.def("apply_rotary(Tensor query, Tensor key, Tensor cos, Tensor sin) -> (Tensor, Tensor)");
+  m.def(
+      "rotate_and_store(Tensor query, Tensor key, Tensor value, Tensor cos, Tensor sin, Tensor? query_norm, "
+      "Tensor? key_norm, float eps, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping) -> Tensor");
+  m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
+  m.def("add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)");
+  m.def("silu_and_mul(Tensor x) -> Tensor");
+  m.def("gelu_and_mul(Tensor x) -> Tensor");
+  m.def("linear(Tensor x, Tensor weight, Tensor? bias, int out_features) -> Tensor");
+  m.def(
+      "linear_quantized(Tensor x, Tensor weight, Tensor scales, Tensor? zeros, Tensor? bias, int out_features, "
+      "int group_size, bool four_bits) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(pagoda_cpu, CPU, m) {
+  m.impl("paged_attention", &paged_attention);
+  m.impl("write_kv", &write_kv);
+  m.impl("apply_rotary", &apply_rotary);
+  m.impl("rotate_and_store", &rotate_and_store);
+  m.impl("rms_norm", &rms_norm);
+  m.impl("add_rms_norm", &add_rms_norm);
+  m.impl("silu_and_mul", &silu_and_mul);
+  m.impl("gelu_and_mul", &gelu_and_mul);
+  m.impl("linear", &linear);
+  m.impl("linear_quantized", &linear_quantized);
+}
