@@ -76,6 +76,8 @@ peers: $(PEERS:%=.peers/%/.installed) ## other engines, each into an environment
 	@test -x .peers/$*/bin/python || $(PYTHON) -m venv .peers/$*
 	@echo "installing $* into .peers/$*: minutes"
 	@CMAKE_ARGS="$(LLAMA_CMAKE_ARGS)" .peers/$*/bin/python -m pip install --quiet $(PIP_ARGS) --requirement $<
+	@# Builds of these for CUDA come along, and do not load beside a torch without it. Nothing here needs them.
+	@.peers/$*/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec 2>/dev/null
 	@touch $@
 
 bench-peers: install ## Pagoda and its peers in turn on the same checkpoint and prompts; ARGS="--quick --rows decode-1"

@@ -1,0 +1,1 @@
+"""Runs the same checkpoint and prompts through several engines, one after the other, and compares. See benchmarks/NOTES.md."""
