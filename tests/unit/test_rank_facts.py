@@ -58,6 +58,14 @@ def test_a_difference_names_ranks_hosts_and_both_values(changed: dict[str, str],
     assert words in sentences[0]
 
 
+def test_a_loopback_is_of_no_use_to_ranks_on_several_hosts() -> None:
+    local = {"interface": "lo", "address": "127.0.0.1"}
+    assert compare_facts([facts(0, "a", **local), facts(1, "a", **local)]) == []
+    assert compare_facts([facts(0, "a", **local), facts(1, "b")]) == [
+        "rank 0 on a talks over lo (127.0.0.1), which no other host reaches; set network_interface"
+    ]
+
+
 def test_every_difference_has_its_own_sentence() -> None:
     sentences = compare_facts([facts(0, "a"), facts(1, "b", torch="2.12.0", model_hash="xyz")])
     assert [sentence.split(" differ")[0] for sentence in sentences] == [

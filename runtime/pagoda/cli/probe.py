@@ -6,6 +6,9 @@ loopback, under the port and scheme that the configuration's sources name, and n
     startup  passes once the engine has been started, for good: a later fault is the other probes' affair
     ready    passes while requests are taken
     live     fails when only a restart can help
+
+With `--rank` the question is about a worker node: about `pagoda join` and the ranks that run under it, which say what they are
+at in small files (see `parallel.node_state`).
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import os
 import socket
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from pagoda.config.checks import Problem, allowed_values, raise_problems, value_problems
 from pagoda.config.command_line import parse_command_line
@@ -38,8 +42,14 @@ def run(arguments: Sequence[str]) -> int:
         prog="pagoda probe", description="Ask the server on this machine.", allow_abbrev=False
     )
     parser.add_argument("probe", choices=PATHS)
+    parser.add_argument("--rank", action="store_true", help="ask about the ranks of this worker node, not for a server")
+    parser.add_argument("--state-directory", type=Path, metavar="DIR", help="as given to `pagoda join`; needs --rank")
     parser.add_argument("--timeout", type=float, default=DEFAULT_TIMEOUT_SECONDS, metavar="SECONDS")
     own = parser.parse_args(line.others)
+    if own.state_directory is not None and not own.rank:
+        parser.error("--state-directory needs --rank")
+    if own.rank:
+        return _print(own.probe, *_probe_ranks(own.probe, own.state_directory))
     given, _ = gather(line, os.environ)  # what else is wrong there is the server's to say
     raise_problems(line.problems)
     port = _port(given)
@@ -48,8 +58,18 @@ def run(arguments: Sequence[str]) -> int:
         passed, answer = probe(own.probe, port, scheme, own.timeout)
     except (OSError, ValueError) as error:
         passed, answer = False, f"{scheme}://127.0.0.1:{port}{PATHS[own.probe]}: {error or type(error).__name__}"
-    print(f"{own.probe}: {'yes' if passed else 'no'}: {answer}")
+    return _print(own.probe, passed, answer)
+
+
+def _print(name: str, passed: bool, answer: str) -> int:
+    print(f"{name}: {'yes' if passed else 'no'}: {answer}")
     return 0 if passed else 1
+
+
+def _probe_ranks(name: str, directory: Path | None) -> tuple[bool, str]:
+    from pagoda.parallel.node_state import default_directory, judge, published
+
+    return judge(name, *published(directory or default_directory()))
 
 
 def probe(name: str, port: int, scheme: str, timeout: float) -> tuple[bool, str]:

@@ -56,7 +56,7 @@ def connect_cluster(config: PagodaConfig, deadline: float, on_progress: Callable
     address = config.ray_address
     if address is None:
         interface = choose_outward_interface(config.network_interface)
-        address = ensure_head(owner_process(), RayNode(address=interface.address), deadline, on_progress)
+        address = ensure_head(owner_process(), RayNode.of(config, interface.address), deadline, on_progress)
     elif address != "auto":
         wait_for_head(address, deadline, on_progress)
     on_progress(f"connecting to the Ray cluster at {address}")
@@ -73,8 +73,8 @@ def connect_cluster(config: PagodaConfig, deadline: float, on_progress: Callable
 def reserve(layout: ParallelLayout, device: str, deadline: float, on_progress: Callable[[str], None]) -> PlacementGroup:
     """Room for all ranks: a bundle for each pipeline stage, which holds the stage's tensor group.
 
-    A bundle never spans nodes, so a tensor group never does. GPUs are filled node by node. On CPUs each stage has a node of its
-    own: what a second node adds is memory and its bandwidth, of which two stages on one node have no more than one.
+    A bundle never spans nodes, so a tensor group never does. GPUs are filled node by node. On CPUs each stage has a node of
+    its own: what a second node adds is memory bandwidth, of which two stages on one node have no more than one.
 
     Raises:
         ConfigError: the cluster has no such room by `deadline`; the message says what it has.

@@ -7,6 +7,7 @@ package, and what only torch knows (device, dtype, NCCL) is handed in.
 from __future__ import annotations
 
 import hashlib
+import ipaddress
 import json
 import os
 import platform
@@ -109,11 +110,18 @@ def describe_rank(
 
 def compare_facts(facts: Sequence[RankFacts]) -> list[str]:
     """One sentence for each thing in which the ranks differ and must not; empty if they fit together."""
-    return [
+    sentences = [
         f"{what} differ: {_grouped(facts, name)}; {remedy}"
         for name, what, remedy in _MUST_AGREE
         if len({getattr(item, name) for item in facts}) > 1
     ]
+    alone = [item for item in facts if ipaddress.ip_address(item.address).is_loopback]
+    if alone and len({item.host for item in facts}) > 1:
+        sentences.append(
+            f"{alone[0].where} talks over {alone[0].interface} ({alone[0].address}), which no other host reaches; "
+            "set network_interface"
+        )
+    return sentences
 
 
 def facts_table(facts: Sequence[RankFacts]) -> list[str]:
