@@ -190,6 +190,20 @@ class PagodaConfig:
         pattern=r"auto|\S+:\d+",
         pattern_help="that is auto or HOST:PORT",
     )
+    ray_num_cpus: int | None = _option(
+        None,
+        "parallel",
+        "Ranks without a GPU that fit this machine, as head that is started here or by pagoda join. None: its cores.",
+        ge=1,
+    )
+    ray_first_port: int | None = _option(
+        None,
+        "parallel",
+        "First of the 100 ports that Ray takes on this machine besides the head's 6379: node manager, object manager, and its "
+        "other processes. None: any that are free.",
+        ge=1024,
+        le=65435,
+    )
     network_interface: str | None = _option(
         None,
         "parallel",

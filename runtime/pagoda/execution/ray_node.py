@@ -10,10 +10,12 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from pagoda.config.schema import PagodaConfig
 from pagoda.errors import CommunicationError, ConfigError
 from pagoda.parallel.facts import installed_version
 
 HEAD_PORT = 6379
+NUM_PORTS = 100
 
 # Ray's object store carries nothing of ours: the least that Ray accepts, so that a small /dev/shm will do.
 _OBJECT_STORE_BYTES = 80_000_000
@@ -54,6 +56,20 @@ class RayNode:
     node_manager_port: int = 0
     object_manager_port: int = 0
     worker_ports: tuple[int, int] | None = None
+
+    @classmethod
+    def of(cls, config: PagodaConfig, address: str = "") -> RayNode:
+        """This machine as the settings describe it."""
+        first = config.ray_first_port
+        if first is None:
+            return cls(address=address, num_cpus=config.ray_num_cpus)
+        return cls(
+            address=address,
+            num_cpus=config.ray_num_cpus,
+            node_manager_port=first,
+            object_manager_port=first + 1,
+            worker_ports=(first + 2, first + NUM_PORTS - 1),
+        )
 
     def command(self) -> list[str]:
         """The command line: a head at `head_port`, or a worker of the head at `head_address` (HOST:PORT)."""
