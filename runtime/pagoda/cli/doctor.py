@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pagoda.cli.doctor_cluster import cluster_as_text, examine_cluster
 from pagoda.config.auto import ResolvedSettings, choose_cpu_kv_cache_bytes, resolve
 from pagoda.config.checks import shown
 from pagoda.config.command_line import parse_command_line
@@ -32,10 +33,16 @@ def run(arguments: Sequence[str]) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("--json", action="store_true", help="one JSON object")
-    own_words = [word for word in parse_command_line(arguments).others if word in ("--json", "-h", "--help")]
+    parser.add_argument(
+        "--cluster", action="store_true", help="the Ray cluster and its network, without loading a model"
+    )
+    flags = ("--json", "--cluster", "-h", "--help")
+    own_words = [word for word in parse_command_line(arguments).others if word in flags]
     own = parser.parse_args(own_words)
-    report = examine([word for word in arguments if word not in own_words])
-    print(json.dumps(report, indent=2) if own.json else as_text(report))
+    settings = [word for word in arguments if word not in own_words]
+    report = examine_cluster(settings) if own.cluster else examine(settings)
+    text = cluster_as_text if own.cluster else as_text
+    print(json.dumps(report, indent=2) if own.json else text(report))
     return 1 if report["problem"] else 0
 
 
