@@ -85,9 +85,16 @@ class EngineNotReadyError(PagodaError):
 
 
 class EngineDeadError(PagodaError):
-    """The engine was lost while the request was in it; the request may be sent again."""
+    """The engine was lost while the request was in it; the request may be sent again.
+
+    `was_killed`: by somebody else, so that no request in it can be to blame.
+    """
 
     kind = ErrorKind.ENGINE_DEAD
+
+    def __init__(self, message: str, *, was_killed: bool = False) -> None:
+        super().__init__(message)
+        self.was_killed = was_killed
 
 
 class DeadlineExceededError(PagodaError):

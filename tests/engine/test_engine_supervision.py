@@ -84,7 +84,7 @@ async def test_a_core_that_cannot_be_started_again_leaves_the_engine_dead(
 ) -> None:
     async with engine(checkpoint, max_engine_restarts=2) as client:
 
-        async def out_of_processes(config: PagodaConfig) -> CoreChild:
+        async def out_of_processes(*_: object) -> CoreChild:
             raise BlockingIOError("no more processes")
 
         monkeypatch.setattr(CoreChild, "start", out_of_processes)

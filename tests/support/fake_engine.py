@@ -9,6 +9,7 @@ from pagoda.engine.client import EngineClient
 from pagoda.engine.health import EngineState
 from pagoda.engine.messages import EngineOutput, EngineReady, EngineRequest, EngineStats
 from pagoda.errors import EngineDeadError, EngineNotReadyError, ErrorKind, QueueFullError, error_of
+from pagoda.execution.rank_health import RankHealth
 from pagoda.sampling.output import FinishReason, TokenLogprobs
 
 
@@ -20,6 +21,9 @@ class FakeEngineClient(EngineClient):
     is said to have found. Records: `submitted` requests, and the ids of those that were `aborted`, which is closed by the
     reader or cancelled before they were finished.
     """
+
+    stats = EngineStats()
+    ranks: list[RankHealth] = []  # noqa: RUF012
 
     def __init__(self, *, max_model_len: int = 128, vocab_size: int = 512) -> None:
         super().__init__()

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
 
@@ -40,10 +41,14 @@ class CoreChild:
         self._reader = reader
         self._writer = writer
         self.is_connected = True
+        self._was_told_to_die = False
 
     @classmethod
-    async def start(cls, config: PagodaConfig) -> CoreChild:
-        """Start a core with this configuration; it reports its stages from here on."""
+    async def start(cls, config: PagodaConfig, environment: Mapping[str, str] | None = None) -> CoreChild:
+        """Start a core with this configuration; it reports its stages from here on.
+
+        `environment`: variables that it gets beside those of this process.
+        """
         ours, theirs = socket.socketpair()
         board = ProgressBoard()
         with theirs:
@@ -51,6 +56,7 @@ class CoreChild:
                 [sys.executable, "-m", "pagoda.engine.process", str(theirs.fileno()), str(board.fd)],
                 pass_fds=(theirs.fileno(), board.fd),
                 stdin=subprocess.DEVNULL,
+                env={**os.environ, **(environment or {})},
             )
         reader, writer = await asyncio.open_unix_connection(sock=ours)
         child = cls(process, board, reader, writer)
@@ -72,6 +78,11 @@ class CoreChild:
         """Bytes of messages that the core has not taken yet."""
         return self._writer.transport.get_write_buffer_size()
 
+    @property
+    def was_killed_by_others(self) -> bool:
+        """Whether it ended by a SIGKILL that did not come from here: an operator's, or the kernel's for want of memory."""
+        return self.process.returncode == -signal.SIGKILL and not self._was_told_to_die
+
     def send(self, message: wire.Message) -> None:
         """Queue a message; one to a core that is gone is dropped, for its end is news enough."""
         if not self._writer.is_closing():
@@ -88,6 +99,7 @@ class CoreChild:
 
     async def kill(self, *, dump_stacks: bool = False) -> None:
         """End the process now; with `dump_stacks`, the stacks of its threads go to the log first."""
+        self._was_told_to_die = True
         with suppress(ProcessLookupError):
             if dump_stacks:
                 os.kill(self.pid, STACKS_SIGNAL)

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
@@ -57,15 +57,27 @@ _MAX_UNSENT_BYTES = 64 * 2**20  # requests that a core which does not read has n
 class EngineClient(ABC):
     """An engine that takes requests. Used from one event loop.
 
-    `ready` holds the engine's limits once it has started, `stats` its figures after the last step, `ranks` what was last
-    heard of its ranks' processes (none where the core has no other).
+    `ready` holds the engine's limits once it has started.
     """
 
-    def __init__(self) -> None:
-        self.health = EngineHealth()
+    def __init__(self, name: str = "engine") -> None:
+        self.health = EngineHealth(name)
         self.ready: EngineReady | None = None
-        self.stats = EngineStats()
-        self.ranks: list[RankHealth] = []
+
+    @property
+    def stats(self) -> EngineStats:
+        """The engine's figures after its last step."""
+        return EngineStats()
+
+    @property
+    def ranks(self) -> list[RankHealth]:
+        """What was last heard of the processes of its ranks; none where the core has no other."""
+        return []
+
+    @property
+    def replicas(self) -> Sequence[EngineClient]:
+        """The engines that this one is made of, where it is more than one."""
+        return ()
 
     @property
     def progress(self) -> EngineProgress | None:
@@ -90,11 +102,20 @@ class EngineClient(ABC):
 
 
 class ProcessEngineClient(EngineClient):
-    """The core in a child process that is watched, and started anew when it fails."""
+    """The core in a child process that is watched, and started anew when it fails.
 
-    def __init__(self, config: PagodaConfig) -> None:
-        super().__init__()
+    `name`: what the log calls it. `environment`: variables that the core gets beside those of this process.
+    """
+
+    stats = EngineStats()
+    ranks: list[RankHealth] = []  # noqa: RUF012 (replaced as a whole, by the instance)
+
+    def __init__(
+        self, config: PagodaConfig, *, name: str = "engine", environment: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(name)
         self._config = config
+        self._environment = environment
         self._mailboxes: dict[str, Mailbox] = {}
         self._service_rate = ServiceRate()
         self._restarts = RestartPolicy(config.on_engine_failure, config.max_engine_restarts)
@@ -119,6 +140,10 @@ class ProcessEngineClient(EngineClient):
     def progress(self) -> EngineProgress | None:
         """The core's last sign of life, while there is a core."""
         return None if self._child is None else self._child.progress
+
+    def pin_num_blocks(self, num_blocks: int) -> None:
+        """Give cores started from now on so many KV blocks, whatever memory they find."""
+        self._config = replace(self._config, num_gpu_blocks_override=num_blocks)
 
     # ---- requests -------------------------------------------------------------------------------------------------
 
@@ -208,7 +233,7 @@ class ProcessEngineClient(EngineClient):
     async def _run_core(self) -> None:
         """Run one core from its start to its end."""
         self._is_lost = False
-        child = self._child = await CoreChild.start(self._config)
+        child = self._child = await CoreChild.start(self._config, self._environment)
         watching = asyncio.create_task(self._watch(child), name="engine-watchdog")
         try:
             while (message := await child.receive()) is not None:
@@ -228,7 +253,7 @@ class ProcessEngineClient(EngineClient):
             exit_text = await child.reap(_SHUTDOWN_SECONDS if self._is_ending else _EXIT_SECONDS)
             self._child = None
             self.stats = EngineStats()
-        self._lose_core(EngineDeadError(f"the engine process {exit_text}"))
+        self._lose_core(EngineDeadError(f"the engine process {exit_text}", was_killed=child.was_killed_by_others))
 
     def _welcome(self, ready: EngineReady) -> None:
         """The core can take requests."""
@@ -254,8 +279,8 @@ class ProcessEngineClient(EngineClient):
             when = f"{self._restarts.attempt}, in {self._pause:g} s"
             self.health.transition(EngineState.STARTING, str(cause))
             self.health.enter_stage("restart", when)
-            logger.warning("the engine is started anew: %s", when)
-        self._fail_requests(str(cause))
+            logger.warning("the %s is started anew: %s", self.health.name, when)
+        self._fail_requests(str(cause), was_killed=isinstance(cause, EngineDeadError) and cause.was_killed)
         if not self._started.done():
             self._started.set_exception(cause)
 
@@ -282,8 +307,10 @@ class ProcessEngineClient(EngineClient):
                 await child.kill(dump_stacks=True)
                 return
 
-    def _fail_requests(self, cause: str) -> None:
-        error = EngineDeadError(f"the engine was lost while the request was in it ({cause}); send it again")
+    def _fail_requests(self, cause: str, *, was_killed: bool = False) -> None:
+        error = EngineDeadError(
+            f"the engine was lost while the request was in it ({cause}); send it again", was_killed=was_killed
+        )
         for mailbox in self._mailboxes.values():
             mailbox.fail(error)
 

@@ -99,8 +99,8 @@ class EngineOutputs:
 class EngineReady:
     """Sent once by a core that can take requests: the limits that admission needs.
 
-    `kv_equation` is the printed sentence that says how many KV blocks there are and why; `stage_seconds` holds the time
-    each start-up stage took.
+    `device` is "cpu" or "cuda". `kv_equation` is the printed sentence that says how many KV blocks there are and why;
+    `stage_seconds` holds the time each start-up stage took.
     """
 
     max_model_len: int
@@ -109,6 +109,7 @@ class EngineReady:
     num_blocks: int
     block_size: int
     vocab_size: int
+    device: str = "cpu"
     kv_equation: str = ""
     stage_seconds: dict[str, float] = field(default_factory=dict)
 

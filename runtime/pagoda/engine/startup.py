@@ -23,7 +23,9 @@ from pagoda.engine.core import EngineCore
 from pagoda.engine.messages import EngineReady
 from pagoda.execution.executor import Executor, create_executor
 from pagoda.models.config import ModelConfig
+from pagoda.models.sharding import check_layout
 from pagoda.models.source import checkpoint_directory
+from pagoda.parallel.layout import ParallelLayout
 from pagoda.scheduling.kv_cache_manager import KVCacheManager
 from pagoda.scheduling.limits import SchedulerLimits
 from pagoda.scheduling.scheduler import Scheduler
@@ -40,6 +42,7 @@ def start_core(config: PagodaConfig, on_stage: StageListener | None = None) -> E
     with stages.enter("config"):
         directory = checkpoint_directory(config.model)
         model_config = ModelConfig.from_directory(directory)
+        check_layout(model_config, ParallelLayout(config.tensor_parallel_size, config.pipeline_parallel_size))
     with stages.enter("hardware"):
         settings = resolve(config, checkpoint_dtype=model_config.dtype, cpu=cpu_report(), gpus=gpu_reports())
         for choice in settings.choices:
@@ -59,6 +62,7 @@ def start_core(config: PagodaConfig, on_stage: StageListener | None = None) -> E
         num_blocks=fit.num_blocks,
         block_size=config.block_size,
         vocab_size=model_config.vocab_size,
+        device=settings.device,
         kv_equation=fit.equation,
         stage_seconds=stages.seconds,
     )
