@@ -10,12 +10,10 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from pagoda.config.checks import raise_problems
 from pagoda.config.command_line import parse_command_line
-from pagoda.config.hardware import cpu_report
 from pagoda.config.sources import load
 from pagoda.errors import CommunicationError, ConfigError
 
@@ -38,10 +36,7 @@ def run(arguments: Sequence[str]) -> int:
     if address is None or address == "auto":
         raise ConfigError("which head? `pagoda join HOST:PORT`, or the setting ray_address (PAGODA_RAY_ADDRESS)")
     configure_logging(config.log_level, config.log_format)
-    offer = RayNode.of(config)
-    if offer.num_cpus is None:
-        offer = replace(offer, num_cpus=cpu_report().usable_cores)
-    node = WorkerNode(config, address, offer, own.state_directory or default_directory())
+    node = WorkerNode(config, address, RayNode.of(config), own.state_directory or default_directory())
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: node.stop())
     try:

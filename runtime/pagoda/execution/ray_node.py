@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from pagoda.config.hardware import cpu_report
 from pagoda.config.schema import PagodaConfig
 from pagoda.errors import CommunicationError, ConfigError
 from pagoda.parallel.facts import installed_version
@@ -46,13 +47,12 @@ _ENVIRONMENT = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RayNode:
-    """A node to be: its address, and what it offers. None: what Ray finds on the machine. Port 0: any free one."""
+    """A node to be: its address, and the ranks without a GPU that it takes. Port 0: any free one."""
 
     address: str
     head_port: int | None = None
     head_address: str | None = None
-    num_cpus: int | None = None
-    num_gpus: int | None = None
+    num_cpus: int = 1
     node_manager_port: int = 0
     object_manager_port: int = 0
     worker_ports: tuple[int, int] | None = None
@@ -60,12 +60,13 @@ class RayNode:
     @classmethod
     def of(cls, config: PagodaConfig, address: str = "") -> RayNode:
         """This machine as the settings describe it."""
+        num_cpus = cpu_report().usable_cores if config.ray_num_cpus is None else config.ray_num_cpus
         first = config.ray_first_port
         if first is None:
-            return cls(address=address, num_cpus=config.ray_num_cpus)
+            return cls(address=address, num_cpus=num_cpus)
         return cls(
             address=address,
-            num_cpus=config.ray_num_cpus,
+            num_cpus=num_cpus,
             node_manager_port=first,
             object_manager_port=first + 1,
             worker_ports=(first + 2, first + NUM_PORTS - 1),
@@ -82,8 +83,7 @@ class RayNode:
         words += [f"--node-manager-port={self.node_manager_port}", f"--object-manager-port={self.object_manager_port}"]
         if self.worker_ports is not None:
             words += [f"--min-worker-port={self.worker_ports[0]}", f"--max-worker-port={self.worker_ports[1]}"]
-        words += [] if self.num_cpus is None else [f"--num-cpus={self.num_cpus}"]
-        return words + ([] if self.num_gpus is None else [f"--num-gpus={self.num_gpus}"])
+        return [*words, f"--num-cpus={self.num_cpus}"]
 
 
 def ray_environment(environ: Mapping[str, str]) -> dict[str, str]:
