@@ -211,14 +211,12 @@ def _serve(fields: dict[str, Any], connection: Connection, board: ProgressBoard)
     config = PagodaConfig(**fields)
     configure_logging(config.log_level, config.log_format, model_name=config.served_model_name)
     core = start_core(config, lambda name, detail: connection.send(EngineStage(name, detail)))
-    try:
-        gc.collect()
-        gc.freeze()  # what start-up made lives for ever: later collections need not walk it
-        board.write(0, 0, is_busy=False)
-        connection.send(core.ready)
-        CoreProcess(core, connection, board).run()
-    finally:
-        core.shutdown()
+    gc.collect()
+    gc.freeze()  # what start-up made lives for ever: later collections need not walk it
+    board.write(0, 0, is_busy=False)
+    connection.send(core.ready)
+    CoreProcess(core, connection, board).run()
+    core.shutdown()  # after a failure nothing waits for the ranks: they end with their connections
 
 
 if __name__ == "__main__":

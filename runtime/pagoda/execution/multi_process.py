@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import socket
 import subprocess
@@ -13,11 +14,14 @@ from contextlib import suppress
 
 import torch
 
+from pagoda.config.hardware import cpu_report
 from pagoda.config.schema import PagodaConfig
 from pagoda.errors import ConfigError
 from pagoda.execution.rank_group import RankGroup
 from pagoda.execution.rank_launcher import RankConnection
 from pagoda.models.config import ModelConfig
+
+logger = logging.getLogger(__name__)
 
 _DEATH_SECONDS = 0.5  # from the end of a dying rank's connection to that of its process
 
@@ -30,6 +34,10 @@ def multi_process_executor(config: PagodaConfig, model_config: ModelConfig) -> R
             f"tensor_parallel_size={config.tensor_parallel_size} * pipeline_parallel_size={config.pipeline_parallel_size} "
             f"needs {num_ranks} GPUs and this machine has {num_gpus}: lower one of them, or use several machines "
             "(distributed_executor_backend=ray)"
+        )
+    if config.device == "cpu" and num_ranks > (cores := cpu_report().usable_cores):
+        logger.warning(
+            "%d ranks share %d cores: they take turns, and are slower than fewer ranks would be", num_ranks, cores
         )
     return RankGroup(config, model_config, ProcessLauncher())
 

@@ -55,6 +55,8 @@ logger = logging.getLogger(__name__)
 # From the first rank that failed a step to the last, when it is the same fault on all of them.
 _ALIKE_SECONDS = 5.0
 _SHUTDOWN_SECONDS = 3.0
+# A rank that waits in vain for others says so itself, and knows better for whom.
+_OWN_WORD_SECONDS = 2.0
 
 
 @dataclass(slots=True)
@@ -183,7 +185,8 @@ class RankGroup:
         if differences := compare_facts(facts):
             raise ConfigError("the ranks do not fit together: " + "; ".join(differences))
         links.send_all(JoinGroup(facts[0].address, prepared[0].port))
-        self._collect(StageDone, f"did not meet the others at {facts[0].address} (network_interface)", timeout)
+        otherwise = f"did not meet the others at {facts[0].address} (network_interface)"
+        self._collect(StageDone, otherwise, timeout + _OWN_WORD_SECONDS)
 
     def _ask(
         self, command: Any, answer: Any, otherwise: str, on_other: Callable[[int, Message], None] | None = None
