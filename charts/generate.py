@@ -26,7 +26,7 @@ CHART = Path(__file__).resolve().parent / "pagoda"
 # Settings that are values of the chart under other names: model.*, network.*, security.apiKeysSecret, mode, multiNode.*.
 CHART_SETTINGS = (
     *("model", "model_name", "host", "http_port", "grpc_port", "api_keys", "ssl_certfile", "ssl_keyfile"),
-    *("distributed_executor_backend", "ray_address", "network_interface"),
+    *("distributed_executor_backend", "ray_address", "ray_num_cpus", "ray_first_port", "network_interface"),
 )
 _KEY = re.compile(r"(?P<indent> *)(?P<key>[A-Za-z_]\w*):(?P<rest>.*)")
 _TYPES = {str: "string", bool: "boolean", int: "integer", float: "number", list: "array", dict: "object"}
@@ -187,7 +187,7 @@ Values are checked before anything is rendered: an unknown key, a wrong type or 
 `engine` takes every setting of docs/configuration.md except those that are values of the chart: `model` (`model.hubId`,
 `model.claim`, `model.initContainer`), `model_name` (`model.name`), `host`, `http_port` and `grpc_port` (`network.*`),
 `api_keys` (`security.apiKeysSecret`), `ssl_certfile` and `ssl_keyfile` (`network.tls.secretName`), and
-`distributed_executor_backend`, `ray_address`, `network_interface` (`mode`, `multiNode.*`).
+`distributed_executor_backend`, `network_interface` and those of Ray (`mode`, `multiNode.*`).
 
 ## Values
 """

@@ -4,7 +4,9 @@ from typing import Any
 
 import pytest
 
+from pagoda.cli.main import COMMANDS
 from pagoda.cli.probe import PATHS
+from pagoda.config import load
 from tests.support.chart import (
     VALUE_SETS,
     config_file,
@@ -50,9 +52,10 @@ def test_workers_find_their_own_head_by_a_name_that_is_known_before_it_is_ready(
     assert ranks["spec"]["clusterIP"] == "None"
     assert ranks["spec"]["publishNotReadyAddresses"] is True
     for group, worker in enumerate(workers(objects)):
-        command, address = worker_container(objects, group)["args"]
+        command, address, *_ = worker_container(objects, group)["args"]
         assert address == f"{head['metadata']['name']}-{group}.{ranks['metadata']['name']}"
         assert command == "join"
+        assert command in COMMANDS
         assert worker["spec"]["serviceName"] == head["spec"]["serviceName"] == ranks["metadata"]["name"]
         for workload in (head, worker):
             assert ranks["spec"]["selector"].items() <= workload["spec"]["template"]["metadata"]["labels"].items()
@@ -86,8 +89,8 @@ def test_every_container_has_the_three_probes_of_what_runs_in_it(values: dict[st
         container = worker_container(objects, group)
         commands = {name: container[f"{name}Probe"]["exec"]["command"] for name in ("startup", "readiness", "liveness")}
         names = {"startup": "startup", "readiness": "ready", "liveness": "live"}
-        assert commands == {name: ["pagoda", "probe", probe] for name, probe in names.items()}
-        assert {probe for *_, probe in commands.values()} <= PATHS.keys()
+        assert commands == {name: ["pagoda", "probe", probe, "--rank"] for name, probe in names.items()}
+        assert {probe for _, _, probe, _ in commands.values()} <= PATHS.keys()
         # A worker may come before its head, and wait for it as long as the head may take.
         for key in ("periodSeconds", "failureThreshold"):
             assert container["startupProbe"][key] == server_container(objects)["startupProbe"][key]
@@ -115,6 +118,22 @@ def test_settings_are_told_to_the_heads_alone(values: dict[str, Any]) -> None:
     for pod in worker_pods(objects):
         assert not {"config", "tls"} & {volume["name"] for volume in pod["volumes"]}
         assert "PAGODA_API_KEYS" not in environment(pod["containers"][0])
+
+
+@every_multi_node_set
+def test_workers_are_told_what_their_head_reckons_with(values: dict[str, Any]) -> None:
+    objects = render(values)
+    settings = config_file(objects)
+    for group in range(len(workers(objects))):
+        _, _, *options = worker_container(objects, group)["args"]
+        loaded = load(options, {})
+        told = {option.partition("=")[0].removeprefix("--").replace("-", "_") for option in options}
+        assert {"ray_first_port", "rendezvous_timeout_seconds"} <= told
+        assert {key: getattr(loaded.config, key) for key in told} == {key: settings[key] for key in told}
+        assert loaded.config.ray_first_port == settings["ray_first_port"] == 6380
+        has_gpus = "gpus" in values.get("resources", {})
+        ranks = None if has_gpus else values["engine"].get("tensor_parallel_size", 1)
+        assert loaded.config.ray_num_cpus == settings.get("ray_num_cpus") == ranks
 
 
 @every_multi_node_set
@@ -190,5 +209,5 @@ def test_groups_below_the_partition_keep_their_version() -> None:
 def test_notes_tell_where_to_look() -> None:
     notes = render_files(MULTI_NODE["multi-node, two pods"])["NOTES.txt"]
     assert "rollout status statefulset/story-pagoda-head" in notes
-    assert "exec story-pagoda-worker-0-0 -- pagoda probe ready" in notes
+    assert "exec story-pagoda-worker-0-0 -- pagoda probe ready --rank" in notes
     assert "There is one group" in notes

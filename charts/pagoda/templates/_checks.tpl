@@ -10,6 +10,9 @@
 {{- if mod $stages $nodes -}}
 {{- fail (printf "multiNode: engine.pipeline_parallel_size = %d cannot be spread evenly over multiNode.nodes = %d; a stage never spans nodes" $stages $nodes) -}}
 {{- end -}}
+{{- if and (not $gpus) (ne $stages $nodes) -}}
+{{- fail (printf "multiNode: without GPUs each pipeline stage has a pod of its own: engine.pipeline_parallel_size = %d must be multiNode.nodes = %d" $stages $nodes) -}}
+{{- end -}}
 {{- if and $gpus (ne (mul $gpus $nodes) $ranks) -}}
 {{- fail (printf "resources: resources.gpus = %d × multiNode.nodes = %d must be %s" $gpus $nodes $sizes) -}}
 {{- end -}}
@@ -21,6 +24,11 @@
 {{- end -}}
 {{- if and .Values.rollout.partition (ge (int .Values.rollout.partition) (int .Values.replicas)) -}}
 {{- fail "rollout: rollout.partition must be below replicas, or no group would be changed" -}}
+{{- end -}}
+{{- range list (int .Values.network.httpPort) (int .Values.network.grpcPort) 6379 -}}
+{{- if and (ge . (int $.Values.multiNode.ray.firstPort)) (lt . (int (add $.Values.multiNode.ray.firstPort 100))) -}}
+{{- fail (printf "multiNode: port %d is one of the 100 from multiNode.ray.firstPort on" .) -}}
+{{- end -}}
 {{- end -}}
 {{- else if and $gpus (gt $ranks $gpus) -}}
 {{- fail (printf "resources: %s ranks need as many resources.gpus, not %d; over several pods only in mode multiNode" $sizes $gpus) -}}

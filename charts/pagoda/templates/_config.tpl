@@ -41,10 +41,24 @@ demo
 {{- end -}}
 {{- if eq .Values.mode "multiNode" -}}
 {{- $_ := set $own "distributed_executor_backend" "ray" -}}
+{{- $_ := set $own "ray_first_port" .Values.multiNode.ray.firstPort -}}
+{{- if not .Values.resources.gpus -}}
+{{- $_ := set $own "ray_num_cpus" (include "pagoda.cpuRanks" . | int) -}}
+{{- end -}}
 {{- /* Workers may have an image to pull first. */ -}}
-{{- $own = merge $own .Values.engine (dict "rendezvous_timeout_seconds" .Values.engine.engine_start_timeout_seconds) -}}
+{{- $_ := set $own "rendezvous_timeout_seconds" (include "pagoda.rendezvousTimeoutSeconds" . | float64) -}}
 {{- end -}}
 {{- merge $own .Values.engine | toPrettyJson -}}
+{{- end -}}
+
+{{/* Ranks of a pod without GPUs: those of one stage. */}}
+{{- define "pagoda.cpuRanks" -}}
+{{- .Values.engine.tensor_parallel_size | default 1 -}}
+{{- end -}}
+
+{{/* Longer than the setting's own default, for workers may have an image to pull first. */}}
+{{- define "pagoda.rendezvousTimeoutSeconds" -}}
+{{- .Values.engine.rendezvous_timeout_seconds | default .Values.engine.engine_start_timeout_seconds -}}
 {{- end -}}
 
 {{- define "pagoda.metricsPrefix" -}}

@@ -138,17 +138,17 @@ livenessProbe:
 {{/* A worker speaks no HTTP; the command reads what the node and its ranks say of themselves. */}}
 {{- define "pagoda.workerProbes" -}}
 startupProbe:
-  exec: {command: [pagoda, probe, startup]}
+  exec: {command: [pagoda, probe, startup, --rank]}
   periodSeconds: {{ int .Values.probes.startup.periodSeconds }}
   timeoutSeconds: {{ int .Values.probes.startup.timeoutSeconds }}
   failureThreshold: {{ include "pagoda.startupFailureThreshold" . }}
 readinessProbe:
-  exec: {command: [pagoda, probe, ready]}
+  exec: {command: [pagoda, probe, ready, --rank]}
   periodSeconds: {{ int .Values.probes.readiness.periodSeconds }}
   timeoutSeconds: {{ int .Values.probes.readiness.timeoutSeconds }}
   failureThreshold: {{ int .Values.probes.readiness.failureThreshold }}
 livenessProbe:
-  exec: {command: [pagoda, probe, live]}
+  exec: {command: [pagoda, probe, live, --rank]}
   periodSeconds: {{ int .Values.probes.liveness.periodSeconds }}
   timeoutSeconds: {{ int .Values.probes.liveness.timeoutSeconds }}
   failureThreshold: {{ int .Values.probes.liveness.failureThreshold }}

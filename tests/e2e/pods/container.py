@@ -54,8 +54,9 @@ class Container:
         return cls(pod, spec, identity, process)
 
     async def execute(self, *command: str, timeout: float | None = None) -> tuple[int, str]:
-        """Exit status and output of a command in the container; 124 after `timeout` seconds."""
-        return await run("podman", "exec", self._identity, *command, timeout=timeout)
+        """Exit status and output of a command in the container; after `timeout` seconds it is killed, with status 137."""
+        limit = [] if timeout is None else ["timeout", "--signal=KILL", f"{timeout:g}"]
+        return await run("podman", "exec", self._identity, *limit, *command)
 
     def send_signal(self, number: signal.Signals) -> None:
         """Send a signal to the container's first process."""

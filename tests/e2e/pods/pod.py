@@ -39,7 +39,10 @@ class Pod:
         self.name = name
         self.template = template
         self.spec: Object = template["spec"]
-        self.labels: dict[str, str] = template["metadata"].get("labels", {})
+        self.labels: dict[str, str] = {
+            **template["metadata"].get("labels", {}),
+            "statefulset.kubernetes.io/pod-name": name,
+        }
         self.owner = (owner["kind"], owner["metadata"]["name"]) if owner else None
         self.service = service
         self.image = cluster.image
