@@ -6,6 +6,7 @@ All lie under one folder and are made once; a conversion runs in the environment
 from __future__ import annotations
 
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +46,9 @@ HERE = Path(__file__).resolve().parent.parent
 
 
 def python_of(engine: str) -> Path:
-    """The interpreter of an engine's environment."""
+    """The interpreter of an engine's environment; Pagoda's is the one that this runs in."""
     if engine == "pagoda":
-        return Path(".venv/bin/python").absolute()
+        return Path(sys.executable)
     return (PEERS_FOLDER / engine / "bin/python").absolute()
 
 

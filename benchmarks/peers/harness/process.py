@@ -56,6 +56,11 @@ class Worker:
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
             )
 
+    @property
+    def process_id(self) -> int:
+        """Of the worker."""
+        return self._process.pid
+
     def wait_until_ready(self) -> None:
         """Return once it is loaded. Raises `WorkerFailedError`, also where the engine says that it is not possible here."""
         content = self._read(LOAD_SECONDS)
