@@ -24,7 +24,7 @@ from pagoda.config.sources import from_kwargs
 from pagoda.engine.core import EngineCore
 from pagoda.engine.messages import EngineRequest
 from pagoda.engine.startup import StageListener, start_core
-from pagoda.errors import InvalidRequestError, PagodaError, QueueFullError
+from pagoda.errors import ConfigError, InvalidRequestError, PagodaError, QueueFullError
 from pagoda.models.source import checkpoint_directory
 from pagoda.sampling.output import FinishReason
 from pagoda.sampling.params import SamplingParams
@@ -69,6 +69,8 @@ class LLM:
         return llm
 
     def _start(self, config: PagodaConfig, on_stage: StageListener | None) -> None:
+        if config.data_parallel_size > 1:
+            raise ConfigError(f"data_parallel_size={config.data_parallel_size}: must be 1 without a server")
         directory = str(checkpoint_directory(config.model))
         self.config = config = replace(config, model=directory)
         defaults = read_checkpoint_defaults(config)

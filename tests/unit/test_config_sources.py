@@ -117,7 +117,10 @@ def test_lists_sizes_and_words() -> None:
         (["--model=/does/not/exist"], "model=/does/not/exist (command line --model): there is no such directory"),
         (["--chat-template=/no"], "chat_template=/no (command line --chat-template): there is no such file"),
         (["--grpc-port=8080"], "grpc_port=8080 (command line --grpc-port): must differ from http_port"),
-        (["--data_parallel_size=2"], "data_parallel_size=2 (command line --data_parallel_size): must be 1"),
+        (
+            ["--data_parallel_size=2", "--ray_address=auto"],
+            "data_parallel_size=2 (command line --data_parallel_size): must be 1 with Ray",
+        ),
         (["--model=a", "--model_dir=b"], "model_dir=b (command line --model_dir): contradicts model=a"),
         (["--config=/does/not/exist"], "--config=/does/not/exist: cannot be read"),
     ],

@@ -121,7 +121,8 @@ def _examine_model(
         "longest sequence": model.max_context_length,
     }
     if resolved.device == "cpu":
-        free = max(0, memory.available - weight_bytes)
+        num_replicas = config.data_parallel_size
+        free = max(0, memory.available - num_replicas * weight_bytes) // num_replicas
         _expect_kv_cache(report, config, model, resolved, free)
 
 

@@ -74,7 +74,11 @@ def resolve(
     choices = (
         device,
         choose_dtype(config.dtype, checkpoint_dtype, capability, cpu.instruction_sets),
-        choose_threads(config.threads, cpu, config.tensor_parallel_size * config.pipeline_parallel_size),
+        choose_threads(
+            config.threads,
+            cpu,
+            config.tensor_parallel_size * config.pipeline_parallel_size * config.data_parallel_size,
+        ),
         sequences,
         choose_max_num_batched_tokens(config.max_num_batched_tokens, device.value, sequences.value),
     )

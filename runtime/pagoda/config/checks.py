@@ -112,8 +112,10 @@ def relation_problems(values: Mapping[str, Any]) -> list[Problem]:
         refuse("grpc_port", "must differ from http_port")
     if any(not key for key in values["api_keys"]):
         refuse("api_keys", "must not hold an empty key")
-    if values["data_parallel_size"] != 1:
-        refuse("data_parallel_size", "must be 1: this version runs one copy of the engine")
+    if values["data_parallel_size"] > 1 and (
+        values["distributed_executor_backend"] == "ray" or values["ray_address"] is not None
+    ):
+        refuse("data_parallel_size", "must be 1 with Ray: replicas live on one machine")
     if values["distributed_executor_backend"] == "mp" and values["ray_address"] is not None:
         refuse(
             "ray_address",

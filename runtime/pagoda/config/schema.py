@@ -176,7 +176,9 @@ class PagodaConfig:
     # Parallelism and speed-ups
     tensor_parallel_size: int = _option(1, "parallel", "Ranks that share every layer, each with its heads.", ge=1)
     pipeline_parallel_size: int = _option(1, "parallel", "Stages, each with its part of the layers.", ge=1)
-    data_parallel_size: int = _option(1, "parallel", "Copies of the engine; only 1 is supported yet.", ge=1)
+    data_parallel_size: int = _option(
+        1, "parallel", "Replicas of the engine on this machine, behind one endpoint.", ge=1
+    )
     distributed_executor_backend: Literal["auto", "mp", "ray"] = _option(
         "auto",
         "parallel",

@@ -169,7 +169,7 @@ class RankService:
             torch.cuda.set_device(start.device_index)
             results = ThreadPoolExecutor(1, "rank-results")
             self._finish = lambda plan, handle, before: results.submit(self._finish_step, plan, handle, before)
-        threads = choose_threads(config.threads, cpu_report(), start.ranks_on_host)
+        threads = choose_threads(config.threads, cpu_report(), start.ranks_on_host * config.data_parallel_size)
         logger.info("%s; interface %s", threads, interface)
         self._config = replace(config, threads=threads.value)
         self._model_config = ModelConfig.from_directory(str(config.model))

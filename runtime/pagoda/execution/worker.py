@@ -77,7 +77,7 @@ class Worker:
             return self._profile_cuda()
         choice = choose_cpu_kv_cache_bytes(
             asked,
-            memory_available=memory_report().available // num_ranks_on_host,
+            memory_available=self._available_bytes(num_ranks_on_host),
             block_bytes=self.kv_block_bytes(self.config.block_size),
             block_size=self.config.block_size,
             max_model_len=self._longest_sequence(),
@@ -110,6 +110,13 @@ class Worker:
         self.runner = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def _available_bytes(self, num_ranks_on_host: int) -> int:
+        """This rank's part of the free memory, once all replicas on this machine have their weights there."""
+        num_replicas = self.config.data_parallel_size
+        weights = self.model_config.num_parameters() * self.dtype.itemsize // self.groups.layout.world_size
+        still_to_load = (num_replicas - 1) * num_ranks_on_host * weights
+        return max(0, memory_report().available - still_to_load) // (num_ranks_on_host * num_replicas)
 
     def _max_num_seqs(self) -> int:
         assert self.config.max_num_seqs is not None

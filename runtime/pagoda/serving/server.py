@@ -16,7 +16,8 @@ import uvloop
 from pagoda import faults
 from pagoda.config.schema import PagodaConfig
 from pagoda.config.sources import LoadedConfig
-from pagoda.engine.client import EngineClient, ProcessEngineClient
+from pagoda.engine.client import EngineClient
+from pagoda.engine.data_parallel import create_engine_client
 from pagoda.models.source import checkpoint_directory
 from pagoda.observability.logs import configure_logging
 from pagoda.observability.metrics import Metrics
@@ -63,7 +64,7 @@ def make_context(config: PagodaConfig, client: EngineClient) -> ServingContext:
 
 
 async def _serve(config: PagodaConfig, listener: socket.socket) -> int:
-    client = ProcessEngineClient(config)
+    client = create_engine_client(config)
     context = make_context(config, client)
     text = _Text(config, client)
     starting = asyncio.ensure_future(client.start())
