@@ -92,7 +92,7 @@ def test_the_rank_with_room_for_the_fewest_blocks_limits_all_and_is_named() -> N
     [
         ({RankHello: nothing}, r"rank 1 of 2 \(host node-1\) did not connect within rendezvous_timeout_seconds=1"),
         ({StartRank: nothing}, r"rank 1 of 2 \(host node-1, pid 101\) did not take its configuration within rend"),
-        ({JoinGroup: nothing}, r"rank 1 .* did not meet the others at 127.0.0.1 \(network_interface\) within"),
+        ({JoinGroup: nothing}, r"rank 1 .* did not meet the others at 10.0.0.1 \(network_interface\) within"),
         ({CheckCommunication: nothing}, r"rank 1 .* did not get through the communication check within"),
         ({JoinGroup: hang_up}, r"rank 1 of 2 \(host node-1, pid 101\) was killed by SIGKILL"),
     ],

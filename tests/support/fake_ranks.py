@@ -59,8 +59,8 @@ def facts_of(rank: int, **changes: Any) -> RankFacts:
         "device": "cpu",
         "device_name": "a CPU",
         "memory_bytes": 2**30,
-        "interface": "lo",
-        "address": "127.0.0.1",
+        "interface": "eth0",
+        "address": f"10.0.0.{rank + 1}",
     }
     return RankFacts(**values | changes)
 

@@ -75,9 +75,8 @@ class RankChannel:
         """Give what is unsent so much time, then close. May be called twice."""
         with self._changed:
             self._changed.wait_for(lambda: not self._unsent, timeout=patience_seconds)
-            if self._is_closing:
-                return
-            self._end()
+            if not self._is_closing:
+                self._end()
         self._socket.close()
 
     def _send_now(self, frame: bytes) -> int:
