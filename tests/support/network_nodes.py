@@ -8,17 +8,24 @@ Processes of all nodes see the same files, so one checkout and one checkpoint se
 
 from __future__ import annotations
 
+import ctypes
+import http.client
+import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 _ENTER = 'hostname "$1"; mount --bind "$2" /tmp/ray; shift 2; exec "$@"'
+_NEW_NETWORK = 0x40000000  # CLONE_NEWNET of setns(2)
 
 
 def why_not() -> str | None:
@@ -36,18 +43,23 @@ def why_not() -> str | None:
 
 
 class NetworkNode:
-    """One host: a network namespace with `eth0` at `address`, and beside it `eth1` at `other_address`, on another network."""
+    """One host: a network namespace with `eth0` at `address`, and beside it `eth1` at `other_address`, on another network.
+
+    `views`: files or directories that processes started from now on see in another's place (place: what they see there).
+    """
 
     def __init__(self, name: str, address: str, other_address: str, directory: Path) -> None:
         self.name = name
         self.address = address
         self.other_address = other_address
         self.directory = directory
+        self.views: dict[Path, Path] = {}
         self.processes: list[subprocess.Popen[str]] = []
 
     def command(self, words: Sequence[str]) -> list[str]:
         """The command line that runs `words` on this node."""
-        enter = ["ip", "netns", "exec", self.name, "unshare", "--uts", "sh", "-c", _ENTER, "sh", self.name]
+        views = "".join(f"mount --bind {seen} {place}; " for place, seen in self.views.items())
+        enter = ["ip", "netns", "exec", self.name, "unshare", "--uts", "sh", "-c", views + _ENTER, "sh", self.name]
         return [*enter, str(self.directory / "ray"), *map(str, words)]
 
     def start(self, *words: str, log: str, environ: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
@@ -78,6 +90,30 @@ class NetworkNode:
             check=False,
         )
         return done.returncode, done.stdout
+
+    def connect(self, port: int, timeout: float = 10.0) -> socket.socket:
+        """A connection to a port of this node over its own loopback, whatever becomes of its links."""
+        with ThreadPoolExecutor(1) as pool:  # a thread enters the namespace, and nobody else does
+            return pool.submit(self._connect_inside, port, timeout).result()
+
+    def _connect_inside(self, port: int, timeout: float) -> socket.socket:
+        with Path(f"/run/netns/{self.name}").open() as namespace:
+            if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), _NEW_NETWORK):
+                raise OSError(ctypes.get_errno(), f"cannot enter {self.name}")
+        return socket.create_connection(("127.0.0.1", port), timeout)
+
+    def request(self, path: str, body: object = None, *, port: int = 8080, timeout: float = 120.0) -> tuple[int, Any]:
+        """Status and JSON of an answer. Raises `OSError` or `http.client.HTTPException` where there is none."""
+        connection = http.client.HTTPConnection("127.0.0.1", port)
+        connection.sock = self.connect(port)
+        connection.sock.settimeout(timeout)
+        with closing(connection):
+            if body is None:
+                connection.request("GET", path)
+            else:
+                connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+            answer = connection.getresponse()
+            return answer.status, json.loads(answer.read())
 
     def log(self, name: str) -> str:
         """What a log of this node holds by now."""

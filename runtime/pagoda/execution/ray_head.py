@@ -10,6 +10,7 @@ the head by the file that this process keeps.
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import signal
 import socket
@@ -21,10 +22,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from pagoda.errors import CommunicationError, ConfigError
-from pagoda.execution.ray_node import HEAD_PORT, RayNode, ray_environment
-from pagoda.parallel.node_state import READY, StateFile, default_directory, is_alive, published
+from pagoda.execution.ray_node import HEAD_PORT, RayNode, ray_environment, split_address, trouble_with
+from pagoda.parallel.node_state import READY, PublishedState, StateFile, default_directory, is_alive, published
+
+logger = logging.getLogger(__name__)
 
 _LOOK_SECONDS = 0.25
+_MAX_FAILURES = 3
 _PATIENCE_SECONDS = 5.0
 STARTED = "Ray runtime started"
 _SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
@@ -33,20 +37,40 @@ _SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 def ensure_head(owner: int, node: RayNode, deadline: float, on_progress: Callable[[str], None]) -> str:
     """HOST:PORT of the head that belongs to the process `owner`; started at `node.address` if there is none yet.
 
+    One that is about to end is waited for. Ray may fail to start on a busy machine, so it is tried more than once.
+
     Raises:
         ConfigError: the port is taken.
         CommunicationError: the head did not come up, and what it said.
     """
-    found = find_head(owner)
-    if found is not None:
-        return found
     head = replace(node, head_port=HEAD_PORT if node.head_port is None else node.head_port)
-    _check_port(head)
-    directory = _directory()
-    log = directory / f"{_name(owner)}.log"
     address = f"{head.address}:{head.head_port}"
+    log = _directory() / f"{_name(owner)}.log"
+    starter: subprocess.Popen[bytes] | None = None
+    num_failures = 0
+    while (found := _find(owner)) is None or not _is_up(found):
+        if starter is not None and starter.poll() is not None:
+            num_failures += 1
+            words = last_words(_text(log))
+            if num_failures == _MAX_FAILURES:
+                raise CommunicationError(f"the Ray head did not start: {words} (all of it: {log})")
+            logger.warning("the Ray head did not start: %s; trying again", words)
+            starter = None
+        if found is None and starter is None:
+            _check_port(head)
+            starter = _start(owner, head, address, log)
+        if time.monotonic() > deadline:
+            if starter is not None:
+                starter.terminate()
+            raise CommunicationError(f"the Ray head at {address} did not start in time; its log: {log}")
+        on_progress(f"starting a Ray head at {address}")
+        time.sleep(_LOOK_SECONDS)
+    return found.detail
+
+
+def _start(owner: int, head: RayNode, address: str, log: Path) -> subprocess.Popen[bytes]:
     with log.open("wb") as output:
-        process = subprocess.Popen(
+        return subprocess.Popen(
             [sys.executable, "-m", "pagoda.execution.ray_head", str(owner), address, str(log), *head.command()],
             env=ray_environment(os.environ),
             stdin=subprocess.DEVNULL,
@@ -54,24 +78,16 @@ def ensure_head(owner: int, node: RayNode, deadline: float, on_progress: Callabl
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C is for the server, which ends first
         )
-    while (found := find_head(owner)) is None:
-        if process.poll() is not None:
-            raise CommunicationError(f"the Ray head did not start: {last_words(_text(log))} (all of it: {log})")
-        if time.monotonic() > deadline:
-            process.terminate()
-            raise CommunicationError(f"the Ray head did not start in time; its log: {log}")
-        on_progress(f"starting a Ray head at {address}")
-        time.sleep(_LOOK_SECONDS)
-    return found
 
 
-def find_head(owner: int) -> str | None:
-    """HOST:PORT of the head that belongs to `owner`, if one is up."""
+def _find(owner: int) -> PublishedState | None:
+    """What the process that keeps the head of `owner` says of it, if there is one."""
     _, states = published(_directory())
-    for state in states:
-        if state.name == _name(owner) and state.stage == READY:
-            return state.detail
-    return None
+    return next((state for state in states if state.name == _name(owner)), None)
+
+
+def _is_up(state: PublishedState) -> bool:
+    return state.stage == READY and trouble_with(*split_address(state.detail)) is None
 
 
 def last_words(text: str) -> str:
@@ -122,6 +138,7 @@ def main(owner: int, address: str, log: Path, command: list[str]) -> int:
             state.enter(READY, address)
         state.beat()
         time.sleep(_LOOK_SECONDS)
+    state.enter("ending", address)
     return end_ray(ray, _PATIENCE_SECONDS)
 
 

@@ -127,6 +127,8 @@ class WorkerNode:
             end_ray(ray, _END_SECONDS)
             _end_session(ray.pid)
         self._state.enter("left", self._address)
+        if not began and time.monotonic() > deadline:
+            return _Membership(began, "Ray did not come up in the time that was left")
         return _Membership(began, _text(log))
 
     def _say_waiting(self, words: str) -> None:

@@ -131,7 +131,7 @@ def wait_for_head(
     """
     host, port = split_address(address)
     while not is_told_to_stop():
-        trouble = _trouble_with(host, port)
+        trouble = trouble_with(host, port)
         if trouble is None:
             return True
         if time.monotonic() > deadline:
@@ -162,7 +162,8 @@ def refusal_in(text: str, address: str, version: str) -> str | None:
     return None
 
 
-def _trouble_with(host: str, port: int) -> str | None:
+def trouble_with(host: str, port: int) -> str | None:
+    """Why nobody can be reached at `host`:`port`, or None if somebody listens there."""
     try:
         socket.create_connection((host, port), _CONNECT_SECONDS).close()
     except socket.gaierror:
