@@ -1,6 +1,6 @@
 """Compiling kernels ahead of time, without a GPU, and reading from the machine code what they need of one.
 
-    python -m pagoda_kernels.gpu.compilation --arch 90 [--match WORDS …] [--json FILE]
+    python -m pagoda_kernels.gpu.compilation --arch 90 [--match EXPRESSION …] [--json FILE]
 
 prints registers, spills and shared memory of every tuned configuration.
 """
@@ -97,9 +97,9 @@ def _resource_usage(cubin: bytes) -> Mapping[str, int]:
 
 
 def compile_all(arch: int, matches: Sequence[str] = ("",)) -> Iterator[Resources]:
-    """Every tuned configuration for `arch` whose name contains one of `matches`, one after the other."""
+    """Every tuned configuration for `arch` in whose name one of the regular expressions is found, one after the other."""
     for build in tuned_builds(arch):
-        if any(match in build.name for match in matches):
+        if any(re.search(match, build.name) for match in matches):
             yield compile_kernel(build, arch)
 
 
@@ -107,7 +107,9 @@ def main() -> None:
     """Compile and print a table."""
     parser = argparse.ArgumentParser(description="Compile every tuned kernel and print what it needs of a GPU.")
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90], choices=sorted(SHARED_MEMORY_LIMIT))
-    parser.add_argument("--match", nargs="+", default=[""], help="only kernels whose name contains one of these")
+    parser.add_argument(
+        "--match", nargs="+", default=[""], help="only kernels in whose name one of these regular expressions is found"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE")
     own = parser.parse_args()
     found = []

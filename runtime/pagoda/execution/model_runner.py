@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pagoda import faults
+from pagoda.execution.cuda_graphs import DecodeGraphs
 from pagoda.execution.input_batch import InputBatch, StepInputs
 from pagoda.models.decoder import DecoderForCausalLM, KVCache
 from pagoda.sampling.logprobs import LogprobTensors, RawDistribution
@@ -140,6 +141,7 @@ class ModelRunner:
         self.sampler = Sampler(vocab_size=batch.vocab_size, token_pool=batch.token_pool, seed=seed)
         # Slots whose requests want prompt logprobs: how many best tokens, and the length of the prompt.
         self._prompt_logprobs: dict[int, tuple[int, int]] = {}
+        self.graphs: DecodeGraphs | None = None
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan, landed: LandedTokens = NO_LANDED_TOKENS) -> PendingStep:
@@ -165,12 +167,19 @@ class ModelRunner:
             return PendingStep(plan, errors, self.batch.device)
         if faults.is_installed("sample") and self.groups.place.is_output:
             _fire_sample_faults(plan, errors)
-        hidden = self.model.forward(inputs.input_ids, inputs.positions, self.kv_caches, inputs.metadata)
+        hidden = self._forward(inputs)
         if hidden is None:  # the next pipeline stage goes on with it
             return PendingStep(plan, errors, self.batch.device)
         prompt_logprobs = self._compute_prompt_logprobs(inputs, hidden) if self._prompt_logprobs else []
         sampled = self._sample(inputs, hidden) if inputs.sampled_positions.size else None
         return PendingStep(plan, errors, self.batch.device, inputs, sampled, prompt_logprobs)
+
+    def _forward(self, inputs: StepInputs) -> Tensor | None:
+        """Hidden states `[T, hidden_size]` of the step, by a graph where one fits it; None before the last stage."""
+        size = self.graphs.size_for(inputs) if self.graphs is not None else None
+        if self.graphs is not None and size is not None:
+            return self.graphs.run(inputs, size)
+        return self.model.forward(inputs.input_ids, inputs.positions, self.kv_caches, inputs.metadata)
 
     def _release(self, slot: int) -> None:
         self.batch.release(slot)

@@ -85,6 +85,10 @@ class SlotNoise:
             self._seeds[slot] = params.seed % 2**64
         self._first_drawn_position[slot] = -_DRAWN_AHEAD
 
+    def seeds_of(self, slots: Int64Array) -> Int64Array:
+        """The bits of the slots' seeds, for kernels that draw on the device."""
+        return self._seeds[slots].view(np.int64)
+
     def at(self, slots: Int64Array, positions: Int64Array) -> Float64Array:
         """The number of each slot for the token that will stand at its position: float64 `[len(slots)]` in [0, 1)."""
         columns = positions - self._first_drawn_position[slots]

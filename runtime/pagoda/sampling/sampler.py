@@ -3,8 +3,8 @@
     raw logits ─▶ (kept for rows that ask for logprobs) ─▶ processors: allowed ids, min_tokens, logit_bias, bad words,
     repetition, presence and frequency penalty ─▶ temperature ─▶ min-p ─▶ top-k ─▶ top-p ─▶ inverse CDF
 
-A row's token depends on its own logits and its own (seed, position) only. Nothing is read back from the device, except which
-rows with top-p and no top-k must draw again.
+A row's token depends on its own logits and its own (seed, position) only. Nothing is read back from the device: on a GPU, rows
+without top-k are drawn by one kernel (`pagoda_kernels.sampling`), which finds by itself which of them must draw again.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from pagoda.sampling.noise import SlotNoise
 from pagoda.sampling.penalties import OutputPenalties, RepetitionPenalty
 from pagoda.sampling.row_groups import OpenGroup, RankedGroup, RowGroups, make_row_groups
 from pagoda.sampling.rows import Int64Array, SampledRows, SamplingContext, SlotRequest
+from pagoda_kernels.sampling import choose_open
 
 # In this order they are applied: what is forbidden, then biases, then penalties.
 PROCESSORS: tuple[type[LogitsProcessor[Any, Any]], ...] = (
@@ -76,6 +77,7 @@ class Sampler:
         self._slots = np.empty(0, dtype=np.int64)
         self._row_of_slot = np.full(token_pool.shape[0], -1, dtype=np.int64)
         self._groups: RowGroups | None = None
+        self._draws_on_device = token_pool.device.type == "cuda"
 
     def add(self, slot: int, request: SlotRequest) -> None:
         """Let a request enter `slot`. On `InvalidRequestError`, for an id outside the vocabulary, the slot stays empty."""
@@ -154,6 +156,8 @@ class Sampler:
         self, logits: Tensor, best_logits: Tensor, uniform: Tensor, rows: SampledRows, group: OpenGroup
     ) -> Tensor:
         """Token ids int64 `[R]` of rows without top-k."""
+        if self._draws_on_device:
+            return self._draw_on_device(logits, best_logits, rows, group)
         whole = len(group.rows) == len(logits)
         weights = selection.to_weights_(
             logits if whole else logits.index_select(0, group.rows),
@@ -174,6 +178,22 @@ class Sampler:
             return self.context.upload(again).unsqueeze(1)
 
         return selection.choose_nucleus(weights, group.top_p, draw)
+
+    def _draw_on_device(self, logits: Tensor, best_logits: Tensor, rows: SampledRows, group: OpenGroup) -> Tensor:
+        """The same draws in one kernel, which asks the host for nothing."""
+        slots, positions = rows.slots[group.host_rows], rows.positions[group.host_rows]
+        ones = torch.ones(len(group.rows), dtype=torch.float64, device=logits.device)
+        return choose_open(
+            logits,
+            best_logits,
+            group.rows,
+            *(self.context.upload(array) for array in (self._noise.seeds_of(slots), positions)),
+            inverse_temperature=ones.float()
+            if group.inverse_temperature is None
+            else group.inverse_temperature.view(-1),
+            min_p=ones.float().zero_() if group.min_p is None else group.min_p.view(-1),
+            top_p=ones if group.top_p is None else group.top_p.view(-1),
+        )
 
 
 def _choose_ranked(logits: Tensor, maxima: Tensor, uniform: Tensor, group: RankedGroup) -> Tensor:
