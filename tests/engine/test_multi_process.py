@@ -39,6 +39,7 @@ def core_of(checkpoint: Path, stages: list[str] | None = None, **settings) -> En
         "max_num_batched_tokens": 24,  # so that prompts come in chunks
         "max_model_len": 120,
         "num_gpu_blocks_override": 13,  # so that some are preempted
+        "rendezvous_timeout_seconds": 600,  # importing torch takes long on a busy machine
         **settings,
     }
     return start_core(PagodaConfig(**values), None if stages is None else lambda name, _: stages.append(name))
