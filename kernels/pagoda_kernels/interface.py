@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from pagoda_kernels.metadata import AttentionMetadata
+
+if TYPE_CHECKING:
+    from pagoda_kernels.linear import PackedWeight
 
 
 class PagedAttention(Protocol):
@@ -92,6 +95,27 @@ class SiluAndMul(Protocol):
         """Activate."""
 
 
+class PackedLinear(Protocol):
+    """See `pagoda_kernels.linear.packed_linear`."""
+
+    def __call__(self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+        """Multiply."""
+
+
+class PackedRows(Protocol):
+    """See `pagoda_kernels.linear.packed_rows`."""
+
+    def __call__(self, weight: PackedWeight, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Look up."""
+
+
+class Pack(Protocol):
+    """See `pagoda_kernels.linear.pack`."""
+
+    def __call__(self, weight: torch.Tensor) -> torch.Tensor:
+        """Rearrange."""
+
+
 @dataclass(frozen=True, slots=True)
 class KernelBackend:
     """One implementation of every operation.
@@ -108,3 +132,6 @@ class KernelBackend:
     apply_rotary: ApplyRotary
     silu_and_mul: SiluAndMul
     gelu_and_mul: GeluAndMul
+    packed_linear: PackedLinear
+    packed_rows: PackedRows
+    pack: Pack

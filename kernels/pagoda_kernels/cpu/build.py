@@ -51,6 +51,7 @@ class Unit:
 # Longest first, so that they do not end last.
 UNITS = (
     Unit("operators.cpp"),
+    Unit("decoder.cpp"),
     Unit("attention.cpp", "avx512", _AVX512),
     Unit("attention.cpp", "avx512_bf16", _BF16),
     Unit("attention.cpp", "avx2", _AVX2),
@@ -166,8 +167,7 @@ def _build(compiler: str, target: Path, emulate_bf16: bool) -> None:
         linked = Path(scratch) / target.name
         torch_libraries = str(Path(torch.__file__).parent / "lib")
         _run(
-            [compiler, "-shared", "-fopenmp", *map(str, objects), "-o", str(linked), f"-L{torch_libraries}"]
-            + ["-lc10", "-ltorch_cpu", "-ltorch"]
+            [compiler, "-shared", "-fopenmp", *map(str, objects), "-o", str(linked), f"-L{torch_libraries}", "-lc10", "-ltorch_cpu", "-ltorch"]
         )
         linked.replace(target)
     logger.info("compiled the CPU kernels in %.0f s: %s", time.monotonic() - started, target)

@@ -1,56 +1,110 @@
-"""Python's side of the compiled operators: the backend's functions, with the metadata taken apart."""
+"""The compiled kernels as a backend. Importing this loads the library, which may have to be built first: see `build`."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
+from pagoda_kernels.cpu.build import library
 from pagoda_kernels.interface import KernelBackend
 from pagoda_kernels.metadata import AttentionMetadata
 
+if TYPE_CHECKING:
+    from pagoda_kernels.linear import PackedWeight
 
-def make_backend() -> KernelBackend:
-    """The backend, once the library is loaded."""
-    operators = torch.ops.pagoda_cpu
-    run_attention = operators.paged_attention.default
-    run_norm, run_add_norm = operators.rms_norm.default, operators.add_rms_norm.default
+torch.ops.load_library(str(library()))
 
-    def paged_attention(
-        query: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        metadata: AttentionMetadata,
-        scale: float,
-        sliding_window: int | None,
-        soft_cap: float | None,
-    ) -> torch.Tensor:
-        attended: torch.Tensor = run_attention(
-            query,
-            k_cache,
-            v_cache,
-            metadata.query_start_loc,
-            metadata.seq_lens,
-            metadata.block_table,
-            scale,
-            sliding_window or 0,
-            soft_cap or 0.0,
-        )
-        return attended
+_attention = torch.ops.pagoda_cpu.paged_attention.default
+_norm = torch.ops.pagoda_cpu.rms_norm.default
+_add_norm = torch.ops.pagoda_cpu.add_rms_norm.default
+_linear = torch.ops.pagoda_cpu.linear.default
+_linear_quantized = torch.ops.pagoda_cpu.linear_quantized.default
+_packed_rows = torch.ops.pagoda_cpu.packed_rows.default
 
-    def rms_norm(
-        x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if residual is None:
-            return run_norm(x, weight, eps), x
-        normed, stream = run_add_norm(x, residual, weight, eps)
-        return normed, stream
 
-    return KernelBackend(
-        name="cpu",
-        paged_attention=paged_attention,
-        write_kv=operators.write_kv.default,
-        rotate_and_store=operators.rotate_and_store.default,
-        rms_norm=rms_norm,
-        apply_rotary=operators.apply_rotary.default,
-        silu_and_mul=operators.silu_and_mul.default,
-        gelu_and_mul=operators.gelu_and_mul.default,
+def available_levels() -> list[str]:
+    """Names of the instruction sets that this processor can run the kernels with, slowest first."""
+    levels: list[str] = torch.ops.pagoda_cpu.available_levels()
+    return levels
+
+
+def active_level() -> str:
+    """The instruction set in use: the best available one, unless `use_level` has chosen another."""
+    level: str = torch.ops.pagoda_cpu.active_level()
+    return level
+
+
+def use_level(level: str) -> None:
+    """Let all kernels of this process use one of `available_levels`; `RuntimeError` for another."""
+    torch.ops.pagoda_cpu.use_level(level)
+
+
+def _paged_attention(
+    query: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    metadata: AttentionMetadata,
+    scale: float,
+    sliding_window: int | None,
+    soft_cap: float | None,
+) -> torch.Tensor:
+    attended: torch.Tensor = _attention(
+        query,
+        k_cache,
+        v_cache,
+        metadata.query_start_loc,
+        metadata.seq_lens,
+        metadata.block_table,
+        scale,
+        sliding_window or 0,
+        soft_cap or 0.0,
     )
+    return attended
+
+
+def _rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if residual is None:
+        return _norm(x, weight, eps), x
+    normed, stream = _add_norm(x, residual, weight, eps)
+    return normed, stream
+
+
+def _packed_linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    output: torch.Tensor
+    if weight.scales is None:
+        output = _linear(x, weight.values, bias, weight.out_features)
+    else:
+        output = _linear_quantized(
+            x,
+            weight.values,
+            weight.scales,
+            weight.zeros,
+            bias,
+            weight.out_features,
+            weight.group_size,
+            weight.bits == 4,
+        )
+    return output
+
+
+def _rows(weight: PackedWeight, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    rows: torch.Tensor = _packed_rows(weight.values, ids, weight.out_features, dtype == torch.float32)
+    return rows if rows.dtype == dtype else rows.to(dtype)
+
+
+BACKEND = KernelBackend(
+    name="cpu",
+    paged_attention=_paged_attention,
+    write_kv=torch.ops.pagoda_cpu.write_kv.default,
+    rotate_and_store=torch.ops.pagoda_cpu.rotate_and_store.default,
+    rms_norm=_rms_norm,
+    apply_rotary=torch.ops.pagoda_cpu.apply_rotary.default,
+    silu_and_mul=torch.ops.pagoda_cpu.silu_and_mul.default,
+    gelu_and_mul=torch.ops.pagoda_cpu.gelu_and_mul.default,
+    packed_linear=_packed_linear,
+    packed_rows=_rows,
+    pack=torch.ops.pagoda_cpu.pack.default,
+)

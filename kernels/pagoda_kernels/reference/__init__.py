@@ -6,6 +6,7 @@ from pagoda_kernels.composed import compose_rotate_and_store
 from pagoda_kernels.interface import KernelBackend
 from pagoda_kernels.reference.activation import gelu_and_mul, silu_and_mul
 from pagoda_kernels.reference.attention import paged_attention, write_kv
+from pagoda_kernels.reference.linear import pack, packed_linear, packed_rows
 from pagoda_kernels.reference.norm import rms_norm
 from pagoda_kernels.reference.rope import apply_rotary
 
@@ -18,4 +19,7 @@ BACKEND = KernelBackend(
     apply_rotary=apply_rotary,
     silu_and_mul=silu_and_mul,
     gelu_and_mul=gelu_and_mul,
+    packed_linear=packed_linear,
+    packed_rows=packed_rows,
+    pack=pack,
 )

@@ -114,6 +114,16 @@ struct LinearArguments {
   int num_threads;
 };
 
+// From a weight as a checkpoint has it to panels of packed float32 or bfloat16: rows of 32-bit words (a float32, or a pair of
+// bfloat16), 32 of them side by side.
+struct PackArguments {
+  const void* weight;  // [num_rows, row_words]
+  void* packed;        // [panels, row_words, 32]
+  int64_t num_rows;
+  int64_t row_words;
+  int num_threads;
+};
+
 struct Kernels {
   const char* name;
   void (*attention)(const AttentionArguments&);
@@ -122,16 +132,18 @@ struct Kernels {
   void (*heads)(const HeadsArguments&);
   void (*linear)(const LinearArguments&);            // kFloat32, kBFloat16
   void (*linear_quantized)(const LinearArguments&);  // kInt8, kInt4
+  void (*pack)(const PackArguments&);
 };
 
-#define PAGODA_DECLARE_KERNELS(isa)                 \
-  namespace isa {                                   \
-  void attention(const AttentionArguments&);        \
-  void norm(const NormArguments&);                  \
+#define PAGODA_DECLARE_KERNELS(isa)                       \
+  namespace isa {                                         \
+  void attention(const AttentionArguments&);              \
+  void norm(const NormArguments&);                        \
   void gated_activation(const GatedActivationArguments&); \
-  void heads(const HeadsArguments&);                \
-  void linear(const LinearArguments&);              \
-  void linear_quantized(const LinearArguments&);    \
+  void heads(const HeadsArguments&);                      \
+  void linear(const LinearArguments&);                    \
+  void linear_quantized(const LinearArguments&);          \
+  void pack(const PackArguments&);                        \
   }
 
 PAGODA_DECLARE_KERNELS(avx2)

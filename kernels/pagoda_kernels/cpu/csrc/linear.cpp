@@ -14,6 +14,7 @@ constexpr int64_t kRowBlock = 96;       // rows of a task, where there are many
 constexpr int64_t kPanelBlock = 4;      // panels of a task, where there are many rows
 constexpr int64_t kFewPanelBlock = 2;   // and where there are few
 constexpr int64_t kDepthBlockBytes = 64 * 1024;  // of one panel
+constexpr int64_t kCacheLine = 64;
 
 // Writes sums [rows][sum_stride] with bias to the output's rows and columns from `row` and `column` on.
 template <class T>
@@ -67,25 +68,36 @@ void multiply_packed(const LinearArguments& a, const typename Dot::A* x, int64_t
   });
 }
 
-// x in float32; a copy where it is not.
-inline const float* widened(const LinearArguments& a) {
-  if (a.dtype == DType::kFloat32) return static_cast<const float*>(a.x);
+// Inputs in float32, from row to row at `stride` elements.
+struct WideInputs {
+  const float* values;
+  int64_t stride;
+};
+
+// A copy where x is not float32. A copy too where there are many rows, with a gap between them: rows a power of two apart share
+// one set of the cache, which holds fewer of them than a tile has.
+inline WideInputs widened(const LinearArguments& a) {
+  if (a.dtype == DType::kFloat32 && a.num_rows <= kTileRows) return {static_cast<const float*>(a.x), a.in_features};
   static thread_local Scratch scratch;
-  float* wide = static_cast<float*>(scratch.get(a.num_rows * a.in_features * static_cast<int64_t>(sizeof(float))));
-  const BFloat16* x = static_cast<const BFloat16*>(a.x);
-  parallel_for(a.num_threads, a.num_rows, a.num_rows * a.in_features, [&](int64_t row) {
+  const int64_t stride = ceil_div(a.in_features, kLanes) * kLanes + kCacheLine / static_cast<int64_t>(sizeof(float));
+  float* wide = static_cast<float*>(scratch.get(a.num_rows * stride * static_cast<int64_t>(sizeof(float))));
+  parallel_for(a.num_threads, a.num_rows, a.num_rows * a.in_features / 4, [&](int64_t row) {
     for (int64_t i = 0; i < a.in_features; i += kLanes) {
       const int count = static_cast<int>(smaller<int64_t>(kLanes, a.in_features - i));
-      store(wide + row * a.in_features + i, load(x + row * a.in_features + i, count), count);
+      const int64_t at = row * a.in_features + i;
+      const Vector x = a.dtype == DType::kFloat32 ? load(static_cast<const float*>(a.x) + at, count)
+                                                  : load(static_cast<const BFloat16*>(a.x) + at, count);
+      store(wide + row * stride + i, x);
     }
   });
-  return wide;
+  return {wide, stride};
 }
 
 template <class T>
 void linear_of(const LinearArguments& a) {
   if (a.kind == WeightKind::kFloat32) {
-    multiply_packed<DotFloat32, T>(a, widened(a), a.in_features, a.in_features);
+    const WideInputs x = widened(a);
+    multiply_packed<DotFloat32, T>(a, x.values, x.stride, a.in_features);
     return;
   }
 #if defined(PAGODA_BF16_DOT)
@@ -94,7 +106,8 @@ void linear_of(const LinearArguments& a) {
     return;
   }
 #endif
-  multiply_packed<DotBFloat16Weights, T>(a, widened(a), a.in_features, a.in_features / 2);
+  const WideInputs x = widened(a);
+  multiply_packed<DotBFloat16Weights, T>(a, x.values, x.stride, a.in_features / 2);
 }
 
 }  // namespace
@@ -105,6 +118,29 @@ void linear(const LinearArguments& a) {
   } else {
     linear_of<BFloat16>(a);
   }
+}
+
+void pack(const PackArguments& a) {
+  const uint32_t* rows = static_cast<const uint32_t*>(a.weight);
+  uint32_t* packed = static_cast<uint32_t*>(a.packed);
+  const int64_t panels = ceil_div(a.num_rows, kPanel);
+  parallel_for(a.num_threads, panels, panels * kPanel * a.row_words * 4, [&](int64_t panel) {
+    for (int64_t column = 0; column < kPanel; column += kLanes) {
+      const int64_t row = panel * kPanel + column;
+      uint32_t* to = packed + panel * a.row_words * kPanel + column;
+      for (int64_t word = 0; word < a.row_words; word += kLanes) {
+        const int64_t count = smaller<int64_t>(kLanes, a.row_words - word);
+        alignas(64) uint32_t block[kLanes][kLanes] = {};
+        IntVector vectors[kLanes];
+        for (int64_t r = 0; r < kLanes; ++r) {
+          if (row + r < a.num_rows) __builtin_memcpy(block[r], rows + (row + r) * a.row_words + word, count * 4);
+          vectors[r] = load_bits(block[r]);
+        }
+        transpose(vectors);
+        for (int64_t k = 0; k < count; ++k) store_bits(to + (word + k) * kPanel, vectors[k]);
+      }
+    }
+  });
 }
 
 }  // namespace pagoda::PAGODA_ISA

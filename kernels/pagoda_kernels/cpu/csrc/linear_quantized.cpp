@@ -104,7 +104,7 @@ inline int sum_of_lanes(IntVector a) {
 
 // Inputs in int8, with the scale and the sum of every row and group.
 struct QuantizedInputs {
-  int8_t* values;  // [num_rows][in_features]
+  int8_t* values;  // [num_rows][x_stride_]
   float* scales;   // [num_rows][num_groups]
   int32_t* sums;   // [num_rows][num_groups]
 };
@@ -229,7 +229,9 @@ class QuantizedLinear {
       : a_(arguments),
         groups_(ceil_div(arguments.in_features, arguments.group_size)),
         panels_(ceil_div(arguments.out_features, kPanel)),
-        panel_bytes_(arguments.in_features * kPanel * kBits / 8) {}
+        panel_bytes_(arguments.in_features * kPanel * kBits / 8),
+        // Rows a power of two apart would share sets of the cache.
+        x_stride_(ceil_div(arguments.in_features, 64) * 64 + 64) {}
 
   void run() {
     quantize_inputs();
@@ -258,13 +260,14 @@ class QuantizedLinear {
       for (int64_t g = 0; g < groups_; ++g) {
         const int64_t first = row * a_.in_features + g * a_.group_size, at = row * groups_ + g;
         const int64_t size = smaller(a_.group_size, a_.in_features - g * a_.group_size);
-        quantize_group(x + first, size, x_.values + first, x_.scales + at, x_.sums + at);
+        int8_t* values = x_.values + row * x_stride_ + g * a_.group_size;
+        quantize_group(x + first, size, values, x_.scales + at, x_.sums + at);
       }
     });
   }
 
   void lay_out(Pieces& pieces) {
-    x_.values = pieces.take<int8_t>(a_.num_rows * a_.in_features);
+    x_.values = pieces.take<int8_t>(a_.num_rows * x_stride_);
     x_.scales = pieces.take<float>(a_.num_rows * groups_);
     x_.sums = pieces.take<int32_t>(a_.num_rows * groups_);
   }
@@ -277,8 +280,8 @@ class QuantizedLinear {
       const int64_t scale_at = g * panels_ * kPanel + panel * kPanel;
       for (int64_t v = 0; v < kPanelVectors; v += kVectors) {
         GroupTile tile{size / 4,
-                       x_.values + first_row * a_.in_features + g * a_.group_size,
-                       a_.in_features,
+                       x_.values + first_row * x_stride_ + g * a_.group_size,
+                       x_stride_,
                        x_.scales + first_row * groups_ + g,
                        x_.sums + first_row * groups_ + g,
                        groups_,
@@ -324,6 +327,7 @@ class QuantizedLinear {
   const int64_t groups_;
   const int64_t panels_;
   const int64_t panel_bytes_;
+  const int64_t x_stride_;
   QuantizedInputs x_{};
 };
 

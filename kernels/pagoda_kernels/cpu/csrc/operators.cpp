@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <torch/custom_class.h>
 #include <torch/library.h>
 
 #include <optional>
@@ -11,34 +12,18 @@
 #include <tuple>
 #include <vector>
 
+#include "checks.h"
+#include "decoder.h"
 #include "dispatch.h"
 #include "kernels.h"
 
 namespace {
 
 using at::Tensor;
+using pagoda::check;
+using pagoda::dtype_of;
+using pagoda::pointer_or_null;
 using OptionalTensor = std::optional<Tensor>;
-
-pagoda::DType dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case at::kFloat:
-      return pagoda::DType::kFloat32;
-    case at::kBFloat16:
-      return pagoda::DType::kBFloat16;
-    case at::kHalf:
-      return pagoda::DType::kHalf;
-    default:
-      TORCH_CHECK(false, "float32, bfloat16 and float16 are supported, not ", tensor.scalar_type());
-  }
-}
-
-void check(const Tensor& tensor, const char* name, at::IntArrayRef shape, at::ScalarType dtype) {
-  TORCH_CHECK(tensor.sizes() == shape, name, " has shape ", tensor.sizes(), ", not ", shape);
-  TORCH_CHECK(tensor.scalar_type() == dtype, name, " is ", tensor.scalar_type(), ", not ", dtype);
-  TORCH_CHECK(tensor.is_contiguous(), name, " must be contiguous");
-}
-
-const void* pointer_or_null(const OptionalTensor& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
 
 Tensor paged_attention(const Tensor& query, const Tensor& k_cache, const Tensor& v_cache, const Tensor& query_start_loc,
                        const Tensor& seq_lens, const Tensor& block_table, double scale, int64_t sliding_window,
@@ -222,61 +207,66 @@ Tensor gelu_and_mul(const Tensor& x) { return activate_and_mul(x, pagoda::Activa
 
 constexpr int64_t kPanel = 32;
 
-pagoda::LinearArguments linear_arguments(const Tensor& x, const OptionalTensor& bias, int64_t out_features,
-                                         Tensor& output) {
+Tensor run_packed(const Tensor& x, const pagoda::PackedLinear& linear) {
   TORCH_CHECK(x.dim() == 2 && x.is_contiguous(), "x must be a contiguous [rows, in_features], not ", x.sizes());
   TORCH_CHECK(x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16,
               "x must be float32 or bfloat16, not ", x.scalar_type());
-  if (bias) check(*bias, "bias", {out_features}, x.scalar_type());
-  output = at::empty({x.size(0), out_features}, x.options());
-  pagoda::LinearArguments a{};
-  a.dtype = dtype_of(x);
-  a.x = x.const_data_ptr();
-  a.bias = pointer_or_null(bias);
-  a.output = output.mutable_data_ptr();
-  a.num_rows = x.size(0);
-  a.in_features = x.size(1);
-  a.out_features = out_features;
-  a.group_size = x.size(1);
-  a.num_threads = at::get_num_threads();
-  return a;
+  Tensor output = at::empty({x.size(0), linear.out_features}, x.options());
+  pagoda::run_linear(
+      linear.arguments(dtype_of(x), x.const_data_ptr(), x.size(0), x.size(1), output.mutable_data_ptr()));
+  return output;
 }
 
 Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, int64_t out_features) {
-  Tensor output;
-  pagoda::LinearArguments a = linear_arguments(x, bias, out_features, output);
-  const int64_t panels = (out_features + kPanel - 1) / kPanel;
-  if (weight.scalar_type() == at::kFloat) {
-    a.kind = pagoda::WeightKind::kFloat32;
-    check(weight, "weight", {panels, a.in_features, kPanel}, at::kFloat);
-  } else {
-    a.kind = pagoda::WeightKind::kBFloat16;
-    TORCH_CHECK(a.in_features % 2 == 0, "in_features must be even, not ", a.in_features);
-    check(weight, "weight", {panels, a.in_features / 2, kPanel, 2}, at::kBFloat16);
-  }
-  a.weight = weight.const_data_ptr();
-  if (a.num_rows > 0) pagoda::active_kernels().linear(a);
-  return output;
+  return run_packed(x, {weight, bias, std::nullopt, std::nullopt, out_features, 0, false});
 }
 
 Tensor linear_quantized(const Tensor& x, const Tensor& weight, const Tensor& scales, const OptionalTensor& zeros,
                         const OptionalTensor& bias, int64_t out_features, int64_t group_size, bool four_bits) {
-  Tensor output;
-  pagoda::LinearArguments a = linear_arguments(x, bias, out_features, output);
-  const int64_t panels = (out_features + kPanel - 1) / kPanel, unit = four_bits ? 8 : 4;
-  TORCH_CHECK(a.in_features % unit == 0 && group_size % unit == 0 && group_size > 0, "in_features ", a.in_features,
-              " and group_size ", group_size, " must be multiples of ", unit);
-  const int64_t groups = (a.in_features + group_size - 1) / group_size;
-  check(weight, "weight", {panels, a.in_features / unit, kPanel, 4}, at::kByte);
-  check(scales, "scales", {groups, panels * kPanel}, at::kFloat);
-  if (zeros) check(*zeros, "zeros", {groups, panels * kPanel}, at::kByte);
-  a.kind = four_bits ? pagoda::WeightKind::kInt4 : pagoda::WeightKind::kInt8;
-  a.weight = weight.const_data_ptr();
-  a.scales = scales.const_data_ptr<float>();
-  a.zeros = zeros ? zeros->const_data_ptr<uint8_t>() : nullptr;
-  a.group_size = group_size;
-  if (a.num_rows > 0) pagoda::active_kernels().linear_quantized(a);
-  return output;
+  return run_packed(x, {weight, bias, scales, zeros, out_features, group_size, four_bits});
+}
+
+Tensor pack(const Tensor& weight) {
+  TORCH_CHECK(weight.dim() == 2 && weight.is_contiguous(), "weight must be a contiguous [out_features, in_features]");
+  const bool is_wide = weight.scalar_type() == at::kFloat;
+  TORCH_CHECK(is_wide || (weight.scalar_type() == at::kBFloat16 && weight.size(1) % 2 == 0),
+              "weight must be float32, or bfloat16 with an even number of inputs");
+  const int64_t panels = (weight.size(0) + kPanel - 1) / kPanel, words = is_wide ? weight.size(1) : weight.size(1) / 2;
+  Tensor packed = is_wide ? at::empty({panels, words, kPanel}, weight.options())
+                          : at::empty({panels, words, kPanel, 2}, weight.options());
+  pagoda::active_kernels().pack({weight.const_data_ptr(), packed.mutable_data_ptr(), weight.size(0), words,
+                                 at::get_num_threads()});
+  return packed;
+}
+
+// Rows of a packed weight, as an embedding has them: ids [T] to [T, in_features], in float32 where asked.
+Tensor packed_rows(const Tensor& weight, const Tensor& ids, int64_t num_rows, bool as_float) {
+  check(ids, "ids", {ids.numel()}, at::kLong);
+  TORCH_CHECK(weight.is_contiguous() && weight.dim() == (weight.scalar_type() == at::kFloat ? 3 : 4),
+              "weight must be packed");
+  const bool is_wide = weight.scalar_type() == at::kFloat;
+  const int64_t words = weight.size(1), panel_words = words * kPanel, count = ids.numel();
+  const auto type = is_wide || as_float ? at::kFloat : at::kBFloat16;
+  Tensor rows = at::empty({count, is_wide ? words : 2 * words}, weight.options().dtype(type));
+  const uint32_t* packed = static_cast<const uint32_t*>(weight.const_data_ptr());
+  uint32_t* output = static_cast<uint32_t*>(rows.mutable_data_ptr());
+  const int64_t* id = ids.const_data_ptr<int64_t>();
+  for (int64_t t = 0; t < count; ++t)
+    TORCH_CHECK(id[t] >= 0 && id[t] < num_rows, "id ", id[t], " is not between 0 and ", num_rows - 1);
+  at::parallel_for(0, count, 4, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      const uint32_t* from = packed + id[t] / kPanel * panel_words + id[t] % kPanel;
+      if (is_wide || !as_float) {
+        for (int64_t w = 0; w < words; ++w) output[t * words + w] = from[w * kPanel];
+      } else {
+        for (int64_t w = 0; w < words; ++w) {
+          output[2 * (t * words + w)] = from[w * kPanel] << 16;
+          output[2 * (t * words + w) + 1] = from[w * kPanel] & 0xFFFF0000u;
+        }
+      }
+    }
+  });
+  return rows;
 }
 
 void use_level(const std::string& level) {
@@ -306,6 +296,12 @@ TORCH_LIBRARY(pagoda_cpu, m) {
   m.def(
       "linear_quantized(Tensor x, Tensor weight, Tensor scales, Tensor? zeros, Tensor? bias, int out_features, "
       "int group_size, bool four_bits) -> Tensor");
+  m.def("pack(Tensor weight) -> Tensor");
+  m.def("packed_rows(Tensor weight, Tensor ids, int num_rows, bool as_float) -> Tensor");
+  m.class_<pagoda::Decoder>("Decoder")
+      .def(torch::init<int64_t, int64_t, int64_t, int64_t, double, Tensor>())
+      .def("add_layer", &pagoda::Decoder::add_layer)
+      .def("forward", &pagoda::Decoder::forward);
 }
 
 TORCH_LIBRARY_IMPL(pagoda_cpu, CPU, m) {
@@ -319,4 +315,6 @@ TORCH_LIBRARY_IMPL(pagoda_cpu, CPU, m) {
   m.impl("gelu_and_mul", &gelu_and_mul);
   m.impl("linear", &linear);
   m.impl("linear_quantized", &linear_quantized);
+  m.impl("pack", &pack);
+  m.impl("packed_rows", &packed_rows);
 }
