@@ -2,8 +2,8 @@
 
     python -m pagoda_kernels.cpu.build        build into the package; `make install` and the image do this
 
-A library is found by its key, a hash of the sources, the flags and torch's version: in the package first, then in the cache. One
-that is not found is compiled into the cache, by one process at a time, and appears there whole or not at all.
+A library is found by its key, a hash of the sources, the flags and torch's version: in the package first, then in the cache.
+One that is not found is compiled into the cache, by one process at a time, and appears there whole or not at all.
 """
 
 from __future__ import annotations
@@ -165,10 +165,9 @@ def _build(compiler: str, target: Path, emulate_bf16: bool) -> None:
             for done in pool.map(_run, commands):
                 del done
         linked = Path(scratch) / target.name
-        torch_libraries = str(Path(torch.__file__).parent / "lib")
-        _run(
-            [compiler, "-shared", "-fopenmp", *map(str, objects), "-o", str(linked), f"-L{torch_libraries}", "-lc10", "-ltorch_cpu", "-ltorch"]
-        )
+        torch_libraries = f"-L{Path(torch.__file__).parent / 'lib'}"
+        shared = [compiler, "-shared", "-fopenmp", *map(str, objects), "-o", str(linked)]
+        _run([*shared, torch_libraries, "-lc10", "-ltorch_cpu", "-ltorch"])
         linked.replace(target)
     logger.info("compiled the CPU kernels in %.0f s: %s", time.monotonic() - started, target)
 
