@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -18,6 +20,11 @@ from pagoda.parallel.groups import ParallelGroups, TensorGroup
 from pagoda_kernels.attention import AttentionMetadata
 
 KVCache = tuple[torch.Tensor, torch.Tensor]
+
+# Embeddings, rotary cosines and sines, KV caches and metadata to hidden states after the final norm.
+FusedForward = Callable[
+    [torch.Tensor, tuple[torch.Tensor, torch.Tensor], list[KVCache], AttentionMetadata], torch.Tensor
+]
 
 
 class DecoderLayer(nn.Module):
@@ -82,6 +89,8 @@ class DecoderForCausalLM(nn.Module):
         self.dtype = dtype
         self.device = device
         self.share = share = ModelShare.of(config, groups.layout, groups.place.rank)
+        # Set by models.fused_layers where all layers and the final norm can run as one operator.
+        self.fused_layers: FusedForward | None = None
         self.embed_tokens = self.norm = self.lm_head = None
         if share.has_embedding:
             self.embed_tokens = build_embedding(
@@ -148,6 +157,8 @@ class DecoderForCausalLM(nn.Module):
         else:
             shape = (len(input_ids), self.config.hidden_size)
             hidden = self.groups.pipeline.receive(torch.empty(shape, dtype=self.dtype, device=self.device))
+        if self.fused_layers is not None:
+            return self.fused_layers(hidden, rotary, kv_caches, metadata)
         residual: torch.Tensor | None = None
         for layer, kv_cache in zip(self.layers, kv_caches, strict=True):
             hidden, residual = layer(hidden, residual, rotary, kv_cache, metadata)
