@@ -1,4 +1,4 @@
-"""Ranks that meet: where they listen, and what is said when one does not come. What they exchange is for real ranks to test."""
+"""Ranks that meet: where they listen, and what is said when one does not come."""
 
 from __future__ import annotations
 
