@@ -11,7 +11,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.support.network_nodes import NetworkNode, NetworkNodes
+import pytest
+
+from tests.support.network_nodes import NetworkNode, NetworkNodes, why_not
 
 PAGODA = str(Path(sys.executable).with_name("pagoda"))
 PROMPTS = ("Once upon a time", "The little bird said", "There was a red ball in the garden")
@@ -138,7 +140,9 @@ class TwoNodes:
 
 @contextmanager
 def two_nodes(directory: Path, number: int) -> Iterator[TwoNodes]:
-    """Two hosts on which nothing runs yet."""
+    """Two hosts on which nothing runs yet. Skips the test where there can be none."""
+    if reason := why_not():
+        pytest.skip(reason)
     with NetworkNodes(2, directory, number) as network:
         yield TwoNodes(*network.nodes)
 
