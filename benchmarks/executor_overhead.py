@@ -79,6 +79,7 @@ def core_of(checkpoint: Path, options: argparse.Namespace, settings: dict[str, A
         max_num_batched_tokens=max(256, batch * PROMPT_TOKENS),
         kv_cache_memory_bytes=64 * 2**20,
         enable_prefix_caching=False,
+        rendezvous_timeout_seconds=600,
         **settings,
     )
     return start_core(config)
