@@ -15,13 +15,20 @@ import pagoda
 from pagoda.cli.probe import PATHS
 from pagoda.config import load
 from pagoda.config.schema import option_defaults
-from tests.support.chart import render, server_container, server_pod
+from tests.support.chart import RAY, render, server_container, server_pod, workers
 from tests.support.kserve_objects import CRDS_VARIABLE, REPOSITORY, build_model, crd_errors, crds
 from tests.support.kubernetes_objects import validate
 
 MANIFESTS = REPOSITORY / "manifests"
 KUSTOMIZATIONS = sorted(str(path.parent.relative_to(MANIFESTS)) for path in MANIFESTS.rglob("kustomization.yaml"))
-KSERVE_KINDS = ("InferenceService", "ClusterServingRuntime", "ServingRuntime")
+KSERVE_KINDS = ("InferenceService", "ClusterServingRuntime", "ServingRuntime", "LLMInferenceService")
+RUNTIMES = {"pagoda": "runtimes/namespaced", "pagoda-multi-node": "runtimes/multi-node"}
+# What KServe puts into the environment of a model over several nodes.
+MULTI_NODE_VARIABLES = {
+    "TENSOR_PARALLEL_SIZE": "8",
+    "PIPELINE_PARALLEL_SIZE": "2",
+    "HEAD_SVC": "large-predictor-head-1",
+}
 
 every_kustomization = pytest.mark.parametrize("folder", KUSTOMIZATIONS)
 needs_crds = pytest.mark.skipif(
@@ -71,7 +78,19 @@ def kserve_object(folder: str, index: int) -> dict[str, Any]:
 
 def has_container(document: dict[str, Any]) -> bool:
     """Whether the object has the server's container itself, and not a runtime that it names."""
-    return "containers" in document["spec"].get("predictor", document["spec"])
+    return "containers" in pod_of(document)
+
+
+def pod_of(document: dict[str, Any]) -> dict[str, Any]:
+    """Where the fields of a pod are."""
+    spec = document["spec"]
+    return spec.get("predictor") or spec.get("template") or spec
+
+
+def runtime_of(document: dict[str, Any]) -> dict[str, Any]:
+    """The runtime that an InferenceService names; without one, that of the cluster."""
+    name = document["spec"]["predictor"].get("model", {}).get("runtime", "pagoda")
+    return of_kind(RUNTIMES[name], "ServingRuntime")
 
 
 every_kserve_object = pytest.mark.parametrize(("folder", "index"), found(lambda document: True))
@@ -82,14 +101,14 @@ every_inference_service = pytest.mark.parametrize(
 
 
 def container_of(document: dict[str, Any]) -> dict[str, Any]:
-    spec = document["spec"].get("predictor", document["spec"])
-    (container,) = spec["containers"]
+    (container,) = pod_of(document)["containers"]
     return container
 
 
 def test_there_are_runtimes_a_base_and_overlays() -> None:
     assert {"base", "runtimes/cluster", "runtimes/namespaced"} <= set(KUSTOMIZATIONS)
     assert {"overlays/runtime", "overlays/gpu", "overlays/autoscaling"} <= set(KUSTOMIZATIONS)
+    assert {"runtimes/multi-node", "overlays/multi-node", "llm"} <= set(KUSTOMIZATIONS)
 
 
 @every_kustomization
@@ -113,11 +132,13 @@ def test_a_misspelt_probe_would_be_noticed() -> None:
     assert any("readynessProbe" in error for error in crd_errors(document))
 
 
-@every_kserve_object
+# The SDK has no classes for LLMInferenceService and for a runtime's workerSpec; the CRDs know both.
+@pytest.mark.parametrize(("folder", "index"), found(lambda document: document["kind"] != "LLMInferenceService"))
 def test_kserve_s_own_classes_can_be_built(folder: str, index: int) -> None:
     document = kserve_object(folder, index)
     if document["kind"] == "ServingRuntime":
-        document = {**document, "metadata": {**document["metadata"], "namespace": "default"}}
+        spec = {key: value for key, value in document["spec"].items() if key != "workerSpec"}
+        document = {**document, "metadata": {**document["metadata"], "namespace": "default"}, "spec": spec}
     built = build_model(document)
     assert built.metadata.name == document["metadata"]["name"]
 
@@ -144,6 +165,10 @@ def test_probes_are_the_engine_s_and_cover_a_long_start(folder: str, index: int)
 def test_container_is_what_kserve_expects(folder: str, index: int) -> None:
     document = kserve_object(folder, index)
     container = container_of(document)
+    if document["kind"] == "LLMInferenceService":
+        assert container["name"] == "main"
+        assert [port["containerPort"] for port in container["ports"]] == [8000]
+        return
     assert container["name"] == "kserve-container"
     # The first port becomes the Service's port 80; a name with h2c makes the second one HTTP/2 in the clear.
     ports = [(port["name"], port["containerPort"]) for port in container["ports"]]
@@ -156,23 +181,39 @@ def test_container_is_what_kserve_expects(folder: str, index: int) -> None:
 def test_server_takes_the_arguments(folder: str, index: int, tmp_path: Path) -> None:
     document = kserve_object(folder, index)
     predictor = document["spec"].get("predictor", {})
-    runtime = of_kind("runtimes/cluster", "ClusterServingRuntime")
-    words = container_of(runtime)["args"] + predictor["model"]["args"] if "model" in predictor else None
+    words = container_of(runtime_of(document))["args"] + predictor["model"]["args"] if "model" in predictor else None
     command, *arguments = words or container_of(document)["args"]
     assert command == "serve"
     arguments = [word.replace("{{.Name}}", "demo").replace("/mnt/models", str(tmp_path)) for word in arguments]
-    assert load(arguments, {}).config.model_name == "demo"
+    arguments = [expanded(word, container_of(document) if has_container(document) else None) for word in arguments]
+    config = load(arguments, {}).config
+    assert config.model_name in ("demo", "qwen")
+    if document["metadata"]["name"] in ("large", "pagoda-multi-node"):
+        assert (config.tensor_parallel_size, config.pipeline_parallel_size) == (8, 2)
+        assert config.distributed_executor_backend == "ray"
+
+
+def expanded(word: str, container: dict[str, Any] | None) -> str:
+    """An argument with the variables that KServe sets; they must not be ones that we set ourselves."""
+    own = {variable["name"] for variable in (container or {}).get("env", [])}
+    assert not own & MULTI_NODE_VARIABLES.keys()
+    for name, value in MULTI_NODE_VARIABLES.items():
+        word = word.replace(f"$({name})", value)
+    return word
 
 
 @every_inference_service
 def test_a_stopped_predictor_has_time_to_drain(folder: str, index: int) -> None:
     document = kserve_object(folder, index)
-    runtime = of_kind("runtimes/cluster", "ClusterServingRuntime")
     predictor = document["spec"]["predictor"]
-    container = container_of(runtime if "model" in predictor else document)
+    container = container_of(runtime_of(document) if "model" in predictor else document)
     seconds = int(container["lifecycle"]["preStop"]["exec"]["command"][1]) + option_defaults()["grace_period_seconds"]
     assert predictor["terminationGracePeriodSeconds"] >= seconds + 10
-    assert predictor["deploymentStrategy"]["rollingUpdate"]["maxUnavailable"] == 0
+    if "workerSpec" in predictor:
+        assert predictor["deploymentStrategy"]["type"] == "Recreate"
+        assert predictor["workerSpec"]["terminationGracePeriodSeconds"] == predictor["terminationGracePeriodSeconds"]
+    else:
+        assert predictor["deploymentStrategy"]["rollingUpdate"]["maxUnavailable"] == 0
     assert predictor["timeout"] > 60  # the route's own default cuts answers off
 
 
@@ -183,6 +224,48 @@ def test_mode_and_autoscaler_are_said(folder: str, index: int) -> None:
     assert annotations["serving.kserve.io/deploymentMode"] == "Standard"
     scales = "autoScaling" in document["spec"]["predictor"]
     assert annotations["serving.kserve.io/autoscalerClass"] == ("keda" if scales else "none")
+
+
+def test_workers_of_kserve_and_of_the_chart_run_alike() -> None:
+    runtime = of_kind("runtimes/multi-node", "ServingRuntime")["spec"]
+    (worker,) = runtime["workerSpec"]["containers"]
+    assert worker["name"] == "worker-container"  # KServe looks for this name
+    command, head, *options = [expanded(word, worker) for word in worker["args"]]
+    assert (command, head) == ("join", MULTI_NODE_VARIABLES["HEAD_SVC"])
+    told = load(options, {}).config
+    assert told.ray_first_port == 6380
+    values = {"mode": "multiNode", "engine": {"pipeline_parallel_size": 2}, "multiNode": {"ray": RAY}}
+    (chart,) = workers(render(values))[0]["spec"]["template"]["spec"]["containers"]
+    for key in ("startupProbe", "readinessProbe", "livenessProbe", "lifecycle"):
+        assert worker[key] == chart[key]
+    (head_container,) = runtime["containers"]
+    for key in ("env", "securityContext", "volumeMounts", "image"):
+        assert worker[key] == head_container[key]
+    assert {mount["name"] for mount in worker["volumeMounts"]} == {v["name"] for v in runtime["workerSpec"]["volumes"]}
+
+
+def test_rules_of_kserve_s_webhook_for_several_nodes_are_kept() -> None:
+    service = of_kind("overlays/multi-node", "InferenceService")
+    predictor = service["spec"]["predictor"]
+    assert service["metadata"]["annotations"]["serving.kserve.io/autoscalerClass"] == "none"
+    assert predictor["model"]["storageUri"].startswith(("pvc://", "oci://"))
+    assert predictor["workerSpec"]["pipelineParallelSize"] >= 2
+    assert "containers" not in predictor["workerSpec"]
+    policy = of_kind("overlays/multi-node", "NetworkPolicy")["spec"]
+    group = {"podSelector": policy["podSelector"]}
+    assert policy["podSelector"]["matchLabels"]["serving.kserve.io/inferenceservice"] == service["metadata"]["name"]
+    assert {"from": [group]} in policy["ingress"]
+    assert {"to": [group]} in policy["egress"]
+
+
+def test_an_llm_inference_service_takes_the_place_of_kserve_s_own_server() -> None:
+    document = of_kind("llm", "LLMInferenceService")
+    container = container_of(document)
+    assert container["command"] == ["pagoda"]
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        assert container[probe]["httpGet"]["scheme"] == "HTTP"  # the preset's probes speak TLS, and fields are merged
+    options = load([*container["args"][1:], "--model_dir=/tmp"], {}).config
+    assert (options.served_model_name, options.http_port) == (document["spec"]["model"]["name"], 8000)
 
 
 def test_predictor_and_chart_run_the_server_alike() -> None:

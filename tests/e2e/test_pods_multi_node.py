@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,9 @@ from tests.e2e.pods.cluster import Cluster
 from tests.e2e.pods.image import pagoda_image, why_not
 from tests.e2e.pods.pod import Pod
 from tests.e2e.pods.release import Release
-from tests.support.load import Ask
+from tests.support.kserve_objects import REPOSITORY
+from tests.support.load import Ask, Clients
+from tests.support.server import ServerProcess
 
 pytestmark = [
     pytest.mark.pods,
@@ -46,6 +50,18 @@ VALUES: dict[str, Any] = {
 HEAD, WORKER = "story-pagoda-head-0", "story-pagoda-worker-0-0"
 
 
+# Every TCP socket in the pod: whose it is, where it listens, or the two ends of a connection.
+SOCKETS = """
+import json, psutil
+def one(s):
+    name = psutil.Process(s.pid).name() if s.pid else ""
+    to = s.raddr.ip.removeprefix("::ffff:") if s.raddr else ""
+    return {"name": name, "at": s.laddr.ip.removeprefix("::ffff:"), "port": s.laddr.port, "to": to}
+print(json.dumps([one(s) for s in psutil.net_connections("tcp") if s.status in ("LISTEN", "ESTABLISHED")]))
+"""
+LOCAL_PORTS: set[int] = set()
+
+
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def release(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Release]:
     folder: Path = tmp_path_factory.mktemp("multi-node")
@@ -58,10 +74,22 @@ def pods(release: Release) -> tuple[Pod, Pod]:
     return release.cluster.pods[HEAD], release.cluster.pods[WORKER]
 
 
-async def answers(release: Release) -> dict[Ask, str]:
-    asks = [Ask("generate", "Once upon a time", 24), Ask("grpc", "The old house", 24), Ask("chat", "Who are you?", 24)]
-    async with release.clients() as clients:
-        return {ask: (await clients.run(ask)).text for ask in asks}
+ASKS = [Ask("generate", "Once upon a time", 24), Ask("grpc", "The old house", 24), Ask("chat", "Who are you?", 24)]
+
+
+async def answers(clients: Clients) -> dict[Ask, str]:
+    async with clients:
+        given = {ask: await clients.run(ask) for ask in ASKS}
+    assert {answer.end for answer in given.values()} == {"finished"}, given
+    return {ask: answer.text for ask, answer in given.items()}
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def expected() -> dict[Ask, str]:
+    """What the same model says in one process."""
+    with ServerProcess(model=REPOSITORY / "runtime/pagoda/demo_model") as server:
+        server.wait_until_ready()
+        return await answers(Clients(server))
 
 
 async def test_head_and_worker_find_each_other_and_become_ready_together(release: Release) -> None:
@@ -79,3 +107,57 @@ async def test_head_and_worker_find_each_other_and_become_ready_together(release
     status, words = await worker.containers["pagoda"].execute("pagoda", "probe", "ready", "--rank")
     assert status == 0
     assert re.search(r"rank \d ready", words), words
+
+
+async def test_answers_are_those_of_one_process(release: Release, expected: dict[Ask, str]) -> None:
+    assert await answers(release.clients()) == expected
+    assert "Once upon a time" in await release.run_test()
+
+
+async def test_ranks_talk_over_the_named_interface_and_ray_on_its_pinned_ports(release: Release) -> None:
+    for pod in pods(release):
+        status, said = await pod.containers["pagoda"].execute("python3", "-c", SOCKETS)
+        assert status == 0, said
+        sockets = json.loads(said)
+        other = next(other for other in pods(release) if other is not pod)
+        between = [socket for socket in sockets if socket["to"] == other.address]
+        assert between
+        assert {socket["at"] for socket in between} == {pod.address}
+        listening = {
+            socket["port"] for socket in sockets if not socket["to"] and socket["name"] in ("raylet", "gcs_server")
+        }
+        assert listening <= {6379, *range(6380, 6480)} | LOCAL_PORTS, sockets
+
+
+async def test_a_killed_worker_makes_the_head_unready_and_the_group_comes_back(
+    release: Release, expected: dict[Ask, str]
+) -> None:
+    cluster = release.cluster
+    head, worker = pods(release)
+    killed_at = cluster.now()
+    worker.containers["pagoda"].send_signal(signal.SIGKILL)
+    await cluster.wait(lambda: not head.is_ready, "the head is not ready", 60)
+    await cluster.wait(lambda: head.is_ready and worker.is_ready, "the group is back", 500)
+    unready, ready = (
+        next(event.at - killed_at for event in cluster.happened(what, HEAD) if event.at > killed_at)
+        for what in ("NotReady", "Ready")
+    )
+    print(f"head not ready after {unready:.1f} s, ready again after {ready:.1f} s")
+    assert (worker.restarts("pagoda"), head.restarts("pagoda")) == (1, 0)  # the head's container lives on
+    assert await answers(release.clients()) == expected
+
+
+async def test_changed_settings_replace_the_head_and_leave_its_workers_be(
+    release: Release, expected: dict[Ask, str]
+) -> None:
+    cluster = release.cluster
+    head, worker = pods(release)
+    await release.install(engine=VALUES["engine"] | {"max_num_seqs": 8})
+    await cluster.wait(lambda: head.is_deleted, "the old head goes", 30)
+    await cluster.wait_until_rolled_out(600)
+    assert pods(release)[0] is not head
+    assert pods(release)[1] is worker
+    assert worker.restarts("pagoda") == 1
+    (*_, exited) = cluster.happened("Exited", HEAD)
+    assert exited.message.startswith("status 0 ")
+    assert await answers(release.clients()) == expected

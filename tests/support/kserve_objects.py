@@ -30,12 +30,12 @@ def crds() -> Path | None:
 
 
 @cache
-def _validator(kind: str) -> Draft202012Validator:
-    """The validator of one kind. Only its own file is read: they are megabytes long."""
+def _validator(kind: str, version_name: str) -> Draft202012Validator:
+    """The validator of one version of a kind. Only its own file is read: they are megabytes long."""
     folder, tool = crds(), _validator_tool()
     assert folder is not None
     definition = yaml.load((folder / f"{kind.lower()}s.yaml").read_text(), Loader=tool.LOADER)
-    (version,) = definition["spec"]["versions"]
+    (version,) = [version for version in definition["spec"]["versions"] if version["name"] == version_name]
     return Draft202012Validator(tool.to_strict_json_schema(version["schema"]["openAPIV3Schema"], root=True))
 
 
@@ -52,7 +52,7 @@ def _validator_tool() -> ModuleType:
 
 def crd_errors(document: dict[str, Any]) -> list[str]:
     """What the CRD's schema, closed against unknown fields, finds wrong."""
-    found = _validator(document["kind"]).iter_errors(document)
+    found = _validator(document["kind"], document["apiVersion"].rpartition("/")[2]).iter_errors(document)
     return [f"{'/'.join(map(str, error.absolute_path)) or '.'}: {error.message[:200]}" for error in found]
 
 

@@ -129,9 +129,13 @@ class Cluster:
         """A fault of the runner itself: whoever waits is told."""
         self._fault = error
 
+    def now(self) -> float:
+        """Seconds since the start, as in events."""
+        return time.monotonic() - self._began
+
     def tell(self, pod: str, container: str, what: str, message: str = "") -> None:
         """Write an event down."""
-        self.events.append(Event(time.monotonic() - self._began, pod, container, what, " ".join(message.split())))
+        self.events.append(Event(self.now(), pod, container, what, " ".join(message.split())))
 
     def happened(self, what: str, pod: str | None = None, container: str | None = None) -> list[Event]:
         """The events of one kind, in their order."""

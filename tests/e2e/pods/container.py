@@ -37,8 +37,11 @@ class Container:
         self.actions = Actions(pod.address, spec, self.execute)
         self._identity = identity
         self._process = process
-        self._handle = os.pidfd_open(process)
-        asyncio.get_running_loop().add_reader(self._handle, self._on_exit)
+        if process == 0:  # it has ended already
+            self.exited.set()
+        else:
+            self._handle = os.pidfd_open(process)
+            asyncio.get_running_loop().add_reader(self._handle, self._on_exit)
 
     @classmethod
     async def start(cls, pod: Pod, spec: Object, log: Path) -> Container:
@@ -48,9 +51,6 @@ class Container:
         words += ["--log-driver=k8s-file", "--log-opt", f"path={log}"]
         identity = (await podman(*words, *_options(pod, spec), *_command(pod, spec))).splitlines()[-1]
         process = int(await podman("container", "inspect", "--format", "{{.State.Pid}}", identity))
-        if process == 0:
-            status = await podman("wait", identity)
-            raise CreateContainerConfigError(f"{name} ended at once with status {status}")
         return cls(pod, spec, identity, process)
 
     async def execute(self, *command: str, timeout: float | None = None) -> tuple[int, str]:
