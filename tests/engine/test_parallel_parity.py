@@ -210,3 +210,40 @@ def test_dummy_weights_are_the_same_model_at_every_layout(layout, case_of, start
     alone = outputs_of(start_core(config_of(directory, (1, 1), 32, load_format="dummy", seed=3)), requests)
     core, _ = start(config_of(directory, layout, 32, load_format="dummy", seed=3))
     assert outputs_of(core, requests) == alone
+
+
+def exchange(worker) -> dict[str, list]:
+    """What the operations of this rank's groups give for tensors that tell the ranks apart."""
+    import torch
+
+    groups = worker.groups
+    mine = torch.full((1, 2), float(groups.place.rank))
+    gathered = groups.tensor.gather(mine.clone(), dim=1)
+    found = {
+        "sum": groups.tensor.all_reduce(mine.clone()).tolist(),
+        "all": groups.tensor.all_gather(mine.clone(), dim=0).tolist(),
+        "gathered": None if gathered is None else gathered.tolist(),
+        "first": groups.tensor.broadcast(mine.clone()).tolist(),
+    }
+    sizes = (3, 5000)  # not worth sharing; a part from each rank
+    for size in sizes:
+        if groups.place.is_first_stage:
+            groups.hand_on(torch.arange(2.0 * size).view(2, size) + 7)
+        else:
+            received = groups.take_over(torch.empty(2, size))
+            found[f"received {size}"] = torch.equal(received, torch.arange(2.0 * size).view(2, size) + 7)
+    return found
+
+
+def test_groups_exchange_what_they_say(case_of, start) -> None:
+    _, executor = start(config_of(case_of("qwen2").directory, (2, 2), 32))
+    found = executor.call_all("run", exchange)
+    for stage in (0, 1):
+        low, high = 2.0 * stage, 2.0 * stage + 1
+        for tensor_rank in (0, 1):
+            rank = found[2 * stage + tensor_rank]
+            assert rank["sum"] == [[low + high] * 2]
+            assert rank["all"] == [[low, low], [high, high]]
+            assert rank["gathered"] == ([[low, low, high, high]] if tensor_rank == 0 else None)
+            assert rank["first"] == [[low, low]]
+            assert stage == 0 or (rank["received 3"] and rank["received 5000"])

@@ -156,7 +156,7 @@ class DecoderForCausalLM(nn.Module):
             hidden = self.embed_tokens(input_ids)
         else:
             shape = (len(input_ids), self.config.hidden_size)
-            hidden = self.groups.pipeline.receive(torch.empty(shape, dtype=self.dtype, device=self.device))
+            hidden = self.groups.take_over(torch.empty(shape, dtype=self.dtype, device=self.device))
         if self.fused_layers is not None:
             return self.fused_layers(hidden, rotary, kv_caches, metadata)
         residual: torch.Tensor | None = None
@@ -164,7 +164,7 @@ class DecoderForCausalLM(nn.Module):
             hidden, residual = layer(hidden, residual, rotary, kv_cache, metadata)
         if self.norm is None:
             # The next norm adds the two in this dtype before anything else: sent as one, half of the traffic.
-            self.groups.pipeline.send(hidden + residual)
+            self.groups.hand_on(hidden + residual)
             return None
         normed: torch.Tensor = self.norm(hidden, residual)[0]
         return normed

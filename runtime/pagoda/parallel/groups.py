@@ -21,6 +21,9 @@ from pagoda.parallel.layout import ParallelLayout, RankPlace
 
 _Result = TypeVar("_Result")
 
+# From this size on the ranks of a stage each send a part of what all of them hold. Below, one more collective costs more.
+_SHARED_FROM_BYTES = 1 << 20
+
 
 class TensorGroup:
     """The ranks that share the tensors of a layer. This one is a rank alone; `_DistributedTensorGroup` is several."""
@@ -152,6 +155,26 @@ class ParallelGroups:
     def num_operations(self) -> int:
         """Collectives and messages that this rank has begun."""
         return self.tensor.num_operations + self.pipeline.num_operations
+
+    def hand_on(self, hidden: torch.Tensor) -> None:
+        """Send `hidden`, which all ranks of this stage hold, to those of the next. It must not be changed any more.
+
+        Stages may be on different machines: a large tensor goes over once, a part from each rank, and not once a rank.
+        """
+        self.pipeline.send(self._part(hidden) if self._is_shared(hidden) else hidden)
+
+    def take_over(self, into: torch.Tensor) -> torch.Tensor:
+        """What the stage before handed on, of the shape and dtype of `into`, which may be filled with it."""
+        if not self._is_shared(into):
+            return self.pipeline.receive(into)
+        return self.tensor.all_gather(self.pipeline.receive(self._part(into)), dim=0).view_as(into)
+
+    def _is_shared(self, hidden: torch.Tensor) -> bool:
+        size = self.tensor.size
+        return size > 1 and hidden.nbytes >= _SHARED_FROM_BYTES and hidden.numel() % size == 0
+
+    def _part(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden.view(self.tensor.size, -1)[self.tensor.rank]
 
     def close(self) -> None:
         """Leave all groups. Other ranks that still wait for this one fail. May be called twice."""
