@@ -20,6 +20,7 @@ class WatchedEngine(FakeEngineClient):
     """A fake engine with a sign of life."""
 
     last_sign: EngineProgress | None = None
+    replicas: tuple[WatchedEngine, ...] = ()
 
     @property
     def progress(self) -> EngineProgress | None:
@@ -58,6 +59,18 @@ def test_the_report_lists_the_ranks_of_a_model_with_several() -> None:
     (rank,) = health.snapshot()["ranks"]
     assert 2 <= rank.pop("seconds_since_heartbeat") < 60
     assert rank == {"rank": 1, "host": "b", "pid": 42, "up": False, "step": 7}
+
+
+def test_the_report_lists_the_replicas_of_an_engine_with_several() -> None:
+    engine, replica = WatchedEngine(), WatchedEngine()
+    assert ServerHealth(engine).snapshot()["replicas"] == []
+    engine.replicas = (replica,)
+    replica.health.transition(EngineState.READY, "started")
+    replica.stats = EngineStats(num_running=2, num_waiting=1)
+    (shown,) = ServerHealth(engine).snapshot()["replicas"]
+    assert shown["since"] == pytest.approx(time.time(), abs=60)
+    assert (shown["replica"], shown["state"], shown["cause"]) == (0, "ready", "started")
+    assert (shown["running"], shown["waiting"], shown["kv_cache_usage"]) == (2, 1, 0.0)
 
 
 def test_an_engine_without_tokenizers_is_not_ready(harness: RestHarness) -> None:

@@ -79,6 +79,7 @@ class Engine:
     health: Health = field(default_factory=Health)
     progress: EngineProgress | None = None
     ranks: list[RankHealth] = field(default_factory=list)
+    replicas: tuple[Engine, ...] = ()
 
 
 @dataclass
@@ -286,6 +287,28 @@ def test_each_rank_shows_whether_it_is_up_and_how_old_its_last_heartbeat_is(metr
     assert found["pagoda_rank_up{host=b,rank=1}"] == 0
     assert 3 <= found["pagoda_rank_seconds_since_heartbeat{host=a,rank=0}"] < 20
     assert 20 <= found["pagoda_rank_seconds_since_heartbeat{host=b,rank=1}"] < 100
+
+
+def test_replicas_are_shown_one_by_one_and_their_counts_go_on_when_one_begins_anew(metrics: Metrics) -> None:
+    whole, left, right = Engine(), Engine(), Engine()
+    whole.replicas = (left, right)
+    metrics.watch(whole)
+    left.stats = EngineStats(step=10, num_running=1, num_scheduled_tokens=20, prefix_cache_hits=5, num_blocks=1)
+    right.stats = EngineStats(step=2, num_running=2, num_scheduled_tokens=30, prefix_cache_hits=7)
+    found = samples(metrics)
+    assert found["pagoda_prefix_cache_hits_total"] == 12
+    assert found["pagoda_replica_prefix_cache_hits_total{replica=0}"] == 5
+    assert found["pagoda_replica_num_requests_running{replica=1}"] == 2
+    assert found["pagoda_iteration_tokens_total_count"] == 12
+    right.health = Health("starting", {("ready", "starting"): 1})
+    right.stats = EngineStats()
+    assert samples(metrics)["pagoda_prefix_cache_hits_total"] == 12
+    right.stats = EngineStats(step=1, num_scheduled_tokens=3, prefix_cache_hits=1)
+    found = samples(metrics)
+    assert found["pagoda_prefix_cache_hits_total"] == 13
+    assert found["pagoda_iteration_tokens_total_count"] == 13
+    assert found["pagoda_engine_restarts_total"] == found["pagoda_replica_restarts_total{replica=1}"] == 1
+    assert found["pagoda_replica_up{replica=1}"] == 0
 
 
 def test_tokens_of_every_step_are_counted_even_when_reports_are_skipped(metrics: Metrics) -> None:

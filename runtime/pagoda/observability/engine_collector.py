@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from prometheus_client import Histogram
@@ -13,6 +13,7 @@ from prometheus_client.registry import Collector
 
 STARTING = "starting"
 ENGINE_STATES = (STARTING, "ready", "degraded", "draining", "dead")
+SERVING_STATES = ("ready", "degraded")
 # An engine that is not there runs nothing: its last report must not be shown as the present.
 STATES_WITHOUT_REQUESTS = (STARTING, "dead")
 
@@ -120,18 +121,20 @@ class ObservedEngine(Protocol):
     def ranks(self) -> Sequence[ObservedRank]:
         """The ranks' processes, where there are any but the engine's own."""
 
+    @property
+    def replicas(self) -> Sequence[ObservedEngine]:
+        """The engines that this one is made of, where it is more than one."""
+
 
 class EngineCollector(Collector):
-    """Gauges and counts of one engine, under the names and labels of `Metrics`."""
+    """Gauges and counts of one engine, under the names and labels of `Metrics`; of several replicas the sums, and each."""
 
     def __init__(self, engine: ObservedEngine, model_name: str, prefix: str) -> None:
         self._engine = engine
         self._model_name = model_name
         self._prefix = prefix
-        self._queries = _Total()
-        self._hits = _Total()
-        self._preemptions = _Total()
-        self._runaways = _Total()
+        # One count for each core: a core that is started anew counts from 0 again, and the others go on.
+        self._parts = [_Part(part) for part in engine.replicas or [engine]]
 
     def collect(self) -> Iterator[Metric]:
         """One family for each figure, as of now."""
@@ -149,22 +152,43 @@ class EngineCollector(Collector):
         yield self._count(
             "prefix_cache_queries",
             "Prefix cache queries, in queried tokens.",
-            self._queries(stats.prefix_cache_queries),
+            sum(part.queries() for part in self._parts),
         )
         yield self._count(
-            "prefix_cache_hits", "Prefix cache hits, in cached tokens.", self._hits(stats.prefix_cache_hits)
+            "prefix_cache_hits", "Prefix cache hits, in cached tokens.", sum(part.hits() for part in self._parts)
         )
-        yield self._count("num_preemptions", "Number of preemptions.", self._preemptions(stats.num_preemptions))
+        yield self._count("num_preemptions", "Number of preemptions.", sum(part.preemptions() for part in self._parts))
         yield self._count(
-            "runaways", "Number of outputs found to repeat themselves without end.", self._runaways(stats.num_runaways)
+            "runaways",
+            "Number of outputs found to repeat themselves without end.",
+            sum(part.runaways() for part in self._parts),
         )
         yield from self._health(state)
         yield from self._rank_health()
+        if self._engine.replicas:
+            yield from self._replicas()
+
+    def _replicas(self) -> Iterator[Metric]:
+        """A series a replica."""
+        figures: list[tuple[type[GaugeMetricFamily | CounterMetricFamily], str, str, Callable[[_Part], float]]] = [
+            (GaugeMetricFamily, "up", "1 for a replica that takes requests.", lambda part: part.is_up),
+            (GaugeMetricFamily, "num_requests_running", "Its running requests.", lambda part: part.stats.num_running),
+            (GaugeMetricFamily, "num_requests_waiting", "Its waiting requests.", lambda part: part.stats.num_waiting),
+            (GaugeMetricFamily, "kv_cache_usage_perc", "Its KV-cache usage.", lambda part: part.stats.kv_cache_usage),
+            (CounterMetricFamily, "prefix_cache_queries", "Its prefix cache queries, in tokens.", _Part.queries),
+            (CounterMetricFamily, "prefix_cache_hits", "Its prefix cache hits, in tokens.", _Part.hits),
+            (CounterMetricFamily, "restarts", "Times it was lost and started again.", _Part.restarts),
+        ]
+        for family_type, name, help, figure in figures:
+            family = family_type(f"{self._prefix}replica_{name}", help, labels=["model_name", "replica"])
+            for index, part in enumerate(self._parts):
+                family.add_metric([self._model_name, str(index)], figure(part))
+            yield family
 
     def _health(self, state: str) -> Iterator[Metric]:
         """The state, how it was come to, and the age of the last sign of life."""
         transitions = self._engine.health.transitions
-        restarts = sum(times for (_, to), times in transitions.items() if to == STARTING)
+        restarts = sum(part.restarts() for part in self._parts)
         yield self._count("engine_restarts", "Times the engine was lost and started again.", restarts)
         states = GaugeMetricFamily(
             self._prefix + "engine_state",
@@ -222,13 +246,24 @@ class StepMeter:
     """
 
     def __init__(self, engine: ObservedEngine, histogram: Histogram) -> None:
+        self._parts = [_StepMeter(part, histogram) for part in engine.replicas or [engine]]
+
+    def observe(self) -> None:
+        """Take in what happened since the last call; a glance at one number of each core where nothing did."""
+        for part in self._parts:
+            part.observe()
+
+
+class _StepMeter:
+    """The steps of one core."""
+
+    def __init__(self, engine: ObservedEngine, histogram: Histogram) -> None:
         self._engine = engine
         self._histogram = histogram
         self._step = 0
         self._num_tokens = 0
 
     def observe(self) -> None:
-        """Take in what happened since the last call; a glance at one number where nothing did."""
         stats = self._engine.stats
         if stats.step == self._step:
             return
@@ -238,6 +273,40 @@ class StepMeter:
         for _ in range(num_steps):
             self._histogram.observe(num_tokens / num_steps)
         self._step, self._num_tokens = stats.step, stats.num_scheduled_tokens
+
+
+class _Part:
+    """The counts of one core, rising over its restarts."""
+
+    def __init__(self, engine: ObservedEngine) -> None:
+        self._engine = engine
+        self._queries = _Total()
+        self._hits = _Total()
+        self._preemptions = _Total()
+        self._runaways = _Total()
+
+    @property
+    def stats(self) -> ObservedStats:
+        return self._engine.stats
+
+    @property
+    def is_up(self) -> bool:
+        return str(self._engine.health.state) in SERVING_STATES
+
+    def queries(self) -> int:
+        return self._queries(self.stats.prefix_cache_queries)
+
+    def hits(self) -> int:
+        return self._hits(self.stats.prefix_cache_hits)
+
+    def preemptions(self) -> int:
+        return self._preemptions(self.stats.num_preemptions)
+
+    def runaways(self) -> int:
+        return self._runaways(self.stats.num_runaways)
+
+    def restarts(self) -> int:
+        return sum(times for (_, to), times in self._engine.health.transitions.items() if to == STARTING)
 
 
 class _Total:

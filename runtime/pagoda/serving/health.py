@@ -8,7 +8,7 @@ that loads, recovers or drains is live and not ready.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from pagoda.engine.health import EngineHealth, EngineState
@@ -40,6 +40,10 @@ class EngineLike(Protocol):
     @property
     def ranks(self) -> list[RankHealth]:
         """What was last heard of the ranks' processes."""
+
+    @property
+    def replicas(self) -> Sequence[EngineLike]:
+        """The engines that this one is made of, where it is more than one."""
 
 
 class ServerHealth:
@@ -90,7 +94,8 @@ class ServerHealth:
 
         `started` is true once requests could be taken, for good: a startup probe has no further business then.
         `step` counts the engine's steps since its core started; `seconds_since_progress` is the age of its last sign of life.
-        Both are None while there is no core that gives any. `ranks`: with more than one process to a model, each of them.
+        Both are None while there is no core that gives any. `ranks`: with more than one process to a model, each of them;
+        `replicas`: with more than one engine, each of them.
         """
         now = time.monotonic()
         health, stats, progress = self._engine.health, self._engine.stats, self._engine.progress
@@ -117,6 +122,19 @@ class ServerHealth:
                     "seconds_since_heartbeat": now - rank.last_heartbeat,
                 }
                 for rank in self._engine.ranks
+            ],
+            "replicas": [
+                {
+                    "replica": index,
+                    "state": str(replica.health.state),
+                    "stage": replica.health.stage,
+                    "cause": replica.health.cause,
+                    "since": replica.health.since,
+                    "running": replica.stats.num_running,
+                    "waiting": replica.stats.num_waiting,
+                    "kv_cache_usage": replica.stats.kv_cache_usage,
+                }
+                for index, replica in enumerate(self._engine.replicas)
             ],
         }
 
