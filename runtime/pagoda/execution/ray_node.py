@@ -76,7 +76,7 @@ class RayNode:
         """The command line: a head at `head_port`, or a worker of the head at `head_address` (HOST:PORT)."""
         words = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
         if self.head_port is not None:
-            words += ["--head", f"--port={self.head_port}", "--include-dashboard=false"]
+            words += ["--head", f"--port={self.head_port}", "--include-dashboard=false", "--no-monitor"]
         else:
             words.append(f"--address={self.head_address}")
         words += [f"--node-ip-address={self.address}", f"--object-store-memory={_OBJECT_STORE_BYTES}"]
