@@ -18,7 +18,7 @@ PEERS ?= transformers openvino vllm llamacpp
 # For the processor at hand, and nothing but the library.
 LLAMA_CMAKE_ARGS := -DGGML_NATIVE=ON -DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_SERVER=OFF
 
-.PHONY: help install serve test test-slow test-chaos test-cluster test-pods lint format typecheck proto docs chart test-image bench peers bench-peers
+.PHONY: help install serve test test-slow test-chaos test-cluster test-pods lint format typecheck proto docs chart test-image bench peers bench-peers gpu-check
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -52,6 +52,9 @@ test-cluster: install ## several Ray nodes in network namespaces (as root): cut,
 
 test-pods: install ## the rendered release as pods on this machine, upgraded under load; needs root and podman
 	$(BIN)/python -m pytest -m pods tests/e2e $(ARGS)
+
+gpu-check: install ## on a machine with an NVIDIA GPU: kernels and engine checked, then measured. ARGS="--out DIR --parts kernels decode"
+	PYTHONPATH=runtime:kernels $(BIN)/python -m benchmarks.gpu --out gpu-results $(ARGS)
 
 lint: install ## ruff: rules and format
 	$(BIN)/ruff check .

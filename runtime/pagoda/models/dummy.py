@@ -101,8 +101,10 @@ class DummySpec:
         return self.family in ("llama", "mistral") if self.add_bos is None else self.add_bos
 
 
-def write_dummy_checkpoint(directory: Path | str, spec: DummySpec | None = None) -> Path:
+def write_dummy_checkpoint(directory: Path | str, spec: DummySpec | None = None, *, weights: bool = True) -> Path:
     """Write the checkpoint and return its directory, which appears whole or not at all.
+
+    Without `weights` it has everything else: enough for `load_format=dummy`.
 
     Raises:
         CheckpointError: the directory exists already or cannot be written.
@@ -115,6 +117,8 @@ def write_dummy_checkpoint(directory: Path | str, spec: DummySpec | None = None)
         building = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
         try:
             _write_files(building, spec)
+            if weights:
+                _write_weights(building, spec)
             building.chmod(0o755)
             building.rename(target)
         finally:
@@ -136,7 +140,6 @@ def _write_files(directory: Path, spec: DummySpec) -> None:
         chat_template=spec.chat_template,
         max_length=spec.max_position_embeddings,
     )
-    _write_weights(directory, spec)
 
 
 def _token_ids(spec: DummySpec) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Checks and benchmarks that need a GPU: `python -m benchmarks.gpu`."""

@@ -1,0 +1,119 @@
+"""What all parts share: device, time, sizes, ceilings measured in the same run, and where results go."""
+
+from __future__ import annotations
+
+import gc
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pagoda.benchmarking.environment import environment
+from pagoda_kernels import backend
+from pagoda_kernels.gpu.tuning import table_of_device
+
+# Launches timed together and repetitions of that; the median counts.
+LAUNCHES, REPEATS = 10, 7
+
+
+@dataclass(eq=False)
+class Context:
+    """`dry_run`: on a CPU, where times mean nothing and sizes are tiny."""
+
+    out: Path
+    dry_run: bool
+    deadline: float
+    device: torch.device
+    dtype: torch.dtype
+    environment: dict[str, Any]
+    _parts: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def create(cls, out: Path, *, minutes: float, dry_run: bool) -> Context:
+        """For the GPU here. Exits with a sentence where there is none."""
+        if not dry_run and not torch.cuda.is_available():
+            raise SystemExit("torch sees no CUDA GPU here; --dry-run tries this program out without one")
+        out.mkdir(parents=True, exist_ok=True)
+        device = torch.device("cpu" if dry_run else "cuda")
+        facts = environment()
+        facts["device"] = "cpu (dry run)" if dry_run else torch.cuda.get_device_name()
+        facts["cuda"] = torch.version.cuda
+        facts["tuning_table"] = table_of_device(device).name
+        deadline = time.monotonic() + 60 * minutes
+        return cls(out, dry_run, deadline, device, torch.float32 if dry_run else torch.bfloat16, facts)
+
+    def seconds_left(self) -> float:
+        """Until the time for all parts is up."""
+        return self.deadline - time.monotonic()
+
+    def choose(self, full: Any, tiny: Any) -> Any:
+        """`full`, or `tiny` in a dry run."""
+        return tiny if self.dry_run else full
+
+    def write(self, name: str, result: dict[str, Any]) -> None:
+        """Write OUT/NAME.json."""
+        (self.out / f"{name}.json").write_text(json.dumps(result, indent=2, default=str) + "\n", encoding="utf-8")
+
+    def summary(self, name: str, result: dict[str, Any]) -> dict[str, Any]:
+        """The parts so far, in short."""
+        self._parts[name] = {key: result.get(key) for key in ("status", "seconds", "headline", "error")}
+        return {"environment": self.environment, "ceilings": self.ceilings, "parts": self._parts}
+
+    def release(self) -> None:
+        """Between parts: give memory back, and let the next engine choose its kernels."""
+        backend.use_backend("reference")
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+
+    def synchronize(self) -> None:
+        """Wait for the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def seconds_of(self, launch: Callable[[], object]) -> float:
+        """Seconds on the device of one `launch`, which must not depend on the host: from replays of a graph."""
+        if self.device.type != "cuda":
+            started = time.perf_counter()
+            launch()
+            return time.perf_counter() - started
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            launch()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(LAUNCHES):
+                launch()
+        graph.replay()
+        times = []
+        for _ in range(REPEATS):
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end) / 1000 / LAUNCHES)
+        return statistics.median(times)
+
+    @cached_property
+    def ceilings(self) -> dict[str, float]:
+        """Measured here and now: bytes a second of a copy (read and written), FLOP/s of a matrix product on random data."""
+        source = torch.randn(self.choose(1 << 30, 1 << 12), device=self.device)
+        target = torch.empty_like(source)
+        copy_seconds = self.seconds_of(lambda: target.copy_(source))
+        size = self.choose(8192, 64)
+        left, right = (torch.randn(size, size, device=self.device, dtype=self.dtype) for _ in range(2))
+        product_seconds = self.seconds_of(lambda: torch.mm(left, right))
+        return {
+            "copy_bytes_per_second": 2 * source.nbytes / copy_seconds,
+            "matmul_flops_per_second": 2 * size**3 / product_seconds,
+        }
