@@ -111,6 +111,12 @@ class PagodaConfig:
     threads: int | None = _option(
         None, "device", "CPU threads of the engine; auto: the physical cores this container may use.", ge=1, auto=True
     )
+    cpu_kernels: Literal["auto", "compiled", "reference"] = _option(
+        "auto",
+        "device",
+        "Kernels on a CPU: compiled C++, or torch's own operations (reference). Auto: compiled, torch's own where they are not "
+        "installed and cannot be built.",
+    )
 
     # KV cache
     max_model_len: int | None = _option(
