@@ -12,6 +12,7 @@ from pagoda.config.schema import PagodaConfig
 from pagoda.config.values import format_bytes
 from pagoda.errors import ConfigError
 from pagoda.execution.input_batch import InputBatch
+from pagoda.execution.kernel_choice import choose_cpu_kernels, prepare_model
 from pagoda.execution.model_runner import ModelRunner, PendingBurst, PendingStep
 from pagoda.models.config import ModelConfig
 from pagoda.models.decoder import DecoderForCausalLM
@@ -53,8 +54,10 @@ class Worker:
 
     def load(self, progress: Progress | None = None) -> None:
         """Set up the device and fill the weights. Raises `CheckpointError` for a checkpoint that does not fit."""
-        if self.device.type == "cpu" and self.config.threads is not None:
-            torch.set_num_threads(self.config.threads)
+        if self.device.type == "cpu":
+            if self.config.threads is not None:
+                torch.set_num_threads(self.config.threads)
+            choose_cpu_kernels(self.config.cpu_kernels)
         self.model = build_model(self.model_config, self.dtype, self.device, self.groups)
         if self.config.load_format == "dummy":
             initialize_dummy_weights(self.model, self.config.seed)
@@ -62,6 +65,7 @@ class Worker:
             raise ConfigError("model: there is no directory to load weights from")
         else:
             load_weights(self.model, self.config.model, progress)
+        prepare_model(self.model)
 
     def kv_block_bytes(self, block_size: int) -> int:
         """Bytes of one KV block of `block_size` tokens: keys and values, in the layers and of the KV heads of this rank."""
