@@ -3,8 +3,8 @@
     python -m benchmarks.gpu --out DIR [--minutes 9] [--parts kernels decode …]
 
 Runs from the bare tree (PYTHONPATH=runtime:kernels) with torch, triton, transformers and numpy. Each part writes
-DIR/PART.json as soon as it is done, with device, versions and commit; DIR/summary.json lists all. When the time is up, the parts
-that are left say so. `--dry-run` does the same on a CPU, with sizes so small that only the program itself is tried.
+DIR/PART.json as soon as it is done, with device, versions and commit; DIR/summary.json lists all. When the time is up, the
+parts that are left say so. `--dry-run` does the same on a CPU, with sizes so small that only the program itself is tried.
 """
 
 from __future__ import annotations

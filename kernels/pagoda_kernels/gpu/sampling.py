@@ -1,0 +1,52 @@
+"""Launching the sampling kernels."""
+
+from __future__ import annotations
+
+import torch
+
+from pagoda_kernels.gpu.sampling_kernels import greedy_kernel, open_kernel
+
+# Logits a program looks at together, and its warps: 16 numbers a thread.
+SAMPLING_TILE = 4096
+SAMPLING_WARPS = 8
+
+
+def choose_greedy(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `pagoda_kernels.sampling.choose_greedy`."""
+    num_rows, vocabulary = logits.shape
+    token_ids = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
+    best_logits = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
+    greedy_kernel[(num_rows,)](
+        token_ids, best_logits, logits, logits.stride(0), vocabulary, SAMPLING_TILE, num_warps=SAMPLING_WARPS
+    )
+    return token_ids, best_logits
+
+
+def choose_open(
+    logits: torch.Tensor,
+    best_logits: torch.Tensor,
+    rows: torch.Tensor,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+    inverse_temperature: torch.Tensor,
+    min_p: torch.Tensor,
+    top_p: torch.Tensor,
+) -> torch.Tensor:
+    """See `pagoda_kernels.sampling.choose_open`."""
+    token_ids = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
+    open_kernel[(len(rows),)](
+        token_ids,
+        rows,
+        logits,
+        best_logits,
+        seeds,
+        positions,
+        inverse_temperature,
+        min_p,
+        top_p,
+        logits.stride(0),
+        logits.shape[1],
+        SAMPLING_TILE,
+        num_warps=SAMPLING_WARPS,
+    )
+    return token_ids
