@@ -64,7 +64,7 @@ async def test_a_step_that_does_not_fit_costs_nobody_anything_and_one_that_fails
         async with watched(server) as (clients, observer):
             references = await references_of(clients, asks)
             async with load(clients, asks, num_clients=8) as books:
-                await until(lambda: bool(books.of("failed", "refused")), seconds=200)
+                await until(lambda: bool(books.of("failed", "refused")), seconds=400)  # 1600 steps
                 so_far = len(books.answers)
                 await until(lambda: len(books.answers) > so_far + 30)
             books.check(references)

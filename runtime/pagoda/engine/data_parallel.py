@@ -10,6 +10,7 @@ machine has: compute threads, free memory, GPUs in turn; and the places of the w
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
@@ -36,6 +37,8 @@ from pagoda.execution.rank_health import RankHealth
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
+logger = logging.getLogger(__name__)
+
 _DEVICES_VARIABLE = "CUDA_VISIBLE_DEVICES"
 
 
@@ -55,9 +58,9 @@ def devices_of(replica: int, num_devices: int, visible: str | None) -> str:
 
 
 class DataParallelClient(EngineClient):
-    """Replicas, one router, one health."""
+    """Replicas, one router, one health. `router`: another one than the configuration asks for."""
 
-    def __init__(self, config: PagodaConfig) -> None:
+    def __init__(self, config: PagodaConfig, router: PrefixRouter | None = None) -> None:
         super().__init__()
         self._config = config
         num_replicas, num_ranks = config.data_parallel_size, config.tensor_parallel_size * config.pipeline_parallel_size
@@ -70,13 +73,11 @@ class DataParallelClient(EngineClient):
             )
             for index in range(num_replicas)
         ]
-        self._router = PrefixRouter(num_replicas, config.block_size if config.enable_prefix_caching else 0)
+        self._router = router or PrefixRouter(num_replicas, config.block_size if config.enable_prefix_caching else 0)
         self._requests: set[str] = set()
-        self._num_ready = 0  # replicas whose router books are open, see `_on_replica`
         self._is_started = False
         self._is_ending = False
         self._states = [replica.health.state for replica in self._replicas]
-        self.num_sent_elsewhere = 0
         self.health.subscribe(self._on_own_health)
         for index, replica in enumerate(self._replicas):
             replica.health.subscribe(lambda index=index: self._on_replica(index))  # type: ignore[misc]
@@ -135,7 +136,10 @@ class DataParallelClient(EngineClient):
             while candidates := self._candidates(tried):
                 placement = self._router.place(request, candidates)
                 tried.add(placement.replica)
-                self.num_sent_elsewhere += bool(refusals)
+                if refusals:
+                    logger.info(
+                        "request %s goes to replica %d: %s", request.request_id, placement.replica, refusals[-1]
+                    )
                 is_finished = False
                 try:
                     outputs = cast(
