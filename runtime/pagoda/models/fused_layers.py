@@ -79,6 +79,7 @@ def fuse_layers(model: DecoderForCausalLM) -> None:
     can_fuse = (
         backend.active.name == "cpu"
         and model.groups.layout.world_size == 1
+        and model.config.hidden_act == "silu"
         and all(_is_plain(layer) for layer in model.layers)
     )
     model.fused_layers = FusedLayers(model) if can_fuse else None

@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pagoda_kernels import reference
+from pagoda_kernels.linear import PackedWeight, pack, packed_linear, packed_rows, quantize_int4, quantize_int8
+from tests.ops.packed_cases import ROWS, SHAPES, make_inputs, make_weight
+from tests.ops.test_packed_linear import (
+    test_extreme_int8_values_do_not_saturate,
+    test_inputs_of_zero_give_the_bias,
+    test_product_matches_float64,
+    test_quantized_product_is_that_of_quantized_inputs,
+    test_rows_are_those_of_the_weight,
+    test_unpacking_gives_the_weight_back,
+)
+from tests.support.cpu_kernels import cpu_backend, require_cpu_kernels
+
+require_cpu_kernels()
+
+__all__ = [
+    "cpu_backend",
+    "test_extreme_int8_values_do_not_saturate",
+    "test_inputs_of_zero_give_the_bias",
+    "test_product_matches_float64",
+    "test_quantized_product_is_that_of_quantized_inputs",
+    "test_rows_are_those_of_the_weight",
+    "test_unpacking_gives_the_weight_back",
+]
+pytestmark = pytest.mark.usefixtures("cpu_backend")
+
+
+def packed_weights(out_features: int, in_features: int) -> dict[str, PackedWeight]:
+    weight = make_weight(out_features, in_features)
+    return {
+        "float32": pack(weight),
+        "bfloat16": pack(weight.bfloat16()),
+        "int8": quantize_int8(weight),
+        "int4": quantize_int4(weight, 8),
+    }
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_has_the_same_bits_alone_and_in_any_batch(kind: str, dtype: torch.dtype) -> None:
+    for shape in SHAPES:
+        weight = packed_weights(*shape)[kind]
+        x = make_inputs(130, shape[1], dtype)
+        whole = packed_linear(x, weight)
+        for first, last in [(0, 1), (5, 7), (3, 16), (100, 130), (129, 130), (0, 97)]:
+            assert torch.equal(packed_linear(x[first:last], weight), whole[first:last]), (shape, first, last)
+
+
+@pytest.mark.parametrize("kind", ["float32", "int8", "int4"])
+def test_number_of_threads_changes_no_bit(kind: str) -> None:
+    weight = packed_weights(600, 256)[kind]
+    x = make_inputs(40, 256)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        single = packed_linear(x, weight)
+        torch.set_num_threads(3)
+        assert torch.equal(packed_linear(x, weight), single)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_weights_that_bfloat16_holds_give_the_same_bits_from_half_the_memory() -> None:
+    weight = make_weight(70, 136, torch.bfloat16)
+    narrow, wide = pack(weight), pack(weight.float())
+    assert narrow.nbytes == wide.nbytes / 2
+    for rows in ROWS:
+        x = make_inputs(rows, 136)
+        assert torch.equal(packed_linear(x, narrow), packed_linear(x, wide))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packing_equals_the_twin(dtype: torch.dtype) -> None:
+    for shape in SHAPES:
+        weight = make_weight(*shape, dtype)
+        assert torch.equal(pack(weight).values, reference.BACKEND.pack(weight))
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_quantized_product_is_near_the_twin(kind: str) -> None:
+    weight = packed_weights(129, 1040)[kind]
+    x = make_inputs(20, 1040)
+    torch.testing.assert_close(
+        packed_linear(x, weight), reference.BACKEND.packed_linear(x, weight, None), rtol=1e-4, atol=1e-2
+    )
+
+
+def test_what_does_not_fit_is_refused_by_name() -> None:
+    weight = pack(make_weight(40, 16))
+    with pytest.raises(RuntimeError, match="weight has shape"):
+        packed_linear(make_inputs(2, 18), weight)
+    with pytest.raises(RuntimeError, match="x must be float32 or bfloat16, not Half"):
+        packed_linear(make_inputs(2, 16, torch.float16), weight)
+    with pytest.raises(RuntimeError, match="id 40 is not between 0 and 39"):
+        packed_rows(weight, torch.tensor([0, 40]), torch.float32)

@@ -1,0 +1,36 @@
+"""The compiled CPU kernels, at the slowest and at the fastest level that this processor can run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from pagoda_kernels import backend
+from pagoda_kernels.cpu.build import BuildError
+
+LEVELS = ("avx2", "fastest")
+
+
+def require_cpu_kernels() -> None:
+    """Skip the module where the kernels are not compiled and cannot be, or this processor cannot run them."""
+    try:
+        from pagoda_kernels.cpu import operators
+    except BuildError as error:
+        pytest.skip(f"no compiled kernels: {error}", allow_module_level=True)
+    if not operators.available_levels():
+        pytest.skip("this processor has no AVX2", allow_module_level=True)
+
+
+@pytest.fixture(params=LEVELS)
+def cpu_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Let the public operations call the compiled kernels during a test; gives the level."""
+    from pagoda_kernels.cpu import operators
+
+    before, level_before = backend.active, operators.active_level()
+    level = operators.available_levels()[-1] if request.param == "fastest" else request.param
+    backend.use_backend("cpu")
+    operators.use_level(level)
+    yield level
+    operators.use_level(level_before)
+    backend.active = before
