@@ -129,13 +129,18 @@ async def test_the_engine_that_drives_the_ranks_takes_them_with_it_when_it_is_ki
         await until(lambda: not any(is_there(rank["pid"]) for rank in ranks), seconds=30)
 
 
-async def test_a_rank_without_memory_for_a_step_ends_the_group_and_is_named(note: Note) -> None:
+@pytest.mark.parametrize(("fault", "cause"), [("oom", "lack of memory"), ("sleep:600", "step")], ids=["memory", "hang"])
+async def test_a_rank_that_does_not_do_its_part_of_a_step_ends_the_group_and_is_named(
+    fault: str, cause: str, note: Note
+) -> None:
     # The others are in the step's collectives by then. The new ranks count their steps from one again.
-    async with server_of(tensor_parallel_size=2, fault_injection="rank@1#40=oom") as (_, clients, observer):
+    settings = {"fault_injection": f"rank@1#40={fault}", "collective_timeout_seconds": 5}
+    async with server_of(tensor_parallel_size=2, **settings) as (_, clients, observer):
         async with load(clients, ASKS, num_clients=4) as books:
             await observer.until_state("starting", seconds=120)
-            assert "rank 1 of 2" in (cause := (await observer.health())["cause"])
-            assert "lack of memory" in cause
+            told = (await observer.health())["cause"]
+            assert "rank 1 of 2" in told
+            assert cause in told
             await observer.until_state("ready", seconds=240)
-        note(f"lack of memory on one of two ranks: {books.summary}")
+        note(f"{fault} on one of two ranks: {books.summary}")
         assert not [answer for answer in books.of("failed", "refused") if not answer.is_retriable]

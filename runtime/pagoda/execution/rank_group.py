@@ -102,7 +102,7 @@ class RankGroup:
         """See `Executor`: launch the ranks, compare them, let them meet and try their network."""
         timeout = self._config.rendezvous_timeout_seconds
         try:
-            with stages.enter("launch", f"{self._layout.world_size} ranks"):
+            with stages.enter("launch", f"{self._layout.world_size} rank(s)"):
                 connections = self._launcher.launch(self._layout.world_size, timeout, stages.detail)
                 self._links = RankLinks(connections, self._launcher.death_of)
                 self._greet(self._links, timeout)
