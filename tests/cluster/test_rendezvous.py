@@ -21,7 +21,7 @@ from tests.support.network_nodes import NetworkNode
 from tests.support.notes import Note
 from tests.support.two_nodes import PAGODA, Answers, TwoNodes, two_nodes, wait_for
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1200)]
 DEMO_MODEL = Path(pagoda.__file__).parent / "demo_model"
 
 

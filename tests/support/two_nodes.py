@@ -19,7 +19,7 @@ PAGODA = str(Path(sys.executable).with_name("pagoda"))
 PROMPTS = ("Once upon a time", "The little bird said", "There was a red ball in the garden")
 MAX_TOKENS = (1, 24, 80)
 # Everything here runs on machines that are busy with other tests; what is promised stands in docs/operations.md.
-START_SECONDS = 300.0
+START_SECONDS = 700.0
 NOTICE_SECONDS = 90.0
 
 Question = tuple[str, int]
@@ -60,13 +60,13 @@ class TwoNodes:
     def serve(self, *settings: str) -> None:
         """Start the server on the head's node."""
         words = ["--distributed-executor-backend=ray", "--pipeline-parallel-size=2", "--dtype=float32"]
-        words += ["--ray-num-cpus=1", "--max-engine-restarts=50", "--rendezvous-timeout-seconds=240"]
+        words += ["--ray-num-cpus=1", "--max-engine-restarts=50", "--rendezvous-timeout-seconds=600"]
         self.server = self.head.start(PAGODA, "serve", *words, *settings, log="serve.log")
 
     def join(self, *settings: str) -> None:
         """Start the worker on its node."""
         words = [f"{self.head.name}:6379", "--ray-num-cpus=1", f"--state-directory={self.state_directory}"]
-        words.append("--rendezvous-timeout-seconds=240")
+        words.append("--rendezvous-timeout-seconds=600")
         self.joined = self.worker.start(PAGODA, "join", *words, *settings, log="join.log")
 
     def health(self) -> dict[str, str]:
@@ -82,9 +82,10 @@ class TwoNodes:
         started = time.monotonic()
         while not is_so(health := self.health()):
             waited = time.monotonic() - started
-            assert waited < seconds, f"not {what} after {waited:.0f} s: {health}\n{self.head.log('serve.log')[-4000:]}"
-            assert self.server.poll() is None, f"the server ended\n{self.head.log('serve.log')[-4000:]}"
-            time.sleep(0.2)
+            log = "\n".join(line for line in self.head.log("serve.log").splitlines()[-60:] if "access" not in line)
+            assert self.server.poll() is None, f"the server ended\n{log}"
+            assert waited < seconds, f"not {what} after {waited:.0f} s: {health}\n{log}"
+            time.sleep(0.5)
         return time.monotonic() - started
 
     def until_ready(self) -> float:
