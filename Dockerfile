@@ -1,7 +1,6 @@
 # Pagoda's image. Targets: `cpu` (the default) and `cuda`.
 #
-#   docker build -t pagoda .                                      torch from the index that pip knows
-#   docker build -t pagoda --build-arg PIP_ARGS="--extra-index-url …" .    another one, as for torch without CUDA
+#   docker build -t pagoda --build-arg PIP_ARGS="--extra-index-url …" .    an index besides pip's own, as for torch without CUDA
 #   docker build -t pagoda:cuda --target cuda .
 #   docker run --read-only --tmpfs /tmp -v pagoda-cache:/cache -p 8080:8080 -p 8081:8081 pagoda
 ARG BASE_IMAGE=python:3.11-slim
@@ -10,6 +9,7 @@ FROM ${BASE_IMAGE} AS build
 ARG PIP_ARGS=""
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONDONTWRITEBYTECODE=1
 WORKDIR /src
+RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 RUN python3 -m venv /opt/pagoda
 COPY constraints.txt ./
 # torch first and alone: the layer stays when only Pagoda's own files change.
@@ -17,19 +17,24 @@ RUN /opt/pagoda/bin/pip install --constraint constraints.txt ${PIP_ARGS} torch
 COPY pyproject.toml README.md LICENSE ./
 COPY runtime runtime
 COPY kernels kernels
-RUN /opt/pagoda/bin/pip install --constraint constraints.txt ${PIP_ARGS} .
+# The C++ kernels go into the package: the image that runs has no compiler for them.
+RUN /opt/pagoda/bin/pip install --constraint constraints.txt ${PIP_ARGS} '.[ray]' \
+    && /opt/pagoda/bin/python -m pagoda_kernels.cpu.build
 
 FROM build AS build-cuda
-RUN /opt/pagoda/bin/pip install --constraint constraints.txt ${PIP_ARGS} '.[gpu]'
+RUN /opt/pagoda/bin/pip install --constraint constraints.txt ${PIP_ARGS} triton
 
 FROM ${BASE_IMAGE} AS runtime
 ARG VERSION=dev
+ARG REVISION=unknown
 LABEL org.opencontainers.image.title="pagoda" \
       org.opencontainers.image.description="LLM serving runtime for Kubernetes: a KServe predictor around its own engine" \
       org.opencontainers.image.licenses="Apache-2.0" \
-      org.opencontainers.image.version="${VERSION}"
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}"
 # Group 0 owns the cache, so that any user id works, as OpenShift's arbitrary ones.
-RUN useradd --uid 10001 --gid 0 --no-create-home --home-dir /cache --shell /usr/sbin/nologin pagoda \
+RUN apt-get update && apt-get install -y --no-install-recommends libgomp1 && rm -rf /var/lib/apt/lists/* \
+    && useradd --uid 10001 --gid 0 --no-create-home --home-dir /cache --shell /usr/sbin/nologin pagoda \
     && mkdir /cache && chown 10001:0 /cache && chmod 2775 /cache
 ENV PATH=/opt/pagoda/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
     HOME=/cache XDG_CACHE_HOME=/cache HF_HOME=/cache/huggingface TRITON_CACHE_DIR=/cache/triton
@@ -43,6 +48,10 @@ ENTRYPOINT ["pagoda"]
 CMD ["serve"]
 
 FROM runtime AS cuda
+# Triton compiles a small launcher in C for each kernel, once.
+USER root
+RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
+USER 10001
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 COPY --from=build-cuda /opt/pagoda /opt/pagoda
 
