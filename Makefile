@@ -11,6 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt $(PIP_ARGS)
 INSTALLED := $(VENV)/.installed
+KERNELS := $(VENV)/.kernels
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
 
 .DEFAULT_GOAL := help
@@ -23,7 +24,7 @@ LLAMA_CMAKE_ARGS := -DGGML_NATIVE=ON -DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF -
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
 
-install: $(INSTALLED) ## .venv with Pagoda, editable, and everything for development
+install: $(INSTALLED) $(KERNELS) ## .venv with Pagoda, editable, and everything for development
 
 # torch first and alone, at the version pinned: if it came in as some dependency's dependency, pip would first fetch whatever
 # newer build it likes best, and those bring gigabytes of CUDA libraries.
@@ -33,6 +34,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "installing into $(VENV): a few minutes the first time"
 	@$(PIP) torch
 	@$(PIP) --editable '.[dev]'
+	@touch $@
+
+# Without a compiler this says so, and Pagoda runs on torch's own operations.
+$(KERNELS): $(INSTALLED) kernels/pagoda_kernels/cpu/build.py $(wildcard kernels/pagoda_kernels/cpu/csrc/*)
+	@$(BIN)/python -m pagoda_kernels.cpu.build
 	@touch $@
 
 serve: install ## serve a model, the demo model if ARGS names none
