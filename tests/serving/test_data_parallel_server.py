@@ -1,0 +1,59 @@
+"""`pagoda serve --data-parallel-size 2`: one endpoint, and a replica that is lost leaves it serving."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.support.server import ServerProcess
+
+BODY = {"text_input": "Once upon a time", "parameters": {"max_tokens": 8, "temperature": 0}}
+
+
+def engine_pids(server: ServerProcess) -> list[int]:
+    pid = server.process.pid
+    children = map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+    return [child for child in children if b"pagoda.engine.process" in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
+def until_state(server: ServerProcess, state: str) -> dict:
+    deadline = time.monotonic() + 200
+    while (report := server.client.get("/health").json())["state"] != state:
+        assert time.monotonic() < deadline, report
+        time.sleep(0.02)
+    return report
+
+
+@pytest.mark.timeout(500)
+def test_two_replicas_behind_one_endpoint() -> None:
+    with ServerProcess(data_parallel_size=2) as server:
+        server.wait_until_ready()
+        assert len(engine_pids(server)) == 2
+        assert [replica["state"] for replica in server.client.get("/health").json()["replicas"]] == ["ready", "ready"]
+
+        def ask(_: int) -> httpx.Response:
+            return server.client.post("/v2/models/demo/generate", json=BODY)
+
+        with ThreadPoolExecutor(8) as pool:
+            texts = {answer.json()["text_output"] for answer in pool.map(ask, range(24))}
+            assert len(texts) == 1
+            os.kill(engine_pids(server)[0], signal.SIGKILL)
+            report = until_state(server, "degraded")
+            assert "engine replica" in report["cause"]
+            assert server.client.get("/v2/health/ready").status_code == 200
+            answers = list(pool.map(ask, range(24)))
+        assert {answer.status_code for answer in answers} == {200}
+        assert {answer.json()["text_output"] for answer in answers} == texts
+        until_state(server, "ready")
+        metrics = server.client.get("/metrics").text
+        assert 'pagoda_engine_restarts_total{model_name="demo"} 1.0' in metrics
+        assert 'pagoda_replica_up{model_name="demo",replica="1"} 1.0' in metrics
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(60) == 0
+        assert "Traceback" not in server.log
