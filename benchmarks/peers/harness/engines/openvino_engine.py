@@ -12,7 +12,6 @@ from harness.engine import Engine, EngineSettings, Tokens
 
 # What matrix products compute in. Where the processor has no bfloat16 instructions the plugin takes float32 by itself.
 PRECISIONS = {"bf16": "bf16", "fp32": "f32", "int8": None}
-CACHE_PRECISIONS = {"bf16": "bf16", "fp32": "f32", "int8": None}
 MAX_BATCHED_TOKENS = 2048
 
 
@@ -26,10 +25,12 @@ class OpenVinoEngine(Engine):
         scheduler.max_num_batched_tokens = MAX_BATCHED_TOKENS
         scheduler.enable_prefix_caching = settings.prefix_caching
         properties: dict[str, Any] = {"INFERENCE_NUM_THREADS": settings.threads}
-        hint, cache = PRECISIONS[settings.weights], CACHE_PRECISIONS[settings.weights]
+        hint = PRECISIONS[settings.weights]
         if hint is not None and _has_precision(hint):
             properties["INFERENCE_PRECISION_HINT"] = hint
-            properties["KV_CACHE_PRECISION"] = cache
+            properties["KV_CACHE_PRECISION"] = hint
+        elif hint is not None:
+            properties["KV_CACHE_PRECISION"] = "f16"  # the default would be 8 bits, which is another class
         self._pipeline = openvino_genai.ContinuousBatchingPipeline(settings.converted, scheduler, "CPU", properties)
         self._handles: dict[int, Any] = {}
 
