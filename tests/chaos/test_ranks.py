@@ -27,7 +27,7 @@ from tests.support.server import ServerProcess
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
 ASKS = asks_of(("generate", "generate_stream", "completions", "grpc_stream"))
-HEARTBEAT_SECONDS = 3.0
+HEARTBEAT_SECONDS = 5.0
 
 Ranks = list[dict[str, Any]]
 

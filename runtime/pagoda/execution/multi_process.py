@@ -86,5 +86,4 @@ class ProcessLauncher:
                 continue
             process.kill()  # ends a stopped process too
             process.wait()
-        self._processes.clear()
         self._starter.shutdown()

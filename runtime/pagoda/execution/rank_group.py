@@ -146,6 +146,7 @@ class RankGroup:
     def initialize_kv_cache(self, num_blocks: int, max_model_len: int | None = None) -> None:
         """See `Executor`."""
         self._ask(InitializeKV(num_blocks, max_model_len), StageDone, "did not finish its first step")
+        self._alive_links().settle()
 
     def _greet(self, links: RankLinks, timeout: float) -> None:
         """Hear from every rank, and see that it speaks our language."""

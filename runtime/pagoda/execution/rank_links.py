@@ -20,6 +20,7 @@ from pagoda.execution.rank_launcher import RankConnection
 from pagoda.execution.rank_messages import Command, EndRank, Heartbeat, Message, RankFailed, RankHello
 
 LOOK_SECONDS = 0.25
+START_SLACK = 3.0
 # A rank that dies takes others with it, which then cannot reach it: their word may come before the news of its death.
 CAUSE_SECONDS = 1.0
 
@@ -38,6 +39,7 @@ class RankLinks:
         self._watches: list[SilenceWatch] = []
         self._last_look = 0.0
         self._heartbeat_timeout = 0.0
+        self._bound = 0.0
         self._heartbeats: HeartbeatThread | None = None
         for rank, channel in enumerate(self._channels):
             channel.start(partial(self._put, rank))
@@ -52,11 +54,20 @@ class RankLinks:
         self._hosts[rank], self._pids[rank] = hello.host, hello.pid
 
     def watch(self, heartbeat_timeout: float) -> None:
-        """From here on ranks send heartbeats, get some, and are lost when none come for `heartbeat_timeout` seconds."""
+        """From here on ranks send heartbeats, get some, and are lost when none come for `heartbeat_timeout` seconds.
+
+        Before `settle` three times as long: libraries that are loaded and kernels that are compiled keep the interpreter to
+        themselves.
+        """
         self._heartbeat_timeout = heartbeat_timeout
+        self._bound = START_SLACK * heartbeat_timeout
         self._watches = [SilenceWatch(channel) for channel in self._channels]
         self._heartbeats = HeartbeatThread(self._channels, Heartbeat, heartbeat_timeout)
         self._heartbeats.start()
+
+    def settle(self) -> None:
+        """The start-up is over."""
+        self._bound = self._heartbeat_timeout
 
     def health(self) -> list[RankHealth]:
         """All ranks as of now."""
@@ -160,10 +171,10 @@ class RankLinks:
         self._last_look = now
         for rank, watch in enumerate(self._watches):
             silent = watch.look()
-            if silent > self._heartbeat_timeout:
+            if silent > self._bound:
                 raise EngineDeadError(
-                    f"{self.name(rank)} gave no sign of life for {silent:.1f} s (rank_heartbeat_timeout_seconds="
-                    f"{self._heartbeat_timeout:g}): its process is stopped, or the network to its host is cut"
+                    f"{self.name(rank)} gave no sign of life for {silent:.1f} s (bound {self._bound:g} s by "
+                    "rank_heartbeat_timeout_seconds): its process is stopped, or the network to its host is cut"
                 )
 
     def _cause(self, rank: int, news: ChannelEnded | RankFailed) -> PagodaError:
