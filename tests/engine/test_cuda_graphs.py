@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -49,9 +50,7 @@ def outputs(checkpoint: Path, recording: Recording | None) -> tuple[list[Sequenc
     assert runner is not None
     if recording is not None:
         with torch.inference_mode():
-            runner.graphs = DecodeGraphs(
-                runner.model, runner.kv_caches, max_num_seqs=8, max_model_len=256, max_blocks=32, capture=recording
-            )
+            runner.capture_graphs(partial(DecodeGraphs, capture=recording))
     driver = PlanDriver(executor)
     sequences = [driver.add(name, prompt, SamplingParams(temperature=0.0)) for name, prompt in PROMPTS.items()]
     # One after the other they begin, so that batches of one to four rows decode, and mixed ones are between.

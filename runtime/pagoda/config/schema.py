@@ -118,6 +118,10 @@ class PagodaConfig:
         "installed and cannot be built.",
     )
 
+    enforce_eager: bool = _option(
+        False, "device", "On a GPU: launch every operation of every step by itself, without CUDA graphs."
+    )
+
     # KV cache
     max_model_len: int | None = _option(
         None,

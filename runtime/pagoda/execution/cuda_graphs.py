@@ -16,7 +16,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -177,11 +177,11 @@ class CudaCapture:
     """`Capture` by CUDA graphs that share one pool of memory."""
 
     def __init__(self) -> None:
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None  # a handle that torch gives and takes
 
     def __call__(self, step: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
         """Run `step` once, so that kernels are compiled and libraries have set themselves up, then capture it."""
-        warm_up = torch.cuda.Stream()
+        warm_up = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         warm_up.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(warm_up):
             step()
@@ -191,6 +191,21 @@ class CudaCapture:
             hidden = step()
         self._pool = graph.pool()
         return graph.replay, hidden
+
+
+class GraphCapture(Protocol):
+    """How `DecodeGraphs` come about; see `capture_cuda_graphs`."""
+
+    def __call__(
+        self,
+        model: DecoderForCausalLM,
+        kv_caches: list[KVCache],
+        *,
+        max_num_seqs: int,
+        max_model_len: int,
+        max_blocks: int,
+    ) -> DecodeGraphs:
+        """Capture."""
 
 
 @torch.inference_mode()

@@ -1,9 +1,12 @@
-"""Which kernels a rank runs on, and what is made of a loaded model for them."""
+"""Which kernels a rank runs on, what is made of a loaded model for them, and the memory they need besides."""
 
 from __future__ import annotations
 
 import logging
 
+import torch
+
+from pagoda.config.values import format_bytes
 from pagoda.errors import ConfigError
 from pagoda.models.decoder import DecoderForCausalLM
 from pagoda.models.fused_layers import fuse_layers
@@ -44,6 +47,29 @@ def choose_cpu_kernels(asked: str) -> None:
         logger.warning("this processor has no AVX2: torch's own kernels take the compiled ones' place, more slowly")
         return
     logger.info("CPU kernels: compiled, for %s", active_level())
+
+
+def choose_gpu_kernels() -> None:
+    """Let this process's operations run on the Triton kernels.
+
+    Raises:
+        ConfigError: Triton is not installed.
+    """
+    try:
+        backend.use_backend("triton")
+    except ImportError as error:
+        raise ConfigError(
+            f"device=cuda needs Triton, which cannot be imported ({error}): install pagoda[gpu]"
+        ) from error
+
+
+def reserve_decode_workspace(max_num_seqs: int, num_heads: int, head_dim: int, device: torch.device) -> None:
+    """Take the memory that attention needs for batches of decode rows, before the KV cache takes what is left."""
+    from pagoda_kernels.gpu.tuning import table_of_device
+    from pagoda_kernels.gpu.workspace import DECODE_WORKSPACE
+
+    held = DECODE_WORKSPACE.reserve(max_num_seqs, num_heads, table_of_device(device).segments, head_dim, device)
+    logger.info("workspace of decode attention: %s", format_bytes(held))
 
 
 def prepare_model(model: DecoderForCausalLM) -> None:

@@ -11,8 +11,14 @@ from pagoda.config.hardware import memory_report
 from pagoda.config.schema import PagodaConfig
 from pagoda.config.values import format_bytes
 from pagoda.errors import ConfigError
+from pagoda.execution.cuda_graphs import capture_cuda_graphs, reserved_bytes
 from pagoda.execution.input_batch import InputBatch
-from pagoda.execution.kernel_choice import choose_cpu_kernels, prepare_model
+from pagoda.execution.kernel_choice import (
+    choose_cpu_kernels,
+    choose_gpu_kernels,
+    prepare_model,
+    reserve_decode_workspace,
+)
 from pagoda.execution.model_runner import ModelRunner, PendingBurst, PendingStep
 from pagoda.models.config import ModelConfig
 from pagoda.models.decoder import DecoderForCausalLM
@@ -58,6 +64,8 @@ class Worker:
             if self.config.threads is not None:
                 torch.set_num_threads(self.config.threads)
             choose_cpu_kernels(self.config.cpu_kernels)
+        else:
+            choose_gpu_kernels()
         self.model = build_model(self.model_config, self.dtype, self.device, self.groups)
         if self.config.load_format == "dummy":
             initialize_dummy_weights(self.model, self.config.seed)
@@ -66,6 +74,10 @@ class Worker:
         else:
             load_weights(self.model, self.config.model, progress)
         prepare_model(self.model)
+        if self.device.type == "cuda":
+            reserve_decode_workspace(
+                self._max_num_seqs(), self.share.heads.size, self.model_config.head_dim, self.device
+            )
 
     def kv_block_bytes(self, block_size: int) -> int:
         """Bytes of one KV block of `block_size` tokens: keys and values, in the layers and of the KV heads of this rank."""
@@ -97,6 +109,8 @@ class Worker:
         """
         self.runner = self._make_runner(num_blocks, max_model_len or self._longest_sequence(), self._max_num_seqs())
         self._run_largest(self.runner, num_rows=1, num_tokens=min(_WARM_UP_TOKENS, self.runner.batch.max_model_len - 1))
+        if self._uses_cuda_graphs():
+            self.runner.capture_graphs(capture_cuda_graphs)
 
     def execute(self, plan: StepPlan, landed: LandedTokens = NO_LANDED_TOKENS) -> PendingStep | PendingBurst:
         """Run a plan, see `ModelRunner.execute`; all steps of a burst, each on what the one before sampled."""
@@ -125,6 +139,11 @@ class Worker:
     def _max_num_seqs(self) -> int:
         assert self.config.max_num_seqs is not None
         return self.config.max_num_seqs
+
+    def _uses_cuda_graphs(self) -> bool:
+        """Whether decode steps are captured: on a GPU, unless ranks exchange messages within a step."""
+        alone = self.groups.layout.world_size == 1
+        return self.device.type == "cuda" and alone and not self.config.enforce_eager
 
     def _longest_sequence(self) -> int:
         return self.config.max_model_len or self.model_config.max_context_length
@@ -186,7 +205,7 @@ class Worker:
         runner.execute(StepPlan(step_id=2, released_slots=slots)).result()
 
     def _profile_cuda(self) -> int:
-        """What `gpu_memory_utilization` leaves after weights, the greatest step's needs, and the tables of the slots."""
+        """What `gpu_memory_utilization` leaves after weights, the greatest step, graphs, and the tables of the slots."""
         assert self.config.max_num_batched_tokens is not None
         num_tokens = self.config.max_num_batched_tokens
         num_rows = min(self._max_num_seqs(), num_tokens)
@@ -201,11 +220,15 @@ class Worker:
         free, total = torch.cuda.mem_get_info()
         blocks_per_row = -(-self._longest_sequence() // self.config.block_size)
         table_bytes = self._max_num_seqs() * (8 * (self._longest_sequence() + 1) + 4 * blocks_per_row)
+        graph_bytes = 0
+        if self._uses_cuda_graphs():
+            graph_bytes = reserved_bytes(self._max_num_seqs(), -(-step_bytes // num_tokens))
         share = self.config.gpu_memory_utilization
-        available = max(0, int(total * share) - (total - free) - step_bytes - table_bytes)
+        available = max(0, int(total * share) - (total - free) - step_bytes - graph_bytes - table_bytes)
         logger.info(
-            "memory of the KV cache: %g of %s - %s in use - %s for a step - %s for tokens and block tables = %s",
+            "memory of the KV cache: %g of %s - %s in use - %s for a step - %s for CUDA graphs - %s for tokens and block "
+            "tables = %s",
             share,
-            *(format_bytes(size) for size in (total, total - free, step_bytes, table_bytes, available)),
+            *(format_bytes(size) for size in (total, total - free, step_bytes, graph_bytes, table_bytes, available)),
         )
         return available
