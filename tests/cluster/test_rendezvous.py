@@ -78,6 +78,17 @@ def test_a_worker_that_is_missing(pair: TwoNodes, model: Path) -> None:
     assert f"needed are 2 nodes with 1 CPU each; the cluster has 1 CPU on {pair.head.name}" in words
 
 
+def test_a_machine_that_belongs_to_no_cluster(pair: TwoNodes, model: Path) -> None:
+    server = [PAGODA, "serve", "--pipeline-parallel-size=2", f"--model={model}", "--rendezvous-timeout-seconds=20"]
+    status, text = pair.worker.run(*server, "--ray-address=auto", timeout=300)
+    assert status == 1
+    assert "ray_address=auto: this machine is no node of a Ray cluster" in text
+    address = f"{pair.head.address}:6379"
+    status, text = pair.worker.run(*server, f"--ray-address={address}", timeout=300)
+    assert status == 1
+    assert f"ray_address={address}: this machine is no node of that cluster; run `pagoda join {address}` here" in text
+
+
 def test_an_interface_that_the_server_does_not_have(pair: TwoNodes, model: Path) -> None:
     words = failure_of(pair, model, "--network-interface=eth7")
     assert "network_interface=eth7: there is no interface 'eth7'" in words
@@ -172,3 +183,19 @@ def test_the_interface_that_is_named_carries_the_traffic(pair: TwoNodes, model: 
     assert min(carried) > 240 * 192 * 4
     pair.server.terminate()
     assert pair.server.wait(90) == 0
+
+
+def test_a_token_that_the_head_does_not_know(tmp_path: Path) -> None:
+    token = {"RAY_AUTH_TOKEN": "a" * 32}
+    with two_nodes(tmp_path, number=3) as nodes:
+        head = RayNode(address=nodes.head.address, head_port=6379, num_cpus=1)
+        nodes.head.start(*head.command(), log="ray.log", environ=ray_environment({**os.environ, **token}))
+        wait_for(lambda: "Ray runtime started" in nodes.head.log("ray.log"), 300, "the Ray head")
+        for environ in ({}, {"RAY_AUTH_TOKEN": "b" * 32}):
+            words = [f"{nodes.head.name}:6379", "--rendezvous-timeout-seconds=120"]
+            status, text = nodes.worker.run(PAGODA, "join", *words, timeout=300, environ=environ)
+            assert "refuses this machine: RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) must hold the token" in text
+            assert status == 2
+        words = [f"{nodes.head.name}:6379", f"--state-directory={nodes.state_directory}"]
+        nodes.worker.start(PAGODA, "join", *words, log="join.log", environ=token)
+        wait_for(lambda: nodes.probe_worker("startup")[0] == 0, 300, "the worker that has the token")

@@ -112,9 +112,9 @@ def test_probes_of_the_worker_tell_its_own_rank(pair: TwoNodes) -> None:
     assert re.search(r"node joined, \S+:6379; rank 1 ready", words)
     assert pair.probe_worker("live")[0] == 0
     (rank,) = pair.ranks_on(pair.worker)
-    os.kill(rank, signal.SIGSTOP)
-    wait_for(lambda: pair.probe_worker("live")[0] == 1, NOTICE_SECONDS, "the stopped rank in the worker's liveness")
-    os.kill(rank, signal.SIGCONT)
+    os.kill(rank, signal.SIGKILL)
+    wait_for(lambda: pair.probe_worker("ready")[0] == 1, NOTICE_SECONDS, "the lost rank in the worker's readiness")
+    assert pair.probe_worker("live")[0] == 0
     pair.until_ready()
     wait_for(lambda: pair.probe_worker("ready")[0] == 0, START_SECONDS, "the worker's readiness")
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,15 @@ def test_a_head_is_started_once_and_ends_with_its_owner(
     while listens(address):
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+def test_replicas_that_start_at_once_share_a_head(
+    owner: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = node(monkeypatch, HEAD)
+    with ThreadPoolExecutor(3) as pool:
+        addresses = list(pool.map(lambda _: ensure_head(owner.pid, head, soon(), nothing), range(3)))
+    assert set(addresses) == {f"127.0.0.1:{head.head_port}"}
 
 
 def test_a_taken_port_says_how_to_use_the_head_that_is_there(

@@ -10,6 +10,7 @@ the head by the file that this process keeps.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import logging
 import os
 import signal
@@ -20,6 +21,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import IO
 
 from pagoda.errors import CommunicationError, ConfigError
 from pagoda.execution.ray_node import HEAD_PORT, RayNode, ray_environment, split_address, trouble_with
@@ -37,12 +39,30 @@ _SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 def ensure_head(owner: int, node: RayNode, deadline: float, on_progress: Callable[[str], None]) -> str:
     """HOST:PORT of the head that belongs to the process `owner`; started at `node.address` if there is none yet.
 
-    One that is about to end is waited for. Ray may fail to start on a busy machine, so it is tried more than once.
+    One that is about to end is waited for. Ray may fail to start on a busy machine, so it is tried more than once. Replicas of
+    an engine have one owner, and one of them starts the head of all.
 
     Raises:
         ConfigError: the port is taken.
         CommunicationError: the head did not come up, and what it said.
     """
+    with (_directory() / f"{_name(owner)}.lock").open("w") as lock:
+        while not _is_locked(lock) and time.monotonic() < deadline:
+            on_progress("waiting for another replica to start a Ray head")
+            time.sleep(_LOOK_SECONDS)
+        return _ensure_head(owner, node, deadline, on_progress)
+
+
+def _is_locked(lock: IO[str]) -> bool:
+    """Take the lock if it is free; the kernel gives it back with the file's end, or the process's."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _ensure_head(owner: int, node: RayNode, deadline: float, on_progress: Callable[[str], None]) -> str:
     head = replace(node, head_port=HEAD_PORT if node.head_port is None else node.head_port)
     address = f"{head.address}:{head.head_port}"
     log = _directory() / f"{_name(owner)}.log"
