@@ -130,6 +130,19 @@ def test_every_row_is_written_at_once_with_ratio_and_goal(tmp_path):
     assert row["figures"]["openvino"]["values"] == [10.0, 10.0]
 
 
+def test_the_result_says_how_many_tokens_agree_with_pagodas(tmp_path):
+    ids = {"pagoda": [1, 2, 3], "vllm": [1, 2, 4], "openvino": [1, 2, 3]}
+    rounds = run_rounds(list(ids), lambda engine, _: {"speed": 1.0, "first_ids": ids[engine]}, 1, figure="speed")
+    results = Results(tmp_path / "out", HEAD)
+    results.add("qwen3-0.6b", "fp32", "decode-1", "speed", "tok/s", rounds, higher_is_better=True)
+    (row,) = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert {name: entry["agreeing_tokens"] for name, entry in row["figures"].items()} == {
+        "pagoda": [3],
+        "vllm": [2],
+        "openvino": [3],
+    }
+
+
 @pytest.fixture
 def settings() -> EngineSettings:
     return EngineSettings(

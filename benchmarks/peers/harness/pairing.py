@@ -5,10 +5,11 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from harness.process import WorkerFailedError
 
-Run = Callable[[str, int], dict[str, float]]
+Run = Callable[[str, int], dict[str, Any]]
 """Runs one engine in one round and gives its figures; raises `WorkerFailedError`."""
 
 WARM_UP_ROUND = -1
@@ -18,9 +19,9 @@ WARM_UP_ROUND = -1
 class Rounds:
     """`figures[engine][round]`; `failures` and `slow` say why an engine has none, or only its warm-up."""
 
-    figures: dict[str, list[dict[str, float]]] = field(default_factory=dict)
+    figures: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
-    slow: dict[str, dict[str, float]] = field(default_factory=dict)
+    slow: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def values(self, engine: str, name: str) -> list[float]:
         """One figure of every round."""
@@ -50,7 +51,7 @@ def run_rounds(
     One that fails is left out from then on.
     """
     rounds = Rounds()
-    warm: dict[str, dict[str, float]] = {}
+    warm: dict[str, dict[str, Any]] = {}
     for engine in engines:
         _try(engine, WARM_UP_ROUND, run, rounds, lambda figures, engine=engine: warm.__setitem__(engine, figures))
     scores = {name: values[figure] if higher_is_better else 1 / values[figure] for name, values in warm.items()}
@@ -67,7 +68,7 @@ def run_rounds(
     return rounds
 
 
-def _try(engine: str, number: int, run: Run, rounds: Rounds, keep: Callable[[dict[str, float]], object]) -> None:
+def _try(engine: str, number: int, run: Run, rounds: Rounds, keep: Callable[[dict[str, Any]], object]) -> None:
     try:
         keep(run(engine, number))
     except WorkerFailedError as error:

@@ -17,7 +17,7 @@ from harness.engine import EngineSettings
 from harness.measure import Case
 
 RUN_SECONDS = 300.0
-LOAD_SECONDS = 900.0
+LOAD_SECONDS = 1800.0
 TAIL_LINES = 5
 
 

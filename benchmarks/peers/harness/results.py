@@ -34,6 +34,7 @@ class Results:
             engine: {
                 "median": rounds.median(engine, figure),
                 "values": rounds.values(engine, figure),
+                "agreeing_tokens": _agreeing_tokens(rounds, engine),
                 "ratio": None
                 if engine == OWN
                 else median_ratio(
@@ -91,6 +92,18 @@ class Results:
             ),
         ]
         return "\n".join(lines) + "\n"
+
+
+def _agreeing_tokens(rounds: Rounds, engine: str) -> list[int]:
+    """How many tokens of the first sequence an engine and Pagoda have in common before they part, by round."""
+    pairs = zip(rounds.figures.get(OWN, ()), rounds.figures.get(engine, ()), strict=False)
+    lengths = []
+    for own, other in pairs:
+        same = [
+            mine == theirs for mine, theirs in zip(own.get("first_ids", ()), other.get("first_ids", ()), strict=False)
+        ]
+        lengths.append(same.index(False) if False in same else len(same))
+    return lengths
 
 
 def _against_best(figures: dict[str, Any], row: str, *, higher_is_better: bool) -> dict[str, Any]:
