@@ -17,6 +17,8 @@ from pagoda_kernels.gpu.elementwise import (
     rotate_constants,
 )
 from pagoda_kernels.gpu.elementwise_kernels import gated_activation_kernel, rms_norm_kernel, rotate_and_store_kernel
+from pagoda_kernels.gpu.sampling import SAMPLING_TILE, SAMPLING_WARPS
+from pagoda_kernels.gpu.sampling_kernels import greedy_kernel, open_kernel
 from pagoda_kernels.gpu.tuning import AttentionTiles, TuningTable, load_table, table_name
 
 TRITON_TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "float8_e4m3fn": "fp8e4nv"}
@@ -56,6 +58,7 @@ def tuned_builds(arch: int) -> Iterator[KernelBuild]:
         yield from _norm_builds(dtype)
         yield from _activation_builds(dtype)
         yield from _rotate_builds(dtype, float8=False)
+    yield from _sampling_builds()
     if arch >= FIRST_ARCH_WITH_FLOAT8:
         yield from _rotate_builds("bfloat16", float8=True)
         for tiles in table.decode_attention:
@@ -167,3 +170,30 @@ def _rotate_builds(dtype: str, *, float8: bool) -> Iterator[KernelBuild]:
             num_warps=ROTATE_WARPS,
             is_decode=True,
         )
+
+
+def _sampling_builds() -> Iterator[KernelBuild]:
+    constants = {"VOCABULARY": 152_064, "TILE": SAMPLING_TILE}
+    yield KernelBuild(
+        name="choose_greedy",
+        kernel=greedy_kernel,
+        types={"token_ids": "*i64", "best_logits": "*fp32", "logits": "*fp32", "row_stride": "i32"},
+        constants=constants,
+        aligned_integers=frozenset({"row_stride"}),
+        num_warps=SAMPLING_WARPS,
+        is_decode=True,
+    )
+    yield KernelBuild(
+        name="choose_open",
+        kernel=open_kernel,
+        types={
+            **dict.fromkeys(("token_ids", "rows", "seeds", "positions"), "*i64"),
+            **dict.fromkeys(("logits", "best_logits", "inverse_temperatures", "min_ps"), "*fp32"),
+            "top_ps": "*fp64",
+            "row_stride": "i32",
+        },
+        constants=constants,
+        aligned_integers=frozenset({"row_stride"}),
+        num_warps=SAMPLING_WARPS,
+        is_decode=True,
+    )

@@ -181,13 +181,14 @@ class Sampler:
 
     def _draw_on_device(self, logits: Tensor, best_logits: Tensor, rows: SampledRows, group: OpenGroup) -> Tensor:
         """The same draws in one kernel, which asks the host for nothing."""
-        slots, positions = rows.slots[group.host_rows], rows.positions[group.host_rows]
+        slots = rows.slots[group.host_rows]
         ones = torch.ones(len(group.rows), dtype=torch.float64, device=logits.device)
         return choose_open(
             logits,
             best_logits,
             group.rows,
-            *(self.context.upload(array) for array in (self._noise.seeds_of(slots), positions)),
+            seeds=self.context.upload(self._noise.seeds_of(slots)),
+            positions=self.context.upload(rows.positions[group.host_rows]),
             inverse_temperature=ones.float()
             if group.inverse_temperature is None
             else group.inverse_temperature.view(-1),

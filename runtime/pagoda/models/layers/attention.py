@@ -11,8 +11,7 @@ from pagoda.models.layers.norm import RMSNorm
 from pagoda.models.sharding import ModelShare, Shard
 from pagoda.models.weights import WeightTarget
 from pagoda.parallel.groups import TensorGroup
-from pagoda_kernels.attention import AttentionMetadata, paged_attention, write_kv
-from pagoda_kernels.rope import apply_rotary
+from pagoda_kernels.attention import AttentionMetadata, paged_attention, rotate_and_store
 
 
 class SelfAttention(nn.Module):
@@ -49,6 +48,7 @@ class SelfAttention(nn.Module):
         self.o_proj = RowParallelLinear(
             query, {"o_proj": hidden}, bias=config.output_bias, group=group, dtype=dtype, device=device
         )
+        self.norm_eps = config.rms_norm_eps
         self.q_norm = self.k_norm = None
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype=dtype, device=device)
@@ -76,11 +76,19 @@ class SelfAttention(nn.Module):
         """
         heads = self.qkv_proj(x).view(x.shape[0], -1, self.head_dim)
         query, key, value = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
-        if self.q_norm is not None and self.k_norm is not None:
-            query, key = self.q_norm(query)[0], self.k_norm(key)[0]
-        query, key = apply_rotary(query, key, *rotary)
         k_cache, v_cache = kv_cache
-        write_kv(key, value, k_cache, v_cache, metadata.slot_mapping)
+        query = rotate_and_store(
+            query,
+            key,
+            value,
+            *rotary,
+            self.q_norm.weight if self.q_norm is not None else None,
+            self.k_norm.weight if self.k_norm is not None else None,
+            self.norm_eps,
+            k_cache,
+            v_cache,
+            metadata.slot_mapping,
+        )
         attended = paged_attention(query, k_cache, v_cache, metadata, self.scale, self.sliding_window)
         output: torch.Tensor = self.o_proj(attended.flatten(1))
         return output
