@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ import uvicorn
 from kserve.protocol.model_repository_extension import ModelRepositoryExtension
 from kserve.protocol.rest.server import RESTServer, _RefreshingServer
 
+from pagoda.engine.health import EngineState
 from pagoda.errors import ConfigError
 from pagoda.serving.context import ServingContext
 from pagoda.serving.http_protocol import bounded_protocol
@@ -20,6 +22,11 @@ from pagoda.serving.rest.app import install
 
 KEEP_ALIVE_SECONDS = 65  # longer than the 60 s of the usual proxies, so that it is they who close idle connections
 CLOSE_SECONDS = 5
+FAREWELL_SECONDS = 1.0
+"""For clients between two requests on one connection: time to ask once more, and be told to open another one."""
+
+_LOOK_SECONDS = 0.02
+_CLOSE = (b"connection", b"close")
 
 
 class _Server(_RefreshingServer):  # type: ignore[misc]  # kserve is not typed
@@ -63,6 +70,7 @@ class HttpServer(RESTServer):  # type: ignore[misc]  # kserve is not typed
             ssl_keyfile=config.ssl_keyfile,
         )
         self._server = _Server(self.config)
+        context.health.subscribe(self._on_health)
 
     def create_application(self) -> None:
         """Our routes and nothing else; KServe's would answer on the paths that are left."""
@@ -76,6 +84,21 @@ class HttpServer(RESTServer):  # type: ignore[misc]  # kserve is not typed
         except OSError as error:  # ssl.SSLError is one
             raise ConfigError(f"ssl_certfile, ssl_keyfile: {error}") from error
         await self._server.serve(sockets=[listener])
+
+    async def say_farewell(self) -> None:
+        """While it drains, every answer ends its connection; give clients a moment to get one.
+
+        A connection that is closed while its client sends a request loses that request, for the client cannot know whether it
+        was begun.
+        """
+        deadline = asyncio.get_running_loop().time() + FAREWELL_SECONDS
+        while self._server.server_state.connections and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(_LOOK_SECONDS)
+
+    def _on_health(self) -> None:
+        if self._context.health.state is EngineState.DRAINING and _CLOSE not in self.config.encoded_headers:
+            self.config.encoded_headers.append(_CLOSE)  # of all answers from the next second on
+            self._server.server_state.default_headers.append(_CLOSE)  # of those before, and of those under way
 
     def close(self) -> None:
         """Stop listening; `serve` returns when the answers under way are sent, or after `CLOSE_SECONDS`."""

@@ -12,7 +12,7 @@ from kserve import ModelServer, model_server
 from pagoda.serving.context import ServingContext
 from pagoda.serving.grpc_server import GrpcServer
 from pagoda.serving.http_server import HttpServer
-from pagoda.serving.lifecycle import Lifecycle
+from pagoda.serving.lifecycle import EXIT_OK, Lifecycle
 from pagoda.serving.model import EngineDataPlane, PagodaModel
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,10 @@ class PagodaModelServer(ModelServer):  # type: ignore[misc]  # kserve is not typ
         logger.info("REST on %s://%s:%d", scheme, f"[{host}]" if ":" in host else host, port)
         serving = asyncio.ensure_future(http.serve(listener))
         try:
-            return await lifecycle.run(self.model.start_engine(), serving)
+            status = await lifecycle.run(self.model.start_engine(), serving)
+            if status == EXIT_OK:
+                await http.say_farewell()
+            return status
         finally:
             http.close()
             await asyncio.gather(serving, grpc.stop(GRPC_CLOSE_SECONDS), return_exceptions=True)
