@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 WIDTH, HEIGHT, LEFT, BOTTOM = 720, 320, 50, 40
-COLORS = {256: "#1f77b4", 512: "#2ca02c", 1024: "#ff7f0e", 2048: "#d62728"}
+COLORS = {96: "#9467bd", 256: "#1f77b4", 512: "#2ca02c", 1024: "#ff7f0e", 2048: "#d62728"}
 SMOOTHING = 0.9
 
 

@@ -1,10 +1,10 @@
 """Trains the demo model from nothing: tokenizer, weights, loss curve. Resumable; on a CPU in under three hours.
 
-    python train.py --output /tmp/demo --minutes 90        # run again with the same arguments to go on
+    python train.py --output /tmp/demo                     # run again with the same arguments to go on
     torchrun --nproc-per-node 2 train.py --output /tmp/demo --threads 1     # one process per core: faster on few cores
     python evaluate.py /tmp/demo/checkpoint                # scores of the newest weights
 
-The learning rate warms up, stays, and falls to nothing over the last fifth (warmup-stable-decay), counted in steps or in
+The learning rate warms up, stays, and falls to nothing over the last 30 % (warmup-stable-decay), counted in steps or in
 minutes, whichever is further on. A batch follows from the seed and its step.
 """
 
@@ -174,8 +174,8 @@ class Trainer:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="directory of the run")
-    parser.add_argument("--minutes", type=float, default=150.0, help="training time at most")
-    parser.add_argument("--steps", type=int, default=6000, help="steps at most")
+    parser.add_argument("--minutes", type=float, default=600.0, help="training time at most; cuts the schedule short")
+    parser.add_argument("--steps", type=int, default=2800, help="steps at most")
     parser.add_argument("--save-minutes", type=float, default=4.0, help="time between two saved states")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
