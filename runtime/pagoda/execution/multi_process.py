@@ -83,7 +83,8 @@ class ProcessLauncher:
         for process in self._processes:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(max(0.0, deadline - time.monotonic()))
-                continue
-            process.kill()  # ends a stopped process too
+        for process in self._processes:
+            process.kill()  # ends a stopped process too, and does nothing to one that is gone
+        for process in self._processes:
             process.wait()
         self._starter.shutdown()
