@@ -8,6 +8,8 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
+from pagoda.config.schema import option_defaults
+from pagoda.execution.rank_health import RankHealth
 from pagoda.observability.engine_collector import ENGINE_STATES
 from pagoda.observability.metrics import Metrics
 from tests.support.chart import CHART, VALUE_SETS, render, server_container
@@ -23,7 +25,9 @@ FULL: dict[str, Any] = {
 def served_series(prefix: str) -> dict[str, set[str]]:
     """Every series that `/metrics` shows, with the names of its labels."""
     metrics = Metrics("demo", prefix)
-    metrics.watch(FakeEngineClient())
+    engine = FakeEngineClient()
+    engine.ranks = [RankHealth(rank=0, host="node", pid=1, last_heartbeat=0.0, num_steps=0)]
+    metrics.watch(engine)
     text = metrics.render()[0].decode()
     samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
     return {sample.name: set(sample.labels) for sample in samples}
@@ -72,6 +76,19 @@ def test_expressions_have_balanced_brackets_and_only_this_release_s_pods() -> No
     for expression in own:
         assert 'namespace="tales",pod=~"story-pagoda-[a-z0-9]+-[a-z0-9]+"' in expression
     assert re.fullmatch(r"story-pagoda-[a-z0-9]+-[a-z0-9]+", "story-pagoda-7c9d8f6b5-x2x4z")
+
+
+def test_bounds_of_alerts_follow_the_settings() -> None:
+    def bounds(engine: dict[str, Any]) -> dict[str, str]:
+        rules = render({**FULL, "engine": engine})["PrometheusRule"]["spec"]["groups"][0]["rules"]
+        return {rule["alert"]: rule["expr"] for rule in rules}
+
+    defaults = option_defaults()
+    assert f"> {defaults['engine_stall_timeout_seconds'] // 2:.0f} " in bounds({})["PagodaEngineSilent"]
+    assert bounds({})["PagodaRankSilent"].endswith(f"> {defaults['rank_heartbeat_timeout_seconds'] // 2:.0f}")
+    slow = bounds({"engine_stall_timeout_seconds": 120, "rank_heartbeat_timeout_seconds": 60})
+    assert "> 60 " in slow["PagodaEngineSilent"]
+    assert slow["PagodaRankSilent"].endswith("> 30")
 
 
 def test_hpa_scales_on_waiting_requests_and_kv_use() -> None:

@@ -58,6 +58,8 @@ WRONG_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"engine": {"ray_address": "auto"}}, "ray_address"),
     ({"engine": {"distributed_executor_backend": "ray"}}, "distributed_executor_backend"),
     ({"engine": {"tensor_parallel_size": 4}, "resources": {"gpus": 2}}, "resources.gpus"),
+    ({"engine": {"data_parallel_size": 2}, "resources": {"gpus": 1}}, "engine.data_parallel_size = 2"),
+    ({**MULTI_NODE, "engine": {"pipeline_parallel_size": 2, "data_parallel_size": 2}}, "engine.data_parallel_size"),
     ({**MULTI_NODE, "engine": {"pipeline_parallel_size": 3}}, "engine.pipeline_parallel_size = 3"),
     ({**MULTI_NODE, "engine": {"tensor_parallel_size": 2}}, "multiNode.nodes"),
     ({**MULTI_NODE, "engine": {"pipeline_parallel_size": 4}}, "engine.pipeline_parallel_size = 4"),

@@ -16,6 +16,9 @@
 {{- if and $gpus (ne (mul $gpus $nodes) $ranks) -}}
 {{- fail (printf "resources: resources.gpus = %d × multiNode.nodes = %d must be %s" $gpus $nodes $sizes) -}}
 {{- end -}}
+{{- if gt (int (.Values.engine.data_parallel_size | default 1)) 1 -}}
+{{- fail "multiNode: engine.data_parallel_size must be 1; replicas is the number of groups" -}}
+{{- end -}}
 {{- if not .Values.multiNode.ray.tokenSecret.name -}}
 {{- fail "multiNode: multiNode.ray.tokenSecret.name is needed: kubectl create secret generic ray --from-literal=token=$(openssl rand -hex 32)" -}}
 {{- end -}}
@@ -30,7 +33,10 @@
 {{- fail (printf "multiNode: port %d is one of the 100 from multiNode.ray.firstPort on" .) -}}
 {{- end -}}
 {{- end -}}
-{{- else if and $gpus (gt $ranks $gpus) -}}
-{{- fail (printf "resources: %s ranks need as many resources.gpus, not %d; over several pods only in mode multiNode" $sizes $gpus) -}}
+{{- else -}}
+{{- $copies := int (.Values.engine.data_parallel_size | default 1) -}}
+{{- if and $gpus (gt (mul $ranks $copies) $gpus) -}}
+{{- fail (printf "resources: %s, times engine.data_parallel_size = %d, need as many resources.gpus, not %d; over several pods only in mode multiNode" $sizes $copies $gpus) -}}
+{{- end -}}
 {{- end -}}
 {{- end -}}
