@@ -43,37 +43,49 @@ def _poison(context: Context) -> None:
         torch.full((size,), torch.nan, device=context.device)
 
 
+# Heads, KV heads, head dimension, type, sliding window, soft cap, block size. Every line compiles kernels of its own, which
+# takes seconds: so each thing that can go wrong is in few lines, the commonest shapes first.
+ATTENTION = (
+    (32, 8, 128, torch.bfloat16, None, None, 16),
+    (64, 8, 128, torch.bfloat16, None, None, 16),
+    (32, 8, 128, torch.float32, None, None, 16),
+    (32, 8, 128, torch.bfloat16, 100, None, 16),
+    (40, 8, 128, torch.bfloat16, None, None, 256),
+    (24, 8, 64, torch.float16, None, None, 16),
+    (24, 8, 64, torch.bfloat16, None, 20.0, 32),
+    (7, 1, 80, torch.bfloat16, None, None, 16),
+    (16, 16, 96, torch.float16, 100, None, 16),
+    (8, 2, 256, torch.bfloat16, None, None, 16),
+    (8, 2, 256, torch.float32, 100, 20.0, 16),
+)
+TINY_ATTENTION = ((6, 2, 16, torch.float32, None, None, 16), (6, 2, 16, torch.float32, 10, 20.0, 16))
+
+
 def _attention(context: Context) -> Iterator[Check]:
     decode = [(1, length) for length in context.choose((1, 15, 16, 17, 255, 256, 257, 2064, 9000), (1, 17, 40))]
     chunks = context.choose([(3, 3), (64, 64), (130, 1000), (1, 77), (700, 700)], [(3, 3), (5, 30)])
-    shapes = context.choose(
-        [(32, 8, 128), (64, 8, 128), (40, 8, 128), (24, 8, 64), (7, 1, 80), (16, 16, 96), (8, 2, 256)], [(6, 2, 16)]
-    )
-    dtypes = context.choose((torch.bfloat16, torch.float16, torch.float32), (torch.float32,))
-    for (num_heads, num_kv_heads, head_dim), dtype in itertools.product(shapes, dtypes):
-        for window, soft_cap in ((None, None), (100, None), (None, 20.0)):
-            for block_size in context.choose((16, 256) if dtype == torch.bfloat16 else (16,), (16,)):
-                batch = make_batch(
-                    decode + chunks,
-                    num_heads=num_heads,
-                    num_kv_heads=num_kv_heads,
-                    head_dim=head_dim,
-                    dtype=dtype,
-                    device=context.device,
-                    block_size=block_size,
-                    poisoned=True,
-                )
+    for num_heads, num_kv_heads, head_dim, dtype, window, soft_cap, block_size in context.choose(
+        ATTENTION, TINY_ATTENTION
+    ):
+        batch = make_batch(
+            decode + chunks,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            dtype=dtype,
+            device=context.device,
+            block_size=block_size,
+            poisoned=True,
+        )
 
-                def check(batch=batch, window=window, soft_cap=soft_cap) -> tuple[torch.Tensor, torch.Tensor]:
-                    actual = backend.active.paged_attention(
-                        batch.query, batch.k_cache, batch.v_cache, batch.metadata, batch.scale, window, soft_cap
-                    )
-                    return actual, batch.expected(window, soft_cap)
+        def check(batch=batch, window=window, soft_cap=soft_cap) -> tuple[torch.Tensor, torch.Tensor]:
+            actual = backend.active.paged_attention(
+                batch.query, batch.k_cache, batch.v_cache, batch.metadata, batch.scale, window, soft_cap
+            )
+            return actual, batch.expected(window, soft_cap)
 
-                name = (
-                    f"attention {num_heads}/{num_kv_heads}x{head_dim} window={window} cap={soft_cap} block={block_size}"
-                )
-                yield name, dtype, check
+        name = f"attention {num_heads}/{num_kv_heads}x{head_dim} window={window} cap={soft_cap} block={block_size}"
+        yield name, dtype, check
 
 
 def _elementwise(context: Context) -> Iterator[Check]:

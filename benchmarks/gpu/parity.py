@@ -57,7 +57,15 @@ def _engine(
     context: Context, folder: Path, prompts: list[list[int]], num_tokens: int
 ) -> tuple[list[list[int]], list[list[int]]]:
     core = start_core(
-        configuration(context, folder, dtype="float32", max_model_len=400, max_num_seqs=8, max_num_batched_tokens=64)
+        configuration(
+            context,
+            folder,
+            dtype="float32",
+            max_model_len=400,
+            max_num_seqs=8,
+            max_num_batched_tokens=64,
+            kv_cache_memory_bytes=1 << 28,  # more would be millions of blocks of so small a model
+        )
     )
     try:
         together = _generate(core, prompts, num_tokens)

@@ -22,6 +22,7 @@ from pagoda_kernels.gpu.sampling_kernels import greedy_kernel, open_kernel
 from pagoda_kernels.gpu.tuning import AttentionTiles, TuningTable, load_table, table_name
 
 TRITON_TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "float8_e4m3fn": "fp8e4nv"}
+FIRST_ARCH_WITH_BFLOAT16 = 80
 FIRST_ARCH_WITH_FLOAT8 = 89
 DTYPES_OF_SIZE = {2: ("bfloat16", "float16"), 4: ("float32",)}
 
@@ -48,13 +49,12 @@ def tuned_builds(arch: int) -> Iterator[KernelBuild]:
     table = load_table(table_name(divmod(arch, 10)))
     for decode in (True, False):
         for tiles in table.decode_attention if decode else table.prefill_attention:
-            for dtype in DTYPES_OF_SIZE[tiles.element_bytes]:
-                if dtype == "bfloat16" and arch < 80:
-                    continue
-                yield from attention_builds(table, tiles, dtype, decode=decode)
+            for dtype in _dtypes_served(table, tiles, decode=decode):
+                if dtype != "bfloat16" or arch >= FIRST_ARCH_WITH_BFLOAT16:
+                    yield from attention_builds(table, tiles, dtype, decode=decode)
     for head_dim in (64, 128, 256):
         yield _reduce_build(table, head_dim)
-    for dtype in ("float16",) if arch < 80 else ("bfloat16", "float16", "float32"):
+    for dtype in ("float16",) if arch < FIRST_ARCH_WITH_BFLOAT16 else ("bfloat16", "float16", "float32"):
         yield from _norm_builds(dtype)
         yield from _activation_builds(dtype)
         yield from _rotate_builds(dtype, float8=False)
@@ -64,6 +64,14 @@ def tuned_builds(arch: int) -> Iterator[KernelBuild]:
         for tiles in table.decode_attention:
             if tiles.element_bytes == 2:
                 yield from attention_builds(table, tiles, "bfloat16", decode=True, kv_dtype="float8_e4m3fn")
+
+
+def _dtypes_served(table: TuningTable, tiles: AttentionTiles, *, decode: bool) -> Iterator[str]:
+    """The types that `tiles` are taken for: its own, and smaller ones where the table has nothing smaller."""
+    for element_bytes, dtypes in DTYPES_OF_SIZE.items():
+        chosen = table.decode_tiles if decode else table.prefill_tiles
+        if element_bytes <= tiles.element_bytes and chosen(tiles.head_dim, element_bytes) is tiles:
+            yield from dtypes
 
 
 def attention_builds(

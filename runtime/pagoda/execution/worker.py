@@ -111,6 +111,9 @@ class Worker:
         self._run_largest(self.runner, num_rows=1, num_tokens=min(_WARM_UP_TOKENS, self.runner.batch.max_model_len - 1))
         if self._uses_cuda_graphs():
             self.runner.capture_graphs(capture_cuda_graphs)
+        if self.device.type == "cuda":
+            # The memory of the greatest step is taken now, and not from the driver while requests run.
+            self._run_largest(self.runner, **self._largest_step(self.runner.batch.max_model_len))
 
     def execute(self, plan: StepPlan, landed: LandedTokens = NO_LANDED_TOKENS) -> PendingStep | PendingBurst:
         """Run a plan, see `ModelRunner.execute`; all steps of a burst, each on what the one before sampled."""
@@ -144,6 +147,13 @@ class Worker:
         """Whether decode steps are captured: on a GPU, unless ranks exchange messages within a step."""
         alone = self.groups.layout.world_size == 1
         return self.device.type == "cuda" and alone and not self.config.enforce_eager
+
+    def _largest_step(self, max_model_len: int) -> dict[str, int]:
+        """Rows and tokens of the greatest step that the scheduler can plan."""
+        assert self.config.max_num_batched_tokens is not None
+        num_tokens = self.config.max_num_batched_tokens
+        num_rows = min(self._max_num_seqs(), num_tokens)
+        return {"num_rows": num_rows, "num_tokens": min(num_tokens, num_rows * (max_model_len - 1))}
 
     def _longest_sequence(self) -> int:
         return self.config.max_model_len or self.model_config.max_context_length
