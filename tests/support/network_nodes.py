@@ -121,8 +121,14 @@ class NetworkNode:
         return path.read_text(errors="replace") if path.exists() else ""
 
     def set_link(self, interface: str, state: str) -> None:
-        """Take an interface `down` or `up`."""
+        """Take an interface `down` or `up`; with eth0 the default route goes, and comes back."""
         _ip("-n", self.name, "link", "set", interface, state)
+        if (interface, state) == ("eth0", "up"):
+            self.set_default_route()
+
+    def set_default_route(self) -> None:
+        """As in a pod: a default route over eth0, here one that leads nowhere."""
+        _ip("-n", self.name, "route", "replace", "default", "via", self.address.rpartition(".")[0] + ".254")
 
     def bytes_on(self, interface: str) -> int:
         """Bytes that an interface has sent and received since it was made."""
@@ -189,8 +195,7 @@ class NetworkNodes:
             _ip("link", "set", outside, "master", self._bridges[index], "up")
             _ip("-n", node.name, "address", "add", f"{address}/24", "dev", f"eth{index}")
             _ip("-n", node.name, "link", "set", f"eth{index}", "up")
-        # As in a pod: a default route, here one that leads nowhere.
-        _ip("-n", node.name, "route", "add", "default", "via", node.address.rpartition(".")[0] + ".254")
+        node.set_default_route()
 
     def _end_processes(self, patience: float = 10.0) -> None:
         """End what was started, wait for every process of the nodes, and kill what remains."""

@@ -74,7 +74,7 @@ def test_the_file_of_a_process_that_is_gone_counts_for_nothing(tmp_path: Path) -
 
 def test_another_process_under_the_same_id_is_not_taken_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rank_file(tmp_path, 0, 10.0).enter(READY)
-    monkeypatch.setattr(node_state, "_process_start", lambda pid: 1 if pid == os.getpid() else None)
+    monkeypatch.setattr(node_state, "process_start", lambda pid: 1 if pid == os.getpid() else None)
     assert published(tmp_path)[1] == []
 
 

@@ -55,8 +55,13 @@ def connect_cluster(config: PagodaConfig, deadline: float, on_progress: Callable
     os.environ.update(ray_environment(os.environ))  # read by Ray as it is imported, and by what it starts
     address = config.ray_address
     if address is None:
-        interface = choose_outward_interface(config.network_interface)
-        address = ensure_head(owner_process(), RayNode.of(config, interface.address), deadline, on_progress)
+        address = ensure_head(
+            owner_process(),
+            RayNode.of(config),
+            lambda: choose_outward_interface(config.network_interface).address,
+            deadline,
+            on_progress,
+        )
     elif address != "auto":
         wait_for_head(address, deadline, on_progress)
     on_progress(f"connecting to the Ray cluster at {address}")

@@ -10,6 +10,7 @@ the head by the file that this process keeps.
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import logging
 import os
@@ -25,7 +26,15 @@ from typing import IO
 
 from pagoda.errors import CommunicationError, ConfigError
 from pagoda.execution.ray_node import HEAD_PORT, RayNode, ray_environment, split_address, trouble_with
-from pagoda.parallel.node_state import READY, PublishedState, StateFile, default_directory, is_alive, published
+from pagoda.parallel.node_state import (
+    READY,
+    PublishedState,
+    StateFile,
+    default_directory,
+    is_alive,
+    process_start,
+    published,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -36,21 +45,47 @@ STARTED = "Ray runtime started"
 _SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 
-def ensure_head(owner: int, node: RayNode, deadline: float, on_progress: Callable[[str], None]) -> str:
-    """HOST:PORT of the head that belongs to the process `owner`; started at `node.address` if there is none yet.
+def ensure_head(
+    owner: int,
+    offer: RayNode,
+    choose_address: Callable[[], str],
+    deadline: float,
+    on_progress: Callable[[str], None],
+) -> str:
+    """HOST:PORT of the head that belongs to the process `owner`; started if there is none yet, as `offer` at a chosen address.
 
-    One that is about to end is waited for. Ray may fail to start on a busy machine, so it is tried more than once. Replicas of
-    an engine have one owner, and one of them starts the head of all.
+    One that has to be started again is started at the same address, where workers look for it. One that is about to end is
+    waited for. Ray may fail to start on a busy machine, so it is tried more than once. Replicas of an engine have one owner,
+    and one of them starts the head of all.
 
     Raises:
         ConfigError: the port is taken.
         CommunicationError: the head did not come up, and what it said.
     """
-    with (_directory() / f"{_name(owner)}.lock").open("w") as lock:
+    with (_directory() / f"{_name(owner)}.lock").open("a+") as lock:
         while not _is_locked(lock) and time.monotonic() < deadline:
             on_progress("waiting for another replica to start a Ray head")
             time.sleep(_LOOK_SECONDS)
-        return _ensure_head(owner, node, deadline, on_progress)
+        found = _find(owner)
+        if found is not None and _is_up(found):
+            return found.detail
+        address = _remembered(lock, owner) or choose_address()
+        _remember(lock, owner, address)
+        return _ensure_head(owner, replace(offer, address=address), deadline, on_progress)
+
+
+def _remembered(lock: IO[str], owner: int) -> str | None:
+    """The address of the head before, if this same process was its owner."""
+    lock.seek(0)
+    start, _, address = lock.read().partition(" ")
+    return address if start == str(process_start(owner)) else None
+
+
+def _remember(lock: IO[str], owner: int, address: str) -> None:
+    lock.seek(0)
+    lock.truncate()
+    lock.write(f"{process_start(owner)} {address}")
+    lock.flush()
 
 
 def _is_locked(lock: IO[str]) -> bool:
@@ -67,7 +102,7 @@ def _ensure_head(owner: int, node: RayNode, deadline: float, on_progress: Callab
     address = f"{head.address}:{head.head_port}"
     log = _directory() / f"{_name(owner)}.log"
     starter: subprocess.Popen[bytes] | None = None
-    num_failures = 0
+    num_failures, trouble = 0, None
     while (found := _find(owner)) is None or not _is_up(found):
         if starter is not None and starter.poll() is not None:
             num_failures += 1
@@ -77,13 +112,14 @@ def _ensure_head(owner: int, node: RayNode, deadline: float, on_progress: Callab
             logger.warning("the Ray head did not start: %s; trying again", words)
             starter = None
         if found is None and starter is None:
-            _check_port(head)
-            starter = _start(owner, head, address, log)
+            trouble = _trouble_with_port(head)
+            if trouble is None:
+                starter = _start(owner, head, address, log)
         if time.monotonic() > deadline:
             if starter is not None:
                 starter.terminate()
-            raise CommunicationError(f"the Ray head at {address} did not start in time; its log: {log}")
-        on_progress(f"starting a Ray head at {address}")
+            raise CommunicationError(f"the Ray head at {address} did not start in time: {trouble or f'its log: {log}'}")
+        on_progress(f"starting a Ray head at {address}" + (f": {trouble}" if trouble else ""))
         time.sleep(_LOOK_SECONDS)
     return found.detail
 
@@ -117,15 +153,18 @@ def last_words(text: str) -> str:
     return (errors or lines or ["it said nothing"])[-1]
 
 
-def _check_port(node: RayNode) -> None:
+def _trouble_with_port(node: RayNode) -> str | None:
+    """Why nobody can listen there just now: the interface is down. Raises `ConfigError` where somebody does already."""
     assert node.head_port is not None
     try:
         with socket.create_server((node.address, node.head_port), family=_family(node.address)):
-            return
+            return None
     except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            return f"{error.strerror or error}"
         where = f"{node.address}:{node.head_port}"
         raise ConfigError(
-            f"ray_address=none: a Ray head cannot be started at {where}: {error.strerror}; "
+            f"ray_address=none: a Ray head cannot be started at {where}: the port is taken; "
             f"to use a head that runs there set ray_address={where}"
         ) from error
 

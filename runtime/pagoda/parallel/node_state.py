@@ -58,7 +58,7 @@ class StateFile:
         self._bound = bound
         self._stage = "starting"
         self._detail = ""
-        self._process_start = _process_start(os.getpid()) or 0
+        self._process_start = process_start(os.getpid()) or 0
 
     def enter(self, stage: str, detail: str = "") -> None:
         """Say that the process is at `stage` now."""
@@ -137,7 +137,7 @@ def rank_file(directory: Path, rank: int, bound: float) -> StateFile:
 
 def is_alive(pid: int) -> bool:
     """Whether there is a process of this id that runs, or could."""
-    return _process_start(pid) is not None
+    return process_start(pid) is not None
 
 
 def _read_all(directory: Path) -> Iterator[PublishedState]:
@@ -150,11 +150,11 @@ def _read_all(directory: Path) -> Iterator[PublishedState]:
 
 
 def _is_there(state: PublishedState) -> bool:
-    return state.process_start != 0 and _process_start(state.pid) == state.process_start
+    return state.process_start != 0 and process_start(state.pid) == state.process_start
 
 
-def _process_start(pid: int) -> int | None:
-    """When the process began, in the kernel's ticks; with its id that names a process for good. None: there is none."""
+def process_start(pid: int) -> int | None:
+    """When a process began, in the kernel's ticks; with its id that names a process for good. None: there is none."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
