@@ -1,0 +1,50 @@
+"""What a slow reader of a request costs, and what it still gets."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from pagoda.engine.mailbox import Mailbox
+from pagoda.engine.messages import EngineOutput
+from pagoda.errors import EngineDeadError
+from pagoda.sampling.output import FinishReason, TokenLogprobs
+
+
+def output(*token_ids: int, **fields) -> EngineOutput:
+    logprobs = [TokenLogprobs([token_id], [-0.5], rank=1) for token_id in token_ids]
+    return EngineOutput(request_id="r", new_token_ids=list(token_ids), logprobs=logprobs, **fields)
+
+
+async def test_a_reader_that_was_away_gets_everything_in_one_piece() -> None:
+    mailbox = Mailbox()
+    mailbox.put(output(1, prompt_logprobs=[None]))
+    mailbox.put(output(2, 3))
+    mailbox.put(output(4, finish_reason=FinishReason.STOP, stop_reason=4))
+    got = await mailbox.get()
+    assert got.new_token_ids == [1, 2, 3, 4]
+    assert got.logprobs is not None
+    assert [entry.token_ids for entry in got.logprobs] == [[1], [2], [3], [4]]
+    assert (got.prompt_logprobs, got.finish_reason, got.stop_reason) == ([None], FinishReason.STOP, 4)
+
+
+async def test_a_reader_waits_for_news_and_gets_each_once() -> None:
+    mailbox = Mailbox()
+    mailbox.put(output(1))
+    assert (await mailbox.get()).new_token_ids == [1]
+    waiting = asyncio.create_task(mailbox.get())
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    mailbox.put(output(2))
+    assert (await waiting).new_token_ids == [2]
+
+
+async def test_what_came_before_a_loss_is_given_before_the_error() -> None:
+    mailbox = Mailbox()
+    mailbox.put(output(1))
+    mailbox.fail(EngineDeadError("lost"))
+    assert (await mailbox.get()).new_token_ids == [1]
+    for _ in range(2):
+        with pytest.raises(EngineDeadError):
+            await mailbox.get()
