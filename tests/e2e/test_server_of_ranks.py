@@ -1,4 +1,4 @@
-"""`pagoda serve` with a model in two ranks: the answers of one, every rank in sight, and a lost one replaced."""
+"""`pagoda serve` with a model in two ranks: right answers, every rank in sight, and a lost one replaced."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from collections.abc import Callable
 
 import pytest
 
+from pagoda.models.demo import demo_checkpoint
+from tests.support.demo_questions import FactSheet
 from tests.support.observer import is_there
 from tests.support.server import ServerProcess
 
@@ -24,25 +26,27 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
-def answer(server: ServerProcess) -> str:
-    body = {"text_input": "Once upon a time", "parameters": {"temperature": 0, "max_tokens": 24}}
-    response = server.client.post("/v2/models/demo/generate", json=body)
+SETTINGS = {"kv_cache_memory_bytes": "64MiB", "dtype": "float32", "max_num_batched_tokens": 256}
+SHEET = FactSheet.draw(seed=4, count=60)
+
+
+def check_answer(server: ServerProcess) -> None:
+    """A fact far back in a prompt of several chunks is told right."""
+    messages, expected = SHEET.ask(3)
+    body = {"model": "demo", "messages": messages, "temperature": 0, "max_tokens": 24}
+    response = server.client.post("/v1/chat/completions", json=body)
     assert response.status_code == 200, response.text
-    return response.json()["text_output"]
+    assert response.json()["choices"][0]["message"]["content"] == expected
 
 
 def health(server: ServerProcess) -> dict:
     return server.client.get("/health").json()
 
 
-def test_a_server_of_two_ranks_answers_like_one_and_replaces_both_when_one_is_killed() -> None:
-    with ServerProcess() as server:
-        server.wait_until_ready()
-        expected = answer(server)
-        assert health(server)["ranks"] == []
-    with ServerProcess(tensor_parallel_size=2) as server:
+def test_a_server_of_two_ranks_answers_right_and_replaces_both_when_one_is_killed() -> None:
+    with ServerProcess(model=demo_checkpoint(), tensor_parallel_size=2, **SETTINGS) as server:
         until(lambda: health(server)["state"] == "ready")
-        assert answer(server) == expected
+        check_answer(server)
         until(lambda: len(health(server)["ranks"]) == 2)
         ranks = health(server)["ranks"]
         assert [(rank["rank"], rank["up"]) for rank in ranks] == [(0, True), (1, True)]
@@ -56,7 +60,7 @@ def test_a_server_of_two_ranks_answers_like_one_and_replaces_both_when_one_is_ki
         assert server.client.get("/v2/health/live").status_code == 200
         until(lambda: not any(is_there(rank["pid"]) for rank in ranks))
         until(lambda: health(server)["state"] == "ready")
-        assert answer(server) == expected
+        check_answer(server)
 
         until(lambda: len(health(server)["ranks"]) == 2)
         ranks = health(server)["ranks"]
