@@ -1,4 +1,4 @@
-"""The bfloat16 products of AVX512-BF16, written out in AVX-512: their code under test on processors without the instruction."""
+"""The bfloat16 products of AVX512-BF16, written out in AVX-512: their code tested where the instruction is missing."""
 
 from __future__ import annotations
 
