@@ -114,6 +114,15 @@ def test_failed_step_on_a_device_that_is_not_sane_is_the_end_of_the_engine(
         run(core, NAMES)
 
 
+def test_an_engine_that_holds_a_block_when_it_is_idle_does_not_go_on(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core = make_core(checkpoint)
+    monkeypatch.setattr(core._scheduler.kv, "release", lambda request: None)
+    with pytest.raises(AssertionError, match="KV blocks are held by nobody"):
+        run(core, NAMES)
+
+
 def test_step_that_does_not_fit_is_run_in_smaller_ones_with_the_same_tokens(checkpoint: Path) -> None:
     core = make_core(checkpoint)
     undisturbed = run(core, NAMES)
