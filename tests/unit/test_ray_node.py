@@ -1,13 +1,23 @@
 """How Ray nodes are started, what is said while a head is waited for, and what Ray's own words are turned into."""
 
+import os
 import socket
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from pagoda.config.schema import PagodaConfig
 from pagoda.errors import CommunicationError, ConfigError
-from pagoda.execution.ray_node import RayNode, ray_environment, refusal_in, split_address, wait_for_head
+from pagoda.execution.ray_node import (
+    RayNode,
+    address_of_cluster,
+    ray_environment,
+    refusal_in,
+    split_address,
+    wait_for_head,
+)
 
 # What `ray start --address` and `ray.init` say, as of Ray 2.60.
 MISMATCH = """RuntimeError: Version mismatch: The cluster was started with:
@@ -113,3 +123,46 @@ def test_a_head_that_listens_is_found_and_one_told_to_stop_stops() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         assert wait_for_head(f"127.0.0.1:{server.getsockname()[1]}", time.monotonic(), print)
     assert not wait_for_head("127.0.0.1:1", time.monotonic() + 60, print, lambda: True)
+
+
+@pytest.fixture
+def ray_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A machine on which no raylet runs, and where Ray keeps its files."""
+    monkeypatch.setattr("psutil.process_iter", lambda attributes: iter(()))
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    (tmp_path / "ray").mkdir()
+    return tmp_path / "ray"
+
+
+def test_a_machine_of_no_cluster_is_told_to_join_first(ray_directory: Path) -> None:
+    with pytest.raises(
+        ConfigError, match="ray_address=auto: this machine is no node of a Ray cluster; run `pagoda join"
+    ):
+        address_of_cluster("auto")
+    with pytest.raises(ConfigError, match=r"no node of that cluster; run `pagoda join 10\.0\.0\.1:6379` here first"):
+        address_of_cluster("10.0.0.1:6379")
+
+
+def test_the_cluster_that_was_joined_here_is_found_by_auto_and_by_any_of_its_names(
+    ray_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (ray_directory / "ray_current_cluster").write_text("127.0.0.1:7000")
+    assert address_of_cluster("auto") == "127.0.0.1:7000"
+    assert address_of_cluster("127.0.0.1:7000") == "127.0.0.1:7000"
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [(0, 0, 0, "", ("127.0.0.1", 0))])
+    assert address_of_cluster("head.example:7000") == "127.0.0.1:7000"
+    with pytest.raises(ConfigError, match=r"no node of that cluster; it belongs to 127\.0\.0\.1:7000"):
+        address_of_cluster("head.example:7001")
+
+
+def test_a_raylet_that_runs_here_counts_more_than_what_was_joined_last(
+    ray_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (ray_directory / "ray_current_cluster").write_text("10.0.0.9:6379")
+    info = {"name": "raylet", "cmdline": ["raylet", "--gcs-address=10.0.0.1:6379"]}
+    here = SimpleNamespace(pid=os.getpid(), info=info)
+    monkeypatch.setattr("psutil.process_iter", lambda attributes: iter([here]))
+    assert address_of_cluster("auto") == "10.0.0.1:6379"
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.9:6379")
+    assert address_of_cluster("auto") == "10.0.0.9:6379"

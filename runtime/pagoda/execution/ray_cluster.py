@@ -15,6 +15,7 @@ from pagoda.errors import CommunicationError, ConfigError, PagodaError
 from pagoda.execution.ray_head import ensure_head
 from pagoda.execution.ray_node import (
     RayNode,
+    address_of_cluster,
     ray_environment,
     refusal_in,
     require_ray,
@@ -62,7 +63,8 @@ def connect_cluster(config: PagodaConfig, deadline: float, on_progress: Callable
             deadline,
             on_progress,
         )
-    elif address != "auto":
+    else:
+        address = address_of_cluster(address)
         wait_for_head(address, deadline, on_progress)
     on_progress(f"connecting to the Ray cluster at {address}")
     import ray
@@ -161,15 +163,6 @@ def _in_words(error: Exception, address: str, version: str) -> PagodaError:
     refusal = refusal_in(text, address, version)
     if refusal is not None:
         return ConfigError(refusal)
-    if isinstance(error, ConnectionError) and address == "auto":
-        return ConfigError(
-            "ray_address=auto: this machine is no node of a Ray cluster; "
-            "run `pagoda join HEAD` here first, or leave ray_address out to start a head"
-        )
-    if "node_ip_address" in text or "No node" in text or "not find" in text:
-        return ConfigError(
-            f"ray_address={address}: this machine is no node of that cluster; run `pagoda join {address}` here first"
-        )
     return CommunicationError(f"the Ray cluster at {address} cannot be joined: {text}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import socket
@@ -9,6 +10,9 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
 
 from pagoda.config.hardware import cpu_report
 from pagoda.config.schema import PagodaConfig
@@ -139,6 +143,61 @@ def wait_for_head(
         on_progress(f"waiting for the Ray head at {host}:{port}: {trouble}")
         time.sleep(_LOOK_SECONDS)
     return False
+
+
+def address_of_cluster(ray_address: str) -> str:
+    """HOST:PORT of the cluster that `ray_address` names: `auto`, or an address. This machine must be a node of it.
+
+    Looked up here because Ray ends the whole process when it is told to connect from a machine that is none.
+
+    Raises:
+        ConfigError: this machine belongs to no cluster, or to another one.
+    """
+    found = _clusters_here()
+    wanted = os.environ.get("RAY_ADDRESS", "auto") if ray_address == "auto" else ray_address
+    if wanted == "auto":
+        if not found:
+            raise ConfigError(
+                "ray_address=auto: this machine is no node of a Ray cluster; "
+                "run `pagoda join HEAD` here first, or leave ray_address out to start a head"
+            )
+        return found[0]
+    for address in found:
+        if _resolved(address) == _resolved(wanted):
+            return address
+    belongs = f"it belongs to {', '.join(found)}" if found else f"run `pagoda join {wanted}` here first"
+    raise ConfigError(f"ray_address={wanted}: this machine is no node of that cluster; {belongs}")
+
+
+def _clusters_here() -> list[str]:
+    """Addresses of the clusters whose raylets run here, in this network; then that of the one that was last joined here."""
+    network = _network_of("self")
+    found = []
+    for process in psutil.process_iter(["name", "cmdline"]):
+        if process.info["name"] == "raylet" and _network_of(str(process.pid)) == network:
+            found += [
+                word.partition("=")[2] for word in process.info["cmdline"] or () if word.startswith("--gcs-address=")
+            ]
+    last = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster"
+    if last.is_file():
+        found.append(last.read_text(encoding="utf-8").strip())
+    return [address for address in dict.fromkeys(found) if address]
+
+
+def _network_of(process: str) -> str | None:
+    """The network namespace of a process; None where it cannot be told."""
+    try:
+        return os.readlink(f"/proc/{process}/ns/net")
+    except OSError:
+        return None
+
+
+def _resolved(address: str) -> tuple[frozenset[str], int]:
+    host, port = split_address(address)
+    try:
+        return frozenset(str(info[4][0]) for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)), port
+    except socket.gaierror:
+        return frozenset({host}), port
 
 
 def refusal_in(text: str, address: str, version: str) -> str | None:

@@ -23,6 +23,7 @@ from pagoda.execution.model_runner import ModelRunner, PendingBurst, PendingStep
 from pagoda.models.config import ModelConfig
 from pagoda.models.decoder import DecoderForCausalLM
 from pagoda.models.loader import Progress, initialize_dummy_weights, load_weights
+from pagoda.models.quantization.schemes import QuantizationConfig, check_device, choose_quantization
 from pagoda.models.registry import build_model
 from pagoda.models.sharding import ModelShare, check_layout
 from pagoda.parallel.groups import SINGLE_RANK, ParallelGroups
@@ -66,7 +67,7 @@ class Worker:
             choose_cpu_kernels(self.config.cpu_kernels)
         else:
             choose_gpu_kernels()
-        self.model = build_model(self.model_config, self.dtype, self.device, self.groups)
+        self.model = build_model(self.model_config, self.dtype, self.device, self.groups, self._quantization())
         if self.config.load_format == "dummy":
             initialize_dummy_weights(self.model, self.config.seed)
         elif self.config.model is None:
@@ -78,6 +79,20 @@ class Worker:
             reserve_decode_workspace(
                 self._max_num_seqs(), self.share.heads.size, self.model_config.head_dim, self.device
             )
+
+    def _quantization(self) -> QuantizationConfig | None:
+        """How the model is quantized. Raises `ConfigError` where it cannot be so."""
+        quantization = choose_quantization(
+            self.config.quantization,
+            self.config.quantization_group_size,
+            self.model_config.quantization,
+            self.model_config.linear_input_sizes,
+        )
+        if quantization is None:
+            return None
+        check_device(quantization, self.device.type, self.config.dtype)
+        logger.info("weights are quantized: %s", quantization)
+        return quantization.from_floats() if self.config.load_format == "dummy" else quantization
 
     def kv_block_bytes(self, block_size: int) -> int:
         """Bytes of one KV block of `block_size` tokens: keys and values, in the layers and of the KV heads of this rank."""
