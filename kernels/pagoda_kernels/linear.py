@@ -65,8 +65,9 @@ def pack(weight: torch.Tensor) -> PackedWeight:
         weight = weight.float()
     if weight.dtype not in (torch.float32, torch.bfloat16):
         raise TypeError(f"float32 and bfloat16 weights can be packed, not {weight.dtype}")
+    out_features, in_features = weight.shape
     bits = 32 if weight.dtype == torch.float32 else 16
-    return PackedWeight(backend.active.pack(weight.contiguous()), *weight.shape, bits=bits)
+    return PackedWeight(backend.active.pack(weight.contiguous()), out_features, in_features, bits=bits)
 
 
 def quantize_int8(weight: torch.Tensor) -> PackedWeight:

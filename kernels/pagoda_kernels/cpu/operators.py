@@ -13,7 +13,7 @@ from pagoda_kernels.metadata import AttentionMetadata
 if TYPE_CHECKING:
     from pagoda_kernels.linear import PackedWeight
 
-torch.ops.load_library(str(library()))
+torch.ops.load_library(str(library()))  # type: ignore[no-untyped-call]
 
 _attention = torch.ops.pagoda_cpu.paged_attention.default
 _norm = torch.ops.pagoda_cpu.rms_norm.default
