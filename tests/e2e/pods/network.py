@@ -39,12 +39,32 @@ class Network:
         self._addresses = itertools.count(10)
         self._number = number
         self._service_addresses: dict[str, str] = {}
+        self._others: dict[str, int] = {}
+        self._creating = asyncio.Lock()
         self._servers: list[asyncio.Server | asyncio.DatagramTransport] = []
         self._turns = itertools.count()
 
     def new_address(self) -> str:
         """An address for a pod."""
         return str(ipaddress.ip_network(self._subnet)[next(self._addresses)])
+
+    async def attachments(self, address: str, others: list[str]) -> list[str]:
+        """podman's arguments for a pod at `address`: `eth0` here and, as Multus does it, `net1`, `net2` on other networks."""
+        words = [f"--network={self.name}:ip={address},interface_name=eth0"]
+        for position, other in enumerate(others, start=1):
+            if other not in self._others:
+                self._others[other] = number = len(self._others)
+                subnet = f"10.{78 + number}.{self._number}.0/24"
+                await podman(
+                    "network", "create", "--disable-dns", "--internal", f"--subnet={subnet}", self._other(other)
+                )
+            host = address.rpartition(".")[2]
+            own = f"10.{78 + self._others[other]}.{self._number}.{host}"
+            words.append(f"--network={self._other(other)}:ip={own},interface_name=net{position}")
+        return words
+
+    def _other(self, name: str) -> str:
+        return f"{self.name}-{name}"
 
     async def open(self) -> None:
         await run("podman", "network", "rm", "--force", self.name)
@@ -62,7 +82,8 @@ class Network:
             server.close()
         for address in self._service_addresses.values():
             await run("ip", "address", "del", f"{address}/32", "dev", "lo")
-        await run("podman", "network", "rm", "--force", self.name)
+        for name in (*map(self._other, self._others), self.name):
+            await run("podman", "network", "rm", "--force", name)
 
     async def add_service(self, service: Object) -> None:
         """Give a Service its address, and forward its ports; a headless one has names only."""

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 FIRST_BACK_OFF_SECONDS = 10.0
 LONGEST_BACK_OFF_SECONDS = 300.0
 BACK_OFF_FORGOTTEN_AFTER_SECONDS = 600.0
+OTHER_NETWORKS = "k8s.v1.cni.cncf.io/networks"
 # What decides where a pod runs, and who it is at the API server: without meaning on one machine.
 _IGNORED = {"affinity", "topologySpreadConstraints", "nodeSelector", "tolerations", "priorityClassName"}
 _IGNORED |= {"serviceAccountName", "automountServiceAccountToken", "imagePullSecrets", "runtimeClassName", "dnsPolicy"}
@@ -135,19 +136,12 @@ class Pod:
         domain = f"{self.cluster.namespace}.svc.cluster.local"
         own = f"{self.name}.{self.service}.{domain} {self.name}" if self.service else self.name
         self.hosts_file.write_text(f"127.0.0.1 localhost\n{self.address} {own}\n")
+        others = self.template["metadata"].get("annotations", {}).get(OTHER_NETWORKS)
+        networks = await self.cluster.network.attachments(self.address, others.split(",") if others else [])
+        share = ("--share", "net,ipc,uts")
         await podman(
-            *(
-                "pod",
-                "create",
-                "--name",
-                self.podman_name,
-                "--hostname",
-                self.name,
-                "--no-hosts",
-                "--share",
-                "net,ipc,uts",
-            ),
-            *("--network", self.cluster.network.name, "--ip", self.address, "--dns", self.cluster.network.gateway),
+            *("pod", "create", "--name", self.podman_name, "--hostname", self.name, "--no-hosts", *share, *networks),
+            *("--dns", self.cluster.network.gateway),
             *(f"--dns-search={name}" for name in (domain, "svc.cluster.local", "cluster.local")),
             *("--dns-option", "ndots:5"),
         )
