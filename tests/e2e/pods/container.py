@@ -29,7 +29,6 @@ class Container:
         self.pod = pod
         self.spec = spec
         self.name: str = spec["name"]
-        self.is_started = False
         self.is_ready = False
         self.started_at = time.monotonic()
         self.exited = asyncio.Event()
@@ -86,19 +85,6 @@ class Container:
         status = int(await podman("wait", self._identity))
         await run("podman", "rm", "--force", self._identity)
         return status
-
-    def processes(self) -> list[tuple[int, str]]:
-        """Process id on this machine and command line of everything that runs in the container."""
-        namespace = os.stat(f"/proc/{self._process}/ns/pid").st_ino
-        found = []
-        for entry in Path("/proc").glob("[0-9]*"):
-            try:
-                if os.stat(entry / "ns/pid").st_ino == namespace:
-                    command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-                    found.append((int(entry.name), command.strip()))
-            except OSError:
-                continue  # ended in the meantime
-        return found
 
     def _on_exit(self) -> None:
         asyncio.get_running_loop().remove_reader(self._handle)

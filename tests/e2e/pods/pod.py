@@ -27,7 +27,7 @@ OTHER_NETWORKS = "k8s.v1.cni.cncf.io/networks"
 _IGNORED = {"affinity", "topologySpreadConstraints", "nodeSelector", "tolerations", "priorityClassName"}
 _IGNORED |= {"serviceAccountName", "automountServiceAccountToken", "imagePullSecrets", "runtimeClassName", "dnsPolicy"}
 _KNOWN = {"containers", "initContainers", "volumes", "securityContext", "terminationGracePeriodSeconds", "subdomain"}
-_KNOWN |= {"enableServiceLinks", "restartPolicy", "activeDeadlineSeconds"}
+_KNOWN |= {"enableServiceLinks", "restartPolicy", "activeDeadlineSeconds"}  # tests have deadlines of their own
 
 
 class Pod:
@@ -40,16 +40,14 @@ class Pod:
         self.name = name
         self.template = template
         self.spec: Object = template["spec"]
-        self.labels: dict[str, str] = {
-            **template["metadata"].get("labels", {}),
-            "statefulset.kubernetes.io/pod-name": name,
-        }
+        self.labels: dict[str, str] = dict(template["metadata"].get("labels", {}))
+        if owner and owner["kind"] == "StatefulSet":
+            self.labels["statefulset.kubernetes.io/pod-name"] = name
         self.owner = (owner["kind"], owner["metadata"]["name"]) if owner else None
         self.service = service
         self.image = cluster.image
         self.address = cluster.network.new_address()
         self.podman_name = f"{cluster.namespace}-{name}"
-        self.created_at = time.monotonic()
         self.ready_since: float | None = None
         self.withdrawn_at: float | None = None
         self.is_deleted = False
@@ -215,7 +213,6 @@ class Pod:
                     break
                 self._kill(container, "startup")
                 return
-        container.is_started = True
         self.tell(container.name, "StartupPassed")
         await asyncio.gather(self._follow_readiness(container), self._follow_liveness(container))
 

@@ -19,7 +19,7 @@ MOST_TRIES = 20
 RETRY_SECONDS = 0.5
 
 
-@dataclass(frozen=True)
+@dataclass
 class ServiceAddress:
     """Where the release's Service is, as its clients see it."""
 
