@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -13,28 +12,10 @@ from pagoda.execution.cuda_graphs import MAX_GRAPHS, DecodeGraphs, graph_sizes, 
 from pagoda.models.dummy import DummySpec, write_dummy_checkpoint
 from pagoda.sampling.params import SamplingParams
 from tests.support.plan_driver import PlanDriver, Sequence, make_executor
+from tests.support.recording import Recording
 
 PROMPTS = {"one": [7], "short": [5, 6, 7], "long": [(13 * n + 5) % 500 for n in range(40)], "last": [9] * 9}
 NUM_OUTPUT = 12
-
-
-class Recording:
-    """Repeats captured steps over the same memory, and counts."""
-
-    def __init__(self) -> None:
-        self.num_captured = 0
-        self.num_replayed = 0
-
-    def __call__(self, step: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
-        self.num_captured += 1
-        hidden = step().clone()
-
-        def replay() -> None:
-            self.num_replayed += 1
-            with torch.inference_mode():
-                hidden.copy_(step())
-
-        return replay, hidden
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,52 @@
+"""A whole engine step on the Triton kernels, in Triton's interpreter: what layers and batches hand to them fits."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from pagoda.execution.cuda_graphs import DecodeGraphs
+from pagoda.models.dummy import DummySpec, write_dummy_checkpoint
+from pagoda.sampling.params import SamplingParams
+from pagoda_kernels import backend
+from tests.support.plan_driver import PlanDriver, make_executor
+from tests.support.recording import Recording
+from tests.support.triton_kernels import require_interpreter, triton_backend
+
+require_interpreter()
+
+__all__ = ["triton_backend"]
+
+PROMPTS = {"short": [5, 6, 7], "long": [(13 * n + 5) % 500 for n in range(21)]}
+
+
+def generated(checkpoint: Path, name: str, *, graphs: bool) -> list[list[int]]:
+    executor = make_executor(checkpoint, cpu_kernels="reference", max_num_seqs=3)
+    backend.use_backend(name)
+    runner = executor._worker.runner
+    assert runner is not None
+    if graphs:
+        with torch.inference_mode():
+            runner.capture_graphs(partial(DecodeGraphs, capture=Recording()))
+    driver = PlanDriver(executor, max_num_seqs=3)
+    sequences = [driver.add(name, prompt, SamplingParams(temperature=0.0)) for name, prompt in PROMPTS.items()]
+    driver.run_to(4, sequences, chunk=16)
+    return [sequence.output for sequence in sequences]
+
+
+@pytest.mark.usefixtures("triton_backend")
+@pytest.mark.parametrize(
+    "spec",
+    [
+        DummySpec(family="qwen3", num_layers=1, num_heads=3, num_kv_heads=1, sliding_window=9),
+        DummySpec(family="llama", num_layers=2, num_heads=4, num_kv_heads=2, head_dim=20),
+    ],
+    ids=["qwen3", "llama"],
+)
+def test_same_tokens_as_on_the_torch_kernels(tmp_path: Path, spec: DummySpec) -> None:
+    checkpoint = write_dummy_checkpoint(tmp_path / "model", spec)
+    expected = generated(checkpoint, "reference", graphs=False)
+    assert generated(checkpoint, "triton", graphs=True) == expected
