@@ -181,3 +181,21 @@ def test_both_end_when_told_and_leave_nothing_behind(pair: TwoNodes) -> None:
     while left := [pid for node in (pair.head, pair.worker) for pid in node.pids()]:
         assert time.monotonic() < deadline, [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in left]
         time.sleep(0.2)
+
+
+def test_tensor_groups_stay_on_a_node_and_stages_do_not(
+    tmp_path: Path, references: dict[Question, str], note: Note
+) -> None:
+    with two_nodes(tmp_path, number=4) as pair:
+        pair.join("--ray-num-cpus=2")
+        pair.serve("--ray-num-cpus=2", "--tensor-parallel-size=2")
+        pair.until_ready()
+        assert [len(pair.ranks_on(node)) for node in (pair.head, pair.worker)] == [2, 2]
+        log = pair.head.log("serve.log")
+        hosts = re.findall(r"rank (\d) on (\S+) \(pid", log)
+        assert len({host for rank, host in hosts if rank in "01"}) == 1
+        assert len({host for rank, host in hosts if rank in "23"}) == 1
+        assert len({host for _, host in hosts}) == 2
+        for line in lines_with(log, ["ms at most"]):
+            note(line.partition("rank_group: ")[2])
+        check_answers(pair, references)

@@ -52,11 +52,6 @@ class TwoNodes:
         self.worker = worker
         self.state_directory = worker.directory / "state"
 
-    def start(self, *settings: str) -> None:
-        """Start both; the head is given one CPU and so is the worker."""
-        self.join()
-        self.serve(*settings)
-
     def serve(self, *settings: str) -> None:
         """Start the server on the head's node."""
         words = ["--distributed-executor-backend=ray", "--pipeline-parallel-size=2", "--dtype=float32"]

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -76,6 +77,20 @@ def test_another_process_under_the_same_id_is_not_taken_for_it(tmp_path: Path, m
     rank_file(tmp_path, 0, 10.0).enter(READY)
     monkeypatch.setattr(node_state, "process_start", lambda pid: 1 if pid == os.getpid() else None)
     assert published(tmp_path)[1] == []
+
+
+def test_threads_of_a_process_share_its_file(tmp_path: Path) -> None:
+    state = rank_file(tmp_path, 0, 10.0)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda number: state.enter(f"stage {number}"), range(400)))
+    assert published(tmp_path)[1][0].stage.startswith("stage ")
+
+
+def test_a_file_that_cannot_be_written_does_not_stop_the_process(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rank_file(tmp_path / "missing", 0, 10.0).enter(READY)
+    assert "the state of rank 0 could not be published" in caplog.text
 
 
 def test_a_new_life_of_the_node_clears_what_the_last_one_left(tmp_path: Path) -> None:

@@ -10,13 +10,17 @@ for nothing. Imports the standard library only, for a probe has a fraction of a 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 DIRECTORY_VARIABLE = "PAGODA_NODE_STATE_DIRECTORY"
 """Set by `pagoda join` for everything that it starts; where it is not set, ranks publish nothing."""
@@ -50,7 +54,7 @@ class PublishedState:
 
 
 class StateFile:
-    """The file of the calling process. `bound`: seconds of silence after which it is to count as stuck."""
+    """The file of the calling process, for all its threads. `bound`: seconds of silence after which it counts as stuck."""
 
     def __init__(self, directory: Path, name: str, bound: float) -> None:
         self._path = directory / f"{name.replace(' ', '-')}.json"
@@ -58,6 +62,7 @@ class StateFile:
         self._bound = bound
         self._stage = "starting"
         self._detail = ""
+        self._lock = threading.Lock()
         self._process_start = process_start(os.getpid()) or 0
 
     def enter(self, stage: str, detail: str = "") -> None:
@@ -77,8 +82,13 @@ class StateFile:
             process_start=self._process_start,
         )
         unfinished = self._path.with_suffix(f".{os.getpid()}")
-        unfinished.write_text(json.dumps(asdict(state)), encoding="utf-8")
-        unfinished.replace(self._path)  # a reader sees the state before or this one, never half of it
+        try:
+            with self._lock:
+                unfinished.write_text(json.dumps(asdict(state)), encoding="utf-8")
+                unfinished.replace(self._path)  # a reader sees the state before or this one, never half of it
+        except OSError as error:
+            # The probes will find this process silent; its work does not depend on them.
+            logger.warning("the state of %s could not be published: %s", self._name, error)
 
 
 def default_directory() -> Path:
