@@ -36,17 +36,21 @@ class PackedLinearMethod(LinearMethod):
         return packed_linear(x.contiguous(), self.weight, layer.bias)
 
 
-class PackedEmbedding(nn.Module):
+class PackedEmbedding(TokenEmbedding):
     """The vectors of a vocabulary, looked up in the packed weight of the head that shares them."""
 
-    def __init__(self, weight: PackedWeight, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.weight = weight
+    def __init__(self, packed: PackedWeight, dtype: torch.dtype) -> None:
+        nn.Module.__init__(self)  # no weight of its own
+        self.packed = packed
         self.dtype = dtype
+
+    def weight_targets(self, prefix: str) -> dict[str, WeightTarget]:
+        """None: nothing can be loaded into a packed weight."""
+        return {}
 
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
         """token_ids int64 [T] to [T, hidden_size]."""
-        return packed_rows(self.weight, token_ids, self.dtype)
+        return packed_rows(self.packed, token_ids, self.dtype)
 
 
 def pack_linear_layers(model: DecoderForCausalLM) -> None:
@@ -76,6 +80,6 @@ def _narrowest(weight: torch.Tensor) -> torch.Tensor:
     if weight.dtype != torch.float32:
         return weight
     bits = weight.view(torch.int32).flatten()
-    if any((part & 0xFFFF).any() for part in bits.split(_TESTED_ELEMENTS)):
+    if any((part & 0xFFFF).any() for part in torch.split(bits, _TESTED_ELEMENTS)):
         return weight
     return weight.bfloat16()
