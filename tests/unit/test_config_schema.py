@@ -58,7 +58,12 @@ def test_the_defaults_are_sound_and_every_setting_is_explained() -> None:
         ({"num_scheduler_steps": 4, "pipeline_parallel_size": 2}, "num_scheduler_steps=4: must be 1 with pipeline_par"),
         ({"collective_timeout_seconds": 0}, "must be a number greater than 0"),
         ({"runaway_max_period": 200}, "must be at most half of runaway_min_tokens=256"),
-        ({"quantization": "awq"}, "quantization=awq: must be none: this version"),
+        (
+            {"quantization": "fp8"},
+            "quantization=fp8: must be one of int8, int4, gptq, awq, compressed-tensors, or none",
+        ),
+        ({"quantization": "int4", "quantization_group_size": 48}, "must be 32, 64 or 128, or auto"),
+        ({"quantization": "int8", "quantization_group_size": 64}, "needs quantization=int4"),
         ({"speculative_config": {"method": "ngram"}}, "this version does not speculate"),
     ],
 )
@@ -67,9 +72,9 @@ def test_construction_refuses_what_cannot_work(settings: dict, message: str) -> 
 
 
 def test_all_problems_are_told_at_once() -> None:
-    message = problem_of(http_port=-1, dtype="x", quantization="awq")
+    message = problem_of(http_port=-1, dtype="x", quantization="fp8")
     assert message.startswith("3 settings are wrong:")
-    assert all(key in message for key in ("http_port=-1", "dtype=x", "quantization=awq"))
+    assert all(key in message for key in ("http_port=-1", "dtype=x", "quantization=fp8"))
 
 
 def test_two_free_ports_do_not_collide() -> None:

@@ -190,7 +190,10 @@ def test_kv_bytes_count_keys_and_values_of_all_layers() -> None:
         (config_json(rope_scaling={"type": "linear"}), "factor is missing; it must be a number greater than 0"),
         (config_json(rope_scaling={"type": "linear", "factor": "2"}), "factor must be a number.*found '2'"),
         (config_json(rope_parameters={"full_attention": {"rope_theta": 1.0}}), "differ between layers"),
-        (config_json(quantization_config={"quant_method": "gptq"}), "quantization_config, gptq.*not supported"),
+        (
+            config_json(quantization_config={"quant_method": "gguf"}),
+            "'gguf' is not supported; supported: gptq, awq, comp",
+        ),
         (config_json(vocab_size=None), "vocab_size is missing; it must be an integer of at least 1"),
         (config_json(hidden_size=0), "hidden_size must be an integer of at least 1, found 0"),
         (config_json(num_hidden_layers=True), "num_hidden_layers must be an integer of at least 1, found True"),

@@ -129,8 +129,10 @@ def relation_problems(values: Mapping[str, Any]) -> list[Problem]:
         )
     if values["runaway_max_period"] * 2 > values["runaway_min_tokens"]:
         refuse("runaway_max_period", f"must be at most half of runaway_min_tokens={values['runaway_min_tokens']}")
-    if values["quantization"] is not None:
-        refuse("quantization", "must be none: this version runs float32, bfloat16 and float16 weights only")
+    if values["quantization_group_size"] not in (None, 32, 64, 128):
+        refuse("quantization_group_size", "must be 32, 64 or 128, or auto")
+    if values["quantization_group_size"] is not None and values["quantization"] != "int4":
+        refuse("quantization_group_size", "needs quantization=int4: nothing else is quantized in groups at load")
     if values["speculative_config"] is not None:
         refuse("speculative_config", "must be none: this version does not speculate")
     return problems

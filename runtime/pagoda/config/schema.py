@@ -245,7 +245,21 @@ class PagodaConfig:
         gt=0,
         unit="seconds",
     )
-    quantization: str | None = _option(None, "parallel", "Quantization of the weights; not supported yet.")
+    quantization: Literal["int8", "int4", "gptq", "awq", "compressed-tensors"] | None = _option(
+        None,
+        "parallel",
+        "Bits of the weights, rounded when they are loaded: int8, one scale for each output, or int4, in groups. None: as the "
+        "checkpoint is; quantized ones are recognized, and naming their method (gptq, awq, compressed-tensors) asserts it.",
+    )
+    quantization_group_size: int | None = _option(
+        None,
+        "parallel",
+        "Inputs that share a scale with quantization=int4: 32, 64 or 128; auto: 64 where that divides the layers' sizes, "
+        "else 32.",
+        ge=32,
+        le=128,
+        auto=True,
+    )
     speculative_config: Mapping[str, Any] | None = _option(
         None, "parallel", "Speculative decoding, as a JSON object; not supported yet."
     )

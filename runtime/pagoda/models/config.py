@@ -9,6 +9,8 @@ from typing import Any
 from pagoda.errors import CheckpointError
 from pagoda.models.config_reader import ConfigReader, read_json_object
 from pagoda.models.families import family_of
+from pagoda.models.quantization.config_reader import read_quantization
+from pagoda.models.quantization.schemes import QuantizationConfig
 from pagoda.models.rope_config import RopeConfig
 
 CONFIG_FILE = "config.json"
@@ -40,6 +42,7 @@ class ModelConfig:
     and the `window - 1` tokens before it), None where it sees everything. `qkv_bias`, `output_bias` and `mlp_bias` say
     which projections have a bias; `qk_norm`, whether queries and keys are normalized per head. `dtype` is the checkpoint's,
     one of `DTYPES`. `eos_token_ids` end generation: generation_config.json's where it names some, else config.json's.
+    `quantization`: how the checkpoint stores its linear layers, None if as floats.
     """
 
     architecture: str
@@ -64,6 +67,7 @@ class ModelConfig:
     dtype: str = "float32"
     eos_token_ids: tuple[int, ...] = ()
     generation: GenerationDefaults = field(default_factory=GenerationDefaults)
+    quantization: QuantizationConfig | None = None
 
     @classmethod
     def from_directory(cls, directory: str | Path) -> ModelConfig:
@@ -93,9 +97,6 @@ class ModelConfig:
         """The same from parsed JSON; `where` and `generation_where` name the sources in errors."""
         reader = ConfigReader(config, where)
         family = family_of(reader)
-        if reader.mapping("quantization_config"):
-            method = config["quantization_config"].get("quant_method", "unknown")
-            raise CheckpointError(f"{where}: quantized checkpoints (quantization_config, {method}) are not supported")
         generation_reader = ConfigReader(generation or {}, generation_where)
         values = {**_common_values(reader), **family.read(reader)}
         model = cls(
@@ -103,6 +104,7 @@ class ModelConfig:
             model_type=family.model_type,
             eos_token_ids=generation_reader.token_ids("eos_token_id") or reader.token_ids("eos_token_id"),
             generation=_generation_defaults(generation_reader),
+            quantization=read_quantization(reader),
             **values,
         )
         if model.num_heads % model.num_kv_heads:
@@ -122,6 +124,11 @@ class ModelConfig:
     def kv_bytes_per_token(self, dtype_bytes: int) -> int:
         """Bytes that one token's keys and values take in all layers, at `dtype_bytes` an element."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * dtype_bytes
+
+    @property
+    def linear_input_sizes(self) -> tuple[int, int, int]:
+        """Inputs of the layers' linear layers: of those that read the residual stream, of attention's output, of the MLP's."""
+        return self.hidden_size, self.num_heads * self.head_dim, self.intermediate_size
 
     def num_parameters(self) -> int:
         """Number of weights; tied embeddings count once."""

@@ -14,6 +14,7 @@ from pagoda.models.layers.linear import Linear
 from pagoda.models.layers.mlp import GatedMLP
 from pagoda.models.layers.norm import RMSNorm
 from pagoda.models.layers.rope import build_rotary_embedding
+from pagoda.models.quantization.schemes import QuantizationConfig
 from pagoda.models.sharding import ModelShare, Shard
 from pagoda.models.weights import WeightTarget
 from pagoda.parallel.groups import ParallelGroups, TensorGroup
@@ -91,6 +92,8 @@ class DecoderForCausalLM(nn.Module):
         self.share = share = ModelShare.of(config, groups.layout, groups.place.rank)
         # Set by models.fused_layers where all layers and the final norm can run as one operator.
         self.fused_layers: FusedForward | None = None
+        # Set by models.quantization.layers where linear layers are quantized.
+        self.quantization: QuantizationConfig | None = None
         self.embed_tokens = self.norm = self.lm_head = None
         if share.has_embedding:
             self.embed_tokens = build_embedding(

@@ -2,7 +2,8 @@
 
 The model's parameters are allocated already, and every checkpoint tensor has one destination in them. Files are mapped, not
 read into memory, and copied tensor by tensor: besides the weights themselves, no memory is taken that the system could not
-reclaim. A rank reads its own part of each tensor and no other; names and shapes it checks against the whole model.
+reclaim. Quantized weights follow, some rows at a time. A rank reads its own part of each tensor and no other, save where a
+scale depends on the rest; names and shapes it checks against the whole model.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import torch
 from pagoda.errors import CheckpointError
 from pagoda.models.checkpoint import FLOAT_TYPES, StoredTensor, read_tensors, stored_tensors, weight_files
 from pagoda.models.decoder import DecoderForCausalLM
+from pagoda.models.quantization.layers import awaited_layers, load_awaited
+from pagoda.models.quantization.layouts import StoredForm
 from pagoda.models.registry import build_model
 from pagoda.models.weights import WeightTarget
 
@@ -50,12 +53,22 @@ def load_weights(model: DecoderForCausalLM, directory: str | Path, progress: Pro
         if not name.endswith(IGNORED_SUFFIXES)
     }
     targets = model.weight_targets()
-    shapes = _shapes_of_whole_model(model)
+    forms = _forms_of_whole_model(model)
     for second, first in model.tied_weights().items():
-        _settle_tied_names(stored, targets, shapes, second, first)
-    _check_names(stored, shapes, directory)
-    _check_shapes(stored, shapes)
-    _copy(stored, targets, progress)
+        _settle_tied_names(stored, targets, forms, second, first)
+    _check_names(stored, forms, directory)
+    _check_forms(stored, forms)
+    bytes_of_quantized = (
+        sum(layer.out_features * layer.in_features for layer, _ in awaited_layers(model)) * model.dtype.itemsize
+    )
+    bytes_of_copied = sum(target.destination.nbytes for target in targets.values())
+    bytes_total = bytes_of_copied + bytes_of_quantized
+    _copy(stored, targets, bytes_total, progress)
+    bytes_done = bytes_of_copied
+    for name, num_values in load_awaited(model, _Files(stored, model.tied_weights())):
+        bytes_done += num_values * model.dtype.itemsize
+        if progress is not None:
+            progress(name, bytes_done, bytes_total)
 
 
 def initialize_dummy_weights(model: DecoderForCausalLM, seed: int = 0, std: float = 0.02) -> None:
@@ -75,19 +88,62 @@ def initialize_dummy_weights(model: DecoderForCausalLM, seed: int = 0, std: floa
         else:
             full = torch.empty(target.full_shape, dtype=destination.dtype, device=destination.device)
             destination.copy_(full.normal_(0.0, std, generator=generator)[target.index])
+    for _ in load_awaited(model, _MadeUp(model, seed, std)):
+        pass
 
 
-def _shapes_of_whole_model(model: DecoderForCausalLM) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that a checkpoint of the model has, whatever part of it `model` is."""
+class _Files:
+    """The tensors of a checkpoint as a `TensorSource`; `tied`: second names, and what they stand for."""
+
+    def __init__(self, stored: Mapping[str, StoredTensor], tied: Mapping[str, str]) -> None:
+        second_names = {first: second for second, first in tied.items() if first not in stored and second in stored}
+        self._stored = {**stored, **{first: stored[second] for first, second in second_names.items()}}
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._stored
+
+    def read(self, name: str, *index: slice) -> torch.Tensor:
+        """From the mapped file, which is open only so long: pages that were read count as this process's memory."""
+        tensor = self._stored[name]
+        return next(iter(read_tensors(tensor.file, {tensor.name: index})))[1]
+
+
+class _MadeUp:
+    """Normal noise as a `TensorSource`, the same as `initialize_dummy_weights` gives a float tensor of that name."""
+
+    def __init__(self, model: DecoderForCausalLM, seed: int, std: float) -> None:
+        self._forms = {
+            name: form for layer, method in awaited_layers(model) for name, form in method.stored_forms(layer).items()
+        }
+        self._dtype, self._seed, self._std = model.dtype, seed, std
+        self._last: tuple[str, torch.Tensor] = ("", torch.empty(0))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._forms
+
+    def read(self, name: str, *index: slice) -> torch.Tensor:
+        """A part of the tensor, which is made whole when the first part of it is asked for."""
+        if self._last[0] != name:
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{self._seed}:{name}".encode()))
+            full = torch.empty(self._forms[name].shape, dtype=self._dtype)
+            self._last = (name, full.normal_(0.0, self._std, generator=generator))
+        return self._last[1][index]
+
+
+def _forms_of_whole_model(model: DecoderForCausalLM) -> dict[str, StoredForm]:
+    """What every tensor that a checkpoint of the model has looks like, by name, whatever part of it `model` is."""
     if model.groups.layout.world_size > 1:
-        model = build_model(model.config, model.dtype, "meta")
-    return {name: target.full_shape for name, target in model.weight_targets().items()}
+        model = build_model(model.config, model.dtype, "meta", quantization=model.quantization)
+    forms = {name: StoredForm(target.full_shape, FLOAT_TYPES) for name, target in model.weight_targets().items()}
+    for layer, method in awaited_layers(model):
+        forms |= method.stored_forms(layer)
+    return forms
 
 
 def _settle_tied_names(
     stored: dict[str, StoredTensor],
     targets: dict[str, WeightTarget],
-    shapes: dict[str, tuple[int, ...]],
+    forms: dict[str, StoredForm],
     second: str,
     first: str,
 ) -> None:
@@ -95,14 +151,13 @@ def _settle_tied_names(
     if second not in stored:
         return
     if first not in stored:
-        shapes[second] = shapes.pop(first)
+        forms[second] = forms.pop(first)
         if first in targets:
             targets[second] = targets.pop(first)
         return
-    # Each rank compares its own part, all ranks together the whole.
-    if first in targets and not torch.equal(
-        _read(stored[first], targets[first]), _read(stored[second], targets[first])
-    ):
+    # Each rank compares its own part, all ranks together the whole; one that rounds them compares all.
+    part = _part(targets[first]) if first in targets else None
+    if not torch.equal(_read(stored[first], part), _read(stored[second], part)):
         raise CheckpointError(
             f"the checkpoint ties {second} to {first} (tie_word_embeddings) but holds different values for them; "
             "if they are meant to differ, set tie_word_embeddings to false in config.json"
@@ -110,19 +165,17 @@ def _settle_tied_names(
     del stored[second]
 
 
-def _read(tensor: StoredTensor, target: WeightTarget) -> torch.Tensor:
-    return next(iter(read_tensors(tensor.file, {tensor.name: _part(target)})))[1]
+def _read(tensor: StoredTensor, part: tuple[slice, ...] | None) -> torch.Tensor:
+    return next(iter(read_tensors(tensor.file, {tensor.name: part})))[1]
 
 
 def _part(target: WeightTarget) -> tuple[slice, ...] | None:
     return None if target.is_whole else target.index
 
 
-def _check_names(
-    stored: Mapping[str, StoredTensor], shapes: Mapping[str, tuple[int, ...]], directory: str | Path
-) -> None:
-    missing = [name for name in shapes if name not in stored]
-    unknown = [name for name in stored if name not in shapes]
+def _check_names(stored: Mapping[str, StoredTensor], forms: Mapping[str, StoredForm], directory: str | Path) -> None:
+    missing = [name for name, form in forms.items() if name not in stored and not form.optional]
+    unknown = [name for name in stored if name not in forms]
     problems = []
     if missing:
         problems.append(f"{len(missing)} tensors of the model are missing: {_listed(missing)}")
@@ -138,25 +191,29 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(ordered[:MAX_NAMES_IN_ERROR]) + more
 
 
-def _check_shapes(stored: Mapping[str, StoredTensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+def _check_forms(stored: Mapping[str, StoredTensor], forms: Mapping[str, StoredForm]) -> None:
     for name, tensor in stored.items():
-        expected = shapes[name]
-        if tensor.shape != expected:
+        expected = forms[name]
+        if tensor.shape != expected.shape:
             raise CheckpointError(
-                f"tensor {name} in {tensor.file} has shape {list(tensor.shape)}, config.json makes it {list(expected)}"
+                f"tensor {name} in {tensor.file} has shape {list(tensor.shape)}, config.json makes it {list(expected.shape)}"
             )
-        if tensor.dtype not in FLOAT_TYPES:
+        if tensor.dtype not in expected.types:
             raise CheckpointError(
-                f"tensor {name} in {tensor.file} is of type {tensor.dtype}; supported: {', '.join(FLOAT_TYPES)}"
+                f"tensor {name} in {tensor.file} is of type {tensor.dtype}; supported: {', '.join(expected.types)}"
             )
 
 
-def _copy(stored: Mapping[str, StoredTensor], targets: Mapping[str, WeightTarget], progress: Progress | None) -> None:
+def _copy(
+    stored: Mapping[str, StoredTensor],
+    targets: Mapping[str, WeightTarget],
+    bytes_total: int,
+    progress: Progress | None,
+) -> None:
     parts_by_file: dict[Path, dict[str, tuple[slice, ...] | None]] = {}
     for name, target in targets.items():
         if target.destination.numel():  # else all rows here are padding
             parts_by_file.setdefault(stored[name].file, {})[name] = _part(target)
-    bytes_total = sum(target.destination.nbytes for target in targets.values())
     bytes_done = 0
     lock = threading.Lock()
 

@@ -9,6 +9,8 @@ import torch
 from pagoda.models.config import ModelConfig
 from pagoda.models.decoder import DecoderForCausalLM
 from pagoda.models.families import FAMILIES
+from pagoda.models.quantization.layers import quantize_layers
+from pagoda.models.quantization.schemes import QuantizationConfig
 from pagoda.parallel.groups import SINGLE_RANK, ParallelGroups
 
 
@@ -17,11 +19,15 @@ def build_model(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     groups: ParallelGroups = SINGLE_RANK,
+    quantization: QuantizationConfig | None = None,
 ) -> DecoderForCausalLM:
     """The part of the model that this rank of `groups` holds, ready for `models.loader`.
 
-    Its weights are allocated in `dtype` on `device`, once and unfilled.
+    Its weights are allocated in `dtype` on `device`, once and unfilled; those that will be quantized are not allocated.
     """
     module, _, name = FAMILIES[model_config.architecture].model.partition(":")
     model_class: type[DecoderForCausalLM] = getattr(importlib.import_module(module), name)
-    return model_class(model_config, groups, dtype=dtype, device=torch.device(device)).eval()
+    model = model_class(model_config, groups, dtype=dtype, device=torch.device(device)).eval()
+    if quantization is not None:
+        quantize_layers(model, quantization)
+    return model

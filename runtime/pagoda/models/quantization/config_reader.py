@@ -1,0 +1,164 @@
+"""Reads `quantization_config` of a checkpoint's config.json: GPTQ, AWQ and compressed-tensors. Imports no torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, Literal, cast
+
+from pagoda.errors import CheckpointError
+from pagoda.models.config_reader import ConfigReader
+from pagoda.models.quantization.schemes import IN_CHECKPOINTS, QuantizationConfig, SchemeGroup, WeightScheme
+
+
+def read_quantization(config: ConfigReader) -> QuantizationConfig | None:
+    """What config.json says of quantization; None if nothing.
+
+    Raises:
+        CheckpointError: a method, or a variety of one, that is not supported; says what is.
+    """
+    values = config.mapping("quantization_config")
+    if not values:
+        return None
+    reader = ConfigReader(values, f"{config.where}: quantization_config")
+    method = reader.string("quant_method")
+    if method == "gptq":
+        return _gptq(reader)
+    if method == "awq":
+        return _awq(reader)
+    if method == "compressed-tensors":
+        return _compressed_tensors(reader)
+    raise CheckpointError(
+        f"{reader.where}: quant_method {method!r} is not supported; supported: {', '.join(IN_CHECKPOINTS)}"
+    )
+
+
+def _gptq(reader: ConfigReader) -> QuantizationConfig:
+    if reader.mapping("dynamic"):
+        raise CheckpointError(f"{reader.where}: dynamic (other settings for some layers) is not supported with gptq")
+    version = reader.string("checkpoint_format", "gptq")
+    if version not in ("gptq", "gptq_v2"):
+        raise CheckpointError(
+            f"{reader.where}: checkpoint_format {version!r} is not supported; supported: gptq, gptq_v2"
+        )
+    scheme = WeightScheme(
+        layout="gptq",
+        bits=_bits(reader, "bits", 4, 8),
+        group_size=_group_size(reader),
+        has_zeros=True,
+        zeros_less_one=version == "gptq",
+    )
+    ignore = () if reader.flag("lm_head", False) else ("lm_head",)
+    return QuantizationConfig(method="gptq", groups=(SchemeGroup(targets=("Linear",), scheme=scheme),), ignore=ignore)
+
+
+def _awq(reader: ConfigReader) -> QuantizationConfig:
+    version = reader.string("version", "gemm").lower()
+    if version != "gemm":
+        raise CheckpointError(f"{reader.where}: version {version!r} is not supported; supported: gemm")
+    if not reader.flag("zero_point", True):
+        raise CheckpointError(f"{reader.where}: zero_point=false is not supported with awq; supported: true")
+    scheme = WeightScheme(layout="awq", bits=_bits(reader, "bits", 4), group_size=_group_size(reader), has_zeros=True)
+    # A part of a name is enough to leave a layer out.
+    skipped = tuple(f"re:.*{re.escape(part)}" for part in _words(reader, "modules_to_not_convert"))
+    groups = (SchemeGroup(targets=("Linear",), scheme=scheme),)
+    return QuantizationConfig(method="awq", groups=groups, ignore=("lm_head", *skipped))
+
+
+def _compressed_tensors(reader: ConfigReader) -> QuantizationConfig:
+    if reader.mapping("sparsity_config").get("format", "dense") != "dense":
+        raise CheckpointError(f"{reader.where}: sparse weights (sparsity_config) are not supported; supported: dense")
+    if reader.mapping("kv_cache_scheme"):
+        raise CheckpointError(
+            f"{reader.where}: a quantized KV cache (kv_cache_scheme) is not supported; supported: none"
+        )
+    if reader.mapping("transform_config"):
+        raise CheckpointError(f"{reader.where}: rotated weights (transform_config) are not supported; supported: none")
+    groups = reader.mapping("config_groups")
+    if not groups:
+        raise reader.error("config_groups", "an object with a group at least")
+    read = tuple(
+        _scheme_group(ConfigReader(groups, reader.where).mapping(name), f"{reader.where}: config_groups.{name}", reader)
+        for name in groups
+    )
+    ignore = _patterns(reader, "ignore")
+    return QuantizationConfig(method="compressed-tensors", groups=read, ignore=ignore)
+
+
+def _scheme_group(values: Mapping[str, Any], where: str, parent: ConfigReader) -> SchemeGroup:
+    reader = ConfigReader(values, where)
+    layout = reader.string("format", parent.string("format"))
+    if layout not in ("pack-quantized", "int-quantized"):
+        raise CheckpointError(f"{where}: format {layout!r} is not supported; supported: pack-quantized, int-quantized")
+    if reader.mapping("output_activations"):
+        raise CheckpointError(f"{where}: output_activations are not supported; supported: null")
+    _check_activations(ConfigReader(reader.mapping("input_activations"), f"{where}.input_activations"))
+    weights = ConfigReader(reader.mapping("weights"), f"{where}.weights")
+    if weights.string("type", "int") != "int":
+        raise CheckpointError(f"{weights.where}: type {weights.string('type')!r} is not supported; supported: int")
+    strategy = weights.string("strategy", "group" if weights.values.get("group_size") else "channel")
+    if strategy not in ("channel", "group"):
+        raise CheckpointError(f"{weights.where}: strategy {strategy!r} is not supported; supported: channel, group")
+    scheme = WeightScheme(
+        layout=cast(Literal["pack-quantized", "int-quantized"], layout),
+        bits=_bits(weights, "num_bits", 4, 8),
+        group_size=_group_size(weights) if strategy == "group" else None,
+        has_zeros=not weights.flag("symmetric", True),
+    )
+    return SchemeGroup(targets=_patterns(reader, "targets"), scheme=scheme)
+
+
+def _check_activations(reader: ConfigReader) -> None:
+    """Activations are always rounded to int8, for each token as it comes."""
+    if not reader.values:
+        return
+    found = {
+        "type": reader.string("type", "int"),
+        "num_bits": reader.integer("num_bits", 8),
+        "strategy": reader.string("strategy", "token"),
+        "dynamic": reader.values.get("dynamic", False) is True,
+        "symmetric": reader.flag("symmetric", True),
+    }
+    for key, allowed in {"type": "int", "num_bits": 8, "strategy": "token", "dynamic": True, "symmetric": True}.items():
+        if found[key] != allowed:
+            raise CheckpointError(
+                f"{reader.where}: {key}={reader.values.get(key)!r} is not supported; supported: {allowed!r}"
+            )
+
+
+def _bits(reader: ConfigReader, key: str, *allowed: Literal[4, 8]) -> Literal[4, 8]:
+    value = reader.integer(key)
+    for bits in allowed:
+        if value == bits:
+            return bits
+    raise CheckpointError(f"{reader.where}: {key}={value} is not supported; supported: {', '.join(map(str, allowed))}")
+
+
+def _group_size(reader: ConfigReader) -> int | None:
+    """-1 stands for all inputs."""
+    value = reader.integer("group_size", low=-1)
+    if value == -1:
+        return None
+    if value < 8 or value % 8:
+        raise CheckpointError(f"{reader.where}: group_size={value} is not supported; supported: multiples of 8, and -1")
+    return value
+
+
+def _words(reader: ConfigReader, key: str) -> tuple[str, ...]:
+    value = reader.values.get(key) or []
+    if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
+        raise reader.error(key, "a list of strings")
+    return tuple(value)
+
+
+def _patterns(reader: ConfigReader, key: str) -> tuple[str, ...]:
+    words = _words(reader, key)
+    for word in words:
+        if word.startswith("re:"):
+            try:
+                re.compile(word[3:])
+            except re.error as error:
+                raise CheckpointError(
+                    f"{reader.where}: {key} has {word!r}, which is no regular expression: {error}"
+                ) from error
+    return words

@@ -1,0 +1,191 @@
+"""How checkpoints lay out quantized weights, and how to read some rows of them.
+
+    K inputs, N outputs, G groups; F = 32 / bits values in a 32-bit word, the first in its lowest bits
+
+                     values                                 scales    zeros                      order of the inputs
+    float            weight         float [N, K]            -         -                          -
+    gptq             qweight        int32 [K / F, N]        [G, N]    qzeros int32 [G, N / F]    g_idx int32 [K]
+    awq              qweight        int32 [K, N / F]        [G, N]    qzeros int32 [G, N / F]    -
+    pack-quantized   weight_packed  int32 [N, ceil(K / F)]  [N, G]    int32 [ceil(N / F), G]     weight_g_idx int32 [K]
+    int-quantized    weight         int8 [N, K]             [N, G]    int8 [N, G]                -
+
+In the words of AWQ the values stand in the order 0 2 4 6 1 3 5 7. The signed values of the last two formats are stored with
+2^(bits - 1) added where they are packed. GPTQ's first version stores zeros with 1 subtracted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from pagoda.errors import CheckpointError
+from pagoda.models.checkpoint import FLOAT_TYPES
+from pagoda.models.quantization.rounding import QuantizedRows, round_rows
+from pagoda.models.quantization.schemes import WeightScheme
+
+_AWQ_POSITIONS = (0, 4, 1, 5, 2, 6, 3, 7)  # where in a word each of eight values is
+
+
+@dataclass(frozen=True, slots=True)
+class StoredForm:
+    """What a tensor of a checkpoint must look like; `types` as safetensors spells them. An optional one may be absent."""
+
+    shape: tuple[int, ...]
+    types: tuple[str, ...]
+    optional: bool = False
+
+
+class TensorSource(Protocol):
+    """Where tensors come from."""
+
+    def __contains__(self, name: object) -> bool:
+        """Whether there is one of that name."""
+
+    def read(self, name: str, *index: slice) -> torch.Tensor:
+        """The part of a tensor, good until the next is read."""
+
+
+def stored_forms(scheme: WeightScheme, name: str, out_features: int, in_features: int) -> dict[str, StoredForm]:
+    """The tensors that hold the weight of layer `name`, by name."""
+    factor, groups = 32 // scheme.bits, scheme.num_groups(in_features)
+    n, k = out_features, in_features
+    packed_n, packed_k = -(-n // factor), -(-k // factor)
+    forms: dict[str, StoredForm]
+    if scheme.layout == "float":
+        forms = {"weight": StoredForm((n, k), FLOAT_TYPES)}
+    elif scheme.layout == "gptq":
+        forms = {
+            "qweight": StoredForm((packed_k, n), ("I32",)),
+            "scales": StoredForm((groups, n), FLOAT_TYPES),
+            "qzeros": StoredForm((groups, packed_n), ("I32",)),
+            "g_idx": StoredForm((k,), ("I32",), optional=True),
+        }
+    elif scheme.layout == "awq":
+        forms = {
+            "qweight": StoredForm((k, packed_n), ("I32",)),
+            "scales": StoredForm((groups, n), FLOAT_TYPES),
+            "qzeros": StoredForm((groups, packed_n), ("I32",)),
+        }
+    else:
+        is_packed = scheme.layout == "pack-quantized"
+        values = StoredForm((n, packed_k), ("I32",)) if is_packed else StoredForm((n, k), ("I8",))
+        zeros = StoredForm((packed_n, groups), ("I32",)) if is_packed else StoredForm((n, groups), ("I8",))
+        forms = {
+            "weight_packed" if is_packed else "weight": values,
+            "weight_scale": StoredForm((n, groups), FLOAT_TYPES),
+        }
+        if scheme.has_zeros:
+            forms["weight_zero_point"] = zeros
+        if is_packed:
+            forms["weight_shape"] = StoredForm((2,), ("I64", "I32"), optional=True)
+            forms["weight_g_idx"] = StoredForm((k,), ("I32",), optional=True)
+    return {f"{name}.{key}": form for key, form in forms.items()}
+
+
+def check_order(scheme: WeightScheme, name: str, in_features: int, source: TensorSource) -> None:
+    """Raise `CheckpointError` if the inputs of a layer are in groups out of order, as act-order leaves them."""
+    for key in (f"{name}.g_idx", f"{name}.weight_g_idx"):
+        if scheme.layout == "float" or key not in source:
+            continue
+        expected = torch.arange(in_features) // (scheme.group_size or in_features)
+        if not torch.equal(source.read(key, slice(0, in_features)).long(), expected):
+            raise CheckpointError(
+                f"{key}: the inputs are in groups out of order (act-order: desc_act=true, actorder=group), which is not "
+                "supported; supported: groups of inputs in order (desc_act=false, actorder=weight or null)"
+            )
+
+
+def read_rows(
+    scheme: WeightScheme, name: str, outputs: slice, inputs: slice, in_features: int, source: TensorSource
+) -> QuantizedRows:
+    """Outputs and inputs of layer `name`, which has `in_features` inputs; groups begin and end where `inputs` does."""
+    if scheme.layout == "float":
+        weight = source.read(f"{name}.weight", outputs, slice(0, in_features))
+        return round_rows(weight, scheme.bits, scheme.group_size, inputs)
+    size = scheme.group_size
+    groups = slice(0, 1) if size is None else slice(inputs.start // size, inputs.stop // size)
+    if scheme.layout == "gptq":
+        return _read_gptq(scheme, name, outputs, inputs, groups, source)
+    if scheme.layout == "awq":
+        return _read_awq(scheme, name, outputs, inputs, groups, source)
+    return _read_compressed_tensors(scheme, name, outputs, inputs, groups, source)
+
+
+def _read_gptq(
+    scheme: WeightScheme, name: str, outputs: slice, inputs: slice, groups: slice, source: TensorSource
+) -> QuantizedRows:
+    words, first = _words(inputs, scheme.bits)
+    values = unpack_words(source.read(f"{name}.qweight", words, outputs).T, scheme.bits)
+    values = values[:, first : first + _length(inputs)]
+    words, first = _words(outputs, scheme.bits)
+    zeros = unpack_words(source.read(f"{name}.qzeros", groups, words), scheme.bits)[
+        :, first : first + _length(outputs)
+    ].T
+    if scheme.zeros_less_one:
+        zeros = (zeros + 1) & (2**scheme.bits - 1)
+    scales = source.read(f"{name}.scales", groups, outputs).T.float()
+    return QuantizedRows(values, scales, zeros, scheme.group_size or _length(inputs))
+
+
+def _read_awq(
+    scheme: WeightScheme, name: str, outputs: slice, inputs: slice, groups: slice, source: TensorSource
+) -> QuantizedRows:
+    words, first = _words(outputs, scheme.bits)
+
+    def in_order(packed: torch.Tensor) -> torch.Tensor:
+        unpacked = unpack_words(packed, scheme.bits).view(len(packed), -1, 8)[:, :, _AWQ_POSITIONS].flatten(1)
+        wanted: torch.Tensor = unpacked[:, first : first + _length(outputs)].T
+        return wanted
+
+    values = in_order(source.read(f"{name}.qweight", inputs, words))
+    zeros = in_order(source.read(f"{name}.qzeros", groups, words))
+    scales = source.read(f"{name}.scales", groups, outputs).T.float()
+    return QuantizedRows(values, scales, zeros, scheme.group_size or _length(inputs))
+
+
+def _read_compressed_tensors(
+    scheme: WeightScheme, name: str, outputs: slice, inputs: slice, groups: slice, source: TensorSource
+) -> QuantizedRows:
+    middle = 2 ** (scheme.bits - 1)
+    zeros = None
+    if scheme.layout == "int-quantized":
+        values = (source.read(f"{name}.weight", outputs, inputs).to(torch.int16) + middle).to(torch.uint8)
+        if scheme.has_zeros:
+            zeros = source.read(f"{name}.weight_zero_point", outputs, groups)
+            zeros = (zeros.to(torch.int16) + middle).to(torch.uint8)
+    else:
+        words, first = _words(inputs, scheme.bits)
+        values = unpack_words(source.read(f"{name}.weight_packed", outputs, words), scheme.bits)
+        values = values[:, first : first + _length(inputs)]
+        if scheme.has_zeros:
+            words, first = _words(outputs, scheme.bits)
+            zeros = unpack_words(source.read(f"{name}.weight_zero_point", words, groups).T, scheme.bits)
+            zeros = zeros[:, first : first + _length(outputs)].T
+    scales = source.read(f"{name}.weight_scale", outputs, groups).float()
+    return QuantizedRows(values, scales, zeros, scheme.group_size or _length(inputs))
+
+
+def unpack_words(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """int32 [R, C] to the uint8 values in them, [R, C * 32 / bits]."""
+    octets = words.contiguous().view(torch.uint8)
+    return octets if bits == 8 else torch.stack((octets & 15, octets >> 4), dim=2).flatten(1)
+
+
+def pack_words(values: torch.Tensor, bits: int) -> torch.Tensor:
+    """uint8 values [R, C] to int32 [R, ceil(C * bits / 32)], the last word filled up with zeros."""
+    padded = torch.nn.functional.pad(values, (0, -values.shape[1] % (32 // bits)))
+    octets = padded if bits == 8 else padded[:, 0::2] | padded[:, 1::2] << 4
+    return octets.contiguous().view(torch.int32)
+
+
+def _words(part: slice, bits: int) -> tuple[slice, int]:
+    """The words that hold a run of values, and which of their values is its first."""
+    factor = 32 // bits
+    return slice(part.start // factor, -(-part.stop // factor)), part.start % factor
+
+
+def _length(part: slice) -> int:
+    length: int = part.stop - part.start
+    return length

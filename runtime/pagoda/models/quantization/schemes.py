@@ -1,0 +1,142 @@
+"""Which linear layers of a model are quantized, and how their checkpoint stores them. Imports no torch."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from pagoda.errors import ConfigError
+
+# Where a layer's values come from: rounded at load from a float weight, or stored as the formats of these names lay them out.
+Layout = Literal["float", "gptq", "awq", "pack-quantized", "int-quantized"]
+
+GROUP_SIZES = (32, 64, 128)
+AT_LOAD = ("int8", "int4")
+IN_CHECKPOINTS = ("gptq", "awq", "compressed-tensors")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightScheme:
+    """How one layer is quantized: `weight = scale * (stored - zero)`, with `stored` of `bits` bits, unsigned.
+
+    `group_size` consecutive inputs share scale and zero; None: all inputs do. `has_zeros`: the checkpoint says where zero is;
+    else it is in the middle. `zeros_less_one`: it stores zeros with one subtracted, as GPTQ did first.
+    """
+
+    layout: Layout
+    bits: Literal[4, 8]
+    group_size: int | None = None
+    has_zeros: bool = False
+    zeros_less_one: bool = False
+
+    def num_groups(self, in_features: int) -> int:
+        """Groups of a layer with `in_features` inputs."""
+        return 1 if self.group_size is None else in_features // self.group_size
+
+    def __str__(self) -> str:
+        sharing = "a scale for each output" if self.group_size is None else f"groups of {self.group_size}"
+        return f"{self.bits} bits, {sharing}"
+
+
+# Of a head that no scheme names. It is the greatest weight of a small model, and hardly loses anything by 8 bits.
+HEAD = WeightScheme(layout="float", bits=8)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchemeGroup:
+    """Layers that are quantized alike. `targets`: names, `Linear` for all, or `re:` and a regular expression."""
+
+    targets: tuple[str, ...]
+    scheme: WeightScheme
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizationConfig:
+    """What of a model is quantized; `ignore`, written like targets, is not. The first group that names a layer counts."""
+
+    method: str
+    groups: tuple[SchemeGroup, ...]
+    ignore: tuple[str, ...] = ()
+
+    def scheme_of(self, name: str) -> WeightScheme | None:
+        """How the linear layer of that name in the checkpoint is stored; None: as floats."""
+        if any(_names(pattern, name) for pattern in self.ignore):
+            return None
+        for group in self.groups:
+            if any(_names(target, name) for target in group.targets):
+                return group.scheme
+        return None
+
+    def from_floats(self) -> QuantizationConfig:
+        """The same, rounded from float weights, whatever the checkpoint holds: for weights that are made up."""
+        groups = tuple(replace(group, scheme=replace(group.scheme, layout="float")) for group in self.groups)
+        return replace(self, groups=groups)
+
+    def __str__(self) -> str:
+        schemes = dict.fromkeys(str(group.scheme) for group in self.groups)
+        return f"{self.method} ({'; '.join(schemes)})"
+
+
+def choose_quantization(
+    asked: str | None, group_size: int | None, stored: QuantizationConfig | None, input_sizes: tuple[int, ...]
+) -> QuantizationConfig | None:
+    """How the model is quantized; None: not at all.
+
+    Args:
+        asked, group_size: the settings `quantization` and `quantization_group_size`.
+        stored: what the checkpoint is.
+        input_sizes: the inputs of the model's linear layers, those of all ranks together.
+
+    Raises:
+        ConfigError: what is asked for does not fit the checkpoint, or the group size not the model.
+    """
+    if asked in AT_LOAD:
+        if stored is not None:
+            raise ConfigError(
+                f"quantization={asked}: the checkpoint is quantized already, {stored}; leave quantization out, or take the "
+                "checkpoint that it was made from"
+            )
+        group = None if asked == "int8" else _group_size(group_size, input_sizes)
+        scheme = WeightScheme(layout="float", bits=8 if asked == "int8" else 4, group_size=group)
+        return QuantizationConfig(
+            method=asked, groups=(SchemeGroup(targets=("Linear",), scheme=scheme),), ignore=("lm_head",)
+        )
+    if asked is not None and (stored is None or stored.method != asked):
+        found = "not quantized" if stored is None else f"quantized by {stored.method}"
+        raise ConfigError(
+            f"quantization={asked}: the checkpoint is {found}; allowed: {', '.join(AT_LOAD)} for one that is not quantized, "
+            "the method that config.json names for one that is, or none"
+        )
+    return stored
+
+
+def check_device(quantization: QuantizationConfig, device: str, dtype: str) -> None:
+    """Raise `ConfigError` if a quantized model cannot run on that device or in that dtype."""
+    if device != "cpu":
+        raise ConfigError(f"quantization: {quantization.method} runs on a CPU only in this version, not on {device}")
+    if dtype == "float16":
+        raise ConfigError("dtype=float16: quantized models run in bfloat16 or float32; use one of these, or auto")
+
+
+def _group_size(asked: int | None, input_sizes: tuple[int, ...]) -> int:
+    fitting = [size for size in GROUP_SIZES if not any(inputs % size for inputs in input_sizes)]
+    sizes = ", ".join(map(str, sorted(set(input_sizes))))
+    if not fitting:
+        raise ConfigError(
+            f"quantization=int4: this model's layers have {sizes} inputs, not all a multiple of 32; use int8"
+        )
+    if asked is None:
+        return 64 if 64 in fitting else 32
+    if asked not in fitting:
+        raise ConfigError(
+            f"quantization_group_size={asked}: this model's layers have {sizes} inputs; "
+            f"possible: {', '.join(map(str, fitting))}"
+        )
+    return asked
+
+
+def _names(pattern: str, name: str) -> bool:
+    if pattern.startswith("re:"):
+        return re.match(pattern[3:], name) is not None
+    return pattern in ("Linear", name)
