@@ -60,6 +60,7 @@ def main() -> None:
     parser.add_argument("--members", type=int, default=12, help="requests with the same beginning")
     parser.add_argument("--clients", type=int, default=8, help="requests under way at once")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--cpu-kernels", choices=("auto", "compiled", "reference"), default="auto")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
@@ -102,6 +103,7 @@ async def measure(checkpoint: Path, router: PrefixRouter, options: argparse.Name
         device="cpu",
         dtype="float32",
         threads=1,
+        cpu_kernels=options.cpu_kernels,
         block_size=BLOCK_SIZE,
         max_num_seqs=16,
         max_num_batched_tokens=512,
