@@ -134,6 +134,7 @@ class _Reader:
         waited = self._clock() - self._sending_since if self._wait.is_waiting else 0.0
         if waited >= STALLED_READER_SECONDS:
             self._wait.interrupt(ClientDisconnect())
+            return
         self._timer = asyncio.get_running_loop().call_later(STALLED_READER_SECONDS - waited, self._look)
 
 
