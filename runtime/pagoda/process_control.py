@@ -12,6 +12,7 @@ import sys
 STACKS_SIGNAL = signal.SIGUSR1
 
 _SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
+_SET_CHILD_SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER
 
 _owner = os.getpid()
 
@@ -37,3 +38,21 @@ def _end_with_parent() -> None:
     """Let the kernel kill this process when its parent ends. Elsewhere than on Linux the end of their connection must do."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+
+
+def become_subreaper() -> None:
+    """Take in descendants whose parents end, as the first process of a container has to anyway; see `reap_orphans`."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_SET_CHILD_SUBREAPER, 1)
+
+
+def reap_orphans(child: int) -> None:
+    """Let every descendant that was taken in and has ended go; `child` is left to whoever started it."""
+    while sys.platform == "linux":
+        try:
+            ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:
+            return
+        if ended is None or ended.si_pid == child:
+            return
+        os.waitpid(ended.si_pid, 0)

@@ -26,6 +26,7 @@ def run(arguments: Sequence[str]) -> int:
     from pagoda.execution.ray_node import RayNode
     from pagoda.observability.logs import configure_logging
     from pagoda.parallel.node_state import default_directory
+    from pagoda.process_control import become_subreaper
 
     line = parse_command_line(arguments)
     own = _parser().parse_args(line.others)
@@ -36,7 +37,10 @@ def run(arguments: Sequence[str]) -> int:
     if address is None or address == "auto":
         raise ConfigError("which head? `pagoda join HOST:PORT`, or the setting ray_address (PAGODA_RAY_ADDRESS)")
     configure_logging(config.log_level, config.log_format)
-    node = WorkerNode(config, address, RayNode.of(config), own.state_directory or default_directory())
+    node = WorkerNode(
+        config, address, RayNode.of(config), own.state_directory or default_directory(), is_subreaper=True
+    )
+    become_subreaper()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: node.stop())
     try:

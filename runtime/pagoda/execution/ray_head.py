@@ -35,6 +35,7 @@ from pagoda.parallel.node_state import (
     process_start,
     published,
 )
+from pagoda.process_control import become_subreaper, reap_orphans
 
 logger = logging.getLogger(__name__)
 
@@ -187,6 +188,7 @@ def main(owner: int, address: str, log: Path, command: list[str]) -> int:
     """Run the head until it or its owner ends; its exit status."""
     told_to_stop = []
     signal.signal(signal.SIGTERM, lambda *_: told_to_stop.append(True))
+    become_subreaper()
     state = StateFile(_directory(), _name(owner), bound=_PATIENCE_SECONDS)
     state.enter("starting", address)
     ray = subprocess.Popen(command, preexec_fn=_end_with_parent)
@@ -196,6 +198,7 @@ def main(owner: int, address: str, log: Path, command: list[str]) -> int:
             is_up = True
             state.enter(READY, address)
         state.beat()
+        reap_orphans(ray.pid)
         time.sleep(_LOOK_SECONDS)
     state.enter("ending", address)
     return end_ray(ray, _PATIENCE_SECONDS)

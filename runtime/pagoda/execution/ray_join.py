@@ -24,6 +24,7 @@ from pagoda.execution.ray_head import STARTED, end_ray, last_words
 from pagoda.execution.ray_node import RayNode, ray_environment, refusal_in, require_ray, split_address, wait_for_head
 from pagoda.parallel.interfaces import choose_interface, export_interface
 from pagoda.parallel.node_state import DIRECTORY_VARIABLE, JOINED, StateFile, node_file, prepare_directory
+from pagoda.process_control import reap_orphans
 
 logger = logging.getLogger(__name__)
 
@@ -49,11 +50,15 @@ class _Membership:
 class WorkerNode:
     """This machine as a worker of the head at `address` (HOST or HOST:PORT).
 
-    `offer`: what it offers, in which the addresses are filled in here.
+    `offer`: what it offers, in which the addresses are filled in here. `is_subreaper`: this process takes in what Ray leaves
+    behind, and starts nothing else.
     """
 
-    def __init__(self, config: PagodaConfig, address: str, offer: RayNode, state_directory: Path) -> None:
+    def __init__(
+        self, config: PagodaConfig, address: str, offer: RayNode, state_directory: Path, *, is_subreaper: bool = False
+    ) -> None:
         self._config = config
+        self._is_subreaper = is_subreaper
         self._host, port = split_address(address)
         self._address = f"{self._host}:{port}" if ":" not in self._host else f"[{self._host}]:{port}"
         self._offer = offer
@@ -122,6 +127,8 @@ class WorkerNode:
                     logger.info("this node belongs to the Ray cluster at %s", self._address)
                     self._state.enter(JOINED, self._address)
                 self._state.beat()
+                if self._is_subreaper:
+                    reap_orphans(ray.pid)
                 self._stopped.wait(_LOOK_SECONDS)
         finally:
             end_ray(ray, _END_SECONDS)
