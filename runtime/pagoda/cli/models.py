@@ -1,4 +1,4 @@
-"""`pagoda models`: look at a checkpoint, or make one with random weights."""
+"""`pagoda models`: look at a checkpoint, quantize one, or make one with random weights."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from pagoda.cli import models_quantize
 from pagoda.config.values import format_bytes
 from pagoda.errors import CheckpointError
 
@@ -17,12 +18,16 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run `inspect` or `make-dummy`."""
-    parser = argparse.ArgumentParser(prog="pagoda models", description="Look at checkpoints, or make one.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{inspect,make-dummy}")
+    """Run `inspect`, `quantize` or `make-dummy`."""
+    parser = argparse.ArgumentParser(prog="pagoda models", description="Look at checkpoints, quantize or make one.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{inspect,quantize,make-dummy}")
     inspect = commands.add_parser("inspect", help="print what a checkpoint is and what it needs")
     inspect.add_argument("model", help="directory or Hugging Face id")
     inspect.add_argument("--json", action="store_true", help="one JSON object")
+    quantize = commands.add_parser(
+        "quantize", help="write a checkpoint with int8 or int4 weights, and what that costs it"
+    )
+    models_quantize.add_options(quantize)
     make = commands.add_parser("make-dummy", help="write a small checkpoint with random weights and a tokenizer")
     make.add_argument("directory", type=Path, help="must not exist yet")
     _add_dummy_options(make)
@@ -31,7 +36,7 @@ def run(arguments: Sequence[str]) -> int:
         facts = inspect_checkpoint(own.model)
         print(json.dumps(facts, indent=2) if own.json else _as_text(facts))
         return 0
-    return _make_dummy(own)
+    return models_quantize.run(own) if own.command == "quantize" else _make_dummy(own)
 
 
 def inspect_checkpoint(model: str) -> dict[str, Any]:
@@ -51,6 +56,7 @@ def inspect_checkpoint(model: str) -> dict[str, Any]:
         "architecture": config.architecture,
         "parameters": config.num_parameters(),
         "dtype": config.dtype,
+        "quantization": str(config.quantization or "none"),
         "weight_bytes": config.num_parameters() * element_bytes,
         "file_bytes": sum(file.stat().st_size for file in directory.glob("*.safetensors")),
         "layers": config.num_layers,

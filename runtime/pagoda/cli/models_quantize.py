@@ -1,0 +1,130 @@
+"""`pagoda models quantize`: write a quantized checkpoint, and say what quantization costs it."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pagoda.config.values import format_bytes
+from pagoda.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from pagoda.models.decoder import DecoderForCausalLM
+    from pagoda.models.quantization.quality import ScoredText, Scores
+    from pagoda.models.quantization.schemes import QuantizationConfig
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
+    parser.add_argument("source", metavar="SOURCE", help="directory or Hugging Face id")
+    parser.add_argument("destination", metavar="DEST", type=Path, help="directory to write; must not exist yet")
+    parser.add_argument("--quantization", required=True, choices=("int8", "int4"), help="bits of the weights")
+    parser.add_argument(
+        "--group-size", type=int, metavar="N", help="inputs that share a scale, with int4: 32, 64 or 128"
+    )
+    parser.add_argument("--text", type=Path, metavar="FILE", help="text to measure quality on; default: conversations")
+
+
+def run(own: argparse.Namespace) -> int:
+    """Quantize, then compare with the source."""
+    from pagoda.models.quantization.quality import score
+    from pagoda.models.quantization.writing import write_quantized_checkpoint
+    from pagoda.models.source import checkpoint_directory
+
+    if own.group_size is not None and own.quantization != "int4":
+        raise ConfigError(f"group-size={own.group_size}: needs --quantization int4")
+    source = checkpoint_directory(own.source)
+    texts = _texts(source, own.text)
+    with _progress() as bar:
+        task = bar.add_task("quantize", total=None)
+        quantization = write_quantized_checkpoint(
+            source,
+            own.destination,
+            own.quantization,
+            own.group_size,
+            lambda done, total: bar.update(task, completed=done, total=total),
+        )
+        task = bar.add_task("compare", total=2 * len(texts))
+        scores: list[Scores] = []
+        for directory in (source, own.destination):
+            model = _loaded(directory)
+            scores.append(score(model, texts, lambda: bar.advance(task)))
+            del model
+    print(_report(source, own.destination, quantization, *scores))
+    return 0
+
+
+def _loaded(directory: Path) -> DecoderForCausalLM:
+    """The model in a directory on the CPU, as `pagoda serve` would run it there."""
+    import torch
+
+    from pagoda.config.auto import choose_dtype
+    from pagoda.config.hardware import cpu_report
+    from pagoda.execution.kernel_choice import choose_cpu_kernels, prepare_model
+    from pagoda.models.config import ModelConfig
+    from pagoda.models.loader import load_weights
+    from pagoda.models.registry import build_model
+
+    config = ModelConfig.from_directory(directory)
+    choose_cpu_kernels("auto")
+    dtype = getattr(torch, choose_dtype("auto", config.dtype, None, cpu_report().instruction_sets).value)
+    model = build_model(config, dtype, "cpu", quantization=config.quantization)
+    load_weights(model, directory)
+    prepare_model(model)
+    return model
+
+
+def _texts(source: Path, file: Path | None) -> list[ScoredText]:
+    """The text of `file`, or the built-in conversations, of which the answers are scored."""
+    from pagoda.models.quantization.quality import ScoredText, in_windows
+    from pagoda.models.quantization.sample_text import sample_conversations
+    from pagoda.text.operations import TextOperations
+
+    operations = TextOperations(str(source))
+    if file is not None:
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"text={file}: cannot be read as text: {error}") from error
+        if pieces := in_windows(operations.tokenizer.encode(text)):
+            return pieces
+        raise ConfigError(f"text={file}: holds fewer than two tokens")
+    texts = []
+    for question, answer in sample_conversations():
+        if operations.tokenizer.has_chat_template:
+            prompt = operations.chat_template.render([{"role": "user", "content": question}])
+        else:
+            prompt = f"{question}\n"
+        before = operations.tokenizer.encode(prompt, add_special_tokens=not operations.tokenizer.has_chat_template)
+        after = operations.tokenizer.encode(answer, add_special_tokens=False)
+        texts.append(ScoredText((*before, *after), len(before)))
+    return texts
+
+
+def _report(source: Path, destination: Path, quantization: QuantizationConfig, before: Scores, after: Scores) -> str:
+    rows = [
+        ("", "source", str(quantization)),
+        ("weights", format_bytes(_weight_bytes(source)), format_bytes(_weight_bytes(destination))),
+        ("perplexity", f"{before.perplexity:.4f}", f"{after.perplexity:.4f}"),
+        ("same first choice", "", f"{before.agreement(after):.2%} of {len(before.choices)} tokens"),
+    ]
+    return "\n".join(f"{name:<20}{left:<16}{right}" for name, left, right in rows)
+
+
+def _weight_bytes(directory: Path) -> int:
+    return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        yield bar
