@@ -37,6 +37,7 @@ VALUES: dict[str, Any] = {
         "tokenizer_pool_size": 1,
         "grace_period_seconds": 20,
         "engine_start_timeout_seconds": 600,
+        "cpu_kernels": "reference",  # the same in every pod and in the process that is compared
     },
     # A second network, which is no pod's route to anywhere: what is seen on it was sent over the interface that is named.
     "podAnnotations": {"k8s.v1.cni.cncf.io/networks": "ranks"},
@@ -90,7 +91,7 @@ async def answers(clients: Clients) -> dict[Ask, str]:
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def expected() -> dict[Ask, str]:
     """What the same model says in one process."""
-    with ServerProcess(model=REPOSITORY / "runtime/pagoda/demo_model") as server:
+    with ServerProcess(model=REPOSITORY / "runtime/pagoda/demo_model", cpu_kernels="reference") as server:
         server.wait_until_ready()
         return await answers(Clients(server))
 
