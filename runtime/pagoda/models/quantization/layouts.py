@@ -169,7 +169,7 @@ def _read_compressed_tensors(
 
 def unpack_words(words: torch.Tensor, bits: int) -> torch.Tensor:
     """int32 [R, C] to the uint8 values in them, [R, C * 32 / bits]."""
-    octets = words.contiguous().view(torch.uint8)
+    octets = _in_order(words).view(torch.uint8)
     return octets if bits == 8 else torch.stack((octets & 15, octets >> 4), dim=2).flatten(1)
 
 
@@ -177,7 +177,12 @@ def pack_words(values: torch.Tensor, bits: int) -> torch.Tensor:
     """uint8 values [R, C] to int32 [R, ceil(C * bits / 32)], the last word filled up with zeros."""
     padded = torch.nn.functional.pad(values, (0, -values.shape[1] % (32 // bits)))
     octets = padded if bits == 8 else padded[:, 0::2] | padded[:, 1::2] << 4
-    return octets.contiguous().view(torch.int32)
+    return _in_order(octets).view(torch.int32)
+
+
+def _in_order(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy, row after row. `contiguous` would leave the stride of a dimension of one element as it is, and views mind it."""
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _words(part: slice, bits: int) -> tuple[slice, int]:

@@ -64,8 +64,8 @@ def _score(model: DecoderForCausalLM, text: ScoredText) -> Scores:
     count = len(ids)
     num_blocks = -(-count // _BLOCK_SIZE) + 1  # block 0 is the null block
     shape = (num_blocks, model.share.kv_heads.size, _BLOCK_SIZE, model.config.head_dim)
-    options = {"dtype": model.dtype, "device": model.device}
-    kv_caches = [(torch.zeros(shape, **options), torch.zeros(shape, **options)) for _ in model.share.layers]
+    caches = torch.zeros((2 * len(model.share.layers), *shape), dtype=model.dtype, device=model.device)
+    kv_caches = list(zip(caches[0::2], caches[1::2], strict=True))
     positions = torch.arange(count, device=model.device)
     metadata = AttentionMetadata(
         query_start_loc=torch.tensor([0, count], dtype=torch.int32, device=model.device),
@@ -78,9 +78,9 @@ def _score(model: DecoderForCausalLM, text: ScoredText) -> Scores:
     )
     hidden = model(ids, positions, kv_caches, metadata)
     logprobs, choices = [], []
-    for rows, targets in zip(
-        hidden[text.first - 1 : -1].split(_ROWS_OF_LOGITS), ids[text.first :].split(_ROWS_OF_LOGITS), strict=True
-    ):
+    predicting, predicted = hidden[text.first - 1 : -1], ids[text.first :]
+    for start in range(0, len(predicted), _ROWS_OF_LOGITS):
+        rows, targets = (part[start : start + _ROWS_OF_LOGITS] for part in (predicting, predicted))
         logits = model.compute_logits(rows.contiguous())
         assert logits is not None
         logprobs.append(logits.log_softmax(dim=1).gather(1, targets.unsqueeze(1)).squeeze(1))

@@ -103,7 +103,7 @@ def _write_weights(source: Path, whole: Path, schemes: dict[str, WeightScheme], 
     if len(shards) == 1:
         shards[0].rename(whole / SINGLE_FILE)
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, (file, names) in enumerate(zip(shards, names_of, strict=True), 1):
         name = f"model-{number:05}-of-{len(shards):05}.safetensors"
         file.rename(whole / name)
