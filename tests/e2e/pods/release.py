@@ -79,8 +79,9 @@ class Ledger:
 async def steady_load(release: Release, asks: dict[Ask, str], pause_seconds: float = 0.1) -> AsyncIterator[Ledger]:
     """One client with connections of its own for each question, asking again and again while the block runs.
 
-    A client retries what docs/protocol.md tells it to (429, 503, UNAVAILABLE, CANCELLED before anything came) and nothing else:
-    a broken connection, another error, or an answer that is not the expected one is a lost request. `asks`: the expected texts.
+    A client retries what docs/protocol.md tells it to (429, 503, UNAVAILABLE, CANCELLED before anything came) and nothing
+    else: a broken connection, another error, or an answer that is not the expected one is a lost request. `asks`: the
+    expected texts.
     """
     ledger = Ledger()
     is_over = False
