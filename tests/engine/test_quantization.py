@@ -61,6 +61,12 @@ def test_int4_demo_model_answers_nearly_as_before() -> None:
     assert sum(answer == expected for answer, (_, expected) in zip(answers, SKILLS, strict=True)) >= len(SKILLS) - 2
 
 
+def test_two_ranks_answer_as_one() -> None:
+    with engine(demo_checkpoint(), quantization="int8", tensor_parallel_size=2, max_num_seqs=8) as llm:
+        answers = [output.outputs[0].text for output in llm.chat([messages for messages, _ in SKILLS], GREEDY)]
+    assert answers == [expected for _, expected in SKILLS]
+
+
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
 def test_compiled_kernels_and_torch_give_the_same_tokens(quantization: str) -> None:
     """On the demo model, which is sure of its answers: the two may round an activation that lies between two steps apart."""

@@ -24,8 +24,8 @@ from pagoda.models.weights import WeightTarget
 from pagoda.parallel.groups import TensorGroup
 from pagoda_kernels.linear import PANEL, PackedWeight
 
-# Values that are unpacked or rounded at a time; with their float32 forms, some 50 MiB.
-_ELEMENTS_AT_ONCE = 1 << 22
+# Values that are unpacked or rounded at a time; with their float32 forms, some 15 MiB.
+_ELEMENTS_AT_ONCE = 1 << 20
 _INPUTS_AT_ONCE = {8: 4, 4: 8}  # that the kernels take
 
 
