@@ -40,7 +40,7 @@ class Network:
         self._number = number
         self._service_addresses: dict[str, str] = {}
         self._others: dict[str, int] = {}
-        self._creating = asyncio.Lock()
+        self.creating = asyncio.Lock()  # podman loses sight of networks when it makes pods and networks side by side
         self._servers: list[asyncio.Server | asyncio.DatagramTransport] = []
         self._turns = itertools.count()
 

@@ -135,14 +135,25 @@ class Pod:
         own = f"{self.name}.{self.service}.{domain} {self.name}" if self.service else self.name
         self.hosts_file.write_text(f"127.0.0.1 localhost\n{self.address} {own}\n")
         others = self.template["metadata"].get("annotations", {}).get(OTHER_NETWORKS)
-        networks = await self.cluster.network.attachments(self.address, others.split(",") if others else [])
-        share = ("--share", "net,ipc,uts")
-        await podman(
-            *("pod", "create", "--name", self.podman_name, "--hostname", self.name, "--no-hosts", *share, *networks),
-            *("--dns", self.cluster.network.gateway),
-            *(f"--dns-search={name}" for name in (domain, "svc.cluster.local", "cluster.local")),
-            *("--dns-option", "ndots:5"),
-        )
+        async with self.cluster.network.creating:
+            networks = await self.cluster.network.attachments(self.address, others.split(",") if others else [])
+            share = ("--share", "net,ipc,uts")
+            await podman(
+                *(
+                    "pod",
+                    "create",
+                    "--name",
+                    self.podman_name,
+                    "--hostname",
+                    self.name,
+                    "--no-hosts",
+                    *share,
+                    *networks,
+                ),
+                *("--dns", self.cluster.network.gateway),
+                *(f"--dns-search={name}" for name in (domain, "svc.cluster.local", "cluster.local")),
+                *("--dns-option", "ndots:5"),
+            )
         while True:
             try:
                 return await self.volumes.create(self.spec.get("volumes", []))
