@@ -62,8 +62,12 @@ def pack_linear_layers(model: DecoderForCausalLM) -> None:
     if model.dtype == torch.float16:
         return
     embedding, head = model.embed_tokens, model.lm_head
-    is_plain = type(embedding) is TokenEmbedding and head is not None and head.method is UNQUANTIZED
-    shares_weight = is_plain and embedding.weight is head.weight
+    shares_weight = (
+        type(embedding) is TokenEmbedding
+        and head is not None
+        and head.method is UNQUANTIZED
+        and embedding.weight is head.weight
+    )
     for layer in model.modules():
         if isinstance(layer, Linear) and layer.method is UNQUANTIZED:
             if layer is head and not shares_weight and embedding is not None and embedding.weight is head.weight:
