@@ -114,8 +114,8 @@ class PagodaConfig:
     cpu_kernels: Literal["auto", "compiled", "reference"] = _option(
         "auto",
         "device",
-        "Kernels on a CPU: compiled C++, or torch's own operations (reference). Auto: compiled, torch's own where they are not "
-        "installed and cannot be built.",
+        "Kernels on a CPU: compiled C++, or torch's own operations (reference). Auto: compiled, torch's own where they are "
+        "not installed and cannot be built.",
     )
 
     enforce_eager: bool = _option(
