@@ -36,11 +36,13 @@ class Container:
         self.actions = Actions(pod.address, spec, self.execute)
         self._identity = identity
         self._process = process
-        if process == 0:  # it has ended already
-            self.exited.set()
-        else:
+        try:
+            if process == 0:
+                raise ProcessLookupError
             self._handle = os.pidfd_open(process)
             asyncio.get_running_loop().add_reader(self._handle, self._on_exit)
+        except ProcessLookupError:  # it has ended already
+            self.exited.set()
 
     @classmethod
     async def start(cls, pod: Pod, spec: Object, log: Path) -> Container:
