@@ -21,6 +21,7 @@ import httpx
 from pagoda.serving.grpc_messages import SERVICE_NAME, message_class, service_methods
 
 DOORS = ("generate", "generate_stream", "infer", "completions", "chat", "grpc", "grpc_stream")
+WHOLE_DOORS = ("generate", "infer", "chat", "grpc")  # their answers come in one piece
 CHAT_TEXTS = frozenset({"chat"})
 """Doors whose prompt goes through the chat template, so the text is another."""
 RETRIABLE_KINDS = ("queue_full", "not_ready", "engine_dead")
@@ -120,7 +121,10 @@ class Clients:
         await self._channel.close()
 
     async def run(self, ask: Ask, leave_after: float | None = None) -> Answer:
-        """Ask, and read the answer to its end, or leave after so many pieces of it (0: before the first)."""
+        """Ask, and read the answer to its end, or leave after so many pieces of it (0: before the first).
+
+        An answer that comes in one piece is left before it.
+        """
         answer = Answer(ask)
         pieces = {
             "generate": self._whole,
@@ -144,7 +148,7 @@ class Clients:
         async with aclosing(pieces):
             num_read = 0
             with suppress(TimeoutError):
-                async with asyncio.timeout(0.05 if after == 0 else None):
+                async with asyncio.timeout(0.05 if after == 0 or answer.ask.door in WHOLE_DOORS else None):
                     async for _ in pieces:
                         num_read += 1
                         if num_read >= after:
@@ -301,7 +305,7 @@ async def load(
 ) -> AsyncIterator[Books]:
     """Clients that ask one thing after another while the block runs, and end what they are at when it is left.
 
-    `drop`: the share of requests whose client leaves in the middle.
+    `drop`: the share of requests whose client means to leave in the middle; a short answer may be over by then.
     """
     books = Books()
     is_over = False
