@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Callable, Iterator
+from typing import Never
 
 import pytest
 
@@ -37,6 +38,9 @@ class Core:
 
     def stats(self) -> EngineStats:
         return EngineStats()
+
+    def ranks(self) -> list[Never]:
+        return []
 
 
 @pytest.fixture

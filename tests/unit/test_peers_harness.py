@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -158,6 +160,19 @@ def settings() -> EngineSettings:
     )
 
 
+def state_of(process_id: int) -> str:
+    """The kernel's letter for what a process does: T when it is stopped."""
+    return Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """The kernel stops a process a moment after the signal was sent."""
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_a_worker_runs_batches_and_arrivals_and_is_stopped_in_between(settings, tmp_path):
     cores = sorted(os.sched_getaffinity(0))[:1]
     worker = Worker("pagoda", settings, cores, tmp_path / "log")
@@ -169,8 +184,7 @@ def test_a_worker_runs_batches_and_arrivals_and_is_stopped_in_between(settings, 
         assert batch["first_ids"] == alone["first_ids"]  # the same first prompt: the seed makes it
         online = worker.run(case(kind="arrivals", vocab_size=512, offsets=(0.0, 0.2)))
         assert online["ttft_p50_ms"] > 0
-        state = Path(f"/proc/{worker.process_id}/stat").read_text().rpartition(")")[2].split()[0]
-        assert state == "T"
+        until(lambda: state_of(worker.process_id) == "T")
         with pytest.raises(WorkerFailedError, match="prompt"):
             worker.run(case(vocab_size=10**6))
     finally:
