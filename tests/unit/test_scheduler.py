@@ -414,3 +414,14 @@ def test_landed_token_of_a_slot_that_has_changed_hands_is_dropped() -> None:
     tracker.landed(result)
     scheduler.apply(first, result)
     assert tracker.submitted(scheduler.schedule()) == LandedTokens([first.slots[1]], [4], [42])
+
+
+def test_what_a_failed_step_announced_is_no_prefix_for_anybody() -> None:
+    """Its blocks were published when it was planned; nobody knows what is in them."""
+    scheduler = make_scheduler()
+    scheduler.add(make_request("a", 13, first=1))
+    assert scheduler.schedule() is not None
+    scheduler.fail_in_flight("the step failed")
+    scheduler.check_integrity()
+    scheduler.add(make_request("b", 13, first=1))
+    assert scheduled(step(scheduler)) == {"b": 13}
