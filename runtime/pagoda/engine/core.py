@@ -99,7 +99,7 @@ class EngineCore:
                 self.on_submit(self._num_steps, plan)
             try:
                 self._in_flight.append((plan, self._executor.submit(plan)))
-            except Exception as error:
+            except Exception as error:  # whatever it is, it is this step's requests' end and not the engine's
                 self._fail_step(plan, error)
                 return
 
@@ -109,7 +109,7 @@ class EngineCore:
         plan, handle = self._in_flight.popleft()
         try:
             result = handle.result()
-        except Exception as error:
+        except Exception as error:  # as above: a step may fail in any way
             self._fail_step(plan, error)
             return []
         self._num_steps += 1

@@ -133,7 +133,7 @@ class InProcessExecutor:
         """See `Executor`."""
         try:
             return _InProcessStep(self, self._worker.execute(plan))
-        except Exception as error:
+        except Exception as error:  # none is lost: the handle raises it
             self.note_error(error)
             return FailedStep(error)
 

@@ -205,7 +205,7 @@ class ModelRunner:
         try:
             faults.fire("prepare", new.request_id)
             self.sampler.add(new.slot, SlotRequest(new.sampling, new.num_prompt_tokens, new.eos_token_ids))
-        except Exception:
+        except Exception:  # raised on: the row still takes part, since every rank plans its collectives with it
             self.sampler.add(new.slot, SlotRequest(_PLAINEST_SAMPLING, new.num_prompt_tokens, ()))
             raise
 
@@ -263,7 +263,7 @@ def _fire_sample_faults(plan: StepPlan, errors: dict[int, str]) -> None:
         if plan.samples[row]:
             try:
                 faults.fire("sample", request_id)
-            except Exception as error:
+            except Exception as error:  # an injected fault may be of any type
                 errors.setdefault(row, f"the request could not be sampled: {error}")
 
 

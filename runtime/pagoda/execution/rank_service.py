@@ -106,7 +106,7 @@ class RankService:
                     self._end(command)
                     return 0
                 self._do(command)
-            except Exception as error:
+            except Exception as error:  # the driver is told of any fault, and the rank ends: no third state
                 self._fail(error)
                 return _LOST_EXIT_CODE
 

@@ -125,7 +125,9 @@ def within(seconds: float, call: Callable[[], object]) -> bool:
     def guarded() -> None:
         try:
             call()
-        except Exception as error:
+        except (
+            Exception
+        ) as error:  # only its end is asked for; what it cannot clear away, the head does when the job is gone
             logger.debug("a call to Ray failed: %s", error)
 
     thread = threading.Thread(target=guarded, name="ray-call", daemon=True)
@@ -146,7 +148,7 @@ def _connect(address: str, version: str, deadline: float) -> None:
         try:
             ray.init(address, namespace="pagoda", configure_logging=False, log_to_driver=True)
             outcome.append(None)
-        except Exception as error:
+        except Exception as error:  # carried to the caller's thread, and raised there in words
             outcome.append(error)
 
     thread = threading.Thread(target=connect, name="ray-connect", daemon=True)

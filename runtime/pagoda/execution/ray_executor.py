@@ -133,7 +133,7 @@ class RayLauncher:
             return None
         try:
             ray.get(done[0], timeout=_CALL_SECONDS)
-        except Exception as error:
+        except Exception as error:  # of whatever type: it is the answer
             return error
         return None
 
