@@ -4,11 +4,11 @@ A point costs one dictionary look-up when no fault is installed. The setting `fa
 
     POINT[@REQUEST_PREFIX][#N]=ACTION        the N-th time (default: every time) that POINT is passed by such a request
 
-    points    prepare · sample · step · rank · detokenize
+    points    prepare · sample · step · detokenize
     actions   raise · oom · sleep:SECONDS · spin · exit
 
-`step` is passed by every model step, `rank` too with more than one rank, the rank's number in place of a request's name
-(`rank@1#5=oom`: the fifth step of rank 1). The others are passed by a request.
+`step` is passed by every model step of every rank, the rank's number in place of a request's name (`step@1#5=oom`: the fifth
+step of rank 1). The others are passed by a request.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from pagoda.errors import ConfigError
 
-POINTS = ("prepare", "sample", "step", "rank", "detokenize")
+POINTS = ("prepare", "sample", "step", "detokenize")
 _ACTIONS = ("raise", "oom", "sleep", "spin", "exit")
 
 

@@ -134,7 +134,7 @@ async def test_a_rank_that_does_not_do_its_part_of_a_step_ends_the_group_and_is_
     fault: str, cause: str, note: Note
 ) -> None:
     # The others are in the step's collectives by then. The new ranks count their steps from one again.
-    settings = {"fault_injection": f"rank@1#40={fault}", "collective_timeout_seconds": 5}
+    settings = {"fault_injection": f"step@1#40={fault}", "collective_timeout_seconds": 5}
     async with server_of(tensor_parallel_size=2, **settings) as (_, clients, observer):
         async with load(clients, ASKS, num_clients=4) as books:
             await observer.until_state("starting", seconds=120)

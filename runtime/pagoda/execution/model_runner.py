@@ -173,7 +173,7 @@ class ModelRunner:
         errors = {
             row: self.batch.slot_errors[slot] for row, slot in enumerate(plan.slots) if slot in self.batch.slot_errors
         }
-        faults.fire("step")
+        faults.fire("step", str(self.groups.place.rank))
         if inputs is None:
             return PendingStep(plan, errors, self.batch.device)
         if faults.is_installed("sample") and self.groups.place.is_output:

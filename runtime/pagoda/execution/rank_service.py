@@ -199,7 +199,6 @@ class RankService:
     def _run_step(self, command: RunStep) -> None:
         plan, before = command.plan, self._groups.num_operations
         try:
-            faults.fire("rank", str(self._rank))
             handle = self._worker.execute(plan, command.landed)
         except Exception as error:
             self._fail_step(plan, error, before)
