@@ -150,5 +150,11 @@ class Request:
             if token_id in self.sampling.stop_token_ids:
                 self.stop_reason = token_id
 
+    def collect_prompt_logprobs(self, num_computed: int, entries: list[TokenLogprobs]) -> None:
+        """Keep the entries, of positions from `num_computed + 1` on, that are new: a preempted request computes some again."""
+        assert self.prompt_logprobs is not None
+        known = len(self.prompt_logprobs)
+        self.prompt_logprobs.extend(entries[max(0, known - num_computed - 1) :])
+
     def __repr__(self) -> str:
         return f"Request({self.request_id}, {self.status.name}, {self.num_computed_tokens}/{self.num_tokens})"

@@ -29,7 +29,8 @@ from pagoda.sampling.output import FinishReason, TokenLogprobs
 from pagoda.scheduling.deadlines import Deadlines
 from pagoda.scheduling.kv_cache_manager import KVCacheManager
 from pagoda.scheduling.limits import SchedulerLimits
-from pagoda.scheduling.plan import NewRequest, StepPlan, StepResult
+from pagoda.scheduling.plan import StepPlan, StepResult
+from pagoda.scheduling.planned_step import PlannedStep
 from pagoda.scheduling.request import Request, RequestStatus
 from pagoda.scheduling.runaway import RunawayDetector
 from pagoda.scheduling.token_budget import TokenBudget
@@ -61,7 +62,7 @@ class Scheduler:
         self._running: dict[str, Request] = {}
         self._free_slots = list(range(limits.max_num_seqs - 1, -1, -1))
         self._released_slots: list[int] = []
-        self._in_flight: dict[int, list[Request]] = {}  # step id -> the requests of its rows
+        self._in_flight: dict[int, PlannedStep] = {}  # by step id
         self._ended: list[Progress] = []
         self._num_arrived = 0
         self._num_steps = 0
@@ -154,9 +155,9 @@ class Scheduler:
 
         Blocks published by these steps may lack the content they announce, so every cached prefix is forgotten.
         """
-        plans, self._in_flight = self._in_flight, {}
-        for requests in plans.values():
-            for request in requests:
+        steps, self._in_flight = self._in_flight, {}
+        for step in steps.values():
+            for request in step.requests:
                 self.fail(request, ErrorKind.INTERNAL, message)
         self.kv.forget_prefixes()
 
@@ -167,8 +168,8 @@ class Scheduler:
         """
         if not self._budget.shrink():
             return False
-        plans, self._in_flight = self._in_flight, {}
-        concerned = {request for requests in plans.values() for request in requests if not request.is_finished}
+        steps, self._in_flight = self._in_flight, {}
+        concerned = {request for step in steps.values() for request in step.requests if not request.is_finished}
         for request in sorted(concerned, key=self._standing, reverse=True):
             request.num_in_flight = 0  # these tokens will never land
             if request.status is RequestStatus.RUNNING:
@@ -191,20 +192,19 @@ class Scheduler:
             self._ended.append(Progress(request, []))
         scheduled, preempted = self._schedule_running()
         budget = self._budget.tokens - sum(scheduled.values())
-        plan = StepPlan(step_id=self._num_steps)
-        requests: list[Request] = []
+        step = PlannedStep(StepPlan(step_id=self._num_steps))
         for request, num_new in scheduled.items():
-            self._add_row(plan, requests, request, num_new)
+            self._add_row(step, request, num_new)
         if not preempted:
-            self._admit_waiting(plan, requests, budget)
-        if not requests:
+            self._admit_waiting(step, budget)
+        if not step.requests:
             return None
-        if self.limits.num_scheduler_steps > 1 and plan.total_tokens == len(requests) and not plan.new_requests:
-            self._lengthen_to_burst(plan, requests)
-        plan.released_slots, self._released_slots = self._released_slots, []
-        self._in_flight[plan.step_id] = requests
+        if self.limits.num_scheduler_steps > 1 and step.only_decodes:
+            self._lengthen_to_burst(step)
+        step.plan.released_slots, self._released_slots = self._released_slots, []
+        self._in_flight[self._num_steps] = step
         self._num_steps += 1
-        return plan
+        return step.plan
 
     def _schedule_running(self) -> tuple[dict[Request, int], bool]:
         """How many tokens each running request moves forward, and whether somebody was preempted for it."""
@@ -246,7 +246,7 @@ class Scheduler:
             candidates.append(request)
         return candidates
 
-    def _admit_waiting(self, plan: StepPlan, requests: list[Request], budget: int) -> None:
+    def _admit_waiting(self, step: PlannedStep, budget: int) -> None:
         """Admit waiting requests in order while budget, slots and blocks last. Nobody is overtaken."""
         while budget > 0 and self._free_slots and (request := self._waiting.peek()) is not None:
             if request.num_in_flight:
@@ -254,76 +254,42 @@ class Scheduler:
             if not self.kv.admit(request, leave_watermark=bool(self._running)):
                 break
             self._waiting.pop()
-            self._enter(request, plan)
+            self._enter(step, request)
             num_new = self._clamp(request.next_tokens(), budget)
             budget -= num_new
             # The row publishes its blocks at once, so the next in line with the same prompt shares them within this very
             # step: in every layer all KV is written before any of it is read.
-            self._add_row(plan, requests, request, num_new)
+            self._add_row(step, request, num_new)
 
     def _clamp(self, num_tokens: int, budget: int) -> int:
         threshold = self.limits.long_prefill_token_threshold or budget
         return min(num_tokens, budget, threshold)
 
-    def _enter(self, request: Request, plan: StepPlan) -> None:
-        """Move an admitted request into a slot; the runner learns all its tokens and blocks."""
-        assert request.lease is not None
+    def _enter(self, step: PlannedStep, request: Request) -> None:
+        """Move an admitted request into a slot."""
         request.status = RequestStatus.RUNNING
         request.slot = self._free_slots.pop()
-        request.num_blocks_sent = len(request.lease)
         if request.scheduled_time is None:
             request.scheduled_time = time.monotonic()
         self._running[request.request_id] = request
-        plan.new_requests.append(
-            NewRequest(
-                slot=request.slot,
-                request_id=request.request_id,
-                token_ids=list(request.token_ids),
-                num_prompt_tokens=request.num_prompt_tokens,
-                sampling=request.sampling,
-                eos_token_ids=request.eos_token_ids,
-                block_ids=request.lease.block_ids,
-                num_computed_tokens=request.num_computed_tokens,
-            )
-        )
+        step.enter(request)
 
-    def _add_row(self, plan: StepPlan, requests: list[Request], request: Request, num_new: int) -> None:
-        """Plan `num_new` tokens of a running request and move its counters forward."""
-        assert request.lease is not None
-        samples = request.next_tokens() == num_new
-        new_blocks = request.lease.blocks[request.num_blocks_sent :]
-        plan.request_ids.append(request.request_id)
-        plan.slots.append(request.slot)
-        plan.num_computed_tokens.append(request.num_computed_tokens)
-        plan.num_scheduled_tokens.append(num_new)
-        plan.block_offsets.append(request.num_blocks_sent)
-        plan.new_block_ids.append([block.block_id for block in new_blocks])
-        plan.samples.append(samples)
-        requests.append(request)
-        request.num_blocks_sent = len(request.lease)
-        request.num_computed_tokens += num_new
+    def _add_row(self, step: PlannedStep, request: Request, num_new: int) -> None:
+        """Plan `num_new` tokens of a running request; the blocks that they fill may be found from now on."""
+        step.add_row(request, num_new)
         self.kv.publish(request)
-        request.num_in_flight += samples
 
-    def _lengthen_to_burst(self, plan: StepPlan, requests: list[Request]) -> None:
+    def _lengthen_to_burst(self, step: PlannedStep) -> None:
         """Let every row run on, up to `num_scheduler_steps` steps, its length cap, and the blocks that are free.
 
         Nobody is preempted for steps to come. What a row samples past its end is dropped when it lands.
         """
-        if not all(plan.samples):
-            return
-        for row, request in enumerate(requests):
-            assert request.lease is not None
+        for row, request in enumerate(step.requests):
             allowed = request.max_tokens - request.num_output_tokens - request.num_in_flight
             extra = min(self.limits.num_scheduler_steps - 1, allowed)
             if not self.kv.extend(request, request.num_computed_tokens + extra):
                 extra = 0
-            new_blocks = request.lease.blocks[request.num_blocks_sent :]
-            plan.new_block_ids[row] += [block.block_id for block in new_blocks]
-            plan.bursts.append(1 + extra)
-            request.num_blocks_sent = len(request.lease)
-            request.num_computed_tokens += extra
-            request.num_in_flight += extra
+            step.lengthen_row(row, extra)
 
     def _standing(self, request: Request) -> tuple[int, int]:
         """The order in which requests deserve to run; the greatest is preempted first."""
@@ -375,7 +341,7 @@ class Scheduler:
         """Take the result of a plan, oldest plan first. Rows of requests that have ended meanwhile are ignored."""
         progress: list[Progress] = []
         self._budget.count_good_step()
-        for row, request in enumerate(self._in_flight.pop(plan.step_id)):
+        for row, request in enumerate(self._in_flight.pop(plan.step_id).requests):
             if request.is_finished:
                 continue
             request.num_in_flight -= plan.bursts[row] if plan.bursts else plan.samples[row]
@@ -384,9 +350,8 @@ class Scheduler:
                 self.kv.forget_prefixes()  # what it announced may hold what made it fail
                 continue
             if request.prompt_logprobs is not None:
-                self._collect_prompt_logprobs(
-                    request, plan.num_computed_tokens[row], result.prompt_logprobs.get(row, [])
-                )
+                entries = result.prompt_logprobs.get(row, [])
+                request.collect_prompt_logprobs(plan.num_computed_tokens[row], entries)
             if plan.samples[row]:
                 progress.append(self._land(request, result.sampled_token_ids[row], result.logprobs.get(row)))
         return progress
@@ -404,13 +369,6 @@ class Scheduler:
         news = Progress(request, token_ids[:taken], logprobs[:taken] if logprobs is not None else None)
         news.prompt_logprobs, request.prompt_logprobs = request.prompt_logprobs, None
         return news
-
-    @staticmethod
-    def _collect_prompt_logprobs(request: Request, num_computed: int, entries: list[TokenLogprobs]) -> None:
-        """Keep the entries of positions not seen yet: after a preemption the same positions come again."""
-        assert request.prompt_logprobs is not None
-        known = len(request.prompt_logprobs)
-        request.prompt_logprobs.extend(entries[max(0, known - num_computed - 1) :])
 
     def check_integrity(self) -> None:
         """Assert every invariant between requests, slots and blocks. O(everything); for tests."""

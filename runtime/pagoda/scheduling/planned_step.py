@@ -1,0 +1,69 @@
+"""A plan together with the requests of its rows: while it is written, and until its result is there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from pagoda.scheduling.plan import NewRequest, StepPlan
+from pagoda.scheduling.request import Request
+
+
+@dataclass(slots=True)
+class PlannedStep:
+    """`requests[i]` is the request of row i of `plan`. Writing a row moves the counters of its request forward."""
+
+    plan: StepPlan
+    requests: list[Request] = field(default_factory=list)
+
+    def enter(self, request: Request) -> None:
+        """Tell the runner all tokens and blocks of a request that has come into a slot."""
+        assert request.lease is not None
+        request.num_blocks_sent = len(request.lease)
+        self.plan.new_requests.append(
+            NewRequest(
+                slot=request.slot,
+                request_id=request.request_id,
+                token_ids=list(request.token_ids),
+                num_prompt_tokens=request.num_prompt_tokens,
+                sampling=request.sampling,
+                eos_token_ids=request.eos_token_ids,
+                block_ids=request.lease.block_ids,
+                num_computed_tokens=request.num_computed_tokens,
+            )
+        )
+
+    def add_row(self, request: Request, num_tokens: int) -> None:
+        """Let `request` compute `num_tokens` more, and sample if these are all that it has."""
+        plan, samples = self.plan, request.next_tokens() == num_tokens
+        plan.request_ids.append(request.request_id)
+        plan.slots.append(request.slot)
+        plan.num_computed_tokens.append(request.num_computed_tokens)
+        plan.num_scheduled_tokens.append(num_tokens)
+        plan.block_offsets.append(request.num_blocks_sent)
+        plan.new_block_ids.append(_take_unsent_blocks(request))
+        plan.samples.append(samples)
+        self.requests.append(request)
+        request.num_computed_tokens += num_tokens
+        request.num_in_flight += samples
+
+    def lengthen_row(self, row: int, num_steps: int) -> None:
+        """Let a row that samples one token run `num_steps` more steps, each on the token of the one before."""
+        request = self.requests[row]
+        self.plan.new_block_ids[row] += _take_unsent_blocks(request)
+        self.plan.bursts.append(1 + num_steps)
+        request.num_computed_tokens += num_steps
+        request.num_in_flight += num_steps
+
+    @property
+    def only_decodes(self) -> bool:
+        """Whether every row computes one token and samples the next."""
+        plan = self.plan
+        return not plan.new_requests and plan.total_tokens == len(self.requests) and all(plan.samples)
+
+
+def _take_unsent_blocks(request: Request) -> list[int]:
+    """The blocks that the runner does not know of yet; from here on it does."""
+    assert request.lease is not None
+    blocks = request.lease.blocks[request.num_blocks_sent :]
+    request.num_blocks_sent = len(request.lease)
+    return [block.block_id for block in blocks]
