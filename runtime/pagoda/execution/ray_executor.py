@@ -18,7 +18,7 @@ from pagoda.config.schema import PagodaConfig
 from pagoda.errors import CommunicationError, PagodaError
 from pagoda.execution.rank_group import RankGroup
 from pagoda.execution.rank_launcher import RankConnection
-from pagoda.execution.ray_cluster import RayCluster, connect_cluster, release, reserve, within
+from pagoda.execution.ray_cluster import RayCluster, bundles_in_order, connect_cluster, release, reserve, within
 from pagoda.execution.ray_listener import AdmittedRank, RankListener
 from pagoda.execution.ray_rank import PagodaRank
 from pagoda.models.config import ModelConfig
@@ -98,9 +98,10 @@ class RayLauncher:
 
         is_cuda = self._config.device == "cuda"
         actor = ray.remote(PagodaRank)
+        bundles = bundles_in_order(room)
         for rank in range(num_ranks):
             place = PlacementGroupSchedulingStrategy(
-                room, placement_group_bundle_index=self._layout.place(rank).pipeline_stage
+                room, placement_group_bundle_index=bundles[self._layout.place(rank).pipeline_stage]
             )
             handle = actor.options(
                 num_cpus=0 if is_cuda else 1, num_gpus=1 if is_cuda else 0, scheduling_strategy=place, max_restarts=0
