@@ -18,6 +18,7 @@ def paged_attention(
     scale: float,
     sliding_window: int | None = None,
     soft_cap: float | None = None,
+    kv_scales: tuple[float, float] | None = None,
 ) -> torch.Tensor:
     """Causal softmax attention of every query token over its own request's context.
 
@@ -26,16 +27,17 @@ def paged_attention(
 
     Args:
         query: contiguous [T, num_heads, head_dim]; head h reads KV head `h // (num_heads // num_kv_heads)`.
-        k_cache, v_cache: contiguous [num_blocks, num_kv_heads, block_size, head_dim], dtype of `query`.
+        k_cache, v_cache: contiguous [num_blocks, num_kv_heads, block_size, head_dim], dtype of `query`, or float8.
         metadata: the batch.
         scale: factor of the scores, usually `head_dim ** -0.5`.
         sliding_window: a query at position p sees positions `p - sliding_window + 1 .. p`; None: all up to p.
         soft_cap: scores become `soft_cap * tanh(score / soft_cap)` before the softmax.
+        kv_scales: of caches of float8, how many times their keys, and their values, count; None for other caches.
 
     Returns:
         [T, num_heads, head_dim], contiguous, dtype of `query`.
     """
-    return backend.active.paged_attention(query, k_cache, v_cache, metadata, scale, sliding_window, soft_cap)
+    return backend.active.paged_attention(query, k_cache, v_cache, metadata, scale, sliding_window, soft_cap, kv_scales)
 
 
 def write_kv(
@@ -64,6 +66,7 @@ def rotate_and_store(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
+    kv_scales: tuple[float, float] | None = None,
 ) -> torch.Tensor:
     """All that lies between the projection and attention: norm per head, rotation, and the way into the cache.
 
@@ -74,10 +77,12 @@ def rotate_and_store(
         query_norm, key_norm: weights [head_dim] of `pagoda_kernels.norm.rms_norm` over each head, with `eps`; None for models
             without: both or neither.
         k_cache, v_cache, slot_mapping: as in `write_kv`; the keys are stored rotated.
+        kv_scales: as in `paged_attention`. Keys and values are divided by them, kept in the range of their float8 type, and
+            rounded to nearest.
 
     Returns:
         The normalized and rotated query, contiguous.
     """
     return backend.active.rotate_and_store(
-        query, key, value, cos, sin, query_norm, key_norm, eps, k_cache, v_cache, slot_mapping
+        query, key, value, cos, sin, query_norm, key_norm, eps, k_cache, v_cache, slot_mapping, kv_scales
     )

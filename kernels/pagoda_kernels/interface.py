@@ -25,6 +25,7 @@ class PagedAttention(Protocol):
         scale: float,
         sliding_window: int | None,
         soft_cap: float | None,
+        kv_scales: tuple[float, float] | None = None,
     ) -> torch.Tensor:
         """Attend."""
 
@@ -77,6 +78,7 @@ class RotateAndStore(Protocol):
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
         slot_mapping: torch.Tensor,
+        kv_scales: tuple[float, float] | None = None,
     ) -> torch.Tensor:
         """Rotate and store."""
 

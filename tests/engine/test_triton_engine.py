@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from pagoda.execution.cuda_graphs import DecodeGraphs
 from pagoda.models.dummy import DummySpec, write_dummy_checkpoint
@@ -14,17 +15,17 @@ from pagoda.sampling.params import SamplingParams
 from pagoda_kernels import backend
 from tests.support.plan_driver import PlanDriver, make_executor
 from tests.support.recording import Recording
-from tests.support.triton_kernels import require_interpreter, triton_backend
+from tests.support.triton_kernels import float8_as_on_a_gpu, require_interpreter, triton_backend
 
 require_interpreter()
 
-__all__ = ["triton_backend"]
+__all__ = ["float8_as_on_a_gpu", "triton_backend"]
 
 PROMPTS = {"short": [5, 6, 7], "long": [(13 * n + 5) % 500 for n in range(21)]}
 
 
-def generated(checkpoint: Path, name: str, *, graphs: bool) -> list[list[int]]:
-    executor = make_executor(checkpoint, cpu_kernels="reference", max_num_seqs=3)
+def generated(checkpoint: Path, name: str, *, graphs: bool, kv_cache_dtype: str = "auto") -> list[list[int]]:
+    executor = make_executor(checkpoint, cpu_kernels="reference", max_num_seqs=3, kv_cache_dtype=kv_cache_dtype)
     backend.use_backend(name)
     runner = executor._worker.runner
     assert runner is not None
@@ -50,3 +51,23 @@ def test_same_tokens_as_on_the_torch_kernels(tmp_path: Path, spec: DummySpec) ->
     checkpoint = write_dummy_checkpoint(tmp_path / "model", spec)
     expected = generated(checkpoint, "reference", graphs=False)
     assert generated(checkpoint, "triton", graphs=True) == expected
+
+
+@pytest.mark.usefixtures("triton_backend", "float8_as_on_a_gpu")
+def test_same_tokens_from_a_float8_kv_cache(tmp_path: Path) -> None:
+    """Through the setting: half-sized blocks, scales of the checkpoint, and both kernels that know float8."""
+    checkpoint = write_dummy_checkpoint(tmp_path / "model", DummySpec(family="qwen3", num_layers=2, num_kv_heads=1))
+    file = checkpoint / "model.safetensors"
+    scales = {f"model.layers.0.self_attn.{name}_scale": torch.tensor(1 / 16) for name in ("k", "v")}
+    save_file({**load_file(file), **scales}, file)
+    expected = generated(checkpoint, "reference", graphs=False, kv_cache_dtype="fp8")
+    assert generated(checkpoint, "triton", graphs=True, kv_cache_dtype="fp8") == expected
+
+
+def test_blocks_of_a_float8_kv_cache_cost_a_byte_a_number(tmp_path: Path) -> None:
+    checkpoint = write_dummy_checkpoint(tmp_path / "model", DummySpec(num_layers=2))
+    worker = make_executor(checkpoint, cpu_kernels="reference", kv_cache_dtype="fp8_e5m2", num_blocks=9)._worker
+    assert worker.runner is not None
+    assert worker.kv_block_bytes(8) == sum(cache[0].nbytes for pair in worker.runner.kv_caches for cache in pair)
+    assert {cache.dtype for pair in worker.runner.kv_caches for cache in pair} == {torch.float8_e5m2}
+    assert [layer.self_attn.kv_scales for layer in worker.runner.model.layers] == [(1.0, 1.0)] * 2

@@ -20,6 +20,7 @@ class AttentionCase:
     metadata: AttentionMetadata
     keys: list[torch.Tensor]
     values: list[torch.Tensor]
+    kv_scales: tuple[float, float] | None = None
 
     @property
     def scale(self) -> float:
@@ -27,7 +28,14 @@ class AttentionCase:
 
     def run(self, sliding_window: int | None = None, soft_cap: float | None = None) -> torch.Tensor:
         return paged_attention(
-            self.query, self.k_cache, self.v_cache, self.metadata, self.scale, sliding_window, soft_cap
+            self.query,
+            self.k_cache,
+            self.v_cache,
+            self.metadata,
+            self.scale,
+            sliding_window,
+            soft_cap,
+            self.kv_scales,
         )
 
     def expected(self, sliding_window: int | None = None, soft_cap: float | None = None) -> torch.Tensor:

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from pagoda_kernels import reference
+from pagoda_kernels.composed import to_float8
 from tests.ops.attention_cases import AttentionCase, make_case
 from tests.support.triton_kernels import require_interpreter, triton_backend
 
@@ -173,19 +173,57 @@ def test_rows_of_padding_disturb_nobody() -> None:
     assert torch.equal(padded[3], torch.zeros_like(padded[3]))
 
 
-def test_float8_cache_counts_its_scales() -> None:
-    case = make_case([(1, 40), (5, 30)], num_kv_heads=1, poison=0.0, dtype=torch.float16)
-    k_scale, v_scale = 0.25, 0.5
-    stored = [
-        (cache.float() / scale).to(torch.float8_e4m3fn)
-        for cache, scale in ((case.k_cache, k_scale), (case.v_cache, v_scale))
-    ]
-    restored = [(cache.float() * scale).half() for cache, scale in zip(stored, (k_scale, v_scale), strict=True)]
-    actual = attention.paged_attention(
-        case.query, *stored, case.metadata, case.scale, None, None, k_scale=k_scale, v_scale=v_scale
+FLOAT8 = [torch.float8_e4m3fn, torch.float8_e5m2]
+
+
+def in_float8(case: AttentionCase, dtype: torch.dtype, kv_scales: tuple[float, float]) -> AttentionCase:
+    """The same batch with its caches as `dtype`; what is expected of it is computed from what rounding has left."""
+    k_scale, v_scale = kv_scales
+    return dataclasses.replace(
+        case,
+        k_cache=to_float8(case.k_cache, k_scale, dtype),
+        v_cache=to_float8(case.v_cache, v_scale, dtype),
+        keys=[to_float8(keys, k_scale, dtype).double() * k_scale for keys in case.keys],
+        values=[to_float8(values, v_scale, dtype).double() * v_scale for values in case.values],
+        kv_scales=kv_scales,
     )
-    expected = reference.BACKEND.paged_attention(case.query, *restored, case.metadata, case.scale, None, None)
-    torch.testing.assert_close(actual, expected, rtol=5e-3, atol=5e-3)
+
+
+@pytest.mark.parametrize("dtype", FLOAT8)
+@pytest.mark.parametrize(("query_dtype", "tolerance"), [(torch.float32, 5e-6), (torch.float16, HALF_TOLERANCE)])
+def test_float8_cache_is_what_rounding_left_times_its_scales(
+    dtype: torch.dtype, query_dtype: torch.dtype, tolerance: float
+) -> None:
+    case = in_float8(make_case([*DECODE, *CHUNKS], dtype=query_dtype, head_dim=32), dtype, (0.25, 0.3))
+    case.assert_matches(tolerance=tolerance)
+
+
+def test_float8_cache_in_segments_behind_a_window_and_under_a_cap(small_tiles: TuningTable) -> None:
+    rows = [(1, seq_len) for seq_len in (1, 33, 97, 200)]
+    case = in_float8(make_case([*rows, (20, 61)], num_heads=3, num_kv_heads=1), torch.float8_e4m3fn, (0.5, 2.0))
+    case.assert_matches(50)
+    case.assert_matches(soft_cap=1.5)
+
+
+@pytest.mark.parametrize("dtype", FLOAT8)
+def test_float8_slots_of_no_token_never_change_a_bit(dtype: torch.dtype) -> None:
+    rows = [(1, 9), (1, 50), (5, 30)]
+    clean, poisoned = (
+        in_float8(make_case(rows, poison=poison, num_kv_heads=1, dtype=torch.float16), dtype, (1.0, 1.0))
+        for poison in (0.0, math.nan)
+    )
+    assert poisoned.k_cache.float().isnan().any()
+    assert torch.equal(poisoned.run(13), clean.run(13))
+
+
+@pytest.mark.parametrize("greatest", [0.0, 1e-6, 3e5])
+def test_queries_that_float16_does_not_hold_meet_a_float8_cache(greatest: float) -> None:
+    case = in_float8(make_case([(1, 40), (5, 30)], num_kv_heads=1), torch.float8_e4m3fn, (1 / 4096, 1.0))
+    query = (case.query / case.query.abs().max() * greatest).bfloat16()
+    case = dataclasses.replace(case, query=query)
+    actual, expected = case.run().double(), case.expected()
+    # bfloat16 cuts the result off to eight bits in the interpreter, and 3e5 makes of softmax nearly a choice of one.
+    torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2)
 
 
 def test_workspace_keeps_what_it_outgrew() -> None:

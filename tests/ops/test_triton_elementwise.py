@@ -7,10 +7,13 @@ import torch.nn.functional as F
 from pagoda_kernels import reference
 from pagoda_kernels.activation import gelu_and_mul, silu_and_mul
 from pagoda_kernels.attention import rotate_and_store
+from pagoda_kernels.interface import RotateAndStore
 from pagoda_kernels.norm import rms_norm
 from tests.support.triton_kernels import require_interpreter, triton_backend
 
 require_interpreter()
+
+from pagoda_kernels.gpu import BACKEND  # noqa: E402
 
 __all__ = ["triton_backend"]
 pytestmark = [
@@ -99,18 +102,46 @@ def test_queries_are_turned_and_keys_and_values_stored(
     assert written[0].abs().amax(dim=(1, 3)).count_nonzero() == 4  # four slots, and no other
 
 
-def test_float8_cache_takes_scaled_numbers_and_saturates() -> None:
-    from pagoda_kernels.gpu.elementwise import rotate_and_store as launch
+def stored_as_float8(
+    rotate_and_store: RotateAndStore, heads: torch.Tensor, dtype: torch.dtype, kv_scales: tuple[float, float]
+) -> list[torch.Tensor]:
+    """Caches of two blocks of four after `heads`, a query, a key and a value a token, have gone into slots 5, 6, …"""
+    caches = [torch.zeros(2, 1, 4, heads.shape[2]).to(dtype) for _ in range(2)]
+    angles = torch.zeros(len(heads), heads.shape[2] // 2)
+    slots = torch.arange(len(heads)) + 5
+    query, key, value = heads.split(1, dim=1)
+    rotate_and_store(query, key, value, angles.cos(), angles.sin(), None, None, 1e-6, *caches, slots, kv_scales)
+    return caches
 
-    # Numbers that float8 holds exactly once scaled: the interpreter does not carry when it rounds.
-    heads = torch.randint(-8, 9, (2, 4, 16)).half()
-    heads[0, 3, 0] = 1000.0
-    query, key, value = heads.split((2, 1, 1), dim=1)
-    cos, sin = torch.ones(2, 8), torch.zeros(2, 8)
-    caches = [torch.zeros(2, 1, 4, 16).to(torch.float8_e4m3fn) for _ in range(2)]
-    launch(query, key, value, cos, sin, None, None, 1e-6, *caches, torch.tensor([5, 6]), k_scale=0.25, v_scale=0.5)
-    expected = [torch.zeros(2, 1, 4, 16) for _ in range(2)]
-    expected[0][1, 0, 1:3], expected[1][1, 0, 1:3] = key[:, 0].float(), value[:, 0].float()
-    expected[1][1, 0, 1, 0] = 448.0 * 0.5
-    for cache, scale, wanted in zip(caches, (0.25, 0.5), expected, strict=True):
-        assert torch.equal(cache.float() * scale, wanted)
+
+@pytest.mark.parametrize("rotate_and_store", [BACKEND.rotate_and_store, TWIN.rotate_and_store], ids=["triton", "twin"])
+@pytest.mark.parametrize(("dtype", "largest"), [(torch.float8_e4m3fn, 448.0), (torch.float8_e5m2, 57344.0)])
+def test_float8_cache_saturates(rotate_and_store: RotateAndStore, dtype: torch.dtype, largest: float) -> None:
+    heads = torch.tensor([[1e9, -1e9], [1.0, -2.0], [largest * 0.5, 3.0]]).view(1, 3, 2)
+    keys, values = stored_as_float8(rotate_and_store, heads, dtype, (0.25, 0.5))
+    assert keys[1, 0, 1].float().tolist() == [4.0, -8.0]
+    assert values[1, 0, 1].float().tolist() == [largest, 6.0]
+    assert keys.float().count_nonzero() == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_float8_cache_rounds_to_nearest(dtype: torch.dtype) -> None:
+    """Beside float64: of two neighbours that a float8 type has, the nearer one. The interpreter loses the carry where rounding
+    up fills the fraction, so no fraction here is near its end; and ties, which it rounds away from zero, are left out."""
+    epsilon = torch.finfo(dtype).eps
+    steps = torch.arange(0, 1 - 2 * epsilon, epsilon)  # fractions that the type holds
+    parts = torch.tensor([0.0, 0.2, 0.45, 0.55, 0.8]) * epsilon
+    fractions = (1 + steps[:, None] + parts).flatten()
+    numbers = torch.cat([sign * power * fractions for sign in (1.0, -1.0) for power in (0.5, 1.0, 8.0)])
+    numbers = numbers[: len(numbers) // 2 * 2]
+    nearest = ((numbers.double() / epsilon / exponent_of(numbers)).round() * epsilon * exponent_of(numbers)).float()
+    heads = numbers.expand(1, 3, -1) * torch.tensor([1.0, 0.25, 3.0]).view(1, 3, 1)
+    for launch in (BACKEND.rotate_and_store, TWIN.rotate_and_store):
+        keys, values = stored_as_float8(launch, heads, dtype, (0.25, 3.0))
+        assert torch.equal(keys[1, 0, 1].float(), nearest)
+        assert torch.equal(values[1, 0, 1].float(), nearest)
+
+
+def exponent_of(numbers: torch.Tensor) -> torch.Tensor:
+    """The power of two at or below each number, float64."""
+    return 2.0 ** numbers.double().abs().log2().floor()

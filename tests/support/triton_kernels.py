@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from pagoda_kernels import backend
 
@@ -23,3 +26,20 @@ def triton_backend() -> Iterator[None]:
     backend.use_backend("triton")
     yield
     backend.active = before
+
+
+@pytest.fixture
+def float8_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the interpreter round float32 to float8 as GPUs and torch do: its own way loses a carry, and takes ties up."""
+    from triton.runtime import interpreter
+
+    types = {"fp8e4nv": torch.float8_e4m3fn, "fp8e5": torch.float8_e5m2}
+    convert = interpreter._convert_float
+
+    def rounded(numbers: Any, input_type: Any, output_type: Any, rounding: Any) -> Any:
+        if str(input_type) == "fp32" and str(output_type) in types:
+            values = torch.from_numpy(np.ascontiguousarray(numbers, dtype=np.float32))
+            return values.to(types[str(output_type)]).view(torch.uint8).numpy()
+        return convert(numbers, input_type, output_type, rounding)
+
+    monkeypatch.setattr(interpreter, "_convert_float", rounded)

@@ -3,7 +3,13 @@
 import pytest
 
 from pagoda.config import PagodaConfig
-from pagoda.config.auto import choose_cpu_kv_cache_bytes, choose_dtype, resolve
+from pagoda.config.auto import (
+    choose_cpu_kv_cache_bytes,
+    choose_dtype,
+    choose_kv_cache_dtype,
+    kv_cache_element_bytes,
+    resolve,
+)
 from pagoda.config.hardware import CpuReport, GpuReport
 from pagoda.config.kv_fit import fit_max_model_len
 from pagoda.errors import ConfigError
@@ -47,6 +53,40 @@ def test_dtype_follows_checkpoint_and_device(asked, checkpoint, capability, sets
 def test_a_gpu_without_bfloat16_refuses_it() -> None:
     with pytest.raises(ConfigError, match="dtype=bfloat16: this GPU"):
         choose_dtype("bfloat16", None, TURING, ())
+
+
+@pytest.mark.parametrize(
+    ("asked", "capability"),
+    [("auto", None), ("auto", TURING), ("fp8", (9, 0)), ("fp8", (8, 9)), ("fp8_e4m3", (12, 0)), ("fp8_e5m2", (8, 0))],
+)
+def test_a_kv_cache_may_be_of_what_its_gpu_converts(asked: str, capability: tuple[int, int] | None) -> None:
+    assert choose_kv_cache_dtype(asked, capability).value == asked
+
+
+@pytest.mark.parametrize(
+    ("asked", "capability", "message"),
+    [
+        ("fp8", (8, 6), r"kv_cache_dtype=fp8: this GPU \(capability 8.6\) .* takes 8.9; use fp8_e5m2 or auto"),
+        ("fp8_e5m2", TURING, r"takes 8.0; use auto"),
+        ("fp8", None, "kv_cache_dtype=fp8: the CPU kernels keep keys and values in the model's type; use auto"),
+    ],
+)
+def test_a_float8_kv_cache_is_refused_where_nothing_converts_it(
+    asked: str, capability: tuple[int, int] | None, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        choose_kv_cache_dtype(asked, capability)
+
+
+def test_a_float8_kv_cache_on_a_cpu_is_refused_before_anything_loads() -> None:
+    with pytest.raises(ConfigError, match="kv_cache_dtype=fp8"):
+        resolve(PagodaConfig(kv_cache_dtype="fp8"), checkpoint_dtype=None, cpu=CPU)
+    resolved = resolve(PagodaConfig(kv_cache_dtype="fp8"), checkpoint_dtype=None, cpu=CPU, gpus=[HOPPER])
+    assert resolved.kv_cache_dtype == "fp8"
+
+
+def test_numbers_of_a_float8_kv_cache_are_bytes() -> None:
+    assert [kv_cache_element_bytes(name, 2) for name in ("auto", "fp8", "fp8_e4m3", "fp8_e5m2")] == [2, 1, 1, 1]
 
 
 def test_everything_is_chosen_for_a_cpu_with_a_quota() -> None:

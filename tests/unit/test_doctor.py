@@ -47,7 +47,8 @@ def test_chosen_values_have_reasons_and_the_kv_equation_is_shown(
 ) -> None:
     report = doctor(capsys, "--model", str(checkpoint), "--kv-cache-memory-bytes=1MiB")
     assert {choice["key"] for choice in report["choices"]} == {
-        *("device", "dtype", "threads", "max_num_seqs", "max_num_batched_tokens", "kv_cache_memory_bytes")
+        *("device", "dtype", "threads", "max_num_seqs", "max_num_batched_tokens"),
+        *("kv_cache_dtype", "kv_cache_memory_bytes"),
     }
     assert all(choice["reason"] for choice in report["choices"])
     assert report["kv_cache"].startswith("KV cache: 1.00 MiB / ")

@@ -225,6 +225,17 @@ def test_static_scales_of_activations_are_refused() -> None:
         ModelConfig.from_dicts({**CONFIG, "quantization_config": quantization})
 
 
+def test_scales_for_a_float8_kv_cache_are_welcome_and_others_are_not() -> None:
+    quantization = compressed_tensors("int-quantized", 8, None, symmetric=True)
+    scheme = {"type": "float", "num_bits": 8, "strategy": "tensor", "dynamic": False, "symmetric": True}
+    config = ModelConfig.from_dicts({**CONFIG, "quantization_config": {**quantization, "kv_cache_scheme": scheme}})
+    assert config.quantization == ModelConfig.from_dicts({**CONFIG, "quantization_config": quantization}).quantization
+    with pytest.raises(CheckpointError, match=r"kv_cache_scheme: type='int' is not supported; supported: 'float'"):
+        ModelConfig.from_dicts(
+            {**CONFIG, "quantization_config": {**quantization, "kv_cache_scheme": {**scheme, "type": "int"}}}
+        )
+
+
 @pytest.mark.parametrize(
     ("asked", "group_size", "method", "message"),
     [

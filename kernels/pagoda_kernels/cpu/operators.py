@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 torch.ops.load_library(str(library()))  # type: ignore[no-untyped-call]
 
 _attention = torch.ops.pagoda_cpu.paged_attention.default
+_rotate = torch.ops.pagoda_cpu.rotate_and_store.default
 _norm = torch.ops.pagoda_cpu.rms_norm.default
 _add_norm = torch.ops.pagoda_cpu.add_rms_norm.default
 _linear = torch.ops.pagoda_cpu.linear.default
@@ -48,7 +49,9 @@ def _paged_attention(
     scale: float,
     sliding_window: int | None,
     soft_cap: float | None,
+    kv_scales: tuple[float, float] | None = None,
 ) -> torch.Tensor:
+    assert kv_scales is None, "float8 caches are for GPUs"
     attended: torch.Tensor = _attention(
         query,
         k_cache,
@@ -61,6 +64,27 @@ def _paged_attention(
         soft_cap or 0.0,
     )
     return attended
+
+
+def _rotate_and_store(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    query_norm: torch.Tensor | None,
+    key_norm: torch.Tensor | None,
+    eps: float,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    kv_scales: tuple[float, float] | None = None,
+) -> torch.Tensor:
+    assert kv_scales is None, "float8 caches are for GPUs"
+    rotated: torch.Tensor = _rotate(
+        query, key, value, cos, sin, query_norm, key_norm, eps, k_cache, v_cache, slot_mapping
+    )
+    return rotated
 
 
 def _rms_norm(
@@ -99,7 +123,7 @@ BACKEND = KernelBackend(
     name="cpu",
     paged_attention=_paged_attention,
     write_kv=torch.ops.pagoda_cpu.write_kv.default,
-    rotate_and_store=torch.ops.pagoda_cpu.rotate_and_store.default,
+    rotate_and_store=_rotate_and_store,
     rms_norm=_rms_norm,
     apply_rotary=torch.ops.pagoda_cpu.apply_rotary.default,
     silu_and_mul=torch.ops.pagoda_cpu.silu_and_mul.default,

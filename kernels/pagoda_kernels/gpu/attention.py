@@ -8,7 +8,7 @@ import torch
 import triton
 
 from pagoda_kernels.gpu.attention_kernels import paged_attention_kernel, reduce_segments_kernel
-from pagoda_kernels.gpu.tuning import AttentionTiles, SegmentRule, table_of_device
+from pagoda_kernels.gpu.tuning import AttentionTiles, SegmentRule, element_bytes, table_of_device
 from pagoda_kernels.gpu.workspace import DECODE_WORKSPACE
 from pagoda_kernels.metadata import AttentionMetadata
 
@@ -84,18 +84,17 @@ def paged_attention(
     scale: float,
     sliding_window: int | None,
     soft_cap: float | None,
-    k_scale: float = 1.0,
-    v_scale: float = 1.0,
+    kv_scales: tuple[float, float] | None = None,
 ) -> torch.Tensor:
     """See `pagoda_kernels.attention.paged_attention`.
 
-    Caches of float8_e4m3fn stand for their numbers times `k_scale` and `v_scale`. The order in which a decode row's sums are
-    taken depends on its own length only; `metadata.max_seq_len` and `max_query_len` may be any upper bounds.
+    The order in which a decode row's sums are taken depends on its own length only; `metadata.max_seq_len` and
+    `max_query_len` may be any upper bounds.
     """
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     geometry = AttentionGeometry.of(query, k_cache, sliding_window, soft_cap)
     tensors = (query, k_cache, v_cache, metadata.block_table, metadata.seq_lens, metadata.query_start_loc)
-    scales = (scale, soft_cap or 0.0, k_scale, v_scale)
+    scales = (scale, soft_cap or 0.0, *(kv_scales or (1.0, 1.0)))
     if metadata.num_decode_rows:
         _decode(output, tensors, scales, metadata, geometry)
     if metadata.num_decode_rows < metadata.seq_lens.numel():
@@ -110,9 +109,9 @@ def _decode(
     metadata: AttentionMetadata,
     geometry: AttentionGeometry,
 ) -> None:
-    query, _, _, block_table, seq_lens, query_start_loc = tensors
+    query, k_cache, _, block_table, seq_lens, query_start_loc = tensors
     table = table_of_device(query.device)
-    tiles = table.decode_tiles(geometry.head_dim, query.element_size())
+    tiles = table.decode_tiles(geometry.head_dim, element_bytes(query.dtype, k_cache.dtype))
     num_rows, num_segments = metadata.num_decode_rows, geometry.most_segments(metadata.max_seq_len, table.segments)
     partials = DECODE_WORKSPACE.partials(num_rows, geometry.num_heads, table.segments, geometry.head_dim, query.device)
     paged_attention_kernel[(num_rows, geometry.num_kv_heads, num_segments)](
@@ -147,9 +146,9 @@ def _prefill(
     metadata: AttentionMetadata,
     geometry: AttentionGeometry,
 ) -> None:
-    query, _, _, block_table, seq_lens, _ = tensors
+    query, k_cache, _, block_table, seq_lens, _ = tensors
     table = table_of_device(query.device)
-    tiles = table.prefill_tiles(geometry.head_dim, query.element_size())
+    tiles = table.prefill_tiles(geometry.head_dim, element_bytes(query.dtype, k_cache.dtype))
     tokens_per_tile = geometry.tile_rows(tiles) // geometry.heads_per_kv
     first_row, num_rows = metadata.num_decode_rows, seq_lens.numel()
     # An upper bound that needs no length from the device; see `_first_tile_of`.

@@ -10,6 +10,10 @@ Keys come in tiles of TILE consecutive positions, wherever their blocks are: pos
 `block_table[p // BLOCK_SIZE]`. A tile may hold several blocks, or a part of one. Softmax is kept as in FlashAttention (Dao et
 al., 2022): a running maximum, sum and weighted values, all float32.
 
+Under half-precision queries a float8 cache is widened to float16, whatever the queries are: one instruction converts two
+numbers, where bfloat16 takes four, and more than the bandwidth leaves time for. As bfloat16 has numbers that float16 has not,
+each query is divided by its greatest number first, which counts again in the scores.
+
 What depends on what: the tiles of a token and the order of its sums depend on its own request's lengths only, never on the
 rest of the batch. So results are the same to the bit alone and in any batch (docs/architecture.md, invariant 9).
 """
@@ -217,6 +221,12 @@ def paged_attention_kernel(
         other=0.0,
     )
     score_scale = scale * k_scale * LOG2_E
+    if k_cache.dtype.element_ty.primitive_bitwidth == 8 and query.dtype.element_ty.primitive_bitwidth == 16:
+        wide = queries.to(tl.float32)
+        greatest = tl.max(tl.abs(wide), 1)
+        greatest = tl.where(greatest > 0.0, greatest, 1.0)
+        queries = (wide / greatest[:, None]).to(tl.float16)
+        score_scale = score_scale * greatest[:, None]
     if HAS_SOFT_CAP:
         score_scale = score_scale * 2.0 / soft_cap
     page = kv_head * (BLOCK_SIZE * HEAD_DIM)

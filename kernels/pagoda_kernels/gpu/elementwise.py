@@ -81,10 +81,10 @@ def rotate_and_store(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
-    k_scale: float = 1.0,
-    v_scale: float = 1.0,
+    kv_scales: tuple[float, float] | None = None,
 ) -> torch.Tensor:
-    """See `pagoda_kernels.attention.rotate_and_store`; `k_scale` and `v_scale` are for float8 caches."""
+    """See `pagoda_kernels.attention.rotate_and_store`."""
+    k_scale, v_scale = kv_scales or (1.0, 1.0)
     num_tokens, num_heads, head_dim = query.shape
     rotated = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     rotate_and_store_kernel[(num_tokens, 3)](
@@ -111,7 +111,7 @@ def rotate_and_store(
             head_dim,
             k_cache.shape[2],
             has_norm=query_norm is not None,
-            is_float8=k_cache.dtype == torch.float8_e4m3fn,
+            cache_dtype=k_cache.dtype,
         ),
         num_warps=ROTATE_WARPS,
     )
@@ -119,7 +119,7 @@ def rotate_and_store(
 
 
 def rotate_constants(
-    num_heads: int, num_kv_heads: int, head_dim: int, block_size: int, *, has_norm: bool, is_float8: bool
+    num_heads: int, num_kv_heads: int, head_dim: int, block_size: int, *, has_norm: bool, cache_dtype: torch.dtype
 ) -> dict[str, Any]:
     """The constants of `rotate_and_store_kernel`."""
     return {
@@ -131,5 +131,5 @@ def rotate_constants(
         "PADDED_HALF": triton.next_power_of_2(head_dim // 2),
         "BLOCK_SIZE": block_size,
         "HAS_NORM": has_norm,
-        "IS_FLOAT8": is_float8,
+        "FLOAT8_MAX": torch.finfo(cache_dtype).max if cache_dtype.itemsize == 1 else 0.0,
     }

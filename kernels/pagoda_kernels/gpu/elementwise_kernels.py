@@ -10,7 +10,6 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 SQRT_8_OVER_PI = tl.constexpr(1.5957691216057308)
-FLOAT8_MAX = tl.constexpr(448.0)
 
 
 @triton.jit
@@ -111,9 +110,9 @@ def _normed_and_rotated(
 
 
 @triton.jit
-def _as_cached(x, inverse_scale, cache, IS_FLOAT8: tl.constexpr):
-    """float32 numbers as the cache keeps them; float8 ones are kept inside the type's range."""
-    if IS_FLOAT8:
+def _as_cached(x, inverse_scale, cache, FLOAT8_MAX: tl.constexpr):
+    """float32 numbers as the cache keeps them; float8 ones are kept inside the type's range. FLOAT8_MAX 0: no float8."""
+    if FLOAT8_MAX > 0:
         x = tl.minimum(tl.maximum(x * inverse_scale, -FLOAT8_MAX), FLOAT8_MAX)
     return x.to(cache.dtype.element_ty)
 
@@ -145,7 +144,7 @@ def rotate_and_store_kernel(
     PADDED_HALF: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     HAS_NORM: tl.constexpr,
-    IS_FLOAT8: tl.constexpr,
+    FLOAT8_MAX: tl.constexpr,
 ):
     """Grid (tokens, 3): program 0 turns a token's queries, 1 turns its keys and stores them, 2 stores its values.
 
@@ -190,15 +189,15 @@ def rotate_and_store_kernel(
             # Rounded to the model's type first, as where the cache has that type.
             first_key = first_key.to(key.dtype.element_ty).to(tl.float32)
             second_key = second_key.to(key.dtype.element_ty).to(tl.float32)
-            tl.store(k_cache + place, _as_cached(first_key, inverse_k_scale, k_cache, IS_FLOAT8), mask=kv_exists)
+            tl.store(k_cache + place, _as_cached(first_key, inverse_k_scale, k_cache, FLOAT8_MAX), mask=kv_exists)
             tl.store(
-                k_cache + place + HALF, _as_cached(second_key, inverse_k_scale, k_cache, IS_FLOAT8), mask=kv_exists
+                k_cache + place + HALF, _as_cached(second_key, inverse_k_scale, k_cache, FLOAT8_MAX), mask=kv_exists
             )
         else:
             start = value + token * value_stride + kv_heads[:, None] * HEAD_DIM + dims[None, :]
             first_value = tl.load(start, mask=kv_exists, other=0.0).to(tl.float32)
             second_value = tl.load(start + HALF, mask=kv_exists, other=0.0).to(tl.float32)
-            tl.store(v_cache + place, _as_cached(first_value, inverse_v_scale, v_cache, IS_FLOAT8), mask=kv_exists)
+            tl.store(v_cache + place, _as_cached(first_value, inverse_v_scale, v_cache, FLOAT8_MAX), mask=kv_exists)
             tl.store(
-                v_cache + place + HALF, _as_cached(second_value, inverse_v_scale, v_cache, IS_FLOAT8), mask=kv_exists
+                v_cache + place + HALF, _as_cached(second_value, inverse_v_scale, v_cache, FLOAT8_MAX), mask=kv_exists
             )

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from pagoda_kernels.gpu.attention import REDUCE_WARPS, AttentionGeometry
 from pagoda_kernels.gpu.attention_kernels import paged_attention_kernel, reduce_segments_kernel
 from pagoda_kernels.gpu.elementwise import (
@@ -21,9 +23,16 @@ from pagoda_kernels.gpu.sampling import SAMPLING_TILE, SAMPLING_WARPS
 from pagoda_kernels.gpu.sampling_kernels import greedy_kernel, open_kernel
 from pagoda_kernels.gpu.tuning import AttentionTiles, TuningTable, load_table, table_name
 
-TRITON_TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "float8_e4m3fn": "fp8e4nv"}
+TRITON_TYPES = {
+    "float32": "fp32",
+    "float16": "fp16",
+    "bfloat16": "bf16",
+    "float8_e4m3fn": "fp8e4nv",
+    "float8_e5m2": "fp8e5",
+}
 FIRST_ARCH_WITH_BFLOAT16 = 80
-FIRST_ARCH_WITH_FLOAT8 = 89
+# Of each float8 type, the first compute capability for which Triton has conversions.
+FIRST_ARCH_WITH_FLOAT8 = {"float8_e4m3fn": 89, "float8_e5m2": 80}
 DTYPES_OF_SIZE = {2: ("bfloat16", "float16"), 4: ("float32",)}
 
 # Query heads a KV head, sliding window and soft cap of a layer, beside the head dimension of the table's entry.
@@ -57,13 +66,17 @@ def tuned_builds(arch: int) -> Iterator[KernelBuild]:
     for dtype in ("float16",) if arch < FIRST_ARCH_WITH_BFLOAT16 else ("bfloat16", "float16", "float32"):
         yield from _norm_builds(dtype)
         yield from _activation_builds(dtype)
-        yield from _rotate_builds(dtype, float8=False)
+        yield from _rotate_builds(dtype, dtype)
     yield from _sampling_builds()
-    if arch >= FIRST_ARCH_WITH_FLOAT8:
-        yield from _rotate_builds("bfloat16", float8=True)
-        for tiles in table.decode_attention:
-            if tiles.element_bytes == 2:
-                yield from attention_builds(table, tiles, "bfloat16", decode=True, kv_dtype="float8_e4m3fn")
+    for kv_dtype, first_arch in FIRST_ARCH_WITH_FLOAT8.items():
+        if arch >= first_arch:
+            yield from _rotate_builds("bfloat16", kv_dtype)
+            for head_dim in (64, 128, 256):
+                for decode, tiles in (
+                    (True, table.decode_tiles(head_dim, 1)),
+                    (False, table.prefill_tiles(head_dim, 1)),
+                ):
+                    yield from attention_builds(table, tiles, "bfloat16", decode=decode, kv_dtype=kv_dtype)
 
 
 def _dtypes_served(table: TuningTable, tiles: AttentionTiles, *, decode: bool) -> Iterator[str]:
@@ -79,7 +92,8 @@ def attention_builds(
 ) -> Iterator[KernelBuild]:
     """The attention kernel with `tiles`, in each of `ATTENTION_VARIANTS`."""
     of_element, of_cache = TRITON_TYPES[dtype], TRITON_TYPES[kv_dtype or dtype]
-    for heads_per_kv, window, has_soft_cap in ATTENTION_VARIANTS:
+    # With float8 the commonest heads only: the rest of the kernel is the same.
+    for heads_per_kv, window, has_soft_cap in ATTENTION_VARIANTS[:2] if kv_dtype else ATTENTION_VARIANTS:
         geometry = AttentionGeometry(8 * heads_per_kv, 8, tiles.head_dim, 16, window, has_soft_cap)
         kind = "decode" if decode else "prefill"
         extra = f" window={window}" * bool(window) + " soft_cap" * has_soft_cap + f" kv={kv_dtype}" * bool(kv_dtype)
@@ -156,14 +170,13 @@ def _activation_builds(dtype: str) -> Iterator[KernelBuild]:
         )
 
 
-def _rotate_builds(dtype: str, *, float8: bool) -> Iterator[KernelBuild]:
-    pointer = f"*{TRITON_TYPES[dtype]}"
-    cache = f"*{TRITON_TYPES['float8_e4m3fn']}" if float8 else pointer
+def _rotate_builds(dtype: str, kv_dtype: str) -> Iterator[KernelBuild]:
+    pointer, cache = f"*{TRITON_TYPES[dtype]}", f"*{TRITON_TYPES[kv_dtype]}"
     for num_heads, head_dim, has_norm in ((32, 128, True), (40, 128, False), (14, 64, False), (16, 256, True)):
         yield KernelBuild(
             name=f"rotate_and_store {dtype} heads={num_heads} head_dim={head_dim}"
             + " norm" * has_norm
-            + " float8" * float8,
+            + f" kv={kv_dtype}" * (kv_dtype != dtype),
             kernel=rotate_and_store_kernel,
             types={
                 **dict.fromkeys(("rotated_query", "query", "key", "value", "query_norm", "key_norm"), pointer),
@@ -173,7 +186,9 @@ def _rotate_builds(dtype: str, *, float8: bool) -> Iterator[KernelBuild]:
                 **dict.fromkeys(("eps", "inverse_k_scale", "inverse_v_scale"), "fp32"),
                 **dict.fromkeys(("query_stride", "key_stride", "value_stride"), "i32"),
             },
-            constants=rotate_constants(num_heads, 8, head_dim, 16, has_norm=has_norm, is_float8=float8),
+            constants=rotate_constants(
+                num_heads, 8, head_dim, 16, has_norm=has_norm, cache_dtype=getattr(torch, kv_dtype)
+            ),
             aligned_integers=frozenset({"query_stride", "key_stride", "value_stride"}),
             num_warps=ROTATE_WARPS,
             is_decode=True,

@@ -35,7 +35,8 @@ DEFAULT_TABLE = "default"
 class AttentionTiles:
     """A configuration of the attention kernel for heads of up to `head_dim` numbers of up to `element_bytes` each.
 
-    `rows` of queries (a power of two, at least 16 and at least the query heads of a KV head) against `tile` keys at a time.
+    What has how many bytes, the function `element_bytes` says. `rows` of queries (a power of two, at least 16 and at least
+    the query heads of a KV head) against `tile` keys at a time.
     """
 
     head_dim: int
@@ -71,6 +72,11 @@ class TuningTable:
     def prefill_tiles(self, head_dim: int, element_bytes: int) -> AttentionTiles:
         """The prefill configuration, likewise."""
         return _smallest_fit(self, self.prefill_attention, head_dim, element_bytes)
+
+
+def element_bytes(query_dtype: torch.dtype, cache_dtype: torch.dtype) -> int:
+    """The bytes by which tiles are chosen: a number's in the cache, or 4 where float32 queries widen whatever is there."""
+    return 4 if query_dtype == torch.float32 else cache_dtype.itemsize
 
 
 def table_name(capability: tuple[int, int]) -> str:

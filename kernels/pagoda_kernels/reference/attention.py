@@ -32,8 +32,14 @@ def paged_attention(
     scale: float,
     sliding_window: int | None,
     soft_cap: float | None,
+    kv_scales: tuple[float, float] | None = None,
 ) -> torch.Tensor:
     """See `pagoda_kernels.attention.paged_attention`."""
+    if kv_scales is not None:
+        # The types of queries hold every number of a float8 type.
+        keys, values = k_cache.to(query.dtype), v_cache.to(query.dtype)
+        k_scale, v_scale = kv_scales
+        return paged_attention(query, keys, values, metadata, scale * k_scale, sliding_window, soft_cap).mul_(v_scale)
     geometry = CacheGeometry.of(k_cache)
     plan = plan_attention(metadata, geometry, sliding_window)
     k_pages = k_cache.view(-1, geometry.block_size * geometry.head_dim)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pagoda.cli.doctor_cluster import cluster_as_text, examine_cluster
-from pagoda.config.auto import ResolvedSettings, choose_cpu_kv_cache_bytes, resolve
+from pagoda.config.auto import ResolvedSettings, choose_cpu_kv_cache_bytes, kv_cache_element_bytes, resolve
 from pagoda.config.checks import shown
 from pagoda.config.command_line import parse_command_line
 from pagoda.config.hardware import CpuReport, GpuReport, MemoryReport, cpu_report, gpu_reports, memory_report, versions
@@ -117,7 +117,9 @@ def _examine_model(
         "architecture": model.architecture,
         "parameters": model.num_parameters(),
         "weights": f"{format_bytes(weight_bytes)} as {resolved.dtype}",
-        "KV per token": format_bytes(model.kv_bytes_per_token(element_bytes)),
+        "KV per token": format_bytes(
+            model.kv_bytes_per_token(kv_cache_element_bytes(config.kv_cache_dtype, element_bytes))
+        ),
         "longest sequence": model.max_context_length,
     }
     if resolved.device == "cpu":

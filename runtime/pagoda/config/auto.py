@@ -28,6 +28,8 @@ CPU_KV_CAP_BYTES = 16 * 2**30
 # Instruction sets that multiply bfloat16 natively; without them it is emulated and slower than float32.
 BFLOAT16_SETS = ("amx_bf16", "avx512_bf16", "svebf16", "bf16")
 AMPERE = (8, 0)
+# Of each type of a float8 KV cache, the first GPUs on which the kernels can convert it.
+FLOAT8_CAPABILITY = {"fp8": (8, 9), "fp8_e4m3": (8, 9), "fp8_e5m2": AMPERE}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,7 @@ class ResolvedSettings:
     threads: int
     max_num_seqs: int
     max_num_batched_tokens: int
+    kv_cache_dtype: str
     choices: tuple[Choice, ...]
 
 
@@ -66,7 +69,7 @@ def resolve(
     `checkpoint_dtype`: what config.json says, None if it does not. `gpus`: what torch sees, empty for none.
 
     Raises:
-        ConfigError: the device asked for is not there, or cannot run the dtype asked for.
+        ConfigError: the device asked for is not there, or cannot run the dtype, or that of the KV cache, asked for.
     """
     device = choose_device(config.device, gpus)
     capability = min((gpu.capability for gpu in gpus), default=None) if device.value == "cuda" else None
@@ -81,6 +84,7 @@ def resolve(
         ),
         sequences,
         choose_max_num_batched_tokens(config.max_num_batched_tokens, device.value, sequences.value),
+        choose_kv_cache_dtype(config.kv_cache_dtype, capability),
     )
     return ResolvedSettings(**{choice.key: choice.value for choice in choices}, choices=choices)
 
@@ -159,6 +163,30 @@ def choose_max_num_batched_tokens(asked: int | None, device: str, sequences: int
     if usual < sequences:
         return Choice("max_num_batched_tokens", sequences, f"max_num_seqs is {sequences}")
     return Choice("max_num_batched_tokens", usual, f"usual on {device}")
+
+
+def choose_kv_cache_dtype(asked: str, capability: tuple[int, int] | None) -> Choice:
+    """The type of keys and values in the cache; `auto` stands for the model's. `capability`: the GPU's, None on CPU.
+
+    Not on a CPU: there decoding reads weights, of which a KV cache is a small part, and every number would have to be widened.
+    """
+    if asked == "auto":
+        return Choice("kv_cache_dtype", asked, "that of the model")
+    if capability is None:
+        raise ConfigError(f"kv_cache_dtype={asked}: the CPU kernels keep keys and values in the model's type; use auto")
+    first = FLOAT8_CAPABILITY[asked]
+    if capability < first:
+        others = [name for name, least in FLOAT8_CAPABILITY.items() if capability >= least]
+        raise ConfigError(
+            f"kv_cache_dtype={asked}: this GPU (capability {_dotted(capability)}) cannot convert it, which takes "
+            f"{_dotted(first)}; use {' or '.join([*others, 'auto'])}"
+        )
+    return Choice("kv_cache_dtype", asked, GIVEN)
+
+
+def kv_cache_element_bytes(kv_cache_dtype: str, dtype_bytes: int) -> int:
+    """Bytes of a number in the KV cache of a model whose numbers have `dtype_bytes`."""
+    return dtype_bytes if kv_cache_dtype == "auto" else 1
 
 
 def choose_cpu_kv_cache_bytes(

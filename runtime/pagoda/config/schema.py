@@ -140,6 +140,13 @@ class PagodaConfig:
         unit="bytes",
         auto=True,
     )
+    kv_cache_dtype: Literal["auto", "fp8", "fp8_e4m3", "fp8_e5m2"] = _option(
+        "auto",
+        "kv",
+        "Type of keys and values in the KV cache; auto: the model's. fp8 (that is fp8_e4m3; GPUs of capability 8.9 and later) "
+        "and fp8_e5m2 (8.0 and later) are half as large as bfloat16 and half the traffic, but rounded; their scales are the "
+        "checkpoint's k_scale and v_scale, else 1.",
+    )
     num_gpu_blocks_override: int | None = _option(
         None, "kv", "Exact number of KV blocks on any device, block 0 included, which holds no tokens.", ge=2
     )

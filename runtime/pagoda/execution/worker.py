@@ -22,6 +22,7 @@ from pagoda.execution.kernel_choice import (
 from pagoda.execution.model_runner import ModelRunner, PendingBurst, PendingStep
 from pagoda.models.config import ModelConfig
 from pagoda.models.decoder import DecoderForCausalLM
+from pagoda.models.kv_scales import set_kv_scales
 from pagoda.models.loader import Progress, initialize_dummy_weights, load_weights
 from pagoda.models.quantization.schemes import QuantizationConfig, check_device, choose_quantization
 from pagoda.models.registry import build_model
@@ -35,6 +36,9 @@ logger = logging.getLogger(__name__)
 # The costliest way through the sampler: random, open, with log-probabilities.
 _WARM_UP_SAMPLING = SamplingParams(top_p=0.999, min_p=1e-6, repetition_penalty=1.1, frequency_penalty=0.1, logprobs=20)
 _WARM_UP_TOKENS = 32
+
+# What `kv_cache_dtype` stands for; auto, which is not here: the model's.
+_FLOAT8_TYPES = {"fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 
 
 class Worker:
@@ -56,6 +60,7 @@ class Worker:
         self.share = ModelShare.of(model_config, groups.layout, groups.place.rank)
         self.device = torch.device(config.device)
         self.dtype: torch.dtype = getattr(torch, config.dtype)
+        self.kv_dtype = _FLOAT8_TYPES.get(config.kv_cache_dtype, self.dtype)
         self.model: DecoderForCausalLM | None = None
         self.runner: ModelRunner | None = None
 
@@ -74,6 +79,8 @@ class Worker:
             raise ConfigError("model: there is no directory to load weights from")
         else:
             load_weights(self.model, self.config.model, progress)
+        if self.kv_dtype != self.dtype:
+            set_kv_scales(self.model, self.config.model if self.config.load_format != "dummy" else None)
         prepare_model(self.model)
         if self.device.type == "cuda":
             reserve_decode_workspace(
@@ -96,7 +103,7 @@ class Worker:
 
     def kv_block_bytes(self, block_size: int) -> int:
         """Bytes of one KV block of `block_size` tokens: keys and values, in the layers and of the KV heads of this rank."""
-        return self.share.kv_bytes_per_token(self.dtype.itemsize) * block_size
+        return self.share.kv_bytes_per_token(self.kv_dtype.itemsize) * block_size
 
     def available_kv_bytes(self, num_ranks_on_host: int = 1) -> int:
         """Memory that the KV cache may take, with the weights loaded. On a GPU, a step of the greatest size is run.
@@ -180,8 +187,8 @@ class Worker:
         shape = (num_blocks, self.share.kv_heads.size, config.block_size, model_config.head_dim)
         kv_caches = [
             (
-                torch.zeros(shape, dtype=self.dtype, device=self.device),
-                torch.zeros(shape, dtype=self.dtype, device=self.device),
+                torch.zeros(shape, dtype=self.kv_dtype, device=self.device),
+                torch.zeros(shape, dtype=self.kv_dtype, device=self.device),
             )
             for _ in self.share.layers
         ]

@@ -25,8 +25,9 @@ from pagoda.models.quantization.layouts import StoredForm
 from pagoda.models.registry import build_model
 from pagoda.models.weights import WeightTarget
 
-# Tensors that old checkpoints carry although they follow from the configuration.
-IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
+# Tensors that are no weights: what old checkpoints carry although it follows from the configuration, and the scales of a
+# float8 KV cache, which `models.kv_scales` reads where there is one.
+IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".k_scale", ".v_scale")
 
 # Files are read side by side: a disk, and a network volume even more, is slow for one reader at a time.
 MAX_LOADER_THREADS = 4

@@ -48,6 +48,8 @@ class SelfAttention(nn.Module):
         self.o_proj = RowParallelLinear(
             query, {"o_proj": hidden}, bias=config.output_bias, group=group, dtype=dtype, device=device
         )
+        # Set by models.kv_scales where the KV cache is of float8: how many times its keys, and its values, count.
+        self.kv_scales: tuple[float, float] | None = None
         self.norm_eps = config.rms_norm_eps
         self.q_norm = self.k_norm = None
         if config.qk_norm:
@@ -88,7 +90,10 @@ class SelfAttention(nn.Module):
             k_cache,
             v_cache,
             metadata.slot_mapping,
+            self.kv_scales,
         )
-        attended = paged_attention(query, k_cache, v_cache, metadata, self.scale, self.sliding_window)
+        attended = paged_attention(
+            query, k_cache, v_cache, metadata, self.scale, self.sliding_window, kv_scales=self.kv_scales
+        )
         output: torch.Tensor = self.o_proj(attended.flatten(1))
         return output

@@ -68,10 +68,7 @@ def _awq(reader: ConfigReader) -> QuantizationConfig:
 def _compressed_tensors(reader: ConfigReader) -> QuantizationConfig:
     if reader.mapping("sparsity_config").get("format", "dense") != "dense":
         raise CheckpointError(f"{reader.where}: sparse weights (sparsity_config) are not supported; supported: dense")
-    if reader.mapping("kv_cache_scheme"):
-        raise CheckpointError(
-            f"{reader.where}: a quantized KV cache (kv_cache_scheme) is not supported; supported: none"
-        )
+    _check_kv_cache(ConfigReader(reader.mapping("kv_cache_scheme"), f"{reader.where}.kv_cache_scheme"))
     if reader.mapping("transform_config"):
         raise CheckpointError(f"{reader.where}: rotated weights (transform_config) are not supported; supported: none")
     groups = reader.mapping("config_groups")
@@ -106,6 +103,20 @@ def _scheme_group(values: Mapping[str, Any], where: str, parent: ConfigReader) -
         has_zeros=not weights.flag("symmetric", True),
     )
     return SchemeGroup(targets=_patterns(reader, "targets"), scheme=scheme)
+
+
+def _check_kv_cache(reader: ConfigReader) -> None:
+    """Scales for a float8 KV cache may be there; `kv_cache_dtype` says whether there is such a cache."""
+    if not reader.values:
+        return
+    found = {
+        "type": reader.string("type", "float"),
+        "num_bits": reader.integer("num_bits", 8),
+        "strategy": reader.string("strategy", "tensor"),
+    }
+    for key, allowed in {"type": "float", "num_bits": 8, "strategy": "tensor"}.items():
+        if found[key] != allowed:
+            raise CheckpointError(f"{reader.where}: {key}={found[key]!r} is not supported; supported: {allowed!r}")
 
 
 def _check_activations(reader: ConfigReader) -> None:
