@@ -74,7 +74,8 @@ def main() -> None:
             f"{name:12} hits {result['hit_rate']:.1%}  computed {result['computed']:>8}  {result['rate']:.1f} requests/s"
         )
     if options.json is not None:
-        facts = {"options": {name: str(value) for name, value in vars(options).items()}, "versions": versions()}
+        said = {name: value for name, value in vars(options).items() if name != "json"}
+        facts = {"options": said, "versions": versions()}
         options.json.write_text(json.dumps({"cpu": cpu_report().name, **facts, "results": results}, indent=2) + "\n")
 
 
