@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from pagoda.execution.cuda_graphs import MAX_GRAPHS, DecodeGraphs, graph_sizes, reserved_bytes
+from pagoda.errors import CommunicationError, ConfigError
+from pagoda.execution.cuda_graphs import (
+    MAX_GRAPHS,
+    Capture,
+    DecodeGraphs,
+    graph_sizes,
+    reserved_bytes,
+    uses_cuda_graphs,
+)
+from pagoda.execution.input_batch import StepInputs
 from pagoda.models.dummy import DummySpec, write_dummy_checkpoint
+from pagoda.parallel.groups import TensorGroup
+from pagoda.parallel.layout import ParallelLayout
 from pagoda.sampling.params import SamplingParams
 from tests.support.plan_driver import PlanDriver, Sequence, make_executor
 from tests.support.recording import Recording
@@ -80,3 +93,83 @@ def test_sizes_are_few_and_cover_the_batch(max_num_seqs: int) -> None:
     assert sizes[0] == 1
     assert sizes[-1] == min(max_num_seqs, 384) or sizes[-1] == max_num_seqs
     assert reserved_bytes(max_num_seqs, 1000) > sizes[-1] * 1000
+
+
+@pytest.mark.parametrize(
+    ("device", "layout", "enforce_eager", "expected"),
+    [
+        ("cuda", (1, 1), False, True),
+        ("cuda", (4, 1), False, True),  # NCCL's sums are captured
+        ("cuda", (1, 2), False, False),  # the host sends from stage to stage
+        ("cuda", (2, 2), False, False),
+        ("cuda", (4, 1), True, False),
+        ("cpu", (1, 1), False, False),
+    ],
+)
+def test_steps_are_captured_where_no_host_is_in_them(
+    device: str, layout: tuple[int, int], enforce_eager: bool, expected: bool
+) -> None:
+    assert uses_cuda_graphs(device, ParallelLayout(*layout), enforce_eager=enforce_eager) is expected
+
+
+class SummingModel:
+    """A model of three sums over its group, which counts them as those of several ranks do."""
+
+    def __init__(self) -> None:
+        self.device = torch.device("cpu")
+        self.groups = SimpleNamespace(tensor=TensorGroup())
+        self.sizes: list[int] = []
+
+    def forward(self, input_ids: torch.Tensor, *_: object) -> torch.Tensor:
+        self.sizes.append(len(input_ids))
+        self.groups.tensor.num_operations += 3
+        return torch.zeros(len(input_ids), 4)
+
+
+def graphs_of(model: SummingModel, capture: Capture) -> DecodeGraphs:
+    return DecodeGraphs(model, [], max_num_seqs=6, max_model_len=32, max_blocks=4, capture=capture)  # type: ignore[arg-type]
+
+
+def test_the_largest_size_is_captured_first_and_each_after_a_run_without_capture() -> None:
+    model = SummingModel()
+
+    def capture(step: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
+        step()
+        return lambda: None, step()
+
+    graphs_of(model, capture)
+    assert model.sizes == [6, 6, 4, 4, 2, 2, 1, 1]
+
+
+def test_collectives_of_a_replayed_step_count() -> None:
+    """Else a rank that failed after a replay would pass for one that is still in step with the others."""
+    model = SummingModel()
+    graphs = graphs_of(model, lambda step: (lambda: None, step()))
+    before = model.groups.tensor.num_operations
+    graphs.run(step_inputs(num_rows=3), 4)
+    assert model.groups.tensor.num_operations == before + 3
+
+
+@pytest.mark.parametrize(
+    ("error", "raised", "message"),
+    [
+        (
+            RuntimeError("operation not permitted"),
+            ConfigError,
+            r"step of 6 sequences .*not permitted.*enforce_eager=true",
+        ),
+        (CommunicationError("rank 1 is gone"), CommunicationError, "rank 1 is gone"),
+    ],
+)
+def test_a_capture_that_fails_says_what_to_do(error: Exception, raised: type[Exception], message: str) -> None:
+    def capture(step: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
+        raise error
+
+    with pytest.raises(raised, match=message):
+        graphs_of(SummingModel(), capture)
+
+
+def step_inputs(num_rows: int) -> StepInputs:
+    rows = torch.zeros(num_rows, dtype=torch.int64)
+    metadata = SimpleNamespace(slot_mapping=rows, seq_lens=rows.int() + 1, block_table=torch.zeros(num_rows, 1).int())
+    return SimpleNamespace(input_ids=rows, positions=rows, metadata=metadata)  # type: ignore[return-value]

@@ -20,6 +20,7 @@ from pagoda.models.dummy import DummySpec
 from pagoda.sampling.params import SamplingParams
 from tests.support.parity import ParityCase, make_parity_case, run_greedily
 from tests.support.rank_pool import PooledExecutor, RankPool
+from tests.support.recording import num_replayed, record_decode_steps
 
 NEW_TOKENS = 20
 LONGEST = 120
@@ -119,6 +120,16 @@ def test_every_token_equals_transformers_at_every_layout(layout, family, chunk, 
     spec = SPECS[family]
     assert sum(map(len, executor.kv_shapes)) == spec.num_layers * layout[0], "each stage has the KV of its own layers"
     assert {shape[1] for shapes in executor.kv_shapes for shape in shapes} == {max(1, spec.num_kv_heads // layout[0])}
+
+
+def test_ranks_that_capture_their_steps_give_the_same_tokens(case_of, start) -> None:
+    """The sums over the ranks are in what is captured; every rank replays as often, for that follows from the plan."""
+    case = case_of("qwen2")
+    core, executor = start(config_of(case.directory, (2, 1), 256))
+    executor.call_all("run", record_decode_steps)
+    assert run_greedily(core, case, "captured-") == case.expected
+    first, second = executor.call_all("run", num_replayed)
+    assert first == second > NEW_TOKENS
 
 
 def outputs_of(core, requests: list[EngineRequest]) -> dict[str, tuple]:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
+
+from pagoda.execution.cuda_graphs import DecodeGraphs
+from pagoda.execution.worker import Worker
 
 
 class Recording:
@@ -24,3 +28,19 @@ class Recording:
                 hidden.copy_(step())
 
         return replay, hidden
+
+
+_RECORDINGS: dict[int, Recording] = {}
+
+
+def record_decode_steps(worker: Worker) -> None:
+    """Let the decode steps of a worker run as recordings, as those of a GPU run as graphs."""
+    assert worker.runner is not None
+    recording = _RECORDINGS[id(worker)] = Recording()
+    with torch.inference_mode():
+        worker.runner.capture_graphs(partial(DecodeGraphs, capture=recording))
+
+
+def num_replayed(worker: Worker) -> int:
+    """How often a worker's recordings were replayed."""
+    return _RECORDINGS[id(worker)].num_replayed

@@ -7,6 +7,11 @@ A graph is captured for a few batch sizes. A batch between two of them is padded
 
 Padding rows write to the null block, whose contents never influence a result, and their own results are left behind. As every
 kernel's result for a row depends on that row alone, padding changes nothing for the others.
+
+With tensor parallelism the sums over the ranks are in the graph: NCCL's kernels are work of the stream like any other. Which
+graph runs follows from the plan, and so is the same on every rank; captured is everywhere in the same order, each size after a
+run without capture, in which NCCL opens the connections that it cannot open later. Between pipeline stages messages are sent
+and received by the host, so several stages run without graphs.
 """
 
 from __future__ import annotations
@@ -22,8 +27,10 @@ import torch
 from torch import Tensor
 
 from pagoda.config.values import format_bytes
+from pagoda.errors import ConfigError
 from pagoda.execution.input_batch import StepInputs
 from pagoda.models.decoder import DecoderForCausalLM, KVCache
+from pagoda.parallel.layout import ParallelLayout
 from pagoda_kernels.attention import AttentionMetadata
 
 logger = logging.getLogger(__name__)
@@ -48,6 +55,11 @@ class Capture(Protocol):
 
     def __call__(self, step: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
         """Record `step`."""
+
+
+def uses_cuda_graphs(device_type: str, layout: ParallelLayout, *, enforce_eager: bool) -> bool:
+    """Whether decode steps are captured: on a GPU, unless the host sends messages within a step, or they are turned off."""
+    return device_type == "cuda" and layout.pipeline_parallel_size == 1 and not enforce_eager
 
 
 def graph_sizes(max_num_seqs: int) -> list[int]:
@@ -139,24 +151,36 @@ class DecodeGraphs:
         max_blocks: int,
         capture: Capture,
     ) -> None:
-        """Capture every size, the largest first: the smaller ones then fit into the memory it took."""
+        """Capture every size, the largest first: the smaller ones then fit into the memory it took.
+
+        Raises `ConfigError` where one cannot be captured.
+        """
+        self._group = model.groups.tensor
         self._sizes = graph_sizes(max_num_seqs)
         self._inputs = StaticInputs.allocate(self._sizes[-1], max_blocks, model.device)
         self._steps: dict[int, tuple[Replay, Tensor]] = {}
+        self._num_collectives = 0
 
         def step_of(size: int) -> Callable[[], Tensor]:
             def step() -> Tensor:
-                metadata = self._inputs.metadata(size, max_model_len)
+                metadata, before = self._inputs.metadata(size, max_model_len), self._group.num_operations
                 hidden = model.forward(
                     self._inputs.input_ids[:size], self._inputs.positions[:size], kv_caches, metadata
                 )
-                assert hidden is not None, "graphs are for models that are whole on their rank"
+                assert hidden is not None, "graphs are for models of one pipeline stage"
+                self._num_collectives = self._group.num_operations - before
                 return hidden
 
             return step
 
         for size in reversed(self._sizes):
-            self._steps[size] = capture(step_of(size))
+            try:
+                self._steps[size] = capture(step_of(size))
+            except RuntimeError as error:
+                raise ConfigError(
+                    f"the decode step of {size} sequences could not be captured as a CUDA graph ({error}); enforce_eager=true "
+                    "does without graphs, and a smaller gpu_memory_utilization leaves them more memory"
+                ) from error
 
     def size_for(self, inputs: StepInputs) -> int | None:
         """The size of the graph that can run this step; None if its rows do not all decode, or are too many."""
@@ -169,6 +193,7 @@ class DecodeGraphs:
         """Hidden states `[R, hidden_size]` of a step for which `size_for` gave `size`; overwritten by the next one."""
         self._inputs.fill(inputs, size)
         replay, hidden = self._steps[size]
+        self._group.count_replayed(self._num_collectives)
         replay()
         return hidden[: len(inputs.input_ids)]
 
@@ -187,7 +212,9 @@ class CudaCapture:
             step()
         torch.cuda.current_stream().wait_stream(warm_up)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # Only this thread's calls are captured, and only they must be of a kind that can be: others, such as those of NCCL's
+        # watchdog, may ask the device whatever they want meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             hidden = step()
         self._pool = graph.pool()
         return graph.replay, hidden

@@ -11,7 +11,7 @@ from pagoda.config.hardware import memory_report
 from pagoda.config.schema import PagodaConfig
 from pagoda.config.values import format_bytes
 from pagoda.errors import ConfigError
-from pagoda.execution.cuda_graphs import capture_cuda_graphs, reserved_bytes
+from pagoda.execution.cuda_graphs import capture_cuda_graphs, reserved_bytes, uses_cuda_graphs
 from pagoda.execution.input_batch import InputBatch
 from pagoda.execution.kernel_choice import (
     choose_cpu_kernels,
@@ -166,9 +166,7 @@ class Worker:
         return self.config.max_num_seqs
 
     def _uses_cuda_graphs(self) -> bool:
-        """Whether decode steps are captured: on a GPU, unless ranks exchange messages within a step."""
-        alone = self.groups.layout.world_size == 1
-        return self.device.type == "cuda" and alone and not self.config.enforce_eager
+        return uses_cuda_graphs(self.device.type, self.groups.layout, enforce_eager=self.config.enforce_eager)
 
     def _largest_step(self, max_model_len: int) -> dict[str, int]:
         """Rows and tokens of the greatest step that the scheduler can plan."""

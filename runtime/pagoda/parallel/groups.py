@@ -33,6 +33,10 @@ class TensorGroup:
     num_operations = 0
     """Collectives that were begun: ranks that have begun equally many are in step with each other."""
 
+    def count_replayed(self, num_operations: int) -> None:
+        """Count the collectives of a step that was captured: as a graph they run without any of the calls below."""
+        self.num_operations += num_operations
+
     def all_reduce(self, values: torch.Tensor) -> torch.Tensor:
         """The sum of all ranks' `values`, the same to the last bit on each; `values` may be overwritten."""
         return values
