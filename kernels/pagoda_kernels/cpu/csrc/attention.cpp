@@ -20,6 +20,7 @@ namespace {
 constexpr int64_t kTileKeys = 64;
 constexpr int64_t kSegmentKeys = 512;
 constexpr int64_t kUnitRows = 96;  // query tokens times query heads of a KV head that a unit aims at
+constexpr int64_t kFewRows = 8;    // up to which values are multiplied where they are in the cache, not copied first
 constexpr float kMinusInfinity = -__builtin_inff();
 
 struct Unit {
@@ -34,6 +35,12 @@ struct State {
   float* greatest;  // [num_rows]
   float* total;     // [num_rows]
   float* values;    // [num_rows][padded_dim]
+};
+
+// Where the keys and values of a tile lie: those of keys low .. high - 1 begin `offsets` elements into the caches.
+struct TileRows {
+  int64_t low, high;
+  int64_t offsets[kTileKeys];
 };
 
 // A unit's view of its request.
@@ -88,14 +95,15 @@ class Attention {
     }
     parallel_for_dynamic(a_.num_threads, num_units, cost, [&](int64_t index) {
       Work work = work_of_thread();
-      const Span span = span_of(units[index]);
-      load_queries(units[index], work);
+      const Unit& unit = units[index];
+      const Span span = span_of(unit);
+      load_queries(unit, work);
       clear(work.state, span.num_rows);
       for (int64_t s = span.begin / kSegmentKeys; s * kSegmentKeys < span.end; ++s) {
-        attend_segment(units[index], span, s, work);
+        attend_segment(unit, index + 1 < num_units ? &units[index + 1] : nullptr, span, s, work);
         merge(work.segment, work.state, span.num_rows);
       }
-      write_output(units[index], span.num_rows, work.state);
+      write_output(unit, span.num_rows, work.state);
     });
   }
 
@@ -200,7 +208,7 @@ class Attention {
       Work work = work_of_thread();
       load_queries(unit, work);
       work.segment = state_of(task);
-      attend_segment(unit, span, span.begin / kSegmentKeys + task % segments, work);
+      attend_segment(unit, nullptr, span, span.begin / kSegmentKeys + task % segments, work);
     });
     parallel_for(a_.num_threads, num_units, num_units * segments * rows * padded_dim_, [&](int64_t index) {
       Work work = work_of_thread();
@@ -256,33 +264,69 @@ class Attention {
   }
   void copy_elements(const T* from, uint32_t* to) const { __builtin_memcpy(to, from, a_.head_dim * sizeof(T)); }
 
-  void attend_segment(const Unit& unit, const Span& span, int64_t segment, const Work& work) const {
+  // `next_unit` is probably the thread's next one, or null.
+  void attend_segment(const Unit& unit, const Unit* next_unit, const Span& span, int64_t segment,
+                      const Work& work) const {
     clear(work.segment, span.num_rows);
     const int64_t begin = larger(segment * kSegmentKeys, span.begin / kTileKeys * kTileKeys);
     const int64_t end = smaller((segment + 1) * kSegmentKeys, span.end);
-    for (int64_t key = begin; key < end; key += kTileKeys) attend_tile(unit, span, key, work);
+    for (int64_t key = begin; key < end; key += kTileKeys) {
+      TileRows next;
+      if (key + kTileKeys < span.end) {
+        find_rows(unit, span, key + kTileKeys, next);
+      } else if (next_unit != nullptr) {
+        const Span next_span = span_of(*next_unit);
+        find_rows(*next_unit, next_span, next_span.begin / kTileKeys * kTileKeys, next);
+      } else {
+        next.low = next.high = 0;
+      }
+      attend_tile(unit, span, key, next, work);
+    }
   }
 
-  void attend_tile(const Unit& unit, const Span& span, int64_t first_key, const Work& work) const {
-    const int64_t low = larger<int64_t>(0, span.begin - first_key);
-    const int64_t high = smaller(kTileKeys, span.end - first_key);
-    const int64_t num_vectors = ceil_div(high, kLanes);
-    load_tile(unit, first_key, low, high, work);
+  void attend_tile(const Unit& unit, const Span& span, int64_t first_key, const TileRows& next,
+                   const Work& work) const {
+    TileRows rows;
+    find_rows(unit, span, first_key, rows);
+    const int64_t num_vectors = ceil_div(rows.high, kLanes);
+    load_keys(rows, next, work.keys);
     TileOperands<Dot> scores{score_steps_, work.queries, score_steps_, work.keys, kTileKeys,
                              kPanel,       work.scores,  kTileKeys,    false};
     multiply_matrix<Dot>(span.num_rows, num_vectors, scores, true);
     for (int64_t r = 0; r < span.num_rows; ++r) softmax_row(span, r, first_key, num_vectors, work);
-    const int64_t first_step = low / kPair, last_step = ceil_div(high, kPair);
-    TileOperands<Dot> values{last_step - first_step,
-                             weights_of(work) + first_step,
-                             kTileKeys / kPair,
-                             work.values + first_step * padded_dim_,
-                             padded_dim_,
-                             kPanel,
-                             work.segment.values,
-                             padded_dim_,
-                             true};
-    multiply_matrix<Dot>(span.num_rows, padded_dim_ / kLanes, values, true);
+    if constexpr (__is_same(T, float)) {
+      if (span.num_rows <= kFewRows && a_.head_dim == padded_dim_) {
+        add_values_in_place(span, first_key, rows, work);
+        return;
+      }
+    }
+    load_values(rows, work.values);
+    add_values(span, rows.low / kPair, ceil_div(rows.high, kPair), work.values, work);
+  }
+
+  // Adds the values of steps first .. last - 1 of the tile, which begin at `values`' row `first`, by their weights.
+  void add_values(const Span& span, int64_t first, int64_t last, const Element* values, const Work& work) const {
+    TileOperands<Dot> operands{last - first,
+                               weights_of(work) + first,
+                               kTileKeys / kPair,
+                               values + first * padded_dim_,
+                               padded_dim_,
+                               kPanel,
+                               work.segment.values,
+                               padded_dim_,
+                               true};
+    multiply_matrix<Dot>(span.num_rows, padded_dim_ / kLanes, operands, true);
+  }
+
+  // The same straight from the cache, block by block: within one, a key's values follow those of the key before.
+  void add_values_in_place(const Span& span, int64_t first_key, const TileRows& rows, const Work& work) const {
+    const T* values = static_cast<const T*>(a_.v_cache);
+    for (int64_t t = rows.low; t < rows.high;) {
+      const int64_t left = a_.block_size - (first_key + t) % a_.block_size;
+      const int64_t end = smaller(rows.high, t + left);
+      add_values(span, t, end, values + rows.offsets[t] - t * a_.head_dim, work);
+      t = end;
+    }
   }
 
   static Element* weights_of(const Work& work) {
@@ -293,29 +337,41 @@ class Attention {
     }
   }
 
-  // Keys low .. high - 1 of the tile, transposed, and their values. The rest of the keys' last vector becomes zero: what the
-  // cache holds there belongs to others.
-  void load_tile(const Unit& unit, int64_t first_key, int64_t low, int64_t high, const Work& work) const {
-    const T* key_rows[kTileKeys];
-    const T* value_rows[kTileKeys];
+  void find_rows(const Unit& unit, const Span& span, int64_t first_key, TileRows& rows) const {
+    rows.low = larger<int64_t>(0, span.begin - first_key);
+    rows.high = smaller(kTileKeys, span.end - first_key);
     const int32_t* table = a_.block_table + unit.row * a_.table_stride;
-    for (int64_t t = 0; t < ceil_div(high, kLanes) * kLanes; ++t) {
-      key_rows[t] = value_rows[t] = nullptr;
-      if (t < low || t >= high) continue;
-      const int64_t position = first_key + t;
-      const int64_t page = table[position / a_.block_size] * a_.num_kv_heads + unit.kv_head;
-      const int64_t offset = (page * a_.block_size + position % a_.block_size) * a_.head_dim;
-      key_rows[t] = static_cast<const T*>(a_.k_cache) + offset;
-      value_rows[t] = static_cast<const T*>(a_.v_cache) + offset;
+    int64_t block = (first_key + rows.low) / a_.block_size, place = (first_key + rows.low) % a_.block_size;
+    for (int64_t t = rows.low; t < rows.high; ++block, place = 0) {
+      const int64_t page = table[block] * a_.num_kv_heads + unit.kv_head;
+      int64_t offset = (page * a_.block_size + place) * a_.head_dim;
+      for (; place < a_.block_size && t < rows.high; ++place, ++t, offset += a_.head_dim) rows.offsets[t] = offset;
     }
-    for (int64_t t = 0; t < high; t += kLanes) {
-      int64_t step = 0;
-      for (; (step + kLanes) * kPair <= a_.head_dim; step += kLanes)
-        transpose_keys(key_rows + t, step, kLanes, work.keys + step * kTileKeys + t);
-      if (step < score_steps_)
-        transpose_keys(key_rows + t, step, score_steps_ - step, work.keys + step * kTileKeys + t);
+  }
+
+  // The tile's keys, transposed. The rest of their last vector becomes zero: what the cache holds there belongs to others.
+  // Meanwhile, keys and values of the tile after it are asked for.
+  void load_keys(const TileRows& tile, const TileRows& next, Element* keys) const {
+    const T* cache = static_cast<const T*>(a_.k_cache);
+    for (int64_t t = 0; t < tile.high; t += kLanes) {
+      const T* rows[kLanes];
+      for (int64_t i = 0; i < kLanes; ++i)
+        rows[i] = t + i >= tile.low && t + i < tile.high ? cache + tile.offsets[t + i] : nullptr;
+      for (int64_t step = 0; step < score_steps_; step += kLanes) {
+        transpose_keys(rows, step, smaller<int64_t>(kLanes, score_steps_ - step), keys + step * kTileKeys + t);
+        prefetch(next, t, step * kPair);
+      }
     }
-    load_values(value_rows, low, high, work.values);
+    for (int64_t t = ceil_div(tile.high, kLanes) * kLanes; t < next.high; t += kLanes)
+      for (int64_t step = 0; step < score_steps_; step += kLanes) prefetch(next, t, step * kPair);
+  }
+
+  // Asks for the cache lines of kLanes keys and their values from `dim` on.
+  void prefetch(const TileRows& next, int64_t first, int64_t dim) const {
+    for (int64_t t = larger(first, next.low); t < smaller(first + kLanes, next.high); ++t) {
+      __builtin_prefetch(static_cast<const T*>(a_.k_cache) + next.offsets[t] + dim);
+      __builtin_prefetch(static_cast<const T*>(a_.v_cache) + next.offsets[t] + dim);
+    }
   }
 
   // Steps `step` to `step + count - 1` of kLanes keys, as rows of keys [count][kTileKeys].
@@ -341,20 +397,22 @@ class Attention {
   static IntVector key_bits(const T* p, float) { return as_bits(load(p)); }
   static IntVector key_bits(const T* p, uint32_t) { return load_bits(reinterpret_cast<const uint32_t*>(p)); }
 
-  void load_values(const T* const* rows, int64_t low, int64_t high, float* values) const {
-    for (int64_t t = low; t < high; ++t) {
+  void load_values(const TileRows& rows, float* values) const {
+    for (int64_t t = rows.low; t < rows.high; ++t) {
+      const T* from = static_cast<const T*>(a_.v_cache) + rows.offsets[t];
       float* to = values + t * padded_dim_;
       int64_t d = 0;
-      for (; d + kLanes <= a_.head_dim; d += kLanes) store(to + d, load(rows[t] + d));
-      if (d < a_.head_dim) store(to + d, load(rows[t] + d, static_cast<int>(a_.head_dim - d)));
+      for (; d + kLanes <= a_.head_dim; d += kLanes) store(to + d, load(from + d));
+      if (d < a_.head_dim) store(to + d, load(from + d, static_cast<int>(a_.head_dim - d)));
     }
   }
 
   // Pairs of keys: the even one in the low half, zero for a key that is not there.
-  void load_values(const T* const* rows, int64_t low, int64_t high, uint32_t* values) const {
-    for (int64_t pair = low / 2; 2 * pair < high; ++pair) {
-      const uint16_t* even = 2 * pair >= low ? &rows[2 * pair]->bits : nullptr;
-      const uint16_t* odd = 2 * pair + 1 < high ? &rows[2 * pair + 1]->bits : nullptr;
+  void load_values(const TileRows& rows, uint32_t* values) const {
+    const T* cache = static_cast<const T*>(a_.v_cache);
+    for (int64_t pair = rows.low / 2; 2 * pair < rows.high; ++pair) {
+      const uint16_t* even = 2 * pair >= rows.low ? &cache[rows.offsets[2 * pair]].bits : nullptr;
+      const uint16_t* odd = 2 * pair + 1 < rows.high ? &cache[rows.offsets[2 * pair + 1]].bits : nullptr;
       uint32_t* to = values + pair * padded_dim_;
       for (int64_t d = 0; d < a_.head_dim; ++d) {
         const uint32_t low_half = even == nullptr ? 0 : even[d];

@@ -16,6 +16,9 @@ constexpr int64_t kPanel = 32;
 constexpr int kPanelVectors = kPanel / kLanes;
 constexpr int64_t kRowBlock = 96;
 constexpr int64_t kPanelBlock = 4;
+// Tiles of so few rows are done before the next weights are there, unless these were asked for so many bytes ahead.
+constexpr int kStreamRows = 8;
+constexpr int64_t kPrefetchBytes = 2048;
 #if defined(__AVX512F__)
 constexpr int kTileRows = 12;
 constexpr int kVectors = 2;  // of a tile: a whole panel
@@ -27,11 +30,13 @@ constexpr int kVectors = 2;  // of a tile: half a panel
 // sums + Σ over 4 of weights (unsigned) * x (signed), per 32-bit lane.
 #if defined(__AVX512VNNI__)
 constexpr int kSignedOffset = 0;  // what was subtracted from weights before the product
+// Not through its intrinsic: GCC then copies every sum to another register and back, and to memory, in every step.
 inline IntVector dot_eight_bits(IntVector sums, IntVector weights, IntVector x) {
-  return _mm512_dpbusd_epi32(sums, weights, x);
+  asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(weights), "v"(x));
+  return sums;
 }
 inline IntVector dot_four_bits(IntVector sums, IntVector weights, IntVector x) {
-  return _mm512_dpbusd_epi32(sums, weights, x);
+  return dot_eight_bits(sums, weights, x);
 }
 #elif defined(__AVX512F__)
 constexpr int kSignedOffset = 128;
@@ -102,15 +107,17 @@ inline int sum_of_lanes(IntVector a) {
 }
 #endif
 
-// Inputs in int8, with the scale and the sum of every row and group.
+// Inputs in int8, with the scale and the sum of every row and group. A tile of rows has its values in the order in which they are
+// multiplied, four of each row at a time.
 struct QuantizedInputs {
-  int8_t* values;  // [num_rows][x_stride_]
+  int8_t* values;  // [num_tiles][in_features / 4][tile_rows][4]
   float* scales;   // [num_rows][num_groups]
   int32_t* sums;   // [num_rows][num_groups]
 };
 
+// Quantizes `size` inputs, a multiple of 4; each four of them begin `stride` bytes after the four before.
 template <class T>
-void quantize_group(const T* x, int64_t size, int8_t* values, float* scale, int32_t* sum_of_values) {
+void quantize_group(const T* x, int64_t size, int8_t* values, int64_t stride, float* scale, int32_t* sum_of_values) {
   Vector greatest_lanes = zero();
   for (int64_t i = 0; i < size; i += kLanes)
     greatest_lanes = maximum(greatest_lanes, absolute(load(x + i, static_cast<int>(smaller<int64_t>(kLanes, size - i)))));
@@ -121,13 +128,9 @@ void quantize_group(const T* x, int64_t size, int8_t* values, float* scale, int3
     const int count = static_cast<int>(smaller<int64_t>(kLanes, size - i));
     const IntVector rounded = to_integers(multiply(load(x + i, count), inverse));
     total = plus(total, rounded);
-    if (count == kLanes) {
-      store_bytes(values + i, rounded);
-    } else {
-      int8_t whole[kLanes];
-      store_bytes(whole, rounded);
-      for (int lane = 0; lane < count; ++lane) values[i + lane] = whole[lane];
-    }
+    alignas(16) int8_t whole[kLanes];
+    store_bytes(whole, rounded);
+    for (int lane = 0; lane < count; lane += 4, values += stride) __builtin_memcpy(values, whole + lane, 4);
   }
   *scale = largest / 127.0f;
   *sum_of_values = sum_of_lanes(total);
@@ -137,7 +140,7 @@ void quantize_group(const T* x, int64_t size, int8_t* values, float* scale, int3
 struct GroupTile {
   int64_t num_steps;  // of 4 inputs
   const int8_t* x;
-  int64_t x_stride;
+  int64_t x_stride;        // from step to step
   const float* x_scales;   // of the group, from row to row at group_stride
   const int32_t* x_sums;   // likewise
   int64_t group_stride;
@@ -154,7 +157,32 @@ inline IntVector four_inputs(const int8_t* x) {
   __builtin_memcpy(&bits, x, 4);
   return broadcast_bits(bits);
 }
+inline void prefetch(const uint8_t* p) {
+  for (int64_t line = 0; line < kVectors * kLanes * 4; line += 64)
+    __builtin_prefetch(p + kPrefetchBytes + line);
+}
 inline IntVector load_weights(const uint8_t* p) { return load_bits(reinterpret_cast<const uint32_t*>(p)); }
+
+// What the zeros of a vector of columns add to sums of products, and its removal.
+template <int kBits>
+struct ZeroPoints {
+  explicit ZeroPoints(const uint8_t* zeros)
+      : zeros_(zeros == nullptr ? all_lanes(128 - kSignedOffset) : minus(widen_bytes(zeros), kSignedOffset)) {}
+  Vector without(IntVector sums, int32_t x_sum) const {
+    return to_floats(subtract_product(sums, zeros_, all_lanes(x_sum)));
+  }
+  IntVector zeros_;
+};
+// In float32, which multiplies faster: exact for groups of up to 8808 inputs, beyond that rounded alike on every instruction set.
+template <>
+struct ZeroPoints<4> {
+  explicit ZeroPoints(const uint8_t* zeros)
+      : zeros_(subtract(zero(), zeros == nullptr ? broadcast(8.0f) : to_floats(widen_bytes(zeros)))) {}
+  Vector without(IntVector sums, int32_t x_sum) const {
+    return multiply_add(zeros_, broadcast(static_cast<float>(x_sum)), to_floats(sums));
+  }
+  Vector zeros_;
+};
 
 template <int kBits, int kRows>
 inline void multiply_group(const GroupTile& t) {
@@ -167,19 +195,23 @@ inline void multiply_group(const GroupTile& t) {
   const uint8_t* weights = t.weights;
   constexpr int64_t kBytes = kLanes * 4;
   if constexpr (kBits == 8) {
-    for (int64_t step = 0; step < t.num_steps; ++step, x += 4, weights += kPanel * 4) {
+    for (int64_t step = 0; step < t.num_steps; ++step, x += t.x_stride, weights += kPanel * 4) {
       IntVector columns[kVectors];
+      if constexpr (kRows <= kStreamRows) prefetch(weights);
+#pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) columns[v] = load_weights(weights + v * kBytes);
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
-        const IntVector inputs = four_inputs(x + r * t.x_stride);
+        const IntVector inputs = four_inputs(x + r * 4);
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v) sums[r][v] = dot_eight_bits(sums[r][v], columns[v], inputs);
       }
     }
   } else {
-    for (int64_t step = 0; step < t.num_steps; step += 2, x += 8, weights += kPanel * 4) {
+    for (int64_t step = 0; step < t.num_steps; step += 2, x += 2 * t.x_stride, weights += kPanel * 4) {
       IntVector low[kVectors], high[kVectors];
+      if constexpr (kRows <= kStreamRows) prefetch(weights);
+#pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
         const IntVector both = load_weights(weights + v * kBytes);
         low[v] = low_nibbles(both);
@@ -187,7 +219,7 @@ inline void multiply_group(const GroupTile& t) {
       }
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
-        const IntVector first = four_inputs(x + r * t.x_stride), second = four_inputs(x + r * t.x_stride + 4);
+        const IntVector first = four_inputs(x + r * 4), second = four_inputs(x + r * 4 + t.x_stride);
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v) {
           sums[r][v] = dot_four_bits(sums[r][v], low[v], first);
@@ -196,15 +228,13 @@ inline void multiply_group(const GroupTile& t) {
       }
     }
   }
-  constexpr int kOffset = kBits == 8 ? kSignedOffset : 0;
+#pragma GCC unroll 4
   for (int v = 0; v < kVectors; ++v) {
     const Vector scale = load(t.scales + v * kLanes);
-    IntVector zero_points = all_lanes((1 << (kBits - 1)) - kOffset);
-    if (t.zeros != nullptr) zero_points = minus(widen_bytes(t.zeros + v * kLanes), kOffset);
+    const ZeroPoints<kBits> zeros(t.zeros == nullptr ? nullptr : t.zeros + v * kLanes);
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
-      const IntVector x_sum = all_lanes(t.x_sums[r * t.group_stride]);
-      const Vector product = to_floats(subtract_product(sums[r][v], zero_points, x_sum));
+      const Vector product = zeros.without(sums[r][v], t.x_sums[r * t.group_stride]);
       const Vector both_scales = multiply(scale, broadcast(t.x_scales[r * t.group_stride]));
       float* output = t.outputs + r * t.output_stride + v * kLanes;
       const Vector before = t.accumulate ? load(output) : zero();
@@ -230,13 +260,14 @@ class QuantizedLinear {
         groups_(ceil_div(arguments.in_features, arguments.group_size)),
         panels_(ceil_div(arguments.out_features, kPanel)),
         panel_bytes_(arguments.in_features * kPanel * kBits / 8),
-        // Rows a power of two apart would share sets of the cache.
-        x_stride_(ceil_div(arguments.in_features, 64) * 64 + 64) {}
+        tiles_(ceil_div(arguments.num_rows, kTileRows)),
+        tile_rows_(ceil_div(arguments.num_rows, tiles_)),
+        tile_bytes_(arguments.in_features * tile_rows_) {}
 
   void run() {
     quantize_inputs();
     const bool few_rows = a_.num_rows <= kTileRows;
-    const int64_t row_block = few_rows ? a_.num_rows : ceil_div(a_.num_rows, ceil_div(a_.num_rows, kRowBlock));
+    const int64_t row_block = ceil_div(tiles_, ceil_div(a_.num_rows, kRowBlock)) * tile_rows_;
     const int64_t panel_block = few_rows ? 2 : kPanelBlock;
     const int64_t row_tasks = ceil_div(a_.num_rows, row_block);
     const int64_t bytes = panels_ * panel_bytes_;
@@ -257,17 +288,18 @@ class QuantizedLinear {
     lay_out(pieces);
     const T* x = static_cast<const T*>(a_.x);
     parallel_for(a_.num_threads, a_.num_rows, a_.num_rows * a_.in_features, [&](int64_t row) {
+      int8_t* values = x_.values + row / tile_rows_ * tile_bytes_ + row % tile_rows_ * 4;
       for (int64_t g = 0; g < groups_; ++g) {
-        const int64_t first = row * a_.in_features + g * a_.group_size, at = row * groups_ + g;
-        const int64_t size = smaller(a_.group_size, a_.in_features - g * a_.group_size);
-        int8_t* values = x_.values + row * x_stride_ + g * a_.group_size;
-        quantize_group(x + first, size, values, x_.scales + at, x_.sums + at);
+        const int64_t first = g * a_.group_size, at = row * groups_ + g;
+        const int64_t size = smaller(a_.group_size, a_.in_features - first);
+        quantize_group(x + row * a_.in_features + first, size, values + first * tile_rows_, tile_rows_ * 4,
+                       x_.scales + at, x_.sums + at);
       }
     });
   }
 
   void lay_out(Pieces& pieces) {
-    x_.values = pieces.take<int8_t>(a_.num_rows * x_stride_);
+    x_.values = pieces.take<int8_t>(tiles_ * tile_bytes_);
     x_.scales = pieces.take<float>(a_.num_rows * groups_);
     x_.sums = pieces.take<int32_t>(a_.num_rows * groups_);
   }
@@ -280,8 +312,8 @@ class QuantizedLinear {
       const int64_t scale_at = g * panels_ * kPanel + panel * kPanel;
       for (int64_t v = 0; v < kPanelVectors; v += kVectors) {
         GroupTile tile{size / 4,
-                       x_.values + first_row * x_stride_ + g * a_.group_size,
-                       x_stride_,
+                       x_.values + first_row / tile_rows_ * tile_bytes_ + g * a_.group_size * tile_rows_,
+                       tile_rows_ * 4,
                        x_.scales + first_row * groups_ + g,
                        x_.sums + first_row * groups_ + g,
                        groups_,
@@ -297,15 +329,13 @@ class QuantizedLinear {
     write(outputs, first_row, num_rows, panel * kPanel);
   }
 
-  static void multiply_rows(int64_t num_rows, GroupTile tile) {
-    for (int64_t tiles = ceil_div(num_rows, kTileRows); tiles > 0; --tiles) {
-      const int64_t rows = ceil_div(num_rows, tiles);
-      multiply_group_rows<kBits, kTileRows>(rows, tile);
-      tile.x += rows * tile.x_stride;
-      tile.x_scales += rows * tile.group_stride;
-      tile.x_sums += rows * tile.group_stride;
-      tile.outputs += rows * tile.output_stride;
-      num_rows -= rows;
+  void multiply_rows(int64_t num_rows, GroupTile tile) const {
+    for (int64_t row = 0; row < num_rows; row += tile_rows_) {
+      multiply_group_rows<kBits, kTileRows>(smaller(tile_rows_, num_rows - row), tile);
+      tile.x += tile_bytes_;
+      tile.x_scales += tile_rows_ * tile.group_stride;
+      tile.x_sums += tile_rows_ * tile.group_stride;
+      tile.outputs += tile_rows_ * tile.output_stride;
     }
   }
 
@@ -327,7 +357,9 @@ class QuantizedLinear {
   const int64_t groups_;
   const int64_t panels_;
   const int64_t panel_bytes_;
-  const int64_t x_stride_;
+  const int64_t tiles_;       // of rows, all of them of the same height but the last
+  const int64_t tile_rows_;
+  const int64_t tile_bytes_;  // of a tile's inputs
   QuantizedInputs x_{};
 };
 

@@ -20,6 +20,9 @@ inline int threads_for(int num_threads, int64_t num_tasks, int64_t cost) {
   return static_cast<int>(larger<int64_t>(1, smaller<int64_t>(num_threads, num_tasks)));
 }
 
+// Every parallel region below has all threads, also those without work: OpenMP's pool ends threads that a smaller team leaves
+// over, and starts them anew for the next greater one.
+
 // Calls run(task) for every task, in contiguous shares. For tasks of equal cost.
 template <class Run>
 inline void parallel_for(int num_threads, int64_t num_tasks, int64_t cost, const Run& run) {
@@ -28,7 +31,7 @@ inline void parallel_for(int num_threads, int64_t num_tasks, int64_t cost, const
     for (int64_t task = 0; task < num_tasks; ++task) run(task);
     return;
   }
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(num_threads)
   {
     const int64_t team = omp_get_num_threads(), own = omp_get_thread_num();
     const int64_t end = (own + 1) * num_tasks / team;
@@ -36,16 +39,37 @@ inline void parallel_for(int num_threads, int64_t num_tasks, int64_t cost, const
   }
 }
 
-// The same for tasks of unequal cost: each thread takes the next one when it is done with its last.
+// One thread's share of tasks: those from `next` on are not taken yet. A cache line each.
+struct alignas(64) TaskRange {
+  int64_t next;
+  int64_t end;
+};
+constexpr int64_t kMaxTeam = 256;
+
+// The same for tasks of unequal cost, or threads of unequal speed: each thread works through its own contiguous share, so that
+// what it reads of memory is one stream, and then takes what is left of the others'.
 template <class Run>
 inline void parallel_for_dynamic(int num_threads, int64_t num_tasks, int64_t cost, const Run& run) {
-  const int threads = threads_for(num_threads, num_tasks, cost);
+  const int threads = threads_for(num_threads < kMaxTeam ? num_threads : kMaxTeam, num_tasks, cost);
   if (threads == 1) {
     for (int64_t task = 0; task < num_tasks; ++task) run(task);
     return;
   }
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-  for (int64_t task = 0; task < num_tasks; ++task) run(task);
+  // The team may turn out smaller than asked for: shares are those of the threads asked for, and all are taken by someone.
+  TaskRange ranges[kMaxTeam];
+  for (int64_t share = 0; share < threads; ++share)
+    ranges[share] = {share * num_tasks / threads, (share + 1) * num_tasks / threads};
+#pragma omp parallel num_threads(num_threads)
+  {
+    const int64_t own = omp_get_thread_num();
+    for (int64_t offset = 0; offset < threads; ++offset) {
+      TaskRange& range = ranges[(own + offset) % threads];
+      while (__atomic_load_n(&range.next, __ATOMIC_RELAXED) < range.end) {
+        const int64_t task = __atomic_fetch_add(&range.next, 1, __ATOMIC_RELAXED);
+        if (task < range.end) run(task);
+      }
+    }
+  }
 }
 
 }  // namespace
