@@ -3,8 +3,11 @@
     python -m benchmarks.gpu --out DIR [--minutes 9] [--parts kernels decode …]
 
 Runs from the bare tree (PYTHONPATH=runtime:kernels) with torch, triton, transformers and numpy. Each part writes
-DIR/PART.json as soon as it is done, with device, versions and commit; DIR/summary.json lists all. When the time is up, the
-parts that are left say so. `--dry-run` does the same on a CPU, with sizes so small that only the program itself is tried.
+DIR/PART.json as soon as it is done, with device, versions and commit; DIR/summary.json lists all, and DIR/plots.svg shows them
+(`python -m benchmarks.gpu.plots DIR` draws it again). A part for which too little time is left says so and is left out. When
+the time is up, the one that runs is cut off with what it has, and the program ends.
+
+`--dry-run` does the same on a CPU, with sizes so small that only the program itself is tried.
 """
 
 from __future__ import annotations
@@ -15,24 +18,35 @@ import json
 import os
 import shutil
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+
+class Part(NamedTuple):
+    """`least_seconds`: with less time than that there is no use in beginning."""
+
+    about: str
+    least_seconds: float
+
 
 # In order of importance: first whether it is right, then how fast it is.
 PARTS = {
-    "kernels": "kernels against float64 twins, with poisoned outputs",
-    "parity": "the engine against transformers, four families",
-    "allocation": "no allocation on the device after ready",
-    "decode": "decode attention over the copy bandwidth",
-    "workload": "256 requests, output tokens a second",
-    "prefill": "prefill attention over the rate of matrix products, beside SDPA",
-    "elementwise": "norm, activation, rotation and sampling over the copy bandwidth",
-    "cold_start": "from start to ready, by stage",
-    "online": "Poisson arrivals: time to first token, inter-token latency",
-    "peers": "transformers' continuous batching on the same workload",
+    "kernels": Part("kernels against float64 twins, with poisoned outputs", 20),
+    "parity": Part("the engine against transformers, four families", 30),
+    "allocation": Part("no allocation on the device after ready", 20),
+    "decode": Part("decode attention over the copy bandwidth", 15),
+    "workload": Part("256 requests, output tokens a second", 40),
+    "prefill": Part("prefill attention over the rate of matrix products, beside SDPA", 10),
+    "elementwise": Part("norm, activation, rotation and sampling over the copy bandwidth", 10),
+    "online": Part("Poisson arrivals: time to first token, inter-token latency", 40),
+    "peers": Part("transformers' continuous batching on the same workload", 50),
+    "cold_start": Part("from start to ready, by stage", 90),
 }
+# What writing the last files takes.
+SECONDS_TO_END = 5.0
 
 
 def main() -> int:
@@ -45,35 +59,85 @@ def main() -> int:
     own = parser.parse_args()
     if own.dry_run:
         os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which is after this
+    deadline = time.monotonic() + 60 * own.minutes
 
     from benchmarks.gpu.context import Context
 
-    context = Context.create(own.out, minutes=own.minutes, dry_run=own.dry_run)
-    results = {name: _run_part(name, context) for name in PARTS if name in own.parts}
-    shutil.rmtree(own.out / "models", ignore_errors=True)
-    _print_summary(results)
-    return int(any(result["status"] == "failed" for result in results.values()))
+    run = Run(Context.create(own.out, deadline=deadline - SECONDS_TO_END, dry_run=own.dry_run))
+    watchdog = threading.Timer(deadline - SECONDS_TO_END - time.monotonic(), run.cut_off)
+    watchdog.daemon = True
+    if own.minutes > 0:
+        watchdog.start()
+    for name in PARTS:
+        if name in own.parts:
+            run.part(name)
+    watchdog.cancel()
+    return run.end()
 
 
-def _run_part(name: str, context: Any) -> dict[str, Any]:
-    """Run one part and write its file; what goes wrong is a result too, and the next part runs."""
-    started = time.perf_counter()
-    result: dict[str, Any] = {"part": name, "about": PARTS[name], "environment": context.environment}
-    if context.seconds_left() <= 0:
-        result |= {"status": "no time left"}
-    else:
-        print(f"{name}: {PARTS[name]}", flush=True)
+class Run:
+    """The parts of one call, their results, and the end of it, which may come from another thread."""
+
+    def __init__(self, context: Any) -> None:
+        self.context = context
+        self.results: dict[str, dict[str, Any]] = {}
+        self._running: str | None = None
+        self._started = 0.0
+        self._lock = threading.Lock()
+
+    def part(self, name: str) -> None:
+        """Run one part and write its file; what goes wrong is a result too, and the next part runs."""
+        self._running, self._started = name, time.perf_counter()
+        self.context.entries = []
+        if self.context.seconds_left() < (0 if self.context.dry_run else PARTS[name].least_seconds):
+            self._finish(name, {"status": "no time left"})
+            return
+        print(f"{name}: {PARTS[name].about}", flush=True)
         try:
-            figures = importlib.import_module(f"benchmarks.gpu.{name}").run(context)
-            result |= {"status": "ok" if figures.pop("passed", True) else "failed", **figures}
+            figures = importlib.import_module(f"benchmarks.gpu.{name}").run(self.context)
+            result = {"status": "ok" if figures.pop("passed", True) else "failed", **figures}
         except Exception as error:
             traceback.print_exc()
-            result |= {"status": "failed", "error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
-        context.release()
-    result["seconds"] = time.perf_counter() - started
-    context.write(name, result)
-    context.write("summary", context.summary(name, result))
-    return result
+            result = {"status": "failed", "error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
+            result["results"] = self.context.entries
+        self._finish(name, result)
+        self.context.release()
+
+    def cut_off(self) -> None:
+        """The time is up: keep what the running part has, and end the process, whatever it is waiting for."""
+        for child in self.context.children:
+            child.kill()
+        if self._running is not None:
+            self._finish(self._running, {"status": "cut off", "results": list(self.context.entries)})
+        sys.stdout.flush()
+        os._exit(self.end())
+
+    def end(self) -> int:
+        """Draw, tidy up and print what there is; the status."""
+        from benchmarks.gpu.plots import draw
+
+        draw(self.context.out)
+        shutil.rmtree(self.context.out / "models", ignore_errors=True)
+        _print_summary(self.results)
+        sys.stdout.flush()
+        return int(any(result["status"] == "failed" for result in self.results.values()))
+
+    def _finish(self, name: str, result: dict[str, Any]) -> None:
+        with self._lock:
+            if name in self.results:  # the watchdog was first
+                return
+            self._running = None
+            about = {"part": name, "about": PARTS[name].about, "environment": self.context.environment}
+            self.results[name] = {**about, **result, "seconds": time.perf_counter() - self._started}
+            self.context.write(name, self.results[name])
+            self.context.write("summary", self._summary())
+
+    def _summary(self) -> dict[str, Any]:
+        short = {
+            name: {key: result.get(key) for key in ("status", "seconds", "headline", "error")}
+            for name, result in self.results.items()
+        }
+        return {"environment": self.context.environment, "ceilings": self.context.known_ceilings, "parts": short}
 
 
 def _print_summary(results: dict[str, dict[str, Any]]) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from pagoda_kernels import backend
 from pagoda_kernels.attention import AttentionMetadata
 
 
@@ -19,6 +20,14 @@ class AttentionBatch:
     k_cache: torch.Tensor
     v_cache: torch.Tensor
     metadata: AttentionMetadata
+    kv_scales: tuple[float, float] | None = None
+
+    def attend(self, sliding_window: int | None = None, soft_cap: float | None = None) -> torch.Tensor:
+        """The kernel's result."""
+        caches = self.k_cache, self.v_cache
+        return backend.active.paged_attention(
+            self.query, *caches, self.metadata, self.scale, sliding_window, soft_cap, self.kv_scales
+        )
 
     @property
     def scale(self) -> float:
@@ -37,8 +46,10 @@ class AttentionBatch:
         group = self.query.shape[1] // num_kv_heads
         output = torch.empty(self.query.shape, dtype=torch.float64, device=self.query.device)
         first = 0
+        k_scale, v_scale = self.kv_scales or (1.0, 1.0)
         for row, (query_len, seq_len) in enumerate(self.rows):
-            keys, values = (self._context(cache, row, seq_len) for cache in (self.k_cache, self.v_cache))
+            keys = self._context(self.k_cache, row, seq_len) * k_scale
+            values = self._context(self.v_cache, row, seq_len) * v_scale
             query = self.query[first : first + query_len].double().view(query_len, num_kv_heads, group, head_dim)
             scores = torch.einsum("qhgd,hkd->hgqk", query, keys) * self.scale
             if soft_cap is not None:
@@ -55,7 +66,9 @@ class AttentionBatch:
 
     def _context(self, cache: torch.Tensor, row: int, seq_len: int) -> torch.Tensor:
         blocks = self.metadata.block_table[row, : -(-seq_len // cache.shape[2])].long()
-        return cache[blocks].double().transpose(0, 1).flatten(1, 2)[:, :seq_len]
+        # float8 is gathered as bytes, which every operation knows how to move.
+        gathered = cache.view(torch.uint8)[blocks].view(cache.dtype) if cache.element_size() == 1 else cache[blocks]
+        return gathered.double().transpose(0, 1).flatten(1, 2)[:, :seq_len]
 
 
 def make_batch(
@@ -67,10 +80,11 @@ def make_batch(
     dtype: torch.dtype,
     device: torch.device,
     block_size: int = 16,
+    kv_dtype: torch.dtype | None = None,
     poisoned: bool = False,
     seed: int = 0,
 ) -> AttentionBatch:
-    """Blocks in random order; `poisoned`: every slot that holds no token of a row is NaN."""
+    """Blocks in random order; `poisoned`: every slot that holds no token of a row is NaN. `kv_dtype`: a float8 cache's."""
     generator = torch.Generator(device).manual_seed(seed)
     counts = [-(-seq_len // block_size) for _, seq_len in rows]
     num_blocks = sum(counts) + 3
@@ -100,5 +114,8 @@ def make_batch(
         max_seq_len=max(seq_len for _, seq_len in rows),
         num_decode_rows=next((i for i, (query_len, _) in enumerate(rows) if query_len > 1), len(rows)),
     )
+    if kv_dtype is not None:
+        caches = [cache.to(kv_dtype) for cache in caches]
     query = torch.empty((num_tokens, num_heads, head_dim), dtype=dtype, device=device).normal_(generator=generator)
-    return AttentionBatch(rows, query, caches[0], caches[1], metadata)
+    kv_scales = None if kv_dtype is None else (0.5, 0.25)
+    return AttentionBatch(rows, query, caches[0], caches[1], metadata, kv_scales)

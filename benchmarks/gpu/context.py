@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -32,11 +35,14 @@ class Context:
     device: torch.device
     dtype: torch.dtype
     environment: dict[str, Any]
-    _parts: dict[str, Any] = field(default_factory=dict)
+    entries: list[dict[str, Any]] = field(default_factory=list)
+    """What the running part has measured so far: kept if it is cut off."""
+    children: list[subprocess.Popen[str]] = field(default_factory=list)
+    """Processes that must not outlive this one."""
 
     @classmethod
-    def create(cls, out: Path, *, minutes: float, dry_run: bool) -> Context:
-        """For the GPU here. Exits with a sentence where there is none."""
+    def create(cls, out: Path, *, deadline: float, dry_run: bool) -> Context:
+        """For the GPU here, until `deadline` on the monotonic clock. Exits with a sentence where there is none."""
         if not dry_run and not torch.cuda.is_available():
             raise SystemExit("torch sees no CUDA GPU here; --dry-run tries this program out without one")
         out.mkdir(parents=True, exist_ok=True)
@@ -45,7 +51,6 @@ class Context:
         facts["device"] = "cpu (dry run)" if dry_run else torch.cuda.get_device_name()
         facts["cuda"] = torch.version.cuda
         facts["tuning_table"] = table_of_device(device).name
-        deadline = time.monotonic() + 60 * minutes
         return cls(out, dry_run, deadline, device, torch.float32 if dry_run else torch.bfloat16, facts)
 
     def seconds_left(self) -> float:
@@ -60,10 +65,19 @@ class Context:
         """Write OUT/NAME.json."""
         (self.out / f"{name}.json").write_text(json.dumps(result, indent=2, default=str) + "\n", encoding="utf-8")
 
-    def summary(self, name: str, result: dict[str, Any]) -> dict[str, Any]:
-        """The parts so far, in short."""
-        self._parts[name] = {key: result.get(key) for key in ("status", "seconds", "headline", "error")}
-        return {"environment": self.environment, "ceilings": self.ceilings, "parts": self._parts}
+    def keep(self, entry: dict[str, Any]) -> None:
+        """Print a figure of the running part, and keep it in `entries`."""
+        self.entries.append(entry)
+        print(f"  {entry}", flush=True)
+
+    def python(self, *arguments: str) -> subprocess.Popen[str]:
+        """Start another Python with this one's import path; its output is text in `stdout`."""
+        paths = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        child = subprocess.Popen(
+            [sys.executable, *arguments], env={**os.environ, **paths}, stdout=subprocess.PIPE, text=True
+        )
+        self.children.append(child)
+        return child
 
     def release(self) -> None:
         """Between parts: give memory back, and let the next engine choose its kernels."""
@@ -103,6 +117,11 @@ class Context:
             end.synchronize()
             times.append(begin.elapsed_time(end) / 1000 / LAUNCHES)
         return statistics.median(times)
+
+    @property
+    def known_ceilings(self) -> dict[str, float] | None:
+        """`ceilings` if they have been measured."""
+        return self.__dict__.get("ceilings")
 
     @cached_property
     def ceilings(self) -> dict[str, float]:

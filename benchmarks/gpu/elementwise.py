@@ -14,11 +14,10 @@ from pagoda_kernels import backend
 def run(context: Context) -> dict[str, Any]:
     """Each kernel at the sizes of an 8B model, for a decode batch and for a chunk of a prompt."""
     backend.use_backend("triton")
-    found = []
     for tokens in context.choose((256, 8192), (3,)):
         for name, moved, launch in _launches(context, tokens):
             seconds = context.seconds_of(launch)
-            found.append(
+            context.keep(
                 {
                     "kernel": name,
                     "tokens": tokens,
@@ -27,10 +26,9 @@ def run(context: Context) -> dict[str, Any]:
                     "share_of_copy": moved / seconds / context.ceilings["copy_bytes_per_second"],
                 }
             )
-            print(f"  {found[-1]}", flush=True)
     return {
-        "results": found,
-        "headline": {e["kernel"]: round(e["share_of_copy"], 3) for e in found if e["tokens"] != 256},
+        "results": context.entries,
+        "headline": {e["kernel"]: round(e["share_of_copy"], 3) for e in context.entries if e["tokens"] != 256},
     }
 
 

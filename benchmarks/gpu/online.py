@@ -26,15 +26,18 @@ def run(context: Context) -> dict[str, Any]:
         began = time.perf_counter()
         run_all(core, requests)
         peak = count / (time.perf_counter() - began)
-        found = []
         for share in SHARES:
             if context.seconds_left() < count / peak + 10 and not context.dry_run:
-                found.append({"share_of_peak": share, "status": "no time left"})
+                context.keep({"share_of_peak": share, "status": "no time left"})
                 continue
             again = [replace(request, request_id=f"{request.request_id} at {share}") for request in requests]
-            found.append({"share_of_peak": share, **_serve(core, again, share * peak)})
-            print(f"  {found[-1]}", flush=True)
-    return {"model": MODEL, "peak_requests_per_second": peak, "results": found, "headline": found[1] if found else None}
+            context.keep({"share_of_peak": share, **_serve(core, again, share * peak)})
+    return {
+        "model": MODEL,
+        "peak_requests_per_second": peak,
+        "results": context.entries,
+        "headline": next((entry for entry in context.entries if entry["share_of_peak"] == 0.8), None),
+    }
 
 
 def _serve(core: EngineCore, requests: list[EngineRequest], rate: float) -> dict[str, Any]:

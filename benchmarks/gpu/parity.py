@@ -34,7 +34,6 @@ def run(context: Context) -> dict[str, Any]:
     prompts = [
         [rng.randrange(512) for _ in range(length)] for length in context.choose((1, 15, 16, 17, 70, 130, 300), (1, 17))
     ]
-    results = {}
     for family, spec in SPECS.items():
         scratch = Path(tempfile.mkdtemp(dir=context.out))
         try:
@@ -43,14 +42,20 @@ def run(context: Context) -> dict[str, Any]:
             together, alone = _engine(context, folder, prompts, num_tokens)
         finally:
             shutil.rmtree(scratch)
-        results[family] = {
-            "wrong_in_batch": _differences(together, expected),
-            "wrong_alone": _differences(alone, expected),
-            "sequences": len(prompts),
-        }
-        print(f"  {family}: {results[family]}", flush=True)
-    passed = not any(result["wrong_in_batch"] or result["wrong_alone"] for result in results.values())
-    return {"families": results, "passed": passed, "headline": {"families": len(results), "all_equal": passed}}
+        context.keep(
+            {
+                "family": family,
+                "wrong_in_batch": _differences(together, expected),
+                "wrong_alone": _differences(alone, expected),
+                "sequences": len(prompts),
+            }
+        )
+    passed = not any(entry["wrong_in_batch"] or entry["wrong_alone"] for entry in context.entries)
+    return {
+        "results": context.entries,
+        "passed": passed,
+        "headline": {"families": len(context.entries), "all_equal": passed},
+    }
 
 
 def _engine(

@@ -24,7 +24,6 @@ def run(context: Context) -> dict[str, Any]:
         [(8, 8), (4, 12)],
     )
     shapes = context.choose([(32, 8, 128), (16, 8, 128), (32, 32, 64)], [(4, 2, 16)])
-    found: list[dict[str, Any]] = []
     for num_heads, num_kv_heads, head_dim in shapes:
         for query_len, seq_len in rows:
             if context.seconds_left() < 20:
@@ -37,8 +36,8 @@ def run(context: Context) -> dict[str, Any]:
                 dtype=context.dtype,
                 device=context.device,
             )
-            found.append(_entry(context, batch))
-            print(f"  {found[-1]}", flush=True)
+            context.keep(_entry(context, batch))
+    found = context.entries
     whole = [entry for entry in found if entry["query_len"] == entry["seq_len"] and entry["heads"] == shapes[0][0]]
     return {"results": found, "goals": GOALS, "headline": whole[0] if whole else None}
 
@@ -48,11 +47,7 @@ def _entry(context: Context, batch: AttentionBatch) -> dict[str, Any]:
     num_heads, head_dim = batch.query.shape[1:]
     seen = query_len * (seq_len - query_len) + query_len * (query_len + 1) // 2
     flops = 4 * num_heads * head_dim * seen * len(batch.rows)
-    seconds = context.seconds_of(
-        lambda: backend.active.paged_attention(
-            batch.query, batch.k_cache, batch.v_cache, batch.metadata, batch.scale, None, None
-        )
-    )
+    seconds = context.seconds_of(batch.attend)
     entry = {
         "heads": num_heads,
         "kv_heads": batch.k_cache.shape[1],
