@@ -1,4 +1,4 @@
-"""Choosing tokens from logits: one pass for the best, a few for a draw, never a sort. For GPUs; see `pagoda_kernels.gpu`.
+"""Choosing tokens from logits: one pass for the best, a few for a draw, never a sort. See `pagoda_kernels.gpu` and `.cpu`.
 
 The torch twin is the sampler itself (`pagoda.sampling.selection`): the same tokens for the same seeds and positions.
 """
@@ -11,8 +11,12 @@ import torch
 def choose_greedy(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids int64 [N], the lowest among equals, and the greatest logits float32 [N], of logits float32 [N, V].
 
-    A row with a NaN has NaN as its greatest logit.
+    A row with a NaN has NaN as its greatest logit. On a GPU, or on a CPU where the backend is `cpu`.
     """
+    if logits.device.type == "cpu":
+        from pagoda_kernels.cpu import operators
+
+        return operators.choose_greedy(logits)
     from pagoda_kernels.gpu import sampling
 
     return sampling.choose_greedy(logits)
@@ -28,7 +32,7 @@ def choose_open(
     min_p: torch.Tensor,
     top_p: torch.Tensor,
 ) -> torch.Tensor:
-    """Token ids int64 [R]: a draw for each of `rows` among the tokens that min-p and top-p leave.
+    """On a GPU: token ids int64 [R], a draw for each of `rows` among the tokens that min-p and top-p leave.
 
     Args:
         logits: float32 [N, V], with their greatest ones in `best_logits` float32 [N].

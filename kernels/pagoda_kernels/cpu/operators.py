@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from pagoda_kernels.cpu.build import library
+from pagoda_kernels.huge_pages import empty_on_huge_pages
 from pagoda_kernels.interface import KernelBackend
 from pagoda_kernels.metadata import AttentionMetadata
 
@@ -22,6 +23,10 @@ _add_norm = torch.ops.pagoda_cpu.add_rms_norm.default
 _linear = torch.ops.pagoda_cpu.linear.default
 _linear_quantized = torch.ops.pagoda_cpu.linear_quantized.default
 _packed_rows = torch.ops.pagoda_cpu.packed_rows.default
+_choose_greedy = torch.ops.pagoda_cpu.choose_greedy.default
+_pack_into = torch.ops.pagoda_cpu.pack.default
+
+_PANEL = 32
 
 
 def available_levels() -> list[str]:
@@ -114,9 +119,25 @@ def _packed_linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | N
     return output
 
 
+def choose_greedy(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `pagoda_kernels.sampling.choose_greedy`."""
+    token_ids, best_logits = _choose_greedy(logits)
+    return token_ids, best_logits
+
+
 def _rows(weight: PackedWeight, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     rows: torch.Tensor = _packed_rows(weight.values, ids, weight.out_features, dtype == torch.float32)
     return rows if rows.dtype == dtype else rows.to(dtype)
+
+
+def _pack(weight: torch.Tensor) -> torch.Tensor:
+    out_features, in_features = weight.shape
+    panels = -(-out_features // _PANEL)
+    is_wide = weight.dtype == torch.float32
+    shape = (panels, in_features, _PANEL) if is_wide else (panels, in_features // 2, _PANEL, 2)
+    packed = empty_on_huge_pages(shape, weight.dtype)
+    _pack_into(weight, packed)
+    return packed
 
 
 BACKEND = KernelBackend(
@@ -130,5 +151,5 @@ BACKEND = KernelBackend(
     gelu_and_mul=torch.ops.pagoda_cpu.gelu_and_mul.default,
     packed_linear=_packed_linear,
     packed_rows=_rows,
-    pack=torch.ops.pagoda_cpu.pack.default,
+    pack=_pack,
 )

@@ -24,7 +24,8 @@ from pagoda.sampling.noise import SlotNoise
 from pagoda.sampling.penalties import OutputPenalties, RepetitionPenalty
 from pagoda.sampling.row_groups import OpenGroup, RankedGroup, RowGroups, make_row_groups
 from pagoda.sampling.rows import Int64Array, SampledRows, SamplingContext, SlotRequest
-from pagoda_kernels.sampling import choose_open
+from pagoda_kernels import backend
+from pagoda_kernels.sampling import choose_greedy, choose_open
 
 # In this order they are applied: what is forbidden, then biases, then penalties.
 PROCESSORS: tuple[type[LogitsProcessor[Any, Any]], ...] = (
@@ -78,6 +79,7 @@ class Sampler:
         self._row_of_slot = np.full(token_pool.shape[0], -1, dtype=np.int64)
         self._groups: RowGroups | None = None
         self._draws_on_device = token_pool.device.type == "cuda"
+        self._has_greedy_kernel = backend.active.name == "cpu" and token_pool.device.type == "cpu"
 
     def add(self, slot: int, request: SlotRequest) -> None:
         """Let a request enter `slot`. On `InvalidRequestError`, for an id outside the vocabulary, the slot stays empty."""
@@ -113,9 +115,12 @@ class Sampler:
         for processor in self._processors:
             if processor.states:
                 processor.apply(logits, rows)
-        maxima = selection.block_maxima(logits)
-        best_logits = maxima.amax(-1)
-        token_ids = self._choose(logits, maxima, best_logits, rows, groups)
+        if self._has_greedy_kernel and not groups.has_random_rows:
+            token_ids, best_logits = choose_greedy(logits)
+        else:
+            maxima = selection.block_maxima(logits)
+            best_logits = maxima.amax(-1)
+            token_ids = self._choose(logits, maxima, best_logits, rows, groups)
         return SamplerOutput(
             token_ids=token_ids,
             best_logits=best_logits,

@@ -146,6 +146,35 @@ void heads_of_tokens(const HeadsArguments& a) {
   });
 }
 
+// One pass: every lane keeps the greatest of its logits and where it first was. Ids are exact as floats.
+void greedy_rows(const GreedyArguments& a) {
+  parallel_for(a.num_threads, a.num_rows, a.num_rows * a.size * 4, [&](int64_t row) {
+    const float* logits = a.logits + row * a.size;
+    alignas(64) float lanes[kLanes], ids[kLanes], not_numbers[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) ids[lane] = static_cast<float>(lane);
+    Vector best = broadcast(-__builtin_inff()), best_ids = load(ids), here = best_ids, is_nan = zero();
+    for_each_vector(a.size, [&](int64_t i, int count) {
+      Vector x = load_some(logits + i, count);
+      if (count < kLanes) x = where_lane_in(0, count, x, broadcast(-__builtin_inff()));
+      is_nan = maximum(is_nan, where_at_least(x, x, zero(), broadcast(1.0f)));
+      best_ids = where_at_least(best, x, best_ids, here);
+      best = where_at_least(best, x, best, x);
+      here = add(here, broadcast(static_cast<float>(kLanes)));
+    });
+    store(lanes, best);
+    store(ids, best_ids);
+    store(not_numbers, is_nan);
+    int first = 0;
+    bool has_nan = false;
+    for (int lane = 0; lane < kLanes; ++lane) {
+      has_nan = has_nan || not_numbers[lane] != 0.0f;
+      if (lanes[lane] > lanes[first] || (lanes[lane] == lanes[first] && ids[lane] < ids[first])) first = lane;
+    }
+    a.best[row] = has_nan ? __builtin_nanf("") : lanes[first];
+    a.ids[row] = has_nan ? 0 : static_cast<int64_t>(ids[first]);
+  });
+}
+
 template <class Arguments, class Run32, class Run16, class RunHalf>
 inline void by_dtype(const Arguments& a, Run32 run32, Run16 run16, RunHalf run_half) {
   switch (a.dtype) {
@@ -165,6 +194,8 @@ void norm(const NormArguments& a) { by_dtype(a, norm_rows<float>, norm_rows<BFlo
 void gated_activation(const GatedActivationArguments& a) {
   by_dtype(a, activate_rows<float>, activate_rows<BFloat16>, activate_rows<Half>);
 }
+
+void greedy(const GreedyArguments& a) { greedy_rows(a); }
 
 void heads(const HeadsArguments& a) {
   by_dtype(a, heads_of_tokens<float>, heads_of_tokens<BFloat16>, heads_of_tokens<Half>);

@@ -124,12 +124,23 @@ struct PackArguments {
   int num_threads;
 };
 
+// The greatest logit of each row, NaN where there is one, and the lowest id that has it.
+struct GreedyArguments {
+  const float* logits;  // [num_rows, size]
+  int64_t* ids;         // [num_rows]
+  float* best;          // [num_rows]
+  int64_t num_rows;
+  int64_t size;  // less than 2^24
+  int num_threads;
+};
+
 struct Kernels {
   const char* name;
   void (*attention)(const AttentionArguments&);
   void (*norm)(const NormArguments&);
   void (*gated_activation)(const GatedActivationArguments&);
   void (*heads)(const HeadsArguments&);
+  void (*greedy)(const GreedyArguments&);
   void (*linear)(const LinearArguments&);            // kFloat32, kBFloat16
   void (*linear_quantized)(const LinearArguments&);  // kInt8, kInt4
   void (*pack)(const PackArguments&);
@@ -141,6 +152,7 @@ struct Kernels {
   void norm(const NormArguments&);                        \
   void gated_activation(const GatedActivationArguments&); \
   void heads(const HeadsArguments&);                      \
+  void greedy(const GreedyArguments&);                    \
   void linear(const LinearArguments&);                    \
   void linear_quantized(const LinearArguments&);          \
   void pack(const PackArguments&);                        \

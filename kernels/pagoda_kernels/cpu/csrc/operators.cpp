@@ -226,17 +226,19 @@ Tensor linear_quantized(const Tensor& x, const Tensor& weight, const Tensor& sca
   return run_packed(x, {weight, bias, scales, zeros, out_features, group_size, four_bits});
 }
 
-Tensor pack(const Tensor& weight) {
+void pack(const Tensor& weight, const Tensor& packed) {
   TORCH_CHECK(weight.dim() == 2 && weight.is_contiguous(), "weight must be a contiguous [out_features, in_features]");
   const bool is_wide = weight.scalar_type() == at::kFloat;
   TORCH_CHECK(is_wide || (weight.scalar_type() == at::kBFloat16 && weight.size(1) % 2 == 0),
               "weight must be float32, or bfloat16 with an even number of inputs");
   const int64_t panels = (weight.size(0) + kPanel - 1) / kPanel, words = is_wide ? weight.size(1) : weight.size(1) / 2;
-  Tensor packed = is_wide ? at::empty({panels, words, kPanel}, weight.options())
-                          : at::empty({panels, words, kPanel, 2}, weight.options());
+  if (is_wide) {
+    check(packed, "packed", {panels, words, kPanel}, at::kFloat);
+  } else {
+    check(packed, "packed", {panels, words, kPanel, 2}, at::kBFloat16);
+  }
   pagoda::active_kernels().pack({weight.const_data_ptr(), packed.mutable_data_ptr(), weight.size(0), words,
                                  at::get_num_threads()});
-  return packed;
 }
 
 // Rows of a packed weight, as an embedding has them: ids [T] to [T, in_features], in float32 where asked.
@@ -269,6 +271,16 @@ Tensor packed_rows(const Tensor& weight, const Tensor& ids, int64_t num_rows, bo
   return rows;
 }
 
+std::tuple<Tensor, Tensor> choose_greedy(const Tensor& logits) {
+  const int64_t rows = logits.size(0), size = logits.size(1);
+  check(logits, "logits", {rows, size}, at::kFloat);
+  TORCH_CHECK(size > 0 && size < (1 << 24), "a vocabulary of ", size, " is not between 1 and 2^24 - 1");
+  Tensor ids = at::empty({rows}, logits.options().dtype(at::kLong)), best = at::empty({rows}, logits.options());
+  pagoda::active_kernels().greedy({logits.const_data_ptr<float>(), ids.mutable_data_ptr<int64_t>(),
+                                   best.mutable_data_ptr<float>(), rows, size, at::get_num_threads()});
+  return {ids, best};
+}
+
 void use_level(const std::string& level) {
   TORCH_CHECK(pagoda::use_level(level), "this processor cannot run ", level);
 }
@@ -296,7 +308,8 @@ TORCH_LIBRARY(pagoda_cpu, m) {
   m.def(
       "linear_quantized(Tensor x, Tensor weight, Tensor scales, Tensor? zeros, Tensor? bias, int out_features, "
       "int group_size, bool four_bits) -> Tensor");
-  m.def("pack(Tensor weight) -> Tensor");
+  m.def("pack(Tensor weight, Tensor(a!) packed) -> ()");
+  m.def("choose_greedy(Tensor logits) -> (Tensor, Tensor)");
   m.def("packed_rows(Tensor weight, Tensor ids, int num_rows, bool as_float) -> Tensor");
   m.class_<pagoda::Decoder>("Decoder")
       .def(torch::init<int64_t, int64_t, int64_t, int64_t, double, Tensor>())
@@ -316,5 +329,6 @@ TORCH_LIBRARY_IMPL(pagoda_cpu, CPU, m) {
   m.impl("linear", &linear);
   m.impl("linear_quantized", &linear_quantized);
   m.impl("pack", &pack);
+  m.impl("choose_greedy", &choose_greedy);
   m.impl("packed_rows", &packed_rows);
 }

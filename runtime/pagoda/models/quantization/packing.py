@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from pagoda.models.quantization.rounding import QuantizedRows
+from pagoda_kernels.huge_pages import empty_on_huge_pages
 from pagoda_kernels.linear import PANEL, PackedWeight, pack_int4, pack_int8
 
 
@@ -63,7 +64,7 @@ class PackedWeightBuilder:
             assert piece.scales is not None
             groups = len(piece.scales)
             self._packed = PackedWeight(
-                piece.values.new_zeros((panels, *piece.values.shape[1:])),
+                empty_on_huge_pages((panels, *piece.values.shape[1:]), piece.values.dtype).zero_(),
                 self._out_features,
                 self._in_features,
                 piece.scales.new_zeros((groups, panels * PANEL)),
