@@ -16,7 +16,7 @@ from jsonschema import Draft202012Validator
 from tests.support.rest_harness import import_kserve
 
 REPOSITORY = Path(__file__).parents[2]
-CRDS_VARIABLE = "PAGODA_KSERVE_CRDS"
+CRDS_VARIABLE = "TEST_KSERVE_CRDS"
 _PLAIN = {"str": str, "int": int, "float": (int, float), "bool": bool}
 
 

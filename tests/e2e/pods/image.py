@@ -1,6 +1,6 @@
 """What stands for the release's image: a bare Python with this checkout and its packages mounted, or an image that is built.
 
-`PAGODA_POD_IMAGE` names a built one. Otherwise `PAGODA_POD_BASE_IMAGE` is taken, by default the official Python image of this
+`TEST_POD_IMAGE` names a built one. Otherwise `TEST_POD_BASE_IMAGE` is taken, by default the official Python image of this
 interpreter's version; `make_base_image.sh` makes that one out of Debian's packages where no registry can be reached.
 """
 
@@ -43,12 +43,12 @@ def why_not() -> str | None:
 
 def _name() -> str:
     base = f"docker.io/library/python:{sys.version_info.major}.{sys.version_info.minor}-slim"
-    return os.environ.get("PAGODA_POD_IMAGE") or os.environ.get("PAGODA_POD_BASE_IMAGE") or base
+    return os.environ.get("TEST_POD_IMAGE") or os.environ.get("TEST_POD_BASE_IMAGE") or base
 
 
 def pagoda_image(folder: Path) -> Image:
     """The image for this test run; `folder` is for its scripts."""
-    if "PAGODA_POD_IMAGE" in os.environ:
+    if "TEST_POD_IMAGE" in os.environ:
         return Image(_name())
     scripts = folder / "bin"
     scripts.mkdir(exist_ok=True)
