@@ -208,7 +208,8 @@ class Clients:
                         answer.close("finished")
                 yield
         except grpc.aio.AioRpcError as error:
-            if not answer.end:  # a stream outlives its requests: that it is closed later is nothing to one that has ended
+            # A stream outlives its requests: that it is closed is nothing to one that has ended.
+            if not answer.end:
                 _close_with_status(answer, error)
         finally:
             call.cancel()
