@@ -14,6 +14,7 @@ from tests.support.triton_kernels import require_interpreter, triton_backend
 require_interpreter()
 
 from pagoda_kernels.gpu import attention, tuning  # noqa: E402
+from pagoda_kernels.gpu.attention import AttentionGeometry  # noqa: E402
 from pagoda_kernels.gpu.tuning import AttentionTiles, SegmentRule, TuningTable  # noqa: E402
 from pagoda_kernels.gpu.workspace import DecodeWorkspace  # noqa: E402
 
@@ -32,7 +33,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> TuningTable:
     table = TuningTable(
         name="small",
         note="",
-        segments=SegmentRule(tokens=32, max_segments=4),
+        segments=SegmentRule(tokens=32, max_segments=4, programs=64),
         decode_attention=(tiles,),
         prefill_attention=(tiles,),
     )
@@ -112,6 +113,25 @@ def test_129_blocks() -> None:
 def test_split_contexts_are_put_together_without_a_seam(small_tiles: TuningTable, sliding_window: int | None) -> None:
     rows = [(1, seq_len) for seq_len in (1, 31, 32, 33, 64, 65, 97, 128, 129, 200)]
     make_case(rows, num_kv_heads=1, num_heads=3).assert_matches(sliding_window)
+
+
+@pytest.mark.parametrize("programs", [1, 16, 10_000])
+def test_the_number_of_programs_changes_no_bit(
+    small_tiles: TuningTable, monkeypatch: pytest.MonkeyPatch, programs: int
+) -> None:
+    case = make_case([(1, seq_len) for seq_len in (1, 33, 97, 200)], num_kv_heads=1, num_heads=3)
+    expected = case.run()
+    rule = dataclasses.replace(small_tiles.segments, programs=programs)
+    monkeypatch.setattr(attention, "table_of_device", lambda device: dataclasses.replace(small_tiles, segments=rule))
+    assert torch.equal(case.run(), expected)
+
+
+def test_programs_are_shared_out_by_rows_and_heads() -> None:
+    geometry = AttentionGeometry(32, 8, 128, 16, None, False)
+    rule = SegmentRule(tokens=256, max_segments=32, programs=8192)
+    shares = {rows: geometry.programs_per_row(rows, 32, rule) for rows in (1, 16, 64, 256, 4096)}
+    assert shares == {1: 32, 16: 32, 64: 16, 256: 4, 4096: 1}
+    assert geometry.programs_per_row(1, 2, rule) == 2  # no context has more parts
 
 
 def test_long_prompt_is_cut_into_tiles_without_a_seam(small_tiles: TuningTable) -> None:
@@ -227,7 +247,11 @@ def test_queries_that_float16_does_not_hold_meet_a_float8_cache(greatest: float)
 
 
 def test_workspace_keeps_what_it_outgrew() -> None:
-    workspace, segments, cpu = DecodeWorkspace(), SegmentRule(tokens=32, max_segments=4), torch.device("cpu")
+    workspace, segments, cpu = (
+        DecodeWorkspace(),
+        SegmentRule(tokens=32, max_segments=4, programs=64),
+        torch.device("cpu"),
+    )
     small = workspace.partials(2, 3, segments, 16, cpu)
     held = workspace.reserve(8, 3, segments, 16, cpu)
     large = workspace.partials(8, 3, segments, 16, cpu)

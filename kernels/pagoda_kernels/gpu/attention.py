@@ -75,6 +75,10 @@ class AttentionGeometry:
         visible = min(max_seq_len, self.sliding_window or max_seq_len)
         return min(max(1, -(-visible // segments.tokens)), segments.max_segments)
 
+    def programs_per_row(self, num_rows: int, num_segments: int, segments: SegmentRule) -> int:
+        """How many programs share the up to `num_segments` parts of a row, of each KV head."""
+        return min(num_segments, max(1, segments.programs // (num_rows * self.num_kv_heads)))
+
 
 def paged_attention(
     query: torch.Tensor,
@@ -114,7 +118,8 @@ def _decode(
     tiles = table.decode_tiles(geometry.head_dim, element_bytes(query.dtype, k_cache.dtype))
     num_rows, num_segments = metadata.num_decode_rows, geometry.most_segments(metadata.max_seq_len, table.segments)
     partials = DECODE_WORKSPACE.partials(num_rows, geometry.num_heads, table.segments, geometry.head_dim, query.device)
-    paged_attention_kernel[(num_rows, geometry.num_kv_heads, num_segments)](
+    num_programs = geometry.programs_per_row(num_rows, num_segments, table.segments)
+    paged_attention_kernel[(num_rows, geometry.num_kv_heads, num_programs)](
         output,
         *partials,
         *tensors,

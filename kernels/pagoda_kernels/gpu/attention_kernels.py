@@ -118,6 +118,12 @@ def _attend_tile(
     return weighted, new_max, row_sum
 
 
+@triton.jit
+def _normalized(weighted, row_sum, v_scale):
+    """Weighted values over the sum of their weights; zeros for a row without any key, as padding may be."""
+    return weighted / tl.where(row_sum > 0.0, row_sum, 1.0)[:, None] * v_scale
+
+
 @triton.jit(
     do_not_specialize=["first_row", "num_rows", "table_stride"],
     do_not_specialize_on_alignment=["block_table", "seq_lens", "query_start_loc"],
@@ -154,7 +160,8 @@ def paged_attention_kernel(
     SEGMENT_TOKENS: tl.constexpr,
     MAX_SEGMENTS: tl.constexpr,
 ):
-    """Decode: grid (rows, KV heads, segments), one query token a row. Prefill: grid (query tiles, KV heads).
+    """Decode: grid (rows, KV heads, programs that share a row's segments), one query token a row. Prefill: grid (query tiles,
+    KV heads).
 
     Pointers: output and query [T, heads, HEAD_DIM], the query with `query_stride` elements a token; caches [blocks, KV heads,
     BLOCK_SIZE, HEAD_DIM] of the query's type or float8, whose numbers count `k_scale` and `v_scale` times; block_table int32
@@ -195,25 +202,18 @@ def paged_attention_kernel(
     dim_is_real = dims < HEAD_DIM
     batch_token = (token + token_in_row).to(tl.int64)
 
-    # The keys that any query of the tile sees, and the part of them that this program takes.
+    # The keys that any query of the tile sees.
     first_key = 0
     if WINDOW > 0:
         first_key = tl.maximum(first_position - WINDOW + 1, 0)
     last_key = seq_len
     if not DECODE:
         last_key = tl.minimum(first_position + TOKENS_PER_TILE, seq_len)
-    num_segments = 1
-    segment = 0
+    # Segments follow from the row's own length; how many programs take turns at them does not matter to the result.
+    num_segments = num_segments_of(last_key - first_key, SEGMENT_TOKENS, MAX_SEGMENTS)
     if DECODE:
-        if MAX_SEGMENTS > 1:
-            segment = tl.program_id(2)
-            num_segments = num_segments_of(last_key - first_key, SEGMENT_TOKENS, MAX_SEGMENTS)
-            if segment >= num_segments:
-                return
-            tiles = (last_key - first_key + TILE - 1) // TILE
-            segment_keys = (tiles + num_segments - 1) // num_segments * TILE
-            first_key = first_key + segment * segment_keys
-            last_key = tl.minimum(first_key + segment_keys, last_key)
+        if tl.program_id(2) >= num_segments:
+            return
 
     queries = tl.load(
         query + batch_token[:, None] * query_stride + head[:, None] * HEAD_DIM + dims[None, :],
@@ -233,46 +233,53 @@ def paged_attention_kernel(
     k_page = k_cache + page
     v_page = v_cache + page
     table = block_table + row.to(tl.int64) * table_stride
-    weighted = tl.full([ROWS, PADDED_DIM], 0.0, dtype=tl.float32)
-    row_max = tl.full([ROWS], NEGATIVE_INFINITY, dtype=tl.float32)
-    row_sum = tl.full([ROWS], 0.0, dtype=tl.float32)
+    block_stride: tl.constexpr = NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM
+    exists = is_real[:, None] & dim_is_real[None, :]
+    result_at = output + (batch_token[:, None] * NUM_HEADS + head[:, None]) * HEAD_DIM + dims[None, :]
 
-    masked_from = first_key
-    if not DECODE:
+    if DECODE:
+        num_tiles = (last_key - first_key + TILE - 1) // TILE
+        segment_keys = (num_tiles + num_segments - 1) // num_segments * TILE
+        for segment in range(tl.program_id(2), num_segments, tl.num_programs(2)):
+            begin = first_key + segment * segment_keys
+            end = tl.minimum(begin + segment_keys, last_key)
+            weighted = tl.full([ROWS, PADDED_DIM], 0.0, dtype=tl.float32)
+            row_max = tl.full([ROWS], NEGATIVE_INFINITY, dtype=tl.float32)
+            row_sum = tl.full([ROWS], 0.0, dtype=tl.float32)
+            for start in range(begin, end, TILE):
+                weighted, row_max, row_sum = _attend_tile(
+                    weighted, row_max, row_sum, queries, k_page, v_page, table, start, begin, end, positions,
+                    score_scale, soft_cap, dims, dim_is_real, block_stride,
+                    BLOCK_SIZE, HEAD_DIM, TILE, WINDOW, HAS_SOFT_CAP, True,
+                )  # fmt: skip
+            if num_segments == 1:
+                tl.store(result_at, _normalized(weighted, row_sum, v_scale).to(output.dtype.element_ty), mask=exists)
+            else:
+                part = (row.to(tl.int64) * NUM_HEADS + head) * MAX_SEGMENTS + segment
+                tl.store(partial_max + part, row_max, mask=is_real)
+                tl.store(partial_sum + part, row_sum, mask=is_real)
+                tl.store(partial_output + part[:, None] * HEAD_DIM + dims[None, :], weighted, mask=exists)
+    else:
+        weighted = tl.full([ROWS, PADDED_DIM], 0.0, dtype=tl.float32)
+        row_max = tl.full([ROWS], NEGATIVE_INFINITY, dtype=tl.float32)
+        row_sum = tl.full([ROWS], 0.0, dtype=tl.float32)
+        masked_from = first_key
         if WINDOW == 0:
             # Tiles that end before the tile's first query are seen by every query, whole.
             masked_from = tl.maximum(first_position + 1, 0) // TILE * TILE
             for start in range(0, masked_from, TILE):
                 weighted, row_max, row_sum = _attend_tile(
                     weighted, row_max, row_sum, queries, k_page, v_page, table, start, first_key, last_key, positions,
-                    score_scale, soft_cap, dims, dim_is_real, NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM,
+                    score_scale, soft_cap, dims, dim_is_real, block_stride,
                     BLOCK_SIZE, HEAD_DIM, TILE, WINDOW, HAS_SOFT_CAP, False,
                 )  # fmt: skip
-    for start in range(masked_from, last_key, TILE):
-        weighted, row_max, row_sum = _attend_tile(
-            weighted, row_max, row_sum, queries, k_page, v_page, table, start, first_key, last_key, positions,
-            score_scale, soft_cap, dims, dim_is_real, NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM,
-            BLOCK_SIZE, HEAD_DIM, TILE, WINDOW, HAS_SOFT_CAP, True,
-        )  # fmt: skip
-
-    if num_segments == 1:
-        # A row without any key, as padding may be, gets zeros.
-        divisor = tl.where(row_sum > 0.0, row_sum, 1.0)
-        result = weighted / divisor[:, None] * v_scale
-        tl.store(
-            output + (batch_token[:, None] * NUM_HEADS + head[:, None]) * HEAD_DIM + dims[None, :],
-            result.to(output.dtype.element_ty),
-            mask=is_real[:, None] & dim_is_real[None, :],
-        )
-    else:
-        part = (row.to(tl.int64) * NUM_HEADS + head) * MAX_SEGMENTS + segment
-        tl.store(partial_max + part, row_max, mask=is_real)
-        tl.store(partial_sum + part, row_sum, mask=is_real)
-        tl.store(
-            partial_output + part[:, None] * HEAD_DIM + dims[None, :],
-            weighted,
-            mask=is_real[:, None] & dim_is_real[None, :],
-        )
+        for start in range(masked_from, last_key, TILE):
+            weighted, row_max, row_sum = _attend_tile(
+                weighted, row_max, row_sum, queries, k_page, v_page, table, start, first_key, last_key, positions,
+                score_scale, soft_cap, dims, dim_is_real, block_stride,
+                BLOCK_SIZE, HEAD_DIM, TILE, WINDOW, HAS_SOFT_CAP, True,
+            )  # fmt: skip
+        tl.store(result_at, _normalized(weighted, row_sum, v_scale).to(output.dtype.element_ty), mask=exists)
 
 
 @triton.jit(do_not_specialize_on_alignment=["seq_lens", "query_start_loc"])

@@ -49,10 +49,15 @@ class AttentionTiles:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SegmentRule:
-    """How a decode row's context is cut: a part for every `tokens`, at most `max_segments` (a power of two)."""
+    """How a decode row's context is cut: a part for every `tokens`, at most `max_segments` (a power of two).
+
+    `programs`: how many are wanted in a launch. Where rows and heads alone give as many, one program takes several parts of
+    its row: programs without a part, of rows that are shorter than others may be, cost more than finer shares would gain.
+    """
 
     tokens: int
     max_segments: int
+    programs: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
