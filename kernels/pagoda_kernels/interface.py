@@ -112,10 +112,10 @@ class PackedRows(Protocol):
 
 
 class Pack(Protocol):
-    """See `pagoda_kernels.linear.pack`."""
+    """See `pagoda_kernels.linear.pack_into`."""
 
-    def __call__(self, weight: torch.Tensor) -> torch.Tensor:
-        """Rearrange."""
+    def __call__(self, weight: torch.Tensor, packed: torch.Tensor) -> None:
+        """Write the rows of `weight`, contiguous, to the panels `packed` of the same dtype."""
 
 
 @dataclass(frozen=True, slots=True)

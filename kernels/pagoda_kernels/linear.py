@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from pagoda_kernels import backend
+from pagoda_kernels.huge_pages import empty_on_huge_pages
 
 PANEL = 32
 """Outputs that lie next to each other in a packed weight; the last panel is filled up with zeros."""
@@ -61,13 +62,28 @@ def pack(weight: torch.Tensor) -> PackedWeight:
 
     A bfloat16 weight with an odd number of inputs is packed as float32.
     """
-    if weight.dtype == torch.bfloat16 and weight.shape[1] % 2:
-        weight = weight.float()
     if weight.dtype not in (torch.float32, torch.bfloat16):
         raise TypeError(f"float32 and bfloat16 weights can be packed, not {weight.dtype}")
     out_features, in_features = weight.shape
-    bits = 32 if weight.dtype == torch.float32 else 16
-    return PackedWeight(backend.active.pack(weight.contiguous()), out_features, in_features, bits=bits)
+    packed = empty_packed(out_features, in_features, weight.dtype)
+    pack_into(packed, 0, weight)
+    return packed
+
+
+def empty_packed(out_features: int, in_features: int, dtype: torch.dtype) -> PackedWeight:
+    """Room for a weight in float32 or bfloat16 (float32 where the number of inputs is odd), to be filled by `pack_into`."""
+    panels = -(-out_features // PANEL)
+    if dtype == torch.float32 or in_features % 2:
+        values = empty_on_huge_pages((panels, in_features, PANEL), torch.float32)
+        return PackedWeight(values, out_features, in_features, bits=32)
+    values = empty_on_huge_pages((panels, in_features // 2, PANEL, 2), dtype)
+    return PackedWeight(values, out_features, in_features, bits=16)
+
+
+def pack_into(packed: PackedWeight, first_row: int, rows: torch.Tensor) -> None:
+    """Put `rows` [N, in_features] into a float weight from `first_row` on, a multiple of 32. The rest of a panel is zeros."""
+    first, last = first_row // PANEL, -(-(first_row + len(rows)) // PANEL)
+    backend.active.pack(rows.to(packed.values.dtype).contiguous(), packed.values[first:last])
 
 
 def quantize_int8(weight: torch.Tensor) -> PackedWeight:

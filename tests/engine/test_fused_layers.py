@@ -13,7 +13,7 @@ from pagoda.models.decoder import DecoderForCausalLM
 from pagoda.models.dummy import DummySpec, write_dummy_checkpoint
 from pagoda.models.fused_layers import fuse_layers
 from pagoda.models.loader import load_weights
-from pagoda.models.packing import PackedLinearMethod, pack_linear_layers
+from pagoda.models.packing import PackedLinearMethod
 from pagoda.models.registry import build_model
 from pagoda_kernels import backend
 from tests.support.cpu_kernels import require_cpu_kernels
@@ -38,10 +38,8 @@ def keep_backend() -> Iterator[None]:
 
 def load(directory: Path, dtype: torch.dtype, *, packed: bool, fused: bool) -> DecoderForCausalLM:
     backend.use_backend("cpu" if packed else "reference")
-    model = build_model(ModelConfig.from_directory(directory), dtype)
+    model = build_model(ModelConfig.from_directory(directory), dtype, packed=packed)
     load_weights(model, directory)
-    if packed:
-        pack_linear_layers(model)
     if fused:
         fuse_layers(model)
     return model

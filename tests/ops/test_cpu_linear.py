@@ -4,7 +4,16 @@ import pytest
 import torch
 
 from pagoda_kernels import reference
-from pagoda_kernels.linear import PackedWeight, pack, packed_linear, packed_rows, quantize_int4, quantize_int8
+from pagoda_kernels.linear import (
+    PackedWeight,
+    empty_packed,
+    pack,
+    pack_into,
+    packed_linear,
+    packed_rows,
+    quantize_int4,
+    quantize_int8,
+)
 from tests.ops.packed_cases import ROWS, SHAPES, make_inputs, make_weight
 from tests.ops.test_packed_linear import (
     test_extreme_int8_values_do_not_saturate,
@@ -78,7 +87,13 @@ def test_weights_that_bfloat16_holds_give_the_same_bits_from_half_the_memory() -
 def test_packing_equals_the_twin(dtype: torch.dtype) -> None:
     for shape in SHAPES:
         weight = make_weight(*shape, dtype)
-        assert torch.equal(pack(weight).values, reference.BACKEND.pack(weight))
+        packed, twin = pack(weight), empty_packed(*shape, dtype)
+        reference.BACKEND.pack(weight.to(packed.values.dtype), twin.values)
+        assert torch.equal(packed.values, twin.values)
+        in_pieces = empty_packed(*shape, dtype)
+        for start in range(0, shape[0], 64):
+            pack_into(in_pieces, start, weight[start : start + 64])
+        assert torch.equal(in_pieces.values, twin.values)
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])

@@ -14,8 +14,7 @@ from pagoda.errors import CheckpointError, ConfigError
 from pagoda.models.config import ModelConfig
 from pagoda.models.decoder import DecoderForCausalLM
 from pagoda.models.loader import initialize_dummy_weights, load_weights
-from pagoda.models.packing import PackedLinearMethod
-from pagoda.models.quantization.layers import awaited_layers
+from pagoda.models.packing import PackedLinearMethod, awaited_layers
 from pagoda.models.quantization.schemes import choose_quantization
 from pagoda.models.registry import build_model
 from pagoda.parallel.groups import ParallelGroups, PipelineLink, TensorGroup

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from pagoda_kernels.cpu.build import library
-from pagoda_kernels.huge_pages import empty_on_huge_pages
 from pagoda_kernels.interface import KernelBackend
 from pagoda_kernels.metadata import AttentionMetadata
 
@@ -25,8 +24,6 @@ _linear_quantized = torch.ops.pagoda_cpu.linear_quantized.default
 _packed_rows = torch.ops.pagoda_cpu.packed_rows.default
 _choose_greedy = torch.ops.pagoda_cpu.choose_greedy.default
 _pack_into = torch.ops.pagoda_cpu.pack.default
-
-_PANEL = 32
 
 
 def available_levels() -> list[str]:
@@ -130,16 +127,6 @@ def _rows(weight: PackedWeight, ids: torch.Tensor, dtype: torch.dtype) -> torch.
     return rows if rows.dtype == dtype else rows.to(dtype)
 
 
-def _pack(weight: torch.Tensor) -> torch.Tensor:
-    out_features, in_features = weight.shape
-    panels = -(-out_features // _PANEL)
-    is_wide = weight.dtype == torch.float32
-    shape = (panels, in_features, _PANEL) if is_wide else (panels, in_features // 2, _PANEL, 2)
-    packed = empty_on_huge_pages(shape, weight.dtype)
-    _pack_into(weight, packed)
-    return packed
-
-
 BACKEND = KernelBackend(
     name="cpu",
     paged_attention=_paged_attention,
@@ -151,5 +138,5 @@ BACKEND = KernelBackend(
     gelu_and_mul=torch.ops.pagoda_cpu.gelu_and_mul.default,
     packed_linear=_packed_linear,
     packed_rows=_rows,
-    pack=_pack,
+    pack=_pack_into,
 )

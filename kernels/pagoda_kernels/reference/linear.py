@@ -11,12 +11,11 @@ if TYPE_CHECKING:
     from pagoda_kernels.linear import PackedWeight
 
 
-def pack(weight: torch.Tensor) -> torch.Tensor:
-    """The values of `pagoda_kernels.linear.pack`."""
+def pack(weight: torch.Tensor, packed: torch.Tensor) -> None:
+    """See `pagoda_kernels.linear.pack_into`."""
     rows = F.pad(weight, (0, 0, 0, -weight.shape[0] % 32))
-    if weight.dtype == torch.float32:
-        return rows.view(-1, 32, weight.shape[1]).transpose(1, 2).contiguous()
-    return rows.view(-1, 32, weight.shape[1] // 2, 2).transpose(1, 2).contiguous()
+    inputs = (weight.shape[1],) if weight.dtype == torch.float32 else (weight.shape[1] // 2, 2)
+    packed.copy_(rows.view(-1, 32, *inputs).transpose(1, 2))
 
 
 def unpack(weight: PackedWeight) -> torch.Tensor:

@@ -20,9 +20,9 @@ from pagoda.config.sources import LoadedConfig, load
 from pagoda.config.values import format_bytes
 from pagoda.errors import PagodaError
 from pagoda.models.config import ModelConfig
+from pagoda.models.quantization.schemes import choose_quantization
 from pagoda.models.source import checkpoint_directory
-
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+from pagoda.models.weight_size import ELEMENT_BYTES, expected_weight_bytes
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -111,12 +111,16 @@ def _examine_model(
     report["choices"] = [asdict(choice) for choice in resolved.choices]
     if model is None:
         return
-    element_bytes = DTYPE_BYTES[resolved.dtype]
-    weight_bytes = model.num_parameters() * element_bytes
+    element_bytes = ELEMENT_BYTES[resolved.dtype]
+    quantization = choose_quantization(
+        config.quantization, config.quantization_group_size, model.quantization, model.linear_input_sizes
+    )
+    is_packed = resolved.device == "cpu" and config.cpu_kernels != "reference" and resolved.dtype != "float16"
+    weight_bytes = expected_weight_bytes(model, resolved.dtype, quantization, packed=is_packed)
     report["model"] = {
         "architecture": model.architecture,
         "parameters": model.num_parameters(),
-        "weights": f"{format_bytes(weight_bytes)} as {resolved.dtype}",
+        "weights": f"{format_bytes(weight_bytes)}: {quantization or model.dtype}, computed in {resolved.dtype}",
         "KV per token": format_bytes(
             model.kv_bytes_per_token(kv_cache_element_bytes(config.kv_cache_dtype, element_bytes))
         ),
@@ -131,7 +135,7 @@ def _examine_model(
 def _expect_kv_cache(
     report: dict[str, Any], config: PagodaConfig, model: ModelConfig, resolved: ResolvedSettings, free_bytes: int
 ) -> None:
-    block_bytes = model.kv_bytes_per_token(DTYPE_BYTES[resolved.dtype]) * config.block_size
+    block_bytes = model.kv_bytes_per_token(ELEMENT_BYTES[resolved.dtype]) * config.block_size
     choice = choose_cpu_kv_cache_bytes(
         config.kv_cache_memory_bytes,
         memory_available=free_bytes,

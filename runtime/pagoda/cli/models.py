@@ -14,8 +14,6 @@ from pagoda.cli import models_quantize
 from pagoda.config.values import format_bytes
 from pagoda.errors import CheckpointError
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-
 
 def run(arguments: Sequence[str]) -> int:
     """Run `inspect`, `quantize` or `make-dummy`."""
@@ -47,17 +45,18 @@ def inspect_checkpoint(model: str) -> dict[str, Any]:
     """
     from pagoda.models.config import ModelConfig
     from pagoda.models.source import checkpoint_directory
+    from pagoda.models.weight_size import ELEMENT_BYTES, expected_weight_bytes
 
     directory = checkpoint_directory(model)
     config = ModelConfig.from_directory(directory)
-    element_bytes = DTYPE_BYTES[config.dtype]
+    element_bytes = ELEMENT_BYTES[config.dtype]
     return {
         "directory": str(directory),
         "architecture": config.architecture,
         "parameters": config.num_parameters(),
         "dtype": config.dtype,
         "quantization": str(config.quantization or "none"),
-        "weight_bytes": config.num_parameters() * element_bytes,
+        "weight_bytes": expected_weight_bytes(config, config.dtype, config.quantization, packed=True),
         "file_bytes": sum(file.stat().st_size for file in directory.glob("*.safetensors")),
         "layers": config.num_layers,
         "hidden_size": config.hidden_size,

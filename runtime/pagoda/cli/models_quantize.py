@@ -65,17 +65,18 @@ def _loaded(directory: Path) -> DecoderForCausalLM:
 
     from pagoda.config.auto import choose_dtype
     from pagoda.config.hardware import cpu_report
-    from pagoda.execution.kernel_choice import choose_cpu_kernels, prepare_model
+    from pagoda.execution.kernel_choice import choose_cpu_kernels, packs_weights
     from pagoda.models.config import ModelConfig
+    from pagoda.models.fused_layers import fuse_layers
     from pagoda.models.loader import load_weights
     from pagoda.models.registry import build_model
 
     config = ModelConfig.from_directory(directory)
     choose_cpu_kernels("auto")
     dtype = getattr(torch, choose_dtype("auto", config.dtype, None, cpu_report().instruction_sets).value)
-    model = build_model(config, dtype, "cpu", quantization=config.quantization)
+    model = build_model(config, dtype, "cpu", quantization=config.quantization, packed=packs_weights(dtype))
     load_weights(model, directory)
-    prepare_model(model)
+    fuse_layers(model)
     return model
 
 

@@ -1,4 +1,4 @@
-"""Which kernels a rank runs on, what is made of a loaded model for them, and the memory they need besides."""
+"""Which kernels a rank runs on, the form in which they want weights, and the memory they need besides."""
 
 from __future__ import annotations
 
@@ -8,9 +8,6 @@ import torch
 
 from pagoda.config.values import format_bytes
 from pagoda.errors import ConfigError
-from pagoda.models.decoder import DecoderForCausalLM
-from pagoda.models.fused_layers import fuse_layers
-from pagoda.models.packing import pack_linear_layers
 from pagoda_kernels import backend
 from pagoda_kernels.cpu.build import BuildError
 
@@ -72,8 +69,6 @@ def reserve_decode_workspace(max_num_seqs: int, num_heads: int, head_dim: int, d
     logger.info("workspace of decode attention: %s", format_bytes(held))
 
 
-def prepare_model(model: DecoderForCausalLM) -> None:
-    """Bring a loaded model into the form that the kernels in use want."""
-    if backend.active.name == "cpu" and model.device.type == "cpu":
-        pack_linear_layers(model)
-        fuse_layers(model)
+def packs_weights(dtype: torch.dtype) -> bool:
+    """Whether linear layers are packed as they are read: on the compiled CPU kernels, which have none for float16."""
+    return backend.active.name == "cpu" and dtype != torch.float16

@@ -16,14 +16,16 @@ from pagoda.execution.input_batch import InputBatch
 from pagoda.execution.kernel_choice import (
     choose_cpu_kernels,
     choose_gpu_kernels,
-    prepare_model,
+    packs_weights,
     reserve_decode_workspace,
 )
 from pagoda.execution.model_runner import ModelRunner, PendingBurst, PendingStep
 from pagoda.models.config import ModelConfig
 from pagoda.models.decoder import DecoderForCausalLM
+from pagoda.models.fused_layers import fuse_layers
 from pagoda.models.kv_scales import set_kv_scales
 from pagoda.models.loader import Progress, initialize_dummy_weights, load_weights
+from pagoda.models.packing import weight_bytes
 from pagoda.models.quantization.schemes import QuantizationConfig, check_device, choose_quantization
 from pagoda.models.registry import build_model
 from pagoda.models.sharding import ModelShare, check_layout
@@ -73,7 +75,14 @@ class Worker:
             choose_cpu_kernels(self.config.cpu_kernels)
         else:
             choose_gpu_kernels()
-        self.model = build_model(self.model_config, self.dtype, self.device, self.groups, self._quantization())
+        self.model = build_model(
+            self.model_config,
+            self.dtype,
+            self.device,
+            self.groups,
+            self._quantization(),
+            packed=packs_weights(self.dtype),
+        )
         if self.config.load_format == "dummy":
             initialize_dummy_weights(self.model, self.config.seed)
         elif self.config.model is None:
@@ -82,7 +91,8 @@ class Worker:
             load_weights(self.model, self.config.model, progress)
         if self.kv_dtype != self.dtype:
             set_kv_scales(self.model, self.config.model if self.config.load_format != "dummy" else None)
-        prepare_model(self.model)
+        fuse_layers(self.model)
+        logger.info("weights take %s", format_bytes(weight_bytes(self.model)))
         if self.device.type == "cuda":
             reserve_decode_workspace(
                 self._max_num_seqs(), self.share.heads.size, self.model_config.head_dim, self.device
@@ -158,7 +168,7 @@ class Worker:
     def _available_bytes(self, num_ranks_on_host: int) -> int:
         """This rank's part of the free memory, once all replicas on this machine have their weights there."""
         num_replicas = self.config.data_parallel_size
-        weights = self.model_config.num_parameters() * self.dtype.itemsize // self.groups.layout.world_size
+        weights = weight_bytes(self.model) if self.model is not None else 0
         still_to_load = (num_replicas - 1) * num_ranks_on_host * weights
         return max(0, memory_report().available - still_to_load) // (num_ranks_on_host * num_replicas)
 

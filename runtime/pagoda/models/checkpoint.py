@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,6 +19,10 @@ INDEX_FILE = "model.safetensors.index.json"
 # Names in safetensors headers of the element types that a weight may have.
 FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
 
+# Pages of a mapped file that were read count as this process's memory until the map is gone: after so much, it is made anew.
+_MAPPED_BYTES = 16 << 20
+_PIECE_BYTES = 8 << 20
+
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
@@ -27,6 +32,25 @@ class StoredTensor:
     file: Path
     shape: tuple[int, ...]
     dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class StoredForm:
+    """What a tensor of a checkpoint must look like; `types` as safetensors spells them. An optional one may be absent."""
+
+    shape: tuple[int, ...]
+    types: tuple[str, ...]
+    optional: bool = False
+
+
+class TensorSource(Protocol):
+    """Where tensors come from."""
+
+    def __contains__(self, name: object) -> bool:
+        """Whether there is one of that name."""
+
+    def read(self, name: str, *index: slice) -> torch.Tensor:
+        """A part of a tensor, in the type that is stored; without `index`, all of it. Neither to write to, nor to keep."""
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -68,11 +92,34 @@ def stored_tensors(files: list[Path]) -> dict[str, StoredTensor]:
     return tensors
 
 
-def read_tensors(file: Path, parts: Mapping[str, tuple[slice, ...] | None]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The named parts of tensors of one file (None: the whole), one at a time.
+class StoredTensors:
+    """The tensors of a checkpoint as a `TensorSource`; for one thread."""
 
-    Each is a view of the mapped file, good until the next is taken: of a part, nothing but the part is read.
-    """
-    with safe_open(file, framework="pt", device="cpu") as reader:
-        for name, index in parts.items():
-            yield name, reader.get_tensor(name) if index is None else reader.get_slice(name)[index]
+    def __init__(self, tensors: Mapping[str, StoredTensor]) -> None:
+        self._tensors = tensors
+        self._file: Path | None = None
+        self._reader: Any = None
+        self._bytes_read = 0
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+    def read(self, name: str, *index: slice) -> torch.Tensor:
+        """A view of the mapped file: nothing but the part is read. The map stays as long as the view is held."""
+        tensor = self._tensors[name]
+        if tensor.file != self._file or self._bytes_read >= _MAPPED_BYTES:
+            self._reader = None  # one map at a time
+            self._reader = safe_open(tensor.file, framework="pt", device="cpu")
+            self._file, self._bytes_read = tensor.file, 0
+        part: torch.Tensor = (
+            self._reader.get_slice(tensor.name)[index] if index else self._reader.get_tensor(tensor.name)
+        )
+        self._bytes_read += part.nbytes
+        return part
+
+
+def pieces(rows: slice, row_bytes: int) -> Iterator[slice]:
+    """`rows` in runs of a few megabytes, of at least one row each."""
+    at_once = max(1, _PIECE_BYTES // max(1, row_bytes))
+    for start in range(rows.start, rows.stop, at_once):
+        yield slice(start, min(start + at_once, rows.stop))

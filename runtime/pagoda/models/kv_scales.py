@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pagoda.errors import CheckpointError
-from pagoda.models.checkpoint import StoredTensor, read_tensors, stored_tensors, weight_files
+from pagoda.models.checkpoint import StoredTensor, StoredTensors, stored_tensors, weight_files
 from pagoda.models.decoder import DecoderForCausalLM, DecoderLayer
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def _read_scale(stored: Mapping[str, StoredTensor], prefix: str, which: str) -> 
     )
     if name is None:
         return None
-    values = next(iter(read_tensors(stored[name].file, {name: None})))[1].flatten().tolist()
+    values = StoredTensors(stored).read(name).flatten().tolist()
     if len(values) != 1 or not math.isfinite(values[0]) or values[0] <= 0:
         raise CheckpointError(
             f"tensor {name} in {stored[name].file} must be one positive number, the scale of a tensor, not {values[:4]}"

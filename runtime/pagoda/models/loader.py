@@ -1,13 +1,14 @@
 """Filling a model's weights: from a checkpoint, or with random numbers.
 
-The model's parameters are allocated already, and every checkpoint tensor has one destination in them. Files are mapped, not
-read into memory, and copied tensor by tensor: besides the weights themselves, no memory is taken that the system could not
-reclaim. Quantized weights follow, some rows at a time. A rank reads its own part of each tensor and no other, save where a
-scale depends on the rest; names and shapes it checks against the whole model.
+Every checkpoint tensor has one destination. Most parameters are allocated already, and copied into; the weights that the
+model keeps packed or quantized follow, and are made as they are read. Files are mapped, and read some megabytes at a time:
+besides the weights as they are kept, little memory is taken. A rank reads its own part of each tensor and no other, save where
+a scale depends on the rest; names and shapes it checks against the whole model.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 import zlib
 from collections.abc import Iterable, Mapping
@@ -18,10 +19,17 @@ from typing import Protocol
 import torch
 
 from pagoda.errors import CheckpointError
-from pagoda.models.checkpoint import FLOAT_TYPES, StoredTensor, read_tensors, stored_tensors, weight_files
+from pagoda.models.checkpoint import (
+    FLOAT_TYPES,
+    StoredForm,
+    StoredTensor,
+    StoredTensors,
+    pieces,
+    stored_tensors,
+    weight_files,
+)
 from pagoda.models.decoder import DecoderForCausalLM
-from pagoda.models.quantization.layers import awaited_layers, load_awaited
-from pagoda.models.quantization.layouts import StoredForm
+from pagoda.models.packing import PackedEmbedding, awaited_layers, load_awaited
 from pagoda.models.registry import build_model
 from pagoda.models.weights import WeightTarget
 
@@ -33,6 +41,8 @@ IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".k_scale", ".v_scale")
 MAX_LOADER_THREADS = 4
 
 MAX_NAMES_IN_ERROR = 8
+
+_NARROW_TYPES = {"BF16": torch.bfloat16, "F16": torch.float16}
 
 
 class Progress(Protocol):
@@ -53,20 +63,22 @@ def load_weights(model: DecoderForCausalLM, directory: str | Path, progress: Pro
         for name, tensor in stored_tensors(weight_files(Path(directory))).items()
         if not name.endswith(IGNORED_SUFFIXES)
     }
+    _narrow_embedding(model, stored)
     targets = model.weight_targets()
     forms = _forms_of_whole_model(model)
     for second, first in model.tied_weights().items():
         _settle_tied_names(stored, targets, forms, second, first)
     _check_names(stored, forms, directory)
     _check_forms(stored, forms)
-    bytes_of_quantized = (
+    bytes_of_awaited = (
         sum(layer.out_features * layer.in_features for layer, _ in awaited_layers(model)) * model.dtype.itemsize
     )
     bytes_of_copied = sum(target.destination.nbytes for target in targets.values())
-    bytes_total = bytes_of_copied + bytes_of_quantized
+    bytes_total = bytes_of_copied + bytes_of_awaited
     _copy(stored, targets, bytes_total, progress)
     bytes_done = bytes_of_copied
-    for name, num_values in load_awaited(model, _Files(stored, model.tied_weights())):
+    stored = _with_second_names(stored, model.tied_weights())
+    for name, num_values in load_awaited(model, lambda: StoredTensors(stored)):
         bytes_done += num_values * model.dtype.itemsize
         if progress is not None:
             progress(name, bytes_done, bytes_total)
@@ -89,34 +101,17 @@ def initialize_dummy_weights(model: DecoderForCausalLM, seed: int = 0, std: floa
         else:
             full = torch.empty(target.full_shape, dtype=destination.dtype, device=destination.device)
             destination.copy_(full.normal_(0.0, std, generator=generator)[target.index])
-    for _ in load_awaited(model, _MadeUp(model, seed, std)):
+    forms = _forms_of_awaited(model)
+    for _ in load_awaited(model, lambda: _MadeUp(forms, model.dtype, seed, std)):
         pass
-
-
-class _Files:
-    """The tensors of a checkpoint as a `TensorSource`; `tied`: second names, and what they stand for."""
-
-    def __init__(self, stored: Mapping[str, StoredTensor], tied: Mapping[str, str]) -> None:
-        second_names = {first: second for second, first in tied.items() if first not in stored and second in stored}
-        self._stored = {**stored, **{first: stored[second] for first, second in second_names.items()}}
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._stored
-
-    def read(self, name: str, *index: slice) -> torch.Tensor:
-        """From the mapped file, which is open only so long: pages that were read count as this process's memory."""
-        tensor = self._stored[name]
-        return next(iter(read_tensors(tensor.file, {tensor.name: index})))[1]
 
 
 class _MadeUp:
     """Normal noise as a `TensorSource`, the same as `initialize_dummy_weights` gives a float tensor of that name."""
 
-    def __init__(self, model: DecoderForCausalLM, seed: int, std: float) -> None:
-        self._forms = {
-            name: form for layer, method in awaited_layers(model) for name, form in method.stored_forms(layer).items()
-        }
-        self._dtype, self._seed, self._std = model.dtype, seed, std
+    def __init__(self, forms: Mapping[str, StoredForm], dtype: torch.dtype, seed: int, std: float) -> None:
+        self._forms = forms
+        self._dtype, self._seed, self._std = dtype, seed, std
         self._last: tuple[str, torch.Tensor] = ("", torch.empty(0))
 
     def __contains__(self, name: object) -> bool:
@@ -131,14 +126,34 @@ class _MadeUp:
         return self._last[1][index]
 
 
+def _narrow_embedding(model: DecoderForCausalLM, stored: Mapping[str, StoredTensor]) -> None:
+    """Keep an embedding that shares no weight as it is stored, where the model's dtype is wider than that."""
+    embedding = model.embed_tokens
+    tensor = stored.get("model.embed_tokens.weight")
+    if embedding is None or tensor is None or model.dtype != torch.float32 or tensor.dtype not in _NARROW_TYPES:
+        return
+    if isinstance(embedding, PackedEmbedding) or getattr(model.lm_head, "weight", None) is embedding.weight:
+        return
+    embedding.keep_in(_NARROW_TYPES[tensor.dtype])
+
+
+def _with_second_names(stored: Mapping[str, StoredTensor], tied: Mapping[str, str]) -> dict[str, StoredTensor]:
+    """The tensors under the model's names; `tied`: second names, and what they stand for."""
+    second_names = {first: second for second, first in tied.items() if first not in stored and second in stored}
+    return {**stored, **{first: stored[second] for first, second in second_names.items()}}
+
+
+def _forms_of_awaited(model: DecoderForCausalLM) -> dict[str, StoredForm]:
+    """What the tensors look like that awaited weights are read from."""
+    return {name: form for layer, method in awaited_layers(model) for name, form in method.stored_forms(layer).items()}
+
+
 def _forms_of_whole_model(model: DecoderForCausalLM) -> dict[str, StoredForm]:
     """What every tensor that a checkpoint of the model has looks like, by name, whatever part of it `model` is."""
     if model.groups.layout.world_size > 1:
         model = build_model(model.config, model.dtype, "meta", quantization=model.quantization)
     forms = {name: StoredForm(target.full_shape, FLOAT_TYPES) for name, target in model.weight_targets().items()}
-    for layer, method in awaited_layers(model):
-        forms |= method.stored_forms(layer)
-    return forms
+    return forms | _forms_of_awaited(model)
 
 
 def _settle_tied_names(
@@ -156,9 +171,9 @@ def _settle_tied_names(
         if first in targets:
             targets[second] = targets.pop(first)
         return
-    # Each rank compares its own part, all ranks together the whole; one that rounds them compares all.
-    part = _part(targets[first]) if first in targets else None
-    if not torch.equal(_read(stored[first], part), _read(stored[second], part)):
+    # Each rank compares its own part, all ranks together the whole; one that packs its part compares all.
+    index = targets[first].index if first in targets else tuple(slice(0, size) for size in stored[first].shape)
+    if not _are_equal(stored[first], stored[second], index):
         raise CheckpointError(
             f"the checkpoint ties {second} to {first} (tie_word_embeddings) but holds different values for them; "
             "if they are meant to differ, set tie_word_embeddings to false in config.json"
@@ -166,12 +181,20 @@ def _settle_tied_names(
     del stored[second]
 
 
-def _read(tensor: StoredTensor, part: tuple[slice, ...] | None) -> torch.Tensor:
-    return next(iter(read_tensors(tensor.file, {tensor.name: part})))[1]
+def _are_equal(first: StoredTensor, second: StoredTensor, index: tuple[slice, ...]) -> bool:
+    if first.shape != second.shape:
+        return False
+    sources = [StoredTensors({tensor.name: tensor}) for tensor in (first, second)]
+    rows, *others = index
+    return all(
+        bool((sources[0].read(first.name, part, *others) == sources[1].read(second.name, part, *others)).all())
+        for part in pieces(rows, _row_bytes(first))
+    )
 
 
-def _part(target: WeightTarget) -> tuple[slice, ...] | None:
-    return None if target.is_whole else target.index
+def _row_bytes(tensor: StoredTensor) -> int:
+    """At most; of a row of a tensor's first dimension."""
+    return 8 * math.prod(tensor.shape[1:])
 
 
 def _check_names(stored: Mapping[str, StoredTensor], forms: Mapping[str, StoredForm], directory: str | Path) -> None:
@@ -211,23 +234,29 @@ def _copy(
     bytes_total: int,
     progress: Progress | None,
 ) -> None:
-    parts_by_file: dict[Path, dict[str, tuple[slice, ...] | None]] = {}
+    names_by_file: dict[Path, list[str]] = {}
     for name, target in targets.items():
         if target.destination.numel():  # else all rows here are padding
-            parts_by_file.setdefault(stored[name].file, {})[name] = _part(target)
+            names_by_file.setdefault(stored[name].file, []).append(name)
     bytes_done = 0
     lock = threading.Lock()
 
-    def copy_file(file: Path, parts: Mapping[str, tuple[slice, ...] | None]) -> None:
+    def copy_file(names: list[str]) -> None:
         nonlocal bytes_done
-        for name, source in read_tensors(file, parts):
+        source = StoredTensors(stored)
+        for name in names:
             destination = targets[name].destination
-            destination.copy_(source)
+            rows, *others = targets[name].index
+            for part in pieces(rows, _row_bytes(stored[name])):
+                here = slice(part.start - rows.start, part.stop - rows.start)
+                destination[here].copy_(source.read(name, part, *others))
             with lock:
                 bytes_done += destination.nbytes
                 if progress is not None:
                     progress(name, bytes_done, bytes_total)
 
-    with ThreadPoolExecutor(min(MAX_LOADER_THREADS, len(parts_by_file)), "load-weights") as pool:
-        for future in [pool.submit(copy_file, file, parts) for file, parts in parts_by_file.items()]:
+    if not names_by_file:
+        return
+    with ThreadPoolExecutor(min(MAX_LOADER_THREADS, len(names_by_file)), "load-weights") as pool:
+        for future in [pool.submit(copy_file, names) for names in names_by_file.values()]:
             future.result()

@@ -17,6 +17,7 @@ class TokenEmbedding(nn.Module):
     def __init__(self, vocabulary: Shard, hidden_size: int, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.vocabulary = vocabulary
+        self.dtype = dtype
         self.weight = nn.Parameter(
             torch.empty(vocabulary.size, hidden_size, dtype=dtype, device=device), requires_grad=False
         )
@@ -28,7 +29,11 @@ class TokenEmbedding(nn.Module):
 
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
         """token_ids int64 [T] to [T, hidden_size]."""
-        return F.embedding(token_ids, self.weight)
+        return F.embedding(token_ids, self.weight).to(self.dtype)
+
+    def keep_in(self, dtype: torch.dtype) -> None:
+        """Keep the vectors, which are not filled yet, in a narrower dtype than they are handed out in."""
+        self.weight = nn.Parameter(torch.empty_like(self.weight, dtype=dtype), requires_grad=False)
 
 
 class VocabParallelEmbedding(TokenEmbedding):
@@ -44,7 +49,7 @@ class VocabParallelEmbedding(TokenEmbedding):
         """token_ids int64 [T], the same on all ranks, to [T, hidden_size], the same on all ranks."""
         rows = token_ids - self.vocabulary.start
         elsewhere = (rows < 0) | (rows >= self.vocabulary.length)
-        vectors = F.embedding(rows.masked_fill_(elsewhere, 0), self.weight)
+        vectors = F.embedding(rows.masked_fill_(elsewhere, 0), self.weight).to(self.dtype)
         return self.group.all_reduce(vectors.masked_fill_(elsewhere.unsqueeze(1), 0))
 
 

@@ -15,36 +15,14 @@ In the words of AWQ the values stand in the order 0 2 4 6 1 3 5 7. The signed va
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
-
 import torch
 
 from pagoda.errors import CheckpointError
-from pagoda.models.checkpoint import FLOAT_TYPES
+from pagoda.models.checkpoint import FLOAT_TYPES, StoredForm, TensorSource
 from pagoda.models.quantization.rounding import QuantizedRows, round_rows
 from pagoda.models.quantization.schemes import WeightScheme
 
 _AWQ_POSITIONS = (0, 4, 1, 5, 2, 6, 3, 7)  # where in a word each of eight values is
-
-
-@dataclass(frozen=True, slots=True)
-class StoredForm:
-    """What a tensor of a checkpoint must look like; `types` as safetensors spells them. An optional one may be absent."""
-
-    shape: tuple[int, ...]
-    types: tuple[str, ...]
-    optional: bool = False
-
-
-class TensorSource(Protocol):
-    """Where tensors come from."""
-
-    def __contains__(self, name: object) -> bool:
-        """Whether there is one of that name."""
-
-    def read(self, name: str, *index: slice) -> torch.Tensor:
-        """The part of a tensor, good until the next is read."""
 
 
 def stored_forms(scheme: WeightScheme, name: str, out_features: int, in_features: int) -> dict[str, StoredForm]:

@@ -13,10 +13,11 @@ import torch
 from safetensors.torch import save_file
 
 from pagoda.errors import CheckpointError
-from pagoda.models.checkpoint import INDEX_FILE, SINGLE_FILE, StoredTensor, read_tensors, stored_tensors, weight_files
+from pagoda.models.checkpoint import INDEX_FILE, SINGLE_FILE, StoredTensor, StoredTensors, stored_tensors, weight_files
 from pagoda.models.config import CONFIG_FILE, ModelConfig
 from pagoda.models.config_reader import read_json_object
-from pagoda.models.quantization.layers import awaited_layers
+from pagoda.models.packing import awaited_layers
+from pagoda.models.quantization.layers import AwaitedQuantizedMethod
 from pagoda.models.quantization.layouts import pack_words
 from pagoda.models.quantization.rounding import QuantizedRows, round_rows
 from pagoda.models.quantization.schemes import HEAD, QuantizationConfig, WeightScheme, choose_quantization
@@ -63,6 +64,7 @@ def _schemes(config: ModelConfig, quantization: QuantizationConfig) -> dict[str,
     model = build_model(config, torch.float32, "meta", quantization=quantization)
     schemes: dict[str, WeightScheme] = {}
     for _, method in awaited_layers(model):
+        assert isinstance(method, AwaitedQuantizedMethod)
         schemes |= {
             f"{method.prefix}{part}.weight": scheme for part, scheme in method.schemes.items() if scheme is not HEAD
         }
@@ -117,8 +119,9 @@ def _converted(
 ) -> Iterator[dict[str, torch.Tensor]]:
     """The tensors to write for each stored one, with memory of their own."""
     done, total = 0, sum(tensor.file.stat().st_size for tensor in {t.file: t for t in stored.values()}.values())
-    for name, tensor in stored.items():
-        ((_, values),) = read_tensors(tensor.file, {name: None})
+    source = StoredTensors(stored)
+    for name in stored:
+        values = source.read(name)
         done += values.nbytes
         scheme = schemes.get(name)
         yield {name: values.clone()} if scheme is None else _quantized(name.removesuffix(".weight"), values, scheme)
