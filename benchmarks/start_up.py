@@ -1,0 +1,123 @@
+"""How long `pagoda serve` takes until it is ready, and the most memory that its processes had until then.
+
+    python benchmarks/start_up.py MODEL [--repeat 3] [OPTIONS OF pagoda serve]
+
+Prints, for each run, seconds from process start to /v2/health/ready, those of the engine's stages, the peak of each process's
+resident memory (VmHWM), and the engine core's peak over (weights as they are kept + KV cache).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import IO
+
+MIB = 2**20
+TIMEOUT_SECONDS = 300.0
+POLL_SECONDS = 0.005
+STAGES = re.compile(r"engine ready after (.*)")
+WEIGHTS = re.compile(r"weights take (\d+) bytes")
+KV_CACHE = re.compile(r"KV cache takes (\d+) bytes")
+
+
+def main() -> None:
+    """Run and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None, allow_abbrev=False)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--repeat", type=int, default=3)
+    own, settings = parser.parse_known_args()
+    runs = [start_once(own.model, settings) for _ in range(own.repeat)]
+    for run in runs:
+        print(json.dumps(run))
+    print(f"median: ready after {statistics.median(run['ready_seconds'] for run in runs):.2f} s")
+
+
+def start_once(model: Path, settings: list[str]) -> dict[str, object]:
+    """One server from its start to ready, then ended."""
+    http_port, grpc_port = free_ports(2)
+    command = [str(Path(sys.executable).with_name("pagoda")), "serve", "--model", str(model), *settings]
+    command += ["--http-port", str(http_port), "--grpc-port", str(grpc_port), "--host", "127.0.0.1"]
+    with tempfile.TemporaryFile("w+") as log:
+        started = time.monotonic()
+        server = subprocess.Popen(command, stdout=log, stderr=log)
+        try:
+            wait_until_ready(server, f"http://127.0.0.1:{http_port}/v2/health/ready")
+            seconds = time.monotonic() - started
+            peaks = {name_of(pid): peak_bytes(pid) for pid in tree_of(server.pid)}
+        finally:
+            server.terminate()
+            server.wait()
+        return {"ready_seconds": round(seconds, 2), **from_log(log), **in_mib(peaks)}
+
+
+def wait_until_ready(server: subprocess.Popen[bytes], url: str) -> None:
+    """Ask until the answer is 200. Raises `RuntimeError` for a server that ends, `TimeoutError` for one that is never ready."""
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    while time.monotonic() < deadline:
+        if server.poll() is not None:
+            raise RuntimeError(f"the server ended with status {server.returncode}")
+        try:
+            with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS):
+                return
+        except (urllib.error.URLError, ConnectionError):
+            time.sleep(POLL_SECONDS)
+    raise TimeoutError(f"not ready after {TIMEOUT_SECONDS} s")
+
+
+def from_log(log: IO[str]) -> dict[str, object]:
+    """What the engine says of itself."""
+    log.seek(0)
+    text = log.read()
+    stages = STAGES.search(text)
+    return {"stages": stages[1].strip() if stages else None}
+
+
+def tree_of(pid: int) -> list[int]:
+    """A process and all below it."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [pid, *(below for child in children for below in tree_of(int(child)))]
+
+
+def name_of(pid: int) -> str:
+    """What a process of the server is, from its command line."""
+    command = Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+    names = {"pagoda.engine.process": "core", "pagoda serve": "server"}
+    return next((name for words, name in names.items() if words in command), command.split()[-3])
+
+
+def peak_bytes(pid: int) -> int:
+    """The most resident memory that a process ever had."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    match = re.search(r"VmHWM:\s+(\d+) kB", status)
+    assert match is not None
+    return int(match[1]) * 1024
+
+
+def in_mib(peaks: dict[str, int]) -> dict[str, object]:
+    """The peaks by process, and their sum."""
+    return {f"{name}_peak_mib": size // MIB for name, size in peaks.items()} | {
+        "all_peaks_mib": sum(peaks.values()) // MIB
+    }
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+if __name__ == "__main__":
+    main()
