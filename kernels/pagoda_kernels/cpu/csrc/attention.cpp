@@ -294,28 +294,30 @@ class Attention {
                              kPanel,       work.scores,  kTileKeys,    false};
     multiply_matrix<Dot>(span.num_rows, num_vectors, scores, true);
     for (int64_t r = 0; r < span.num_rows; ++r) softmax_row(span, r, first_key, num_vectors, work);
-    if constexpr (__is_same(T, float)) {
+    if constexpr (kPair == 1) {
       if (span.num_rows <= kFewRows && a_.head_dim == padded_dim_) {
         add_values_in_place(span, first_key, rows, work);
         return;
       }
     }
     load_values(rows, work.values);
-    add_values(span, rows.low / kPair, ceil_div(rows.high, kPair), work.values, work);
+    add_values<Dot>(span, rows.low / kPair, ceil_div(rows.high, kPair), work.values, work);
   }
 
   // Adds the values of steps first .. last - 1 of the tile, which begin at `values`' row `first`, by their weights.
-  void add_values(const Span& span, int64_t first, int64_t last, const Element* values, const Work& work) const {
-    TileOperands<Dot> operands{last - first,
-                               weights_of(work) + first,
-                               kTileKeys / kPair,
-                               values + first * padded_dim_,
-                               padded_dim_,
-                               kPanel,
-                               work.segment.values,
-                               padded_dim_,
-                               true};
-    multiply_matrix<Dot>(span.num_rows, padded_dim_ / kLanes, operands, true);
+  template <class ValueDot>
+  void add_values(const Span& span, int64_t first, int64_t last, const typename ValueDot::B* values,
+                  const Work& work) const {
+    TileOperands<ValueDot> operands{last - first,
+                                    weights_of(work) + first,
+                                    kTileKeys / kPair,
+                                    values + first * padded_dim_,
+                                    padded_dim_,
+                                    kPanel,
+                                    work.segment.values,
+                                    padded_dim_,
+                                    true};
+    multiply_matrix<ValueDot>(span.num_rows, padded_dim_ / kLanes, operands, true);
   }
 
   // The same straight from the cache, block by block: within one, a key's values follow those of the key before.
@@ -324,7 +326,7 @@ class Attention {
     for (int64_t t = rows.low; t < rows.high;) {
       const int64_t left = a_.block_size - (first_key + t) % a_.block_size;
       const int64_t end = smaller(rows.high, t + left);
-      add_values(span, t, end, values + rows.offsets[t] - t * a_.head_dim, work);
+      add_values<DotNarrow<T>>(span, t, end, values + rows.offsets[t] - t * a_.head_dim, work);
       t = end;
     }
   }
@@ -357,7 +359,14 @@ class Attention {
       const T* rows[kLanes];
       for (int64_t i = 0; i < kLanes; ++i)
         rows[i] = t + i >= tile.low && t + i < tile.high ? cache + tile.offsets[t + i] : nullptr;
-      for (int64_t step = 0; step < score_steps_; step += kLanes) {
+      int64_t step = 0;
+      if constexpr (kPair == 1 && __is_same(T, BFloat16)) {
+        for (; step + 2 * kLanes <= a_.head_dim; step += 2 * kLanes) {
+          transpose_pairs(rows, step, keys + step * kTileKeys + t);
+          prefetch(next, t, step);
+        }
+      }
+      for (; step < score_steps_; step += kLanes) {
         transpose_keys(rows, step, smaller<int64_t>(kLanes, score_steps_ - step), keys + step * kTileKeys + t);
         prefetch(next, t, step * kPair);
       }
@@ -391,6 +400,18 @@ class Attention {
     }
     transpose(block);
     for (int64_t i = 0; i < count; ++i) store_bits(keys + i * kTileKeys, block[i]);
+  }
+
+  // Dimensions `dim` to `dim + 2 * kLanes - 1` of kLanes keys in bfloat16: turned as pairs, then widened.
+  static void transpose_pairs(const T* const* rows, int64_t dim, float* keys) {
+    IntVector block[kLanes];
+    for (int i = 0; i < kLanes; ++i)
+      block[i] = rows[i] == nullptr ? as_bits(zero()) : load_bits(reinterpret_cast<const uint32_t*>(rows[i] + dim));
+    transpose(block);
+    for (int64_t i = 0; i < kLanes; ++i) {
+      store(keys + 2 * i * kTileKeys, first_of_pairs(block[i]));
+      store(keys + (2 * i + 1) * kTileKeys, second_of_pairs(block[i]));
+    }
   }
 
   static Element work_tag() { return Element(); }

@@ -31,6 +31,19 @@ struct DotFloat32 {
   }
 };
 
+// float32 times elements of any type, widened as they are read: the same products as with a widened copy.
+template <class T>
+struct DotNarrow {
+  using A = float;
+  using B = T;
+  static constexpr int kParts = 1;
+  static constexpr int kAStep = 1;
+  static Vector load_part(const T* b, int) { return load(b); }
+  static Vector step(Vector accumulator, const float* a, Vector b, int) {
+    return multiply_add(broadcast(*a), b, accumulator);
+  }
+};
+
 // float32 times bfloat16 in pairs, exactly: a bfloat16 is the upper half of a float32. A step is two of depth.
 struct DotBFloat16Weights {
   using A = float;
