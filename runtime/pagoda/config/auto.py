@@ -9,6 +9,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
+from pagoda.config.cpu_sets import parse_cpu_sets
 from pagoda.config.hardware import CpuReport, GpuReport
 from pagoda.config.schema import PagodaConfig
 from pagoda.config.values import format_bytes
@@ -81,6 +82,7 @@ def resolve(
             config.threads,
             cpu,
             config.tensor_parallel_size * config.pipeline_parallel_size * config.data_parallel_size,
+            affinity=config.cpu_thread_affinity,
         ),
         sequences,
         choose_max_num_batched_tokens(config.max_num_batched_tokens, device.value, sequences.value),
@@ -129,13 +131,19 @@ def choose_dtype(
     return Choice("dtype", "float32", f"{origin}, which float32 holds exactly, and this CPU multiplies no bfloat16")
 
 
-def choose_threads(asked: int | None, cpu: CpuReport, num_ranks: int = 1) -> Choice:
+def choose_threads(
+    asked: int | None, cpu: CpuReport, num_ranks: int = 1, *, affinity: str = "auto", index: int = 0
+) -> Choice:
     """Compute threads of a rank: one a physical core; hyperthreads share the units that matrix products use.
 
-    `num_ranks` share the machine. When there are more of them than cores, each has one thread and takes turns.
+    `num_ranks` share the machine. When there are more of them than cores, each has one thread and takes turns. `affinity`: the
+    setting `cpu_thread_affinity`; one that lists cores gives the rank at `index` a thread for each in its list.
     """
     if asked is not None:
         return Choice("threads", asked, GIVEN)
+    if affinity not in ("auto", "none"):
+        lists = parse_cpu_sets(affinity)
+        return Choice("threads", len(lists[min(index, len(lists) - 1)]), "as many cores as cpu_thread_affinity lists")
     if cpu.usable_cores < cpu.physical_cores:
         reason = f"the container's CPU quota is {cpu.quota:g}"
     else:

@@ -79,6 +79,14 @@ def cpu_report(root: Path = Path("/"), affinity: frozenset[int] | None = None) -
     )
 
 
+def first_logical_cores(root: Path = Path("/"), affinity: frozenset[int] | None = None) -> tuple[int, ...]:
+    """Of each physical core in `affinity` (None: of this process) the logical core with the lowest number, ascending."""
+    first: dict[str, int] = {}
+    for core in sorted(_affinity() if affinity is None else affinity):
+        first.setdefault(_physical_core(root, core), core)
+    return tuple(first.values())
+
+
 def memory_report(root: Path = Path("/")) -> MemoryReport:
     """Memory of the machine and the container now."""
     sizes = {}

@@ -1,7 +1,7 @@
 """The one schema: every setting of Pagoda, with its type, default, bounds and help text.
 
 Everything that knows a setting reads it from here: the command line and its `--help`, files, environment variables, the
-checks, the JSON schema for the Helm chart, `pagoda doctor`, docs/configuration.md. Imports the standard library only, so
+checks, the JSON schema for the Helm chart, `pagoda doctor`, docs/configuration.md. Needs the standard library only, so
 the engine and `pagoda probe` can use it on a bare machine.
 
 `None` means "chosen when the engine starts" where `OptionInfo.auto` says so, and "off" or "not given" elsewhere; text
@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields
 from functools import cache
 from typing import Any, Literal, TypeVar, cast, get_type_hints
+
+from pagoda.config.cpu_sets import CPU_SETS_PATTERN
 
 T = TypeVar("T")
 
@@ -110,6 +112,15 @@ class PagodaConfig:
     )
     threads: int | None = _option(
         None, "device", "CPU threads of the engine; auto: the physical cores this container may use.", ge=1, auto=True
+    )
+    cpu_thread_affinity: str = _option(
+        "auto",
+        "device",
+        "Logical cores that compute threads are bound to: none, or a list for each rank of this machine, such as 0-3|4-7. "
+        "Auto: one of each physical core, other ones for each rank and replica, where threads fill these and there is no CPU "
+        "quota.",
+        pattern=rf"auto|none|{CPU_SETS_PATTERN}",
+        pattern_help="that is auto, none, or a list of cores such as 0-3,8 for each rank, with | between",
     )
     cpu_kernels: Literal["auto", "compiled", "reference"] = _option(
         "auto",

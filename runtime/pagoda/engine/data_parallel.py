@@ -18,6 +18,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 from pagoda.config.schema import PagodaConfig
+from pagoda.config.thread_affinity import affinities_of_replicas
 from pagoda.engine.client import EngineClient, ProcessEngineClient
 from pagoda.engine.data_parallel_health import overall
 from pagoda.engine.data_parallel_router import PrefixRouter
@@ -65,9 +66,10 @@ class DataParallelClient(EngineClient):
         self._config = config
         num_replicas, num_ranks = config.data_parallel_size, config.tensor_parallel_size * config.pipeline_parallel_size
         share = replace(config, max_num_waiting=-(-config.max_num_waiting // num_replicas))
+        affinities = affinities_of_replicas(config)
         self._replicas = [
             ProcessEngineClient(
-                share,
+                replace(share, cpu_thread_affinity=affinities[index]),
                 name=f"engine replica {index}",
                 environment={_DEVICES_VARIABLE: devices_of(index, num_ranks, os.environ.get(_DEVICES_VARIABLE))},
             )

@@ -12,6 +12,7 @@ import torch
 from pagoda.config.schema import PagodaConfig
 from pagoda.errors import EngineDeadError
 from pagoda.execution.rank_health import RankHealth
+from pagoda.execution.thread_binding import bind_compute_threads
 from pagoda.execution.worker import Worker
 from pagoda.models.config import ModelConfig
 from pagoda.scheduling.plan import StepPlan, StepResult
@@ -119,6 +120,8 @@ class InProcessExecutor:
 
     def load(self, progress: LoadProgress | None = None) -> None:
         """See `Executor`."""
+        if self._worker.device.type == "cpu":
+            bind_compute_threads(self._worker.config)
         self._worker.load(None if progress is None else lambda _, done, total: progress("", done, total))
 
     def kv_budget(self, block_size: int) -> KVBudget:

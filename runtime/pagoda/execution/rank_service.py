@@ -53,6 +53,7 @@ from pagoda.execution.rank_messages import (
     StepFailed,
     WeightsProgress,
 )
+from pagoda.execution.thread_binding import bind_compute_threads
 from pagoda.execution.worker import Worker
 from pagoda.models.config import ModelConfig
 from pagoda.models.loader import Progress
@@ -169,7 +170,16 @@ class RankService:
             torch.cuda.set_device(start.device_index)
             results = ThreadPoolExecutor(1, "rank-results")
             self._finish = lambda plan, handle, before: results.submit(self._finish_step, plan, handle, before)
-        threads = choose_threads(config.threads, cpu_report(), start.ranks_on_host * config.data_parallel_size)
+        index = self._rank % start.ranks_on_host
+        threads = choose_threads(
+            config.threads,
+            cpu_report(),
+            start.ranks_on_host * config.data_parallel_size,
+            affinity=config.cpu_thread_affinity,
+            index=index,
+        )
+        if config.device == "cpu":
+            bind_compute_threads(config, index=index, num_ranks=start.ranks_on_host)
         logger.info("%s; interface %s", threads, interface)
         self._config = replace(config, threads=threads.value)
         self._model_config = ModelConfig.from_directory(str(config.model))
