@@ -61,7 +61,7 @@ def start_once(model: Path, settings: list[str]) -> dict[str, object]:
 
 
 def wait_until_ready(server: subprocess.Popen[bytes], url: str) -> None:
-    """Ask until the answer is 200. Raises `RuntimeError` for a server that ends, `TimeoutError` for one that is never ready."""
+    """Ask until the answer is 200. Raises `RuntimeError` for a server that ends, `TimeoutError` or `TimeoutError`."""
     deadline = time.monotonic() + TIMEOUT_SECONDS
     while time.monotonic() < deadline:
         if server.poll() is not None:

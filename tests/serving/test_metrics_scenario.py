@@ -15,7 +15,7 @@ from pagoda.errors import ErrorKind, InvalidRequestError, QueueFullError
 from pagoda.serving.context import ServingContext
 from pagoda.serving.generation import GenerationJob
 from pagoda.serving.parameters import RequestOptions
-from pagoda.serving.server import make_context
+from pagoda.serving.parts import make_context
 from pagoda.text.generation import TextGenerator
 from pagoda.text.pool import TokenizerPool
 from tests.support.fake_engine import FakeEngineClient

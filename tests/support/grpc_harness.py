@@ -16,7 +16,7 @@ from pagoda.sampling.output import FinishReason
 from pagoda.sampling.params import SamplingParams
 from pagoda.serving.grpc_messages import SERVICE_NAME, message_class, service_methods
 from pagoda.serving.grpc_server import GrpcServer
-from pagoda.serving.server import make_context
+from pagoda.serving.parts import make_context
 from pagoda.text.output import GenerationChunk
 from tests.support.fake_engine import FakeEngineClient
 

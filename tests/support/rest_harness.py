@@ -19,7 +19,7 @@ from pagoda.config.schema import PagodaConfig
 from pagoda.models.dummy import DummySpec, write_dummy_checkpoint
 from pagoda.serving.context import ServingContext
 from pagoda.serving.listener import listen
-from pagoda.serving.server import make_context
+from pagoda.serving.parts import make_context
 from pagoda.text.generation import TextGenerator
 from pagoda.text.pool import TokenizerPool
 from tests.support.fake_engine import FakeEngineClient

@@ -9,26 +9,15 @@ import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 
 import uvloop
 
 from pagoda import faults
 from pagoda.config.schema import PagodaConfig
 from pagoda.config.sources import LoadedConfig
-from pagoda.engine.client import EngineClient
 from pagoda.engine.data_parallel import create_engine_client
-from pagoda.models.source import checkpoint_directory
 from pagoda.observability.logs import configure_logging
-from pagoda.observability.metrics import Metrics
-from pagoda.observability.request_meter import request_meters
-from pagoda.serving.auth import ApiKeys
-from pagoda.serving.context import ServingContext
-from pagoda.serving.generation import GenerationRunner
-from pagoda.serving.health import ServerHealth
 from pagoda.serving.listener import listen, raise_open_file_limit
-from pagoda.text.generation import TextGenerator
-from pagoda.text.pool import TokenizerPool
 
 logger = logging.getLogger(__name__)
 
@@ -47,31 +36,17 @@ def run(loaded: LoadedConfig) -> int:
         return runner.run(_serve(config, listener))
 
 
-def make_context(config: PagodaConfig, client: EngineClient) -> ServingContext:
-    """What all protocols share; the generator is attached to its runner once the checkpoint is there."""
-    metrics = Metrics(config.served_model_name, config.metrics_prefix)
-    metrics.watch(client)
-    health = ServerHealth(client)
-    runner = GenerationRunner(
-        None,
-        health,
-        request_timeout_seconds=config.request_timeout_seconds,
-        observe=request_meters(metrics),
-    )
-    return ServingContext(
-        config=config, client=client, runner=runner, health=health, metrics=metrics, keys=ApiKeys(config.api_keys)
-    )
-
-
 async def _serve(config: PagodaConfig, listener: socket.socket) -> int:
     client = create_engine_client(config)
-    context = make_context(config, client)
-    text = _Text(config, client)
     starting = asyncio.ensure_future(client.start())
-    # The engine's process loads its libraries while this one loads KServe.
+    # The engine's process loads its libraries while this one loads its own, KServe above all.
     await asyncio.sleep(ENGINE_HEAD_START_SECONDS)
+    from pagoda.serving.parts import TextLayer, make_context
+
     with _command_line(KSERVE_ARGUMENTS):
         from pagoda.serving.kserve_server import PagodaModelServer
+    context = make_context(config, client)
+    text = TextLayer(config, client)
 
     async def load() -> None:
         await asyncio.gather(starting, text.start())
@@ -88,32 +63,6 @@ async def _serve(config: PagodaConfig, listener: socket.socket) -> int:
         await asyncio.gather(starting, return_exceptions=True)
         await text.shutdown()
         await client.shutdown()
-
-
-class _Text:
-    """The tokenizers, and the text layer over them."""
-
-    def __init__(self, config: PagodaConfig, client: EngineClient) -> None:
-        self._config = config
-        self._client = client
-        self._pool: TokenizerPool | None = None
-
-    async def start(self) -> None:
-        """Find the checkpoint (which may be a download) and load its tokenizer."""
-        directory = await asyncio.to_thread(checkpoint_directory, self._config.model)
-        self._config = replace(self._config, model=str(directory))
-        self._pool = TokenizerPool.from_config(self._config)
-        await self._pool.start()
-
-    def generator(self) -> TextGenerator:
-        """The text layer of the served checkpoint, after `start`."""
-        assert self._pool is not None
-        return TextGenerator.from_config(self._client, self._pool, self._config)
-
-    async def shutdown(self) -> None:
-        """End the tokenizers."""
-        if self._pool is not None:
-            await self._pool.shutdown()
 
 
 @contextmanager
