@@ -34,7 +34,7 @@ def run(context: Context) -> dict[str, Any]:
 
 def _launches(context: Context, tokens: int) -> list[tuple[str, int, Callable[[], object]]]:
     """Name, bytes read and written, and the launch."""
-    from pagoda_kernels.sampling import choose_greedy, choose_open
+    from pagoda_kernels.gpu.sampling import choose_greedy, choose_open
 
     hidden, inner, vocabulary = context.choose((4096, 12288, 151_936), (64, 96, 300))
     heads, kv_heads, head_dim = context.choose((32, 8, 128), (4, 2, 16))

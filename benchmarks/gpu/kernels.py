@@ -209,7 +209,7 @@ def _turned(heads: torch.Tensor, norm: torch.Tensor | None, angles: torch.Tensor
 
 def _sampling(context: Context) -> Iterator[Check]:
     """Greedy ids exactly; draws over many positions against the distribution they must follow."""
-    from pagoda_kernels.sampling import choose_greedy, choose_open
+    from pagoda_kernels.gpu.sampling import choose_greedy, choose_open
 
     vocabulary, rows = context.choose((151_936, 64), (300, 2))
     logits = torch.randn(rows, vocabulary, device=context.device)

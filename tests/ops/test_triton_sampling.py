@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from pagoda.sampling import sampler as sampler_module
 from pagoda.sampling.noise import SlotNoise
 from pagoda.sampling.params import SamplingParams
 from pagoda.sampling.rows import SlotRequest
@@ -15,15 +16,15 @@ from tests.support.triton_kernels import require_interpreter
 require_interpreter()
 
 from pagoda_kernels.gpu import sampling as launchers  # noqa: E402
-from pagoda_kernels.sampling import choose_greedy, choose_open  # noqa: E402
+from pagoda_kernels.gpu.sampling import choose_greedy, choose_open  # noqa: E402
 
 VOCABULARY = 300
 
 
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two tiles, the second one not full."""
-    monkeypatch.setattr(launchers, "SAMPLING_TILE", 256)
+    """Five tiles, the last one not full."""
+    monkeypatch.setattr(launchers, "SAMPLING_TILE", 64)
 
 
 def test_greedy_takes_the_lowest_of_the_best() -> None:
@@ -67,7 +68,7 @@ def sampled(
     logits: torch.Tensor, params: list[SamplingParams], positions: list[int], *, on_device: bool = False
 ) -> list[int]:
     sampler = Sampler(vocab_size=VOCABULARY, token_pool=torch.zeros(len(params), 4, dtype=torch.int64), seed=0)
-    sampler._draws_on_device = on_device
+    sampler._draws_on_device = sampler._has_greedy_kernel = on_device
     for slot, p in enumerate(params):
         sampler.add(slot, SlotRequest(p, 1, ()))
     return sampler.sample(logits.clone(), np.arange(len(params)), np.array(positions)).token_ids.tolist()
@@ -112,13 +113,15 @@ def test_seeds_of_slots_are_the_bits_that_the_kernel_takes() -> None:
     assert noise.seeds_of(np.array([2, 1])).tolist() == [5, -1]
 
 
-def test_sampler_on_a_gpu_draws_as_on_a_cpu() -> None:
+@pytest.mark.parametrize("has_top_k", [True, False])
+def test_sampler_on_a_gpu_draws_as_on_a_cpu(monkeypatch: pytest.MonkeyPatch, has_top_k: bool) -> None:
+    monkeypatch.setattr(sampler_module, "choose_greedy", choose_greedy)
     logits = torch.randn(5, VOCABULARY, generator=torch.Generator().manual_seed(2)) * 2
     params = [
         SamplingParams(temperature=0.0),
         SamplingParams(temperature=0.8, seed=1),
         SamplingParams(temperature=1.0, top_p=0.7, min_p=0.01, seed=2),
-        SamplingParams(temperature=1.0, top_k=20, top_p=0.9, seed=3),
+        SamplingParams(temperature=1.0, top_k=20 if has_top_k else 0, top_p=0.9, seed=3),
         SamplingParams(temperature=1.0, seed=4),
     ]
     positions = [5, 6, 7, 8, 9]

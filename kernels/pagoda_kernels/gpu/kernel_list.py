@@ -19,7 +19,7 @@ from pagoda_kernels.gpu.elementwise import (
     rotate_constants,
 )
 from pagoda_kernels.gpu.elementwise_kernels import gated_activation_kernel, rms_norm_kernel, rotate_and_store_kernel
-from pagoda_kernels.gpu.sampling import SAMPLING_TILE, SAMPLING_WARPS
+from pagoda_kernels.gpu.sampling import SAMPLING_TILE, SAMPLING_WARPS, num_tiles
 from pagoda_kernels.gpu.sampling_kernels import greedy_kernel, open_kernel
 from pagoda_kernels.gpu.tuning import AttentionTiles, TuningTable, load_table, table_name
 
@@ -215,7 +215,7 @@ def _sampling_builds() -> Iterator[KernelBuild]:
             "top_ps": "*fp64",
             "row_stride": "i32",
         },
-        constants=constants,
+        constants={**constants, "TILES": num_tiles(constants["VOCABULARY"])},
         aligned_integers=frozenset({"row_stride"}),
         num_warps=SAMPLING_WARPS,
         is_decode=True,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
+import triton
 
 from pagoda_kernels.gpu.sampling_kernels import greedy_kernel, open_kernel
 
-# Logits a program looks at together, and its warps: 8 numbers a thread, for 16 do not fit the registers on every GPU.
-SAMPLING_TILE = 4096
+# Logits a program looks at together, and its warps: 4 numbers a thread, which leaves room for two programs on a multiprocessor.
+SAMPLING_TILE = 2048
 SAMPLING_WARPS = 16
 
 
@@ -47,6 +48,13 @@ def choose_open(
         logits.stride(0),
         logits.shape[1],
         SAMPLING_TILE,
+        num_tiles(logits.shape[1]),
         num_warps=SAMPLING_WARPS,
     )
     return token_ids
+
+
+def num_tiles(vocabulary: int) -> int:
+    """The tiles of a row, rounded up to a power of two."""
+    rounded: int = triton.next_power_of_2(-(-vocabulary // SAMPLING_TILE))
+    return rounded

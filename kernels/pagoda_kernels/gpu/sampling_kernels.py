@@ -27,22 +27,24 @@ def greedy_kernel(
 ):
     """Grid (rows): the greatest logit of each row and the lowest id that has it; NaN is greater than any number."""
     row = tl.program_id(0).to(tl.int64)
-    best = tl.full([], NEGATIVE_INFINITY, tl.float32)
-    best_id = tl.full([], 0, tl.int32)
-    nan_id = tl.full([], NO_TOKEN, tl.int32)
+    lanes = tl.arange(0, TILE)
+    # Each lane keeps its own best until the end; ids grow from tile to tile, so the first among equals stays.
+    best = tl.full([TILE], NEGATIVE_INFINITY, tl.float32)
+    best_ids = lanes
+    nan_ids = tl.full([TILE], NO_TOKEN, tl.int32)
     for start in range(0, VOCABULARY, TILE):
-        ids = start + tl.arange(0, TILE)
+        ids = start + lanes
         values = tl.load(logits + row * row_stride + ids, mask=ids < VOCABULARY, other=NEGATIVE_INFINITY)
-        is_nan = values != values
-        nan_id = tl.minimum(nan_id, tl.min(tl.where(is_nan, ids, NO_TOKEN), 0))
-        values = tl.where(is_nan, NEGATIVE_INFINITY, values)
-        tile_best = tl.max(values, 0)
-        tile_id = tl.min(tl.where(values == tile_best, ids, NO_TOKEN), 0)
-        best_id = tl.where(tile_best > best, tile_id, best_id)
-        best = tl.maximum(best, tile_best)
+        nan_ids = tl.where(values != values, tl.minimum(nan_ids, ids), nan_ids)
+        is_better = values > best  # which no NaN is
+        best = tl.where(is_better, values, best)
+        best_ids = tl.where(is_better, ids, best_ids)
+    greatest = tl.max(best, 0)
+    best_id = tl.min(tl.where(best == greatest, best_ids, NO_TOKEN), 0)
+    nan_id = tl.min(nan_ids, 0)
     has_nan = nan_id != NO_TOKEN
     tl.store(token_ids + row, tl.where(has_nan, nan_id, best_id).to(tl.int64))
-    tl.store(best_logits + row, tl.where(has_nan, float("nan"), best))
+    tl.store(best_logits + row, tl.where(has_nan, float("nan"), greatest))
 
 
 @triton.jit
@@ -70,45 +72,49 @@ def _tile_weights(logits, ids, best, inverse_temperature, min_p, bound, bound_id
 
 
 @triton.jit
-def _mass(logits, best, inverse_temperature, min_p, bound, bound_id, VOCABULARY: tl.constexpr, TILE: tl.constexpr):
-    """The weight of all tokens before the bound, float64."""
-    mass = tl.full([], 0.0, tl.float64)
+def _tile_sums(
+    logits,
+    best,
+    inverse_temperature,
+    min_p,
+    bound,
+    bound_id,
+    VOCABULARY: tl.constexpr,
+    TILE: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """The weight of all tokens before the bound, tile by tile: float64 [TILES], with zeros behind the last tile."""
+    tiles = tl.arange(0, TILES)
+    sums = tl.full([TILES], 0.0, tl.float64)
     for start in range(0, VOCABULARY, TILE):
         ids = start + tl.arange(0, TILE)
         weights = _tile_weights(logits, ids, best, inverse_temperature, min_p, bound, bound_id, VOCABULARY)
-        mass += tl.sum(weights.to(tl.float64), 0)
-    return mass
+        sums = tl.where(tiles == start // TILE, tl.sum(weights.to(tl.float64), 0), sums)
+    return sums
 
 
 @triton.jit
 def _draw(
-    logits, best, inverse_temperature, min_p, bound, bound_id, target, VOCABULARY: tl.constexpr, TILE: tl.constexpr
-):
+    logits, best, inverse_temperature, min_p, bound, bound_id, sums, target,
+    VOCABULARY: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
     """The first token, by ids, up to which the tokens before the bound weigh more than `target`: its id and weight.
 
-    Where rounding leaves `target` at the whole weight, the last token that weighs anything.
+    First the tile, by the sums of all, then the token in it. Where rounding leaves `target` at the whole weight, of all or of
+    the tile, the last token there that weighs anything.
     """
-    before = tl.full([], 0.0, tl.float64)
-    chosen = tl.full([], NO_TOKEN, tl.int32)
-    chosen_weight = tl.full([], 0.0, tl.float32)
-    last = tl.full([], 0, tl.int32)
-    last_weight = tl.full([], 0.0, tl.float32)
-    for start in range(0, VOCABULARY, TILE):
-        ids = start + tl.arange(0, TILE)
-        weights = _tile_weights(logits, ids, best, inverse_temperature, min_p, bound, bound_id, VOCABULARY)
-        cumulative = before + tl.cumsum(weights.to(tl.float64), 0)
-        reached = (cumulative > target) & (weights > 0.0)
-        first = tl.min(tl.where(reached, ids, NO_TOKEN), 0)
-        first_weight = tl.max(tl.where(ids == first, weights, 0.0), 0)
-        is_new = (chosen == NO_TOKEN) & (first != NO_TOKEN)
-        chosen_weight = tl.where(is_new, first_weight, chosen_weight)
-        chosen = tl.where(is_new, first, chosen)
-        tile_last = tl.max(tl.where(weights > 0.0, ids, -1), 0)
-        last_weight = tl.where(tile_last >= 0, tl.max(tl.where(ids == tile_last, weights, 0.0), 0), last_weight)
-        last = tl.maximum(last, tile_last)
-        before += tl.sum(weights.to(tl.float64), 0)
-    found = chosen != NO_TOKEN
-    return tl.where(found, chosen, last), tl.where(found, chosen_weight, last_weight)
+    tiles = tl.arange(0, TILES)
+    reached = (tl.cumsum(sums, 0) > target) & (sums > 0.0)
+    tile = tl.min(tl.where(reached, tiles, NO_TOKEN), 0)
+    tile = tl.where(tile == NO_TOKEN, tl.max(tl.where(sums > 0.0, tiles, 0), 0), tile)
+    before = tl.sum(tl.where(tiles < tile, sums, 0.0), 0)
+    ids = tile * TILE + tl.arange(0, TILE)
+    weights = _tile_weights(logits, ids, best, inverse_temperature, min_p, bound, bound_id, VOCABULARY)
+    cumulative = before + tl.cumsum(weights.to(tl.float64), 0)
+    first = tl.min(tl.where((cumulative > target) & (weights > 0.0), ids, NO_TOKEN), 0)
+    last = tl.max(tl.where(weights > 0.0, ids, 0), 0)
+    chosen = tl.where(first == NO_TOKEN, last, first)
+    return chosen, tl.max(tl.where(ids == chosen, weights, 0.0), 0)
 
 
 @triton.jit
@@ -125,11 +131,13 @@ def open_kernel(
     row_stride,
     VOCABULARY: tl.constexpr,
     TILE: tl.constexpr,
+    TILES: tl.constexpr,
 ):
     """Grid (rows that sample): sample among all tokens that min-p and top-p leave.
 
     rows int64 [R], which rows of logits and best_logits; seeds int64 bit patterns and positions int64 [R]; inverse
-    temperatures and min_ps float32, top_ps float64 [R]; token_ids int64 [R].
+    temperatures and min_ps float32, top_ps float64 [R]; token_ids int64 [R]. TILES: a power of two, at least the tiles of TILE
+    that the vocabulary has. Without top-p the logits are read once, with it twice, and once more for each draw rejected.
     """
     index = tl.program_id(0)
     row = tl.load(rows + index)
@@ -141,18 +149,25 @@ def open_kernel(
     min_p = tl.load(min_ps + index)
     bound = tl.full([], -1.0, tl.float32)  # every token comes before this one
     bound_id = tl.full([], NO_TOKEN, tl.int32)
-    mass = _mass(start, best, inverse_temperature, min_p, bound, bound_id, VOCABULARY, TILE)
-    needed = tl.load(top_ps + index) * mass
+    top_p = tl.load(top_ps + index)
+    sums = _tile_sums(start, best, inverse_temperature, min_p, bound, bound_id, VOCABULARY, TILE, TILES)
+    mass = tl.sum(sums, 0)
+    needed = top_p * mass
     attempt = tl.full([], 0, tl.int32)
     chosen = tl.full([], 0, tl.int32)
     # A row of NaN or without any token weighs nothing that can be compared: it draws nothing and fails on the host.
     searching = mass > 0.0
     while searching:
         target = _uniform(seed, position, attempt) * mass
-        chosen, weight = _draw(start, best, inverse_temperature, min_p, bound, bound_id, target, VOCABULARY, TILE)
-        bound = weight
-        bound_id = chosen
-        mass = _mass(start, best, inverse_temperature, min_p, bound, bound_id, VOCABULARY, TILE)
-        attempt += 1
-        searching = mass >= needed
+        chosen, weight = _draw(
+            start, best, inverse_temperature, min_p, bound, bound_id, sums, target, VOCABULARY, TILE, TILES
+        )
+        searching = top_p < 1.0
+        if searching:
+            bound = weight
+            bound_id = chosen
+            sums = _tile_sums(start, best, inverse_temperature, min_p, bound, bound_id, VOCABULARY, TILE, TILES)
+            mass = tl.sum(sums, 0)
+            attempt += 1
+            searching = mass >= needed
     tl.store(token_ids + index, chosen.to(tl.int64))

@@ -48,26 +48,45 @@ class OpenGroup:
 
 
 @dataclass(frozen=True, slots=True)
-class RowGroups:
-    """All rows of a step: greedy ones (int64 `[R]`, None if there are none), those with top-k, and the open ones.
+class DrawnGroup:
+    """Rows without top-k on a GPU, where one kernel draws for all of them (`pagoda_kernels.sampling.choose_open`).
 
+    Its arguments, `[R]`, and `host_rows` int64 `[R]`, which are `rows` on the host.
+    """
+
+    rows: Tensor
+    host_rows: Int64Array
+    seeds: Tensor
+    inverse_temperature: Tensor
+    min_p: Tensor
+    top_p: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class RowGroups:
+    """All rows of a step: greedy ones (int64 `[R]`, None if there are none), those with top-k, and the others.
+
+    These are `drawn` on a GPU, `open` elsewhere.
     `logprob_rows` int64 on the host: rows that ask for log-probabilities, of `logprob_counts` best tokens each.
     """
 
     greedy: Tensor | None
     ranked: list[RankedGroup]
     open: list[OpenGroup]
+    drawn: DrawnGroup | None
     logprob_rows: Int64Array
     logprob_counts: list[int]
 
     @property
     def has_random_rows(self) -> bool:
         """Whether any row needs a random number."""
-        return bool(self.ranked or self.open)
+        return bool(self.ranked or self.open or self.drawn)
 
 
-def make_row_groups(params: Sequence[SamplingParams], context: SamplingContext) -> RowGroups:
-    """Sort rows with these parameters, in row order, into groups."""
+def make_row_groups(
+    params: Sequence[SamplingParams], context: SamplingContext, seeds: Int64Array | None = None
+) -> RowGroups:
+    """Sort rows with these parameters, in row order, into groups. `seeds` int64 `[N]`: the rows', to draw on the device."""
     greedy: list[int] = []
     nucleus: list[int] = []
     unbounded: list[int] = []
@@ -93,7 +112,9 @@ def make_row_groups(params: Sequence[SamplingParams], context: SamplingContext) 
             _open_group(piece, params, context)
             for rows in (nucleus, unbounded)
             for piece in _pieces(rows, context.padded_vocab_size)
+            if seeds is None
         ],
+        drawn=_drawn_group(sorted(nucleus + unbounded), params, context, seeds) if seeds is not None else None,
         logprob_rows=np.array(asking, dtype=np.int64),
         logprob_counts=[min(params[row].logprobs or 0, context.vocab_size) for row in asking],
     )
@@ -131,6 +152,22 @@ def _open_group(rows: list[int], params: Sequence[SamplingParams], context: Samp
         inverse_temperature=context.upload(inverse_temperature) if (inverse_temperature != 1.0).any() else None,
         min_p=context.upload(min_p) if min_p.any() else None,
         top_p=context.upload(top_p) if params[rows[0]].top_p < 1.0 else None,
+    )
+
+
+def _drawn_group(
+    rows: list[int], params: Sequence[SamplingParams], context: SamplingContext, seeds: Int64Array
+) -> DrawnGroup | None:
+    if not rows:
+        return None
+    host_rows = np.array(rows, dtype=np.int64)
+    return DrawnGroup(
+        rows=context.upload(host_rows),
+        host_rows=host_rows,
+        seeds=context.upload(seeds[host_rows]),
+        inverse_temperature=context.upload(np.array([1.0 / params[row].temperature for row in rows], dtype=np.float32)),
+        min_p=context.upload(np.array([params[row].min_p for row in rows], dtype=np.float32)),
+        top_p=context.upload(np.array([params[row].top_p for row in rows], dtype=np.float64)),
     )
 
 

@@ -3,8 +3,9 @@
     raw logits ─▶ (kept for rows that ask for logprobs) ─▶ processors: allowed ids, min_tokens, logit_bias, bad words,
     repetition, presence and frequency penalty ─▶ temperature ─▶ min-p ─▶ top-k ─▶ top-p ─▶ inverse CDF
 
-A row's token depends on its own logits and its own (seed, position) only. Nothing is read back from the device: on a GPU, rows
-without top-k are drawn by one kernel (`pagoda_kernels.sampling`), which finds by itself which of them must draw again.
+A row's token depends on its own logits and its own (seed, position) only. Nothing is read back from the device: on a GPU, one
+kernel finds every row's best token, and another draws for all rows without top-k (`pagoda_kernels.sampling`); it finds by
+itself which of them must draw again.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pagoda.sampling.logits_processors import AllowedTokens, BadWords, LogitBias
 from pagoda.sampling.logprobs import LogprobTensors, RawDistribution
 from pagoda.sampling.noise import SlotNoise
 from pagoda.sampling.penalties import OutputPenalties, RepetitionPenalty
-from pagoda.sampling.row_groups import OpenGroup, RankedGroup, RowGroups, make_row_groups
+from pagoda.sampling.row_groups import DrawnGroup, OpenGroup, RankedGroup, RowGroups, make_row_groups
 from pagoda.sampling.rows import Int64Array, SampledRows, SamplingContext, SlotRequest
 from pagoda_kernels import backend
 from pagoda_kernels.sampling import choose_greedy, choose_open
@@ -79,7 +80,9 @@ class Sampler:
         self._row_of_slot = np.full(token_pool.shape[0], -1, dtype=np.int64)
         self._groups: RowGroups | None = None
         self._draws_on_device = token_pool.device.type == "cuda"
-        self._has_greedy_kernel = backend.active.name == "cpu" and token_pool.device.type == "cpu"
+        self._has_greedy_kernel = self._draws_on_device or (
+            backend.active.name == "cpu" and token_pool.device.type == "cpu"
+        )
 
     def add(self, slot: int, request: SlotRequest) -> None:
         """Let a request enter `slot`. On `InvalidRequestError`, for an id outside the vocabulary, the slot stays empty."""
@@ -115,12 +118,14 @@ class Sampler:
         for processor in self._processors:
             if processor.states:
                 processor.apply(logits, rows)
-        if self._has_greedy_kernel and not groups.has_random_rows:
+        if self._has_greedy_kernel and not (groups.ranked or groups.open):
             token_ids, best_logits = choose_greedy(logits)
         else:
             maxima = selection.block_maxima(logits)
             best_logits = maxima.amax(-1)
             token_ids = self._choose(logits, maxima, best_logits, rows, groups)
+        if groups.drawn is not None:
+            token_ids.index_copy_(0, groups.drawn.rows, self._draw(logits, best_logits, rows, groups.drawn))
         return SamplerOutput(
             token_ids=token_ids,
             best_logits=best_logits,
@@ -138,19 +143,21 @@ class Sampler:
             self._slots = slots
             self._row_of_slot[slots] = np.arange(len(slots))
             params = [self._requests[slot].params for slot in slots.tolist()]
-            self._groups = make_row_groups(params, self.context)
+            seeds = self._noise.seeds_of(slots) if self._draws_on_device else None
+            self._groups = make_row_groups(params, self.context, seeds)
         return SampledRows(slots, positions, self._row_of_slot, self._composition), self._groups
 
     def _choose(
         self, logits: Tensor, maxima: Tensor, best_logits: Tensor, rows: SampledRows, groups: RowGroups
     ) -> Tensor:
-        """Token ids int64 `[N]`, each group's by its own way."""
+        """Token ids int64 `[N]`, each group's by its own way; those of rows that are drawn on the device are left open."""
         if groups.greedy is not None and not groups.has_random_rows:
             return selection.argmax(logits, maxima, groups.greedy)
         token_ids = torch.empty(len(rows.slots), dtype=torch.int64, device=logits.device)
-        uniform = self.context.upload(self._noise.at(rows.slots, rows.positions)).unsqueeze(1)
         if groups.greedy is not None:
             token_ids.index_copy_(0, groups.greedy, selection.argmax(logits, maxima, groups.greedy))
+        if groups.ranked or groups.open:
+            uniform = self.context.upload(self._noise.at(rows.slots, rows.positions)).unsqueeze(1)
         for ranked in groups.ranked:
             token_ids.index_copy_(0, ranked.rows, _choose_ranked(logits, maxima, uniform, ranked))
         for group in groups.open:  # last: a group that is all rows turns the logits into probabilities in place
@@ -160,9 +167,7 @@ class Sampler:
     def _choose_open(
         self, logits: Tensor, best_logits: Tensor, uniform: Tensor, rows: SampledRows, group: OpenGroup
     ) -> Tensor:
-        """Token ids int64 `[R]` of rows without top-k."""
-        if self._draws_on_device:
-            return self._draw_on_device(logits, best_logits, rows, group)
+        """Token ids int64 `[R]` of rows without top-k, by torch."""
         whole = len(group.rows) == len(logits)
         weights = selection.to_weights_(
             logits if whole else logits.index_select(0, group.rows),
@@ -184,21 +189,17 @@ class Sampler:
 
         return selection.choose_nucleus(weights, group.top_p, draw)
 
-    def _draw_on_device(self, logits: Tensor, best_logits: Tensor, rows: SampledRows, group: OpenGroup) -> Tensor:
-        """The same draws in one kernel, which asks the host for nothing."""
-        slots = rows.slots[group.host_rows]
-        ones = torch.ones(len(group.rows), dtype=torch.float64, device=logits.device)
+    def _draw(self, logits: Tensor, best_logits: Tensor, rows: SampledRows, group: DrawnGroup) -> Tensor:
+        """Token ids int64 `[R]` of rows without top-k, in one kernel, which asks the host for nothing."""
         return choose_open(
             logits,
             best_logits,
             group.rows,
-            seeds=self.context.upload(self._noise.seeds_of(slots)),
+            seeds=group.seeds,
             positions=self.context.upload(rows.positions[group.host_rows]),
-            inverse_temperature=ones.float()
-            if group.inverse_temperature is None
-            else group.inverse_temperature.view(-1),
-            min_p=ones.float().zero_() if group.min_p is None else group.min_p.view(-1),
-            top_p=ones if group.top_p is None else group.top_p.view(-1),
+            inverse_temperature=group.inverse_temperature,
+            min_p=group.min_p,
+            top_p=group.top_p,
         )
 
 
