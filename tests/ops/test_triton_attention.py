@@ -262,6 +262,22 @@ def test_workspace_keeps_what_it_outgrew() -> None:
     assert workspace.reserve(8, 3, segments, 16, cpu) == held
 
 
+def test_workspace_reserved_for_a_gpu_is_that_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The configuration says `cuda`, a query `cuda:1`: with two buffers the one reserved would never be used."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    made: list[torch.device] = []
+
+    def empty(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        made.append(device)
+        return torch.zeros(size, dtype=dtype)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    workspace, segments = DecodeWorkspace(), SegmentRule(tokens=32, max_segments=4, programs=64)
+    workspace.reserve(8, 3, segments, 16, torch.device("cuda"))
+    workspace.partials(8, 3, segments, 16, torch.device("cuda:1"))
+    assert len(made) == 1
+
+
 def test_tables_are_found_by_capability() -> None:
     names = {
         capability: tuning.table_name(capability) for capability in [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (99, 0)]

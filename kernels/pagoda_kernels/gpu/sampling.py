@@ -7,7 +7,7 @@ import triton
 
 from pagoda_kernels.gpu.sampling_kernels import greedy_kernel, open_kernel
 
-# Logits a program looks at together, and its warps: 4 numbers a thread, which leaves room for two programs on a multiprocessor.
+# Logits a program looks at together, and its warps: 4 numbers a thread, so that two programs fit a multiprocessor.
 SAMPLING_TILE = 2048
 SAMPLING_WARPS = 16
 

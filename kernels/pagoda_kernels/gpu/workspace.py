@@ -22,7 +22,7 @@ class DecodeWorkspace:
     def reserve(self, num_rows: int, num_heads: int, segments: SegmentRule, head_dim: int, device: torch.device) -> int:
         """Make room for batches of up to `num_rows` decode rows; returns the bytes now held on the device."""
         self._buffer(num_rows * num_heads * segments.max_segments * (head_dim + 2), device)
-        return sum(buffer.nbytes for buffer in self._buffers[device])
+        return sum(buffer.nbytes for buffer in self._buffers[_with_index(device)])
 
     def partials(
         self, num_rows: int, num_heads: int, segments: SegmentRule, head_dim: int, device: torch.device
@@ -41,10 +41,17 @@ class DecodeWorkspace:
         return buffer, buffer, buffer
 
     def _buffer(self, size: int, device: torch.device) -> torch.Tensor:
-        buffers = self._buffers.setdefault(device, [])
+        buffers = self._buffers.setdefault(_with_index(device), [])
         if not buffers or buffers[-1].numel() < size:
             buffers.append(torch.empty(size, dtype=torch.float32, device=device))
         return buffers[-1]
+
+
+def _with_index(device: torch.device) -> torch.device:
+    """`cuda` as tensors on it name it: with its number, without which the two devices are unequal."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 DECODE_WORKSPACE = DecodeWorkspace()
