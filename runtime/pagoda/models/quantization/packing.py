@@ -5,11 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-import torch.nn.functional as F
 
 from pagoda.models.quantization.rounding import QuantizedRows
-from pagoda_kernels.huge_pages import empty_on_huge_pages
-from pagoda_kernels.linear import PANEL, PackedWeight, pack_int4, pack_int8
+from pagoda_kernels.linear import PANEL, PackedWeight, empty_packed, pack_into
 
 
 class PackedWeightBuilder:
@@ -19,9 +17,12 @@ class PackedWeightBuilder:
         self._bits = bits
         self._out_features = out_features
         self._in_features = in_features
-        self._packed: PackedWeight | None = None
-        self._next_panel = 0
+        # Eight values of four bits, or four of eight, are a word of 32 bits, which packing moves like any other.
+        self._words = empty_packed(out_features, in_features * bits // 32, torch.float32)
+        self._scales = self._zeros = torch.empty(0)
+        self._group_size = 0
         self._num_rows = 0
+        self._num_packed = 0
         self._left_over: list[QuantizedRows] = []
 
     def append(self, rows: QuantizedRows) -> None:
@@ -36,58 +37,44 @@ class PackedWeightBuilder:
         """The weight; rows up to `out_features` that were never given have no meaning."""
         if self._left_over:
             self._store(sum(len(part.values) for part in self._left_over))
-        assert self._packed is not None, "a weight without rows"
-        packed = self._packed
-        assert packed.zeros is not None
-        packed.zeros[:, self._num_rows :] = 2 ** (self._bits - 1)  # columns that fill the last panel
-        if bool((packed.zeros == 2 ** (self._bits - 1)).all()):
-            return dataclasses.replace(packed, zeros=None)
-        return packed
+        assert self._num_rows, "a weight without rows"
+        middle = 2 ** (self._bits - 1)
+        self._words.values[-(-self._num_rows // PANEL) :].zero_()
+        self._zeros[:, self._num_rows :] = middle  # columns that fill the last panel
+        return PackedWeight(
+            self._words.values.view(torch.uint8).view(*self._words.values.shape, 4),
+            self._out_features,
+            self._in_features,
+            self._scales,
+            None if bool((self._zeros == middle).all()) else self._zeros,
+            self._group_size,
+            self._bits,
+        )
 
     def _store(self, count: int) -> None:
         """Pack the first `count` rows of what is left over."""
         rows = _joined(self._left_over, self._bits)
         self._left_over = [_cut(rows, slice(count, None))] if len(rows.values) > count else []
-        piece = _pack(_cut(rows, slice(0, count)), self._bits)
-        packed = self._allocated_like(piece)
-        first, last = self._next_panel, self._next_panel + len(piece.values)
-        packed.values[first:last] = piece.values
-        for whole, part in ((packed.scales, piece.scales), (packed.zeros, piece.zeros)):
-            assert whole is not None
-            assert part is not None
-            whole[:, first * PANEL : last * PANEL] = part
-        self._next_panel = last
-
-    def _allocated_like(self, piece: PackedWeight) -> PackedWeight:
-        if self._packed is None:
-            panels = -(-self._out_features // PANEL)
-            assert piece.scales is not None
-            groups = len(piece.scales)
-            self._packed = PackedWeight(
-                empty_on_huge_pages((panels, *piece.values.shape[1:]), piece.values.dtype).zero_(),
-                self._out_features,
-                self._in_features,
-                piece.scales.new_zeros((groups, panels * PANEL)),
-                torch.full((groups, panels * PANEL), 2 ** (self._bits - 1), dtype=torch.uint8),
-                piece.group_size,
-                self._bits,
-            )
-        return self._packed
+        rows = _cut(rows, slice(0, count))
+        if not self._num_packed:
+            columns = len(self._words.values) * PANEL
+            self._scales = torch.zeros(rows.scales.shape[1], columns)
+            self._zeros = torch.zeros(rows.scales.shape[1], columns, dtype=torch.uint8)
+            self._group_size = rows.group_size
+        here = slice(self._num_packed, self._num_packed + count)
+        pack_into(self._words, here.start, _in_words(rows.values, self._bits))
+        self._scales[:, here] = rows.scales.T
+        assert rows.zeros is not None
+        self._zeros[:, here] = rows.zeros.T
+        self._num_packed += count
 
 
-def _pack(rows: QuantizedRows, bits: int) -> PackedWeight:
-    """One piece, with zeros throughout."""
-    assert rows.zeros is not None
+def _in_words(values: torch.Tensor, bits: int) -> torch.Tensor:
+    """uint8 values [N, K] in the words of a packed weight, [N, K * bits / 32], of a type that is not to be read as such."""
     if bits == 4:
-        return pack_int4(rows.values, rows.scales, rows.zeros, rows.group_size)
-    # The kernels' own packing knows one scale for each output only; their layout knows groups and zeros too.
-    packed = pack_int8((rows.values.to(torch.int16) - 128).to(torch.int8), rows.scales[:, 0])
-    scales, zeros = _columns_of_panels(rows.scales.float(), 0.0), _columns_of_panels(rows.zeros, 128)
-    return dataclasses.replace(packed, scales=scales, zeros=zeros, group_size=rows.group_size)
-
-
-def _columns_of_panels(rows: torch.Tensor, filling: float) -> torch.Tensor:
-    return F.pad(rows, (0, 0, 0, -len(rows) % PANEL), value=filling).T.contiguous()
+        eights = values.view(len(values), -1, 2, 4)
+        values = (eights[:, :, 0] | eights[:, :, 1] << 4).flatten(1)
+    return values.contiguous().view(torch.float32)
 
 
 def _joined(parts: list[QuantizedRows], bits: int) -> QuantizedRows:
@@ -96,6 +83,8 @@ def _joined(parts: list[QuantizedRows], bits: int) -> QuantizedRows:
     zeros = [
         torch.full_like(part.scales, middle, dtype=torch.uint8) if part.zeros is None else part.zeros for part in parts
     ]
+    if len(parts) == 1:
+        return dataclasses.replace(parts[0], zeros=zeros[0])
     return QuantizedRows(
         torch.cat([part.values for part in parts]),
         torch.cat([part.scales for part in parts]),

@@ -30,8 +30,9 @@ def round_rows(weight: torch.Tensor, bits: int, group_size: int | None, inputs: 
     the same values. Groups must begin and end where `inputs` does.
     """
     if bits == 8 and group_size is None:
-        scales = weight.float().abs().amax(dim=1, keepdim=True).clamp_(min=_TINY) / 127
-        values = _symmetric(weight[:, inputs].float(), scales, 8)
+        wide = weight.float()
+        scales = wide.abs().amax(dim=1, keepdim=True).clamp_(min=_TINY) / 127
+        values = _symmetric(wide[:, inputs], scales, 8)
         return QuantizedRows(values, scales, None, values.shape[1])
     part = weight if group_size is None else weight[:, inputs]
     groups = part.float().view(len(part), -1, group_size or part.shape[1])
