@@ -9,6 +9,9 @@ import torch
 from benchmarks.gpu.context import Context
 from benchmarks.gpu.engines import engine, run_all, workload
 
+# The driver loads the code of a kernel when it first runs, as may happen in some steps only.
+MOST_CODE_BYTES = 64 << 20
+
 
 def run(context: Context) -> dict[str, Any]:
     """Reserved bytes after ready and at their greatest afterwards, and what the driver still has free."""
@@ -25,7 +28,7 @@ def run(context: Context) -> dict[str, Any]:
         "before": before,
         "after": after,
         "kv_equation": equation,
-        "passed": grown <= 0 and after["free"] >= before["free"],
+        "passed": grown <= 0 and before["free"] - after["free"] <= MOST_CODE_BYTES,
         "headline": {
             "bytes_reserved_after_ready": grown,
             "bytes_taken_from_the_driver": before["free"] - after["free"],

@@ -76,7 +76,8 @@ def _start(context: Context, folder: Path) -> dict[str, float]:
     names = ("model", "device", "dtype", "max_model_len", "max_num_seqs", "kv_cache_memory_bytes", "threads")
     given = {name: getattr(settings, name) for name in names if getattr(settings, name) is not None}
     began = time.time()
-    child = context.python("-c", PROGRAM, json.dumps(given))
+    # A cache of its own, empty the first time: what other parts compiled does not count.
+    child = context.python("-c", PROGRAM, json.dumps(given), TRITON_CACHE_DIR=str(folder / "triton"))
     output, _ = child.communicate()
     if child.returncode:
         raise RuntimeError(f"the engine's process ended with status {child.returncode}; its log is above")

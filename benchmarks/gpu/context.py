@@ -70,11 +70,11 @@ class Context:
         self.entries.append(entry)
         print(f"  {entry}", flush=True)
 
-    def python(self, *arguments: str) -> subprocess.Popen[str]:
+    def python(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
         """Start another Python with this one's import path; its output is text in `stdout`."""
-        paths = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        environment = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), **environment}
         child = subprocess.Popen(
-            [sys.executable, *arguments], env={**os.environ, **paths}, stdout=subprocess.PIPE, text=True
+            [sys.executable, *arguments], env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True
         )
         self.children.append(child)
         return child
