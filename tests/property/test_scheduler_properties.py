@@ -271,7 +271,7 @@ TestScheduler.settings = settings(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 class TestSchedulerLong(SchedulerMachine.TestCase):
     settings = settings(
         max_examples=5000, stateful_step_count=80, deadline=None, suppress_health_check=list(HealthCheck)
