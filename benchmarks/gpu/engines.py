@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import time
 from collections.abc import Iterator
@@ -9,6 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from benchmarks.gpu.context import Context
 from pagoda.config.sources import from_kwargs
@@ -92,14 +95,18 @@ class StepAccount:
 
     A step whose result is there already when the host asks is one that the device finished first: it may have been idle. In
     one that the host waits for, the host's own work was hidden behind the device's.
+
+    `marks`: of each step on a GPU, when the device came to its first piece of work and was done with its last. Between two
+    steps it had nothing to do.
     """
 
     steps: int = 0
     waited_seconds: float = 0.0
     steps_waited: int = 0
     started: float = field(default_factory=time.perf_counter)
+    marks: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
 
-    def report(self) -> dict[str, float]:
+    def report(self) -> dict[str, float | None]:
         """Per step, and as shares."""
         seconds = time.perf_counter() - self.started
         steps = max(1, self.steps)
@@ -109,7 +116,13 @@ class StepAccount:
             "milliseconds_per_step": 1000 * seconds / steps,
             "cpu_milliseconds_per_step": 1000 * (seconds - self.waited_seconds) / steps,
             "share_of_steps_hidden_behind_the_device": self.steps_waited / steps,
+            "share_of_time_the_device_was_idle": self._idle_seconds() / seconds if self.marks else None,
         }
+
+    def _idle_seconds(self) -> float:
+        self.marks[-1][1].synchronize()
+        gaps = (ended.elapsed_time(began) for (_, ended), (began, _) in itertools.pairwise(self.marks))
+        return sum(max(0.0, gap) for gap in gaps) / 1000
 
 
 class AccountedExecutor:
@@ -127,7 +140,14 @@ class AccountedExecutor:
 
     def submit(self, plan: StepPlan) -> StepHandle:
         """Submit; the handle's waiting is counted."""
-        return _AccountedHandle(self._executor.submit(plan), self.account)
+        if not torch.cuda.is_available():
+            return _AccountedHandle(self._executor.submit(plan), self.account)
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        began.record()
+        handle = self._executor.submit(plan)
+        ended.record()
+        self.account.marks.append((began, ended))
+        return _AccountedHandle(handle, self.account)
 
 
 class _AccountedHandle:

@@ -99,9 +99,12 @@ def _workload(entries: list[dict[str, Any]]) -> Iterator[Panel]:
         rates.add(entry["model"], entry.get("output_tokens_per_second"), "measured")
         rates.add(entry["model"], entry.get("goal"), "goal")
         rates.add(entry["model"], entry.get("ceiling_by_bandwidth"), "ceiling")
-        hidden.add(entry["model"], entry.get("share_of_steps_hidden_behind_the_device"))
+        hidden.add(
+            entry["model"], entry.get("share_of_steps_hidden_behind_the_device"), "host hidden behind the device"
+        )
+        hidden.add(entry["model"], entry.get("share_of_time_the_device_was_idle"), "device idle (goal: below 0.05)")
     yield Panel("256 requests: output tokens a second", rates.bars)
-    yield Panel("256 requests: share of steps in which the host waited for the device", hidden.bars)
+    yield Panel("256 requests: share of steps, share of time", hidden.bars)
 
 
 def _online(entries: list[dict[str, Any]]) -> Iterator[Panel]:
