@@ -2,8 +2,8 @@
 
     python benchmarks/start_up.py MODEL [--repeat 3] [OPTIONS OF pagoda serve]
 
-Prints, for each run, seconds from process start to /v2/health/ready, those of the engine's stages, what the weights take as they
-are kept, and the peak of each process's resident memory (VmHWM).
+Prints, for each run, seconds from process start to /v2/health/ready, those of the engine's stages, what the weights take as
+they are kept, and the peak of each process's resident memory (VmHWM).
 """
 
 from __future__ import annotations
