@@ -155,7 +155,7 @@ class Attention {
     return count * a_.num_kv_heads;
   }
 
-  // Fills `units`, a request's last tiles, which see most keys, first. Returns what the whole costs, in multiply-adds of a lane.
+  // Fills `units`, a request's last tiles, which see most keys, first. Returns what the whole costs, see kForkCost.
   int64_t list_units(Unit* units) const {
     int64_t count = 0, cost = 0;
     for (int64_t row = 0; row < a_.num_rows; ++row) {
@@ -166,7 +166,8 @@ class Attention {
         for (int32_t head = 0; head < a_.num_kv_heads; ++head) {
           units[count] = Unit{static_cast<int32_t>(row), head, begin + first, taken};
           const Span span = span_of(units[count++]);
-          cost += (span.end - span.begin) * a_.head_dim * (8 + 2 * span.num_rows) / kLanes;
+          const int64_t elements = (span.end - span.begin) * a_.head_dim, bytes = 2 * elements * size_of(a_.dtype);
+          cost += larger(bytes, elements * (8 + 2 * span.num_rows) / kLanes);
         }
       }
     }

@@ -97,17 +97,17 @@ template <class T>
 void linear_of(const LinearArguments& a) {
   if (a.kind == WeightKind::kFloat32) {
     const WideInputs x = widened(a);
-    multiply_packed<DotFloat32, T>(a, x.values, x.stride, a.in_features);
+    multiply_packed<Streamed<DotFloat32>, T>(a, x.values, x.stride, a.in_features);
     return;
   }
 #if defined(PAGODA_BF16_DOT)
   if (a.dtype == DType::kBFloat16) {
-    multiply_packed<DotBFloat16, T>(a, static_cast<const uint32_t*>(a.x), a.in_features / 2, a.in_features / 2);
+    multiply_packed<Streamed<DotBFloat16>, T>(a, static_cast<const uint32_t*>(a.x), a.in_features / 2, a.in_features / 2);
     return;
   }
 #endif
   const WideInputs x = widened(a);
-  multiply_packed<DotBFloat16Weights, T>(a, x.values, x.stride, a.in_features / 2);
+  multiply_packed<Streamed<DotBFloat16Weights>, T>(a, x.values, x.stride, a.in_features / 2);
 }
 
 }  // namespace

@@ -19,10 +19,15 @@ namespace {
 constexpr int64_t kPanel = 32;  // columns of a panel of packed weights
 constexpr int kPanelVectors = kPanel / kLanes;
 
+// Few rows are done with weights before the next ones are there from memory: these are asked for so many bytes ahead.
+constexpr int64_t kPrefetchBytes = 2048;
+constexpr int kStreamRows = 8;
+
 // float32 times float32; a step is one of depth.
 struct DotFloat32 {
   using A = float;
   using B = float;
+  static constexpr bool kStreams = false;
   static constexpr int kParts = 1;
   static constexpr int kAStep = 1;
   static Vector load_part(const float* b, int) { return load(b); }
@@ -36,6 +41,7 @@ template <class T>
 struct DotNarrow {
   using A = float;
   using B = T;
+  static constexpr bool kStreams = false;
   static constexpr int kParts = 1;
   static constexpr int kAStep = 1;
   static Vector load_part(const T* b, int) { return load(b); }
@@ -48,6 +54,7 @@ struct DotNarrow {
 struct DotBFloat16Weights {
   using A = float;
   using B = uint32_t;
+  static constexpr bool kStreams = false;
   static constexpr int kParts = 2;
   static constexpr int kAStep = 2;
   static Vector load_part(const uint32_t* b, int part) {
@@ -63,6 +70,7 @@ struct DotBFloat16Weights {
 struct DotBFloat16 {
   using A = uint32_t;
   using B = uint32_t;
+  static constexpr bool kStreams = false;
   static constexpr int kParts = 1;
   static constexpr int kAStep = 1;
   static IntVector load_part(const uint32_t* b, int) { return load_bits(b); }
@@ -77,6 +85,12 @@ struct DotBFloat16 {
   }
 };
 #endif
+
+// The same where B comes from memory.
+template <class Dot>
+struct Streamed : Dot {
+  static constexpr bool kStreams = true;
+};
 
 // Where the tile's operands lie. Strides are in elements: of A and C from row to row, of B from step to step.
 template <class Dot>
@@ -102,6 +116,12 @@ inline void multiply_tile(const TileOperands<Dot>& t) {
   for (int64_t step = 0; step < t.num_steps; ++step) {
     const auto* b = t.b + step * t.b_stride;
     const auto* a = t.a + step * Dot::kAStep;
+    if constexpr (Dot::kStreams && kRows <= kStreamRows) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v)
+        __builtin_prefetch(reinterpret_cast<const char*>(b + v / kPanelVectors * t.panel_stride +
+                                                         v % kPanelVectors * kLanes) + kPrefetchBytes);
+    }
 #pragma GCC unroll 2
     for (int part = 0; part < Dot::kParts; ++part) {
       decltype(Dot::load_part(b, 0)) columns[kVectors];
