@@ -15,8 +15,8 @@ def test_the_configuration_page_is_current() -> None:
 
 
 def test_ci_runs_the_test_command_that_the_readme_names() -> None:
-    assert "\nmake test\n" in (ROOT / "README.md").read_text(encoding="utf-8")
-    assert (ROOT / ".ci/run").read_text(encoding="utf-8").rstrip().endswith("make test")
+    assert "\nmake test test-pods\n" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert (ROOT / ".ci/run").read_text(encoding="utf-8").rstrip().endswith("make test test-pods")
     assert (ROOT / ".ci/run").stat().st_mode & 0o111
 
 
