@@ -10,14 +10,13 @@
 // exactly nothing. Its result has the same bits whether it is decoded or prefilled, in whatever chunks, batch and threads.
 // Where there are fewer units than threads can use, the segments of a unit are computed side by side.
 
+#include "cache_tiles.h"
 #include "parallel.h"
 #include "scratch.h"
-#include "tile.h"
 
 namespace pagoda::PAGODA_ISA {
 namespace {
 
-constexpr int64_t kTileKeys = 64;
 constexpr int64_t kSegmentKeys = 512;
 constexpr int64_t kUnitRows = 96;  // query tokens times query heads of a KV head that a unit aims at
 constexpr int64_t kFewRows = 8;    // up to which values are multiplied where they are in the cache, not copied first
@@ -37,12 +36,6 @@ struct State {
   float* values;    // [num_rows][padded_dim]
 };
 
-// Where the keys and values of a tile lie: those of keys low .. high - 1 begin `offsets` elements into the caches.
-struct TileRows {
-  int64_t low, high;
-  int64_t offsets[kTileKeys];
-};
-
 // A unit's view of its request.
 struct Span {
   int64_t num_rows;        // query rows: queries times group
@@ -50,37 +43,15 @@ struct Span {
   int64_t begin, end;      // keys that any query sees
 };
 
-#if defined(PAGODA_BF16_DOT)
-// bfloat16 is multiplied in pairs: of dimensions for scores, of keys for values.
-template <class T>
-struct Format {
-  static constexpr int64_t kPair = 1;
-  using Dot = DotFloat32;
-  using Element = float;
-};
-template <>
-struct Format<BFloat16> {
-  static constexpr int64_t kPair = 2;
-  using Dot = DotBFloat16;
-  using Element = uint32_t;
-};
-#else
-template <class T>
-struct Format {
-  static constexpr int64_t kPair = 1;
-  using Dot = DotFloat32;
-  using Element = float;
-};
-#endif
-
 template <class T>
 class Attention {
  public:
   explicit Attention(const AttentionArguments& arguments)
       : a_(arguments),
+        tiles_(arguments),
         group_(arguments.num_heads / arguments.num_kv_heads),
-        padded_dim_(ceil_div(arguments.head_dim, kLanes) * kLanes),
-        score_steps_(ceil_div(arguments.head_dim, kPair)),
+        padded_dim_(tiles_.padded_dim()),
+        score_steps_(tiles_.score_steps()),
         queries_per_unit_(larger<int64_t>(1, kUnitRows / group_)) {}
 
   void run() {
@@ -290,7 +261,7 @@ class Attention {
     TileRows rows;
     find_rows(unit, span, first_key, rows);
     const int64_t num_vectors = ceil_div(rows.high, kLanes);
-    load_keys(rows, next, work.keys);
+    tiles_.load_keys(rows, next, work.keys);
     TileOperands<Dot> scores{score_steps_, work.queries, score_steps_, work.keys, kTileKeys,
                              kPanel,       work.scores,  kTileKeys,    false};
     multiply_matrix<Dot>(span.num_rows, num_vectors, scores, true);
@@ -301,7 +272,7 @@ class Attention {
         return;
       }
     }
-    load_values(rows, work.values);
+    tiles_.load_values(rows, work.values);
     add_values<Dot>(span, rows.low / kPair, ceil_div(rows.high, kPair), work.values, work);
   }
 
@@ -343,106 +314,7 @@ class Attention {
   void find_rows(const Unit& unit, const Span& span, int64_t first_key, TileRows& rows) const {
     rows.low = larger<int64_t>(0, span.begin - first_key);
     rows.high = smaller(kTileKeys, span.end - first_key);
-    const int32_t* table = a_.block_table + unit.row * a_.table_stride;
-    int64_t block = (first_key + rows.low) / a_.block_size, place = (first_key + rows.low) % a_.block_size;
-    for (int64_t t = rows.low; t < rows.high; ++block, place = 0) {
-      const int64_t page = table[block] * a_.num_kv_heads + unit.kv_head;
-      int64_t offset = (page * a_.block_size + place) * a_.head_dim;
-      for (; place < a_.block_size && t < rows.high; ++place, ++t, offset += a_.head_dim) rows.offsets[t] = offset;
-    }
-  }
-
-  // The tile's keys, transposed. The rest of their last vector becomes zero: what the cache holds there belongs to others.
-  // Meanwhile, keys and values of the tile after it are asked for.
-  void load_keys(const TileRows& tile, const TileRows& next, Element* keys) const {
-    const T* cache = static_cast<const T*>(a_.k_cache);
-    for (int64_t t = 0; t < tile.high; t += kLanes) {
-      const T* rows[kLanes];
-      for (int64_t i = 0; i < kLanes; ++i)
-        rows[i] = t + i >= tile.low && t + i < tile.high ? cache + tile.offsets[t + i] : nullptr;
-      int64_t step = 0;
-      if constexpr (kPair == 1 && __is_same(T, BFloat16)) {
-        for (; step + 2 * kLanes <= a_.head_dim; step += 2 * kLanes) {
-          transpose_pairs(rows, step, keys + step * kTileKeys + t);
-          prefetch(next, t, step);
-        }
-      }
-      for (; step < score_steps_; step += kLanes) {
-        transpose_keys(rows, step, smaller<int64_t>(kLanes, score_steps_ - step), keys + step * kTileKeys + t);
-        prefetch(next, t, step * kPair);
-      }
-    }
-    for (int64_t t = ceil_div(tile.high, kLanes) * kLanes; t < next.high; t += kLanes)
-      for (int64_t step = 0; step < score_steps_; step += kLanes) prefetch(next, t, step * kPair);
-  }
-
-  // Asks for the cache lines of kLanes keys and their values from `dim` on.
-  void prefetch(const TileRows& next, int64_t first, int64_t dim) const {
-    for (int64_t t = larger(first, next.low); t < smaller(first + kLanes, next.high); ++t) {
-      __builtin_prefetch(static_cast<const T*>(a_.k_cache) + next.offsets[t] + dim);
-      __builtin_prefetch(static_cast<const T*>(a_.v_cache) + next.offsets[t] + dim);
-    }
-  }
-
-  // Steps `step` to `step + count - 1` of kLanes keys, as rows of keys [count][kTileKeys].
-  void transpose_keys(const T* const* rows, int64_t step, int64_t count, Element* keys) const {
-    IntVector block[kLanes];
-    const int elements = static_cast<int>(smaller(count * kPair, a_.head_dim - step * kPair));
-    for (int i = 0; i < kLanes; ++i) {
-      if (rows[i] == nullptr) {
-        block[i] = as_bits(zero());
-      } else if (elements == kLanes * kPair) {
-        block[i] = key_bits(rows[i] + step * kPair, work_tag());
-      } else {
-        alignas(64) T whole[kLanes * kPair] = {};
-        for (int e = 0; e < elements; ++e) whole[e] = rows[i][step * kPair + e];
-        block[i] = key_bits(whole, work_tag());
-      }
-    }
-    transpose(block);
-    for (int64_t i = 0; i < count; ++i) store_bits(keys + i * kTileKeys, block[i]);
-  }
-
-  // Dimensions `dim` to `dim + 2 * kLanes - 1` of kLanes keys in bfloat16: turned as pairs, then widened.
-  static void transpose_pairs(const T* const* rows, int64_t dim, float* keys) {
-    IntVector block[kLanes];
-    for (int i = 0; i < kLanes; ++i)
-      block[i] = rows[i] == nullptr ? as_bits(zero()) : load_bits(reinterpret_cast<const uint32_t*>(rows[i] + dim));
-    transpose(block);
-    for (int64_t i = 0; i < kLanes; ++i) {
-      store(keys + 2 * i * kTileKeys, first_of_pairs(block[i]));
-      store(keys + (2 * i + 1) * kTileKeys, second_of_pairs(block[i]));
-    }
-  }
-
-  static Element work_tag() { return Element(); }
-  static IntVector key_bits(const T* p, float) { return as_bits(load(p)); }
-  static IntVector key_bits(const T* p, uint32_t) { return load_bits(reinterpret_cast<const uint32_t*>(p)); }
-
-  void load_values(const TileRows& rows, float* values) const {
-    for (int64_t t = rows.low; t < rows.high; ++t) {
-      const T* from = static_cast<const T*>(a_.v_cache) + rows.offsets[t];
-      float* to = values + t * padded_dim_;
-      int64_t d = 0;
-      for (; d + kLanes <= a_.head_dim; d += kLanes) store(to + d, load(from + d));
-      if (d < a_.head_dim) store(to + d, load(from + d, static_cast<int>(a_.head_dim - d)));
-    }
-  }
-
-  // Pairs of keys: the even one in the low half, zero for a key that is not there.
-  void load_values(const TileRows& rows, uint32_t* values) const {
-    const T* cache = static_cast<const T*>(a_.v_cache);
-    for (int64_t pair = rows.low / 2; 2 * pair < rows.high; ++pair) {
-      const uint16_t* even = 2 * pair >= rows.low ? &cache[rows.offsets[2 * pair]].bits : nullptr;
-      const uint16_t* odd = 2 * pair + 1 < rows.high ? &cache[rows.offsets[2 * pair + 1]].bits : nullptr;
-      uint32_t* to = values + pair * padded_dim_;
-      for (int64_t d = 0; d < a_.head_dim; ++d) {
-        const uint32_t low_half = even == nullptr ? 0 : even[d];
-        const uint32_t high_half = odd == nullptr ? 0 : odd[d];
-        to[d] = low_half | high_half << 16;
-      }
-      for (int64_t d = a_.head_dim; d < padded_dim_; ++d) to[d] = 0;
-    }
+    tiles_.locate(unit.row, unit.kv_head, first_key, rows);
   }
 
   // Turns a row's scores into weights and brings its state up to date.
@@ -462,7 +334,7 @@ class Attention {
     const float greatest_here = greatest(greatest_lanes);
     if (greatest_here == kMinusInfinity) {
       for (int64_t v = 0; v < num_vectors; ++v) store(scores + v * kLanes, zero());
-      if constexpr (kPair == 2) pack_weights(scores, work.weights + r * (kTileKeys / 2), num_vectors);
+      if constexpr (kPair == 2) pack_pairs(scores, work.weights + r * (kTileKeys / 2), num_vectors);
       return;
     }
     const State& state = work.segment;
@@ -473,7 +345,7 @@ class Attention {
       store(scores + v * kLanes, weight);
       total = add(total, weight);
     }
-    if constexpr (kPair == 2) pack_weights(scores, work.weights + r * (kTileKeys / 2), num_vectors);
+    if constexpr (kPair == 2) pack_pairs(scores, work.weights + r * (kTileKeys / 2), num_vectors);
     if (before != now) {
       const Vector keep = exponential(broadcast(before - now));
       state.greatest[r] = now;
@@ -491,11 +363,6 @@ class Attention {
     return multiply(subtract(broadcast(1.0f), half), broadcast(a_.soft_cap));
   }
 
-  static void pack_weights(const float* weights, Element* packed, int64_t num_vectors) {
-    for (int64_t v = 0; v < num_vectors; ++v)
-      store(reinterpret_cast<BFloat16*>(packed) + v * kLanes, load(weights + v * kLanes));
-  }
-
   void write_output(const Unit& unit, int64_t num_rows, const State& state) const {
     T* output = static_cast<T*>(a_.output);
     for (int64_t r = 0; r < num_rows; ++r) {
@@ -510,6 +377,7 @@ class Attention {
   }
 
   const AttentionArguments& a_;
+  const CacheTiles<T> tiles_;
   const int64_t group_;
   const int64_t padded_dim_;
   const int64_t score_steps_;
