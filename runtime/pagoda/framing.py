@@ -13,6 +13,8 @@ from typing import Any
 
 import msgspec
 
+from pagoda.errors import InvalidRequestError
+
 HEADER = struct.Struct("<IB")
 MAX_PAYLOAD_BYTES = 2**30
 
@@ -52,5 +54,6 @@ class FrameCodec:
         kind = HEADER.unpack(header)[1]
         try:
             return self._decoders[kind].decode(payload)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, InvalidRequestError) as error:
+            # Text that is no UTF-8 and sampling parameters that cannot be come as errors of their own.
             raise FrameError(f"a {self.kinds[kind].__name__} cannot be read: {error}") from error

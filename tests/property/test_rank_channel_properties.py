@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -30,6 +31,8 @@ from pagoda.scheduling.plan import LandedTokens, NewRequest, StepPlan, StepResul
 SECONDS = 20.0
 NUMBERS = st.integers(0, 2**31)
 
+SAMPLING = SamplingParams(temperature=0.5, logit_bias={3: 1.5}, stop=("a",), seed=7)
+NEW_REQUEST = NewRequest(0, "a", [1], 1, SAMPLING, (2,), [1], 0)
 PLANS = st.builds(
     StepPlan,
     step_id=NUMBERS,
@@ -41,7 +44,7 @@ PLANS = st.builds(
             request_id=st.text(max_size=8),
             token_ids=st.lists(NUMBERS, max_size=5),
             num_prompt_tokens=NUMBERS,
-            sampling=st.just(SamplingParams(temperature=0.5, logit_bias={3: 1.5}, stop=("a",), seed=7)),
+            sampling=st.just(SAMPLING),
             eos_token_ids=st.just((1, 2)),
             block_ids=st.lists(NUMBERS, max_size=3),
             num_computed_tokens=NUMBERS,
@@ -129,6 +132,23 @@ def test_a_changed_byte_is_a_message_or_the_end_but_never_an_exception(message: 
         *found, end = all_delivered(delivered)
     assert len(found) <= len(frame)
     assert isinstance(end, ChannelEnded)
+
+
+@pytest.mark.parametrize(
+    ("message", "part", "wrong"),
+    [
+        (StageDone("weights"), b"weights", b"weigh\xe1s"),
+        (RunStep(StepPlan(1, new_requests=[NEW_REQUEST]), LandedTokens()), b"\xa1n\x01", b"\xa1n\x00"),
+    ],
+    ids=["text that is no UTF-8", "parameters that cannot be"],
+)
+def test_content_that_cannot_be_meant_ends_the_channel(message: Any, part: bytes, wrong: bytes) -> None:
+    frame = CODEC.encode(message)
+    assert frame.count(part) == 1
+    with listening() as (theirs, delivered, _):
+        theirs.sendall(frame.replace(part, wrong))
+        (end,) = all_delivered(delivered)
+    assert f"a {type(message).__name__} cannot be read" in end.reason
 
 
 def test_a_length_beyond_all_bounds_is_refused_before_anything_is_read() -> None:
