@@ -8,7 +8,8 @@ import pytest
 
 from pagoda.config import PagodaConfig, from_kwargs, schema_json
 from pagoda.config.checks import allowed_values
-from pagoda.config.schema import GROUPS, default_model_name, option_defaults, options
+from pagoda.config.option import GROUPS
+from pagoda.config.schema import default_model_name, option_defaults, options
 from pagoda.config.values import format_bytes, parse_bytes
 from pagoda.errors import ConfigError
 

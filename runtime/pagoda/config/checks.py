@@ -14,7 +14,8 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-from pagoda.config.schema import OptionInfo, option_defaults, option_types, options
+from pagoda.config.option import OptionInfo
+from pagoda.config.schema import option_defaults, option_types, options
 from pagoda.errors import ConfigError
 
 _TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a string", NoneType: "none"}

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 
 from pagoda.config.checks import Problem, choices
 from pagoda.config.names import Given, nearest, normalized, settings_by_name
-from pagoda.config.schema import GROUPS, option_defaults, options
+from pagoda.config.option import GROUPS
+from pagoda.config.schema import option_defaults, options
 from pagoda.config.values import format_bytes, is_boolean, is_list
 
 CONFIG_FILE = "config"

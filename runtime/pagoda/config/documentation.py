@@ -5,7 +5,8 @@ from __future__ import annotations
 from pagoda.config.checks import allowed_values
 from pagoda.config.command_line import default_text
 from pagoda.config.environment import PREFIX
-from pagoda.config.schema import GROUPS, options
+from pagoda.config.option import GROUPS
+from pagoda.config.schema import options
 
 INTRODUCTION = """\
 # Configuration

@@ -11,55 +11,12 @@ sources write `auto` and `none`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import dataclass, fields
 from functools import cache
-from typing import Any, Literal, TypeVar, cast, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from pagoda.config.cpu_sets import CPU_SETS_PATTERN
-
-T = TypeVar("T")
-
-GROUPS = {
-    "model": "Model",
-    "device": "Device",
-    "kv": "KV cache",
-    "scheduler": "Scheduler",
-    "parallel": "Parallelism and speed-ups",
-    "server": "Server",
-    "limits": "Limits and deadlines",
-    "text": "Tokenizer and chat",
-    "observability": "Logs and metrics",
-}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OptionInfo:
-    """What is known of one setting besides its type and default.
-
-    `ge`, `le`, `gt`, `lt` bound a number. `pattern` must match a whole string, `pattern_help` says it in words. `aliases` are
-    other names under which every source accepts the setting. `path`: a file or directory that must exist, or a checkpoint
-    (a directory or a Hugging Face id). `auto`: None stands for a value chosen at start. `secret`: the value is never printed.
-    """
-
-    help: str
-    group: str
-    ge: float | None = None
-    le: float | None = None
-    gt: float | None = None
-    lt: float | None = None
-    pattern: str | None = None
-    pattern_help: str = ""
-    unit: Literal["", "bytes", "seconds", "tokens"] = ""
-    path: Literal["", "file", "directory", "checkpoint"] = ""
-    aliases: tuple[str, ...] = ()
-    auto: bool = False
-    secret: bool = False
-
-
-def _option(default: T, group: str, help: str, **info: Any) -> T:
-    """A dataclass field that carries its `OptionInfo`; typed as its default, as `dataclasses.field` itself is."""
-    option = OptionInfo(help=help, group=group, **info)
-    return field(default=default, repr=not option.secret, metadata={"option": option})
+from pagoda.config.option import OptionInfo, option, option_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,14 +28,14 @@ class PagodaConfig:
     """
 
     # Model
-    model: str | None = _option(
+    model: str | None = option(
         None,
         "model",
         "Checkpoint: a directory in Hugging Face format, or a Hugging Face id. None: the built-in demo model.",
         path="checkpoint",
         aliases=("model_dir",),
     )
-    model_name: str | None = _option(
+    model_name: str | None = option(
         None,
         "model",
         "Name under which clients ask for the model. Default: the directory's name, or `demo` when no model is given.",
@@ -86,34 +43,34 @@ class PagodaConfig:
         pattern_help="without slashes and spaces, for it is a part of URLs",
         aliases=("served_model_name",),
     )
-    tokenizer: str | None = _option(
+    tokenizer: str | None = option(
         None, "model", "Directory of the tokenizer, where it is not the model's own.", path="directory"
     )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", "model", "Type of weights and activations; auto follows the checkpoint and what the device does well."
     )
-    load_format: Literal["auto", "safetensors", "dummy"] = _option(
+    load_format: Literal["auto", "safetensors", "dummy"] = option(
         "auto",
         "model",
         "Where weights come from: safetensors files (auto), or random numbers of the right shape (dummy).",
     )
-    generation_config: Literal["auto", "none"] = _option(
+    generation_config: Literal["auto", "none"] = option(
         "auto", "model", "Take sampling defaults and end tokens from the checkpoint's generation_config.json, or not."
     )
-    default_max_tokens: int | None = _option(
+    default_max_tokens: int | None = option(
         None, "model", "max_tokens of a request that gives none; None: whatever fits below max_model_len.", ge=1
     )
-    trust_remote_code: bool = _option(False, "model", "Let the checkpoint's tokenizer run Python code of its own.")
-    seed: int = _option(0, "model", "Seed of dummy weights and of requests that give no seed of their own.", ge=0)
+    trust_remote_code: bool = option(False, "model", "Let the checkpoint's tokenizer run Python code of its own.")
+    seed: int = option(0, "model", "Seed of dummy weights and of requests that give no seed of their own.", ge=0)
 
     # Device
-    device: Literal["auto", "cpu", "cuda"] = _option(
+    device: Literal["auto", "cpu", "cuda"] = option(
         "auto", "device", "Where the model runs; auto: cuda if there is one."
     )
-    threads: int | None = _option(
+    threads: int | None = option(
         None, "device", "CPU threads of the engine; auto: the physical cores this container may use.", ge=1, auto=True
     )
-    cpu_thread_affinity: str = _option(
+    cpu_thread_affinity: str = option(
         "auto",
         "device",
         "Logical cores that compute threads are bound to: none, or a list for each rank of this machine, such as 0-3|4-7. "
@@ -122,19 +79,19 @@ class PagodaConfig:
         pattern=rf"auto|none|{CPU_SETS_PATTERN}",
         pattern_help="that is auto, none, or a list of cores such as 0-3,8 for each rank, with | between",
     )
-    cpu_kernels: Literal["auto", "compiled", "reference"] = _option(
+    cpu_kernels: Literal["auto", "compiled", "reference"] = option(
         "auto",
         "device",
         "Kernels on a CPU: compiled C++, or torch's own operations (reference). Auto: compiled, torch's own where they are "
         "not installed and cannot be built.",
     )
 
-    enforce_eager: bool = _option(
+    enforce_eager: bool = option(
         False, "device", "On a GPU: launch every operation of every step by itself, without CUDA graphs."
     )
 
     # KV cache
-    max_model_len: int | None = _option(
+    max_model_len: int | None = option(
         None,
         "kv",
         "Longest sequence, prompt and output together; auto: the model's own limit, or less if the KV cache holds less.",
@@ -142,8 +99,8 @@ class PagodaConfig:
         unit="tokens",
         auto=True,
     )
-    block_size: int = _option(16, "kv", "Tokens in a KV block; a power of two.", ge=1, le=256, unit="tokens")
-    kv_cache_memory_bytes: int | None = _option(
+    block_size: int = option(16, "kv", "Tokens in a KV block; a power of two.", ge=1, le=256, unit="tokens")
+    kv_cache_memory_bytes: int | None = option(
         None,
         "kv",
         "Memory of the KV cache; auto: a share of what the weights leave free.",
@@ -151,26 +108,26 @@ class PagodaConfig:
         unit="bytes",
         auto=True,
     )
-    kv_cache_dtype: Literal["auto", "fp8", "fp8_e4m3", "fp8_e5m2"] = _option(
+    kv_cache_dtype: Literal["auto", "fp8", "fp8_e4m3", "fp8_e5m2"] = option(
         "auto",
         "kv",
         "Type of keys and values in the KV cache; auto: the model's. fp8 (that is fp8_e4m3; GPUs of capability 8.9 and later) "
         "and fp8_e5m2 (8.0 and later) are half as large as bfloat16 and half the traffic, but rounded; their scales are the "
         "checkpoint's k_scale and v_scale, else 1.",
     )
-    num_gpu_blocks_override: int | None = _option(
+    num_gpu_blocks_override: int | None = option(
         None, "kv", "Exact number of KV blocks on any device, block 0 included, which holds no tokens.", ge=2
     )
-    gpu_memory_utilization: float = _option(
+    gpu_memory_utilization: float = option(
         0.9, "kv", "Share of the GPU's memory that weights, activations and KV cache may take together.", gt=0, le=1
     )
-    enable_prefix_caching: bool = _option(True, "kv", "Reuse the KV blocks of equal prompt beginnings.")
+    enable_prefix_caching: bool = option(True, "kv", "Reuse the KV blocks of equal prompt beginnings.")
 
     # Scheduler
-    max_num_seqs: int | None = _option(
+    max_num_seqs: int | None = option(
         None, "scheduler", "Most sequences in one step; auto: by device and KV cache.", ge=1, le=4096, auto=True
     )
-    max_num_batched_tokens: int | None = _option(
+    max_num_batched_tokens: int | None = option(
         None,
         "scheduler",
         "Most tokens in one step; longer prompts are computed in chunks. Auto: by device.",
@@ -178,55 +135,55 @@ class PagodaConfig:
         unit="tokens",
         auto=True,
     )
-    long_prefill_token_threshold: int = _option(
+    long_prefill_token_threshold: int = option(
         0,
         "scheduler",
         "Most tokens of one prompt in a step; 0: only max_num_batched_tokens counts.",
         ge=0,
         unit="tokens",
     )
-    scheduling_policy: Literal["fcfs", "priority"] = _option(
+    scheduling_policy: Literal["fcfs", "priority"] = option(
         "fcfs",
         "scheduler",
         "Order of waiting requests: by arrival, or by their priority (lower first), then by arrival.",
     )
-    max_num_waiting: int = _option(1024, "scheduler", "Most requests that wait; one more is answered 429.", ge=1)
-    kv_cache_watermark: float = _option(
+    max_num_waiting: int = option(1024, "scheduler", "Most requests that wait; one more is answered 429.", ge=1)
+    kv_cache_watermark: float = option(
         0.02, "scheduler", "Share of KV blocks kept free when a waiting request is let in.", ge=0, lt=1
     )
-    max_preemptions: int = _option(
+    max_preemptions: int = option(
         4, "scheduler", "Times a request may be preempted before it is protected from it.", ge=0
     )
-    num_scheduler_steps: int = _option(
+    num_scheduler_steps: int = option(
         1, "scheduler", "Model steps on one plan while a batch only decodes; new requests wait as long.", ge=1, le=64
     )
 
     # Parallelism and speed-ups
-    tensor_parallel_size: int = _option(1, "parallel", "Ranks that share every layer, each with its heads.", ge=1)
-    pipeline_parallel_size: int = _option(1, "parallel", "Stages, each with its part of the layers.", ge=1)
-    data_parallel_size: int = _option(
+    tensor_parallel_size: int = option(1, "parallel", "Ranks that share every layer, each with its heads.", ge=1)
+    pipeline_parallel_size: int = option(1, "parallel", "Stages, each with its part of the layers.", ge=1)
+    data_parallel_size: int = option(
         1, "parallel", "Replicas of the engine on this machine, behind one endpoint.", ge=1
     )
-    distributed_executor_backend: Literal["auto", "mp", "ray"] = _option(
+    distributed_executor_backend: Literal["auto", "mp", "ray"] = option(
         "auto",
         "parallel",
         "Where ranks live: processes of this machine (mp), or actors of a Ray cluster (ray). Auto: ray where ray_address is "
         "given, mp for more than one rank, and no process but the engine's for one.",
     )
-    ray_address: str | None = _option(
+    ray_address: str | None = option(
         None,
         "parallel",
         "The Ray cluster: `auto` for the one this machine belongs to, or HOST:PORT of its head. None: one is started here.",
         pattern=r"auto|\S+:\d+",
         pattern_help="that is auto or HOST:PORT",
     )
-    ray_num_cpus: int | None = _option(
+    ray_num_cpus: int | None = option(
         None,
         "parallel",
         "Ranks without a GPU that fit this machine, as head that is started here or by pagoda join. None: its cores.",
         ge=1,
     )
-    ray_first_port: int | None = _option(
+    ray_first_port: int | None = option(
         None,
         "parallel",
         "First of the 100 ports that Ray takes on this machine besides the head's 6379: node manager, object manager, and its "
@@ -234,21 +191,21 @@ class PagodaConfig:
         ge=1024,
         le=65435,
     )
-    network_interface: str | None = _option(
+    network_interface: str | None = option(
         None,
         "parallel",
         "Network interface of the traffic between ranks, such as eth0; None: the one on the route to the engine.",
         pattern=r"[^\s/]+",
         pattern_help="that is an interface's name",
     )
-    rendezvous_timeout_seconds: float = _option(
+    rendezvous_timeout_seconds: float = option(
         120.0,
         "parallel",
         "Longest time until all ranks are there, connected and checked, each of these by itself.",
         gt=0,
         unit="seconds",
     )
-    collective_timeout_seconds: float = _option(
+    collective_timeout_seconds: float = option(
         20.0,
         "parallel",
         "Longest time that ranks wait for each other in a step of up to 512 tokens (longer steps: in proportion). Below "
@@ -256,20 +213,20 @@ class PagodaConfig:
         gt=0,
         unit="seconds",
     )
-    rank_heartbeat_timeout_seconds: float = _option(
+    rank_heartbeat_timeout_seconds: float = option(
         10.0,
         "parallel",
         "Longest silence of a rank, or of the engine towards its ranks, before it counts as lost.",
         gt=0,
         unit="seconds",
     )
-    quantization: Literal["int8", "int4", "gptq", "awq", "compressed-tensors"] | None = _option(
+    quantization: Literal["int8", "int4", "gptq", "awq", "compressed-tensors"] | None = option(
         None,
         "parallel",
         "Bits of the weights, rounded when they are loaded: int8, one scale for each output, or int4, in groups. None: as the "
         "checkpoint is; quantized ones are recognized, and naming their method (gptq, awq, compressed-tensors) asserts it.",
     )
-    quantization_group_size: int | None = _option(
+    quantization_group_size: int | None = option(
         None,
         "parallel",
         "Inputs that share a scale with quantization=int4: 32, 64 or 128; auto: 64 where that divides the layers' sizes, "
@@ -278,52 +235,52 @@ class PagodaConfig:
         le=128,
         auto=True,
     )
-    speculative_config: Mapping[str, Any] | None = _option(
+    speculative_config: Mapping[str, Any] | None = option(
         None, "parallel", "Speculative decoding, as a JSON object; not supported yet."
     )
 
     # Server
-    host: str = _option("0.0.0.0", "server", "Address to listen on.", pattern=r"\S+", pattern_help="an address")
-    http_port: int = _option(8080, "server", "Port of REST and OpenAI routes; 0: any free one.", ge=0, le=65535)
-    grpc_port: int = _option(8081, "server", "Port of gRPC; 0: any free one.", ge=0, le=65535)
-    api_keys: tuple[str, ...] = _option(
+    host: str = option("0.0.0.0", "server", "Address to listen on.", pattern=r"\S+", pattern_help="an address")
+    http_port: int = option(8080, "server", "Port of REST and OpenAI routes; 0: any free one.", ge=0, le=65535)
+    grpc_port: int = option(8081, "server", "Port of gRPC; 0: any free one.", ge=0, le=65535)
+    api_keys: tuple[str, ...] = option(
         (), "server", "Keys of which a client must send one; none: no key is asked for.", secret=True
     )
-    ssl_certfile: str | None = _option(
+    ssl_certfile: str | None = option(
         None, "server", "PEM file of the certificate chain; together with ssl_keyfile.", path="file"
     )
-    ssl_keyfile: str | None = _option(
+    ssl_keyfile: str | None = option(
         None, "server", "PEM file of the private key; together with ssl_certfile.", path="file"
     )
 
     # Limits and deadlines
-    max_body_bytes: int = _option(32 * 2**20, "limits", "Largest REST request body.", ge=1024, unit="bytes")
-    max_header_bytes: int = _option(64 * 2**10, "limits", "Largest REST request head.", ge=1024, unit="bytes")
-    max_grpc_message_bytes: int = _option(32 * 2**20, "limits", "Largest gRPC message.", ge=1024, unit="bytes")
-    request_timeout_seconds: float | None = _option(
+    max_body_bytes: int = option(32 * 2**20, "limits", "Largest REST request body.", ge=1024, unit="bytes")
+    max_header_bytes: int = option(64 * 2**10, "limits", "Largest REST request head.", ge=1024, unit="bytes")
+    max_grpc_message_bytes: int = option(32 * 2**20, "limits", "Largest gRPC message.", ge=1024, unit="bytes")
+    request_timeout_seconds: float | None = option(
         None, "limits", "Longest time a request may take in all; None: no limit but the client's.", gt=0, unit="seconds"
     )
-    max_request_seconds: float | None = _option(
+    max_request_seconds: float | None = option(
         None,
         "limits",
         "Time from arrival after which a request ends with what it has (finish reason `length`); None: no such limit.",
         gt=0,
         unit="seconds",
     )
-    runaway_detection: Literal["off", "warn", "stop"] = _option(
+    runaway_detection: Literal["off", "warn", "stop"] = option(
         "warn", "limits", "What to do about an output that repeats itself: nothing, log and count it, or end it."
     )
-    runaway_max_period: int = _option(64, "limits", "Longest period that counts as repetition.", ge=1, unit="tokens")
-    runaway_min_tokens: int = _option(
+    runaway_max_period: int = option(64, "limits", "Longest period that counts as repetition.", ge=1, unit="tokens")
+    runaway_min_tokens: int = option(
         256, "limits", "Length of output that must repeat one period throughout.", ge=2, unit="tokens"
     )
-    grace_period_seconds: float = _option(
+    grace_period_seconds: float = option(
         30.0, "limits", "Time that running requests have to end after SIGTERM.", ge=0, unit="seconds"
     )
-    engine_start_timeout_seconds: float = _option(
+    engine_start_timeout_seconds: float = option(
         1800.0, "limits", "Longest time from start to ready; then the server exits.", gt=0, unit="seconds"
     )
-    engine_stall_timeout_seconds: float = _option(
+    engine_stall_timeout_seconds: float = option(
         30.0,
         "limits",
         "Longest silence of an idle engine, or in a step of up to 512 tokens (longer steps: in proportion), before it counts "
@@ -331,41 +288,41 @@ class PagodaConfig:
         gt=0,
         unit="seconds",
     )
-    on_engine_failure: Literal["restart", "exit"] = _option(
+    on_engine_failure: Literal["restart", "exit"] = option(
         "restart", "limits", "When the engine is lost: start it anew in place, or exit and leave that to Kubernetes."
     )
-    max_engine_restarts: int = _option(
+    max_engine_restarts: int = option(
         3, "limits", "Restarts in a row, with growing pauses, before the server exits all the same.", ge=0
     )
 
     # Tokenizer and chat
-    tokenizer_pool_size: int = _option(2, "text", "Workers that tokenize.", ge=1, le=256)
-    tokenizer_pool_type: Literal["thread", "process"] = _option("thread", "text", "What a tokenizer worker is.")
-    tokenizer_start_timeout_seconds: float = _option(
+    tokenizer_pool_size: int = option(2, "text", "Workers that tokenize.", ge=1, le=256)
+    tokenizer_pool_type: Literal["thread", "process"] = option("thread", "text", "What a tokenizer worker is.")
+    tokenizer_start_timeout_seconds: float = option(
         60.0, "text", "Longest time until the tokenizer workers are up.", gt=0, unit="seconds"
     )
-    tokenizer_timeout_seconds: float = _option(
+    tokenizer_timeout_seconds: float = option(
         30.0, "text", "Longest time one text may take to tokenize.", gt=0, unit="seconds"
     )
-    chat_template: str | None = _option(
+    chat_template: str | None = option(
         None, "text", "File with a Jinja chat template, in place of the tokenizer's own.", path="file"
     )
 
     # Logs and metrics
-    metrics_prefix: str = _option(
+    metrics_prefix: str = option(
         "pagoda_",
         "observability",
         "Prefix of metric names; `vllm:` gives the names that dashboards made for vLLM read.",
         pattern=r"[a-zA-Z_:][a-zA-Z0-9_:]*",
         pattern_help="of letters, digits, `_` and `:`, with no digit first",
     )
-    fault_injection: str | None = _option(
+    fault_injection: str | None = option(
         None,
         "observability",
         "Faults on purpose, for tests and rehearsals: POINT[@REQUEST_PREFIX][#N]=ACTION, with commas between.",
     )
-    log_level: Literal["debug", "info", "warning", "error"] = _option("info", "observability", "Least level logged.")
-    log_format: Literal["text", "json"] = _option("text", "observability", "Log lines for people, or one JSON each.")
+    log_level: Literal["debug", "info", "warning", "error"] = option("info", "observability", "Least level logged.")
+    log_format: Literal["text", "json"] = option("text", "observability", "Log lines for people, or one JSON each.")
 
     def __post_init__(self) -> None:
         from pagoda.config.checks import raise_problems, value_problems
@@ -382,11 +339,6 @@ def default_model_name(model: str | None) -> str:
     """The name of a model that was given none: the last part of its path or Hugging Face id, without spaces."""
     parts = [part for part in (model or "").replace("\\", "/").split("/") if part not in ("", ".", "..")]
     return "-".join(parts[-1].split()) or "demo" if parts else "demo"
-
-
-def option_of(config_field: Field[Any]) -> OptionInfo:
-    """The `OptionInfo` of a field of `PagodaConfig`."""
-    return cast("OptionInfo", config_field.metadata["option"])
 
 
 @cache

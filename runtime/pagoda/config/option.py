@@ -1,0 +1,55 @@
+"""What a setting is besides its type and default, carried by its field in the schema."""
+
+from __future__ import annotations
+
+from dataclasses import Field, dataclass, field
+from typing import Any, Literal, TypeVar, cast
+
+T = TypeVar("T")
+
+GROUPS = {
+    "model": "Model",
+    "device": "Device",
+    "kv": "KV cache",
+    "scheduler": "Scheduler",
+    "parallel": "Parallelism and speed-ups",
+    "server": "Server",
+    "limits": "Limits and deadlines",
+    "text": "Tokenizer and chat",
+    "observability": "Logs and metrics",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptionInfo:
+    """What is known of one setting besides its type and default.
+
+    `ge`, `le`, `gt`, `lt` bound a number. `pattern` must match a whole string, `pattern_help` says it in words. `aliases` are
+    other names under which every source accepts the setting. `path`: a file or directory that must exist, or a checkpoint
+    (a directory or a Hugging Face id). `auto`: None stands for a value chosen at start. `secret`: the value is never printed.
+    """
+
+    help: str
+    group: str
+    ge: float | None = None
+    le: float | None = None
+    gt: float | None = None
+    lt: float | None = None
+    pattern: str | None = None
+    pattern_help: str = ""
+    unit: Literal["", "bytes", "seconds", "tokens"] = ""
+    path: Literal["", "file", "directory", "checkpoint"] = ""
+    aliases: tuple[str, ...] = ()
+    auto: bool = False
+    secret: bool = False
+
+
+def option(default: T, group: str, help: str, **info: Any) -> T:
+    """A dataclass field that carries its `OptionInfo`; typed as its default, as `dataclasses.field` itself is."""
+    carried = OptionInfo(help=help, group=group, **info)
+    return field(default=default, repr=not carried.secret, metadata={"option": carried})
+
+
+def option_of(config_field: Field[Any]) -> OptionInfo:
+    """The `OptionInfo` of a field of `PagodaConfig`."""
+    return cast("OptionInfo", config_field.metadata["option"])
