@@ -61,7 +61,7 @@ def test_ratios_are_taken_within_rounds_so_that_a_slow_machine_cancels_out():
 def test_an_engine_far_behind_is_run_once_and_kept_out_of_the_rounds():
     speeds = {"pagoda": 1.0, "fast": 10.0, "slow": 2.0}
     rounds = run_rounds(
-        list(speeds), lambda engine, _: {"speed": speeds[engine]}, 2, figure="speed", slowest=3, keep="pagoda"
+        list(speeds), lambda engine, _: {"speed": speeds[engine]}, 2, figure="speed", slowest=3, keep=("pagoda",)
     )
     assert rounds.figures.keys() == {"pagoda", "fast"}
     assert rounds.median("slow", "speed") == 2.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,12 +43,12 @@ def run_rounds(
     figure: str,
     higher_is_better: bool = True,
     slowest: float = float("inf"),
-    keep: str | None = None,
+    keep: Collection[str] = (),
 ) -> Rounds:
     """A warm-up of every engine, then `num_rounds` rounds in which each runs once; each round begins with the next engine.
 
-    An engine whose warm-up is more than `slowest` times worse than the best one's is left out of the rounds, but for `keep`.
-    One that fails is left out from then on.
+    An engine whose warm-up is more than `slowest` times worse than the best one's is left out of the rounds, but for those in
+    `keep`. One that fails is left out from then on.
     """
     rounds = Rounds()
     warm: dict[str, dict[str, Any]] = {}
@@ -56,7 +56,7 @@ def run_rounds(
         _try(engine, WARM_UP_ROUND, run, rounds, lambda figures, engine=engine: warm.__setitem__(engine, figures))
     scores = {name: values[figure] if higher_is_better else 1 / values[figure] for name, values in warm.items()}
     best = max(scores.values(), default=0.0)
-    rounds.slow = {name: warm[name] for name, score in scores.items() if name != keep and score * slowest < best}
+    rounds.slow = {name: warm[name] for name, score in scores.items() if name not in keep and score * slowest < best}
     running = [name for name in warm if name not in rounds.slow]
     for number in range(num_rounds):
         shift = number % max(1, len(running))

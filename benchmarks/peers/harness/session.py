@@ -137,7 +137,7 @@ class Session(AbstractContextManager["Session"]):
             figure="load_seconds",
             higher_is_better=False,
             slowest=SLOWEST_LOAD,
-            keep=OWN,
+            keep=(OWN, UNCACHED),
         )
         self._add("load", "load_seconds", "s", rounds, higher_is_better=False)
 
@@ -156,7 +156,7 @@ class Session(AbstractContextManager["Session"]):
             figure=figure,
             higher_is_better=higher_is_better,
             slowest=self._plan.slowest,
-            keep=OWN,
+            keep=(OWN, UNCACHED),
         )
 
     def _seeded(self, case: Case, number: int) -> Case:
