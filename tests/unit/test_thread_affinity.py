@@ -51,7 +51,8 @@ def test_ranks_share_no_core() -> None:
 
 def test_nothing_is_bound_where_it_could_only_do_harm() -> None:
     assert sets_of("none") is None
-    assert sets_of(machine=PLAIN) is None, "a thread on every core already"
+    assert sets_of(machine=PLAIN) is None, "no core is left for the server"
+    assert sets_of(machine=PLAIN, num_ranks=2) is None, "none is left for the engine core either"
     assert sets_of(quota=4.0) is None, "every container with a quota would take the same cores"
     assert sets_of(threads=4) is None, "the other cores may be another's"
     assert sets_of(num_ranks=9) is None, "more ranks than cores"

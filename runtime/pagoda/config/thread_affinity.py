@@ -44,8 +44,9 @@ def choose_cpu_sets(
         return _choice(None, f"{num_ranks} ranks take turns on {len(cores)} cores")
     if threads is not None and threads != share:
         return _choice(None, f"threads={threads} was given: the other cores may be another's")
-    if num_ranks == 1 and len(cores) == len(allowed):
-        return _choice(None, "a thread on every core")
+    if share * num_ranks == len(allowed):
+        # The engine core and the server would have to push bound threads aside, which could not move out of their way.
+        return _choice(None, "no logical core would be left for other processes")
     sets = tuple(tuple(cores[rank * share : (rank + 1) * share]) for rank in range(num_ranks))
     return _choice(
         sets, "one logical core of each physical one" + (", other ones for each rank" if num_ranks > 1 else "")
