@@ -74,8 +74,8 @@ class PagodaConfig:
         "auto",
         "device",
         "Logical cores that compute threads are bound to: none, or a list for each rank of this machine, such as 0-3|4-7. "
-        "Auto: one of each physical core, other ones for each rank and replica, where logical cores are left over and there is no "
-        "CPU quota.",
+        "Auto: one of each physical core, other ones for each rank and replica, where logical cores are left over and there "
+        "is no CPU quota.",
         pattern=rf"auto|none|{CPU_SETS_PATTERN}",
         pattern_help="that is auto, none, or a list of cores such as 0-3,8 for each rank, with | between",
     )
