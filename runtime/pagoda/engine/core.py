@@ -129,7 +129,7 @@ class EngineCore:
         self._scheduler.fail_in_flight(f"the model step failed: {type(error).__name__}: {error}")
         try:
             self._executor.check_health()
-        except Exception as fault:
+        except Exception as fault:  # whatever it is, no further step can be trusted
             raise EngineDeadError(f"the executor did not survive a failed step: {fault}") from error
 
     def check_health(self) -> None:

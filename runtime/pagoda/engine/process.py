@@ -90,7 +90,7 @@ class Connection:
         except (EOFError, OSError):
             logger.info("the parent process is gone: the engine core ends")
             os._exit(0)
-        except Exception:
+        except Exception:  # without this thread nobody would hear the parent, nor notice its end
             logger.exception("the parent process cannot be understood")
             os._exit(_LOST_EXIT_CODE)
 
@@ -100,8 +100,7 @@ class Connection:
                 self._socket.sendall(wire.encode(message))
         except OSError:
             return  # the parent is gone; the reader ends the process
-        except Exception:
-            # Without this thread nobody would hear of the engine again.
+        except Exception:  # without this thread nobody would hear of the engine again
             logger.exception("a message to the parent process could not be written")
             os._exit(_LOST_EXIT_CODE)
 
@@ -192,7 +191,7 @@ def main(socket_fd: int, board_fd: int) -> int:
     connection.start()
     try:
         _serve(first.config, connection, board)
-    except Exception as error:
+    except Exception as error:  # the parent must be told, whatever it was
         # A sentence of ours says it all; anything else needs its stack.
         logger.error("the engine core failed: %s", error, exc_info=not isinstance(error, PagodaError))
         kind = error.kind if isinstance(error, PagodaError) else ErrorKind.ENGINE_DEAD

@@ -51,8 +51,8 @@ def start_core(config: PagodaConfig, on_stage: StageListener | None = None) -> E
         executor = create_executor(config, model_config)
     try:
         fit = _bring_up(executor, config, model_config, stages)
-    except BaseException:
-        executor.shutdown()  # its ranks may be processes, on other machines too
+    except BaseException:  # raised on; its ranks may be processes, on other machines too
+        executor.shutdown()
         raise
     scheduler = _make_scheduler(config, settings, model_config, fit)
     ready = EngineReady(

@@ -170,7 +170,7 @@ class _InProcessStep:
     def result(self) -> StepResult:
         try:
             return self._pending.result()
-        except Exception as error:
+        except Exception as error:  # raised on, once it is known whether the device survived it
             self._executor.note_error(error)
             raise
 

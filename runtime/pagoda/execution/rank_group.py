@@ -233,7 +233,7 @@ class RankGroup:
         except EngineDeadError as error:
             self._lose(str(error))
             raise
-        except Exception:
+        except Exception:  # raised on: the step failed, and what was planned upon it with it
             self._forget_in_flight()
             raise
         self._in_flight.discard(plan.step_id)

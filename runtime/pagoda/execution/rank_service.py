@@ -210,7 +210,7 @@ class RankService:
         plan, before = command.plan, self._groups.num_operations
         try:
             handle = self._worker.execute(plan, command.landed)
-        except Exception as error:
+        except Exception as error:  # of model, kernels or device: the driver is told, and decides
             self._fail_step(plan, error, before)
         else:
             self._finish(plan, handle, before)
@@ -219,7 +219,7 @@ class RankService:
         """Wait for the device; the output rank tells what was sampled, the others only what went wrong."""
         try:
             result = handle.result()
-        except Exception as error:
+        except Exception as error:  # the same, of what the device found out later
             self._fail_step(plan, error, num_operations)
             return
         self._num_steps += 1
@@ -244,7 +244,6 @@ class RankService:
     def _end(self, command: EndRank) -> None:
         logger.info("this rank ends: %s", command.reason)
         self._is_ending = True
-        self._is_ending = True
         self._groups.close()
         self._channel.close()
 
@@ -253,7 +252,6 @@ class RankService:
         logger.error("this rank failed: %s", error, exc_info=not isinstance(error, PagodaError))
         kind = error.kind if isinstance(error, PagodaError) else ErrorKind.ENGINE_DEAD
         message = str(error) if isinstance(error, PagodaError) else f"{type(error).__name__}: {error}"
-        self._is_ending = True
         self._is_ending = True
         self._channel.send(RankFailed(kind, message, isinstance(error, CommunicationError)))
         self._channel.close(_FLUSH_SECONDS)

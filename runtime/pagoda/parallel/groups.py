@@ -228,7 +228,7 @@ def connect_groups(
     )
     try:
         return _checked(what, _make_groups, layout, rank, timeout)
-    except BaseException:
+    except BaseException:  # raised on: a group that is half made must not stay
         dist.destroy_process_group()
         raise
 

@@ -90,7 +90,7 @@ class Sampler:
         try:
             for processor in self._processors:
                 processor.add(slot, request)
-        except BaseException:
+        except BaseException:  # raised on: no processor may keep a request that did not enter
             self.remove(slot)
             raise
         self._noise.add(slot, request.params)

@@ -180,7 +180,7 @@ class GenerationRunner:
                 async for chunk in bounded:
                     observer.on_chunk(chunk)
                     yield chunk
-        except BaseException as caught:
+        except BaseException as caught:  # raised on: a client that leaves is an end that is counted, too
             error = caught
             raise
         finally:
