@@ -23,20 +23,8 @@ constexpr int kPanelVectors = kPanel / kLanes;
 constexpr int64_t kPrefetchBytes = 2048;
 constexpr int kStreamRows = 8;
 
-// float32 times float32; a step is one of depth.
-struct DotFloat32 {
-  using A = float;
-  using B = float;
-  static constexpr bool kStreams = false;
-  static constexpr int kParts = 1;
-  static constexpr int kAStep = 1;
-  static Vector load_part(const float* b, int) { return load(b); }
-  static Vector step(Vector accumulator, const float* a, Vector b, int) {
-    return multiply_add(broadcast(*a), b, accumulator);
-  }
-};
-
-// float32 times elements of any type, widened as they are read: the same products as with a widened copy.
+// float32 times elements of any type, widened as they are read: the same products as with a widened copy. A step is one of
+// depth.
 template <class T>
 struct DotNarrow {
   using A = float;
@@ -49,6 +37,8 @@ struct DotNarrow {
     return multiply_add(broadcast(*a), b, accumulator);
   }
 };
+
+using DotFloat32 = DotNarrow<float>;
 
 // float32 times bfloat16 in pairs, exactly: a bfloat16 is the upper half of a float32. A step is two of depth.
 struct DotBFloat16Weights {
