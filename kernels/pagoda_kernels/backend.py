@@ -11,7 +11,7 @@ from pagoda_kernels.interface import KernelBackend
 BACKENDS = {
     "reference": "pagoda_kernels.reference",
     "cpu": "pagoda_kernels.cpu.operators",
-    "triton": "pagoda_kernels.gpu",
+    "triton": "pagoda_kernels.gpu.operators",
 }
 
 active: KernelBackend = reference.BACKEND

@@ -13,7 +13,7 @@ from tests.support.triton_kernels import require_interpreter, triton_backend
 
 require_interpreter()
 
-from pagoda_kernels.gpu import BACKEND  # noqa: E402
+from pagoda_kernels.gpu.operators import BACKEND  # noqa: E402
 
 __all__ = ["triton_backend"]
 pytestmark = [

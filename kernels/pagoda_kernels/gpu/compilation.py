@@ -10,9 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import subprocess
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from pagoda_kernels.gpu.kernel_list import KernelBuild, tuned_builds
+from pagoda_kernels.gpu.machine_code import resource_usage
 
 # Bytes of shared memory that one program may have, by compute capability (CUDA C++ Programming Guide, technical
 # specifications per compute capability).
@@ -60,7 +59,7 @@ def compile_kernel(build: KernelBuild, arch: int) -> Resources:
     source = ASTSource(build.kernel, signature, constants, attributes)
     options = {"num_warps": build.num_warps, "num_stages": build.num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, WARP_SIZE), options=options)
-    usage = _resource_usage(compiled.asm["cubin"])
+    usage = resource_usage(compiled.asm["cubin"])
     return Resources(
         kernel=build.name,
         arch=arch,
@@ -84,16 +83,6 @@ def _specialization(build: KernelBuild) -> tuple[dict[str, str], dict[str, Any],
         if aligned and name not in unaligned:
             attributes[(index,)] = [["tt.divisibility", 16]]
     return signature, dict(build.constants), attributes
-
-
-def _resource_usage(cubin: bytes) -> Mapping[str, int]:
-    """What `cuobjdump --dump-resource-usage` says of the only function in `cubin`."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-        report = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", report)}
 
 
 def compile_all(arch: int, matches: Sequence[str] = ("",)) -> Iterator[Resources]:

@@ -1,13 +1,16 @@
 """Which tile sizes, warps and pipeline stages a kernel is launched with: checked-in tables, one a kind of GPU.
 
-Nothing is searched at run time: a search would make starts slow and results differ from process to process.
+Nothing is searched at run time: a search would make starts slow and results differ from process to process. A table is
+measured by `python -m benchmarks.gpu --parts tune`; as `tuned/sm_XY.json` it is taken on every GPU of compute capability X.Y.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,14 +19,11 @@ import torch
 
 TABLES = Path(__file__).resolve().parent.parent / "tuned"
 
-# Compute capability to table. A GPU with less shared memory than a table's own takes a smaller one: 8.6 and 12.0 have 100 KiB
-# a multiprocessor, as 8.9 has.
-_TABLE_OF = {
-    (8, 0): "sm_80",
+# For a compute capability without a table of its own, another one's, of as much shared memory or less: 8.6 and 12.0 have
+# 100 KiB a multiprocessor, as 8.9 has.
+_STANDS_IN = {
     (8, 6): "sm_89",
     (8, 7): "sm_80",
-    (8, 9): "sm_89",
-    (9, 0): "sm_90",
     (10, 0): "sm_90",
     (10, 3): "sm_90",
     (12, 0): "sm_89",
@@ -84,13 +84,36 @@ def element_bytes(query_dtype: torch.dtype, cache_dtype: torch.dtype) -> int:
     return 4 if query_dtype == torch.float32 else cache_dtype.itemsize
 
 
+def own_table_name(capability: tuple[int, int]) -> str:
+    """What a table for GPUs of compute capability `(major, minor)` is called, and its file is, whether or not there is one."""
+    major, minor = capability
+    return f"sm_{major}{minor}"
+
+
 def table_name(capability: tuple[int, int]) -> str:
-    """The table for GPUs of compute capability `(major, minor)`; `default`, which runs anywhere, for unknown ones."""
-    return _TABLE_OF.get(capability, DEFAULT_TABLE)
+    """The table for such GPUs: their own where there is one, else one that suits; `default` runs anywhere."""
+    own = own_table_name(capability)
+    return own if (TABLES / f"{own}.json").exists() else _STANDS_IN.get(capability, DEFAULT_TABLE)
+
+
+_in_use: ContextVar[TuningTable | None] = ContextVar("table_in_use", default=None)
+
+
+@contextmanager
+def table_in_use(table: TuningTable) -> Iterator[None]:
+    """Kernels that this thread launches meanwhile are launched as `table` says, on any device."""
+    token = _in_use.set(table)
+    try:
+        yield
+    finally:
+        _in_use.reset(token)
 
 
 def table_of_device(device: torch.device) -> TuningTable:
     """The table for `device`; the default one for anything but an NVIDIA GPU, where only the interpreter runs kernels."""
+    in_use = _in_use.get()
+    if in_use is not None:
+        return in_use
     if device.type != "cuda":
         return load_table(DEFAULT_TABLE)
     return _table_of_gpu(device.index if device.index is not None else torch.cuda.current_device())
@@ -116,6 +139,19 @@ def load_table(name: str) -> TuningTable:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def written(table: TuningTable) -> str:
+    """`table` as its file has it: an entry a line."""
+    lists = [
+        f'  "{name}": [\n' + ",\n".join(f"    {json.dumps(asdict(entry))}" for entry in entries) + "\n  ]"
+        for name, entries in (
+            ("decode_attention", table.decode_attention),
+            ("prefill_attention", table.prefill_attention),
+        )
+    ]
+    first = [f'  "note": {json.dumps(table.note)}', f'  "segments": {json.dumps(asdict(table.segments))}']
+    return "{\n" + ",\n".join(first + lists) + "\n}\n"
 
 
 Entry = TypeVar("Entry")

@@ -1,0 +1,20 @@
+"""What a compiled kernel says of itself. Imports no torch: compiler processes use it, and start quickly."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Mapping
+
+import triton
+
+
+def resource_usage(cubin: bytes) -> Mapping[str, int]:
+    """What `cuobjdump --dump-resource-usage` says of the only function in `cubin`."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        report = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", report)}

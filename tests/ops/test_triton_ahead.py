@@ -1,0 +1,133 @@
+"""Kernels compiled before they are launched: a launch must want exactly what was compiled, or it was for nothing.
+
+Without a GPU the launches stop where Triton would load the machine code: what a launch wants is known by then.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+# Of each program: `OUT` is the file for what it found. Triton compiles here, for a GPU that is not there.
+PREAMBLE = """
+import json, sys
+from pathlib import Path
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from pagoda_kernels.gpu.ahead import CompilingAhead, NoDevice, recorded_launches
+OUT = Path(sys.argv[1])
+driver.set_active(NoDevice(GPUTarget("cuda", 90, 32)))
+"""
+
+
+def outcome_of(tmp_path: Path, program: str) -> Any:
+    output = tmp_path / "outcome.json"
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "0",
+        "TRITON_CACHE_DIR": str(tmp_path / "cache"),
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+    }
+    command = [sys.executable, "-c", PREAMBLE + program, str(output)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(output.read_text())
+
+
+COMPILED_AND_FOUND = """
+from pagoda_kernels.gpu.elementwise import rms_norm, silu_and_mul
+from pagoda_kernels.gpu.sampling import choose_greedy
+
+def launches(device):
+    x = torch.empty(3, 256, dtype=torch.bfloat16, device=device)
+    rms_norm(x, x[0], 1e-6, x)
+    rms_norm(x.view(3, 2, 128)[:, :1], x[0, :128], 1e-6, None)
+    rms_norm(x, x[0], 1e-6, x)
+    silu_and_mul(x)
+    choose_greedy(torch.empty(3, 1000, device=device))
+
+with recorded_launches() as wanted:
+    launches("meta")
+with CompilingAhead(wanted, processes=2) as compiling:
+    results = compiling.wait()
+with recorded_launches() as again:
+    launches("cpu")
+with CompilingAhead(again, processes=2) as compiling:
+    left = compiling.num_kernels
+
+import triton
+hits = []
+triton.knobs.compilation.listener = lambda **compilation: hits.append(compilation["cache_hit"])
+for one in again:
+    __import__("pagoda_kernels.gpu.ahead").gpu.ahead.compile_one(one)
+OUT.write_text(json.dumps({
+    "names": sorted(one.name for one in wanted),
+    "cached_before": [one.is_cached for one in wanted],
+    "errors": [one.error for one in results],
+    "resources": [(one.registers, one.shared_bytes) for one in results],
+    "same": [one.data for one in wanted] == [one.data for one in again],
+    "cached_after": [one.is_cached for one in again],
+    "left": left,
+    "hits": hits,
+}))
+"""
+
+
+@pytest.mark.timeout(300)
+def test_what_was_compiled_ahead_is_what_a_launch_finds(tmp_path: Path) -> None:
+    found = outcome_of(tmp_path, COMPILED_AND_FOUND)
+    assert found["names"] == ["gated_activation_kernel", "greedy_kernel", "rms_norm_kernel", "rms_norm_kernel"]
+    assert found["errors"] == [""] * 4
+    assert all(registers > 0 for registers, _ in found["resources"])
+    assert found["same"], "tensors on a device are specialized otherwise than those on meta"
+    assert (found["cached_before"], found["cached_after"]) == ([False] * 4, [True] * 4)
+    assert found["left"] == 0, "what the cache has is compiled again"
+    assert found["hits"] == [True] * 4, "Triton itself does not find what `is_cached` promises"
+
+
+FAILURES = """
+from dataclasses import replace
+from pagoda_kernels.gpu.elementwise import silu_and_mul
+
+with recorded_launches() as wanted:
+    silu_and_mul(torch.empty(3, 256, dtype=torch.bfloat16, device="meta"))
+bad = replace(wanted[0], data=wanted[0].data.replace('"gelu', '"').replace("pagoda_kernels", "elsewhere"))
+with CompilingAhead([bad], processes=4) as compiling:
+    refused = compiling.wait()
+with CompilingAhead([replace(wanted[0], module="no_such_module")], processes=4) as compiling:
+    ended = compiling.wait()
+with CompilingAhead(wanted, processes=1) as compiling:
+    child = compiling._children[0]
+OUT.write_text(json.dumps({"refused": refused[0].error, "ended": ended[0].error, "killed": child.returncode}))
+"""
+
+
+@pytest.mark.timeout(300)
+def test_a_kernel_that_does_not_compile_is_told_of_and_compilers_end_with_their_context(tmp_path: Path) -> None:
+    found = outcome_of(tmp_path, FAILURES)
+    assert "RuntimeError" in found["refused"]
+    assert "no_such_module" in found["ended"]
+    assert found["killed"] == -9
+
+
+def test_compilers_import_no_torch(tmp_path: Path) -> None:
+    program = "import sys\nOUT.write_text(json.dumps('torch' in sys.modules))"
+    output = tmp_path / "outcome.json"
+    code = (
+        "import json, sys; from pathlib import Path; import pagoda_kernels.gpu.ahead\n"
+        "import pagoda_kernels.gpu.attention_kernels, pagoda_kernels.gpu.sampling_kernels\n"
+        "import pagoda_kernels.gpu.elementwise_kernels\n"
+        f"OUT = Path({str(output)!r})\n{program}"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=60)
+    assert json.loads(output.read_text()) is False, "a compiler would spend its first seconds importing torch"
