@@ -19,7 +19,7 @@ PEERS ?= transformers openvino vllm llamacpp
 # For the processor at hand, and nothing but the library.
 LLAMA_CMAKE_ARGS := -DGGML_NATIVE=ON -DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_SERVER=OFF
 
-.PHONY: help install serve test test-slow test-chaos test-cluster test-pods lint format typecheck proto docs chart test-image bench peers bench-peers gpu-check
+.PHONY: help install serve test test-slow test-chaos test-cluster test-pods lint format typecheck proto docs chart test-image bench peers bench-peers gpu-check gpu-tune
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -61,6 +61,9 @@ test-pods: install ## the rendered release as pods on this machine, upgraded und
 
 gpu-check: install ## on a machine with an NVIDIA GPU: kernels and engine checked, then measured. ARGS="--out DIR --parts kernels decode"
 	PYTHONPATH=runtime:kernels $(BIN)/python -m benchmarks.gpu --out gpu-results $(ARGS)
+
+gpu-tune: install ## on a machine with an NVIDIA GPU: its tuning table, measured, into gpu-results/tuned. ARGS="--minutes 30"
+	PYTHONPATH=runtime:kernels $(BIN)/python -m benchmarks.gpu --out gpu-results --parts tune $(ARGS)
 
 lint: install ## ruff: rules and format
 	$(BIN)/ruff check .

@@ -2,6 +2,8 @@
 
     python -m benchmarks.gpu --out DIR [--minutes 9] [--parts kernels decode …]
 
+`--parts tune` does something else, and is done only if asked for: it measures a tuning table for the GPU at hand, see `tune`.
+
 Runs from the bare tree (PYTHONPATH=runtime:kernels) with torch, triton, transformers and numpy. Each part writes
 DIR/PART.json as soon as it is done, with device, versions and commit; DIR/summary.json lists all, and DIR/plots.svg shows them
 (`python -m benchmarks.gpu.plots DIR` draws it again). A part for which too little time is left says so and is left out. When
@@ -26,10 +28,11 @@ from typing import Any, NamedTuple
 
 
 class Part(NamedTuple):
-    """`least_seconds`: with less time than that there is no use in beginning."""
+    """`least_seconds`: with less time than that there is no use in beginning. `asked`: left out unless it is named."""
 
     about: str
     least_seconds: float
+    asked: bool = False
 
 
 # In order of importance: first whether it is right, then how fast it is.
@@ -44,17 +47,26 @@ PARTS = {
     "online": Part("Poisson arrivals: time to first token, inter-token latency", 40),
     "peers": Part("transformers' continuous batching on the same workload", 50),
     "cold_start": Part("from start to ready, by stage", 90),
+    "tune": Part("a tuning table for this GPU: OUT/tuned/sm_XY.json", 60, asked=True),
 }
+DEFAULT_PARTS = [name for name, part in PARTS.items() if not part.asked]
 # What writing the last files takes.
 SECONDS_TO_END = 5.0
 
 
 def main() -> int:
     """Run the parts that were asked for; the status is 1 if one failed."""
-    parser = argparse.ArgumentParser(description="Checks and benchmarks on a GPU.", prog="python -m benchmarks.gpu")
+    parser = argparse.ArgumentParser(
+        description="Checks and benchmarks on a GPU.",
+        epilog="parts: "
+        + "; ".join(f"{name}: {part.about}" for name, part in PARTS.items())
+        + ". All but tune, if none is named; "
+        "a table that tune has written is taken from kernels/pagoda_kernels/tuned.",
+        prog="python -m benchmarks.gpu",
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument("--minutes", type=float, default=9.0, help="time for all parts together")
-    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=DEFAULT_PARTS)
     parser.add_argument("--dry-run", action="store_true", help="on a CPU, tiny, for trying out this program")
     own = parser.parse_args()
     if own.dry_run:

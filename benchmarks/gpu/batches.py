@@ -119,3 +119,31 @@ def make_batch(
     query = torch.empty((num_tokens, num_heads, head_dim), dtype=dtype, device=device).normal_(generator=generator)
     kv_scales = None if kv_dtype is None else (0.5, 0.25)
     return AttentionBatch(rows, query, caches[0], caches[1], metadata, kv_scales)
+
+
+def batch_on_meta(
+    row: tuple[int, int],
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    kv_dtype: torch.dtype | None,
+    block_size: int = 16,
+) -> AttentionBatch:
+    """One row `(query_len, seq_len)` without any numbers in it, to see what its launch wants compiled."""
+    query_len, seq_len = row
+
+    def empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    caches = [empty(2, num_kv_heads, block_size, head_dim, dtype=kv_dtype or dtype) for _ in range(2)]
+    metadata = AttentionMetadata(
+        query_start_loc=empty(2),
+        seq_lens=empty(1),
+        block_table=empty(1, -(-seq_len // block_size)),
+        slot_mapping=empty(query_len, dtype=torch.int64),
+        max_query_len=query_len,
+        max_seq_len=seq_len,
+        num_decode_rows=int(query_len == 1),
+    )
+    return AttentionBatch([row], empty(query_len, num_heads, head_dim, dtype=dtype), caches[0], caches[1], metadata)

@@ -72,8 +72,8 @@ for one in again:
 OUT.write_text(json.dumps({
     "names": sorted(one.name for one in wanted),
     "cached_before": [one.is_cached for one in wanted],
-    "errors": [one.error for one in results],
-    "resources": [(one.registers, one.shared_bytes) for one in results],
+    "errors": [one.error for one in results.values()],
+    "resources": [(one.registers, one.shared_bytes) for one in results.values()],
     "same": [one.data for one in wanted] == [one.data for one in again],
     "cached_after": [one.is_cached for one in again],
     "left": left,
@@ -102,11 +102,11 @@ with recorded_launches() as wanted:
     silu_and_mul(torch.empty(3, 256, dtype=torch.bfloat16, device="meta"))
 bad = replace(wanted[0], data=wanted[0].data.replace('"gelu', '"').replace("pagoda_kernels", "elsewhere"))
 with CompilingAhead([bad], processes=4) as compiling:
-    refused = compiling.wait()
+    refused = list(compiling.wait().values())
 with CompilingAhead([replace(wanted[0], module="no_such_module")], processes=4) as compiling:
-    ended = compiling.wait()
+    ended = list(compiling.wait().values())
 with CompilingAhead(wanted, processes=1) as compiling:
-    child = compiling._children[0]
+    child = compiling.children[0]
 OUT.write_text(json.dumps({"refused": refused[0].error, "ended": ended[0].error, "killed": child.returncode}))
 """
 
@@ -131,3 +131,37 @@ def test_compilers_import_no_torch(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=60)
     assert json.loads(output.read_text()) is False, "a compiler would spend its first seconds importing torch"
+
+
+PRUNED = """
+from dataclasses import asdict, replace
+from types import SimpleNamespace
+from benchmarks.gpu.tune import Candidate, Limits, Search
+from benchmarks.gpu.tune_space import Entry
+from pagoda_kernels import backend
+from pagoda_kernels.gpu.tuning import load_table
+
+backend.use_backend("triton")
+context = SimpleNamespace(
+    choose=lambda full, tiny: full, device=torch.device("cuda"), entries=[], children=[], dry_run=False,
+    seconds_left=lambda: 99.0,
+)
+table, entry = load_table("sm_90"), Entry("decode", 64, 2)
+present = entry.present(table)
+tiles = [replace(present, tile=128, num_stages=7), present, replace(present, tile=16, num_warps=1)]
+choices = [Candidate(entry.put(table, one), asdict(one)) for one in tiles]
+search = Search(context, "decode", entry, Limits((9, 0), 80 << 10, 1 << 40))
+left = search._compiled(choices, [1, 2], search.shapes[:1])
+OUT.write_text(json.dumps({"left": left, "entries": context.entries, "processes": len(context.children)}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_tuner_compiles_in_parallel_and_leaves_out_what_does_not_fit(tmp_path: Path) -> None:
+    found = outcome_of(tmp_path, PRUNED)
+    assert found["left"] == [1, 2], "the first takes more shared memory than a program may have"
+    assert [entry["tile"] for entry in found["entries"]] == [128]
+    assert found["entries"][0]["left_out"]["shared_bytes"] > 80 << 10
+    assert found["entries"][0]["left_out"]["registers"] > 0
+    assert found["processes"] >= 1

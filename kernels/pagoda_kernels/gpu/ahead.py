@@ -26,7 +26,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any
@@ -127,18 +127,21 @@ class CompilingAhead:
         missing = sorted((one for one in wanted if not one.is_cached), key=lambda one: (one.name != _LONGEST, one.name))
         count = max(1, min(processes, len(missing)))
         self.num_kernels = len(missing)
-        self._children = [_start(missing[share::count]) for share in range(count)] if missing else []
+        self._shares = [missing[share::count] for share in range(count)] if missing else []
+        self.children = [_start(share) for share in self._shares]
 
-    def wait(self) -> list[Compiled]:
-        """Wait for all, and return what came of them; a process that ended early is an error of one kernel."""
-        results: list[Compiled] = []
-        for child in self._children:
+    def wait(self) -> dict[Specialization, Compiled]:
+        """Wait for all, and return what came of them. What a process that ended early has left is an error of each kernel."""
+        results: dict[Specialization, Compiled] = {}
+        for share, child in zip(self._shares, self.children, strict=True):
             output, errors = child.communicate()
-            results += [Compiled(**json.loads(line)) for line in output.splitlines()]
-            if child.returncode:
-                said = (errors.strip().splitlines() or ["nothing"])[-1]
-                results.append(Compiled("?", 0.0, error=f"a compiler ended with status {child.returncode}: {said}"))
-        self._children = []
+            said = (errors.strip().splitlines() or ["nothing"])[-1]
+            ended = f"the compiler ended with status {child.returncode}: {said}"
+            results |= {one: Compiled(one.name, 0.0, error=ended) for one in share}
+            results |= {
+                one: Compiled(**json.loads(line)) for one, line in zip(share, output.splitlines(), strict=False)
+            }
+        self._shares, self.children = [], []
         return results
 
     def __enter__(self) -> CompilingAhead:
@@ -147,10 +150,9 @@ class CompilingAhead:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for child in self._children:
+        for child in self.children:
             child.kill()
             child.communicate()
-        self._children = []
 
 
 def _start(share: Sequence[Specialization]) -> subprocess.Popen[str]:
@@ -164,9 +166,9 @@ def _start(share: Sequence[Specialization]) -> subprocess.Popen[str]:
         text=True,
     )
     assert child.stdin is not None
-    # It reads all of it at once, as its first act.
-    child.stdin.write("".join(json.dumps(asdict(one)) + "\n" for one in share))
-    child.stdin.close()
+    # It reads all of it at once, as its first act. If it has ended before, `wait` says with what.
+    with suppress(BrokenPipeError), child.stdin as lines:
+        lines.write("".join(json.dumps(asdict(one)) + "\n" for one in share))
     child.stdin = None
     return child
 
