@@ -16,6 +16,7 @@ from pagoda.config.schema import PagodaConfig
 from pagoda.engine.child import CoreChild
 from pagoda.engine.client import ProcessEngineClient
 from pagoda.engine.health import EngineState
+from pagoda.engine.launch import LaunchedCore
 from pagoda.engine.messages import EngineRequest
 from pagoda.errors import EngineDeadError, QueueFullError, RequestFailedError
 from pagoda.models.dummy import DummySpec, write_dummy_checkpoint
@@ -30,9 +31,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @asynccontextmanager
-async def engine(checkpoint: Path, **fields) -> AsyncIterator[ProcessEngineClient]:
+async def engine(
+    checkpoint: Path, launched: LaunchedCore | None = None, **fields
+) -> AsyncIterator[ProcessEngineClient]:
     values = {"max_num_seqs": 16, "max_num_batched_tokens": 2048, "max_model_len": 2000, "threads": 1} | fields
-    client = ProcessEngineClient(PagodaConfig(model=str(checkpoint), device="cpu", **values))
+    client = ProcessEngineClient(PagodaConfig(model=str(checkpoint), device="cpu", **values), launched=launched)
     await client.start()
     try:
         yield client
@@ -67,6 +70,16 @@ async def test_an_honest_long_step_is_given_its_time(checkpoint: Path) -> None:
         assert await run(client, request("long", num_tokens=1536)) is FinishReason.LENGTH
         assert client.pid == core
         assert client.health.transitions == {("starting", "ready"): 1}
+
+
+async def test_a_process_that_was_launched_before_is_the_first_core_and_no_later_one(checkpoint: Path) -> None:
+    with LaunchedCore() as launched:
+        async with engine(checkpoint, launched, max_engine_restarts=1) as client:
+            assert client.pid == launched.process.pid
+            assert await run(client, request("first")) is FinishReason.LENGTH
+            os.kill(launched.process.pid, signal.SIGKILL)
+            await until(lambda: client.health.transitions.get(("starting", "ready")) == 2)
+            assert client.pid != launched.process.pid
 
 
 async def test_a_request_that_the_core_cannot_read_fails_alone(checkpoint: Path) -> None:

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import queue
+import socket
 from collections.abc import Callable, Iterator
 from typing import Never
 
 import pytest
 
-from pagoda.engine.messages import EngineOutput, EngineOutputs, EngineRequest, EngineStats, Shutdown
+from pagoda.engine import process, wire
+from pagoda.engine.launch import LaunchedCore
+from pagoda.engine.messages import (
+    EngineFailed,
+    EngineOutput,
+    EngineOutputs,
+    EngineRequest,
+    EngineStats,
+    Shutdown,
+    StartCore,
+)
 from pagoda.engine.process import CoreProcess
 from pagoda.engine.progress_board import ProgressBoard
 from pagoda.errors import ErrorKind, QueueFullError
@@ -97,3 +109,49 @@ def test_what_the_step_holds_stands_on_the_board_while_it_runs(board: ProgressBo
     progress = board.read()
     assert (progress.step, progress.scheduled_tokens, progress.is_busy) == (7, 700, True)
     assert progress.time > 0
+
+
+def start(monkeypatch: pytest.MonkeyPatch, board: ProgressBoard, first: StartCore) -> wire.Message:
+    """What a core's process, run in this one, says of itself first."""
+    monkeypatch.setattr(process, "become_child", lambda: None)
+    monkeypatch.setattr(process.Connection, "_read", lambda _: None)  # it ends the process with the connection
+    ours, theirs = socket.socketpair()
+    with ours, ours.makefile("rb") as stream:
+        ours.sendall(wire.encode(first))
+        assert process.main(theirs.detach(), os.dup(board.fd)) == 1
+        header = stream.read(wire.HEADER.size)
+        return wire.decode(header, stream.read(wire.payload_size(header)))
+
+
+def test_what_the_engine_cannot_be_imported_for_is_told_to_the_parent(
+    monkeypatch: pytest.MonkeyPatch, board: ProgressBoard
+) -> None:
+    monkeypatch.setattr(process, "_import_engine", lambda: ImportError("libtorch.so: no such file"))
+    answer = start(monkeypatch, board, StartCore({}))
+    assert answer == EngineFailed(ErrorKind.ENGINE_DEAD, "ImportError: libtorch.so: no such file")
+
+
+def test_the_core_has_the_variables_that_came_with_its_configuration(
+    monkeypatch: pytest.MonkeyPatch, board: ProgressBoard
+) -> None:
+    monkeypatch.setenv("PAGODA_TEST_DEVICES", "0")
+
+    def fail(*_: object) -> Never:
+        raise ValueError(f"devices {os.environ['PAGODA_TEST_DEVICES']}")
+
+    monkeypatch.setattr("pagoda.engine.startup.start_core", fail)
+    answer = start(monkeypatch, board, StartCore({}, {"PAGODA_TEST_DEVICES": "2,3"}))
+    assert answer == EngineFailed(ErrorKind.ENGINE_DEAD, "ValueError: devices 2,3")
+
+
+def test_a_core_that_gets_no_configuration_ends() -> None:
+    with LaunchedCore() as core:
+        core.socket.shutdown(socket.SHUT_RDWR)
+        assert core.process.wait(timeout=60) == 0
+
+
+def test_a_core_that_nobody_took_over_is_ended() -> None:
+    with pytest.raises(KeyError), LaunchedCore() as core:
+        raise KeyError("the settings are wrong")
+    assert core.process.returncode is not None
+    assert core.socket.fileno() == -1

@@ -14,6 +14,7 @@ from pagoda.engine.client import ProcessEngineClient
 from pagoda.engine.data_parallel import DataParallelClient, create_engine_client, devices_of
 from pagoda.engine.data_parallel_health import overall
 from pagoda.engine.health import EngineHealth, EngineState
+from pagoda.engine.launch import LaunchedCore
 from pagoda.engine.messages import EngineOutput, EngineReady, EngineRequest, EngineStats
 from pagoda.engine.progress_board import EngineProgress
 from pagoda.errors import (
@@ -37,11 +38,14 @@ class FakeReplica(FakeEngineClient):
 
     device = "cpu"
 
-    def __init__(self, config: PagodaConfig, *, name: str, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, config: PagodaConfig, *, name: str, environment: Mapping[str, str], launched: LaunchedCore | None
+    ) -> None:
         super().__init__()
         self.health = EngineHealth(name)
         self.config = config
         self.environment = environment
+        self.launched = launched
         self.pinned: int | None = None
         self.refusal: PagodaError | None = None
         self.loss: EngineDeadError | None = None
@@ -292,6 +296,12 @@ async def test_the_first_start_is_over_when_all_replicas_are_there() -> None:
     left.health.transition(STARTING, "lost")
     left.health.enter_stage("weights", "40 %")
     assert (client.health.stage, client.health.detail) == ("weights", "replica 0 of 2 40 %")
+
+
+def test_a_process_that_is_there_already_is_the_first_replicas() -> None:
+    with LaunchedCore() as launched:
+        replicas = DataParallelClient(PagodaConfig(data_parallel_size=3), launched=launched).replicas
+        assert [replica.launched for replica in replicas] == [launched, None, None]  # type: ignore[attr-defined]
 
 
 async def test_a_replica_that_cannot_start_is_the_end() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pagoda.process_control import uncollected
+
 HEAD = """usage: pagoda serve [--model DIR|HF-ID] [OPTIONS]
 
 Serves a model over REST, gRPC and OpenAI routes. Settings come from the command line, then from the file that --config names
@@ -17,14 +19,19 @@ underscores are the same; sizes may be written 512MiB or 2GiB; `pagoda doctor` s
 
 def run(arguments: Sequence[str]) -> int:
     """Serve until told to stop; the exit status is the server's."""
-    from pagoda.config.command_line import options_help
-    from pagoda.config.sources import load
-
     if "-h" in arguments or "--help" in arguments:
+        from pagoda.config.command_line import options_help
+
         print(HEAD)
         print(options_help(), end="")
         return 0
-    loaded = load(arguments)
-    from pagoda.serving.server import run as run_server
+    from pagoda.engine.launch import LaunchedCore
 
-    return int(run_server(loaded) or 0)
+    # First of all: the core's own imports take longer than everything that this process has to do.
+    with LaunchedCore() as core:
+        with uncollected():
+            from pagoda.config.sources import load
+
+            loaded = load(arguments)
+            from pagoda.serving.server import run as run_server
+        return int(run_server(loaded, core) or 0)

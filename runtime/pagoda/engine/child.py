@@ -5,9 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -15,52 +12,37 @@ from dataclasses import asdict
 
 from pagoda.config.schema import PagodaConfig
 from pagoda.engine import wire
+from pagoda.engine.launch import LaunchedCore
 from pagoda.engine.messages import StartCore
-from pagoda.engine.progress_board import EngineProgress, ProgressBoard
+from pagoda.engine.progress_board import EngineProgress
 from pagoda.process_control import STACKS_SIGNAL
 
 _STACKS_SECONDS = 0.5
 
 
 class CoreChild:
-    """A running core process. Made by `start`; ended by `reap`, which must be called once.
+    """A running core process. Made by `start`; ended by `reap`, which must be called once."""
 
-    They talk over a socket pair that the child inherits: nobody else can connect to it, and when either side dies the other
-    reads its end at once.
-    """
-
-    def __init__(
-        self,
-        process: subprocess.Popen[bytes],
-        board: ProgressBoard,
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
-    ) -> None:
-        self.process = process
-        self._board = board
+    def __init__(self, core: LaunchedCore, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.process = core.process
+        self._board = core.board
         self._reader = reader
         self._writer = writer
         self.is_connected = True
         self._was_told_to_die = False
 
     @classmethod
-    async def start(cls, config: PagodaConfig, environment: Mapping[str, str] | None = None) -> CoreChild:
+    async def start(
+        cls, config: PagodaConfig, environment: Mapping[str, str] | None = None, launched: LaunchedCore | None = None
+    ) -> CoreChild:
         """Start a core with this configuration; it reports its stages from here on.
 
-        `environment`: variables that it gets beside those of this process.
+        `environment`: variables that it gets beside those of this process. `launched`: its process, where there is one.
         """
-        ours, theirs = socket.socketpair()
-        board = ProgressBoard()
-        with theirs:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "pagoda.engine.process", str(theirs.fileno()), str(board.fd)],
-                pass_fds=(theirs.fileno(), board.fd),
-                stdin=subprocess.DEVNULL,
-                env={**os.environ, **(environment or {})},
-            )
-        reader, writer = await asyncio.open_unix_connection(sock=ours)
-        child = cls(process, board, reader, writer)
-        child.send(StartCore(_core_fields(config)))
+        core = (launched or LaunchedCore()).take()
+        reader, writer = await asyncio.open_unix_connection(sock=core.socket)
+        child = cls(core, reader, writer)
+        child.send(StartCore(_core_fields(config), dict(environment or {})))
         return child
 
     @property

@@ -18,6 +18,7 @@ from dataclasses import replace
 from pagoda.config.schema import PagodaConfig
 from pagoda.engine.child import CoreChild
 from pagoda.engine.health import EngineHealth, EngineState
+from pagoda.engine.launch import LaunchedCore
 from pagoda.engine.mailbox import Mailbox
 from pagoda.engine.messages import (
     AbortRequests,
@@ -104,18 +105,25 @@ class EngineClient(ABC):
 class ProcessEngineClient(EngineClient):
     """The core in a child process that is watched, and started anew when it fails.
 
-    `name`: what the log calls it. `environment`: variables that the core gets beside those of this process.
+    `name`: what the log calls it. `environment`: variables that the core gets beside those of this process. `launched`: a
+    process for the first core.
     """
 
     stats = EngineStats()
     ranks: list[RankHealth] = []  # noqa: RUF012 (replaced as a whole, by the instance)
 
     def __init__(
-        self, config: PagodaConfig, *, name: str = "engine", environment: Mapping[str, str] | None = None
+        self,
+        config: PagodaConfig,
+        *,
+        name: str = "engine",
+        environment: Mapping[str, str] | None = None,
+        launched: LaunchedCore | None = None,
     ) -> None:
         super().__init__(name)
         self._config = config
         self._environment = environment
+        self._launched = launched
         self._mailboxes: dict[str, Mailbox] = {}
         self._service_rate = ServiceRate()
         self._restarts = RestartPolicy(config.on_engine_failure, config.max_engine_restarts)
@@ -233,7 +241,8 @@ class ProcessEngineClient(EngineClient):
     async def _run_core(self) -> None:
         """Run one core from its start to its end."""
         self._is_lost = False
-        child = self._child = await CoreChild.start(self._config, self._environment)
+        launched, self._launched = self._launched, None
+        child = self._child = await CoreChild.start(self._config, self._environment, launched)
         watching = asyncio.create_task(self._watch(child), name="engine-watchdog")
         try:
             while (message := await child.receive()) is not None:

@@ -23,6 +23,7 @@ from pagoda.engine.client import EngineClient, ProcessEngineClient
 from pagoda.engine.data_parallel_health import overall
 from pagoda.engine.data_parallel_router import PrefixRouter
 from pagoda.engine.health import EngineState
+from pagoda.engine.launch import LaunchedCore
 from pagoda.engine.messages import EngineOutput, EngineReady, EngineRequest, EngineStats
 from pagoda.engine.progress_board import EngineProgress
 from pagoda.errors import (
@@ -43,11 +44,11 @@ logger = logging.getLogger(__name__)
 _DEVICES_VARIABLE = "CUDA_VISIBLE_DEVICES"
 
 
-def create_engine_client(config: PagodaConfig) -> EngineClient:
-    """The engine that a configuration asks for: one core, or several replicas."""
+def create_engine_client(config: PagodaConfig, launched: LaunchedCore | None = None) -> EngineClient:
+    """The engine that a configuration asks for: one core, or several replicas. `launched`: a process for the first of them."""
     if config.data_parallel_size == 1:
-        return ProcessEngineClient(config)
-    return DataParallelClient(config)
+        return ProcessEngineClient(config, launched=launched)
+    return DataParallelClient(config, launched=launched)
 
 
 def devices_of(replica: int, num_devices: int, visible: str | None) -> str:
@@ -59,9 +60,14 @@ def devices_of(replica: int, num_devices: int, visible: str | None) -> str:
 
 
 class DataParallelClient(EngineClient):
-    """Replicas, one router, one health. `router`: another one than the configuration asks for."""
+    """Replicas, one router, one health.
 
-    def __init__(self, config: PagodaConfig, router: PrefixRouter | None = None) -> None:
+    `router`: another one than the configuration asks for. `launched`: a process for the core of the first replica.
+    """
+
+    def __init__(
+        self, config: PagodaConfig, router: PrefixRouter | None = None, launched: LaunchedCore | None = None
+    ) -> None:
         super().__init__()
         self._config = config
         num_replicas, num_ranks = config.data_parallel_size, config.tensor_parallel_size * config.pipeline_parallel_size
@@ -72,6 +78,7 @@ class DataParallelClient(EngineClient):
                 replace(share, cpu_thread_affinity=affinities[index]),
                 name=f"engine replica {index}",
                 environment={_DEVICES_VARIABLE: devices_of(index, num_ranks, os.environ.get(_DEVICES_VARIABLE))},
+                launched=launched if index == 0 else None,
             )
             for index in range(num_replicas)
         ]

@@ -1,7 +1,8 @@
 """What travels between the engine client and the engine core.
 
-Frozen dataclasses, so that the in-process engine needs nothing but the standard library; `engine.wire` encodes the same
-classes with msgspec when core and client are two processes. Times are `time.monotonic()` seconds, one clock per machine.
+Dataclasses, so that the in-process engine needs nothing but the standard library; `engine.wire` encodes the same classes with
+msgspec when core and client are two processes. All are frozen but `EngineOutput`: one is made for every token, and Python
+takes three times as long to make it frozen. Times are `time.monotonic()` seconds, one clock per machine.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class EngineRequest:
     tenant: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class EngineOutput:
     """News of one request after a step.
 
@@ -116,9 +117,13 @@ class EngineReady:
 
 @dataclass(frozen=True, slots=True)
 class StartCore:
-    """The first message to a core process: the configuration's fields (those that the core has no use for are left out)."""
+    """The first message to a core process: the configuration's fields (those that the core has no use for are left out).
+
+    `environment`: variables that it gets beside those of its parent.
+    """
 
     config: dict[str, Any]
+    environment: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

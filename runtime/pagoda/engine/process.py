@@ -1,4 +1,4 @@
-"""The engine core's process: `python -m pagoda.engine.process SOCKET_FD BOARD_FD`, started by `ProcessEngineClient` only.
+"""The engine core's process: `python -m pagoda.engine.process SOCKET_FD BOARD_FD`, started as a `LaunchedCore` only.
 
     reader thread ──inbox──▶ main thread: the loop ──outbox──▶ writer thread
 
@@ -17,11 +17,10 @@ import socket
 import sys
 import threading
 import time
-from typing import Any
+from typing import TYPE_CHECKING
 
 from pagoda.config.schema import PagodaConfig
 from pagoda.engine import wire
-from pagoda.engine.core import EngineCore
 from pagoda.engine.messages import (
     AbortRequests,
     EngineFailed,
@@ -35,9 +34,12 @@ from pagoda.engine.messages import (
 )
 from pagoda.engine.progress_board import ProgressBoard
 from pagoda.errors import ErrorKind, PagodaError, RequestFailedError
-from pagoda.process_control import become_child
+from pagoda.process_control import become_child, uncollected
 from pagoda.sampling.output import FinishReason
 from pagoda.scheduling.step_bound import tokens_to_wait_for
+
+if TYPE_CHECKING:
+    from pagoda.engine.core import EngineCore
 
 logger = logging.getLogger(__name__)
 
@@ -186,11 +188,17 @@ def main(socket_fd: int, board_fd: int) -> int:
     become_child()
     connection = Connection(socket_fd)
     board = ProgressBoard(board_fd)
-    first = connection.receive()
+    failure = _import_engine()
+    try:
+        first = connection.receive()
+    except (EOFError, OSError):
+        return 0  # the parent ended without a configuration
     assert isinstance(first, StartCore)
     connection.start()
     try:
-        _serve(first.config, connection, board)
+        if failure is not None:
+            raise failure
+        _serve(first, connection, board)
     except Exception as error:  # the parent must be told, whatever it was
         # A sentence of ours says it all; anything else needs its stack.
         logger.error("the engine core failed: %s", error, exc_info=not isinstance(error, PagodaError))
@@ -203,11 +211,22 @@ def main(socket_fd: int, board_fd: int) -> int:
     return 0
 
 
-def _serve(fields: dict[str, Any], connection: Connection, board: ProgressBoard) -> None:
+def _import_engine() -> Exception | None:
+    """Import torch and what needs it, while the parent still reads its settings; the error, which the parent must be told."""
+    try:
+        with uncollected():
+            import pagoda.engine.startup  # noqa: F401 (here for the time that it takes)
+    except Exception as error:  # a broken installation can fail in any way
+        return error
+    return None
+
+
+def _serve(first: StartCore, connection: Connection, board: ProgressBoard) -> None:
     from pagoda.engine.startup import start_core
     from pagoda.observability.logs import configure_logging
 
-    config = PagodaConfig(**fields)
+    os.environ.update(first.environment)
+    config = PagodaConfig(**first.config)
     configure_logging(config.log_level, config.log_format, model_name=config.served_model_name)
     core = start_core(config, lambda name, detail: connection.send(EngineStage(name, detail)))
     gc.collect()

@@ -16,35 +16,39 @@ from pagoda import faults
 from pagoda.config.schema import PagodaConfig
 from pagoda.config.sources import LoadedConfig
 from pagoda.engine.data_parallel import create_engine_client
+from pagoda.engine.launch import LaunchedCore
 from pagoda.observability.logs import configure_logging
+from pagoda.process_control import uncollected
 from pagoda.serving.listener import listen, raise_open_file_limit
 
 logger = logging.getLogger(__name__)
 
 KSERVE_ARGUMENTS = ("--configure_logging", "false", "--enable_docs_url", "true")
 """KServe parses the process's command line when it is imported; it is shown this one instead of ours."""
-ENGINE_HEAD_START_SECONDS = 0.05
+ENGINE_HEAD_START_SECONDS = 0.02
 
 
-def run(loaded: LoadedConfig) -> int:
-    """Serve until told to stop; returns the exit status. Raises `ConfigError` for a port that cannot be had."""
+def run(loaded: LoadedConfig, core: LaunchedCore) -> int:
+    """Serve until told to stop, with an engine in `core`; returns the exit status.
+
+    Raises `ConfigError` for a port that cannot be had.
+    """
     config = loaded.config
     configure_logging(config.log_level, config.log_format, model_name=config.served_model_name, secrets=config.api_keys)
     faults.install(config.fault_injection)
     raise_open_file_limit()
     with listen(config) as listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_serve(config, listener))
+        return runner.run(_serve(config, listener, core))
 
 
-async def _serve(config: PagodaConfig, listener: socket.socket) -> int:
-    client = create_engine_client(config)
+async def _serve(config: PagodaConfig, listener: socket.socket, core: LaunchedCore) -> int:
+    client = create_engine_client(config, core)
     starting = asyncio.ensure_future(client.start())
-    # The engine's process loads its libraries while this one loads its own, KServe above all.
+    # The engine gets its settings before this process loads its libraries, KServe above all: nothing else runs meanwhile.
     await asyncio.sleep(ENGINE_HEAD_START_SECONDS)
-    from pagoda.serving.parts import TextLayer, make_context
-
-    with _command_line(KSERVE_ARGUMENTS):
+    with uncollected(), _command_line(KSERVE_ARGUMENTS):
         from pagoda.serving.kserve_server import PagodaModelServer
+        from pagoda.serving.parts import TextLayer, make_context
     context = make_context(config, client)
     text = TextLayer(config, client)
 
