@@ -31,6 +31,19 @@ def empty_on_huge_pages(shape: Sequence[int], dtype: torch.dtype) -> torch.Tenso
     return _arena.take(num_bytes).view(dtype).view(shape)
 
 
+def zeros_on_huge_pages(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """A CPU tensor of zeros whose memory is all taken when this returns, contiguous, on pages as `empty_on_huge_pages`.
+
+    Fresh memory is zeros already: one byte of each page is written, which makes the system clear the page.
+    """
+    num_bytes = math.prod(shape) * dtype.itemsize
+    if num_bytes < _SMALLEST_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.zeros(shape, dtype=dtype)
+    region = _map_region(num_bytes)
+    region[:: mmap.PAGESIZE].zero_()
+    return region[:num_bytes].view(dtype).view(shape)
+
+
 class _Arena:
     """Cuts tensors from regions, one after the other; a region is given back when the last tensor in it is gone."""
 

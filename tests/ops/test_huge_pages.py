@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import gc
+import mmap
 
 import pytest
 import torch
 
-from pagoda_kernels.huge_pages import empty_on_huge_pages
+from pagoda_kernels.huge_pages import empty_on_huge_pages, zeros_on_huge_pages
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8, torch.float8_e4m3fn])
@@ -47,3 +48,19 @@ def test_a_tensor_outlives_the_others_of_its_region() -> None:
     del first
     gc.collect()
     assert bool((second == 7).all())
+
+
+@pytest.mark.parametrize("shape", [(3,), (300, 7, 100), (9_000_000,)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn])
+def test_zeros_are_zeros_and_take_their_memory(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    before = resident_bytes()
+    tensor = zeros_on_huge_pages(shape, dtype)
+    taken = resident_bytes() - before
+    assert (tensor.shape, tensor.dtype, tensor.is_contiguous()) == (shape, dtype, True)
+    assert not bool(tensor.float().any())
+    assert tensor.nbytes < 1 << 20 or taken > 0.9 * tensor.nbytes
+
+
+def resident_bytes() -> int:
+    with open("/proc/self/statm", encoding="utf-8") as pages:
+        return int(pages.read().split()[1]) * mmap.PAGESIZE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import torch
 
@@ -32,7 +33,7 @@ from pagoda.models.sharding import ModelShare, check_layout
 from pagoda.parallel.groups import SINGLE_RANK, ParallelGroups
 from pagoda.sampling.params import SamplingParams
 from pagoda.scheduling.plan import NO_LANDED_TOKENS, LandedTokens, NewRequest, StepPlan
-from pagoda_kernels.huge_pages import empty_on_huge_pages
+from pagoda_kernels.huge_pages import zeros_on_huge_pages
 
 logger = logging.getLogger(__name__)
 
@@ -194,7 +195,8 @@ class Worker:
             raise RuntimeError("the model is not loaded: there is nothing to run")
         config, model_config = self.config, self.model_config
         shape = (num_blocks, self.share.kv_heads.size, config.block_size, model_config.head_dim)
-        kv_caches = [(self._zeros(shape), self._zeros(shape)) for _ in self.share.layers]
+        tensors = self._zeros(2 * len(self.share.layers), shape)
+        kv_caches = list(zip(tensors[::2], tensors[1::2], strict=True))
         batch = InputBatch(
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
@@ -205,11 +207,11 @@ class Worker:
         )
         return ModelRunner(self.model, kv_caches, batch, seed=config.seed)
 
-    def _zeros(self, shape: tuple[int, ...]) -> torch.Tensor:
-        """Keys or values of a layer. On a CPU, all of their memory is taken now, on huge pages where there are any."""
+    def _zeros(self, num_tensors: int, shape: tuple[int, ...]) -> Sequence[torch.Tensor]:
+        """Keys and values of all layers. On a CPU, all of their memory is taken now, on huge pages where there are any."""
         if self.device.type == "cpu":
-            return empty_on_huge_pages(shape, self.kv_dtype).zero_()
-        return torch.zeros(shape, dtype=self.kv_dtype, device=self.device)
+            return zeros_on_huge_pages((num_tensors, *shape), self.kv_dtype).unbind()
+        return [torch.zeros(shape, dtype=self.kv_dtype, device=self.device) for _ in range(num_tensors)]
 
     def _run_largest(self, runner: ModelRunner, *, num_rows: int, num_tokens: int) -> None:
         """Run `num_tokens` tokens in `num_rows` rows that all sample, and then one more of each. Uses the null block only."""
