@@ -399,6 +399,22 @@ def test_request_left_out_of_a_full_batch_is_in_the_next() -> None:
         assert min(last_seen.values()) >= turn - 3
 
 
+def test_where_a_whole_share_gives_way_the_other_share_runs() -> None:
+    scheduler = make_scheduler(
+        num_usable=6, block_size=2, max_num_batched_tokens=3, pipeline_parallel_size=2, max_preemptions=2
+    )
+    scheduler.add(make_request("a", 2, first=1, max_tokens=10))
+    scheduler.add(make_request("b", 2, first=1, max_tokens=9))
+    in_flight: list[StepPlan] = []
+    while scheduler.has_work:
+        while len(in_flight) < 2 and (plan := scheduler.schedule()) is not None:
+            in_flight.append(plan)
+        # "b" was preempted twice and is spared: "a", which is the whole share, gives way to itself.
+        assert in_flight, "requests wait, and nothing runs"
+        land(scheduler, in_flight.pop(0))
+    assert scheduler.num_preemptions >= 3
+
+
 def test_landed_token_of_a_slot_that_has_changed_hands_is_dropped() -> None:
     scheduler, tracker = make_scheduler(pipeline_parallel_size=2), LandedTokensTracker()
     for name in "ab":

@@ -2,7 +2,7 @@
 
 Dataclasses, so that the in-process engine needs nothing but the standard library; `engine.wire` encodes the same classes with
 msgspec when core and client are two processes. All are frozen but `EngineOutput`: one is made for every token, and Python
-takes three times as long to make it frozen. Times are `time.monotonic()` seconds, one clock per machine.
+takes more than twice as long to make it frozen. Times are `time.monotonic()` seconds, one clock per machine.
 """
 
 from __future__ import annotations

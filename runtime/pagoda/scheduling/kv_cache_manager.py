@@ -40,7 +40,7 @@ class KVCacheManager:
         self.enable_prefix_caching = enable_prefix_caching
         self.num_prefix_queries = 0
         self.num_prefix_hits = 0
-        self._sliding_window = sliding_window
+        self.sliding_window = sliding_window
         self._watermark_blocks = int(watermark * self.pool.num_usable)
 
     @property
@@ -77,21 +77,26 @@ class KVCacheManager:
 
     def extend(self, request: Request, num_tokens: int) -> bool:
         """Make room for the KV of `num_tokens` tokens in all; False, and no change, when there is none."""
-        assert request.lease is not None
-        needed = max(0, self._blocks_for(num_tokens) - len(request.lease))
-        return request.lease.extend(needed)
+        lease = request.lease
+        assert lease is not None
+        num_held = len(lease.blocks)
+        return num_tokens <= num_held * self.block_size or lease.extend(self._blocks_for(num_tokens) - num_held)
 
-    def publish(self, request: Request) -> None:
-        """Announce the full blocks that are computed once the plans made so far have run.
+    def publish(self, requests: Iterable[Request]) -> None:
+        """Announce the full blocks of running requests that are computed once the plans made so far have run.
 
         Only tokens that are known count, so a block is announced when its last token is, not when its step is planned.
         """
-        if not self.enable_prefix_caching or request.lease is None:
+        if not self.enable_prefix_caching:
             return
-        computed = min(request.num_computed_tokens, request.num_tokens)
-        full_blocks = computed // self.block_size
-        if full_blocks <= request.num_published_blocks:
-            return
+        for request in requests:
+            computed = min(request.num_computed_tokens, len(request.token_ids))
+            full_blocks = computed // self.block_size
+            if full_blocks > request.num_published_blocks:
+                self._publish_up_to(request, full_blocks)
+
+    def _publish_up_to(self, request: Request, full_blocks: int) -> None:
+        assert request.lease is not None
         self._hash_blocks(request)
         for index in range(request.num_published_blocks, full_blocks):
             block = request.lease.blocks[index]
@@ -105,9 +110,9 @@ class KVCacheManager:
         The token at position p sees positions above p - window. Steps run in the order of their plans, so a block may go to
         another request while steps that read it are still in flight.
         """
-        if self._sliding_window is None or request.lease is None:
-            return
-        first_visible = request.num_computed_tokens - self._sliding_window + 1
+        assert self.sliding_window is not None
+        assert request.lease is not None
+        first_visible = request.num_computed_tokens - self.sliding_window + 1
         if first_visible >= self.block_size:
             request.lease.drop_before(first_visible // self.block_size)
 
@@ -148,9 +153,9 @@ class KVCacheManager:
             return []
         self._hash_blocks(request)
         hashes = request.block_hashes[: (request.num_tokens - 1) // self.block_size]
-        if self._sliding_window is None:
+        if self.sliding_window is None:
             return list(takewhile(lambda block: block is not None, map(self.pool.find, hashes)))  # type: ignore[arg-type]
-        return self._find_window(hashes, -(-(self._sliding_window - 1) // self.block_size))
+        return self._find_window(hashes, -(-(self.sliding_window - 1) // self.block_size))
 
     def _find_window(self, hashes: list[bytes], num_visible: int) -> list[Block]:
         """The longest prefix whose last `num_visible` blocks are cached, or all of it if it is shorter than that."""

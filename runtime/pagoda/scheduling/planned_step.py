@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from pagoda.scheduling.plan import NewRequest, StepPlan
@@ -32,19 +33,21 @@ class PlannedStep:
             )
         )
 
-    def add_row(self, request: Request, num_tokens: int) -> None:
-        """Let `request` compute `num_tokens` more, and sample if these are all that it has."""
-        plan, samples = self.plan, request.next_tokens() == num_tokens
-        plan.request_ids.append(request.request_id)
-        plan.slots.append(request.slot)
-        plan.num_computed_tokens.append(request.num_computed_tokens)
-        plan.num_scheduled_tokens.append(num_tokens)
-        plan.block_offsets.append(request.num_blocks_sent)
-        plan.new_block_ids.append(_take_unsent_blocks(request))
-        plan.samples.append(samples)
-        self.requests.append(request)
-        request.num_computed_tokens += num_tokens
-        request.num_in_flight += samples
+    def add_rows(self, requests: Sequence[Request], num_tokens: Sequence[int]) -> None:
+        """Let each request compute so many tokens more, and sample if these are all that it has."""
+        plan = self.plan
+        self.requests += requests
+        plan.request_ids += [request.request_id for request in requests]
+        plan.slots += [request.slot for request in requests]
+        plan.num_computed_tokens += [request.num_computed_tokens for request in requests]
+        plan.num_scheduled_tokens += num_tokens
+        plan.block_offsets += [request.num_blocks_sent for request in requests]
+        plan.new_block_ids += [_take_unsent_blocks(request) for request in requests]
+        for request, scheduled in zip(requests, num_tokens, strict=True):
+            request.num_computed_tokens += scheduled
+            samples = request.num_computed_tokens == len(request.token_ids) + request.num_in_flight
+            request.num_in_flight += samples
+            plan.samples.append(samples)
 
     def lengthen_row(self, row: int, num_steps: int) -> None:
         """Let a row that samples one token run `num_steps` more steps, each on the token of the one before."""
@@ -64,6 +67,8 @@ class PlannedStep:
 def _take_unsent_blocks(request: Request) -> list[int]:
     """The blocks that the runner does not know of yet; from here on it does."""
     assert request.lease is not None
-    blocks = request.lease.blocks[request.num_blocks_sent :]
-    request.num_blocks_sent = len(request.lease)
-    return [block.block_id for block in blocks]
+    blocks, num_sent = request.lease.blocks, request.num_blocks_sent
+    if len(blocks) == num_sent:
+        return []
+    request.num_blocks_sent = len(blocks)
+    return [block.block_id for block in blocks[num_sent:]]

@@ -130,9 +130,10 @@ class Request:
 
         0 while all output that is still allowed is on its way, so a length cap never costs a wasted step.
         """
-        if self.num_output_tokens + self.num_in_flight >= self.max_tokens:
+        expected = len(self.token_ids) + self.num_in_flight
+        if expected - self.num_prompt_tokens >= self.max_tokens:
             return 0
-        return len(self.token_ids) + self.num_in_flight - self.num_computed_tokens
+        return expected - self.num_computed_tokens
 
     def append_output(self, token_id: int) -> None:
         """Take one sampled token and decide whether it ends the request.
@@ -141,10 +142,10 @@ class Request:
         `max_model_len` when the request was accepted.
         """
         self.token_ids.append(token_id)
-        num_output = self.num_output_tokens
+        num_output = len(self.token_ids) - self.num_prompt_tokens
         if num_output >= self.max_tokens:
             self.finish_reason = FinishReason.LENGTH
-        if num_output >= self.sampling.min_tokens and token_id in self.stop_ids:
+        if token_id in self.stop_ids and num_output >= self.sampling.min_tokens:
             # A stop token at the very last position is still a stop: the text is complete.
             self.finish_reason = FinishReason.STOP
             if token_id in self.sampling.stop_token_ids:

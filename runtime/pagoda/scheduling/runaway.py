@@ -47,7 +47,7 @@ class RunawayDetector:
 
     def look_at(self, request: Request) -> None:
         """Look at a request that has just got a token; may set its `finish_reason`."""
-        if self._mode == "off" or request.num_output_tokens % _CHECK_INTERVAL:
+        if (len(request.token_ids) - request.num_prompt_tokens) % _CHECK_INTERVAL or self._mode == "off":
             return
         if request.is_runaway or request.finish_reason is not None:
             return

@@ -56,6 +56,7 @@ class Scheduler:
         self.num_preemptions = 0
         self.runaway = RunawayDetector(limits)
         self._budget = TokenBudget(limits.max_num_batched_tokens)
+        self._longest_chunk = limits.long_prefill_token_threshold or limits.max_num_batched_tokens
         self._deadlines = Deadlines(limits.max_request_seconds)
         self._requests: dict[str, Request] = {}
         self._waiting = make_waiting_queue(limits.policy)
@@ -191,10 +192,13 @@ class Scheduler:
             self._retire(request)
             self._ended.append(Progress(request, []))
         scheduled, preempted = self._schedule_running()
+        gave_way = preempted
+        while gave_way and not scheduled:
+            # Of several stages' requests the plan had taken its share, and all of it gave way: the next share's turn.
+            scheduled, gave_way = self._schedule_running()
         budget = self._budget.tokens - sum(scheduled.values())
         step = PlannedStep(StepPlan(step_id=self._num_steps))
-        for request, num_new in scheduled.items():
-            self._add_row(step, request, num_new)
+        self._add_rows(step, list(scheduled), list(scheduled.values()))
         if not preempted:
             self._admit_waiting(step, budget)
         if not step.requests:
@@ -210,12 +214,15 @@ class Scheduler:
         """How many tokens each running request moves forward, and whether somebody was preempted for it."""
         scheduled: dict[Request, int] = {}
         budget = self._budget.tokens
+        longest_chunk = self._longest_chunk
+        slides = self.kv.sliding_window is not None
         preempted = False
         for request in self._candidates():
-            num_new = self._clamp(request.next_tokens(), budget)
-            if num_new == 0 or request.status is not RequestStatus.RUNNING:
+            num_new = min(request.next_tokens(), budget, longest_chunk)
+            if num_new == 0 or request.slot < 0:
                 continue  # nothing to do, no budget, or preempted a moment ago for one before it
-            self.kv.drop_out_of_window(request)
+            if slides:
+                self.kv.drop_out_of_window(request)
             while not self.kv.extend(request, request.num_computed_tokens + num_new):
                 victim = self._choose_victim()
                 budget += scheduled.pop(victim, 0)
@@ -255,15 +262,11 @@ class Scheduler:
                 break
             self._waiting.pop()
             self._enter(step, request)
-            num_new = self._clamp(request.next_tokens(), budget)
+            num_new = min(request.next_tokens(), budget, self._longest_chunk)
             budget -= num_new
             # The row publishes its blocks at once, so the next in line with the same prompt shares them within this very
             # step: in every layer all KV is written before any of it is read.
-            self._add_row(step, request, num_new)
-
-    def _clamp(self, num_tokens: int, budget: int) -> int:
-        threshold = self.limits.long_prefill_token_threshold or budget
-        return min(num_tokens, budget, threshold)
+            self._add_rows(step, [request], [num_new])
 
     def _enter(self, step: PlannedStep, request: Request) -> None:
         """Move an admitted request into a slot."""
@@ -274,10 +277,10 @@ class Scheduler:
         self._running[request.request_id] = request
         step.enter(request)
 
-    def _add_row(self, step: PlannedStep, request: Request, num_new: int) -> None:
-        """Plan `num_new` tokens of a running request; the blocks that they fill may be found from now on."""
-        step.add_row(request, num_new)
-        self.kv.publish(request)
+    def _add_rows(self, step: PlannedStep, requests: list[Request], num_new: list[int]) -> None:
+        """Plan so many tokens of each of these running requests; the blocks that they fill may be found from now on."""
+        step.add_rows(requests, num_new)
+        self.kv.publish(requests)
 
     def _lengthen_to_burst(self, step: PlannedStep) -> None:
         """Let every row run on, up to `num_scheduler_steps` steps, its length cap, and the blocks that are free.
@@ -342,7 +345,7 @@ class Scheduler:
         progress: list[Progress] = []
         self._budget.count_good_step()
         for row, request in enumerate(self._in_flight.pop(plan.step_id).requests):
-            if request.is_finished:
+            if request.status is RequestStatus.FINISHED:
                 continue
             request.num_in_flight -= plan.bursts[row] if plan.bursts else plan.samples[row]
             if row in result.errors:
@@ -358,17 +361,16 @@ class Scheduler:
 
     def _land(self, request: Request, token_ids: list[int], logprobs: list[TokenLogprobs] | None) -> Progress:
         """Append sampled tokens until one ends the request; what was sampled past it is dropped."""
-        taken = 0
-        for token_id in token_ids:
+        for taken, token_id in enumerate(token_ids, start=1):
             request.append_output(token_id)
-            taken += 1
             self.runaway.look_at(request)
             if request.finish_reason is not None:
                 self._retire(request)
+                token_ids = token_ids[:taken]
+                logprobs = logprobs[:taken] if logprobs is not None else None
                 break
-        news = Progress(request, token_ids[:taken], logprobs[:taken] if logprobs is not None else None)
-        news.prompt_logprobs, request.prompt_logprobs = request.prompt_logprobs, None
-        return news
+        prompt_logprobs, request.prompt_logprobs = request.prompt_logprobs, None
+        return Progress(request, token_ids, logprobs, prompt_logprobs)
 
     def check_integrity(self) -> None:
         """Assert every invariant between requests, slots and blocks. O(everything); for tests."""
