@@ -2,7 +2,8 @@
 
 All series live in a registry of their own and have the one label value `model_name`; other labels take values from fixed
 lists, so the number of series does not grow with traffic. What the engine counts itself is read when Prometheus asks
-(`engine_collector`); what happens to requests is fed by `RequestTimer`.
+(`engine_collector`), and so is what is counted for every token (`token_collector`); what happens to requests is fed by
+`RequestTimer`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from prometheus_client.exposition import choose_encoder
 
 from pagoda.errors import ErrorKind
 from pagoda.observability.engine_collector import EngineCollector, ObservedEngine, StepMeter
+from pagoda.observability.token_collector import TokenCollector
 
 FINISHED_REASONS = ("stop", "length", "repetition", "abort", "error")
 ABORT_CAUSES = ("client", "deadline", "server")
@@ -49,7 +51,8 @@ class Metrics:
         GCCollector(registry=self.registry)
 
         self.prompt_tokens = self._counter("prompt_tokens", "Number of prefill tokens processed.")
-        self.generation_tokens = self._counter("generation_tokens", "Number of generation tokens processed.")
+        self.generated_tokens = TokenCollector(model_name, prefix, INTER_TOKEN_LATENCY_BUCKETS)
+        self.registry.register(self.generated_tokens)
         self.request_success = self._counters(
             "request_success",
             "Count of ended requests by the reason they ended for.",
@@ -64,9 +67,6 @@ class Metrics:
         )
         self.time_to_first_token = self._histogram(
             "time_to_first_token_seconds", "Time from arrival to the first token.", TIME_TO_FIRST_TOKEN_BUCKETS
-        )
-        self.inter_token_latency = self._histogram(
-            "inter_token_latency_seconds", "Time between output tokens.", INTER_TOKEN_LATENCY_BUCKETS
         )
         self.e2e_request_latency = self._histogram(
             "e2e_request_latency_seconds", "Time from arrival to the end.", REQUEST_LATENCY_BUCKETS

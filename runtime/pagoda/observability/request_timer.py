@@ -46,17 +46,15 @@ class RequestTimer:
         """`count` tokens came at once; the time since the last ones is shared out evenly among them."""
         if count == 0:
             return
-        metrics = self._metrics
-        metrics.generation_tokens.inc(count)
+        generated_tokens = self._metrics.generated_tokens
+        generated_tokens.count(count)
         self._num_generated_tokens += count
         if self._first_token_time is None:
             self._first_token_time = self._last_token_time = now
-            metrics.time_to_first_token.observe(now - self._arrival_time)
+            self._metrics.time_to_first_token.observe(now - self._arrival_time)
             return
-        latency = (now - self._last_token_time) / count
+        generated_tokens.observe_latency((now - self._last_token_time) / count, count)
         self._last_token_time = now
-        for _ in range(count):
-            metrics.inter_token_latency.observe(latency)
 
     def end(self, reason: str, now: float, *, abort_cause: str | None = None) -> None:
         """The sequence ended for `reason`, one of `FINISHED_REASONS`; `abort_cause`, with "abort", says what ended it."""
