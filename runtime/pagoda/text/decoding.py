@@ -30,6 +30,10 @@ _REPLACEMENT = "\ufffd"
 class DecoderStep(Protocol):
     """One step of a chain, with the state of one stream."""
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing is held back and the beginning of the text is past: a token's text depends on it alone."""
+
     def feed(self, pieces: list[str]) -> list[str]:
         """Take the next pieces and give out what is settled."""
 
@@ -45,6 +49,11 @@ class DecoderStream:
 
     def __init__(self, steps: Sequence[DecoderStep]) -> None:
         self._steps = steps
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether a token for which `DecoderPlan.settled_text` knows a text adds just that, and leaves this so."""
+        return all(step.is_settled for step in self._steps)
 
     def feed(self, tokens: list[str]) -> str:
         """The text that `tokens` settle."""
@@ -75,6 +84,7 @@ class DecoderPlan:
     def __init__(self, decoder: Mapping[str, Any] | None) -> None:
         descriptions = _flatten(decoder)
         self._makers: list[Callable[[], DecoderStep]] = []
+        self._settled_text: list[Callable[[str], str | None]] = []
         self._byte_level: _ByteLevelTable | None = None
         self._byte_fallback = False
         self._tokenwise: list[_TokenwiseRule] = []
@@ -92,6 +102,14 @@ class DecoderPlan:
         """A decoder at the beginning of a text."""
         return DecoderStream([make() for make in self._makers])
 
+    def settled_text(self, token: str) -> str | None:
+        """What `token` adds to a stream that `is_settled`; None where that depends on the tokens that follow it."""
+        text: str | None = token
+        for step in self._settled_text:
+            if text is not None:
+                text = step(text)
+        return text
+
     def token_bytes(self, token: str) -> bytes:
         """The bytes that `token` adds to a text it does not begin."""
         if self._byte_level is not None:
@@ -106,13 +124,16 @@ class DecoderPlan:
         if kind == "ByteLevel":
             table = self._byte_level = _ByteLevelTable()
             self._makers.append(lambda: _ByteLevel(table))
+            self._settled_text.append(lambda token: _whole_characters(table[token]))
         elif kind == "ByteFallback":
             self._byte_fallback = True
             self._makers.append(_ByteFallback)
+            self._settled_text.append(lambda token: None if _BYTE_TOKEN.match(token) else token)
         elif kind != "Fuse":  # joining is what a stream does anyway
             rule = _TokenwiseRule(description)
             self._tokenwise.append(rule)
             self._makers.append(lambda: _Tokenwise(rule))
+            self._settled_text.append(rule.later)
 
     def _add_leading_strip(self, description: Mapping[str, Any]) -> None:
         content, count = description["content"], description["start"]
@@ -151,10 +172,21 @@ class _ByteLevelTable(dict[str, bytes]):
         return value
 
 
+def _whole_characters(data: bytes) -> str | None:
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return None
+
+
 class _ByteLevel:
     def __init__(self, table: _ByteLevelTable) -> None:
         self._table = table
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    @property
+    def is_settled(self) -> bool:
+        return not self._decoder.getstate()[0]
 
     def feed(self, pieces: list[str]) -> list[str]:
         table = self._table
@@ -175,6 +207,10 @@ class _ByteFallback:
 
     def __init__(self) -> None:
         self._run = bytearray()
+
+    @property
+    def is_settled(self) -> bool:
+        return not self._run
 
     def feed(self, pieces: list[str]) -> list[str]:
         settled: list[str] = []
@@ -260,6 +296,10 @@ class _Tokenwise:
         self._rule = rule
         self._at_start = True
 
+    @property
+    def is_settled(self) -> bool:
+        return not self._at_start
+
     def feed(self, pieces: list[str]) -> list[str]:
         later = self._rule.later
         settled = [later(piece) for piece in pieces]
@@ -281,6 +321,10 @@ class _LeadingStrip:
     def __init__(self, content: str, count: int) -> None:
         self._content = content
         self._left = count
+
+    @property
+    def is_settled(self) -> bool:
+        return not self._left
 
     def feed(self, pieces: list[str]) -> list[str]:
         if not self._left:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from pagoda.text.tokenizer import Tokenizer
 
@@ -27,12 +27,23 @@ class IncrementalDetokenizer:
         if tail:
             self._stream.feed(tail)
             self._stream.cut()
+        self._settled_texts = tokenizer.settled_texts
+        self._is_settled = self._stream.is_settled
 
-    def feed(self, token_ids: Iterable[int]) -> str:
-        """The text that these further ids settle. Ids without a token (a padded vocabulary has some) add nothing."""
-        token_of, skipped = self._tokenizer.token, self._skipped
-        tokens = [token_of(token_id) for token_id in token_ids if token_id not in skipped]
-        return self._stream.feed([token for token in tokens if token is not None])
+    def feed(self, token_id: int) -> str:
+        """The text that one more id settles. An id without a token (a padded vocabulary has some) adds nothing."""
+        if token_id in self._skipped:
+            return ""
+        if self._is_settled:  # nearly always, and then the stream need not hear of it
+            text = self._settled_texts[token_id]
+            if text is not None:
+                return text
+        token = self._tokenizer.token(token_id)
+        if token is None:
+            return ""
+        text = self._stream.feed([token])
+        self._is_settled = self._stream.is_settled
+        return text
 
     def finish(self) -> str:
         """What was held back, an unfinished character as U+FFFD. Nothing may be fed after this."""

@@ -75,9 +75,11 @@ class RequestTextState:
         if self._stop.matched is not None:
             self.must_abort = finish_reason is None
             finish_reason, stop_reason = FinishReason.STOP, self._stop.matched
+        logprobs, prompt_logprobs = output.logprobs, output.prompt_logprobs
+        if self._started and finish_reason is None and logprobs is None and prompt_logprobs is None:
+            return GenerationChunk(index=self.index, text=text, token_ids=output.new_token_ids)  # as most are
         self.finished = finish_reason is not None
         first, self._started = not self._started, True
-        logprobs, prompt_logprobs = output.logprobs, output.prompt_logprobs
         return GenerationChunk(
             index=self.index,
             text=self._echo + text if first else text,
@@ -98,12 +100,13 @@ class RequestTextState:
         """The text of the new tokens up to a stop string, and how many of them that took."""
         text = ""
         token_ids = output.new_token_ids
+        feed = self._detokenizer.feed
         # A token that ended the request is part of its ids and, unless it was asked for, not of its text.
         terminated = output.finish_reason is FinishReason.STOP and self._drops_terminator
         num_with_text = len(token_ids) - 1 if terminated else len(token_ids)
         for position, token_id in enumerate(token_ids[:num_with_text], start=1):
             self._num_tokens += 1
-            delta = self._detokenizer.feed((token_id,))
+            delta = feed(token_id)
             if delta:
                 text += self._stop.feed(delta, may_stop=self._num_tokens > self._min_tokens)
                 if self._stop.matched is not None:

@@ -20,7 +20,7 @@ from pagoda.text.tokenizer_files import TokenizerFiles, read_tokenizer_files
 
 
 class Tokenizer:
-    """Text to token ids and back. Safe to share between threads: nothing changes it after construction.
+    """Text to token ids and back. Safe to share between threads: nothing but caches changes after construction.
 
     `special_tokens`: content by name (`eos_token`, ...). `special_token_ids`: the ids that `skip_special_tokens` drops.
     `chat_templates`: jinja sources by name; empty for a tokenizer without one. `vocab_size`: one more than the largest id.
@@ -47,6 +47,7 @@ class Tokenizer:
         self.longest_token_characters = max(map(len, vocabulary), default=1)
         # The decoder's state is its description in tokenizer.json; the whole backend's would hold the vocabulary too.
         self.decoder_plan = DecoderPlan(json.loads(backend.decoder.__getstate__()) if backend.decoder else None)
+        self.settled_texts = SettledTexts(self)
 
     @classmethod
     def from_directory(cls, directory: str | Path, *, trust_remote_code: bool = False) -> Tokenizer:
@@ -124,6 +125,19 @@ class Tokenizer:
     def _named_id(self, name: str) -> int | None:
         token = self.special_tokens.get(name)
         return None if token is None else self.token_id(token)
+
+
+class SettledTexts(dict[int, str | None]):
+    """Token id to `DecoderPlan.settled_text`, filled as ids occur; an id without a token adds nothing."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        self._tokenizer = tokenizer
+
+    def __missing__(self, token_id: int) -> str | None:
+        token = self._tokenizer.token(token_id)
+        text = self[token_id] = "" if token is None else self._tokenizer.decoder_plan.settled_text(token)
+        return text
 
 
 def _add_missing_tokens(backend: TokenizersTokenizer, files: TokenizerFiles) -> None:
