@@ -193,7 +193,6 @@ class Server:
 def run_server(rate: str) -> None:
     """`pagoda serve`, whose engine process is `run_core` of this file."""
     from pagoda.cli.main import main as pagoda
-    from pagoda.engine import launch
 
     start = subprocess.Popen
 
@@ -201,7 +200,7 @@ def run_server(rate: str) -> None:
         assert command[1:3] == ["-m", "pagoda.engine.process"], command
         return start([sys.executable, __file__, "role", "core", rate, *command[3:]], **settings)
 
-    launch.subprocess.Popen = popen  # type: ignore[misc,assignment]
+    subprocess.Popen = popen  # type: ignore[misc,assignment]
     options = {"model-name": "demo", "host": "127.0.0.1", "http-port": 0, "grpc-port": 0, "max-num-waiting": 100_000}
     sys.exit(pagoda(["serve", *(f"--{name}={value}" for name, value in options.items())]))
 
