@@ -18,7 +18,7 @@ from pagoda.serving.openai.requests import check_stream_options, sampling_and_op
 from pagoda.serving.openai.types import ChatCompletionRequest, TokenizeRequest
 from pagoda.serving.openai.usage import UsageCounter
 from pagoda.serving.parameters import RequestOptions
-from pagoda.serving.rest.event_stream import DONE, Events, event
+from pagoda.serving.rest.event_stream import DONE, Events, EventTemplate, event
 from pagoda.text.output import GenerationChunk
 
 
@@ -63,7 +63,7 @@ class ChatCall:
 
     async def events(self) -> Events:
         """The answer in pieces; each choice begins with the role."""
-        begun: set[int] = set()
+        templates: dict[int, EventTemplate] = {}
         usage = UsageCounter()
         stream_options = self.request.stream_options
         wants_usage = bool(stream_options and stream_options.include_usage)
@@ -71,7 +71,16 @@ class ChatCall:
         async with aclosing(self.context.runner.stream(await self._job(), self.answer_id)) as chunks:
             async for chunk in chunks:
                 usage.add(0, chunk)
-                for piece in self._pieces(chunk, begun):
+                template = templates.get(chunk.index)
+                if template is not None and not continuous and not chunk.logprobs and chunk.finish_reason is None:
+                    if chunk.text:
+                        yield template(chunk.text)
+                    continue
+                pieces = self._pieces(chunk)
+                if template is None:
+                    templates[chunk.index] = self._template(chunk.index, wants_usage)
+                    pieces.insert(0, _piece(chunk.index, {"role": "assistant", "content": ""}))
+                for piece in pieces:
                     content = self._head("chat.completion.chunk", [piece])
                     if wants_usage:
                         content["usage"] = usage.usage() if continuous else None
@@ -102,19 +111,23 @@ class ChatCall:
             **finish_fields(result.finish_reason, result.stop_reason),
         }
 
-    def _pieces(self, chunk: GenerationChunk, begun: set[int]) -> list[dict[str, Any]]:
-        pieces = []
-        if chunk.index not in begun:
-            begun.add(chunk.index)
-            pieces.append(_piece(chunk.index, {"role": "assistant", "content": ""}))
-        if chunk.text or chunk.logprobs or chunk.finish_reason is not None:
-            piece = _piece(chunk.index, {"content": chunk.text} if chunk.text else {})
-            if chunk.logprobs:
-                piece["logprobs"] = chat_logprobs(chunk.logprobs)
-            if chunk.finish_reason is not None:
-                piece |= finish_fields(chunk.finish_reason, chunk.stop_reason)
-            pieces.append(piece)
-        return pieces
+    def _template(self, index: int, wants_usage: bool) -> EventTemplate:
+        """The events of a choice that bring nothing but text."""
+        usage = {"usage": None} if wants_usage else {}
+        return EventTemplate(
+            lambda text: {**self._head("chat.completion.chunk", [_piece(index, {"content": text})]), **usage}
+        )
+
+    def _pieces(self, chunk: GenerationChunk) -> list[dict[str, Any]]:
+        """What `chunk` brings, if anything that is shown."""
+        if not (chunk.text or chunk.logprobs or chunk.finish_reason is not None):
+            return []
+        piece = _piece(chunk.index, {"content": chunk.text} if chunk.text else {})
+        if chunk.logprobs:
+            piece["logprobs"] = chat_logprobs(chunk.logprobs)
+        if chunk.finish_reason is not None:
+            piece |= finish_fields(chunk.finish_reason, chunk.stop_reason)
+        return [piece]
 
 
 async def encode_chat(context: ServingContext, request: ChatCompletionRequest | TokenizeRequest) -> list[int]:

@@ -7,6 +7,7 @@ import time
 import uuid
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from pagoda.errors import InvalidRequestError, NotSupportedError
@@ -17,7 +18,7 @@ from pagoda.serving.openai.logprobs import CompletionLogprobs, joined, prompt_lo
 from pagoda.serving.openai.requests import PROMPT_FORMS, check_stream_options, sampling_and_options
 from pagoda.serving.openai.types import CompletionRequest
 from pagoda.serving.openai.usage import UsageCounter
-from pagoda.serving.rest.event_stream import DONE, Events, event
+from pagoda.serving.rest.event_stream import DONE, Events, EventTemplate, event
 from pagoda.text.output import GenerationChunk
 
 
@@ -75,9 +76,14 @@ class CompletionCall:
             async for prompt_index, chunk in chunks:
                 usage.add(prompt_index, chunk)
                 key = (prompt_index, chunk.index)
-                if key not in choices:
-                    choices[key] = _Choice(self, prompt_index, chunk.index)
-                piece = await choices[key].piece(chunk)
+                choice = choices.get(key)
+                if choice is None:
+                    choice = choices[key] = _Choice(self, prompt_index, chunk.index)
+                elif not continuous and choice.is_plain(chunk):
+                    if chunk.text:
+                        yield choice.template(chunk.text)
+                    continue
+                piece = await choice.piece(chunk)
                 if not piece["text"] and piece["finish_reason"] is None and piece["logprobs"] is None:
                     continue
                 content = self._head([piece])
@@ -105,6 +111,22 @@ class _Choice:
         self._call = call
         self._index = prompt_index * call.jobs[prompt_index].sampling.n + sequence_index
         self._logprobs = CompletionLogprobs()
+
+    @cached_property
+    def template(self) -> EventTemplate:
+        """The events of this choice that bring nothing but text."""
+        options = self._call.request.stream_options
+        usage = {"usage": None} if options and options.include_usage else {}
+
+        def content(text: str) -> dict[str, Any]:
+            piece = {"index": self._index, "text": text, "logprobs": None, **finish_fields(None, None)}
+            return {**self._call._head([piece]), **usage}
+
+        return EventTemplate(content)
+
+    def is_plain(self, chunk: GenerationChunk) -> bool:
+        """Whether `chunk`, not the first of its sequence, brings nothing but text."""
+        return chunk.finish_reason is None and self._call.request.logprobs is None
 
     async def piece(self, chunk: GenerationChunk) -> dict[str, Any]:
         """The choice as an answer shows it, for what `chunk` brings."""

@@ -8,6 +8,7 @@ from closing it; an error then arrives as an event.
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ from starlette.types import Receive, Scope, Send
 from pagoda.observability.metrics import Metrics
 from pagoda.serving.bounded_wait import BoundedWait
 from pagoda.serving.rest.disconnect import end_tasks, wait_for_disconnect
+from pagoda.serving.rest.gate import SEND_PIECE
 from pagoda.serving.rest.responses import note_error
 from pagoda.serving.status import ErrorReport
 
@@ -35,6 +37,18 @@ ErrorBody = Callable[[ErrorReport], dict[str, Any]]
 def event(content: object) -> bytes:
     """`content` (plain values) as one event."""
     return b"data: " + orjson.dumps(content) + b"\n\n"
+
+
+class EventTemplate:
+    """Events of which only one string differs: the rest is encoded once. `make` gives the content that holds a string."""
+
+    def __init__(self, make: Callable[[str], object]) -> None:
+        mark = uuid.uuid4().hex
+        self._before, self._after = event(make(mark)).split(orjson.dumps(mark))
+
+    def __call__(self, text: str) -> bytes:
+        """`event(make(text))`."""
+        return self._before + orjson.dumps(text) + self._after
 
 
 async def open_event_stream(request: Request, events: Events, error_body: ErrorBody, metrics: Metrics) -> EventStream:
@@ -82,7 +96,7 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send events until the source ends or the client leaves; the source is closed either way."""
-        sending = asyncio.ensure_future(self._send_all(send))
+        sending = asyncio.ensure_future(self._send_all(send, scope.get(SEND_PIECE, send)))
         try:
             await asyncio.wait((sending, self._leaving), return_when=asyncio.FIRST_COMPLETED)
             if sending.done():
@@ -91,9 +105,9 @@ class EventStream(Response):
             await end_tasks(sending, self._leaving, self._first)
             await self._events.aclose()
 
-    async def _send_all(self, send: Send) -> None:
+    async def _send_all(self, send: Send, send_piece: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        reader = _Reader(send)
+        reader = _Reader(send_piece)
         try:
             while not self._first.done():
                 await reader.send(COMMENT)

@@ -17,7 +17,7 @@ from pagoda.serving.parameters import TIMEOUT_HEADER, parse_timeout_header
 from pagoda.serving.rest.bodies import read_object
 from pagoda.serving.rest.disconnect import until_disconnect
 from pagoda.serving.rest.documentation import event_stream, request_body, v2_errors
-from pagoda.serving.rest.event_stream import Events, event, open_event_stream
+from pagoda.serving.rest.event_stream import Events, EventTemplate, event, open_event_stream
 from pagoda.serving.rest.responses import json_response, v2_stream_error
 from pagoda.serving.rest.schemas import GenerateRequest, GenerateResponse
 from pagoda.serving.rest.v2_routes import MODEL, VERSION
@@ -66,15 +66,14 @@ def generate_router(context: ServingContext, plane: EngineDataPlane) -> APIRoute
 
     async def _events(head: dict[str, Any], job: GenerationJob) -> Events:
         so_far = SequenceResult()
+        piece = EventTemplate(lambda text: {**head, "text_output": text})
         async with aclosing(context.runner.stream(job, f"generate-{uuid.uuid4().hex}")) as chunks:
             async for chunk in chunks:
                 so_far.add(chunk)
-                piece: dict[str, Any] = {**head, "text_output": chunk.text}
                 if chunk.finish_reason is not None:
-                    piece = {**head, **_whole(job, so_far), "text_output": chunk.text}
-                elif not chunk.text:
-                    continue
-                yield event(piece)
+                    yield event({**head, **_whole(job, so_far), "text_output": chunk.text})
+                elif chunk.text:
+                    yield piece(chunk.text)
 
     return router
 
