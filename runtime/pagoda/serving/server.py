@@ -19,12 +19,15 @@ from pagoda.engine.data_parallel import create_engine_client
 from pagoda.engine.launch import LaunchedCore
 from pagoda.observability.logs import configure_logging
 from pagoda.process_control import uncollected
+from pagoda.serving.deferred_imports import deferred_imports
 from pagoda.serving.listener import listen, raise_open_file_limit
 
 logger = logging.getLogger(__name__)
 
 KSERVE_ARGUMENTS = ("--configure_logging", "false", "--enable_docs_url", "true")
 """KServe parses the process's command line when it is imported; it is shown this one instead of ours."""
+UNUSED_BY_US = ("kubernetes", "pandas")
+"""What KServe imports for its client of clusters, and for requests as data frames."""
 ENGINE_HEAD_START_SECONDS = 0.02
 
 
@@ -46,7 +49,7 @@ async def _serve(config: PagodaConfig, listener: socket.socket, core: LaunchedCo
     starting = asyncio.ensure_future(client.start())
     # The engine gets its settings before this process loads its libraries, KServe above all: nothing else runs meanwhile.
     await asyncio.sleep(ENGINE_HEAD_START_SECONDS)
-    with uncollected(), _command_line(KSERVE_ARGUMENTS):
+    with uncollected(), deferred_imports(*UNUSED_BY_US), _command_line(KSERVE_ARGUMENTS):
         from pagoda.serving.kserve_server import PagodaModelServer
         from pagoda.serving.parts import TextLayer, make_context
     context = make_context(config, client)
