@@ -22,28 +22,31 @@ class Mailbox:
     def __init__(self) -> None:
         self._pending: EngineOutput | None = None
         self._failure: PagodaError | None = None
-        self._arrived = asyncio.Event()
+        self._waiting: asyncio.Future[None] | None = None  # the reader, while there is nothing for it
 
     def put(self, output: EngineOutput) -> None:
         """Add news."""
         self._pending = output if self._pending is None else merge(self._pending, output)
-        self._arrived.set()
+        self._wake()
 
     def fail(self, error: PagodaError) -> None:
         """The engine is lost: the reader gets `error` after what had arrived before."""
         self._failure = error
-        self._arrived.set()
+        self._wake()
 
     async def get(self) -> EngineOutput:
         """The news since the last call; waits for some. Raises what `fail` was given."""
-        await self._arrived.wait()
-        if self._pending is None:
-            assert self._failure is not None
-            raise self._failure
+        while self._pending is None:
+            if self._failure is not None:
+                raise self._failure
+            self._waiting = asyncio.get_running_loop().create_future()
+            await self._waiting
         pending, self._pending = self._pending, None
-        if self._failure is None:
-            self._arrived.clear()
         return pending
+
+    def _wake(self) -> None:
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
 
 
 def merge(earlier: EngineOutput, later: EngineOutput) -> EngineOutput:

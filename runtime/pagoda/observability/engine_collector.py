@@ -251,28 +251,27 @@ class StepMeter:
     def observe(self) -> None:
         """Take in what happened since the last call; a glance at one number of each core where nothing did."""
         for part in self._parts:
-            part.observe()
+            if part.engine.stats.step != part.step:
+                part.observe()
 
 
 class _StepMeter:
     """The steps of one core."""
 
     def __init__(self, engine: ObservedEngine, histogram: Histogram) -> None:
-        self._engine = engine
+        self.engine = engine
+        self.step = 0
         self._histogram = histogram
-        self._step = 0
         self._num_tokens = 0
 
     def observe(self) -> None:
-        stats = self._engine.stats
-        if stats.step == self._step:
-            return
-        if stats.step < self._step:  # the core was lost, or another one counts from 0 again
-            self._step = self._num_tokens = 0
-        num_steps, num_tokens = stats.step - self._step, stats.num_scheduled_tokens - self._num_tokens
+        stats = self.engine.stats
+        if stats.step < self.step:  # the core was lost, or another one counts from 0 again
+            self.step = self._num_tokens = 0
+        num_steps, num_tokens = stats.step - self.step, stats.num_scheduled_tokens - self._num_tokens
         for _ in range(num_steps):
             self._histogram.observe(num_tokens / num_steps)
-        self._step, self._num_tokens = stats.step, stats.num_scheduled_tokens
+        self.step, self._num_tokens = stats.step, stats.num_scheduled_tokens
 
 
 class _Part:

@@ -46,14 +46,13 @@ class RequestTimer:
         """`count` tokens came at once; the time since the last ones is shared out evenly among them."""
         if count == 0:
             return
-        generated_tokens = self._metrics.generated_tokens
-        generated_tokens.count(count)
         self._num_generated_tokens += count
         if self._first_token_time is None:
             self._first_token_time = self._last_token_time = now
+            self._metrics.generated_tokens.add_first(count)
             self._metrics.time_to_first_token.observe(now - self._arrival_time)
             return
-        generated_tokens.observe_latency((now - self._last_token_time) / count, count)
+        self._metrics.generated_tokens.add(count, (now - self._last_token_time) / count)
         self._last_token_time = now
 
     def end(self, reason: str, now: float, *, abort_cause: str | None = None) -> None:

@@ -30,12 +30,13 @@ class TokenCollector(Collector):
         self._num_tokens = 0
         self._created = time.time()
 
-    def count(self, num_tokens: int) -> None:
-        """So many tokens were generated."""
+    def add_first(self, num_tokens: int) -> None:
+        """The first tokens of a sequence came."""
         self._num_tokens += num_tokens
 
-    def observe_latency(self, seconds: float, num_tokens: int) -> None:
-        """So many tokens came `seconds` after the token before each."""
+    def add(self, num_tokens: int, seconds: float) -> None:
+        """Further tokens came, each `seconds` after the one before it."""
+        self._num_tokens += num_tokens
         self._num_latencies[bisect_left(self._bounds, seconds)] += num_tokens
         self._latency_sum += seconds * num_tokens
 

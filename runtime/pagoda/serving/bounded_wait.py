@@ -17,6 +17,7 @@ class BoundedWait:
     """The waits of one stream, one at a time, in whichever task."""
 
     def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
         self._task: asyncio.Task[Any] | None = None
         self._error: Exception | None = None
 
@@ -40,7 +41,7 @@ class BoundedWait:
         if self._error is not None:
             _close(awaitable)
             raise self._error
-        task = self._task = asyncio.current_task()
+        task = self._task = asyncio.current_task(self._loop)
         assert task is not None
         try:
             return await awaitable

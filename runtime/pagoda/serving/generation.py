@@ -160,10 +160,11 @@ class GenerationRunner:
         """
         self._health.check_ready()
         arrival = time.monotonic()
-        deadline = self._deadline(job, arrival)
         observer = self._observe(job, arrival)
         self._num_running += 1
         self._idle.clear()
+        wait = BoundedWait()
+        timer = self._bound(wait, self._deadline(job, arrival))
         error: BaseException | None = None
         try:
             chunks = self.generator.generate(
@@ -176,14 +177,17 @@ class GenerationRunner:
                 echo=job.options.echo,
                 add_special_tokens=job.add_special_tokens,
             )
-            async with aclosing(self._until(deadline, chunks)) as bounded:
-                async for chunk in bounded:
+            async with aclosing(chunks):
+                while (chunk := await wait.run(anext(chunks, None))) is not None:
                     observer.on_chunk(chunk)
                     yield chunk
         except BaseException as caught:  # raised on: a client that leaves is an end that is counted, too
             error = caught
             raise
         finally:
+            self._waits.discard(wait)
+            if timer is not None:
+                timer.cancel()
             self._num_running -= 1
             if self._num_running == 0:
                 self._idle.set()
@@ -252,27 +256,15 @@ class GenerationRunner:
         limits = [seconds for seconds in (self._request_timeout_seconds, job.options.timeout_seconds) if seconds]
         return arrival + min(limits) if limits else None
 
-    async def _until(
-        self, deadline: float | None, chunks: AsyncGenerator[GenerationChunk, None]
-    ) -> AsyncGenerator[GenerationChunk, None]:
-        """`chunks`, or `DeadlineExceededError` once `deadline` is past: tokenization that hangs is bounded by it too."""
-        wait = BoundedWait()
+    def _bound(self, wait: BoundedWait, deadline: float | None) -> asyncio.TimerHandle | None:
+        """Have `wait` end when the server stops and at `deadline`, for which a timer is returned: tokenization that hangs is
+        bounded too. Where the deadline is past, or there is none, there is no timer.
+        """
+        self._waits.add(wait)
         if self._is_stopped:
             wait.interrupt(EngineNotReadyError(STOPPED))
-        timer = None if deadline is None else self._interrupt_at(deadline, wait)
-        self._waits.add(wait)
-        try:
-            async with aclosing(chunks):
-                while (chunk := await wait.run(anext(chunks, None))) is not None:
-                    yield chunk
-        finally:
-            self._waits.discard(wait)
-            if timer is not None:
-                timer.cancel()
-
-    @staticmethod
-    def _interrupt_at(deadline: float, wait: BoundedWait) -> asyncio.TimerHandle | None:
-        """The timer that ends `wait`; None, and it is ended, where the deadline is past."""
+        if deadline is None:
+            return None
         error = DeadlineExceededError("the request's deadline passed before it was finished")
         remaining = deadline - time.monotonic()
         if remaining > 0:

@@ -143,11 +143,11 @@ class TextGenerator:
         """One sequence. However this is left, after a stop string too, the stream is closed and that aborts the request."""
         outputs = cast("AsyncGenerator[EngineOutput, None]", self.client.submit(request))
         async with aclosing(outputs):
-            while not state.finished:
-                output = await anext(outputs, None)
-                if output is None:
-                    raise RequestFailedError("the engine left a request without finishing it")
+            async for output in outputs:
                 yield state.process(output)
+                if state.finished:
+                    return
+        raise RequestFailedError("the engine left a request without finishing it")
 
     async def _run_all(
         self, requests: list[EngineRequest], states: list[RequestTextState]

@@ -42,8 +42,12 @@ class RequestTextState:
             tokenizer, prompt_token_ids=prompt_token_ids, skip_special_tokens=sampling.skip_special_tokens
         )
         self._stop = StopStringMatcher(sampling.stop, include_in_output=sampling.include_stop_str_in_output)
+        self._has_stop_strings = bool(sampling.stop)
         self._num_tokens = 0
         self._started = False
+        self._is_plain = (
+            False  # from the second output on, where no stop strings are looked for: all it brings is tokens
+        )
         self.finished = False
         self.must_abort = False
 
@@ -65,6 +69,12 @@ class RequestTextState:
 
     def _process(self, output: EngineOutput) -> GenerationChunk:
         faults.fire("detokenize", output.request_id)
+        if self._is_plain and output.finish_reason is None and output.logprobs is None:
+            token_ids = output.new_token_ids
+            self._num_tokens += len(token_ids)
+            return GenerationChunk(
+                index=self.index, text="".join(map(self._detokenizer.feed, token_ids)), token_ids=token_ids
+            )
         text, num_used = self._take_tokens(output)
         finish_reason: FinishReason | None = output.finish_reason
         stop_reason: int | str | None = output.stop_reason
@@ -75,11 +85,10 @@ class RequestTextState:
         if self._stop.matched is not None:
             self.must_abort = finish_reason is None
             finish_reason, stop_reason = FinishReason.STOP, self._stop.matched
-        logprobs, prompt_logprobs = output.logprobs, output.prompt_logprobs
-        if self._started and finish_reason is None and logprobs is None and prompt_logprobs is None:
-            return GenerationChunk(index=self.index, text=text, token_ids=output.new_token_ids)  # as most are
         self.finished = finish_reason is not None
         first, self._started = not self._started, True
+        self._is_plain = not self._has_stop_strings
+        logprobs, prompt_logprobs = output.logprobs, output.prompt_logprobs
         return GenerationChunk(
             index=self.index,
             text=self._echo + text if first else text,
@@ -100,13 +109,12 @@ class RequestTextState:
         """The text of the new tokens up to a stop string, and how many of them that took."""
         text = ""
         token_ids = output.new_token_ids
-        feed = self._detokenizer.feed
         # A token that ended the request is part of its ids and, unless it was asked for, not of its text.
         terminated = output.finish_reason is FinishReason.STOP and self._drops_terminator
         num_with_text = len(token_ids) - 1 if terminated else len(token_ids)
         for position, token_id in enumerate(token_ids[:num_with_text], start=1):
             self._num_tokens += 1
-            delta = feed(token_id)
+            delta = self._detokenizer.feed(token_id)
             if delta:
                 text += self._stop.feed(delta, may_stop=self._num_tokens > self._min_tokens)
                 if self._stop.matched is not None:
