@@ -110,9 +110,8 @@ def tile_candidates(
     rows = (16,) if entry.kind == "decode" else (64, 128) if narrow else (32, 64)
     tiles = (32, 64, 128) if narrow else (16, 32, 64)
     warps = (2, 4, 8) if entry.kind == "decode" else (4, 8)
-    # Keys are found through the block table, so a pair of stages is one more tile on its way: 2 and 3 have one, 5 has two.
-    deep = (2, 3) if not narrow else (2, 3, 5, 7) if entry.kind == "decode" else (2, 3, 4, 5)
-    stages = deep if capability >= AMPERE else (1,)
+    # With s stages, s - 1 tiles are on their way while one is computed with.
+    stages = (1,) if capability < AMPERE else (2, 3, 4) if narrow else (2, 3)
     every = (
         AttentionTiles(
             head_dim=entry.head_dim,
@@ -129,7 +128,7 @@ def tile_candidates(
 
 
 def _bytes_on_the_way(tiles: AttentionTiles) -> int:
-    return max(1, (tiles.num_stages - 1) // 2) * 2 * tiles.tile * tiles.head_dim * tiles.element_bytes
+    return max(1, tiles.num_stages - 1) * 2 * tiles.tile * tiles.head_dim * tiles.element_bytes
 
 
 def _decode_is_plausible(tiles: AttentionTiles, shared_limit: int) -> bool:

@@ -11,6 +11,24 @@ from pagoda_kernels.metadata import AttentionMetadata
 
 if TYPE_CHECKING:
     from pagoda_kernels.linear import PackedWeight
+    from pagoda_kernels.step import StepTensors
+
+
+class GatherStep(Protocol):
+    """See `pagoda_kernels.step.gather_step`."""
+
+    def __call__(
+        self,
+        token_pool: torch.Tensor,
+        block_table: torch.Tensor,
+        block_size: int,
+        slots: torch.Tensor,
+        query_start_loc: torch.Tensor,
+        num_computed_tokens: torch.Tensor,
+        max_query_len: int,
+        into: StepTensors,
+    ) -> None:
+        """Gather."""
 
 
 class PagedAttention(Protocol):
@@ -127,6 +145,7 @@ class KernelBackend:
     """
 
     name: str
+    gather_step: GatherStep
     paged_attention: PagedAttention
     write_kv: WriteKV
     rotate_and_store: RotateAndStore

@@ -52,6 +52,7 @@ class Unit:
 UNITS = (
     Unit("operators.cpp"),
     Unit("decoder.cpp"),
+    Unit("step.cpp"),
     Unit("attention.cpp", "avx512", _AVX512),
     Unit("attention.cpp", "avx512_bf16", _BF16),
     Unit("attention.cpp", "avx2", _AVX2),

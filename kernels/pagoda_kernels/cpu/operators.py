@@ -12,9 +12,11 @@ from pagoda_kernels.metadata import AttentionMetadata
 
 if TYPE_CHECKING:
     from pagoda_kernels.linear import PackedWeight
+    from pagoda_kernels.step import StepTensors
 
 torch.ops.load_library(str(library()))  # type: ignore[no-untyped-call]
 
+_gather_step = torch.ops.pagoda_cpu.gather_step.default
 _attention = torch.ops.pagoda_cpu.paged_attention.default
 _rotate = torch.ops.pagoda_cpu.rotate_and_store.default
 _norm = torch.ops.pagoda_cpu.rms_norm.default
@@ -41,6 +43,31 @@ def active_level() -> str:
 def use_level(level: str) -> None:
     """Let all kernels of this process use one of `available_levels`; `RuntimeError` for another."""
     torch.ops.pagoda_cpu.use_level(level)
+
+
+def _gather(
+    token_pool: torch.Tensor,
+    block_table: torch.Tensor,
+    block_size: int,
+    slots: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    num_computed_tokens: torch.Tensor,
+    max_query_len: int,
+    into: StepTensors,
+) -> None:
+    _gather_step(
+        token_pool,
+        block_table,
+        block_size,
+        slots,
+        query_start_loc,
+        num_computed_tokens,
+        into.input_ids,
+        into.positions,
+        into.slot_mapping,
+        into.seq_lens,
+        into.block_table,
+    )
 
 
 def _paged_attention(
@@ -129,6 +156,7 @@ def _rows(weight: PackedWeight, ids: torch.Tensor, dtype: torch.dtype) -> torch.
 
 BACKEND = KernelBackend(
     name="cpu",
+    gather_step=_gather,
     paged_attention=_paged_attention,
     write_kv=torch.ops.pagoda_cpu.write_kv.default,
     rotate_and_store=_rotate_and_store,

@@ -7,8 +7,9 @@ and values are read once for all of them; with H heads a KV head, row m of the t
     decode,  H = 8, ROWS = 16      the row's only token: heads 0 … 7            │ 8 rows unused
 
 Keys come in tiles of TILE consecutive positions, wherever their blocks are: position p is slot `p % BLOCK_SIZE` of block
-`block_table[p // BLOCK_SIZE]`. A tile may hold several blocks, or a part of one. Softmax is kept as in FlashAttention (Dao et
-al., 2022): a running maximum, sum and weighted values, all float32.
+`block_table[p // BLOCK_SIZE]`. A tile begins at a multiple of TILE; it may hold several blocks, or a part of one. Its blocks
+are looked up a tile earlier and handed on: a look-up and loads that wait for it, in one iteration, would cost the pipeline
+half of its depth. Softmax is kept as in FlashAttention (Dao et al., 2022): a running maximum, sum and weighted values, all float32.
 
 Under half-precision queries a float8 cache is widened to float16, whatever the queries are: one instruction converts two
 numbers, where bfloat16 takes four, and more than the bandwidth leaves time for. As bfloat16 has numbers that float16 has not,
@@ -58,6 +59,47 @@ def _row_of_tile(query_start_loc, first_row, num_rows, tile, TOKENS_PER_TILE: tl
 
 
 @triton.jit
+def _block_numbers(start, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr):
+    """For the keys `start .. start + TILE - 1`, where `start` is a multiple of TILE: the columns of the block table."""
+    keys = tl.arange(0, TILE)
+    if TILE % BLOCK_SIZE == 0:
+        numbers = start // BLOCK_SIZE + keys // BLOCK_SIZE
+    else:
+        numbers = (start + keys) // BLOCK_SIZE
+    return numbers
+
+
+@triton.jit
+def _slots_in_block(start, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr):
+    """Likewise, their places in their blocks. If a tile is whole blocks, they are the same for every tile."""
+    keys = tl.arange(0, TILE)
+    if TILE % BLOCK_SIZE == 0:
+        slots = keys % BLOCK_SIZE
+    else:
+        slots = (start + keys) % BLOCK_SIZE
+    return slots
+
+
+@triton.jit
+def _in_context(start, first_key, last_key, TILE: tl.constexpr, WINDOW: tl.constexpr):
+    """Which of the keys `start .. start + TILE - 1` are among `first_key .. last_key - 1`; without a window the first is 0."""
+    keys_at = start + tl.arange(0, TILE)
+    in_context = keys_at < last_key
+    if WINDOW > 0:
+        in_context = in_context & (keys_at >= first_key)
+    return in_context
+
+
+@triton.jit
+def _blocks_in_context(
+    table, start, first_key, last_key, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr
+):
+    """The blocks of the keys `start .. start + TILE - 1`, 0 for those outside `first_key .. last_key - 1`."""
+    in_context = _in_context(start, first_key, last_key, TILE, WINDOW)
+    return tl.load(table + _block_numbers(start, BLOCK_SIZE, TILE), mask=in_context, other=0)
+
+
+@triton.jit
 def _attend_tile(
     weighted,
     row_max,
@@ -65,13 +107,13 @@ def _attend_tile(
     queries,
     k_page,
     v_page,
-    table,
+    blocks,
     start,
     first_key,
     last_key,
     positions,
     score_scale,
-    soft_cap,
+    log2_scale,
     dims,
     dim_is_real,
     block_stride,
@@ -81,38 +123,48 @@ def _attend_tile(
     WINDOW: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr,
     MASKED: tl.constexpr,
+    DECODE: tl.constexpr,
 ):
-    """Fold the keys `start .. start + TILE - 1` into the running softmax. MASKED: some query may not see some of them."""
-    keys_at = start + tl.arange(0, TILE)
+    """Fold the keys `start .. start + TILE - 1`, which are in `blocks`, into the running softmax.
+
+    `start` is a multiple of TILE. MASKED: some query may not see some of the keys. Scores stay as the product leaves them;
+    times `log2_scale`, which must be positive, they are exponents of 2. Where the maximum is subtracted, that comes for free.
+    """
     # Slots outside the context may hold anything, NaN too: they are never loaded.
+    loaded = tl.full([TILE, 1], True, tl.int1)
     if MASKED:
-        in_context = (keys_at >= first_key) & (keys_at < last_key)
-        loaded = in_context[:, None] & dim_is_real[None, :]
-        block = tl.load(table + keys_at // BLOCK_SIZE, mask=in_context, other=0).to(tl.int64)
-    else:
-        loaded = dim_is_real[None, :]
-        block = tl.load(table + keys_at // BLOCK_SIZE).to(tl.int64)
-    offsets = block * block_stride + (keys_at % BLOCK_SIZE) * HEAD_DIM
-    keys = tl.load(k_page + offsets[:, None] + dims[None, :], mask=loaded, other=0.0).to(queries.dtype)
+        in_context = _in_context(start, first_key, last_key, TILE, WINDOW)
+        loaded = in_context[:, None]
+    if dims.shape[0] != HEAD_DIM:
+        loaded = loaded & dim_is_real[None, :]
+    places = (_slots_in_block(start, BLOCK_SIZE, TILE) * HEAD_DIM)[:, None] + dims[None, :]
+    offsets = (blocks.to(tl.int64) * block_stride)[:, None]
+    keys = tl.load(k_page + places + offsets, mask=loaded, other=0.0).to(queries.dtype)
     scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
     if HAS_SOFT_CAP:
-        # cap * tanh(x / cap), with tanh(y) = 1 - 2 / (exp(2 y) + 1); scores are in units of log2 from there on.
-        scores = soft_cap * (1.0 - 2.0 / (tl.exp2(scores * score_scale) + 1.0)) * LOG2_E
-    else:
-        scores = scores * score_scale
+        # cap * tanh(x / cap), with tanh(y) = 1 - 2 / (exp(2 y) + 1); the cap is in `log2_scale`.
+        scores = 1.0 - 2.0 / (tl.exp2(scores * score_scale) + 1.0)
     if MASKED:
-        distance = positions[:, None] - keys_at[None, :]
-        visible = (distance >= 0) & in_context[None, :]
-        if WINDOW > 0:
-            visible = visible & (distance < WINDOW)
+        visible = in_context[None, :]
+        if not DECODE:  # where the only token sees every key of the context
+            distance = positions[:, None] - (start + tl.arange(0, TILE))[None, :]
+            visible = visible & (distance >= 0)
+            if WINDOW > 0:
+                visible = visible & (distance < WINDOW)
         scores = tl.where(visible, scores, NEGATIVE_INFINITY)
     new_max = tl.maximum(row_max, tl.max(scores, 1))
-    # A row that has seen nothing yet keeps -inf; it must not become inf - inf.
-    base = tl.where(new_max == NEGATIVE_INFINITY, 0.0, new_max)
-    weights = tl.exp2(scores - base[:, None])
-    shrink = tl.exp2(row_max - base)
-    row_sum = row_sum * shrink + tl.sum(weights, 1)
-    values = tl.load(v_page + offsets[:, None] + dims[None, :], mask=loaded, other=0.0).to(queries.dtype)
+    base = new_max
+    if MASKED:
+        # A row that has seen nothing yet keeps -inf; it must not become inf - inf.
+        base = tl.where(new_max == NEGATIVE_INFINITY, 0.0, new_max)
+    exponent = base * log2_scale
+    weights = tl.exp2(scores * log2_scale[:, None] - exponent[:, None])
+    shrink = tl.exp2(row_max * log2_scale - exponent)
+    if DECODE:  # a sum for each place in a tile, put together at the end: warps that share a row need not meet
+        row_sum = row_sum * shrink[:, None] + weights
+    else:
+        row_sum = row_sum * shrink + tl.sum(weights, 1)
+    values = tl.load(v_page + places + offsets, mask=loaded, other=0.0).to(queries.dtype)
     weighted = weighted * shrink[:, None]
     weighted = tl.dot(weights.to(queries.dtype), values, weighted, input_precision="ieee")
     return weighted, new_max, row_sum
@@ -220,15 +272,18 @@ def paged_attention_kernel(
         mask=is_real[:, None] & dim_is_real[None, :],
         other=0.0,
     )
-    score_scale = scale * k_scale * LOG2_E
+    # One factor for a row: of a plain call all the same, of float8 caches each query's own.
+    log2_scale = tl.full([ROWS], 1.0, tl.float32) * (scale * k_scale * LOG2_E)
     if k_cache.dtype.element_ty.primitive_bitwidth == 8 and query.dtype.element_ty.primitive_bitwidth == 16:
         wide = queries.to(tl.float32)
         greatest = tl.max(tl.abs(wide), 1)
         greatest = tl.where(greatest > 0.0, greatest, 1.0)
         queries = (wide / greatest[:, None]).to(tl.float16)
-        score_scale = score_scale * greatest[:, None]
+        log2_scale = log2_scale * greatest
+    score_scale = log2_scale[:, None]
     if HAS_SOFT_CAP:
         score_scale = score_scale * 2.0 / soft_cap
+        log2_scale = tl.full([ROWS], 1.0, tl.float32) * (soft_cap * LOG2_E)
     page = kv_head * (BLOCK_SIZE * HEAD_DIM)
     k_page = k_cache + page
     v_page = v_cache + page
@@ -238,47 +293,59 @@ def paged_attention_kernel(
     result_at = output + (batch_token[:, None] * NUM_HEADS + head[:, None]) * HEAD_DIM + dims[None, :]
 
     if DECODE:
-        num_tiles = (last_key - first_key + TILE - 1) // TILE
+        first_start = first_key // TILE * TILE
+        num_tiles = (last_key - first_start + TILE - 1) // TILE
         segment_keys = (num_tiles + num_segments - 1) // num_segments * TILE
         for segment in range(tl.program_id(2), num_segments, tl.num_programs(2)):
-            begin = first_key + segment * segment_keys
+            begin = first_start + segment * segment_keys
             end = tl.minimum(begin + segment_keys, last_key)
             weighted = tl.full([ROWS, PADDED_DIM], 0.0, dtype=tl.float32)
             row_max = tl.full([ROWS], NEGATIVE_INFINITY, dtype=tl.float32)
-            row_sum = tl.full([ROWS], 0.0, dtype=tl.float32)
+            row_sums = tl.full([ROWS, TILE], 0.0, dtype=tl.float32)
+            blocks = _blocks_in_context(table, begin, first_key, end, BLOCK_SIZE, TILE, WINDOW)
             for start in range(begin, end, TILE):
-                weighted, row_max, row_sum = _attend_tile(
-                    weighted, row_max, row_sum, queries, k_page, v_page, table, start, begin, end, positions,
-                    score_scale, soft_cap, dims, dim_is_real, block_stride,
-                    BLOCK_SIZE, HEAD_DIM, TILE, WINDOW, HAS_SOFT_CAP, True,
+                following = _blocks_in_context(table, start + TILE, first_key, end, BLOCK_SIZE, TILE, WINDOW)
+                weighted, row_max, row_sums = _attend_tile(
+                    weighted, row_max, row_sums, queries, k_page, v_page, blocks, start, first_key, end, positions,
+                    score_scale, log2_scale, dims, dim_is_real, block_stride,
+                    BLOCK_SIZE, HEAD_DIM, TILE, WINDOW, HAS_SOFT_CAP, True, DECODE,
                 )  # fmt: skip
+                blocks = following
+            row_sum = tl.sum(row_sums, 1)
             if num_segments == 1:
                 tl.store(result_at, _normalized(weighted, row_sum, v_scale).to(output.dtype.element_ty), mask=exists)
             else:
                 part = (row.to(tl.int64) * NUM_HEADS + head) * MAX_SEGMENTS + segment
-                tl.store(partial_max + part, row_max, mask=is_real)
+                tl.store(partial_max + part, row_max * log2_scale, mask=is_real)
                 tl.store(partial_sum + part, row_sum, mask=is_real)
                 tl.store(partial_output + part[:, None] * HEAD_DIM + dims[None, :], weighted, mask=exists)
     else:
         weighted = tl.full([ROWS, PADDED_DIM], 0.0, dtype=tl.float32)
         row_max = tl.full([ROWS], NEGATIVE_INFINITY, dtype=tl.float32)
         row_sum = tl.full([ROWS], 0.0, dtype=tl.float32)
-        masked_from = first_key
+        masked_from = first_key // TILE * TILE
         if WINDOW == 0:
             # Tiles that end before the tile's first query are seen by every query, whole.
             masked_from = tl.maximum(first_position + 1, 0) // TILE * TILE
+            blocks = tl.load(table + _block_numbers(0, BLOCK_SIZE, TILE), mask=masked_from > 0, other=0)
             for start in range(0, masked_from, TILE):
+                at = _block_numbers(start + TILE, BLOCK_SIZE, TILE)
+                following = tl.load(table + at, mask=start + TILE < masked_from, other=0)
                 weighted, row_max, row_sum = _attend_tile(
-                    weighted, row_max, row_sum, queries, k_page, v_page, table, start, first_key, last_key, positions,
-                    score_scale, soft_cap, dims, dim_is_real, block_stride,
-                    BLOCK_SIZE, HEAD_DIM, TILE, WINDOW, HAS_SOFT_CAP, False,
+                    weighted, row_max, row_sum, queries, k_page, v_page, blocks, start, first_key, last_key, positions,
+                    score_scale, log2_scale, dims, dim_is_real, block_stride,
+                    BLOCK_SIZE, HEAD_DIM, TILE, WINDOW, HAS_SOFT_CAP, False, DECODE,
                 )  # fmt: skip
+                blocks = following
+        blocks = _blocks_in_context(table, masked_from, first_key, last_key, BLOCK_SIZE, TILE, WINDOW)
         for start in range(masked_from, last_key, TILE):
+            following = _blocks_in_context(table, start + TILE, first_key, last_key, BLOCK_SIZE, TILE, WINDOW)
             weighted, row_max, row_sum = _attend_tile(
-                weighted, row_max, row_sum, queries, k_page, v_page, table, start, first_key, last_key, positions,
-                score_scale, soft_cap, dims, dim_is_real, block_stride,
-                BLOCK_SIZE, HEAD_DIM, TILE, WINDOW, HAS_SOFT_CAP, True,
+                weighted, row_max, row_sum, queries, k_page, v_page, blocks, start, first_key, last_key, positions,
+                score_scale, log2_scale, dims, dim_is_real, block_stride,
+                BLOCK_SIZE, HEAD_DIM, TILE, WINDOW, HAS_SOFT_CAP, True, DECODE,
             )  # fmt: skip
+            blocks = following
         tl.store(result_at, _normalized(weighted, row_sum, v_scale).to(output.dtype.element_ty), mask=exists)
 
 

@@ -9,9 +9,11 @@ from pagoda_kernels.reference.attention import paged_attention, write_kv
 from pagoda_kernels.reference.linear import pack, packed_linear, packed_rows
 from pagoda_kernels.reference.norm import rms_norm
 from pagoda_kernels.reference.rope import apply_rotary
+from pagoda_kernels.reference.step import gather_step
 
 BACKEND = KernelBackend(
     name="reference",
+    gather_step=gather_step,
     paged_attention=paged_attention,
     write_kv=write_kv,
     rotate_and_store=compose_rotate_and_store(rms_norm, apply_rotary, write_kv),

@@ -16,6 +16,7 @@
 #include "decoder.h"
 #include "dispatch.h"
 #include "kernels.h"
+#include "step.h"
 
 namespace {
 
@@ -292,6 +293,10 @@ TORCH_LIBRARY(pagoda_cpu, m) {
   m.def("active_level() -> str", []() -> std::string { return pagoda::active_kernels().name; });
   m.def("use_level(str level) -> ()", &use_level);
   m.def(
+      "gather_step(Tensor token_pool, Tensor block_table, int block_size, Tensor slots, Tensor query_start_loc, "
+      "Tensor num_computed_tokens, Tensor(a!) input_ids, Tensor(b!) positions, Tensor(c!) slot_mapping, "
+      "Tensor(d!) seq_lens, Tensor(e!) row_table) -> ()");
+  m.def(
       "paged_attention(Tensor query, Tensor k_cache, Tensor v_cache, Tensor query_start_loc, Tensor seq_lens, "
       "Tensor block_table, float scale, int sliding_window, float soft_cap) -> Tensor");
   m.def(
@@ -318,6 +323,7 @@ TORCH_LIBRARY(pagoda_cpu, m) {
 }
 
 TORCH_LIBRARY_IMPL(pagoda_cpu, CPU, m) {
+  m.impl("gather_step", &pagoda::gather_step);
   m.impl("paged_attention", &paged_attention);
   m.impl("write_kv", &write_kv);
   m.impl("apply_rotary", &apply_rotary);
