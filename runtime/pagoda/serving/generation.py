@@ -178,7 +178,11 @@ class GenerationRunner:
                 add_special_tokens=job.add_special_tokens,
             )
             async with aclosing(chunks):
-                while (chunk := await wait.run(anext(chunks, None))) is not None:
+                while True:
+                    try:
+                        chunk = await wait.run(anext(chunks))
+                    except StopAsyncIteration:
+                        break
                     observer.on_chunk(chunk)
                     yield chunk
         except BaseException as caught:  # raised on: a client that leaves is an end that is counted, too

@@ -1,4 +1,4 @@
-"""HTTP/1.1 with a bound on the size of a request's head, which uvicorn's own httptools protocol lacks."""
+"""HTTP/1.1 with what uvicorn's own httptools protocol lacks: a bound on the size of a request's head, and a `ChunkWriter`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from http import HTTPStatus
 
 import orjson
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from pagoda.serving.chunk_writer import CHUNK_WRITER, ChunkWriter
 
 SEPARATORS_LENGTH = 4  # ": " and the line's end
 
@@ -36,6 +38,7 @@ class _BoundedProtocol(HttpToolsProtocol):
         self._is_in_head = True
         self._num_head_bytes = self._num_open_bytes = 0
         super().on_message_begin()
+        self.scope[CHUNK_WRITER] = ChunkWriter(self.transport, self.flow)  # type: ignore[typeddict-unknown-key]
 
     def on_url(self, url: bytes) -> None:
         """Count and keep a piece of the URL."""

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["GenerationChunk", "PositionLogprobs", "TextGenerator", "TokenLogprob"]
 
+UNFINISHED = "the engine left a request without finishing it"
 _SAMPLING_NAMES = frozenset(field.name for field in fields(SamplingParams))
 
 
@@ -119,10 +120,17 @@ class TextGenerator:
             RequestTextState(self.pool.tokenizer, prompt_token_ids, sampling, index=index, echo=echoed)
             for index in range(sampling.n)
         ]
-        sequences = self._run(requests[0], states[0]) if sampling.n == 1 else self._run_all(requests, states)
-        async with aclosing(sequences) as chunks:
-            async for chunk in chunks:
-                yield chunk
+        if sampling.n == 1:
+            async with self._outputs(requests[0]) as outputs:
+                async for output in outputs:
+                    yield states[0].process(output)
+                    if states[0].finished:
+                        return
+            raise RequestFailedError(UNFINISHED)
+        else:
+            async with aclosing(self._run_all(requests, states)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
 
     def _limits(self) -> AdmissionLimits:
         ready = self.client.ready
@@ -139,15 +147,9 @@ class TextGenerator:
     async def _decode_prompt(self, prompt: list[int], sampling: SamplingParams) -> str:
         return await self.pool.decode(prompt, skip_special_tokens=sampling.skip_special_tokens)
 
-    async def _run(self, request: EngineRequest, state: RequestTextState) -> AsyncGenerator[GenerationChunk, None]:
-        """One sequence. However this is left, after a stop string too, the stream is closed and that aborts the request."""
-        outputs = cast("AsyncGenerator[EngineOutput, None]", self.client.submit(request))
-        async with aclosing(outputs):
-            async for output in outputs:
-                yield state.process(output)
-                if state.finished:
-                    return
-        raise RequestFailedError("the engine left a request without finishing it")
+    def _outputs(self, request: EngineRequest) -> aclosing[AsyncGenerator[EngineOutput, None]]:
+        """What the engine says of one sequence. However this is left, after a stop string too, the request is aborted."""
+        return aclosing(cast("AsyncGenerator[EngineOutput, None]", self.client.submit(request)))
 
     async def _run_all(
         self, requests: list[EngineRequest], states: list[RequestTextState]
@@ -157,9 +159,13 @@ class TextGenerator:
 
         async def forward(request: EngineRequest, state: RequestTextState) -> None:
             try:
-                async with aclosing(self._run(request, state)) as chunks:
-                    async for chunk in chunks:
-                        await queue.put(chunk)
+                async with self._outputs(request) as outputs:
+                    async for output in outputs:
+                        await queue.put(state.process(output))
+                        if state.finished:
+                            break
+                    else:
+                        raise RequestFailedError(UNFINISHED)
                 await queue.put(None)
             except Exception as error:
                 await queue.put(error)

@@ -19,8 +19,8 @@ from starlette.types import Receive, Scope, Send
 
 from pagoda.observability.metrics import Metrics
 from pagoda.serving.bounded_wait import BoundedWait
+from pagoda.serving.chunk_writer import CHUNK_WRITER, ChunkWriter
 from pagoda.serving.rest.disconnect import end_tasks, wait_for_disconnect
-from pagoda.serving.rest.gate import SEND_PIECE
 from pagoda.serving.rest.responses import note_error
 from pagoda.serving.status import ErrorReport
 
@@ -96,7 +96,7 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send events until the source ends or the client leaves; the source is closed either way."""
-        sending = asyncio.ensure_future(self._send_all(send, scope.get(SEND_PIECE, send)))
+        sending = asyncio.ensure_future(self._send_all(send, scope.get(CHUNK_WRITER)))
         try:
             await asyncio.wait((sending, self._leaving), return_when=asyncio.FIRST_COMPLETED)
             if sending.done():
@@ -105,9 +105,9 @@ class EventStream(Response):
             await end_tasks(sending, self._leaving, self._first)
             await self._events.aclose()
 
-    async def _send_all(self, send: Send, send_piece: Send) -> None:
+    async def _send_all(self, send: Send, writer: ChunkWriter | None) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        reader = _Reader(send_piece)
+        reader = _Reader(send)
         try:
             while not self._first.done():
                 await reader.send(COMMENT)
@@ -115,7 +115,8 @@ class EventStream(Response):
             try:
                 await reader.send(await self._first)
                 async for piece in self._events:
-                    await reader.send(piece)
+                    if writer is None or not writer.write(piece):
+                        await reader.send(piece)
             except ClientDisconnect:
                 raise
             except Exception as error:

@@ -21,10 +21,6 @@ from pagoda.serving.rest.responses import error_body, error_response, json_respo
 logger = logging.getLogger(__name__)
 
 REQUEST_ID_HEADER = "x-request-id"
-SEND_PIECE = "pagoda.send_piece"
-"""Entry of a request's scope: a `send` for the body of an answer that has started. Every layer between the gate and a route
-wraps `send` to see the start; a stream's thousands of pieces need not pass through them.
-"""
 PUBLIC_PATHS = frozenset({"/", "/health", "/metrics", "/v2/health/live", "/v2/health/ready", "/docs", "/openapi.json"})
 PUBLIC_PATTERN = re.compile(r"/v2/models/[^/]+(/versions/[^/]+)?/ready")
 """What probes and scrapers ask needs no key: they have none, and nothing of the clients shows there."""
@@ -55,7 +51,6 @@ class Gate:
                 MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
             await send(message)
 
-        scope[SEND_PIECE] = send
         path: str = scope["path"]
         with bind_request_id(request_id):
             try:
