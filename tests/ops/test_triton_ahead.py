@@ -29,7 +29,7 @@ driver.set_active(NoDevice(GPUTarget("cuda", 90, 32)))
 """
 
 
-def outcome_of(tmp_path: Path, program: str) -> Any:
+def outcome_of(tmp_path: Path, program: str, *arguments: str) -> Any:
     output = tmp_path / "outcome.json"
     environment = {
         **os.environ,
@@ -37,7 +37,7 @@ def outcome_of(tmp_path: Path, program: str) -> Any:
         "TRITON_CACHE_DIR": str(tmp_path / "cache"),
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
     }
-    command = [sys.executable, "-c", PREAMBLE + program, str(output)]
+    command = [sys.executable, "-c", PREAMBLE + program, str(output), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return json.loads(output.read_text())
@@ -165,3 +165,127 @@ def test_the_tuner_compiles_in_parallel_and_leaves_out_what_does_not_fit(tmp_pat
     assert found["entries"][0]["left_out"]["shared_bytes"] > 80 << 10
     assert found["entries"][0]["left_out"]["registers"] > 0
     assert found["processes"] >= 1
+
+
+WANTED_BY_A_MODEL = """
+import dataclasses
+from pagoda.execution.ahead_compilation import ModelBuild, wanted_kernels
+from pagoda.models.config import ModelConfig
+from pagoda.models.dummy import DummySpec, write_dummy_checkpoint
+from pagoda.models.registry import build_model
+from pagoda.parallel.groups import SINGLE_RANK, ParallelGroups, PipelineLink, TensorGroup
+from pagoda.parallel.layout import ParallelLayout
+from pagoda_kernels import backend
+from pagoda_kernels.attention import AttentionMetadata
+from pagoda_kernels.gpu import attention
+from pagoda_kernels.gpu.tuning import load_table
+from pagoda_kernels.sampling import choose_open
+from pagoda_kernels.gpu.sampling import choose_greedy
+from pagoda.sampling.selection import pad_to_blocks
+
+backend.use_backend("triton")
+# As on the GPU that is not here.
+import pagoda_kernels.gpu.tuning as tuning
+tuning._table_of_gpu = lambda index: load_table("sm_90")
+FAMILY = json.loads(sys.argv[2])
+folder = OUT.parent / "model"
+write_dummy_checkpoint(folder, DummySpec(**FAMILY), weights=False)
+config = ModelConfig.from_directory(folder)
+build = ModelBuild(
+    config=config, groups=SINGLE_RANK, quantization=None, dtype=torch.bfloat16, kv_dtype=torch.bfloat16, block_size=16,
+    device=torch.device("cuda", 0),
+)
+wanted = wanted_kernels(build)
+
+# A mixed step and then a decode step of three rows, of tensors that have memory, as the runner makes them.
+model = build_model(config, torch.bfloat16, "cpu")
+share = model.share
+shape = (9, share.kv_heads.size, 16, config.head_dim)
+caches = [(torch.zeros(shape, dtype=torch.bfloat16), torch.zeros(shape, dtype=torch.bfloat16)) for _ in share.layers]
+def step(query_lens):
+    tokens = sum(query_lens)
+    ints = dict(dtype=torch.int32)
+    metadata = AttentionMetadata(
+        query_start_loc=torch.tensor([0, *query_lens], **ints).cumsum(0).int(),
+        seq_lens=torch.tensor([600] * len(query_lens), **ints),
+        block_table=torch.zeros(len(query_lens), 41, **ints),
+        slot_mapping=torch.zeros(3 * tokens, dtype=torch.int64)[1 : tokens + 1],
+        max_query_len=max(query_lens),
+        max_seq_len=600,
+        num_decode_rows=query_lens.count(1),
+    )
+    ids = torch.zeros(tokens, dtype=torch.int64)
+    hidden = model.forward(ids, ids, caches, metadata)
+    logits = pad_to_blocks(model.compute_logits(hidden[: len(query_lens)]))
+    _, best = choose_greedy(logits)
+    count = len(query_lens)
+    together = torch.zeros(2 * count, dtype=torch.int64)
+    rows, seeds = together.split([count, count])  # the second begins anywhere
+    one = torch.zeros(count)
+    choose_open(logits, best, rows, seeds, rows, one, one, one.double())
+
+with tuning.table_in_use(load_table("sm_90")), torch.inference_mode(), recorded_launches() as launched:
+    step([1, 1, 1])
+    step([1, 7, 3])
+
+layout = ParallelLayout(2, 2)
+parallel = {}
+for rank in range(4):
+    groups = ParallelGroups(layout, layout.place(rank), TensorGroup(), PipelineLink())
+    groups.tensor.rank, groups.tensor.size = rank % 2, 2
+    names = [one.name for one in wanted_kernels(dataclasses.replace(build, groups=groups))]
+    parallel[rank] = sorted(set(names))
+OUT.write_text(json.dumps({
+    "wanted": sorted(one.name for one in wanted),
+    "missed": [one.name for one in launched if one.data not in {other.data for other in wanted}],
+    "launched": sorted(one.name for one in launched),
+    "parallel": parallel,
+}))
+"""
+
+FAMILIES = {
+    "qwen3": {"family": "qwen3", "tie_word_embeddings": True, "vocab_size": 1000},
+    "qwen2": {"family": "qwen2", "hidden_size": 96, "num_heads": 6, "sliding_window": 64, "max_window_layers": 1},
+    "mistral": {"family": "mistral", "sliding_window": 64},
+}
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_models_steps_launch_nothing_that_was_not_to_be_compiled(tmp_path: Path, family: str) -> None:
+    found = outcome_of(tmp_path, WANTED_BY_A_MODEL, json.dumps(FAMILIES[family]))
+    layers = {"paged_attention_kernel", "rotate_and_store_kernel", "rms_norm_kernel", "gated_activation_kernel"}
+    # Windows of 64 tokens are never cut into segments.
+    sampling, reduction = {"greedy_kernel", "open_kernel"}, {"reduce_segments_kernel"}
+    assert set(found["launched"]) - reduction == layers | sampling
+    assert reduction <= set(found["launched"]) or family == "mistral"
+    assert found["missed"] == [], "the first step would wait for these"
+    assert found["wanted"] == found["launched"], "compiled for nothing"
+    for rank, names in found["parallel"].items():
+        assert set(names) - reduction == (layers | sampling if rank == "2" else layers), "one rank samples"
+
+
+WHILE_WEIGHTS_ARE_LOADED = (
+    WANTED_BY_A_MODEL[: WANTED_BY_A_MODEL.index("wanted = wanted_kernels")]
+    + """
+import logging
+from pagoda.execution.ahead_compilation import kernels_compiled_meanwhile
+lines = []
+logging.basicConfig(level=logging.INFO, handlers=[type("H", (logging.Handler,), {
+    "emit": lambda self, record: lines.append(record.getMessage())})()])
+with kernels_compiled_meanwhile(build):
+    pass
+after = wanted_kernels(build)
+OUT.write_text(json.dumps({"lines": lines, "cached": [one.is_cached for one in after]}))
+"""
+)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_when_weights_are_loaded_every_kernel_is_in_the_cache(tmp_path: Path) -> None:
+    found = outcome_of(tmp_path, WHILE_WEIGHTS_ARE_LOADED, json.dumps(FAMILIES["qwen3"]))
+    assert all(found["cached"])
+    assert len(found["cached"]) >= 8
+    assert f"kernels: {len(found['cached'])} wanted, {len(found['cached'])} not in Triton's cache" in found["lines"]
+    assert not any("instead" in line for line in found["lines"])

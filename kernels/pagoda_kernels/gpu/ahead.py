@@ -87,7 +87,9 @@ def recorded_launches() -> Iterator[list[Specialization]]:
         return run(kernel, *arguments, grid=grid, warmup=True, **options)
 
     def take(*, key: str, fn: Any, compile: Mapping[str, Any], **rest: Any) -> bool:
-        found.setdefault(f"{fn.module}:{fn.name}:{key}", _recorded(fn, compile))
+        name = f"{fn.module}:{fn.name}:{key}"
+        if name not in found:
+            found[name] = _recorded(fn, compile)
         return True  # which tells Triton not to compile
 
     wanted: list[Specialization] = []

@@ -117,7 +117,12 @@ def _draw(
     return chosen, tl.max(tl.where(ids == chosen, weights, 0.0), 0)
 
 
-@triton.jit
+# One number a program from each: they may be slices of one upload, wherever it is cut.
+@triton.jit(
+    do_not_specialize_on_alignment=[
+        "rows", "best_logits", "seeds", "positions", "inverse_temperatures", "min_ps", "top_ps",
+    ]
+)  # fmt: skip
 def open_kernel(
     token_ids,
     rows,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -12,6 +13,7 @@ from pagoda.config.hardware import memory_report
 from pagoda.config.schema import PagodaConfig
 from pagoda.config.values import format_bytes
 from pagoda.errors import ConfigError
+from pagoda.execution.ahead_compilation import ModelBuild, kernels_compiled_meanwhile
 from pagoda.execution.cuda_graphs import capture_cuda_graphs, reserved_bytes, uses_cuda_graphs
 from pagoda.execution.input_batch import InputBatch
 from pagoda.execution.kernel_choice import (
@@ -76,20 +78,22 @@ class Worker:
             choose_cpu_kernels(self.config.cpu_kernels)
         else:
             choose_gpu_kernels()
-        self.model = build_model(
-            self.model_config,
-            self.dtype,
-            self.device,
-            self.groups,
-            self._quantization(),
-            packed=packs_weights(self.dtype),
-        )
-        if self.config.load_format == "dummy":
-            initialize_dummy_weights(self.model, self.config.seed)
-        elif self.config.model is None:
-            raise ConfigError("model: there is no directory to load weights from")
-        else:
-            load_weights(self.model, self.config.model, progress)
+        quantization = self._quantization()
+        with self._compiling_kernels(quantization):
+            self.model = build_model(
+                self.model_config,
+                self.dtype,
+                self.device,
+                self.groups,
+                quantization,
+                packed=packs_weights(self.dtype),
+            )
+            if self.config.load_format == "dummy":
+                initialize_dummy_weights(self.model, self.config.seed)
+            elif self.config.model is None:
+                raise ConfigError("model: there is no directory to load weights from")
+            else:
+                load_weights(self.model, self.config.model, progress)
         if self.kv_dtype != self.dtype:
             set_kv_scales(self.model, self.config.model if self.config.load_format != "dummy" else None)
         fuse_layers(self.model)
@@ -98,6 +102,22 @@ class Worker:
             reserve_decode_workspace(
                 self._max_num_seqs(), self.share.heads.size, self.model_config.head_dim, self.device
             )
+
+    def _compiling_kernels(self, quantization: QuantizationConfig | None) -> AbstractContextManager[None]:
+        """On a GPU, what the model launches is compiled meanwhile."""
+        if self.device.type != "cuda":
+            return nullcontext()
+        return kernels_compiled_meanwhile(
+            ModelBuild(
+                config=self.model_config,
+                groups=self.groups,
+                quantization=quantization,
+                dtype=self.dtype,
+                kv_dtype=self.kv_dtype,
+                block_size=self.config.block_size,
+                device=self.device,
+            )
+        )
 
     def _quantization(self) -> QuantizationConfig | None:
         """How the model is quantized. Raises `ConfigError` where it cannot be so."""
