@@ -130,11 +130,15 @@ void pack(const PackArguments& a) {
       uint32_t* to = packed + panel * a.row_words * kPanel + column;
       for (int64_t word = 0; word < a.row_words; word += kLanes) {
         const int64_t count = smaller<int64_t>(kLanes, a.row_words - word);
-        alignas(64) uint32_t block[kLanes][kLanes] = {};
         IntVector vectors[kLanes];
-        for (int64_t r = 0; r < kLanes; ++r) {
-          if (row + r < a.num_rows) __builtin_memcpy(block[r], rows + (row + r) * a.row_words + word, count * 4);
-          vectors[r] = load_bits(block[r]);
+        if (count == kLanes && row + kLanes <= a.num_rows) {
+          for (int64_t r = 0; r < kLanes; ++r) vectors[r] = load_bits(rows + (row + r) * a.row_words + word);
+        } else {
+          alignas(64) uint32_t block[kLanes][kLanes] = {};
+          for (int64_t r = 0; r < kLanes; ++r) {
+            if (row + r < a.num_rows) __builtin_memcpy(block[r], rows + (row + r) * a.row_words + word, count * 4);
+            vectors[r] = load_bits(block[r]);
+          }
         }
         transpose(vectors);
         for (int64_t k = 0; k < count; ++k) store_bits(to + (word + k) * kPanel, vectors[k]);
