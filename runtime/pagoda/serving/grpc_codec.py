@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pagoda.errors import InvalidRequestError, NotSupportedError
-from pagoda.serving.grpc_messages import InferTensorContents, ModelInferResponse
+from pagoda.serving.grpc_messages import InferTensorContents, ModelInferResponse, ModelStreamInferResponse
 from pagoda.serving.tensors import (
     BYTES,
     DATATYPES,
@@ -37,6 +37,8 @@ CONTENTS_FIELDS = {
     BYTES: "bytes_contents",
 }
 """Where each datatype's values lie; FP16 has no field and travels raw only."""
+_CHANGING_OUTPUTS = frozenset({"text_output", "output_ids", "num_output_tokens"})
+"""What differs between two pieces of a sequence that goes on."""
 
 
 def decode_request(message: Any) -> V2Request:
@@ -98,6 +100,38 @@ def encode_response(
         else:
             parameter.int64_param = value
     return response
+
+
+class PieceEncoder:
+    """The responses of a stream to one sequence that bring nothing but tokens: one message, changed where they differ.
+
+    `first` is the `ModelInferResponse` to the request `message` with the sequence's first piece; `names` are its outputs.
+    """
+
+    def __init__(self, message: Any, first: Any, names: Sequence[str]) -> None:
+        self._use_raw = bool(message.raw_input_contents)
+        self._response = ModelStreamInferResponse(infer_response=first)
+        self._places = {name: index for index, name in enumerate(names) if name in _CHANGING_OUTPUTS}
+
+    def encode(self, text: str, token_ids: list[int], num_output_tokens: int) -> bytes:
+        """The serialized `ModelStreamInferResponse` for the next piece; `num_output_tokens` is the total."""
+        inner = self._response.infer_response
+        for name, place in self._places.items():
+            output = inner.outputs[place]
+            if name == "text_output":
+                data: list[Any] = [text.encode()]
+            elif name == "output_ids":
+                data = token_ids
+                output.shape[-1] = len(token_ids)
+            else:
+                data = [num_output_tokens]
+            if self._use_raw:
+                tensor = Tensor(name, output.datatype, tuple(output.shape), data)
+                inner.raw_output_contents[place] = raw_from_tensor(tensor)
+            else:
+                getattr(output.contents, CONTENTS_FIELDS[output.datatype])[:] = data
+        serialized: bytes = self._response.SerializeToString()
+        return serialized
 
 
 def _tensor_from_contents(tensor: Any) -> Tensor:

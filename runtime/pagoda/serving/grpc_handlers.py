@@ -19,6 +19,7 @@ from pagoda.errors import DeadlineExceededError, EngineNotReadyError, ErrorKind,
 from pagoda.serving.context import ServingContext
 from pagoda.serving.grpc_messages import SERVICE_NAME, service_methods
 from pagoda.serving.grpc_service import ClientGoneError, InferenceService
+from pagoda.serving.reader_watch import ReaderWatch
 from pagoda.serving.status import ErrorReport, report
 
 logger = logging.getLogger("pagoda.serving.grpc")
@@ -84,14 +85,14 @@ class InferenceHandlers:
         async def handle(raw_messages: AsyncIterator[bytes], call: grpc.aio.ServicerContext) -> None:
             one_at_a_time = asyncio.Lock()
             stalled = asyncio.Event()
+            watch = ReaderWatch(STALLED_READER_SECONDS, TimeoutError())
 
             async def write(message: Any) -> None:
                 async with one_at_a_time:
                     if stalled.is_set():
                         raise ClientGoneError
                     try:
-                        async with asyncio.timeout(STALLED_READER_SECONDS):
-                            await call.write(message)
+                        await watch.run(call.write(message))
                     except grpc.aio.BaseError as error:
                         # The connection was lost, or the call is over; grpc cancels this task a moment later.
                         raise ClientGoneError from error
@@ -106,7 +107,10 @@ class InferenceHandlers:
                 if stalled.is_set():
                     raise DeadlineExceededError(f"no response was read for {STALLED_READER_SECONDS:g} s")
 
-            await self._guard(name, call, respond)
+            try:
+                await self._guard(name, call, respond)
+            finally:
+                watch.close()
 
         return handle
 
@@ -184,7 +188,8 @@ def _parse(parse: Parser, raw: bytes) -> Any:
 
 
 def _serialize(message: Any) -> bytes:
-    return message.SerializeToString()  # type: ignore[no-any-return]
+    """The bytes of a message, or those that a stream has made of one itself."""
+    return message if isinstance(message, bytes) else message.SerializeToString()
 
 
 def _clipped(message: str) -> str:

@@ -18,7 +18,7 @@ from pagoda.errors import InvalidRequestError, ModelNotFoundError, NotSupportedE
 from pagoda.observability.logs import request_id_var
 from pagoda.serving.context import ServingContext
 from pagoda.serving.generation import SequenceResult
-from pagoda.serving.grpc_codec import decode_request, encode_response
+from pagoda.serving.grpc_codec import PieceEncoder, decode_request, encode_response
 from pagoda.serving.grpc_messages import (
     ModelConfigResponse,
     ModelInferResponse,
@@ -175,7 +175,7 @@ class InferenceService:
         try:
             async with aclosing(self._responses(request, remaining)) as responses:
                 async for response in responses:
-                    await write(ModelStreamInferResponse(infer_response=response))
+                    await write(response)
         except ClientGoneError:
             return  # leaving the block above has aborted the request
         except Exception as error:
@@ -187,7 +187,7 @@ class InferenceService:
                 await write(ModelStreamInferResponse(error_message=failure.message, infer_response=failed))
 
     async def _responses(self, request: Any, remaining: float | None) -> AsyncGenerator[Any, None]:
-        """Pieces as they come, or one whole answer where the client gave `stream` as false."""
+        """Stream responses (some as bytes): pieces as they come, or one whole where the client gave `stream` as false."""
         v2, batch = self._parse(request, remaining)
         has_empty_end = v2.parameters.get(EMPTY_FINAL_RESPONSE) is True
         if batch.stream or not _gives_stream(v2):
@@ -197,9 +197,10 @@ class InferenceService:
         else:
             response = await self._answer_whole(request, batch)
             response.parameters[FINAL_RESPONSE].bool_param = not has_empty_end
-            yield response
+            yield ModelStreamInferResponse(infer_response=response)
         if has_empty_end:
-            yield encode_response(request, (), model_version=MODEL_VERSION, parameters={FINAL_RESPONSE: True})
+            end = encode_response(request, (), model_version=MODEL_VERSION, parameters={FINAL_RESPONSE: True})
+            yield ModelStreamInferResponse(infer_response=end)
 
     async def _pieces(self, request: Any, batch: V2Batch, has_empty_end: bool) -> AsyncGenerator[Any, None]:
         """One response for each chunk: text, ids and log-probabilities are what is new, token counts are totals."""
@@ -207,13 +208,17 @@ class InferenceService:
         is_single = num_open == 1
         num_input_tokens: Counter[tuple[int, int]] = Counter()
         num_output_tokens: Counter[tuple[int, int]] = Counter()
+        encoders: dict[tuple[int, int], PieceEncoder] = {}
         async with aclosing(self._context.runner.stream_all(batch.jobs, f"grpc-{uuid.uuid4().hex}")) as chunks:
             async for prompt_index, chunk in chunks:
+                sequence = (prompt_index, chunk.index)
+                num_output_tokens[sequence] += len(chunk.token_ids)
+                if sequence in encoders and chunk.finish_reason is None and chunk.logprobs is None:
+                    yield encoders[sequence].encode(chunk.text, chunk.token_ids, num_output_tokens[sequence])
+                    continue
                 piece = SequenceResult()
                 piece.add(chunk)
-                sequence = (prompt_index, chunk.index)
                 num_input_tokens[sequence] += piece.num_prompt_tokens
-                num_output_tokens[sequence] += len(piece.token_ids)
                 piece.num_prompt_tokens = num_input_tokens[sequence]
                 num_open -= chunk.finish_reason is not None
                 tensors = [
@@ -225,7 +230,10 @@ class InferenceService:
                 parameters: dict[str, bool | int] = {FINAL_RESPONSE: num_open == 0 and not has_empty_end}
                 if not is_single:
                     parameters |= {"prompt_index": prompt_index, "sequence_index": chunk.index}
-                yield encode_response(request, tensors, model_version=MODEL_VERSION, parameters=parameters)
+                response = encode_response(request, tensors, model_version=MODEL_VERSION, parameters=parameters)
+                if chunk.finish_reason is None and chunk.logprobs is None:
+                    encoders[sequence] = PieceEncoder(request, response, batch.output_names)
+                yield ModelStreamInferResponse(infer_response=response)
 
     async def _answer_whole(self, request: Any, batch: V2Batch) -> Any:
         results = await self._context.runner.collect_all(batch.jobs, f"grpc-{uuid.uuid4().hex}")

@@ -18,8 +18,8 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from pagoda.observability.metrics import Metrics
-from pagoda.serving.bounded_wait import BoundedWait
 from pagoda.serving.chunk_writer import CHUNK_WRITER, ChunkWriter
+from pagoda.serving.reader_watch import ReaderWatch
 from pagoda.serving.rest.disconnect import end_tasks, wait_for_disconnect
 from pagoda.serving.rest.responses import note_error
 from pagoda.serving.status import ErrorReport
@@ -107,50 +107,27 @@ class EventStream(Response):
 
     async def _send_all(self, send: Send, writer: ChunkWriter | None) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        reader = _Reader(send)
+        watch = ReaderWatch(STALLED_READER_SECONDS, ClientDisconnect())
+
+        async def send_piece(body: bytes) -> None:
+            await watch.run(send({"type": "http.response.body", "body": body, "more_body": True}))
+
         try:
             while not self._first.done():
-                await reader.send(COMMENT)
+                await send_piece(COMMENT)
                 await asyncio.wait((self._first,), timeout=COMMENT_EVERY_SECONDS)
             try:
-                await reader.send(await self._first)
+                await send_piece(await self._first)
                 async for piece in self._events:
                     if writer is None or not writer.write(piece):
-                        await reader.send(piece)
+                        await send_piece(piece)
             except ClientDisconnect:
                 raise
             except Exception as error:
-                await reader.send(self._error_event(error))
+                await send_piece(self._error_event(error))
         finally:
-            reader.close()
+            watch.close()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-class _Reader:
-    """The client at the other end. One timer for the whole stream looks whether it still reads."""
-
-    def __init__(self, send: Send) -> None:
-        self._send = send
-        self._wait = BoundedWait()
-        self._clock = asyncio.get_running_loop().time
-        self._sending_since = 0.0
-        self._look()
-
-    async def send(self, body: bytes) -> None:
-        """Send one piece; raises `ClientDisconnect` once the client has read nothing for `STALLED_READER_SECONDS`."""
-        self._sending_since = self._clock()
-        await self._wait.run(self._send({"type": "http.response.body", "body": body, "more_body": True}))
-
-    def close(self) -> None:
-        """Stop looking."""
-        self._timer.cancel()
-
-    def _look(self) -> None:
-        waited = self._clock() - self._sending_since if self._wait.is_waiting else 0.0
-        if waited >= STALLED_READER_SECONDS:
-            self._wait.interrupt(ClientDisconnect())
-            return
-        self._timer = asyncio.get_running_loop().call_later(STALLED_READER_SECONDS - waited, self._look)
 
 
 async def _first(events: Events) -> bytes:
