@@ -19,7 +19,6 @@ from pagoda.execution.cuda_graphs import (
     reserved_bytes,
     uses_cuda_graphs,
 )
-from pagoda.execution.input_batch import StepInputs
 from pagoda.models.dummy import DummySpec, write_dummy_checkpoint
 from pagoda.parallel.groups import TensorGroup
 from pagoda.parallel.layout import ParallelLayout
@@ -146,7 +145,7 @@ def test_collectives_of_a_replayed_step_count() -> None:
     model = SummingModel()
     graphs = graphs_of(model, lambda step: (lambda: None, step()))
     before = model.groups.tensor.num_operations
-    graphs.run(step_inputs(num_rows=3), 4)
+    graphs.run(4)
     assert model.groups.tensor.num_operations == before + 3
 
 
@@ -167,9 +166,3 @@ def test_a_capture_that_fails_says_what_to_do(error: Exception, raised: type[Exc
 
     with pytest.raises(raised, match=message):
         graphs_of(SummingModel(), capture)
-
-
-def step_inputs(num_rows: int) -> StepInputs:
-    rows = torch.zeros(num_rows, dtype=torch.int64)
-    metadata = SimpleNamespace(slot_mapping=rows, seq_lens=rows.int() + 1, block_table=torch.zeros(num_rows, 1).int())
-    return SimpleNamespace(input_ids=rows, positions=rows, metadata=metadata)  # type: ignore[return-value]

@@ -94,11 +94,11 @@ def check(batch: InputBatch, plan: StepPlan, slots: dict[int, Held], block_size:
         starts.append(len(tokens))
         if plan.samples[row]:
             sampling.append(row)
-    metadata, layout = inputs.metadata, inputs.layout
+    metadata, layout = inputs.metadata(), inputs.layout
     lengths = [slots[plan.slots[row]].num_computed for row in order]
     assert layout.plan_rows.tolist() == order
-    assert inputs.input_ids.tolist() == tokens
-    assert inputs.positions.tolist() == positions
+    assert inputs.tensors.input_ids.tolist() == tokens
+    assert inputs.tensors.positions.tolist() == positions
     assert metadata.slot_mapping.tolist() == mapping
     assert metadata.query_start_loc.tolist() == starts
     assert metadata.seq_lens.tolist() == lengths
@@ -160,8 +160,8 @@ def test_layout_is_kept_while_the_same_rows_decode_and_made_again_when_they_chan
     second, third = batch.build(decode([0, 1, 2], 3)), batch.build(decode([0, 1, 2], 4))
     assert first.layout is not second.layout
     assert second.layout is third.layout
-    assert third.positions.tolist() == [4, 4, 4]
-    assert third.metadata.slot_mapping.tolist() == [36, 40, 44]
+    assert third.tensors.positions.tolist() == [4, 4, 4]
+    assert third.tensors.slot_mapping.tolist() == [36, 40, 44]
     assert batch.build(decode([0, 2], 5)).layout is not third.layout
     assert batch.build(decode([0, 2], 9)) is None  # tokens nobody knows
     assert set(batch.slot_errors) == {0, 2}

@@ -12,6 +12,11 @@ from tests.ops.test_elementwise import (
     test_rotary_turns_each_pair_by_its_angle,
     test_silu_and_mul_gates_the_second_half,
 )
+from tests.ops.test_gather_step import (
+    test_decode_rows_take_their_last_token_and_padding_is_nobody,
+    test_every_row_gets_its_own_tokens_places_and_blocks,
+    test_prompts_longer_than_a_tile,
+)
 from tests.ops.test_paged_attention import (
     test_any_batch_matches_the_float64_twin,
     test_chunk_over_every_prefix_length,
@@ -39,11 +44,14 @@ __all__ = [
     "test_any_batch_matches_the_float64_twin",
     "test_chunk_over_every_prefix_length",
     "test_context_ends_anywhere_in_a_block",
+    "test_decode_rows_take_their_last_token_and_padding_is_nobody",
+    "test_every_row_gets_its_own_tokens_places_and_blocks",
     "test_grouped_heads_read_their_own_kv_head",
     "test_half_precision_is_close",
     "test_keys_and_values_land_in_their_slots_and_nowhere_else",
     "test_layers_with_different_windows_share_the_metadata",
     "test_padding_tokens_touch_the_null_block_only",
+    "test_prompts_longer_than_a_tile",
     "test_ragged_batch_matches_the_float64_twin",
     "test_rms_norm_adds_the_residual_first",
     "test_rms_norm_of_large_bfloat16_values_does_not_overflow",

@@ -21,6 +21,8 @@ from pagoda_kernels.gpu.elementwise import (
 from pagoda_kernels.gpu.elementwise_kernels import gated_activation_kernel, rms_norm_kernel, rotate_and_store_kernel
 from pagoda_kernels.gpu.sampling import SAMPLING_TILE, SAMPLING_WARPS, num_tiles
 from pagoda_kernels.gpu.sampling_kernels import greedy_kernel, open_kernel
+from pagoda_kernels.gpu.step import GATHER_TILE, GATHER_WARPS
+from pagoda_kernels.gpu.step_kernels import gather_step_kernel
 from pagoda_kernels.gpu.tuning import AttentionTiles, TuningTable, load_table, table_name
 
 TRITON_TYPES = {
@@ -68,6 +70,7 @@ def tuned_builds(arch: int) -> Iterator[KernelBuild]:
         yield from _activation_builds(dtype)
         yield from _rotate_builds(dtype, dtype)
     yield from _sampling_builds()
+    yield _step_build()
     for kv_dtype, first_arch in FIRST_ARCH_WITH_FLOAT8.items():
         if arch >= first_arch:
             yield from _rotate_builds("bfloat16", kv_dtype)
@@ -193,6 +196,22 @@ def _rotate_builds(dtype: str, kv_dtype: str) -> Iterator[KernelBuild]:
             num_warps=ROTATE_WARPS,
             is_decode=True,
         )
+
+
+def _step_build() -> KernelBuild:
+    longs = ("input_ids", "positions", "slot_mapping", "token_pool", "slots", "num_computed_tokens")
+    return KernelBuild(
+        name="gather_step",
+        kernel=gather_step_kernel,
+        types={
+            **dict.fromkeys(longs, "*i64"),
+            **dict.fromkeys(("seq_lens", "row_table", "block_table", "query_start_loc"), "*i32"),
+            **dict.fromkeys(("pool_stride", "table_stride", "row_stride", "num_rows", "num_columns"), "i32"),
+        },
+        constants={"BLOCK_SIZE": 16, "TILE": GATHER_TILE},
+        num_warps=GATHER_WARPS,
+        is_decode=True,
+    )
 
 
 def _sampling_builds() -> Iterator[KernelBuild]:

@@ -2,7 +2,7 @@
 
 A graph is captured for a few batch sizes. A batch between two of them is padded up:
 
-    rows 0 … R - 1      the step's rows, copied into buffers that never move
+    rows 0 … R - 1      the step's rows, gathered into buffers that never move
     rows R … size - 1   padding: one token at position 0 of a request that has only the null block
 
 Padding rows write to the null block, whose contents never influence a result, and their own results are left behind. As every
@@ -20,7 +20,6 @@ import logging
 import time
 from bisect import bisect_left
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -28,10 +27,11 @@ from torch import Tensor
 
 from pagoda.config.values import format_bytes
 from pagoda.errors import ConfigError
-from pagoda.execution.input_batch import StepInputs
+from pagoda.execution.input_batch import RowLayout
 from pagoda.models.decoder import DecoderForCausalLM, KVCache
 from pagoda.parallel.layout import ParallelLayout
 from pagoda_kernels.attention import AttentionMetadata
+from pagoda_kernels.step import StepTensors
 
 logger = logging.getLogger(__name__)
 
@@ -79,65 +79,6 @@ def reserved_bytes(max_num_seqs: int, bytes_per_token: int) -> int:
     return sizes[-1] * bytes_per_token + len(sizes) * BYTES_PER_GRAPH
 
 
-@dataclass(frozen=True, slots=True)
-class StaticInputs:
-    """The inputs of the captured steps. Of each tensor, a graph of size n reads the first n rows.
-
-    int64 `input_ids`, `positions`, `slot_mapping` `[N]`; int32 `seq_lens` `[N]`, `block_table` `[N, max_blocks]` and
-    `query_start_loc` `[N + 1]`, which is 0, 1, 2, …
-    """
-
-    input_ids: Tensor
-    positions: Tensor
-    slot_mapping: Tensor
-    seq_lens: Tensor
-    block_table: Tensor
-    query_start_loc: Tensor
-
-    @classmethod
-    def allocate(cls, max_size: int, max_blocks: int, device: torch.device) -> StaticInputs:
-        """Buffers for `max_size` rows, all of them padding."""
-        longs = torch.zeros((3, max_size), dtype=torch.int64, device=device)
-        return cls(
-            input_ids=longs[0],
-            positions=longs[1],
-            slot_mapping=longs[2],
-            seq_lens=torch.ones(max_size, dtype=torch.int32, device=device),
-            block_table=torch.zeros((max_size, max_blocks), dtype=torch.int32, device=device),
-            query_start_loc=torch.arange(max_size + 1, dtype=torch.int32, device=device),
-        )
-
-    def fill(self, inputs: StepInputs, size: int) -> None:
-        """Copy a step of R decode rows into the first rows, and make rows R to `size - 1` padding."""
-        num_rows, metadata = len(inputs.input_ids), inputs.metadata
-        for target, source in (
-            (self.input_ids, inputs.input_ids),
-            (self.positions, inputs.positions),
-            (self.slot_mapping, metadata.slot_mapping),
-            (self.seq_lens, metadata.seq_lens),
-        ):
-            target[:num_rows].copy_(source)
-        # What lies to the right of the step's columns is left from before: no row is long enough to reach it.
-        self.block_table[:num_rows, : metadata.block_table.shape[1]].copy_(metadata.block_table)
-        if num_rows < size:
-            padding = slice(num_rows, size)
-            for buffer in (self.input_ids, self.positions, self.slot_mapping, self.block_table):
-                buffer[padding].zero_()
-            self.seq_lens[padding].fill_(1)
-
-    def metadata(self, size: int, max_seq_len: int) -> AttentionMetadata:
-        """The batch of a graph of `size`; `max_seq_len` is the longest that any row may ever be."""
-        return AttentionMetadata(
-            query_start_loc=self.query_start_loc[: size + 1],
-            seq_lens=self.seq_lens[:size],
-            block_table=self.block_table[:size],
-            slot_mapping=self.slot_mapping[:size],
-            max_query_len=1,
-            max_seq_len=max_seq_len,
-            num_decode_rows=size,
-        )
-
-
 class DecodeGraphs:
     """The captured decode steps of one model over its KV caches."""
 
@@ -157,16 +98,22 @@ class DecodeGraphs:
         """
         self._group = model.groups.tensor
         self._sizes = graph_sizes(max_num_seqs)
-        self._inputs = StaticInputs.allocate(self._sizes[-1], max_blocks, model.device)
+        largest = self._sizes[-1]
+        # What the captured steps read; a graph of size n, the first n rows. Until requests run, all of them are padding.
+        self._inputs = StepTensors.allocate(largest, largest, max_blocks, model.device)
+        for tensor in (self._inputs.input_ids, self._inputs.positions, self._inputs.slot_mapping):
+            tensor.zero_()
+        self._inputs.seq_lens.fill_(1)
+        self._inputs.block_table.zero_()
+        self._query_start_loc = torch.arange(largest + 1, dtype=torch.int32, device=model.device)
+        self._max_seq_len = max_model_len
         self._steps: dict[int, tuple[Replay, Tensor]] = {}
         self._num_collectives = 0
 
         def step_of(size: int) -> Callable[[], Tensor]:
             def step() -> Tensor:
-                metadata, before = self._inputs.metadata(size, max_model_len), self._group.num_operations
-                hidden = model.forward(
-                    self._inputs.input_ids[:size], self._inputs.positions[:size], kv_caches, metadata
-                )
+                inputs, before = self._inputs.part(size, max_blocks), self._group.num_operations
+                hidden = model.forward(inputs.input_ids, inputs.positions, kv_caches, self._metadata(inputs))
                 assert hidden is not None, "graphs are for models of one pipeline stage"
                 self._num_collectives = self._group.num_operations - before
                 return hidden
@@ -182,20 +129,40 @@ class DecodeGraphs:
                     "does without graphs, and a smaller gpu_memory_utilization leaves them more memory"
                 ) from error
 
-    def size_for(self, inputs: StepInputs) -> int | None:
-        """The size of the graph that can run this step; None if its rows do not all decode, or are too many."""
-        num_rows = len(inputs.layout.slots)
-        if inputs.metadata.num_decode_rows != num_rows or num_rows > self._sizes[-1]:
+    def _metadata(self, inputs: StepTensors) -> AttentionMetadata:
+        """Of rows that decode, of which each may grow as long as any may ever be."""
+        size = len(inputs.seq_lens)
+        return AttentionMetadata(
+            query_start_loc=self._query_start_loc[: size + 1],
+            seq_lens=inputs.seq_lens,
+            block_table=inputs.block_table,
+            slot_mapping=inputs.slot_mapping,
+            max_query_len=1,
+            max_seq_len=self._max_seq_len,
+            num_decode_rows=size,
+        )
+
+    def size_for(self, layout: RowLayout) -> int | None:
+        """The size of the graph that can run such a step; None if its rows do not all decode, or are too many."""
+        num_rows = len(layout.slots)
+        if layout.num_decode_rows != num_rows or num_rows > self._sizes[-1]:
             return None
         return self._sizes[bisect_left(self._sizes, num_rows)]
 
-    def run(self, inputs: StepInputs, size: int) -> Tensor:
-        """Hidden states `[R, hidden_size]` of a step for which `size_for` gave `size`; overwritten by the next one."""
-        self._inputs.fill(inputs, size)
+    def room_for(self, layout: RowLayout, num_columns: int) -> StepTensors | None:
+        """Where the step's inputs must be for `run`; None if it cannot run as a graph.
+
+        What lies to the right of the columns is left from before: no row is long enough to reach it.
+        """
+        size = self.size_for(layout)
+        return None if size is None else self._inputs.part(size, num_columns)
+
+    def run(self, size: int) -> Tensor:
+        """Hidden states `[size, hidden_size]` of a step whose inputs are where `room_for` said; overwritten by the next."""
         replay, hidden = self._steps[size]
         self._group.count_replayed(self._num_collectives)
         replay()
-        return hidden[: len(inputs.input_ids)]
+        return hidden
 
 
 class CudaCapture:

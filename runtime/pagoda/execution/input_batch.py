@@ -24,6 +24,7 @@ from pagoda.sampling.rows import Int64Array
 from pagoda.sampling.transfer import upload, upload_all
 from pagoda.scheduling.plan import LandedTokens, NewRequest, StepPlan
 from pagoda_kernels.attention import AttentionMetadata
+from pagoda_kernels.step import StepTensors, gather_step
 
 logger = logging.getLogger(__name__)
 
@@ -34,9 +35,8 @@ class RowLayout:
 
     Rows are in batch order: those with one token first. On the host, int64: of each row its index in the plan
     (`plan_rows`), its slot, its number of tokens and the index of its first token in the batch, `[R]`; `sampling_rows`, rows
-    that sample, their rows in the plan and their slots, `[S]`; for each token where its slot begins in the flattened token
-    pool and block table, and how far it is behind its row's first one, `[T]`; `sampled_offsets` `[S]`, where the slots of the
-    rows that sample begin in the pool. On the device: `query_start_loc` int32 `[R + 1]`, `slot_index` int64 `[R]`, and
+    that sample, their rows in the plan and their slots, `[S]`; `sampled_offsets` `[S]`, where the slots of the rows that
+    sample begin in the flattened token pool. On the device: `query_start_loc` int32 `[R + 1]`, `slot_index` int64 `[R]`, and
     `sampling_tokens` int64 `[S]`, the last tokens of the rows that sample, or None if these are all tokens in order.
     """
 
@@ -47,13 +47,11 @@ class RowLayout:
     sampling_rows: Int64Array
     sampling_plan_rows: list[int]
     sampling_slots: Int64Array
-    pool_offsets: Int64Array
-    table_offsets: Int64Array
-    token_offsets: Int64Array
     sampled_offsets: Int64Array
     query_start_loc: Tensor
     slot_index: Tensor
     sampling_tokens: Tensor | None
+    num_tokens: int
     max_query_len: int
     num_decode_rows: int
 
@@ -62,17 +60,37 @@ class RowLayout:
 class StepInputs:
     """The batch of one step, in the order of its layout.
 
-    `num_computed_tokens` int64 `[R]` and `sampled_positions` int64 `[S]` are on the host. On the device: `input_ids` and
-    `positions` int64 `[T]`; `sampled_pool_index` int64 `[S]`, where sampled tokens belong in the flattened token pool.
+    `num_computed_tokens` int64 `[R]` and `sampled_positions` int64 `[S]` are on the host. On the device: `tensors`, with
+    padding behind the rows where they were given by somebody who wanted it; `sampled_pool_index` int64 `[S]`, where sampled
+    tokens belong in the flattened token pool.
     """
 
     layout: RowLayout
     num_computed_tokens: Int64Array
     sampled_positions: Int64Array
-    input_ids: Tensor
-    positions: Tensor
-    metadata: AttentionMetadata
+    tensors: StepTensors
+    max_seq_len: int
     sampled_pool_index: Tensor
+
+    def metadata(self) -> AttentionMetadata:
+        """What attention must know of the step, whose tensors have no padding."""
+        return AttentionMetadata(
+            query_start_loc=self.layout.query_start_loc,
+            seq_lens=self.tensors.seq_lens,
+            block_table=self.tensors.block_table,
+            slot_mapping=self.tensors.slot_mapping,
+            max_query_len=self.layout.max_query_len,
+            max_seq_len=self.max_seq_len,
+            num_decode_rows=self.layout.num_decode_rows,
+        )
+
+
+RoomForStep = Callable[[RowLayout, int], StepTensors | None]
+"""Tensors to put such rows with so many columns of block table into, or None for new ones."""
+
+
+def new_room(layout: RowLayout, num_columns: int) -> None:
+    """A `RoomForStep` that has none."""
 
 
 class InputBatch:
@@ -152,7 +170,7 @@ class InputBatch:
             block_ids_on_device = upload(np.array(values, dtype=np.int32), self.device)
             self.block_table.view(-1).index_copy_(0, table_index, block_ids_on_device)
 
-    def build(self, plan: StepPlan) -> StepInputs | None:
+    def build(self, plan: StepPlan, room_for: RoomForStep = new_room) -> StepInputs | None:
         """The inputs of the plan's rows, or None if no row can run."""
         computed = np.array(plan.num_computed_tokens, dtype=np.int64)
         layout = self._layout_of(plan)
@@ -164,29 +182,23 @@ class InputBatch:
         seq_lens = computed + layout.num_scheduled_tokens
         sampled_positions = seq_lens[layout.sampling_rows]
         self.num_tokens[layout.sampling_slots] = sampled_positions + 1
-        positions = np.repeat(computed, layout.num_scheduled_tokens) + layout.token_offsets
-        block_index, block_offsets = np.divmod(positions, self.block_size)
-        arrays = (
-            positions,
-            layout.pool_offsets + positions,
-            layout.table_offsets + block_index,
-            block_offsets,
-            layout.sampled_offsets + sampled_positions,
-        )
-        positions_, pool_index, table_index, offsets, sampled_pool_index = upload_all(arrays, self.device)
         max_seq_len = int(seq_lens.max())
         num_columns = -(-max_seq_len // self.block_size)
-        metadata = AttentionMetadata(
-            query_start_loc=layout.query_start_loc,
-            seq_lens=upload(seq_lens.astype(np.int32), self.device),
-            block_table=self.block_table[:, :num_columns].index_select(0, layout.slot_index),
-            slot_mapping=self.block_table.view(-1)[table_index] * self.block_size + offsets,
-            max_query_len=layout.max_query_len,
-            max_seq_len=max_seq_len,
-            num_decode_rows=layout.num_decode_rows,
+        computed_, sampled_pool_index = upload_all((computed, layout.sampled_offsets + sampled_positions), self.device)
+        tensors = room_for(layout, num_columns)
+        if tensors is None:
+            tensors = StepTensors.allocate(layout.num_tokens, len(layout.slots), num_columns, self.device)
+        gather_step(
+            self.token_pool,
+            self.block_table,
+            self.block_size,
+            layout.slot_index,
+            layout.query_start_loc,
+            computed_,
+            layout.max_query_len,
+            tensors,
         )
-        input_ids = self.token_pool.view(-1).index_select(0, pool_index)
-        return StepInputs(layout, computed, sampled_positions, input_ids, positions_, metadata, sampled_pool_index)
+        return StepInputs(layout, computed, sampled_positions, tensors, max_seq_len, sampled_pool_index)
 
     def write_sampled(self, inputs: StepInputs, token_ids: Tensor) -> None:
         """Put the sampled `token_ids` int64 `[S]` where the next step will read them."""
@@ -216,7 +228,6 @@ class InputBatch:
         first_tokens, num_tokens = query_start_loc[:-1], int(query_start_loc[-1])
         sampling_rows = samples.nonzero()[0]
         sampling_tokens = query_start_loc[1:][sampling_rows] - 1
-        pool_width = self.token_pool.shape[1]
         return RowLayout(
             plan_rows=np.array(rows, dtype=np.int64),
             slots=slots,
@@ -225,13 +236,11 @@ class InputBatch:
             sampling_rows=sampling_rows,
             sampling_plan_rows=[rows[index] for index in sampling_rows],
             sampling_slots=slots[sampling_rows],
-            pool_offsets=np.repeat(slots * pool_width, scheduled),
-            table_offsets=np.repeat(slots * self.max_blocks, scheduled),
-            token_offsets=np.arange(num_tokens) - np.repeat(first_tokens, scheduled),
-            sampled_offsets=slots[sampling_rows] * pool_width,
+            sampled_offsets=slots[sampling_rows] * self.token_pool.shape[1],
             query_start_loc=upload(query_start_loc.astype(np.int32), self.device),
             slot_index=upload(slots, self.device),
             sampling_tokens=None if len(sampling_rows) == num_tokens else upload(sampling_tokens, self.device),
+            num_tokens=num_tokens,
             max_query_len=int(scheduled.max()),
             num_decode_rows=int((scheduled == 1).sum()),
         )

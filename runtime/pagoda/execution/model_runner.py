@@ -169,7 +169,7 @@ class ModelRunner:
         for new in plan.new_requests:
             self.batch.enter(new, self._prepare)
         self.batch.append_blocks(plan)
-        inputs = self.batch.build(plan)
+        inputs = self.batch.build(plan, self.graphs.room_for) if self.graphs is not None else self.batch.build(plan)
         errors = {
             row: self.batch.slot_errors[slot] for row, slot in enumerate(plan.slots) if slot in self.batch.slot_errors
         }
@@ -187,10 +187,11 @@ class ModelRunner:
 
     def _forward(self, inputs: StepInputs) -> Tensor | None:
         """Hidden states `[T, hidden_size]` of the step, by a graph where one fits it; None before the last stage."""
-        size = self.graphs.size_for(inputs) if self.graphs is not None else None
+        size = self.graphs.size_for(inputs.layout) if self.graphs is not None else None
         if self.graphs is not None and size is not None:
-            return self.graphs.run(inputs, size)
-        return self.model.forward(inputs.input_ids, inputs.positions, self.kv_caches, inputs.metadata)
+            return self.graphs.run(size)[: inputs.layout.num_tokens]
+        tensors = inputs.tensors
+        return self.model.forward(tensors.input_ids, tensors.positions, self.kv_caches, inputs.metadata())
 
     def _release(self, slot: int) -> None:
         self.batch.release(slot)
