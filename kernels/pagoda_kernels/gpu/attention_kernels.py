@@ -146,12 +146,14 @@ def _attend_tile(
         # cap * tanh(x / cap), with tanh(y) = 1 - 2 / (exp(2 y) + 1); the cap is in `log2_scale`.
         scores = 1.0 - 2.0 / (tl.exp2(scores * score_scale) + 1.0)
     if MASKED:
-        visible = in_context[None, :]
-        if not DECODE:  # where the only token sees every key of the context
-            distance = positions[:, None] - (start + tl.arange(0, TILE))[None, :]
-            visible = visible & (distance >= 0)
+        if DECODE:  # the only token sees every key of the context
+            visible = in_context[None, :]
+        else:  # a row's queries see no key outside of it; what rows of the tile without a query see is thrown away
+            reach = (positions - start)[:, None]
+            keys_in_tile = tl.arange(0, TILE)[None, :]
+            visible = keys_in_tile <= reach
             if WINDOW > 0:
-                visible = visible & (distance < WINDOW)
+                visible = visible & (keys_in_tile > reach - WINDOW)
         scores = tl.where(visible, scores, NEGATIVE_INFINITY)
     new_max = tl.maximum(row_max, tl.max(scores, 1))
     base = new_max
