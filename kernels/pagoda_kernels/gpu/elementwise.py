@@ -23,7 +23,7 @@ def rms_norm(
     size = x.shape[-1]
     heads = x.shape[1] if x.dim() == 3 else 1
     normed = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    stream = x if residual is None else torch.empty_like(normed)
+    stream = x if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rms_norm_kernel[(x.numel() // size,)](
         normed,
         stream,

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from pagoda.config.hardware import cpu_report
 from pagoda.models.config import ModelConfig
@@ -78,6 +79,7 @@ def wanted_kernels(build: ModelBuild) -> list[Specialization]:
 
     meta = torch.device("meta")
     model = build_model(build.config, build.dtype, meta, _unconnected(build.groups), build.quantization)
+    model.rotary_embedding = _NoAngles(build.config.head_dim)
     share = model.share
     shape = (2, share.kv_heads.size, build.block_size, build.config.head_dim)
     caches: list[KVCache] = [
@@ -121,6 +123,18 @@ def _sample(logits: torch.Tensor) -> None:
     choose_open(logits, best_logits, rows, rows, rows, one, one, one.double())
 
 
+class _NoAngles(nn.Module):
+    """Stands in for the rotary embedding: on `meta` torch multiplies in Python, by modules that take seconds to import."""
+
+    def __init__(self, head_dim: int) -> None:
+        super().__init__()
+        self._size = head_dim // 2
+
+    def forward(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        shape = (len(positions), self._size)
+        return torch.empty(shape, device="meta"), torch.empty(shape, device="meta")
+
+
 class _UnconnectedTensors(TensorGroup):
     """Stands in for several ranks where nothing is computed: the shapes are right, and nobody waits for anybody."""
 
@@ -128,7 +142,9 @@ class _UnconnectedTensors(TensorGroup):
         self.rank, self.size = rank, size
 
     def all_gather(self, values: torch.Tensor, dim: int) -> torch.Tensor:
-        return torch.cat([values] * self.size, dim)
+        shape = list(values.shape)
+        shape[dim] *= self.size
+        return values.new_empty(shape)
 
     def gather(self, values: torch.Tensor, dim: int) -> torch.Tensor | None:
         return self.all_gather(values, dim) if self.rank == 0 else None
