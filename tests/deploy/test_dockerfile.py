@@ -42,6 +42,13 @@ def test_the_default_target_is_for_cpus() -> None:
 
 
 @pytest.mark.parametrize("target", ["cpu", "cuda"])
+def test_the_standard_library_is_compiled_while_root_may_write_it(target: str) -> None:
+    text = "\n".join(stages()[target])
+    assert "compileall" in text
+    assert text.index("compileall") < text.index("USER 10001")
+
+
+@pytest.mark.parametrize("target", ["cpu", "cuda"])
 def test_a_target_runs_as_nobody_special_with_its_caches_in_one_volume(target: str) -> None:
     lines = stages()[target]
     users = [line for line in lines if line.startswith("USER")]
