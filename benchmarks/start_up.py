@@ -24,7 +24,7 @@ from typing import IO
 
 MIB = 2**20
 TIMEOUT_SECONDS = 300.0
-POLL_SECONDS = 0.005
+POLL_SECONDS = 0.02  # an answer takes the server a few milliseconds, which its start is then without
 STAGES = re.compile(r"engine ready after (.*)")
 WEIGHTS = re.compile(r"weights take (.*)")
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import socket
 import sys
 
-from pagoda.process_control import become_child
+from pagoda.process_control import become_child, uncollected
 
 
 def main(socket_fd: int, rank: int) -> int:
     """Serve the driver at the other end of the inherited socket; the exit status."""
     become_child()
     # Not before: whatever happens while torch is imported, the kernel ends this process with its parent.
-    from pagoda.execution.rank_service import RankService
+    with uncollected():
+        from pagoda.execution.rank_service import RankService
 
     return RankService(socket.socket(fileno=socket_fd), rank).run()
 
