@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import copy
+import functools
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from pagoda.engine.mailbox import Mailbox
+from pagoda.engine.mailbox import Mailbox, merge
 from pagoda.engine.messages import EngineOutput
 from pagoda.errors import EngineDeadError
 from pagoda.sampling.output import FinishReason, TokenLogprobs
@@ -27,6 +31,31 @@ async def test_a_reader_that_was_away_gets_everything_in_one_piece() -> None:
     assert got.logprobs is not None
     assert [entry.token_ids for entry in got.logprobs] == [[1], [2], [3], [4]]
     assert (got.prompt_logprobs, got.finish_reason, got.stop_reason) == ([None], FinishReason.STOP, 4)
+
+
+@given(
+    st.lists(
+        st.builds(
+            EngineOutput,
+            request_id=st.just("r"),
+            new_token_ids=st.lists(st.integers(0, 9), max_size=3),
+            logprobs=st.one_of(st.none(), st.just([TokenLogprobs([1], [-0.5], rank=1)])),
+            prompt_logprobs=st.one_of(st.none(), st.just([None])),
+            finish_reason=st.sampled_from([None, None, None, FinishReason.LENGTH]),
+            num_cached_tokens=st.integers(0, 1),
+            scheduled_time=st.sampled_from([None, 1.0]),
+        ),
+        min_size=1,
+        max_size=6,
+    )
+)
+def test_what_a_slow_reader_gets_is_all_outputs_merged_and_changes_none_of_them(outputs: list[EngineOutput]) -> None:
+    untouched = copy.deepcopy(outputs)
+    mailbox = Mailbox()
+    for one in outputs:
+        mailbox.put(one)
+    assert asyncio.run(mailbox.get()) == functools.reduce(merge, untouched)
+    assert outputs == untouched
 
 
 async def test_a_reader_waits_for_news_and_gets_each_once() -> None:

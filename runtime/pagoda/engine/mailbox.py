@@ -21,12 +21,19 @@ class Mailbox:
 
     def __init__(self) -> None:
         self._pending: EngineOutput | None = None
+        self._is_merged = False  # `_pending` was made here: its `new_token_ids` are nobody else's
         self._failure: PagodaError | None = None
         self._waiting: asyncio.Future[None] | None = None  # the reader, while there is nothing for it
 
     def put(self, output: EngineOutput) -> None:
         """Add news."""
-        self._pending = output if self._pending is None else merge(self._pending, output)
+        pending = self._pending
+        if pending is None:
+            self._pending, self._is_merged = output, False
+        elif self._is_merged and _adds_only_tokens(pending, output):
+            pending.new_token_ids.extend(output.new_token_ids)
+        else:
+            self._pending, self._is_merged = merge(pending, output), True
         self._wake()
 
     def fail(self, error: PagodaError) -> None:
@@ -56,6 +63,17 @@ def merge(earlier: EngineOutput, later: EngineOutput) -> EngineOutput:
         new_token_ids=earlier.new_token_ids + later.new_token_ids,
         logprobs=_joined(earlier.logprobs, later.logprobs),
         prompt_logprobs=later.prompt_logprobs if later.prompt_logprobs is not None else earlier.prompt_logprobs,
+    )
+
+
+def _adds_only_tokens(earlier: EngineOutput, later: EngineOutput) -> bool:
+    """Whether `later`, the news of a step like any other, has nothing else that `earlier` does not say."""
+    return (
+        later.finish_reason is None
+        and later.logprobs is None
+        and later.prompt_logprobs is None
+        and later.num_cached_tokens == earlier.num_cached_tokens
+        and later.scheduled_time == earlier.scheduled_time
     )
 
 

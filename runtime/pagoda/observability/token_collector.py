@@ -52,7 +52,7 @@ class TokenCollector(Collector):
         total, buckets = 0, []
         for bound, count in zip(self._bounds, self._num_latencies, strict=True):
             total += count
-            buckets.append((floatToGoString(bound), total))
+            buckets.append((floatToGoString(bound), total))  # type: ignore[no-untyped-call]
         histogram.add_metric([self._model_name], buckets, self._latency_sum)
         histogram.add_sample(name + "_created", {"model_name": self._model_name}, self._created)
         yield histogram

@@ -38,7 +38,7 @@ class _BoundedProtocol(HttpToolsProtocol):
         self._is_in_head = True
         self._num_head_bytes = self._num_open_bytes = 0
         super().on_message_begin()
-        self.scope[CHUNK_WRITER] = ChunkWriter(self.transport, self.flow)  # type: ignore[typeddict-unknown-key]
+        self.scope[CHUNK_WRITER] = ChunkWriter(self.transport, self.flow)  # type: ignore[literal-required]
 
     def on_url(self, url: bytes) -> None:
         """Count and keep a piece of the URL."""
