@@ -181,6 +181,7 @@ from pagoda_kernels.gpu import attention
 from pagoda_kernels.gpu.tuning import load_table
 from pagoda_kernels.sampling import choose_open
 from pagoda_kernels.gpu.sampling import choose_greedy
+from pagoda_kernels.step import StepTensors, gather_step
 from pagoda.sampling.selection import pad_to_blocks
 
 backend.use_backend("triton")
@@ -203,6 +204,14 @@ share = model.share
 shape = (9, share.kv_heads.size, 16, config.head_dim)
 caches = [(torch.zeros(shape, dtype=torch.bfloat16), torch.zeros(shape, dtype=torch.bfloat16)) for _ in share.layers]
 def step(query_lens):
+    # What is cut from one upload, or from one allocation of three, begins anywhere.
+    count = len(query_lens)
+    slots, computed = torch.zeros(2 * count + 1, dtype=torch.int64).split([count, count + 1])
+    gather_step(
+        torch.zeros(5, 9, dtype=torch.int64), torch.zeros(5, 41, dtype=torch.int32), 16, slots,
+        torch.zeros(count + 1, dtype=torch.int32), computed, max(query_lens),
+        StepTensors.allocate(sum(query_lens), count, 38, torch.device("cpu")),
+    )
     tokens = sum(query_lens)
     ints = dict(dtype=torch.int32)
     metadata = AttentionMetadata(
@@ -218,7 +227,6 @@ def step(query_lens):
     hidden = model.forward(ids, ids, caches, metadata)
     logits = pad_to_blocks(model.compute_logits(hidden[: len(query_lens)]))
     _, best = choose_greedy(logits)
-    count = len(query_lens)
     together = torch.zeros(2 * count, dtype=torch.int64)
     rows, seeds = together.split([count, count])  # the second begins anywhere
     one = torch.zeros(count)
@@ -254,7 +262,13 @@ FAMILIES = {
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_models_steps_launch_nothing_that_was_not_to_be_compiled(tmp_path: Path, family: str) -> None:
     found = outcome_of(tmp_path, WANTED_BY_A_MODEL, json.dumps(FAMILIES[family]))
-    layers = {"paged_attention_kernel", "rotate_and_store_kernel", "rms_norm_kernel", "gated_activation_kernel"}
+    layers = {
+        "gather_step_kernel",
+        "paged_attention_kernel",
+        "rotate_and_store_kernel",
+        "rms_norm_kernel",
+        "gated_activation_kernel",
+    }
     # Windows of 64 tokens are never cut into segments.
     sampling, reduction = {"greedy_kernel", "open_kernel"}, {"reduce_segments_kernel"}
     assert set(found["launched"]) - reduction == layers | sampling

@@ -25,6 +25,7 @@ from pagoda.parallel.groups import ParallelGroups, PipelineLink, TensorGroup
 from pagoda.sampling.selection import pad_to_blocks
 from pagoda_kernels.attention import AttentionMetadata
 from pagoda_kernels.sampling import choose_greedy, choose_open
+from pagoda_kernels.step import StepTensors, gather_step
 
 if TYPE_CHECKING:
     from pagoda_kernels.gpu.ahead import Specialization
@@ -79,7 +80,7 @@ def wanted_kernels(build: ModelBuild) -> list[Specialization]:
 
     meta = torch.device("meta")
     model = build_model(build.config, build.dtype, meta, _unconnected(build.groups), build.quantization)
-    model.rotary_embedding = _NoAngles(build.config.head_dim)
+    model.add_module("rotary_embedding", _NoAngles(build.config.head_dim))
     share = model.share
     shape = (2, share.kv_heads.size, build.block_size, build.config.head_dim)
     caches: list[KVCache] = [
@@ -87,6 +88,7 @@ def wanted_kernels(build: ModelBuild) -> list[Specialization]:
         for _ in share.layers
     ]
     with table_in_use(table_of_device(build.device)), torch.inference_mode(), recorded_launches() as wanted:
+        _gather(build.block_size)
         for num_tokens, num_decode_rows in ((_PROMPT_TOKENS, 0), (_DECODE_ROWS, _DECODE_ROWS)):
             ids = torch.empty(num_tokens, dtype=torch.int64, device=meta)
             metadata = _metadata(num_tokens, num_decode_rows, build.block_size)
@@ -113,6 +115,14 @@ def _metadata(num_tokens: int, num_decode_rows: int, block_size: int) -> Attenti
         max_seq_len=_CONTEXT_TOKENS,
         num_decode_rows=num_decode_rows,
     )
+
+
+def _gather(block_size: int) -> None:
+    """The inputs of a step, of whatever rows."""
+    meta = torch.device("meta")
+    pool = torch.empty((2, 2), dtype=torch.int64, device=meta)
+    table = torch.empty((2, 2), dtype=torch.int32, device=meta)
+    gather_step(pool, table, block_size, pool[0], table[0], pool[0], 1, StepTensors.allocate(2, 2, 2, meta))
 
 
 def _sample(logits: torch.Tensor) -> None:
