@@ -125,7 +125,7 @@ class Server:
     """A running server with a scripted engine."""
 
     def __init__(self, rate: float, runtime: Path | None) -> None:
-        self.name = "installed" if runtime is None else str(runtime)
+        self.name = "installed" if runtime is None else runtime.name
         self._log = tempfile.NamedTemporaryFile("w+", suffix=".log")  # noqa: SIM115 (lives as long as the process)
         self._environment = dict(os.environ)
         if runtime is not None:
