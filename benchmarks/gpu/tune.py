@@ -5,15 +5,15 @@
 For every head dimension and element size, decode and prefill, the table's present configuration is measured beside all that
 arithmetic does not rule out, by the weighted geometric mean of times over shapes that stand for serving (`tune_space`):
 
-    compile        20 to 40 candidates, 3 to 5 s each, in a process for every core but two: 10 s with 16 cores
+    compile        9 to 27 candidates, 3 to 5 s each, in a process for every core but two: 10 s with 16 cores
     round 1        all of them on one shape; the best third goes on
     round 2        on four shapes, of two ratios of heads; the best three go on
     round 3        on all shapes; the best is checked against the float64 twin, with a window and a soft cap too
 
-That is some 100 timings of 0.1 s an entry, so 20 to 30 s; eighteen entries and the rule for segments are 8 to 9 minutes on an
-H200 with 16 cores, some 600 compilations. The most valuable come first (128 numbers of bfloat16, decode then prefill); entries
-that are not reached keep their values, and the table is written after each, so a run that is cut off leaves what it has found.
-A second call with the first one's table in `pagoda_kernels/tuned` goes on from there.
+That is some 70 timings of 0.1 s an entry, so 20 to 30 s; eighteen entries and the rule for segments are predicted to take 8 to
+9 minutes on an H200 with 16 cores, with some 600 compilations. The most valuable come first (128 numbers of bfloat16, decode
+then prefill); entries that are not reached keep their values, and the table is written after each, so a run that is cut off
+leaves what it has found. A second call with the first one's table in `pagoda_kernels/tuned` goes on from there.
 
 A configuration that wins by less than 1 % does not win: the present one stays. Compilations that spill in decode, or need more
 shared memory than there is, are left out.
