@@ -16,6 +16,8 @@ pytest.importorskip("triton", reason="Triton is not installed")
 # Blocks of the same kernel that fit a multiprocessor at once: fewer, and a decode step cannot keep enough loads on their way.
 FEWEST_DECODE_PROGRAMS = 2
 MOST_PREFILL_STACK = 0
+# Keys and values of one tile, while another one is waited for.
+FEWEST_COPIES_UNDER_WAY = 2
 
 
 def compiled(tmp_path: Path, arch: list[int], match: list[str], timeout: float = 550) -> list[dict[str, Any]]:
@@ -63,6 +65,8 @@ def test_decode_and_prefill_of_the_commonest_heads(tmp_path: Path) -> None:
         registers = decode["registers"] * 32 * decode["num_warps"]
         assert (1 << 16) // registers >= FEWEST_DECODE_PROGRAMS
         assert prefill["stack_bytes"] <= MOST_PREFILL_STACK
+        for kernel in (decode, prefill):
+            assert kernel["copies_under_way"] >= FEWEST_COPIES_UNDER_WAY, f"each tile is waited for: {kernel}"
     assert by_name["prefill_attention", 90]["uses_wgmma"], "prefill does not use Hopper's matrix instructions"
 
 

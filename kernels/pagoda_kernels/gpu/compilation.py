@@ -33,7 +33,8 @@ REGISTERS_PER_MULTIPROCESSOR = 1 << 16
 class Resources:
     """What one compiled kernel needs: registers a thread, bytes of stack (spills) a thread, bytes of shared memory.
 
-    `is_decode`: it runs in decode steps, which are many and short.
+    `is_decode`: it runs in decode steps, which are many and short. `copies_under_way`: groups of asynchronous copies to shared
+    memory that its loop does not wait for when it takes what the earliest one brought; 0 exposes memory's whole latency.
     """
 
     kernel: str
@@ -44,6 +45,7 @@ class Resources:
     stack_bytes: int
     shared_bytes: int
     uses_wgmma: bool
+    copies_under_way: int
 
     @property
     def programs_per_multiprocessor(self) -> int:
@@ -69,6 +71,7 @@ def compile_kernel(build: KernelBuild, arch: int) -> Resources:
         stack_bytes=usage["STACK"] + usage["LOCAL"],
         shared_bytes=compiled.metadata.shared,
         uses_wgmma="wgmma.mma_async" in compiled.asm["ptx"],
+        copies_under_way=max(map(int, re.findall(r"async_wait .*num = (\d+)", compiled.asm["ttgir"])), default=0),
     )
 
 
