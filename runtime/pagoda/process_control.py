@@ -41,7 +41,7 @@ def become_child() -> None:
 def uncollected() -> Iterator[None]:
     """Imports, by the process that owns the interpreter: without collections meanwhile, nor of what they made later.
 
-    They make hundreds of thousands of objects that stay: to look for garbage among them is a fifth of `import torch`.
+    They make hundreds of thousands of objects that stay: to look for garbage among them is a tenth of `import torch`.
     """
     gc.disable()
     try:
