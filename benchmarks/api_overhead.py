@@ -256,8 +256,9 @@ def receive_messages(connection: socket.socket) -> queue.Queue[Any]:
     stream = connection.makefile("rb")
 
     def read() -> None:
-        while len(header := stream.read(wire.HEADER.size)) == wire.HEADER.size:
-            messages.put(wire.decode(header, stream.read(wire.payload_size(header))))
+        with suppress(ConnectionError):
+            while len(header := stream.read(wire.HEADER.size)) == wire.HEADER.size:
+                messages.put(wire.decode(header, stream.read(wire.payload_size(header))))
         os._exit(0)
 
     threading.Thread(target=read, daemon=True).start()
