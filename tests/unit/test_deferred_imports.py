@@ -36,7 +36,9 @@ def user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The name of a module that imports from a package, which sets a flag in `sys` when it is imported."""
     package = tmp_path / "put_off"
     package.mkdir()
-    (package / "__init__.py").write_text("import sys\nsys.is_put_off_here = True\ndef double(x): return 2 * x\nclass Frame: pass\n")
+    (package / "__init__.py").write_text(
+        "import sys\nsys.is_put_off_here = True\ndef double(x): return 2 * x\nclass Frame: pass\n"
+    )
     (package / "part.py").write_text("class Thing: pass\n")
     (tmp_path / "user_of_put_off.py").write_text(
         "import put_off as p\nfrom put_off import double, part\n\n"
