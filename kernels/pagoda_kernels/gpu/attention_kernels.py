@@ -8,9 +8,8 @@ and values are read once for all of them; with H heads a KV head, row m of the t
 
 Keys come in tiles of TILE consecutive positions, wherever their blocks are: position p is slot `p % BLOCK_SIZE` of block
 `block_table[p // BLOCK_SIZE]`. A tile begins at a multiple of TILE; it may hold several blocks, or a part of one. Its blocks
-are looked up a tile earlier and handed on: a look-up and loads that wait for it, in one iteration, would cost the pipeline
-half of its depth. Softmax is kept as in FlashAttention (Dao et al., 2022): a running maximum, sum and weighted values, all
-float32.
+are looked up a tile earlier and handed on: a look-up and loads that wait for it, in one iteration, would halve the pipeline's
+depth. Softmax is kept as in FlashAttention (Dao et al., 2022): running maximum, sum and weighted values, all float32.
 
 Under half-precision queries a float8 cache is widened to float16, whatever the queries are: one instruction converts two
 numbers, where bfloat16 takes four, and more than the bandwidth leaves time for. As bfloat16 has numbers that float16 has not,
