@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -70,11 +69,14 @@ def test_a_package_that_is_there_stays_what_it_is(user: str) -> None:
     assert sys.modules["put_off"] is there
 
 
-def test_what_is_called_too_early_is_named() -> None:
+def test_a_package_that_is_called_while_it_is_put_off_is_imported_after_all(user: str) -> None:
     with deferred_imports("put_off"):
-        stand_in: ModuleType = sys.modules["put_off"]
-        with pytest.raises(ImportError, match=r"put_off\.make is called while its import is put off"):
-            stand_in.make(1)
+        module = __import__(user)
+        assert module.twice(3) == 6
+        there = __import__("put_off")
+        assert type(module.thing()).__module__ == "put_off.part"
+    assert sys.modules["put_off"] is there
+    assert module.p.double is there.double
 
 
 def test_a_package_that_does_not_exist_is_missed_when_it_is_used() -> None:

@@ -15,7 +15,10 @@ from typing import Any
 
 
 class _Deferred(ModuleType):
-    """Stands for a module or for something in one: while it `is_held`, gives such stand-ins, and later what they stand for."""
+    """Stands for a module or for something in one: while it `is_held`, gives such stand-ins, and later what they stand for.
+
+    What is called has to be there: then the package is imported after all, and nobody's stand-in is held any more.
+    """
 
     is_held = True
 
@@ -33,9 +36,14 @@ class _Deferred(ModuleType):
         return _Deferred(self._module, (*self._path, name), self._holder)
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
-        if self._holder.is_held:
-            raise ImportError(f"{self.__name__} is called while its import is put off", name=self._module)
+        self._holder.let_go()
         return self._real()(*arguments, **named)
+
+    def let_go(self) -> None:
+        """Make room for the package itself, and give what is in it from now on."""
+        self.is_held = False
+        if sys.modules.get(self._module) is self:
+            del sys.modules[self._module]
 
     def _real(self) -> Any:
         found: Any = importlib.import_module(self._module)
@@ -48,15 +56,14 @@ class _Deferred(ModuleType):
 
 @contextmanager
 def deferred_imports(*names: str) -> Iterator[None]:
-    """What is imported meanwhile may import the top-level packages `names`, and names from them, but not call any yet.
+    """What is imported meanwhile imports the top-level packages `names`, and names from them, only by name.
 
-    A package that is there already stays what it is. Raises `ImportError` for a call.
+    A package that is there already stays what it is.
     """
     stand_ins = {name: _Deferred(name) for name in names if name not in sys.modules}
     sys.modules.update(stand_ins)
     try:
         yield
     finally:
-        for name, stand_in in stand_ins.items():
-            del sys.modules[name]
-            stand_in.is_held = False
+        for stand_in in stand_ins.values():
+            stand_in.let_go()
