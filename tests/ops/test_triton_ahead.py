@@ -10,9 +10,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
+from pagoda.execution import ahead_compilation
+from pagoda.parallel.layout import ParallelLayout
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -303,3 +307,18 @@ def test_when_weights_are_loaded_every_kernel_is_in_the_cache(tmp_path: Path) ->
     assert len(found["cached"]) >= 8
     assert f"kernels: {len(found['cached'])} wanted, {len(found['cached'])} not in Triton's cache" in found["lines"]
     assert not any("instead" in line for line in found["lines"])
+
+
+def test_a_triton_that_cannot_be_asked_costs_time_and_not_the_start(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def changed(_: object) -> None:
+        raise AttributeError("this Triton has no jit_cache_hook")
+
+    monkeypatch.setattr(ahead_compilation, "wanted_kernels", changed)
+    with ahead_compilation.kernels_compiled_meanwhile(
+        SimpleNamespace(groups=SimpleNamespace(layout=ParallelLayout()))  # type: ignore[arg-type]
+    ):
+        is_loaded = True
+    assert is_loaded
+    assert "compiled at its first launch instead: AttributeError: this Triton has no jit_cache_hook" in caplog.text
