@@ -181,6 +181,7 @@ async def test_a_killed_replica_disturbs_nobody_but_those_who_had_its_tokens_and
         assert all(replica.stats.num_scheduled_tokens for replica in client.replicas)
 
 
+@pytest.mark.slow
 async def test_requests_that_waited_in_a_killed_replica_are_served_by_the_other(checkpoint: Path) -> None:
     requests = requests_of(12, max_tokens=20)
     expected = answers_of_one(checkpoint, requests)

@@ -117,7 +117,7 @@ def test_a_rank_that_does_not_come_along_ends_the_start_within_its_bound(behavio
 @pytest.mark.parametrize("command", [LoadWeights, MeasureKV, InitializeKV])
 def test_a_later_stage_is_bounded_by_the_start_timeout(command) -> None:
     # The timeout has to hold the stages before as well.
-    group, launcher = make_group({1: {command: nothing}}, engine_start_timeout_seconds=4)
+    group, launcher = make_group({1: {command: nothing}}, engine_start_timeout_seconds=2)
     group.connect(FakeStages())
 
     def bring_up() -> None:
@@ -125,7 +125,7 @@ def test_a_later_stage_is_bounded_by_the_start_timeout(command) -> None:
         group.kv_budget(16)
         group.initialize_kv_cache(10)
 
-    with pytest.raises(EngineDeadError, match=r"rank 1 .* within engine_start_timeout_seconds=4"):
+    with pytest.raises(EngineDeadError, match=r"rank 1 .* within engine_start_timeout_seconds=2"):
         bring_up()
     assert launcher.is_terminated
 

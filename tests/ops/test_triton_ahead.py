@@ -86,6 +86,7 @@ OUT.write_text(json.dumps({
 """
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_what_was_compiled_ahead_is_what_a_launch_finds(tmp_path: Path) -> None:
     found = outcome_of(tmp_path, COMPILED_AND_FOUND)
@@ -115,6 +116,7 @@ OUT.write_text(json.dumps({"refused": refused[0].error, "ended": ended[0].error,
 """
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_kernel_that_does_not_compile_is_told_of_and_compilers_end_with_their_context(tmp_path: Path) -> None:
     found = outcome_of(tmp_path, FAILURES)

@@ -51,7 +51,7 @@ def test_rank_zero_listens_on_its_address_alone_and_says_who_did_not_come() -> N
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     with ThreadPoolExecutor(1) as pool:
-        meeting = pool.submit(connect, port, 0, None, 5.0)
+        meeting = pool.submit(connect, port, 0, None, 2.0)
         wait_for_listener(port)
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(("127.0.0.2", port), timeout=1)
