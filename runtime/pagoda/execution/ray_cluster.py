@@ -86,12 +86,15 @@ def reserve(layout: ParallelLayout, device: str, deadline: float, on_progress: C
     Raises:
         ConfigError: the cluster has no such room by `deadline`; the message says what it has.
     """
+    import ray
     from ray.util.placement_group import placement_group
 
     kind = "GPU" if device == "cuda" else "CPU"
     bundles = [{kind: layout.tensor_parallel_size} for _ in range(layout.pipeline_parallel_size)]
     group = placement_group(bundles, strategy="PACK" if kind == "GPU" else "STRICT_SPREAD")
-    while not group.wait(_LOOK_SECONDS):
+    # Asked for once: `PlacementGroup.wait` takes whole seconds only, 0 for less, and each call of it stays in the head's memory.
+    ready = group.ready()
+    while not ray.wait([ready], timeout=_LOOK_SECONDS)[0]:
         wanted = _room_in_words(layout, kind)
         has = f"the cluster has {_nodes_in_words(kind)}"
         if time.monotonic() > deadline:
