@@ -27,7 +27,13 @@ pytestmark = [
 PROMPT = "Once upon a time"
 MAX_TOKENS = 24
 VALUES: dict[str, Any] = {
-    "engine": {"threads": 1, "kv_cache_memory_bytes": "64MiB", "tokenizer_pool_size": 1, "grace_period_seconds": 30},
+    "engine": {
+        "threads": 1,
+        "kv_cache_memory_bytes": "64MiB",
+        "tokenizer_pool_size": 1,
+        "grace_period_seconds": 30,
+        "fault_injection": "step#1=sleep:3",  # the warm-up's: so a probe finds the start under way
+    },
     "rollout": {"preStopSeconds": 5, "minReadySeconds": 1},
     "probes": {"startup": {"periodSeconds": 2}, "readiness": {"periodSeconds": 2}},
 }
