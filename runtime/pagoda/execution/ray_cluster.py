@@ -92,7 +92,7 @@ def reserve(layout: ParallelLayout, device: str, deadline: float, on_progress: C
     kind = "GPU" if device == "cuda" else "CPU"
     bundles = [{kind: layout.tensor_parallel_size} for _ in range(layout.pipeline_parallel_size)]
     group = placement_group(bundles, strategy="PACK" if kind == "GPU" else "STRICT_SPREAD")
-    # Asked for once: `PlacementGroup.wait` takes whole seconds only, 0 for less, and each call of it stays in the head's memory.
+    # Asked for once: `PlacementGroup.wait` takes half a second for none, and each call of it stays in the head's memory.
     ready = group.ready()
     while not ray.wait([ready], timeout=_LOOK_SECONDS)[0]:
         wanted = _room_in_words(layout, kind)
