@@ -56,6 +56,14 @@ def test_a_token_turns_authentication_on(variable: str) -> None:
     assert ray_environment({variable: "t", "RAY_AUTH_MODE": "disabled"})["RAY_AUTH_MODE"] == "disabled"
 
 
+def test_the_token_that_ray_keeps_in_the_home_directory_turns_authentication_on(tmp_path: Path) -> None:
+    """`ray start` takes it by itself: a driver that does not would be refused by its own head."""
+    assert "RAY_AUTH_MODE" not in ray_environment({"HOME": str(tmp_path)})
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("t")
+    assert ray_environment({"HOME": str(tmp_path)})["RAY_AUTH_MODE"] == "token"
+
+
 @pytest.mark.parametrize(
     ("address", "parts"),
     [

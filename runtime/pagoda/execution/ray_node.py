@@ -93,10 +93,12 @@ class RayNode:
 def ray_environment(environ: Mapping[str, str]) -> dict[str, str]:
     """`environ` and what makes Ray notice losses in time; what is set there already stays.
 
-    A token in `RAY_AUTH_TOKEN` or `RAY_AUTH_TOKEN_PATH` turns on Ray's authentication by it.
+    A token in `RAY_AUTH_TOKEN`, `RAY_AUTH_TOKEN_PATH` or Ray's own file turns on Ray's authentication by it. A head finds that
+    file by itself, and those who connect to it do not.
     """
     added = dict(_ENVIRONMENT)
-    if environ.get("RAY_AUTH_TOKEN") or environ.get("RAY_AUTH_TOKEN_PATH"):
+    own_file = Path(environ.get("HOME", "/"), ".ray", "auth_token")
+    if environ.get("RAY_AUTH_TOKEN") or environ.get("RAY_AUTH_TOKEN_PATH") or own_file.is_file():
         added["RAY_AUTH_MODE"] = "token"
     return {**added, **environ}
 
