@@ -323,6 +323,5 @@ def test_a_triton_that_cannot_be_asked_costs_time_and_not_the_start(
     with ahead_compilation.kernels_compiled_meanwhile(
         SimpleNamespace(groups=SimpleNamespace(layout=ParallelLayout()))  # type: ignore[arg-type]
     ):
-        is_loaded = True
-    assert is_loaded
+        pass  # weights are loaded here
     assert "compiled at its first launch instead: AttributeError: this Triton has no jit_cache_hook" in caplog.text

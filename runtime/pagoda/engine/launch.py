@@ -34,7 +34,7 @@ class LaunchedCore:
                     pass_fds=(theirs.fileno(), self.board.fd),
                     stdin=subprocess.DEVNULL,
                 )
-        except BaseException:
+        except BaseException:  # raised on: nobody else could close what was opened for the process
             self._close()
             raise
 

@@ -142,9 +142,8 @@ def within(seconds: float, call: Callable[[], object]) -> bool:
     def guarded() -> None:
         try:
             call()
-        except (
-            Exception
-        ) as error:  # only its end is asked for; what it cannot clear away, the head does when the job is gone
+        # Only its end is asked for; what it cannot clear away, the head does when the job is gone.
+        except Exception as error:
             logger.debug("a call to Ray failed: %s", error)
 
     thread = threading.Thread(target=guarded, name="ray-call", daemon=True)

@@ -236,7 +236,7 @@ class GenerationRunner:
                 async with aclosing(self.stream(job, f"{request_id}-{index}")) as chunks:
                     async for chunk in chunks:
                         await queue.put((index, chunk))
-            except Exception as error:
+            except Exception as error:  # handed to the reader of the queue, who raises it
                 end = error
             await queue.put((index, end))
 

@@ -123,7 +123,7 @@ class InferenceHandlers:
         except asyncio.CancelledError:
             logger.log(level, "%s cancelled after %.3f s", name, time.monotonic() - started)
             raise
-        except Exception as error:
+        except Exception as error:  # whatever it is, the client gets a status and the log the rest
             failure = self._report(name, error)
         else:
             logger.log(level, "%s OK in %.3f s", name, time.monotonic() - started)

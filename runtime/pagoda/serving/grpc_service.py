@@ -178,7 +178,7 @@ class InferenceService:
                     await write(response)
         except ClientGoneError:
             return  # leaving the block above has aborted the request
-        except Exception as error:
+        except Exception as error:  # whatever it is, this request ends with it and the stream goes on
             failure = self._report_error(error)
             failed = ModelInferResponse(model_name=request.model_name, id=request.id)
             failed.parameters[FINAL_RESPONSE].bool_param = True

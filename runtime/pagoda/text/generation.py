@@ -127,10 +127,9 @@ class TextGenerator:
                     if states[0].finished:
                         return
             raise RequestFailedError(UNFINISHED)
-        else:
-            async with aclosing(self._run_all(requests, states)) as chunks:
-                async for chunk in chunks:
-                    yield chunk
+        async with aclosing(self._run_all(requests, states)) as chunks:
+            async for chunk in chunks:
+                yield chunk
 
     def _limits(self) -> AdmissionLimits:
         ready = self.client.ready
@@ -167,7 +166,7 @@ class TextGenerator:
                     else:
                         raise RequestFailedError(UNFINISHED)
                 await queue.put(None)
-            except Exception as error:
+            except Exception as error:  # handed to the reader of the queue, who raises it
                 await queue.put(error)
 
         tasks = [asyncio.create_task(forward(*pair)) for pair in zip(requests, states, strict=True)]

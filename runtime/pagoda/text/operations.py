@@ -34,7 +34,7 @@ class TextOperations:
             return self._operations[operation](**arguments)
         except PagodaError:
             raise
-        except Exception as error:
+        except Exception as error:  # a fault of a tokenizer, of any type, is this one request's
             raise RequestFailedError(f"{operation} failed in the tokenizer: {error!r}") from error
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:

@@ -62,7 +62,7 @@ class RequestTextState:
             raise error_of(output.error_kind or ErrorKind.INTERNAL, output.error or "the engine gave no reason")
         try:
             return self._process(output)
-        except Exception as error:
+        except Exception as error:  # of whatever type, it ends this request and no other
             self.finished = True
             self.must_abort = output.finish_reason is None
             raise RequestFailedError(f"the tokens of this request could not be turned into text: {error!r}") from error

@@ -104,7 +104,7 @@ class ThreadWorkers:
                 continue
             try:
                 _report(job.loop, job.future, self._operations.call(job.operation, job.arguments), None)
-            except BaseException as error:
+            except BaseException as error:  # carried to the one who waits; the thread goes on
                 _report(job.loop, job.future, None, error)
             job.worker = None
 
@@ -133,7 +133,7 @@ async def load_in_thread(options: WorkerOptions) -> TextOperations:
     def load() -> None:
         try:
             _report(loop, loaded, options.load(), None)
-        except BaseException as error:
+        except BaseException as error:  # carried to the one who waits, or the start would hang
             _report(loop, loaded, None, error)
 
     # Not of the loop's own pool: the interpreter would wait for a stuck thread of that when it ends.

@@ -64,7 +64,7 @@ async def open_event_stream(request: Request, events: Events, error_body: ErrorB
             raise ClientDisconnect
         if first.done():
             first.result()
-    except BaseException:
+    except BaseException:  # raised on: the source must be closed, or its request would run for nobody
         await end_tasks(first, leaving)
         await events.aclose()
         raise
@@ -123,7 +123,7 @@ class EventStream(Response):
                         await send_piece(piece)
             except ClientDisconnect:
                 raise
-            except Exception as error:
+            except Exception as error:  # the status line is out: whatever it is becomes the last event
                 await send_piece(self._error_event(error))
         finally:
             watch.close()

@@ -59,7 +59,7 @@ class Gate:
                 await self.app(scope, receive, send_with_id)
             except ClientDisconnect:
                 logger.debug("the client left before %s was answered", path)
-            except Exception as error:
+            except Exception as error:  # the outermost layer: every failure gets an answer, or is raised on
                 if has_started:
                     logger.exception("the answer on %s broke off", path)
                     raise
