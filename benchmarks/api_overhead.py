@@ -103,7 +103,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 
 def report(rows: list[dict[str, Any]], options: argparse.Namespace) -> dict[str, Any]:
-    from pagoda.config.hardware import cpu_report, versions
+    from pagoda.platform.hardware import cpu_report, versions
 
     return {
         "benchmark": "api_overhead",
@@ -197,7 +197,7 @@ def run_server(rate: str) -> None:
     start = subprocess.Popen
 
     def popen(command: list[str], **settings: Any) -> subprocess.Popen[bytes]:
-        assert command[1:3] == ["-m", "pagoda.engine.process"], command
+        assert command[1:3] == ["-m", "pagoda.engine.core.process"], command
         return start([sys.executable, __file__, "role", "core", rate, *command[3:]], **settings)
 
     subprocess.Popen = popen  # type: ignore[misc,assignment]
@@ -206,11 +206,11 @@ def run_server(rate: str) -> None:
 
 
 def run_core(rate: str, socket_fd: str, board_fd: str) -> None:
-    """Speaks the protocol of `pagoda.engine.process` and computes nothing."""
+    """Speaks the protocol of `pagoda.engine.core.process` and computes nothing."""
     from pagoda.engine import wire
+    from pagoda.engine.heartbeat import ProgressBoard
     from pagoda.engine.messages import AbortRequests, EngineReady, EngineRequest, Shutdown
-    from pagoda.engine.progress_board import ProgressBoard
-    from pagoda.models.source import checkpoint_directory
+    from pagoda.models.checkpoint_source import checkpoint_directory
     from pagoda.text.tokenizer import Tokenizer
 
     connection, board = socket.socket(fileno=int(socket_fd)), ProgressBoard(int(board_fd))
@@ -336,7 +336,7 @@ def count_events(connection: socket.socket) -> int:
 async def run_grpc_clients(port: int, streams: int, seconds: float) -> None:
     import grpc
 
-    from pagoda.serving.grpc_messages import SERVICE_NAME, ModelInferRequest
+    from pagoda.serving.grpc.messages import SERVICE_NAME, ModelInferRequest
 
     request = ModelInferRequest(model_name="demo")
     tensor = request.inputs.add(name="text_input", datatype="BYTES", shape=[1])

@@ -19,12 +19,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pagoda.config.hardware import cpu_report, versions
 from pagoda.config.schema import PagodaConfig
-from pagoda.engine.core import EngineCore
+from pagoda.engine.core.loop import EngineCore
+from pagoda.engine.core.startup import start_core
 from pagoda.engine.messages import EngineRequest
-from pagoda.engine.startup import start_core
 from pagoda.models.dummy import DummySpec, write_dummy_checkpoint
+from pagoda.platform.hardware import cpu_report, versions
 from pagoda.sampling.params import SamplingParams
 
 EXECUTORS: dict[str, dict[str, Any]] = {

@@ -21,12 +21,12 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-from pagoda.config.hardware import cpu_report, versions
 from pagoda.config.schema import PagodaConfig
-from pagoda.engine.data_parallel import DataParallelClient
-from pagoda.engine.data_parallel_router import Placement, PrefixRouter
+from pagoda.engine.data_parallel.client import DataParallelClient
+from pagoda.engine.data_parallel.router import Placement, PrefixRouter
 from pagoda.engine.messages import EngineRequest
 from pagoda.models.dummy import DummySpec, write_dummy_checkpoint
+from pagoda.platform.hardware import cpu_report, versions
 from pagoda.sampling.params import SamplingParams
 
 BLOCK_SIZE = 16

@@ -12,9 +12,9 @@ import random
 
 from prefix_affinity import BLOCK_SIZE, PREFIX_TOKENS, ROUTERS, requests_of
 
-from pagoda.engine.data_parallel_router import Placement, PrefixRouter
+from pagoda.engine.data_parallel.router import Placement, PrefixRouter
+from pagoda.scheduling.config import SchedulerLimits
 from pagoda.scheduling.kv_cache_manager import KVCacheManager
-from pagoda.scheduling.limits import SchedulerLimits
 from pagoda.scheduling.plan import StepResult
 from pagoda.scheduling.request import Request
 from pagoda.scheduling.scheduler import Scheduler

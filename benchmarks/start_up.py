@@ -90,7 +90,7 @@ def tree_of(pid: int) -> list[int]:
 def name_of(pid: int) -> str:
     """What a process of the server is, from its command line."""
     command = Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
-    names = {"pagoda.engine.process": "core", "pagoda serve": "server"}
+    names = {"pagoda.engine.core.process": "core", "pagoda serve": "server"}
     return next((name for words, name in names.items() if words in command), command.split()[-3])
 
 

@@ -23,15 +23,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pagoda.config.hardware import cpu_report, versions
 from pagoda.config.schema import PagodaConfig
 from pagoda.engine import wire
-from pagoda.engine.core import EngineCore
+from pagoda.engine.core.loop import EngineCore
+from pagoda.engine.core.startup import start_core
 from pagoda.engine.messages import EngineRequest
-from pagoda.engine.startup import start_core
 from pagoda.execution.executor import InProcessExecutor
 from pagoda.models.decoder import DecoderForCausalLM
 from pagoda.models.dummy import DummySpec, write_dummy_checkpoint
+from pagoda.platform.hardware import cpu_report, versions
 from pagoda.sampling.params import SamplingParams
 
 PROMPT_TOKENS = 32

@@ -15,7 +15,12 @@ from google.protobuf.descriptor_pb2 import FileDescriptorSet
 
 PROTO_DIRECTORY = Path(__file__).resolve().parent
 OUTPUTS = {
-    "grpc_predict_v2.proto": PROTO_DIRECTORY.parent / "runtime" / "pagoda" / "serving" / "grpc_predict_v2.binpb",
+    "grpc_predict_v2.proto": PROTO_DIRECTORY.parent
+    / "runtime"
+    / "pagoda"
+    / "serving"
+    / "grpc"
+    / "grpc_predict_v2.binpb",
 }
 
 

@@ -23,7 +23,7 @@ PROGRAM = """
 import json, sys, time
 began = time.time()
 from pagoda.config.sources import from_kwargs
-from pagoda.engine.startup import start_core
+from pagoda.engine.core.startup import start_core
 imported = time.time()
 core = start_core(from_kwargs(json.loads(sys.argv[1])))
 print(json.dumps({"import": imported - began, **core.ready.stage_seconds, "ready_at": time.time()}))

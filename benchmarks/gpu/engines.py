@@ -15,9 +15,9 @@ import torch
 
 from benchmarks.gpu.context import Context
 from pagoda.config.sources import from_kwargs
-from pagoda.engine.core import EngineCore
+from pagoda.engine.core.loop import EngineCore
+from pagoda.engine.core.startup import start_core
 from pagoda.engine.messages import EngineRequest
-from pagoda.engine.startup import start_core
 from pagoda.execution.executor import Executor, StepHandle
 from pagoda.models.dummy import DummySpec, write_dummy_checkpoint
 from pagoda.sampling.params import SamplingParams

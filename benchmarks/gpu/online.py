@@ -11,7 +11,7 @@ import numpy as np
 
 from benchmarks.gpu.context import Context
 from benchmarks.gpu.engines import engine, keep_account, run_all, workload
-from pagoda.engine.core import EngineCore
+from pagoda.engine.core.loop import EngineCore
 from pagoda.engine.messages import EngineRequest
 
 MODEL = "Qwen3-8B"

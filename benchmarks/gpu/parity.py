@@ -12,8 +12,8 @@ import torch
 
 from benchmarks.gpu.context import Context
 from benchmarks.gpu.engines import configuration, run_all
+from pagoda.engine.core.startup import start_core
 from pagoda.engine.messages import EngineRequest
-from pagoda.engine.startup import start_core
 from pagoda.models.dummy import DummySpec, write_dummy_checkpoint
 from pagoda.sampling.params import SamplingParams
 

@@ -21,21 +21,21 @@ from typing import Any
 
 from pagoda.config.schema import PagodaConfig
 from pagoda.config.sources import from_kwargs
-from pagoda.engine.core import EngineCore
+from pagoda.engine.core.loop import EngineCore
+from pagoda.engine.core.startup import StageListener, start_core
 from pagoda.engine.messages import EngineRequest
-from pagoda.engine.startup import StageListener, start_core
 from pagoda.errors import ConfigError, InvalidRequestError, PagodaError, QueueFullError
-from pagoda.models.source import checkpoint_directory
+from pagoda.models.checkpoint_source import checkpoint_directory
 from pagoda.sampling.output import FinishReason
 from pagoda.sampling.params import SamplingParams
-from pagoda.text.admission import AdmissionLimits, admit
 from pagoda.text.chat_template import Message
 from pagoda.text.checkpoint_defaults import read_checkpoint_defaults
 from pagoda.text.operations import TextOperations
 from pagoda.text.output import CompletionOutput, GenerationChunk, RequestOutput
+from pagoda.text.output_processor import RequestTextState
 from pagoda.text.progress import TokenProgress
-from pagoda.text.request_state import RequestTextState
 from pagoda.text.tokenizer import Tokenizer
+from pagoda.text.validation import AdmissionLimits, admit
 
 Prompt = str | list[int]
 

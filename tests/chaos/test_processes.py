@@ -65,7 +65,7 @@ async def test_an_engine_that_is_killed_again_and_again_comes_back_each_time(not
             await until(lambda: len(books.answers) > 8)
             os.kill(server.engine_pid(), signal.SIGKILL)
             await observer.until_state("starting")
-            await until(lambda: bool(children_of(server, "pagoda.engine.process")))
+            await until(lambda: bool(children_of(server, "pagoda.engine.core.process")))
             os.kill(server.engine_pid(), signal.SIGKILL)  # while it starts
             await observer.until_state("ready", seconds=150)
             os.kill(server.engine_pid(), signal.SIGKILL)

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import pagoda
-from pagoda.execution.ray_node import RayNode, ray_environment
+from pagoda.distributed.ray.node import RayNode, ray_environment
 from tests.support.network_nodes import NetworkNode
 from tests.support.notes import Note
 from tests.support.two_nodes import PAGODA, Answers, TwoNodes, two_nodes, wait_for

@@ -166,7 +166,7 @@ def test_a_worker_that_is_replaced(pair: TwoNodes, references: dict[Question, st
 def test_an_engine_core_that_is_killed_finds_its_head_again(
     pair: TwoNodes, references: dict[Question, str], note: Note
 ) -> None:
-    (core,) = pair.head.pids_of("pagoda.engine.process")
+    (core,) = pair.head.pids_of("pagoda.engine.core.process")
     gcs = pair.head.pids_of("gcs_server")
     disturb(pair, references, note, "SIGKILL of the engine core", lambda: os.kill(core, signal.SIGKILL))
     assert pair.head.pids_of("gcs_server") == gcs

@@ -29,7 +29,7 @@ from typing import Any
 import grpc
 import httpx
 
-from pagoda.serving.grpc_messages import SERVICE_NAME, ModelInferResponse
+from pagoda.serving.grpc.messages import SERVICE_NAME, ModelInferResponse
 from tests.support.chart import config_file, render, server_container, server_pod
 from tests.support.grpc_harness import infer_request, texts_of
 

@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 
 from pagoda.config.schema import PagodaConfig
-from pagoda.engine.client import EngineClient
-from pagoda.engine.core import EngineCore
-from pagoda.engine.data_parallel import DataParallelClient
-from pagoda.engine.data_parallel_router import Placement, PrefixRouter
+from pagoda.engine.client.client import EngineClient
+from pagoda.engine.core.loop import EngineCore
+from pagoda.engine.core.startup import start_core
+from pagoda.engine.data_parallel.client import DataParallelClient
+from pagoda.engine.data_parallel.router import Placement, PrefixRouter
 from pagoda.engine.health import EngineState
 from pagoda.engine.messages import EngineRequest
-from pagoda.engine.startup import start_core
 from pagoda.errors import EngineDeadError
 from pagoda.models.dummy import DummySpec, write_dummy_checkpoint
 from pagoda.sampling.params import SamplingParams

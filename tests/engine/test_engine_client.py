@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pagoda.config.schema import PagodaConfig
-from pagoda.engine.client import ProcessEngineClient
+from pagoda.engine.client.client import ProcessEngineClient
 from pagoda.engine.health import EngineState
 from pagoda.engine.messages import EngineRequest
 from pagoda.errors import EngineDeadError, EngineNotReadyError, InvalidRequestError, PagodaError, QueueFullError

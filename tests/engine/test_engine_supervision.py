@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from pagoda.config.schema import PagodaConfig
-from pagoda.engine.child import CoreChild
-from pagoda.engine.client import ProcessEngineClient
+from pagoda.engine.client.client import ProcessEngineClient
+from pagoda.engine.client.core_handle import CoreChild
+from pagoda.engine.client.prelaunch import LaunchedCore
 from pagoda.engine.health import EngineState
-from pagoda.engine.launch import LaunchedCore
 from pagoda.engine.messages import EngineRequest
 from pagoda.errors import EngineDeadError, QueueFullError, RequestFailedError
 from pagoda.models.dummy import DummySpec, write_dummy_checkpoint

@@ -8,9 +8,9 @@ import pytest
 
 from pagoda import faults
 from pagoda.config.schema import PagodaConfig
-from pagoda.engine.core import EngineCore
+from pagoda.engine.core.loop import EngineCore
+from pagoda.engine.core.startup import start_core
 from pagoda.engine.messages import EngineOutput, EngineRequest
-from pagoda.engine.startup import start_core
 from pagoda.errors import ConfigError, EngineDeadError, ErrorKind
 from pagoda.models.dummy import DummySpec, write_dummy_checkpoint
 from pagoda.sampling.output import FinishReason

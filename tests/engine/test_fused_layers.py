@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from pagoda.models.build import build_model
 from pagoda.models.config import ModelConfig
 from pagoda.models.decoder import DecoderForCausalLM
 from pagoda.models.dummy import DummySpec, write_dummy_checkpoint
 from pagoda.models.fused_layers import fuse_layers
-from pagoda.models.loader import load_weights
-from pagoda.models.packing import PackedLinearMethod
-from pagoda.models.registry import build_model
+from pagoda.models.loading.loader import load_weights
+from pagoda.models.loading.packed import PackedLinearMethod
 from pagoda_kernels import backend
 from tests.support.cpu_kernels import require_cpu_kernels
 from tests.support.model_harness import PagedModel

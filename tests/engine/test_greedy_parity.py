@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import pytest
 
 from pagoda.config.schema import PagodaConfig
-from pagoda.engine.core import EngineCore
-from pagoda.engine.startup import start_core
+from pagoda.engine.core.loop import EngineCore
+from pagoda.engine.core.startup import start_core
 from pagoda.models.dummy import DummySpec
 from tests.support.parity import ParityCase, make_parity_case, run_greedily
 

@@ -35,10 +35,10 @@ from pathlib import Path
 import torch
 from pagoda.execution.kernel_choice import choose_cpu_kernels, packs_weights
 from pagoda.models.config import ModelConfig
-from pagoda.models.loader import load_weights
-from pagoda.models.packing import weight_bytes
+from pagoda.models.loading.loader import load_weights
+from pagoda.models.loading.packed import weight_bytes
 from pagoda.models.quantization.schemes import choose_quantization
-from pagoda.models.registry import build_model
+from pagoda.models.build import build_model
 
 def resident_bytes(key):
     lines = Path("/proc/self/status").read_text().splitlines()

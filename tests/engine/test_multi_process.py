@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from pagoda.config.schema import PagodaConfig
-from pagoda.engine.core import EngineCore
+from pagoda.distributed.multi_process import ProcessLauncher
+from pagoda.engine.core.loop import EngineCore
+from pagoda.engine.core.startup import start_core
 from pagoda.engine.messages import EngineRequest
-from pagoda.engine.startup import start_core
 from pagoda.errors import EngineDeadError, PagodaError
-from pagoda.execution.multi_process import ProcessLauncher
 from pagoda.models.dummy import DummySpec, write_dummy_checkpoint
 from pagoda.sampling.params import SamplingParams
 from tests.support.observer import is_there

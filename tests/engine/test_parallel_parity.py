@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from pagoda.config.schema import PagodaConfig
-from pagoda.engine import startup
+from pagoda.engine.core.loop import startup
+from pagoda.engine.core.startup import start_core
 from pagoda.engine.messages import EngineRequest
-from pagoda.engine.startup import start_core
 from pagoda.models.dummy import DummySpec
 from pagoda.sampling.params import SamplingParams
 from tests.support.parity import ParityCase, make_parity_case, run_greedily

@@ -6,10 +6,8 @@ import time
 
 import pytest
 
-from pagoda.errors import ConfigError, EngineDeadError, ErrorKind, InvalidRequestError
-from pagoda.execution.executor import is_out_of_memory
-from pagoda.execution.rank_group import RankGroup
-from pagoda.execution.rank_messages import (
+from pagoda.distributed.rank_group import RankGroup
+from pagoda.distributed.rank_messages import (
     CheckCommunication,
     InitializeKV,
     JoinGroup,
@@ -26,6 +24,8 @@ from pagoda.execution.rank_messages import (
     StepFailed,
     WeightsProgress,
 )
+from pagoda.errors import ConfigError, EngineDeadError, ErrorKind, InvalidRequestError
+from pagoda.execution.executor import is_out_of_memory
 from tests.support.fake_ranks import (
     FakeStages,
     facts_of,

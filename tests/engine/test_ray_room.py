@@ -15,7 +15,7 @@ PROGRAM = """
 import json, time
 import ray
 from pagoda.errors import ConfigError
-from pagoda.execution.ray_cluster import bundles_in_order, release, reserve
+from pagoda.distributed.ray.cluster import bundles_in_order, release, reserve
 from pagoda.parallel.layout import ParallelLayout
 
 ray.init(num_cpus=1, include_dashboard=False, configure_logging=False, log_to_driver=False)

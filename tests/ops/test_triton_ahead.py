@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from pagoda.execution import ahead_compilation
+from pagoda.execution import precompile
 from pagoda.parallel.layout import ParallelLayout
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -175,10 +175,10 @@ def test_the_tuner_compiles_in_parallel_and_leaves_out_what_does_not_fit(tmp_pat
 
 WANTED_BY_A_MODEL = """
 import dataclasses
-from pagoda.execution.ahead_compilation import ModelBuild, wanted_kernels
+from pagoda.execution.precompile import ModelBuild, wanted_kernels
 from pagoda.models.config import ModelConfig
 from pagoda.models.dummy import DummySpec, write_dummy_checkpoint
-from pagoda.models.registry import build_model
+from pagoda.models.build import build_model
 from pagoda.parallel.groups import SINGLE_RANK, ParallelGroups, PipelineLink, TensorGroup
 from pagoda.parallel.layout import ParallelLayout
 from pagoda_kernels import backend
@@ -291,7 +291,7 @@ WHILE_WEIGHTS_ARE_LOADED = (
     WANTED_BY_A_MODEL[: WANTED_BY_A_MODEL.index("wanted = wanted_kernels")]
     + """
 import logging
-from pagoda.execution.ahead_compilation import kernels_compiled_meanwhile
+from pagoda.execution.precompile import kernels_compiled_meanwhile
 lines = []
 logging.basicConfig(level=logging.INFO, handlers=[type("H", (logging.Handler,), {
     "emit": lambda self, record: lines.append(record.getMessage())})()])
@@ -319,8 +319,8 @@ def test_a_triton_that_cannot_be_asked_costs_time_and_not_the_start(
     def changed(_: object) -> None:
         raise AttributeError("this Triton has no jit_cache_hook")
 
-    monkeypatch.setattr(ahead_compilation, "wanted_kernels", changed)
-    with ahead_compilation.kernels_compiled_meanwhile(
+    monkeypatch.setattr(precompile, "wanted_kernels", changed)
+    with precompile.kernels_compiled_meanwhile(
         SimpleNamespace(groups=SimpleNamespace(layout=ParallelLayout()))  # type: ignore[arg-type]
     ):
         pass  # weights are loaded here

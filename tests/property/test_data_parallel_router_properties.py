@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from pagoda.engine.data_parallel_router import Placement, PrefixRouter
+from pagoda.engine.data_parallel.router import Placement, PrefixRouter
 from pagoda.engine.messages import EngineRequest
 from pagoda.sampling.params import SamplingParams
 

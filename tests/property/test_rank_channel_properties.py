@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pagoda.execution.rank_channel import CODEC, ChannelEnded, RankChannel
-from pagoda.execution.rank_messages import (
+from pagoda.distributed.rank_channel import CODEC, ChannelEnded, RankChannel
+from pagoda.distributed.rank_messages import (
     Heartbeat,
     RankHeartbeat,
     RunStep,

@@ -12,11 +12,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from pagoda.errors import InvalidRequestError, QueueFullError
 from pagoda.sampling.output import FinishReason
 from pagoda.sampling.params import SamplingParams
+from pagoda.scheduling.config import SchedulerLimits
 from pagoda.scheduling.kv_cache_manager import KVCacheManager
-from pagoda.scheduling.landed_tokens import LandedTokensTracker
-from pagoda.scheduling.limits import SchedulerLimits
 from pagoda.scheduling.plan import StepPlan, StepResult
 from pagoda.scheduling.request import Request
+from pagoda.scheduling.sampled_tokens_update import LandedTokensTracker
 from pagoda.scheduling.scheduler import Progress, Scheduler
 from tests.support.simulated_runner import SimulatedFirstStage, SimulatedRunner, simulated_token
 

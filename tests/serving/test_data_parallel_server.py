@@ -19,7 +19,7 @@ BODY = {"text_input": "Once upon a time", "parameters": {"max_tokens": 8, "tempe
 def engine_pids(server: ServerProcess) -> list[int]:
     pid = server.process.pid
     children = map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
-    return [child for child in children if b"pagoda.engine.process" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    return [child for child in children if b"pagoda.engine.core.process" in Path(f"/proc/{child}/cmdline").read_bytes()]
 
 
 def until_state(server: ServerProcess, state: str) -> dict:

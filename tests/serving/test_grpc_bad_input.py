@@ -12,8 +12,8 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 
-from pagoda.serving.grpc_messages import InferTensorContents, message_class
-from pagoda.serving.tensors import DATATYPES
+from pagoda.serving.grpc.messages import InferTensorContents, message_class
+from pagoda.serving.v2.tensors import DATATYPES
 from tests.support.grpc_harness import GrpcHarness, infer_request, texts_of
 
 INVALID = grpc.StatusCode.INVALID_ARGUMENT

@@ -17,7 +17,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 
 from pagoda.engine.health import EngineState
 from pagoda.errors import ConfigError
-from pagoda.serving.grpc_messages import SERVICE_NAME
+from pagoda.serving.grpc.messages import SERVICE_NAME
 from tests.support.grpc_harness import HANG, GrpcHarness, infer_request, texts_of
 
 SERVING = health_pb2.HealthCheckResponse.SERVING

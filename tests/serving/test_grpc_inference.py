@@ -12,7 +12,7 @@ import pytest
 
 from pagoda.engine.health import EngineState
 from pagoda.errors import ErrorKind
-from pagoda.serving.grpc_messages import message_class
+from pagoda.serving.grpc.messages import message_class
 from pagoda.serving.status import SPELLINGS
 from tests.support.grpc_harness import HANG, WAIT, GrpcHarness, infer_request, texts_of
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from google.protobuf.descriptor_pb2 import FileDescriptorProto
 
-from pagoda.serving.grpc_messages import POOL, message_class
+from pagoda.serving.grpc.messages import POOL, message_class
 from tests.support.clients.dump_descriptors import described
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -87,7 +87,7 @@ def test_checked_in_descriptor_set_is_what_protoc_makes_of_the_source() -> None:
     ],
 )
 def test_foreign_stubs_can_be_imported_beside_ours(module: str, order: str) -> None:
-    imports = ["import pagoda.serving.grpc_messages as ours", f"import {module} as theirs"]
+    imports = ["import pagoda.serving.grpc.messages as ours", f"import {module} as theirs"]
     if order == "theirs_first":
         imports.reverse()
     code = "; ".join(imports) + (

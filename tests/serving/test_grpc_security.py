@@ -18,7 +18,7 @@ from cryptography.x509.oid import NameOID
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from pagoda.errors import ConfigError
-from pagoda.serving.grpc_messages import message_class
+from pagoda.serving.grpc.messages import message_class
 from tests.support.grpc_harness import GrpcHarness, infer_request, texts_of
 
 KEY = "sk-the-right-one"

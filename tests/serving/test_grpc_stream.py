@@ -13,7 +13,7 @@ from typing import Any
 import grpc
 import pytest
 
-from pagoda.serving.grpc_service import MAX_REQUESTS_PER_STREAM
+from pagoda.serving.grpc.service import MAX_REQUESTS_PER_STREAM
 from tests.support.grpc_harness import HANG, WAIT, GrpcHarness, infer_request, texts_of
 
 FINAL = "triton_final_response"

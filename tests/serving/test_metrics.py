@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from pagoda.distributed.rank_health import RankHealth
 from pagoda.engine.health import EngineState
+from pagoda.engine.heartbeat import EngineProgress
 from pagoda.engine.messages import EngineStats
-from pagoda.engine.progress_board import EngineProgress
 from pagoda.errors import (
     DeadlineExceededError,
     EngineDeadError,
@@ -20,12 +21,11 @@ from pagoda.errors import (
     InvalidRequestError,
     QueueFullError,
 )
-from pagoda.execution.rank_health import RankHealth
-from pagoda.observability.engine_collector import ENGINE_STATES
-from pagoda.observability.metrics import FINISHED_REASONS, Metrics
-from pagoda.observability.request_meter import RequestMeter, request_meters
 from pagoda.sampling.output import FinishReason
 from pagoda.sampling.params import SamplingParams
+from pagoda.serving.metrics.engine_collector import ENGINE_STATES
+from pagoda.serving.metrics.prometheus import FINISHED_REASONS, Metrics
+from pagoda.serving.metrics.request_meter import RequestMeter, request_meters
 from pagoda.text.output import GenerationChunk
 
 NAMES_READ_BY_AUTOSCALERS_AND_DASHBOARDS = {

@@ -12,10 +12,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from pagoda.config.schema import PagodaConfig
 from pagoda.errors import ErrorKind, InvalidRequestError, QueueFullError
+from pagoda.serving.build import make_context
 from pagoda.serving.context import ServingContext
 from pagoda.serving.generation import GenerationJob
 from pagoda.serving.parameters import RequestOptions
-from pagoda.serving.parts import make_context
 from pagoda.text.generation import TextGenerator
 from pagoda.text.pool import TokenizerPool
 from tests.support.fake_engine import FakeEngineClient

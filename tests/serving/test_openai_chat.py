@@ -14,7 +14,7 @@ from pagoda.sampling.output import FinishReason
 from pagoda.serving.openai.finish import finish_fields
 from pagoda.serving.openai.logprobs import CompletionLogprobs, chat_logprobs, prompt_logprobs
 from pagoda.serving.openai.types import ChatCompletionResponse
-from pagoda.serving.v2 import logprobs_json
+from pagoda.serving.v2.inference import logprobs_json
 from pagoda.text.output import PositionLogprobs, TokenLogprob
 from tests.support.rest_harness import RestHarness
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from pagoda.serving.openai.types import ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from pagoda.serving.parameters import FIELDS
-from pagoda.serving.tensors import DATATYPES
-from pagoda.serving.v2 import OUTPUT_NAMES
+from pagoda.serving.v2.inference import OUTPUT_NAMES
+from pagoda.serving.v2.tensors import DATATYPES
 from tests.support.rest_harness import RestHarness
 
 SCALARS = st.one_of(

@@ -14,7 +14,7 @@ import pytest
 
 from pagoda.engine.health import EngineState
 from pagoda.errors import ConfigError, ErrorKind
-from pagoda.serving.rest import event_stream
+from pagoda.serving.http import event_stream
 from tests.support.rest_harness import RestHarness
 from tests.support.tls import write_self_signed_certificate
 

@@ -8,8 +8,8 @@ from typing import Any
 import orjson
 import pytest
 
-from pagoda.serving.chunk_writer import ChunkWriter
-from pagoda.serving.rest.event_stream import EventTemplate, event
+from pagoda.serving.http.chunk_writer import ChunkWriter
+from pagoda.serving.http.event_stream import EventTemplate, event
 from tests.support.rest_harness import RestHarness
 
 PROMPT = 'say "a\\b"\r\n\tgrün 🙂 \u2028 \ufffd \x00\x1f </script> 速度 data: [DONE]'

@@ -12,10 +12,10 @@ from typing import Any
 
 from pagoda import __version__
 from pagoda.config.schema import PagodaConfig
-from pagoda.execution.rank_channel import ChannelEnded, HeartbeatThread, RankChannel
-from pagoda.execution.rank_group import RankGroup
-from pagoda.execution.rank_launcher import RankConnection
-from pagoda.execution.rank_messages import (
+from pagoda.distributed.rank_channel import ChannelEnded, HeartbeatThread, RankChannel
+from pagoda.distributed.rank_group import RankGroup
+from pagoda.distributed.rank_launcher import RankConnection
+from pagoda.distributed.rank_messages import (
     PROTOCOL_VERSION,
     CheckCommunication,
     CommunicationChecked,
@@ -33,9 +33,9 @@ from pagoda.execution.rank_messages import (
     StartRank,
     StepDone,
 )
-from pagoda.parallel.facts import RankFacts
 from pagoda.parallel.layout import ParallelLayout
 from pagoda.parallel.preflight import CommunicationReport
+from pagoda.parallel.rank_info import RankFacts
 from pagoda.scheduling.plan import StepPlan, StepResult
 
 SECONDS = 10.0

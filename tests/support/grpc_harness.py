@@ -14,9 +14,9 @@ from pagoda.engine.health import EngineState
 from pagoda.errors import ErrorKind, InvalidRequestError, error_of
 from pagoda.sampling.output import FinishReason
 from pagoda.sampling.params import SamplingParams
-from pagoda.serving.grpc_messages import SERVICE_NAME, message_class, service_methods
-from pagoda.serving.grpc_server import GrpcServer
-from pagoda.serving.parts import make_context
+from pagoda.serving.build import make_context
+from pagoda.serving.grpc.messages import SERVICE_NAME, message_class, service_methods
+from pagoda.serving.grpc.server import GrpcServer
 from pagoda.text.output import GenerationChunk
 from tests.support.fake_engine import FakeEngineClient
 

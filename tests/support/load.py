@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import grpc
 import httpx
 
-from pagoda.serving.grpc_messages import SERVICE_NAME, message_class, service_methods
+from pagoda.serving.grpc.messages import SERVICE_NAME, message_class, service_methods
 
 DOORS = ("generate", "generate_stream", "infer", "completions", "chat", "grpc", "grpc_stream")
 WHOLE_DOORS = ("generate", "infer", "chat", "grpc")  # their answers come in one piece

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
+from pagoda.models.build import build_model
 from pagoda.models.config import ModelConfig
 from pagoda.models.decoder import DecoderForCausalLM
-from pagoda.models.loader import load_weights
-from pagoda.models.registry import build_model
+from pagoda.models.loading.loader import load_weights
 from pagoda_kernels.attention import AttentionMetadata
 
 CHUNKS = (1, 7, 1, 40)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from pagoda.engine.core import EngineCore
+from pagoda.engine.core.loop import EngineCore
 from pagoda.engine.messages import EngineRequest
 from pagoda.models.dummy import DummySpec, write_dummy_checkpoint
 from pagoda.sampling.output import FinishReason

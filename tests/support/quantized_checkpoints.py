@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from pagoda.models.build import build_model
 from pagoda.models.config import ModelConfig
 from pagoda.models.decoder import DecoderForCausalLM
-from pagoda.models.registry import build_model
 
 CONFIG: dict[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"],

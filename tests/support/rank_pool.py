@@ -20,8 +20,8 @@ from pagoda.config.schema import PagodaConfig
 from pagoda.execution.executor import KVBudget, LoadProgress, StepHandle
 from pagoda.models.config import ModelConfig
 from pagoda.parallel.layout import ParallelLayout
-from pagoda.scheduling.landed_tokens import LandedTokensTracker
 from pagoda.scheduling.plan import StepPlan, StepResult
+from pagoda.scheduling.sampled_tokens_update import LandedTokensTracker
 
 TIMEOUT_SECONDS = 150.0
 

@@ -17,9 +17,9 @@ from fastapi import FastAPI
 
 from pagoda.config.schema import PagodaConfig
 from pagoda.models.dummy import DummySpec, write_dummy_checkpoint
+from pagoda.serving.build import make_context
 from pagoda.serving.context import ServingContext
-from pagoda.serving.listener import listen
-from pagoda.serving.parts import make_context
+from pagoda.serving.http.listener import listen
 from pagoda.text.generation import TextGenerator
 from pagoda.text.pool import TokenizerPool
 from tests.support.fake_engine import FakeEngineClient
@@ -104,8 +104,8 @@ class RestHarness:
         import_kserve()
         from kserve import ModelRepository
 
-        from pagoda.serving.http_server import HttpServer
-        from pagoda.serving.model import EngineDataPlane, PagodaModel
+        from pagoda.serving.http.server import HttpServer
+        from pagoda.serving.kserve.model import EngineDataPlane, PagodaModel
 
         self.engine = FakeEngineClient(max_model_len=self._max_model_len)
         self.context = make_context(self.config, self.engine)

@@ -96,7 +96,9 @@ class ServerProcess:
     def engine_pid(self) -> int:
         """Process id of the engine core."""
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        engines = [pid for pid in children if b"pagoda.engine.process" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        engines = [
+            pid for pid in children if b"pagoda.engine.core.process" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        ]
         assert len(engines) == 1, engines
         return int(engines[0])
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from pagoda.observability.logs import UNIFIED_LOGGERS, bind_request_id, configure_logging
+from pagoda.logs import UNIFIED_LOGGERS, bind_request_id, configure_logging
 
 
 @pytest.fixture
@@ -175,7 +175,7 @@ def test_python_warnings_become_log_lines(stream: io.StringIO) -> None:
 
 def test_observability_imports_neither_servers_nor_torch() -> None:
     code = (
-        "import sys, pagoda.observability.logs, pagoda.observability.metrics, pagoda.observability.request_meter; "
+        "import sys, pagoda.logs, pagoda.serving.metrics.prometheus, pagoda.serving.metrics.request_meter; "
         "print([m for m in ('kserve', 'grpc', 'torch', 'numpy', 'fastapi', 'pydantic') if m in sys.modules], "
         "[m for m in sys.modules if m.startswith('pagoda.') and m.split('.')[1] not in ('observability', 'errors')])"
     )

@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from pagoda.benchmarking.workloads import Conversation
-from pagoda.engine.core import EngineCore
+from pagoda.engine.core.loop import EngineCore
 from pagoda.engine.messages import EngineRequest
 from pagoda.errors import InvalidRequestError, RequestFailedError
 from pagoda.sampling.output import FinishReason

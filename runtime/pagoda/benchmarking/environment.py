@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pagoda.config.hardware import cpu_report, memory_report, versions
+from pagoda.platform.hardware import cpu_report, memory_report, versions
 
 
 def environment() -> dict[str, Any]:

@@ -9,7 +9,7 @@ import grpc
 
 from pagoda.benchmarking.endpoints import Answer, Endpoint, RequestFailure, Target, joined
 from pagoda.benchmarking.prompts import Content
-from pagoda.serving.grpc_messages import SERVICE_NAME, ModelInferRequest, ModelStreamInferResponse
+from pagoda.serving.grpc.messages import SERVICE_NAME, ModelInferRequest, ModelStreamInferResponse
 
 _OPTIONS = (("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1))
 

@@ -13,7 +13,7 @@ from pagoda.benchmarking.metrics import MILLISECONDS, percentile, summary
 from pagoda.benchmarking.report import print_rows
 from pagoda.cli.bench_options import add_result_options, positive, write_json
 from pagoda.cli.offline import parse
-from pagoda.engine.startup import start_core
+from pagoda.engine.core.startup import start_core
 
 DESCRIPTION = (
     "Runs batches of random prompts through the engine in this process. Every sequence generates its full length. Settings of "

@@ -13,16 +13,24 @@ from pagoda.cli.doctor_cluster import cluster_as_text, examine_cluster
 from pagoda.config.auto import ResolvedSettings, choose_cpu_kv_cache_bytes, kv_cache_element_bytes, resolve
 from pagoda.config.checks import shown
 from pagoda.config.command_line import parse_command_line
-from pagoda.config.hardware import CpuReport, GpuReport, MemoryReport, cpu_report, gpu_reports, memory_report, versions
-from pagoda.config.kv_fit import fit_max_model_len
 from pagoda.config.schema import PagodaConfig, options
 from pagoda.config.sources import LoadedConfig, load
 from pagoda.config.values import format_bytes
+from pagoda.engine.core.kv_sizing import fit_max_model_len
 from pagoda.errors import PagodaError
+from pagoda.models.checkpoint_source import checkpoint_directory
 from pagoda.models.config import ModelConfig
 from pagoda.models.quantization.schemes import choose_quantization
-from pagoda.models.source import checkpoint_directory
 from pagoda.models.weight_size import ELEMENT_BYTES, expected_weight_bytes
+from pagoda.platform.hardware import (
+    CpuReport,
+    GpuReport,
+    MemoryReport,
+    cpu_report,
+    gpu_reports,
+    memory_report,
+    versions,
+)
 
 
 def run(arguments: Sequence[str]) -> int:

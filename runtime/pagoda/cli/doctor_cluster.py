@@ -13,7 +13,7 @@ from pagoda.errors import PagodaError
 
 def examine_cluster(settings: Sequence[str]) -> dict[str, Any]:
     """The survey as plain values: `address`, `nodes`, `problems`; and `problem`, all of them in one, or None."""
-    from pagoda.execution.ray_survey import survey
+    from pagoda.distributed.ray.cluster_check import survey
 
     try:
         found = survey(load(settings).config, lambda words: print(words, file=sys.stderr))

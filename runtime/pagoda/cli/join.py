@@ -22,10 +22,10 @@ LOST = 1
 
 def run(arguments: Sequence[str]) -> int:
     """Belong to the cluster until told to stop (exit status 0) or the head is lost for good (1)."""
-    from pagoda.execution.ray_join import WorkerNode
-    from pagoda.execution.ray_node import RayNode
-    from pagoda.observability.logs import configure_logging
-    from pagoda.parallel.node_state import default_directory
+    from pagoda.distributed.node_state import default_directory
+    from pagoda.distributed.ray.node import RayNode
+    from pagoda.distributed.ray.worker_node import WorkerNode
+    from pagoda.logs import configure_logging
     from pagoda.process_control import become_subreaper
 
     line = parse_command_line(arguments)

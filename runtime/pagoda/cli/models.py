@@ -43,8 +43,8 @@ def inspect_checkpoint(model: str) -> dict[str, Any]:
     Raises:
         CheckpointError: it is not there, or no model that can be served.
     """
+    from pagoda.models.checkpoint_source import checkpoint_directory
     from pagoda.models.config import ModelConfig
-    from pagoda.models.source import checkpoint_directory
     from pagoda.models.weight_size import ELEMENT_BYTES, expected_weight_bytes
 
     directory = checkpoint_directory(model)

@@ -32,9 +32,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(own: argparse.Namespace) -> int:
     """Quantize, then compare with the source."""
+    from pagoda.models.checkpoint_source import checkpoint_directory
     from pagoda.models.quantization.quality import score
     from pagoda.models.quantization.writing import write_quantized_checkpoint
-    from pagoda.models.source import checkpoint_directory
 
     if own.group_size is not None and own.quantization != "int4":
         raise ConfigError(f"group-size={own.group_size}: needs --quantization int4")
@@ -64,12 +64,12 @@ def _loaded(directory: Path) -> DecoderForCausalLM:
     import torch
 
     from pagoda.config.auto import choose_dtype
-    from pagoda.config.hardware import cpu_report
     from pagoda.execution.kernel_choice import choose_cpu_kernels, packs_weights
+    from pagoda.models.build import build_model
     from pagoda.models.config import ModelConfig
     from pagoda.models.fused_layers import fuse_layers
-    from pagoda.models.loader import load_weights
-    from pagoda.models.registry import build_model
+    from pagoda.models.loading.loader import load_weights
+    from pagoda.platform.hardware import cpu_report
 
     config = ModelConfig.from_directory(directory)
     choose_cpu_kernels("auto")

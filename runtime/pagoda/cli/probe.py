@@ -8,7 +8,7 @@ loopback, under the port and scheme that the configuration's sources name, and n
     live     fails when only a restart can help
 
 With `--rank` the question is about a worker node: about `pagoda join` and the ranks that run under it, which say what they are
-at in small files (see `parallel.node_state`).
+at in small files (see `distributed.node_state`).
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def _print(name: str, passed: bool, answer: str) -> int:
 
 
 def _probe_ranks(name: str, directory: Path | None) -> tuple[bool, str]:
-    from pagoda.parallel.node_state import default_directory, judge, published
+    from pagoda.distributed.node_state import default_directory, judge, published
 
     return judge(name, *published(directory or default_directory()))
 

@@ -25,7 +25,7 @@ def run(arguments: Sequence[str]) -> int:
         print(HEAD)
         print(options_help(), end="")
         return 0
-    from pagoda.engine.launch import LaunchedCore
+    from pagoda.engine.client.prelaunch import LaunchedCore
 
     # First of all: the core's own imports take longer than everything that this process has to do.
     with LaunchedCore() as core:

@@ -9,11 +9,11 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from pagoda.config.cpu_sets import parse_cpu_sets
-from pagoda.config.hardware import CpuReport, GpuReport
 from pagoda.config.schema import PagodaConfig
 from pagoda.config.values import format_bytes
 from pagoda.errors import ConfigError
+from pagoda.platform.cpu_sets import parse_cpu_sets
+from pagoda.platform.hardware import CpuReport, GpuReport
 
 GIVEN = "as given"
 # A step should take well under a second, so that running requests are not held up by another's prompt: small chunks on

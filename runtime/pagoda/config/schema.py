@@ -15,8 +15,8 @@ from dataclasses import dataclass, fields
 from functools import cache
 from typing import Any, Literal, get_type_hints
 
-from pagoda.config.cpu_sets import CPU_SETS_PATTERN
 from pagoda.config.option import OptionInfo, option, option_of
+from pagoda.platform.cpu_sets import CPU_SETS_PATTERN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

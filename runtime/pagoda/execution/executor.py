@@ -10,11 +10,11 @@ from typing import Protocol
 import torch
 
 from pagoda.config.schema import PagodaConfig
+from pagoda.distributed.rank_health import RankHealth
 from pagoda.errors import EngineDeadError
-from pagoda.execution.rank_health import RankHealth
-from pagoda.execution.thread_binding import bind_compute_threads
 from pagoda.execution.worker import Worker
 from pagoda.models.config import ModelConfig
+from pagoda.platform.thread_binding import bind_compute_threads
 from pagoda.scheduling.plan import StepPlan, StepResult
 
 LoadProgress = Callable[[str, int, int], None]
@@ -186,9 +186,9 @@ def create_executor(config: PagodaConfig, model_config: ModelConfig) -> Executor
         return InProcessExecutor(config, model_config)
     if backend == "mp":
         # Imported here: it needs msgspec, which a single rank does without.
-        from pagoda.execution.multi_process import multi_process_executor
+        from pagoda.distributed.multi_process import multi_process_executor
 
         return multi_process_executor(config, model_config)
-    from pagoda.execution.ray_executor import ray_executor
+    from pagoda.distributed.ray.executor import ray_executor
 
     return ray_executor(config, model_config)

@@ -9,11 +9,9 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 from pagoda.config.auto import choose_cpu_kv_cache_bytes
-from pagoda.config.hardware import memory_report
 from pagoda.config.schema import PagodaConfig
 from pagoda.config.values import format_bytes
 from pagoda.errors import ConfigError
-from pagoda.execution.ahead_compilation import ModelBuild, kernels_compiled_meanwhile
 from pagoda.execution.cuda_graphs import capture_cuda_graphs, reserved_bytes, uses_cuda_graphs
 from pagoda.execution.input_batch import InputBatch
 from pagoda.execution.kernel_choice import (
@@ -23,16 +21,18 @@ from pagoda.execution.kernel_choice import (
     reserve_decode_workspace,
 )
 from pagoda.execution.model_runner import ModelRunner, PendingBurst, PendingStep
+from pagoda.execution.precompile import ModelBuild, kernels_compiled_meanwhile
+from pagoda.models.build import build_model
 from pagoda.models.config import ModelConfig
 from pagoda.models.decoder import DecoderForCausalLM
 from pagoda.models.fused_layers import fuse_layers
 from pagoda.models.kv_scales import set_kv_scales
-from pagoda.models.loader import Progress, initialize_dummy_weights, load_weights
-from pagoda.models.packing import weight_bytes
+from pagoda.models.loading.loader import Progress, initialize_dummy_weights, load_weights
+from pagoda.models.loading.packed import weight_bytes
 from pagoda.models.quantization.schemes import QuantizationConfig, check_device, choose_quantization
-from pagoda.models.registry import build_model
 from pagoda.models.sharding import ModelShare, check_layout
 from pagoda.parallel.groups import SINGLE_RANK, ParallelGroups
+from pagoda.platform.hardware import memory_report
 from pagoda.sampling.params import SamplingParams
 from pagoda.scheduling.plan import NO_LANDED_TOKENS, LandedTokens, NewRequest, StepPlan
 from pagoda_kernels.huge_pages import zeros_on_huge_pages

@@ -8,9 +8,9 @@ from typing import Any
 
 from pagoda.errors import CheckpointError
 from pagoda.models.config_reader import ConfigReader, read_json_object
-from pagoda.models.families import family_of
 from pagoda.models.quantization.config_reader import read_quantization
 from pagoda.models.quantization.schemes import QuantizationConfig
+from pagoda.models.registry import family_of
 from pagoda.models.rope_config import RopeConfig
 
 CONFIG_FILE = "config.json"

@@ -78,7 +78,7 @@ class DecoderForCausalLM(nn.Module):
     """Embedding, layers, final norm and language model head; of these, what one rank holds.
 
     The first pipeline stage has the embedding, the last one norm and head, each its own run of layers. Weights are allocated,
-    not filled: see `models.loader`.
+    not filled: see `models.loading.loader`.
     """
 
     def __init__(

@@ -10,7 +10,7 @@ from pagoda.models.decoder import DecoderForCausalLM, DecoderLayer, KVCache
 from pagoda.models.layers.attention import SelfAttention
 from pagoda.models.layers.linear import Linear
 from pagoda.models.layers.mlp import GatedMLP
-from pagoda.models.packing import PackedLinearMethod
+from pagoda.models.loading.packed import PackedLinearMethod
 from pagoda_kernels import backend
 from pagoda_kernels.attention import AttentionMetadata
 

@@ -17,8 +17,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pagoda.errors import CheckpointError
-from pagoda.models.checkpoint import StoredTensor, StoredTensors, stored_tensors, weight_files
 from pagoda.models.decoder import DecoderForCausalLM, DecoderLayer
+from pagoda.models.loading.checkpoint import StoredTensor, StoredTensors, stored_tensors, weight_files
 
 logger = logging.getLogger(__name__)
 

@@ -1,39 +1,27 @@
-"""From a model's configuration to the model."""
+"""The families that Pagoda serves."""
 
 from __future__ import annotations
 
-import importlib
+from pagoda.errors import CheckpointError
+from pagoda.models.config_reader import ConfigReader
+from pagoda.models.family import Family
+from pagoda.models.llama import LLAMA
+from pagoda.models.mistral import MISTRAL
+from pagoda.models.qwen2 import QWEN2
+from pagoda.models.qwen3 import QWEN3
 
-import torch
-
-from pagoda.models.config import ModelConfig
-from pagoda.models.decoder import DecoderForCausalLM
-from pagoda.models.families import FAMILIES
-from pagoda.models.packing import pack_when_loaded
-from pagoda.models.quantization.layers import quantize_layers
-from pagoda.models.quantization.schemes import QuantizationConfig
-from pagoda.parallel.groups import SINGLE_RANK, ParallelGroups
+FAMILIES: dict[str, Family] = {family.architecture: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3)}
 
 
-def build_model(
-    model_config: ModelConfig,
-    dtype: torch.dtype,
-    device: torch.device | str = "cpu",
-    groups: ParallelGroups = SINGLE_RANK,
-    quantization: QuantizationConfig | None = None,
-    *,
-    packed: bool = False,
-) -> DecoderForCausalLM:
-    """The part of the model that this rank of `groups` holds, ready for `models.loader`.
+def family_of(reader: ConfigReader) -> Family:
+    """The family by `architectures`, or by `model_type` where a config names no architecture.
 
-    Its weights are allocated in `dtype` on `device`, once and unfilled. Not so those of linear layers that are quantized, or
-    all of them where `packed` is set, in a form that the CPU's compiled kernels read: float32 or bfloat16, not float16.
+    Raises `CheckpointError`, naming the supported ones, for any other.
     """
-    module, _, name = FAMILIES[model_config.architecture].model.partition(":")
-    model_class: type[DecoderForCausalLM] = getattr(importlib.import_module(module), name)
-    model = model_class(model_config, groups, dtype=dtype, device=torch.device(device)).eval()
-    if quantization is not None:
-        quantize_layers(model, quantization)
-    if packed:
-        pack_when_loaded(model)
-    return model
+    architectures = reader.values.get("architectures") or []
+    model_type = reader.values.get("model_type")
+    for family in FAMILIES.values():
+        if family.architecture in architectures or (not architectures and family.model_type == model_type):
+            return family
+    found = ", ".join(map(str, architectures)) or f"model_type {model_type!r}"
+    raise CheckpointError(f"{reader.where}: {found} is not supported; supported architectures: {', '.join(FAMILIES)}")

@@ -26,13 +26,13 @@ from dataclasses import dataclass
 
 from pagoda.errors import ErrorKind, InvalidRequestError, QueueFullError
 from pagoda.sampling.output import FinishReason, TokenLogprobs
+from pagoda.scheduling.config import SchedulerLimits
 from pagoda.scheduling.deadlines import Deadlines
 from pagoda.scheduling.kv_cache_manager import KVCacheManager
-from pagoda.scheduling.limits import SchedulerLimits
 from pagoda.scheduling.plan import StepPlan, StepResult
 from pagoda.scheduling.planned_step import PlannedStep
+from pagoda.scheduling.repetition_detection import RunawayDetector
 from pagoda.scheduling.request import Request, RequestStatus
-from pagoda.scheduling.runaway import RunawayDetector
 from pagoda.scheduling.token_budget import TokenBudget
 from pagoda.scheduling.waiting_queue import make_waiting_queue
 

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pagoda.config.schema import PagodaConfig
-from pagoda.observability.metrics import Metrics
 from pagoda.serving.auth import ApiKeys
 from pagoda.serving.generation import GenerationRunner
 from pagoda.serving.health import ServerHealth
+from pagoda.serving.metrics.prometheus import Metrics
 
 if TYPE_CHECKING:
-    from pagoda.engine.client import EngineClient
+    from pagoda.engine.client.client import EngineClient
     from pagoda.text.generation import TextGenerator
 
 

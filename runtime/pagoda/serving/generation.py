@@ -13,7 +13,7 @@ from pagoda.errors import DeadlineExceededError, EngineNotReadyError, InvalidReq
 from pagoda.sampling.output import FinishReason
 from pagoda.sampling.params import SamplingParams
 from pagoda.serving.auth import tenant_var
-from pagoda.serving.bounded_wait import BoundedWait
+from pagoda.serving.interruptible_wait import BoundedWait
 from pagoda.serving.parameters import RequestOptions
 from pagoda.text.output import GenerationChunk, PositionLogprobs
 

@@ -11,11 +11,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+from pagoda.distributed.rank_health import RankHealth
 from pagoda.engine.health import EngineHealth, EngineState
+from pagoda.engine.heartbeat import EngineProgress
 from pagoda.engine.messages import EngineStats
-from pagoda.engine.progress_board import EngineProgress
 from pagoda.errors import EngineDeadError, EngineNotReadyError
-from pagoda.execution.rank_health import RankHealth
 
 Listener = Callable[[], None]
 
@@ -23,7 +23,7 @@ TOKENIZER_STAGE = "tokenizer"
 
 
 class EngineLike(Protocol):
-    """What is read of `pagoda.engine.client.EngineClient`."""
+    """What is read of `pagoda.engine.client.client.EngineClient`."""
 
     @property
     def health(self) -> EngineHealth:

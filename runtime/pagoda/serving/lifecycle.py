@@ -18,7 +18,7 @@ from typing import Any
 
 from pagoda.engine.health import EngineState
 from pagoda.errors import PagodaError
-from pagoda.serving import exit_guard
+from pagoda.serving import forced_exit
 from pagoda.serving.context import ServingContext
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ class Lifecycle:
     async def run(self, loading: Awaitable[None], server: asyncio.Future[None]) -> int:
         """Serve until the end; returns the exit status. `server` is the REST port, which must not end by itself."""
         status = await self._run(loading, server)
-        exit_guard.arm(status)
+        forced_exit.arm(status)
         return status
 
     async def _run(self, loading: Awaitable[None], server: asyncio.Future[None]) -> int:

@@ -15,12 +15,12 @@ import uvloop
 from pagoda import faults
 from pagoda.config.schema import PagodaConfig
 from pagoda.config.sources import LoadedConfig
-from pagoda.engine.data_parallel import create_engine_client
-from pagoda.engine.launch import LaunchedCore
-from pagoda.observability.logs import configure_logging
+from pagoda.engine.client.prelaunch import LaunchedCore
+from pagoda.engine.data_parallel.client import create_engine_client
+from pagoda.logs import configure_logging
 from pagoda.process_control import uncollected
 from pagoda.serving.deferred_imports import deferred_imports
-from pagoda.serving.listener import listen, raise_open_file_limit
+from pagoda.serving.http.listener import listen, raise_open_file_limit
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +50,8 @@ async def _serve(config: PagodaConfig, listener: socket.socket, core: LaunchedCo
     # The engine gets its settings before this process loads its libraries, KServe above all: nothing else runs meanwhile.
     await asyncio.sleep(ENGINE_HEAD_START_SECONDS)
     with uncollected(), deferred_imports(*UNUSED_BY_US), _command_line(KSERVE_ARGUMENTS):
-        from pagoda.serving.kserve_server import PagodaModelServer
-        from pagoda.serving.parts import TextLayer, make_context
+        from pagoda.serving.build import TextLayer, make_context
+        from pagoda.serving.kserve.server import PagodaModelServer
     context = make_context(config, client)
     text = TextLayer(config, client)
 

@@ -12,13 +12,13 @@ from pagoda.config.schema import PagodaConfig
 from pagoda.engine.messages import EngineOutput, EngineRequest
 from pagoda.errors import EngineNotReadyError, InvalidRequestError, RequestFailedError
 from pagoda.sampling.params import SamplingParams
-from pagoda.text.admission import AdmissionLimits, admit
 from pagoda.text.checkpoint_defaults import read_checkpoint_defaults
 from pagoda.text.output import GenerationChunk, PositionLogprobs, TokenLogprob
-from pagoda.text.request_state import RequestTextState
+from pagoda.text.output_processor import RequestTextState
+from pagoda.text.validation import AdmissionLimits, admit
 
 if TYPE_CHECKING:
-    from pagoda.engine.client import EngineClient
+    from pagoda.engine.client.client import EngineClient
     from pagoda.text.pool import TokenizerPool
 
 __all__ = ["GenerationChunk", "PositionLogprobs", "TextGenerator", "TokenLogprob"]

@@ -15,7 +15,7 @@ from pathlib import Path
 from tokenizers import Tokenizer as TokenizersTokenizer
 
 from pagoda.errors import CheckpointError, InvalidRequestError
-from pagoda.text.decoding import DecoderPlan
+from pagoda.text.stream_decoder import DecoderPlan
 from pagoda.text.tokenizer_files import TokenizerFiles, read_tokenizer_files
 
 

@@ -6,8 +6,8 @@ import time
 
 from harness.engine import Engine, EngineSettings, Tokens
 from pagoda.config.sources import from_kwargs
+from pagoda.engine.core.startup import start_core
 from pagoda.engine.messages import EngineRequest
-from pagoda.engine.startup import start_core
 from pagoda.sampling.params import SamplingParams
 
 DTYPES = {"bf16": "bfloat16", "fp32": "float32", "int8": "bfloat16"}

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from pagoda.errors import CheckpointError, ConfigError
-from pagoda.models.checkpoint import StoredForm, TensorSource
 from pagoda.models.decoder import DecoderForCausalLM
 from pagoda.models.layers.linear import Linear
-from pagoda.models.packing import AwaitedLinearMethod, await_weight, linear_layers
+from pagoda.models.loading.checkpoint import StoredForm, TensorSource
+from pagoda.models.loading.packed import AwaitedLinearMethod, await_weight, linear_layers
 from pagoda.models.quantization.layouts import check_order, read_rows, stored_forms
 from pagoda.models.quantization.packing import PackedWeightBuilder
 from pagoda.models.quantization.schemes import HEAD, QuantizationConfig, WeightScheme

@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 
 from pagoda.errors import CheckpointError
-from pagoda.models.checkpoint import FLOAT_TYPES, StoredForm, TensorSource
+from pagoda.models.loading.checkpoint import FLOAT_TYPES, StoredForm, TensorSource
 from pagoda.models.quantization.rounding import QuantizedRows, round_rows
 from pagoda.models.quantization.schemes import WeightScheme
 

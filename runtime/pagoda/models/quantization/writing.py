@@ -13,15 +13,22 @@ import torch
 from safetensors.torch import save_file
 
 from pagoda.errors import CheckpointError
-from pagoda.models.checkpoint import INDEX_FILE, SINGLE_FILE, StoredTensor, StoredTensors, stored_tensors, weight_files
+from pagoda.models.build import build_model
 from pagoda.models.config import CONFIG_FILE, ModelConfig
 from pagoda.models.config_reader import read_json_object
-from pagoda.models.packing import awaited_layers
+from pagoda.models.loading.checkpoint import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    StoredTensor,
+    StoredTensors,
+    stored_tensors,
+    weight_files,
+)
+from pagoda.models.loading.packed import awaited_layers
 from pagoda.models.quantization.layers import AwaitedQuantizedMethod
 from pagoda.models.quantization.layouts import pack_words
 from pagoda.models.quantization.rounding import QuantizedRows, round_rows
 from pagoda.models.quantization.schemes import HEAD, QuantizationConfig, WeightScheme, choose_quantization
-from pagoda.models.registry import build_model
 
 _SHARD_BYTES = 2 << 30
 _INT8_ACTIVATIONS = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True, "symmetric": True}

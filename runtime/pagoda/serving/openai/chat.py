@@ -12,13 +12,13 @@ from pagoda.errors import InvalidRequestError, NotSupportedError
 from pagoda.sampling.params import MAX_LOGPROBS, SamplingParams
 from pagoda.serving.context import ServingContext
 from pagoda.serving.generation import GenerationJob, SequenceResult, limit_time
+from pagoda.serving.http.event_stream import DONE, Events, EventTemplate, event
 from pagoda.serving.openai.finish import finish_fields
 from pagoda.serving.openai.logprobs import chat_logprobs, prompt_logprobs
 from pagoda.serving.openai.requests import check_stream_options, sampling_and_options, template_messages
 from pagoda.serving.openai.types import ChatCompletionRequest, TokenizeRequest
 from pagoda.serving.openai.usage import UsageCounter
 from pagoda.serving.parameters import RequestOptions
-from pagoda.serving.rest.event_stream import DONE, Events, EventTemplate, event
 from pagoda.text.output import GenerationChunk
 
 

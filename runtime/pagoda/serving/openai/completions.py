@@ -13,12 +13,12 @@ from typing import Any
 from pagoda.errors import InvalidRequestError, NotSupportedError
 from pagoda.serving.context import ServingContext
 from pagoda.serving.generation import GenerationJob, SequenceResult, check_job_count, limit_time
+from pagoda.serving.http.event_stream import DONE, Events, EventTemplate, event
 from pagoda.serving.openai.finish import finish_fields
 from pagoda.serving.openai.logprobs import CompletionLogprobs, joined, prompt_logprobs
 from pagoda.serving.openai.requests import PROMPT_FORMS, check_stream_options, sampling_and_options
 from pagoda.serving.openai.types import CompletionRequest
 from pagoda.serving.openai.usage import UsageCounter
-from pagoda.serving.rest.event_stream import DONE, Events, EventTemplate, event
 from pagoda.text.output import GenerationChunk
 
 

@@ -12,7 +12,7 @@ from pagoda.errors import InvalidRequestError, ModelNotFoundError, NotSupportedE
 from pagoda.sampling.params import SamplingParams
 from pagoda.serving.openai.types import Message, RequestModel, SamplingFields
 from pagoda.serving.parameters import FIELDS, MakeSampling, RequestOptions, parse_parameters
-from pagoda.serving.tensors import shown
+from pagoda.serving.v2.tensors import shown
 
 logger = logging.getLogger(__name__)
 

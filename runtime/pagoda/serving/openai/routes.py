@@ -9,6 +9,11 @@ from starlette.responses import Response
 
 from pagoda.errors import InvalidRequestError, ModelNotFoundError, NotSupportedError
 from pagoda.serving.context import ServingContext
+from pagoda.serving.http.bodies import read_object
+from pagoda.serving.http.disconnect import until_disconnect
+from pagoda.serving.http.documentation import openai_errors, request_body
+from pagoda.serving.http.event_stream import open_event_stream
+from pagoda.serving.http.responses import json_response, openai_error
 from pagoda.serving.openai.chat import ChatCall, encode_chat
 from pagoda.serving.openai.completions import CompletionCall
 from pagoda.serving.openai.requests import parse_request
@@ -26,12 +31,7 @@ from pagoda.serving.openai.types import (
     TokenizeResponse,
 )
 from pagoda.serving.parameters import TIMEOUT_HEADER, parse_timeout_header
-from pagoda.serving.rest.bodies import read_object
-from pagoda.serving.rest.disconnect import until_disconnect
-from pagoda.serving.rest.documentation import openai_errors, request_body
-from pagoda.serving.rest.event_stream import open_event_stream
-from pagoda.serving.rest.responses import json_response, openai_error
-from pagoda.serving.tensors import shown
+from pagoda.serving.v2.tensors import shown
 
 PREFIXES = ("/v1", "/openai/v1")
 GENERATION_ERRORS = (400, 401, 404, 413, 429, 500, 501, 503, 504)

@@ -1,0 +1,388 @@
+"""The executor of several ranks, or of one in a process of its own: plans go out to all, results come from one.
+
+    submit ──plan, encoded once──▶ all ranks ──▶ … collectives …
+    result ◀──────────────────────  the output rank: sampled tokens, by step         any rank: errors
+
+One lost rank ends the group: the model's parts are of no use without each other. A step that failed on every rank before any
+of them spoke to another ends that step only, for then they are as much in step as before.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from pagoda import __version__
+from pagoda.config.schema import PagodaConfig
+from pagoda.distributed.rank_channel import LONGEST_LOOK_SECONDS
+from pagoda.distributed.rank_health import RankHealth
+from pagoda.distributed.rank_launcher import RankConnection, RankLauncher
+from pagoda.distributed.rank_links import CAUSE_SECONDS, LOOK_SECONDS, RankLinks
+from pagoda.distributed.rank_messages import (
+    PROTOCOL_VERSION,
+    CheckCommunication,
+    CommunicationChecked,
+    InitializeKV,
+    JoinGroup,
+    KVMeasured,
+    LoadWeights,
+    MeasureKV,
+    Message,
+    RankHello,
+    RankPrepared,
+    RunStep,
+    StageDone,
+    StartRank,
+    StepDone,
+    StepFailed,
+    WeightsProgress,
+)
+from pagoda.errors import ConfigError, EngineDeadError, PagodaError
+from pagoda.execution.executor import FailedStep, KVBudget, LoadProgress, Stages, StepHandle
+from pagoda.models.config import ModelConfig
+from pagoda.parallel.layout import ParallelLayout
+from pagoda.parallel.preflight import communication_table
+from pagoda.parallel.rank_info import compare_facts, facts_table
+from pagoda.scheduling.plan import NO_LANDED_TOKENS, StepPlan, StepResult
+from pagoda.scheduling.sampled_tokens_update import LandedTokensTracker
+from pagoda.scheduling.step_timeout import stall_bound, tokens_to_wait_for
+
+logger = logging.getLogger(__name__)
+
+# From the first rank that failed a step to the last, when it is the same fault on all of them.
+_ALIKE_SECONDS = 5.0
+_SHUTDOWN_SECONDS = 3.0
+# A rank that waits in vain for others says so itself, and knows better for whom.
+_OWN_WORD_SECONDS = 2.0
+
+
+@dataclass(slots=True)
+class _FailedStep:
+    """A step that failed on some ranks, or on all; `waited` seconds for the rest."""
+
+    step_id: int
+    by_rank: dict[int, StepFailed] = field(default_factory=dict)
+    waited: float = 0.0
+
+    @property
+    def patience(self) -> float:
+        """Seconds in which the others may fail too, or a rank's death explain that one could not reach it."""
+        is_communication = any(message.is_communication for message in self.by_rank.values())
+        return CAUSE_SECONDS if is_communication else _ALIKE_SECONDS
+
+
+class RankGroup:
+    """See `Executor`. `launcher` brings the ranks up and is used once.
+
+    Called in this order: `connect`, `load`, `kv_budget`, `initialize_kv_cache`, then steps. Whatever raises a `PagodaError` on
+    the way leaves a group that is dead, with all its ranks gone.
+    """
+
+    def __init__(self, config: PagodaConfig, model_config: ModelConfig, launcher: RankLauncher) -> None:
+        self._config = config
+        self._layout = ParallelLayout(config.tensor_parallel_size, config.pipeline_parallel_size)
+        self._launcher = launcher
+        self._links: RankLinks | None = None
+        self._lost: str | None = None
+        self._results: dict[int, StepResult] = {}
+        self._failures: dict[int, _FailedStep] = {}
+        self._in_flight: set[int] = set()
+        self._landed = LandedTokensTracker() if config.pipeline_parallel_size > 1 else None
+        self._deadline = time.monotonic() + config.engine_start_timeout_seconds
+        # On a GPU a rank only queues a step, so the next one can be sent meanwhile; stages work on different ones.
+        on_device = 2 if config.device == "cuda" else 1
+        self.max_concurrent_batches = max(on_device, config.pipeline_parallel_size)
+
+    # ---- start-up -------------------------------------------------------------------------------------------------
+
+    def connect(self, stages: Stages) -> None:
+        """See `Executor`: launch the ranks, compare them, let them meet and try their network."""
+        timeout = self._config.rendezvous_timeout_seconds
+        try:
+            with stages.enter("launch", f"{self._layout.world_size} rank(s)"):
+                connections = self._launcher.launch(self._layout.world_size, timeout, stages.detail)
+                self._links = RankLinks(connections, self._launcher.death_of)
+                self._greet(self._links, timeout)
+            with stages.enter("rendezvous"):
+                self._meet(self._links, connections, timeout)
+            with stages.enter("communication"):
+                self._links.send_all(CheckCommunication())
+                checked = self._collect(CommunicationChecked, "did not get through the communication check", timeout)
+        except PagodaError as error:
+            self._lose(str(error))
+            raise
+        for line in communication_table([answer.report for answer in checked]):
+            logger.info("%s", line)
+
+    def load(self, progress: LoadProgress | None = None) -> None:
+        """See `Executor`. Progress is that of the rank with the smallest share done."""
+        shares: dict[int, WeightsProgress] = {}
+
+        def note(rank: int, message: Message) -> None:
+            if isinstance(message, WeightsProgress):
+                shares[rank] = message
+                if progress is not None and len(shares) == self._layout.world_size:
+                    slowest = min(shares, key=lambda r: shares[r].bytes_done / max(1, shares[r].bytes_total))
+                    share = shares[slowest]
+                    progress(f"rank {slowest} of {self._layout.world_size}", share.bytes_done, share.bytes_total)
+
+        self._ask(LoadWeights(), StageDone, "did not load the weights", on_other=note)
+
+    def kv_budget(self, block_size: int) -> KVBudget:
+        """See `Executor`: that of the rank which has room for the fewest blocks."""
+        measured: list[KVMeasured] = self._ask(MeasureKV(block_size), KVMeasured, "did not measure its memory")
+        blocks = [answer.available_bytes // answer.block_bytes for answer in measured]
+        smallest = blocks.index(min(blocks))
+        note = ""
+        if len(blocks) > 1:
+            listed = ", ".join(f"rank {rank}: {count}" for rank, count in enumerate(blocks))
+            limit = f"{self._named(smallest)} limits" if min(blocks) < max(blocks) else "no rank limits the others"
+            note = f"{limit} (blocks that fit: {listed})"
+        return KVBudget(measured[smallest].block_bytes, measured[smallest].available_bytes, note)
+
+    def initialize_kv_cache(self, num_blocks: int, max_model_len: int | None = None) -> None:
+        """See `Executor`."""
+        self._ask(InitializeKV(num_blocks, max_model_len), StageDone, "did not finish its first step")
+        self._alive_links().settle()
+
+    def _greet(self, links: RankLinks, timeout: float) -> None:
+        """Hear from every rank, and see that it speaks our language."""
+        otherwise = f"did not connect within rendezvous_timeout_seconds={timeout:g}: its log says what it is at"
+        for rank, hello in enumerate(links.collect(RankHello, deadline=self._by(timeout), otherwise=otherwise)):
+            links.welcome(rank, hello)
+            if hello.rank != rank:
+                raise EngineDeadError(f"{links.name(rank)} was launched as rank {hello.rank}")
+            if (hello.protocol_version, hello.pagoda_version) != (PROTOCOL_VERSION, __version__):
+                raise ConfigError(
+                    f"{links.name(rank)} runs Pagoda {hello.pagoda_version} (protocol {hello.protocol_version}) and this "
+                    f"engine {__version__} (protocol {PROTOCOL_VERSION}): install the same image on every node"
+                )
+
+    def _meet(self, links: RankLinks, connections: list[RankConnection], timeout: float) -> None:
+        """Configure the ranks, compare what they are, and bring them together at rank 0."""
+        fields = _rank_fields(self._config)
+        hosts = [connection.host for connection in connections]
+        links.watch(self._config.rank_heartbeat_timeout_seconds)
+        links.send_each(
+            [
+                StartRank(
+                    config=fields,
+                    rank=rank,
+                    ranks_on_host=hosts.count(connection.host),
+                    device_index=connection.device_index,
+                    route_to=connection.route_to,
+                    uses_ray=self._launcher.uses_ray,
+                )
+                for rank, connection in enumerate(connections)
+            ]
+        )
+        prepared = self._collect(RankPrepared, "did not take its configuration", timeout)
+        facts = [answer.facts for answer in prepared]
+        for line in facts_table(facts):
+            logger.info("%s", line)
+        if differences := compare_facts(facts):
+            raise ConfigError("the ranks do not fit together: " + "; ".join(differences))
+        links.send_all(JoinGroup(facts[0].address, prepared[0].port))
+        otherwise = f"did not meet the others at {facts[0].address} (network_interface)"
+        self._collect(StageDone, otherwise, timeout + _OWN_WORD_SECONDS)
+
+    def _ask(
+        self, command: Any, answer: Any, otherwise: str, on_other: Callable[[int, Message], None] | None = None
+    ) -> list[Any]:
+        """Send all ranks a command of the start-up and wait for their answers; what goes wrong ends the group."""
+        try:
+            self._alive_links().send_all(command)
+            left = self._deadline - time.monotonic()
+            return self._collect(answer, otherwise, left, "engine_start_timeout_seconds", on_other)
+        except PagodaError as error:
+            self._lose(str(error))
+            raise
+
+    def _collect(
+        self,
+        answer: Any,
+        otherwise: str,
+        timeout: float,
+        setting: str = "rendezvous_timeout_seconds",
+        on_other: Callable[[int, Message], None] | None = None,
+    ) -> list[Any]:
+        text = f"{otherwise} within {setting}={getattr(self._config, setting):g}"
+        return self._alive_links().collect(answer, deadline=self._by(timeout), otherwise=text, on_other=on_other)
+
+    def _by(self, timeout: float) -> float:
+        return min(time.monotonic() + timeout, self._deadline)
+
+    # ---- steps ----------------------------------------------------------------------------------------------------
+
+    def submit(self, plan: StepPlan) -> StepHandle:
+        """See `Executor`."""
+        if self._lost is not None or self._links is None:
+            return FailedStep(EngineDeadError(self._lost or "the ranks are not connected"))
+        landed = NO_LANDED_TOKENS if self._landed is None else self._landed.submitted(plan)
+        self._in_flight.add(plan.step_id)
+        self._links.send_all(RunStep(plan, landed))
+        return _RankStep(self, plan)
+
+    def wait_for(self, plan: StepPlan) -> StepResult:
+        """The result of a plan that was submitted. Raises as `StepHandle.result` does."""
+        try:
+            result = self._take_result(plan)
+        except EngineDeadError as error:
+            self._lose(str(error))
+            raise
+        except Exception:  # raised on: the step failed, and what was planned upon it with it
+            self._forget_in_flight()
+            raise
+        self._in_flight.discard(plan.step_id)
+        if self._landed is not None:
+            self._landed.landed(result)
+        return result
+
+    def _take_result(self, plan: StepPlan) -> StepResult:
+        bound = stall_bound(tokens_to_wait_for(plan), self._config.collective_timeout_seconds)
+        links, waited, last_look = self._alive_links(), 0.0, time.monotonic()
+        while plan.step_id not in self._results:
+            failure = self._failures.get(plan.step_id)
+            if failure is not None and len(failure.by_rank) == self._layout.world_size:
+                raise self._common_error(self._failures.pop(plan.step_id))
+            if waited > bound:
+                raise EngineDeadError(self._hung(plan, waited, bound))
+            self._note(links.receive(LOOK_SECONDS))
+            # Counted in looks, like silence: time in which this process was stopped is nobody's fault.
+            now = time.monotonic()
+            look = min(now - last_look, LONGEST_LOOK_SECONDS)
+            waited, last_look = waited + look, now
+            self._look_at_failures(look)
+        return self._results.pop(plan.step_id)
+
+    def _note(self, received: tuple[int, Message] | None) -> None:
+        """Take a message of the time between start-up and the end."""
+        if received is None:
+            return
+        rank, message = received
+        if isinstance(message, StepDone):
+            if message.result.step_id in self._in_flight:  # else an earlier step failed, and nobody waits for this one
+                self._results[message.result.step_id] = message.result
+        elif isinstance(message, StepFailed):
+            self._failures.setdefault(message.step_id, _FailedStep(message.step_id)).by_rank[rank] = message
+        else:
+            raise EngineDeadError(f"{self._named(rank)} sent {type(message).__name__} in the middle of a step")
+
+    def _forget_in_flight(self) -> None:
+        """A step failed: the engine plans those after it anew, and takes no result of theirs."""
+        for step_id in self._in_flight:
+            self._results.pop(step_id, None)
+            if self._landed is not None:
+                self._landed.forget(step_id)
+        self._in_flight.clear()
+
+    # ---- failed steps ---------------------------------------------------------------------------------------------
+
+    def _look_at_failures(self, look: float) -> None:
+        """Raise `EngineDeadError` when a step has failed for some ranks, and the others had time to fail likewise."""
+        for failure in list(self._failures.values()):
+            if len(failure.by_rank) < self._layout.world_size:
+                failure.waited += look
+                if failure.waited > failure.patience:
+                    raise EngineDeadError(self._blame(failure))
+            elif failure.step_id not in self._in_flight:
+                del self._failures[failure.step_id]
+                error = self._common_error(failure)
+                if isinstance(error, EngineDeadError):
+                    raise error
+
+    def _common_error(self, failure: _FailedStep) -> Exception:
+        """Every rank failed: the step's own error if they are still in step with each other, else the group is lost."""
+        failures = failure.by_rank.values()
+        if any(message.is_out_of_step for message in failures):
+            return EngineDeadError(self._blame(failure))
+        error = failure.by_rank[0].error
+        return MemoryError(error) if any(message.is_out_of_memory for message in failures) else RuntimeError(error)
+
+    def _blame(self, failure: _FailedStep) -> str:
+        """Some ranks failed a step. One that failed by itself is to blame; else those that the failed ones waited for."""
+        step_id = failure.step_id
+        for rank, message in failure.by_rank.items():
+            if not message.is_communication:
+                return f"{self._named(rank)} failed step {step_id}, which all ranks share: {message.error}"
+        rank, message = next(iter(failure.by_rank.items()))
+        others = [self._named(other) for other in range(self._layout.world_size) if other not in failure.by_rank]
+        silent = f"; {', '.join(others)} did not answer" if others else ""
+        return f"{self._named(rank)} lost touch with the others in step {step_id}: {message.error}{silent}"
+
+    def _hung(self, plan: StepPlan, waited: float, bound: float) -> str:
+        behind = self._alive_links().furthest_behind()
+        who = "all ranks are at it" if len(behind) == self._layout.world_size else "the others wait for "
+        if len(behind) < self._layout.world_size:
+            who += ", ".join(map(self._named, behind))
+        return (
+            f"step {plan.step_id} with {plan.total_tokens} tokens was not done after {waited:.1f} s (bound {bound:.1f} s by "
+            f"collective_timeout_seconds): {who}"
+        )
+
+    # ---- life and death -------------------------------------------------------------------------------------------
+
+    def check_health(self) -> None:
+        """See `Executor`: takes what the ranks have said in the meantime, so that the death of an idle one shows."""
+        if self._lost is None and self._links is not None:
+            try:
+                while (received := self._links.receive(0)) is not None:
+                    self._note(received)
+            except PagodaError as error:
+                self._lose(str(error))
+        if self._lost is not None:
+            raise EngineDeadError(self._lost)
+
+    def ranks(self) -> list[RankHealth]:
+        """See `Executor`."""
+        return [] if self._links is None else self._links.health()
+
+    def shutdown(self) -> None:
+        """See `Executor`."""
+        self._end("the executor was shut down", _SHUTDOWN_SECONDS)
+
+    def _lose(self, cause: str) -> None:
+        """The group is of no use any more: all ranks end now, whatever they are at."""
+        if self._lost is None:
+            logger.error("the ranks are lost: %s", cause)
+            self._end(cause, 0.0)
+
+    def _end(self, cause: str, patience: float) -> None:
+        if self._lost is not None:
+            return
+        self._lost = cause
+        if self._links is not None:
+            self._links.end(cause)
+        self._launcher.terminate(patience)
+        if self._links is not None:
+            self._links.close()
+
+    def _named(self, rank: int) -> str:
+        return self._alive_links().name(rank)
+
+    def _alive_links(self) -> RankLinks:
+        if self._links is None or self._lost is not None:
+            raise EngineDeadError(self._lost or "the ranks are not connected")
+        return self._links
+
+
+class _RankStep:
+    """A step under way on all ranks."""
+
+    def __init__(self, group: RankGroup, plan: StepPlan) -> None:
+        self._group = group
+        self._plan = plan
+
+    def result(self) -> StepResult:
+        """See `StepHandle`."""
+        return self._group.wait_for(self._plan)
+
+
+def _rank_fields(config: PagodaConfig) -> dict[str, Any]:
+    """The configuration for ranks, without what only the server may know."""
+    fields = asdict(config)
+    del fields["api_keys"]
+    return fields

@@ -1,0 +1,195 @@
+"""The driver's side of all ranks: one channel each, one inbox for all of them, and one place where a lost rank is noticed.
+
+    reader threads ──inbox──▶ the driver's thread: `receive`, `collect`      heartbeat thread ──▶ ranks
+
+Everything but the reading of bytes happens in the driver's thread, so nothing here needs a lock.
+"""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TypeVar
+
+from pagoda.distributed.rank_channel import CODEC, ChannelEnded, HeartbeatThread, RankChannel, SilenceWatch
+from pagoda.distributed.rank_health import RankHealth
+from pagoda.distributed.rank_launcher import RankConnection
+from pagoda.distributed.rank_messages import Command, EndRank, Heartbeat, Message, RankFailed, RankHello
+from pagoda.errors import EngineDeadError, PagodaError, error_of
+
+LOOK_SECONDS = 0.25
+START_SLACK = 3.0
+# A rank that dies takes others with it, which then cannot reach it: their word may come before the news of its death.
+CAUSE_SECONDS = 1.0
+
+Answer = TypeVar("Answer")
+
+
+class RankLinks:
+    """`death_of(rank)`: how a rank's process ended, where its launcher knows."""
+
+    def __init__(self, connections: Sequence[RankConnection], death_of: Callable[[int], str | None]) -> None:
+        self._hosts = [connection.host for connection in connections]
+        self._pids = [0] * len(connections)
+        self._death_of = death_of
+        self._inbox: queue.SimpleQueue[tuple[int, Message | ChannelEnded]] = queue.SimpleQueue()
+        self._channels = [RankChannel(connection.socket) for connection in connections]
+        self._watches: list[SilenceWatch] = []
+        self._last_look = 0.0
+        self._heartbeat_timeout = 0.0
+        self._bound = 0.0
+        self._heartbeats: HeartbeatThread | None = None
+        for rank, channel in enumerate(self._channels):
+            channel.start(partial(self._put, rank))
+
+    def name(self, rank: int) -> str:
+        """A rank for people: `rank 1 of 2 (host node-b, pid 4711)`."""
+        pid = f", pid {self._pids[rank]}" if self._pids[rank] else ""
+        return f"rank {rank} of {len(self._channels)} (host {self._hosts[rank]}{pid})"
+
+    def welcome(self, rank: int, hello: RankHello) -> None:
+        """Note who a rank is, by its own word."""
+        self._hosts[rank], self._pids[rank] = hello.host, hello.pid
+
+    def watch(self, heartbeat_timeout: float) -> None:
+        """From here on ranks send heartbeats, get some, and are lost when none come for `heartbeat_timeout` seconds.
+
+        Before `settle` three times as long: libraries that are loaded and kernels that are compiled keep the interpreter to
+        themselves.
+        """
+        self._heartbeat_timeout = heartbeat_timeout
+        self._bound = START_SLACK * heartbeat_timeout
+        self._watches = [SilenceWatch(channel) for channel in self._channels]
+        self._heartbeats = HeartbeatThread(self._channels, Heartbeat, heartbeat_timeout)
+        self._heartbeats.start()
+
+    def settle(self) -> None:
+        """The start-up is over."""
+        self._bound = self._heartbeat_timeout
+
+    def health(self) -> list[RankHealth]:
+        """All ranks as of now."""
+        return [
+            RankHealth(
+                rank=rank,
+                host=self._hosts[rank],
+                pid=self._pids[rank],
+                last_heartbeat=channel.last_heard,
+                num_steps=channel.progress.num_steps,
+            )
+            for rank, channel in enumerate(self._channels)
+        ]
+
+    def furthest_behind(self) -> list[int]:
+        """The ranks that have done least by their last heartbeat; all of them when they are level."""
+        progress = [(channel.progress.num_steps, channel.progress.num_operations) for channel in self._channels]
+        return [rank for rank, done in enumerate(progress) if done == min(progress)]
+
+    def _put(self, rank: int, message: Message | ChannelEnded) -> None:
+        """Called from a reader thread."""
+        self._inbox.put((rank, message))
+
+    # ---- messages -------------------------------------------------------------------------------------------------
+
+    def send_each(self, commands: Sequence[Command]) -> None:
+        """Send each rank its own command."""
+        for channel, command in zip(self._channels, commands, strict=True):
+            channel.send(command)
+
+    def send_all(self, command: Command) -> None:
+        """Send one command, encoded once, to all ranks."""
+        frame = CODEC.encode(command)
+        for channel in self._channels:
+            channel.send_frame(frame)
+
+    def receive(self, timeout: float) -> tuple[int, Message] | None:
+        """The next message and its rank, None after `timeout` seconds (0: do not wait).
+
+        Raises `EngineDeadError` when a rank is lost, and what a rank says of its own end.
+        """
+        try:
+            rank, message = self._inbox.get(timeout > 0, timeout or None)
+        except queue.Empty:
+            self._look()
+            return None
+        if isinstance(message, ChannelEnded | RankFailed):
+            raise self._cause(rank, message)
+        self._look()
+        return rank, message
+
+    def collect(
+        self,
+        answer: type[Answer],
+        *,
+        deadline: float,
+        otherwise: str,
+        on_other: Callable[[int, Message], None] | None = None,
+    ) -> list[Answer]:
+        """One `answer` of each rank, in their order; `on_other` is told of messages of another kind.
+
+        Raises what `receive` does, and `EngineDeadError` after `deadline` (monotonic seconds), with the names of those that
+        did not answer and what `otherwise` says.
+        """
+        answers: dict[int, Answer] = {}
+        while len(answers) < len(self._channels):
+            left = deadline - time.monotonic()
+            received = self.receive(min(LOOK_SECONDS, left)) if left > 0 else None
+            if received is not None:
+                rank, message = received
+                if isinstance(message, answer):
+                    answers[rank] = message
+                elif on_other is not None:
+                    on_other(rank, message)
+                else:
+                    raise EngineDeadError(f"{self.name(rank)} sent {type(message).__name__} out of turn")
+            elif left <= 0:
+                missing = [self.name(rank) for rank in range(len(self._channels)) if rank not in answers]
+                raise EngineDeadError(f"{', '.join(missing)} {otherwise}")
+        return [answers[rank] for rank in range(len(self._channels))]
+
+    def end(self, reason: str) -> None:
+        """Tell the ranks to end."""
+        if self._heartbeats is not None:
+            self._heartbeats.stop()
+        for channel in self._channels:
+            channel.send(EndRank(reason))
+
+    def close(self) -> None:
+        """Close all channels; a rank that is still there ends with its own."""
+        for channel in self._channels:
+            channel.close()
+
+    # ---- lost ranks -----------------------------------------------------------------------------------------------
+
+    def _look(self) -> None:
+        """Raise `EngineDeadError` for a rank that has been silent for too long."""
+        now = time.monotonic()
+        if now - self._last_look < LOOK_SECONDS:
+            return
+        self._last_look = now
+        for rank, watch in enumerate(self._watches):
+            silent = watch.look()
+            if silent > self._bound:
+                raise EngineDeadError(
+                    f"{self.name(rank)} gave no sign of life for {silent:.1f} s (bound {self._bound:g} s by "
+                    "rank_heartbeat_timeout_seconds): its process is stopped, or the network to its host is cut"
+                )
+
+    def _cause(self, rank: int, news: ChannelEnded | RankFailed) -> PagodaError:
+        """The error for a rank's end. One that only could not reach others gives these time to say why."""
+        until = time.monotonic() + CAUSE_SECONDS
+        while isinstance(news, RankFailed) and news.is_communication and (left := until - time.monotonic()) > 0:
+            try:
+                other, message = self._inbox.get(timeout=left)
+            except queue.Empty:
+                break
+            if isinstance(message, ChannelEnded) and other == rank:
+                continue  # that it ends was said
+            if isinstance(message, ChannelEnded | RankFailed):
+                rank, news = other, message
+        if isinstance(news, RankFailed):
+            return error_of(news.kind, f"{self.name(rank)}: {news.message}")
+        death = self._death_of(rank)
+        return EngineDeadError(f"{self.name(rank)} {death}" if death else f"{self.name(rank)} is gone: {news.reason}")

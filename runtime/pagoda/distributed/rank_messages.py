@@ -1,0 +1,221 @@
+"""What travels between the engine core, which drives, and its ranks.
+
+driver ──▶ rank                      rank ──▶ driver
+                                     RankHello              first, before it is told anything
+StartRank                            RankPrepared           configuration taken, machine looked at
+JoinGroup                            StageDone              met the other ranks
+CheckCommunication                   StageDone              a collective gave the right numbers
+LoadWeights                          WeightsProgress …, StageDone
+MeasureKV                            KVMeasured
+InitializeKV                         StageDone
+RunStep …                            StepDone               from the output rank only
+                                     StepFailed             from any rank
+Heartbeat …                          RankHeartbeat …        whatever else goes on
+EndRank                              RankFailed             in place of an answer; the rank then ends
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from pagoda.errors import ErrorKind
+from pagoda.parallel.preflight import CommunicationReport
+from pagoda.parallel.rank_info import RankFacts
+from pagoda.scheduling.plan import NO_LANDED_TOKENS, LandedTokens, StepPlan, StepResult
+
+PROTOCOL_VERSION = 1
+"""Of these messages. Ranks of another one are refused by name before anything else of theirs is read."""
+
+
+@dataclass(frozen=True, slots=True)
+class RankHello:
+    """Who speaks: `rank` as the launcher told it, and what it runs. Its fields never change their meaning."""
+
+    rank: int
+    protocol_version: int
+    pagoda_version: str
+    host: str
+    pid: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartRank:
+    """The resolved configuration, without what only the server may know, and the rank's place on its machine.
+
+    `ranks_on_host` share its cores and memory; `device_index` is the rank's GPU there. `route_to`: see `choose_interface`.
+    """
+
+    config: dict[str, Any]
+    rank: int
+    ranks_on_host: int
+    device_index: int
+    route_to: str | None
+    uses_ray: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankPrepared:
+    """The rank understood. `port` is free on `facts.address`: rank 0's is where all meet. `threads`: its compute threads."""
+
+    facts: RankFacts
+    port: int
+    threads: int
+
+
+@dataclass(frozen=True, slots=True)
+class JoinGroup:
+    """Meet the other ranks at this address."""
+
+    host: str
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
+class CheckCommunication:
+    """Run a few collectives and say what came of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class CommunicationChecked:
+    """What the rank has measured."""
+
+    report: CommunicationReport
+
+
+@dataclass(frozen=True, slots=True)
+class LoadWeights:
+    """Set up the device, load this rank's share."""
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsProgress:
+    """Bytes of this rank's share."""
+
+    bytes_done: int
+    bytes_total: int
+
+
+@dataclass(frozen=True, slots=True)
+class MeasureKV:
+    """Say how much memory there is for KV blocks of `block_size` tokens."""
+
+    block_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class KVMeasured:
+    """Bytes of one block in the layers of this rank, and bytes for all."""
+
+    block_bytes: int
+    available_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class InitializeKV:
+    """Allocate the KV cache and run a first step; see `Executor.initialize_kv_cache`."""
+
+    num_blocks: int
+    max_model_len: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class StageDone:
+    """The start-up stage was passed."""
+
+    stage: str
+
+
+@dataclass(frozen=True, slots=True)
+class RunStep:
+    """Run a plan, after writing what has landed."""
+
+    plan: StepPlan
+    landed: LandedTokens = NO_LANDED_TOKENS
+
+
+@dataclass(frozen=True, slots=True)
+class StepDone:
+    """What the output rank has sampled."""
+
+    result: StepResult
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepFailed:
+    """The step raised on this rank. `is_communication`: because other ranks could not be reached.
+
+    `is_out_of_step`: some collective of this step was run before, so that this rank goes on only if all others stopped there.
+    """
+
+    step_id: int
+    error: str
+    is_out_of_memory: bool
+    is_communication: bool
+    is_out_of_step: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """The driver is there."""
+
+
+@dataclass(frozen=True, slots=True)
+class RankHeartbeat:
+    """The rank is there, says a thread of its own, however long a step takes; so many steps and collectives it has run."""
+
+    num_steps: int
+    num_operations: int
+
+
+@dataclass(frozen=True, slots=True)
+class EndRank:
+    """Go away, and why."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class RankFailed:
+    """The rank cannot go on, and why; it ends right after this. `is_communication`: it could not reach other ranks."""
+
+    kind: ErrorKind
+    message: str
+    is_communication: bool
+
+
+KINDS = (
+    RankHello,
+    StartRank,
+    RankPrepared,
+    JoinGroup,
+    CheckCommunication,
+    CommunicationChecked,
+    LoadWeights,
+    WeightsProgress,
+    MeasureKV,
+    KVMeasured,
+    InitializeKV,
+    StageDone,
+    RunStep,
+    StepDone,
+    StepFailed,
+    Heartbeat,
+    RankHeartbeat,
+    EndRank,
+    RankFailed,
+)
+
+Command = StartRank | JoinGroup | CheckCommunication | LoadWeights | MeasureKV | InitializeKV | RunStep | EndRank
+Answer = (
+    RankHello
+    | RankPrepared
+    | CommunicationChecked
+    | WeightsProgress
+    | KVMeasured
+    | StageDone
+    | StepDone
+    | StepFailed
+    | RankFailed
+)
+Message = Command | Answer | Heartbeat | RankHeartbeat

@@ -1,0 +1,321 @@
+"""A rank's process: it does what the driver says, and nothing after the driver is gone.
+
+    reader thread ──inbox──▶ main thread: commands, steps ──▶ answers
+                                     │ on a GPU ──▶ results thread: waits for the device
+    heartbeat thread ──▶ driver                                          (and listens whether the driver is still there)
+
+Ends in four ways, none of which waits for anybody: told to (`EndRank`); after an error of its own, which it tells; the
+connection ends; the driver is silent for `rank_heartbeat_timeout_seconds`.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import queue
+import socket
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pagoda import __version__, faults
+from pagoda.config.auto import choose_threads
+from pagoda.config.schema import PagodaConfig
+from pagoda.distributed.node_state import READY, StateFile, rank_file
+from pagoda.distributed.rank_channel import ChannelEnded, HeartbeatThread, RankChannel, SilenceWatch
+from pagoda.distributed.rank_messages import (
+    PROTOCOL_VERSION,
+    CheckCommunication,
+    Command,
+    CommunicationChecked,
+    EndRank,
+    InitializeKV,
+    JoinGroup,
+    KVMeasured,
+    LoadWeights,
+    MeasureKV,
+    Message,
+    RankFailed,
+    RankHeartbeat,
+    RankHello,
+    RankPrepared,
+    RunStep,
+    StageDone,
+    StartRank,
+    StepDone,
+    StepFailed,
+    WeightsProgress,
+)
+from pagoda.errors import CommunicationError, ErrorKind, PagodaError
+from pagoda.execution.executor import StepHandle, is_out_of_memory
+from pagoda.execution.worker import Worker
+from pagoda.logs import configure_logging
+from pagoda.models.config import ModelConfig
+from pagoda.models.loading.loader import Progress
+from pagoda.parallel.groups import SINGLE_RANK, ParallelGroups, connect_groups
+from pagoda.parallel.interfaces import NetworkInterface, choose_interface, export_interface
+from pagoda.parallel.layout import ParallelLayout
+from pagoda.parallel.preflight import check_communication
+from pagoda.parallel.rank_info import RankFacts, describe_rank
+from pagoda.platform.hardware import cpu_report, memory_report
+from pagoda.platform.thread_binding import bind_compute_threads
+from pagoda.scheduling.plan import StepPlan
+from pagoda.scheduling.step_timeout import stall_bound
+
+logger = logging.getLogger(__name__)
+
+_LOST_EXIT_CODE = 1
+_STAGE_OF = {CheckCommunication: "communication", LoadWeights: "weights", MeasureKV: "kv", InitializeKV: "warm-up"}
+_FLUSH_SECONDS = 5.0
+
+
+class RankService:
+    """The loop of one rank. `connected`: the stream to the driver, authenticated before it came here.
+
+    `state_directory`: where the rank publishes its state for the probes of its node; None: nowhere.
+    """
+
+    def __init__(self, connected: socket.socket, rank: int, state_directory: Path | None = None) -> None:
+        self._rank = rank
+        self._state_directory = state_directory
+        self._state: StateFile | None = None
+        self._channel = RankChannel(connected)
+        self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._groups: ParallelGroups = SINGLE_RANK
+        self._start: StartRank
+        self._config: PagodaConfig
+        self._model_config: ModelConfig
+        self._worker: Worker
+        self._num_steps = 0
+        self._is_ending = False
+        # What waits for a step's result: on a GPU, which is still at it, a thread; on a CPU, where it is there, nobody.
+        self._finish: Callable[[StepPlan, StepHandle, int], Any] = self._finish_step
+
+    def run(self) -> int:
+        """Serve until the end; the exit status of the process."""
+        self._channel.start(self._deliver)
+        self._channel.send(RankHello(self._rank, PROTOCOL_VERSION, __version__, socket.gethostname(), os.getpid()))
+        while True:
+            command = self._inbox.get()
+            try:
+                if isinstance(command, EndRank):
+                    self._end(command)
+                    return 0
+                self._do(command)
+            except Exception as error:  # the driver is told of any fault, and the rank ends: no third state
+                self._fail(error)
+                return _LOST_EXIT_CODE
+
+    def _deliver(self, message: Message | ChannelEnded) -> None:
+        """Take a message, in the reader's thread; the end of the connection is the end of the process, whatever it does."""
+        if isinstance(message, ChannelEnded):
+            if self._is_ending:
+                return  # by our own hand; whoever runs this service may have more to do
+            logger.info("the engine core is gone (%s): this rank ends", message.reason)
+            os._exit(0)
+        self._inbox.put(message)  # type: ignore[arg-type]  # another message raises in `_do`, which tells the driver
+
+    def _do(self, command: Command) -> None:
+        if isinstance(command, RunStep):
+            self._run_step(command)
+        elif isinstance(command, StartRank):
+            self._prepare(command)
+        elif isinstance(command, JoinGroup):
+            self._join(command)
+        else:
+            self._bring_up(command)
+
+    def _bring_up(self, command: Command) -> None:
+        """Do one of the commands between rendezvous and the first step."""
+        worker = self._worker
+        self._publish(_STAGE_OF.get(type(command), "unknown"))
+        if isinstance(command, CheckCommunication):
+            self._channel.send(CommunicationChecked(check_communication(self._groups, worker.device)))
+        elif isinstance(command, LoadWeights):
+            worker.load(self._weights_progress())
+            self._channel.send(StageDone("weights"))
+        elif isinstance(command, MeasureKV):
+            available = worker.available_kv_bytes(self._start.ranks_on_host)
+            self._channel.send(KVMeasured(worker.kv_block_bytes(command.block_size), available))
+        elif isinstance(command, InitializeKV):
+            worker.initialize_kv_cache(command.num_blocks, command.max_model_len)
+            gc.collect()
+            gc.freeze()  # what start-up made lives for ever: later collections need not walk it
+            self._publish(READY)
+            self._channel.send(StageDone("warm-up"))
+        else:
+            raise TypeError(f"a rank does not take {type(command).__name__}")
+
+    # ---- start-up -------------------------------------------------------------------------------------------------
+
+    def _prepare(self, start: StartRank) -> None:
+        """Take the configuration, look at the machine, and say what was found."""
+        config = PagodaConfig(**start.config)
+        handler = configure_logging(config.log_level, config.log_format, model_name=config.served_model_name)
+        handler.addFilter(self._add_rank)
+        faults.install(config.fault_injection)
+        self._start = start
+        if self._state_directory is not None:
+            self._state = rank_file(self._state_directory, self._rank, config.rank_heartbeat_timeout_seconds)
+            self._publish("launch")
+        self._watch_driver(config.rank_heartbeat_timeout_seconds)
+        interface = choose_interface(config.network_interface, start.route_to)
+        export_interface(interface)
+        if config.device == "cuda":
+            torch.cuda.set_device(start.device_index)
+            results = ThreadPoolExecutor(1, "rank-results")
+            self._finish = lambda plan, handle, before: results.submit(self._finish_step, plan, handle, before)
+        index = self._rank % start.ranks_on_host
+        threads = choose_threads(
+            config.threads,
+            cpu_report(),
+            start.ranks_on_host * config.data_parallel_size,
+            affinity=config.cpu_thread_affinity,
+            index=index,
+        )
+        if config.device == "cpu":
+            bind_compute_threads(config, index=index, num_ranks=start.ranks_on_host)
+        logger.info("%s; interface %s", threads, interface)
+        self._config = replace(config, threads=threads.value)
+        self._model_config = ModelConfig.from_directory(str(config.model))
+        port = _free_port(interface.address)
+        self._channel.send(RankPrepared(facts=self._facts(config, interface), port=port, threads=threads.value))
+
+    def _join(self, command: JoinGroup) -> None:
+        """Meet the others, and make the worker that works with them."""
+        self._publish("rendezvous")
+        config = self._config
+        assert config.max_num_batched_tokens is not None
+        self._groups = connect_groups(
+            ParallelLayout(config.tensor_parallel_size, config.pipeline_parallel_size),
+            self._rank,
+            host=command.host,
+            port=command.port,
+            backend="nccl" if config.device == "cuda" else "gloo",
+            timeout_seconds=stall_bound(config.max_num_batched_tokens, config.collective_timeout_seconds),
+            device=torch.device(config.device),
+            rendezvous_timeout_seconds=config.rendezvous_timeout_seconds,
+        )
+        self._worker = Worker(config, self._model_config, self._groups)
+        self._channel.send(StageDone("rendezvous"))
+
+    # ---- steps ----------------------------------------------------------------------------------------------------
+
+    def _run_step(self, command: RunStep) -> None:
+        plan, before = command.plan, self._groups.num_operations
+        try:
+            handle = self._worker.execute(plan, command.landed)
+        except Exception as error:  # of model, kernels or device: the driver is told, and decides
+            self._fail_step(plan, error, before)
+        else:
+            self._finish(plan, handle, before)
+
+    def _finish_step(self, plan: StepPlan, handle: StepHandle, num_operations: int) -> None:
+        """Wait for the device; the output rank tells what was sampled, the others only what went wrong."""
+        try:
+            result = handle.result()
+        except Exception as error:  # the same, of what the device found out later
+            self._fail_step(plan, error, num_operations)
+            return
+        self._num_steps += 1
+        if self._groups.place.is_output:
+            self._channel.send(StepDone(result))
+
+    def _fail_step(self, plan: StepPlan, error: Exception, num_operations: int) -> None:
+        logger.error("step %d with %d tokens failed", plan.step_id, plan.total_tokens, exc_info=error)
+        self._channel.send(
+            StepFailed(
+                step_id=plan.step_id,
+                error=f"{type(error).__name__}: {error}",
+                is_out_of_memory=is_out_of_memory(error),
+                is_communication=isinstance(error, CommunicationError),
+                is_out_of_step=self._groups.num_operations != num_operations
+                or isinstance(error, torch.AcceleratorError),
+            )
+        )
+
+    # ---- the end --------------------------------------------------------------------------------------------------
+
+    def _end(self, command: EndRank) -> None:
+        logger.info("this rank ends: %s", command.reason)
+        self._is_ending = True
+        self._groups.close()
+        self._channel.close()
+
+    def _fail(self, error: Exception) -> None:
+        # A sentence of ours says it all; anything else needs its stack.
+        logger.error("this rank failed: %s", error, exc_info=not isinstance(error, PagodaError))
+        kind = error.kind if isinstance(error, PagodaError) else ErrorKind.ENGINE_DEAD
+        message = str(error) if isinstance(error, PagodaError) else f"{type(error).__name__}: {error}"
+        self._is_ending = True
+        self._channel.send(RankFailed(kind, message, isinstance(error, CommunicationError)))
+        self._channel.close(_FLUSH_SECONDS)
+
+    # ---- helpers --------------------------------------------------------------------------------------------------
+
+    def _watch_driver(self, timeout: float) -> None:
+        """Send heartbeats, and end the process when there are none from the driver."""
+        silence = SilenceWatch(self._channel)
+
+        def listen() -> None:
+            silent = silence.look()
+            if silent > timeout:
+                logger.error("the engine core has been silent for %.1f s (bound %g s): this rank ends", silent, timeout)
+                os._exit(_LOST_EXIT_CODE)
+            if self._state is not None:
+                self._state.beat()
+
+        HeartbeatThread(
+            [self._channel], lambda: RankHeartbeat(self._num_steps, self._groups.num_operations), timeout, listen
+        ).start()
+
+    def _publish(self, stage: str) -> None:
+        """Tell the probes of this node which stage the rank is at."""
+        if self._state is not None:
+            self._state.enter(stage)
+
+    def _add_rank(self, record: logging.LogRecord) -> bool:
+        record.rank = self._rank
+        return True
+
+    def _weights_progress(self) -> Progress:
+        """Tell the driver each whole percent."""
+        last = -1
+
+        def progress(name: str, bytes_done: int, bytes_total: int) -> None:
+            nonlocal last
+            percent = 100 * bytes_done // max(1, bytes_total)
+            if percent != last:
+                last = percent
+                self._channel.send(WeightsProgress(bytes_done, bytes_total))
+
+        return progress
+
+    def _facts(self, config: PagodaConfig, interface: NetworkInterface) -> RankFacts:
+        is_cuda = config.device == "cuda"
+        properties = torch.cuda.get_device_properties(self._start.device_index) if is_cuda else None
+        return describe_rank(
+            config,
+            rank=self._rank,
+            model_directory=Path(str(config.model)),
+            device=config.device,
+            device_name=properties.name if properties is not None else cpu_report().name,
+            memory_bytes=properties.total_memory if properties is not None else memory_report().total,
+            dtype=config.dtype,
+            nccl=".".join(map(str, torch.cuda.nccl.version())) if is_cuda else None,  # type: ignore[no-untyped-call]
+            uses_ray=self._start.uses_ray,
+            interface=interface.name,
+            address=interface.address,
+        )
+
+
+def _free_port(address: str) -> int:
+    """A port that nobody listens on at `address`, as of now."""
+    family = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0][0]
+    with socket.create_server((address, 0), family=family) as server:
+        return int(server.getsockname()[1])

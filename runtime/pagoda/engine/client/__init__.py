@@ -1,0 +1,1 @@
+"""The engine core as the API process sees it."""

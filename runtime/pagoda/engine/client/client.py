@@ -1,0 +1,344 @@
+"""The engine as the server sees it: requests in, streams of outputs out, one health.
+
+`EngineClient` is the seam; `ProcessEngineClient` runs the core in a process of its own and looks after it: it notices at once
+when the core dies, within a bound when it is stuck, ends what was running with an error that invites a retry, and then either
+starts a new core or leaves the engine dead, as `on_engine_failure` says.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+
+from pagoda.config.schema import PagodaConfig
+from pagoda.distributed.rank_health import RankHealth
+from pagoda.engine.client.core_handle import CoreChild
+from pagoda.engine.client.output_collector import Mailbox
+from pagoda.engine.client.prelaunch import LaunchedCore
+from pagoda.engine.client.restarts import RestartPolicy
+from pagoda.engine.client.service_rate import ServiceRate
+from pagoda.engine.client.watchdog import StallWatch
+from pagoda.engine.health import EngineHealth, EngineState
+from pagoda.engine.heartbeat import EngineProgress
+from pagoda.engine.messages import (
+    AbortRequests,
+    EngineFailed,
+    EngineOutput,
+    EngineOutputs,
+    EngineRanks,
+    EngineReady,
+    EngineRequest,
+    EngineStage,
+    EngineStats,
+    Shutdown,
+)
+from pagoda.errors import (
+    EngineDeadError,
+    EngineNotReadyError,
+    ErrorKind,
+    InvalidRequestError,
+    PagodaError,
+    QueueFullError,
+    error_of,
+)
+
+logger = logging.getLogger(__name__)
+
+_SHUTDOWN_SECONDS = 5.0
+_EXIT_SECONDS = 0.5  # from the end of a lost core's connection to the end of its process; then it is killed
+_WATCH_SECONDS = 0.25
+_MAX_UNSENT_BYTES = 64 * 2**20  # requests that a core which does not read has not taken; past that no more are
+
+
+class EngineClient(ABC):
+    """An engine that takes requests. Used from one event loop.
+
+    `ready` holds the engine's limits once it has started.
+    """
+
+    def __init__(self, name: str = "engine") -> None:
+        self.health = EngineHealth(name)
+        self.ready: EngineReady | None = None
+
+    @property
+    def stats(self) -> EngineStats:
+        """The engine's figures after its last step."""
+        return EngineStats()
+
+    @property
+    def ranks(self) -> list[RankHealth]:
+        """What was last heard of the processes of its ranks; none where the core has no other."""
+        return []
+
+    @property
+    def replicas(self) -> Sequence[EngineClient]:
+        """The engines that this one is made of, where it is more than one."""
+        return ()
+
+    @property
+    def progress(self) -> EngineProgress | None:
+        """The core's last sign of life, while there is a core that gives any."""
+        return None
+
+    @abstractmethod
+    async def start(self) -> None:
+        """Bring the engine up; returns when it is ready. Raises the reason (a `PagodaError`) when it cannot be."""
+
+    @abstractmethod
+    def submit(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
+        """Run a request; its outputs as they come, the last one with a `finish_reason`.
+
+        Raises `EngineNotReadyError`, `EngineDeadError`, `QueueFullError` or `InvalidRequestError` in place of the first
+        output, and `EngineDeadError` later if the engine is lost. Closing the iterator aborts the request in the engine.
+        """
+
+    @abstractmethod
+    async def shutdown(self) -> None:
+        """End the engine; what still runs gets `EngineDeadError`."""
+
+
+class ProcessEngineClient(EngineClient):
+    """The core in a child process that is watched, and started anew when it fails.
+
+    `name`: what the log calls it. `environment`: variables that the core gets beside those of this process. `launched`: a
+    process for the first core.
+    """
+
+    stats = EngineStats()
+    ranks: list[RankHealth] = []  # noqa: RUF012 (replaced as a whole, by the instance)
+
+    def __init__(
+        self,
+        config: PagodaConfig,
+        *,
+        name: str = "engine",
+        environment: Mapping[str, str] | None = None,
+        launched: LaunchedCore | None = None,
+    ) -> None:
+        super().__init__(name)
+        self._config = config
+        self._environment = environment
+        self._launched = launched
+        self._mailboxes: dict[str, Mailbox] = {}
+        self._service_rate = ServiceRate()
+        self._restarts = RestartPolicy(config.on_engine_failure, config.max_engine_restarts)
+        self._pause: float | None = None  # before the next core; None: there will be none
+        self._child: CoreChild | None = None
+        self._is_lost = False  # the core is of no use any more, though its process may still be there
+        self._supervising: asyncio.Task[None] | None = None
+        self._started: asyncio.Future[EngineReady] | None = None
+        self._is_ending = False
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the core, while there is one."""
+        return None if self._child is None else self._child.pid
+
+    @property
+    def num_requests(self) -> int:
+        """Requests that were taken and have not ended."""
+        return len(self._mailboxes)
+
+    @property
+    def progress(self) -> EngineProgress | None:
+        """The core's last sign of life, while there is a core."""
+        return None if self._child is None else self._child.progress
+
+    def pin_num_blocks(self, num_blocks: int) -> None:
+        """Give cores started from now on so many KV blocks, whatever memory they find."""
+        self._config = replace(self._config, num_gpu_blocks_override=num_blocks)
+
+    # ---- requests -------------------------------------------------------------------------------------------------
+
+    async def submit(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
+        """See `EngineClient.submit`."""
+        child = self._admit(request)
+        if not self._mailboxes:
+            self._service_rate.resume(time.monotonic())
+        mailbox = self._mailboxes[request.request_id] = Mailbox()
+        is_over = False
+        try:
+            child.send(request)
+            while not is_over:
+                output = await mailbox.get()
+                is_over = output.finish_reason is not None
+                if output.error_kind is not None:
+                    raise self._error_of(output.error_kind, output.error or "the request failed")
+                yield output
+        finally:
+            # The one place where a request leaves: ended, failed, closed by its reader or cancelled.
+            del self._mailboxes[request.request_id]
+            if not is_over:
+                child.send(AbortRequests([request.request_id]))
+
+    def _admit(self, request: EngineRequest) -> CoreChild:
+        """The core that takes the request, or the error that says why none does."""
+        if self.health.state is EngineState.DEAD:
+            raise EngineDeadError(f"the engine is dead: {self.health.cause}")
+        child = self._child
+        if not self.health.accepts_requests or self.ready is None or child is None or not child.is_connected:
+            raise EngineNotReadyError(f"the engine is {self.health.state} (stage: {self.health.stage})")
+        if request.request_id in self._mailboxes:
+            raise InvalidRequestError(f"a request with id {request.request_id!r} is running already", "request_id")
+        waiting = len(self._mailboxes) - self.ready.max_num_seqs
+        if waiting >= self._config.max_num_waiting:
+            raise self._error_of(
+                ErrorKind.QUEUE_FULL, f"{waiting} requests are waiting, as many as max_num_waiting allows"
+            )
+        if child.num_unsent_bytes > _MAX_UNSENT_BYTES:
+            raise self._error_of(ErrorKind.QUEUE_FULL, "the engine is behind with reading its requests")
+        return child
+
+    def _error_of(self, kind: ErrorKind, message: str) -> PagodaError:
+        if kind is ErrorKind.QUEUE_FULL:
+            waiting = len(self._mailboxes) - (self.ready.max_num_seqs if self.ready is not None else 0)
+            return QueueFullError(message, self._service_rate.seconds_until_served(waiting))
+        return error_of(kind, message)
+
+    def _deliver(self, news: EngineOutputs) -> None:
+        if news.stats.degradation != self.stats.degradation:
+            self._note_degradation(news.stats.degradation)
+        self.stats = news.stats
+        for output in news.outputs:
+            if output.finish_reason is not None and output.error_kind is None:
+                self._service_rate.count(news.timestamp)
+            mailbox = self._mailboxes.get(output.request_id)
+            if mailbox is not None:  # else its reader has left, and the abort is on its way
+                mailbox.put(output)
+
+    def _note_degradation(self, degradation: str) -> None:
+        if self.health.accepts_requests:
+            state = EngineState.DEGRADED if degradation else EngineState.READY
+            self.health.transition(state, degradation or "nothing is less than it should be any more")
+
+    # ---- the core's life ------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Start the core and wait until it is ready; see `EngineClient.start`."""
+        self._started = asyncio.get_running_loop().create_future()
+        self._supervising = asyncio.create_task(self._supervise(), name="engine-supervisor")
+        await self._started
+
+    async def _supervise(self) -> None:
+        """Run cores, one after the other, until one may not be replaced."""
+        while True:
+            self._pause = None
+            self._restarts.core_started(time.monotonic())
+            try:
+                await self._run_core()
+            except Exception as error:  # a fault in here must not leave an engine that nobody looks after
+                logger.exception("the engine process could not be run")
+                self._lose_core(EngineDeadError(f"the engine process could not be run: {error}"))
+            if self._is_ending or self._pause is None:
+                return
+            await asyncio.sleep(self._pause)
+
+    async def _run_core(self) -> None:
+        """Run one core from its start to its end."""
+        self._is_lost = False
+        launched, self._launched = self._launched, None
+        child = self._child = await CoreChild.start(self._config, self._environment, launched)
+        watching = asyncio.create_task(self._watch(child), name="engine-watchdog")
+        try:
+            while (message := await child.receive()) is not None:
+                if isinstance(message, EngineOutputs):
+                    self._deliver(message)
+                elif isinstance(message, EngineRanks):
+                    self.ranks = message.ranks
+                elif isinstance(message, EngineStage):
+                    if self.health.state is EngineState.STARTING:  # else the server was told to stop meanwhile
+                        self.health.enter_stage(message.name, message.detail)
+                elif isinstance(message, EngineReady):
+                    self._welcome(message)
+                elif isinstance(message, EngineFailed):
+                    self._lose_core(error_of(message.kind, message.message))
+        finally:
+            watching.cancel()
+            exit_text = await child.reap(_SHUTDOWN_SECONDS if self._is_ending else _EXIT_SECONDS)
+            self._child = None
+            self.stats = EngineStats()
+        self._lose_core(EngineDeadError(f"the engine process {exit_text}", was_killed=child.was_killed_by_others))
+
+    def _welcome(self, ready: EngineReady) -> None:
+        """The core can take requests."""
+        assert self._started is not None
+        self.ready = ready
+        if self.health.state is EngineState.STARTING:
+            self.health.transition(EngineState.READY, "the engine core has started")
+        if not self._started.done():
+            self._started.set_result(ready)
+
+    def _lose_core(self, cause: PagodaError) -> None:
+        """The core is of no use any more: unready and its requests failed now, not when its process is gone."""
+        assert self._started is not None
+        if self._is_lost or self._is_ending:
+            return
+        self._is_lost = True
+        self.ranks = [replace(rank, is_up=False) for rank in self.ranks]
+        may_restart = self._started.done() and self.health.state not in (EngineState.DRAINING, EngineState.DEAD)
+        self._pause = self._restarts.pause_before_restart(time.monotonic()) if may_restart else None
+        if self._pause is None:
+            self.health.transition(EngineState.DEAD, str(cause))
+        else:
+            when = f"{self._restarts.attempt}, in {self._pause:g} s"
+            self.health.transition(EngineState.STARTING, str(cause))
+            self.health.enter_stage("restart", when)
+            logger.warning("the %s is started anew: %s", self.health.name, when)
+        self._fail_requests(str(cause), was_killed=isinstance(cause, EngineDeadError) and cause.was_killed)
+        if not self._started.done():
+            self._started.set_exception(cause)
+
+    async def _watch(self, child: CoreChild) -> None:
+        """Kill a core that starts too slowly, or that is stuck; its end is then noticed like any other."""
+        start_timeout = self._config.engine_start_timeout_seconds
+        deadline = time.monotonic() + start_timeout
+        stall_watch = StallWatch(self._config.engine_stall_timeout_seconds)
+        while True:
+            await asyncio.sleep(_WATCH_SECONDS)
+            now = time.monotonic()
+            progress = child.progress
+            trouble: str | None = None
+            if progress.is_up:
+                trouble = stall_watch.look(progress, now)
+            elif now > deadline:
+                trouble = (
+                    f"the engine was not ready after engine_start_timeout_seconds={start_timeout:g} "
+                    f"(stage: {self.health.stage} {self.health.detail})"
+                )
+            if trouble is not None and not self._is_ending:
+                logger.error("%s; it will be ended", trouble)
+                self._lose_core(EngineDeadError(trouble))
+                await child.kill(dump_stacks=True)
+                return
+
+    def _fail_requests(self, cause: str, *, was_killed: bool = False) -> None:
+        error = EngineDeadError(
+            f"the engine was lost while the request was in it ({cause}); send it again", was_killed=was_killed
+        )
+        for mailbox in self._mailboxes.values():
+            mailbox.fail(error)
+
+    async def shutdown(self) -> None:
+        """End the core's process, by force after a few seconds."""
+        self._is_ending = True
+        if self._supervising is None:
+            return
+        if self._child is not None:
+            self._child.send(Shutdown())
+        done, _ = await asyncio.wait([self._supervising], timeout=_SHUTDOWN_SECONDS)
+        if not done:
+            if self._child is not None:
+                await self._child.kill()
+            else:
+                self._supervising.cancel()  # between two cores, in the pause
+            await asyncio.wait([self._supervising])
+        with suppress(asyncio.CancelledError):
+            await self._supervising
+        self._fail_requests("the server is shutting down")
+        if self.health.state is not EngineState.DEAD:
+            self.health.transition(EngineState.DEAD, "shut down", is_expected=True)

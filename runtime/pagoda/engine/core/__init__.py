@@ -1,0 +1,1 @@
+"""The engine core: its loop, its start-up, its process."""

@@ -1,0 +1,179 @@
+"""The engine core: the loop that plans, runs and applies steps.
+
+    drain inputs → plan = scheduler.schedule() → handle = executor.submit(plan) → scheduler.apply(plan, handle.result())
+
+It is driven from outside, one `step` at a time: by `LLM` in the caller's process, by `engine.core.process` in one of its own.
+Where the executor can hold several steps (`max_concurrent_batches`), the next plan is made while the last one runs.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+
+from pagoda.distributed.rank_health import RankHealth
+from pagoda.engine.messages import EngineOutput, EngineOutputs, EngineReady, EngineRequest, EngineStats
+from pagoda.errors import EngineDeadError, InvalidRequestError
+from pagoda.execution.executor import Executor, StepHandle, is_out_of_memory
+from pagoda.scheduling.plan import StepPlan
+from pagoda.scheduling.request import Request
+from pagoda.scheduling.scheduler import Progress, Scheduler
+
+logger = logging.getLogger(__name__)
+
+PlanListener = Callable[[int, StepPlan], None]
+
+
+class EngineCore:
+    """A scheduler and an executor, and nothing that knows text or protocols. Not thread-safe: one thread drives it."""
+
+    def __init__(self, scheduler: Scheduler, executor: Executor, ready: EngineReady) -> None:
+        """`ready` holds the limits that were found at start-up (see `engine.core.startup.start_core`)."""
+        self.ready = ready
+        self._scheduler = scheduler
+        self._executor = executor
+        self._in_flight: deque[tuple[StepPlan, StepHandle]] = deque()
+        self._num_steps = 0
+        self._num_scheduled_tokens = 0
+        self._step_seconds = 0.0
+        self._was_idle = True
+        self.on_submit: PlanListener | None = None
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a `step` would do anything."""
+        return self._scheduler.has_work or bool(self._in_flight)
+
+    def add_request(self, request: EngineRequest) -> None:
+        """Accept a request. Raises `InvalidRequestError` or `QueueFullError`, and then it was never there."""
+        vocab_size = self.ready.vocab_size
+        if (
+            request.prompt_token_ids
+            and not 0 <= min(request.prompt_token_ids) <= max(request.prompt_token_ids) < vocab_size
+        ):
+            raise InvalidRequestError(f"the prompt has token ids outside of 0 to {vocab_size - 1}", "prompt")
+        self._scheduler.add(
+            Request(
+                request_id=request.request_id,
+                prompt_token_ids=request.prompt_token_ids,
+                sampling=request.sampling,
+                max_tokens=request.max_tokens,
+                eos_token_ids=request.eos_token_ids,
+                arrival_time=request.arrival_time,
+                priority=request.priority,
+                cache_salt=request.cache_salt,
+                tenant=request.tenant,
+            )
+        )
+
+    def abort(self, request_ids: Iterable[str]) -> None:
+        """End requests whose client is gone; ids that are not (or no longer) here are ignored."""
+        self._scheduler.abort(request_ids)
+
+    def step(self) -> EngineOutputs:
+        """Run one turn of the loop and return the news of every request that has any.
+
+        A step that raises ends the requests in it, with its error; the engine goes on. Raises `EngineDeadError` only when the
+        executor says that it cannot.
+        """
+        started = time.monotonic()
+        self._plan_ahead()
+        progress = self._land_oldest()
+        progress += self._scheduler.take_ended()
+        if not self.has_work and not self._was_idle:
+            self._scheduler.check_idle()
+        self._was_idle = not self.has_work
+        now = time.monotonic()
+        self._step_seconds = now - started
+        return EngineOutputs([_output(item) for item in progress], self.stats(), now)
+
+    def _plan_ahead(self) -> None:
+        while len(self._in_flight) < self._executor.max_concurrent_batches:
+            plan = self._scheduler.schedule()
+            if plan is None:
+                return
+            self._num_scheduled_tokens += plan.total_tokens
+            if self.on_submit is not None:
+                self.on_submit(self._num_steps, plan)
+            try:
+                self._in_flight.append((plan, self._executor.submit(plan)))
+            except Exception as error:  # whatever it is, it is this step's requests' end and not the engine's
+                self._fail_step(plan, error)
+                return
+
+    def _land_oldest(self) -> list[Progress]:
+        if not self._in_flight:
+            return []
+        plan, handle = self._in_flight.popleft()
+        try:
+            result = handle.result()
+        except Exception as error:  # as above: a step may fail in any way
+            self._fail_step(plan, error)
+            return []
+        self._num_steps += 1
+        return self._scheduler.apply(plan, result)
+
+    def _fail_step(self, plan: StepPlan, error: Exception) -> None:
+        """Plan a step that did not fit again, smaller; end the requests of one that failed otherwise.
+
+        Steps that were planned on top of it share its fate. Then see whether the device is sane.
+        """
+        if is_out_of_memory(error) and self._scheduler.retry_in_flight():
+            logger.warning("a step of %d tokens did not fit (%s): smaller steps from here on", plan.total_tokens, error)
+            self._in_flight.clear()
+            return
+        logger.exception("step %d with %d tokens failed", plan.step_id, plan.total_tokens, exc_info=error)
+        self._in_flight.clear()
+        self._scheduler.fail_in_flight(f"the model step failed: {type(error).__name__}: {error}")
+        try:
+            self._executor.check_health()
+        except Exception as fault:  # whatever it is, no further step can be trusted
+            raise EngineDeadError(f"the executor did not survive a failed step: {fault}") from error
+
+    def check_health(self) -> None:
+        """Raise `EngineDeadError` when no further step can run; for the time in which none does."""
+        self._executor.check_health()
+
+    def ranks(self) -> list[RankHealth]:
+        """The processes of the ranks; empty when there are none but this one."""
+        return self._executor.ranks()
+
+    def stats(self) -> EngineStats:
+        """The engine's figures as of now."""
+        kv = self._scheduler.kv
+        return EngineStats(
+            step=self._num_steps,
+            num_running=self._scheduler.num_running,
+            num_waiting=self._scheduler.num_waiting,
+            num_blocks=kv.pool.num_usable,
+            num_blocks_in_use=kv.pool.num_in_use,
+            prefix_cache_queries=kv.num_prefix_queries,
+            prefix_cache_hits=kv.num_prefix_hits,
+            num_preemptions=self._scheduler.num_preemptions,
+            num_runaways=self._scheduler.runaway.num_found,
+            num_scheduled_tokens=self._num_scheduled_tokens,
+            step_seconds=self._step_seconds,
+            degradation=self._scheduler.degradation,
+        )
+
+    def shutdown(self) -> None:
+        """Free the executor's resources."""
+        self._executor.shutdown()
+
+
+def _output(item: Progress) -> EngineOutput:
+    request = item.request
+    return EngineOutput(
+        request_id=request.request_id,
+        new_token_ids=item.new_token_ids,
+        logprobs=item.logprobs,
+        prompt_logprobs=item.prompt_logprobs,
+        finish_reason=request.finish_reason,
+        stop_reason=request.stop_reason,
+        error_kind=request.error_kind,
+        error=request.error,
+        num_cached_tokens=request.num_cached_tokens,
+        scheduled_time=request.scheduled_time,
+    )

@@ -1,0 +1,241 @@
+"""The engine core's process: `python -m pagoda.engine.core.process SOCKET_FD BOARD_FD`, started as a `LaunchedCore` only.
+
+    reader thread ──inbox──▶ main thread: the loop ──outbox──▶ writer thread
+
+The main thread never waits for the network unless the outbox, which is bounded, is full. When the parent is gone the reader
+reads the end of the socket and ends the process, whatever the main thread does; and where the reader cannot run, because the
+process is stopped or stuck in a call that keeps the interpreter to itself, the kernel ends it.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import queue
+import socket
+import sys
+import threading
+import time
+from typing import TYPE_CHECKING
+
+from pagoda.config.schema import PagodaConfig
+from pagoda.engine import wire
+from pagoda.engine.heartbeat import ProgressBoard
+from pagoda.engine.messages import (
+    AbortRequests,
+    EngineFailed,
+    EngineOutput,
+    EngineOutputs,
+    EngineRanks,
+    EngineRequest,
+    EngineStage,
+    Shutdown,
+    StartCore,
+)
+from pagoda.errors import ErrorKind, PagodaError, RequestFailedError
+from pagoda.process_control import become_child, uncollected
+from pagoda.sampling.output import FinishReason
+from pagoda.scheduling.step_timeout import tokens_to_wait_for
+
+if TYPE_CHECKING:
+    from pagoda.engine.core.loop import EngineCore
+
+logger = logging.getLogger(__name__)
+
+_HEARTBEAT_SECONDS = 0.5  # between signs of life of an idle core
+_OUTBOX_LENGTH = 256  # messages the parent has not read; past that the loop waits for it
+_INBOX_LENGTH = 4096  # messages the loop has not taken; past that they wait in the parent, which then refuses requests
+_RANKS_SECONDS = 1.0  # between news of the ranks' health
+_LOST_EXIT_CODE = 1
+
+
+class Connection:
+    """Frames over the inherited socket, with a thread for each direction."""
+
+    def __init__(self, fd: int) -> None:
+        self._socket = socket.socket(fileno=fd)
+        self._stream = self._socket.makefile("rb")
+        self.inbox: queue.Queue[wire.Message | wire.UnreadableRequestError] = queue.Queue(_INBOX_LENGTH)
+        self._outbox: queue.Queue[wire.Message | None] = queue.Queue(_OUTBOX_LENGTH)
+        self._writing = threading.Thread(target=self._write, name="engine-writer", daemon=True)
+
+    def start(self) -> None:
+        """Start both threads."""
+        threading.Thread(target=self._read, name="engine-reader", daemon=True).start()
+        self._writing.start()
+
+    def receive(self) -> wire.Message:
+        """The next frame, read by the calling thread (before `start` only). `EOFError` when the parent is gone."""
+        header = self._stream.read(wire.HEADER.size)
+        if len(header) < wire.HEADER.size:
+            raise EOFError
+        return wire.decode(header, self._stream.read(wire.payload_size(header)))
+
+    def send(self, message: wire.Message) -> None:
+        """Hand a message to the writer; waits while the outbox is full."""
+        self._outbox.put(message)
+
+    def close(self) -> None:
+        """Send what is in the outbox, then close."""
+        self._outbox.put(None)
+        self._writing.join(timeout=5)
+        self._socket.close()
+
+    def _read(self) -> None:
+        try:
+            while True:
+                try:
+                    self.inbox.put(self.receive())
+                except wire.UnreadableRequestError as error:
+                    self.inbox.put(error)
+        except (EOFError, OSError):
+            logger.info("the parent process is gone: the engine core ends")
+            os._exit(0)
+        except Exception:  # without this thread nobody would hear the parent, nor notice its end
+            logger.exception("the parent process cannot be understood")
+            os._exit(_LOST_EXIT_CODE)
+
+    def _write(self) -> None:
+        try:
+            while (message := self._outbox.get()) is not None:
+                self._socket.sendall(wire.encode(message))
+        except OSError:
+            return  # the parent is gone; the reader ends the process
+        except Exception:  # without this thread nobody would hear of the engine again
+            logger.exception("a message to the parent process could not be written")
+            os._exit(_LOST_EXIT_CODE)
+
+
+class CoreProcess:
+    """Drives the core with what comes from the connection."""
+
+    def __init__(self, core: EngineCore, connection: Connection, board: ProgressBoard) -> None:
+        self._core = core
+        self._connection = connection
+        self._board = board
+        self._is_ending = False
+        self._last_step = 0
+        self._ranks_told = 0.0
+        core.on_submit = lambda step, plan: board.write(step, tokens_to_wait_for(plan), is_busy=True)
+
+    def run(self) -> None:
+        """The loop, until the parent says so."""
+        while True:
+            self._drain_inbox()
+            if self._is_ending:
+                return
+            step_before = self._last_step
+            news = self._core.step()
+            self._last_step = news.stats.step
+            if news.outputs or news.stats.step != step_before:
+                # Only a turn that brought something is a sign of life: a core that spins must look stuck.
+                self._board.write(news.stats.step, 0, is_busy=self._core.has_work)
+                self._connection.send(news)
+            self._tell_ranks()
+
+    def _tell_ranks(self) -> None:
+        """Pass on what is known of the ranks, now and then."""
+        now = time.monotonic()
+        if now - self._ranks_told >= _RANKS_SECONDS:
+            self._ranks_told = now
+            if ranks := self._core.ranks():
+                self._connection.send(EngineRanks(ranks))
+
+    def _drain_inbox(self) -> None:
+        """Take all messages; wait for one when there is nothing else to do, and see meanwhile whether the ranks are there."""
+        inbox = self._connection.inbox
+        while not self._core.has_work and not self._is_ending:
+            self._board.write(self._last_step, 0, is_busy=False)
+            self._tell_ranks()
+            try:
+                self._take(inbox.get(timeout=_HEARTBEAT_SECONDS))
+            except queue.Empty:
+                self._core.check_health()
+        while not inbox.empty() and not self._is_ending:
+            self._take(inbox.get())
+
+    def _take(self, message: wire.Message | wire.UnreadableRequestError) -> None:
+        if isinstance(message, EngineRequest):
+            try:
+                self._core.add_request(message)
+            except PagodaError as error:
+                self._refuse(message.request_id, error)
+            except (
+                Exception
+            ) as error:  # a fault that one request brings to light is that request's end, not the engine's
+                logger.exception("request %s could not be taken", message.request_id)
+                self._refuse(message.request_id, RequestFailedError(f"the request could not be taken: {error!r}"))
+        elif isinstance(message, wire.UnreadableRequestError):
+            logger.error("request %s could not be read: %s", message.request_id, message)
+            self._refuse(message.request_id, RequestFailedError(f"the request could not be read: {message}"))
+        elif isinstance(message, AbortRequests):
+            self._core.abort(message.request_ids)
+        elif isinstance(message, Shutdown):
+            self._is_ending = True
+        else:
+            raise TypeError(f"the engine core does not take {type(message).__name__}")
+
+    def _refuse(self, request_id: str, error: PagodaError) -> None:
+        output = EngineOutput(
+            request_id=request_id, finish_reason=FinishReason.ERROR, error_kind=error.kind, error=str(error)
+        )
+        self._connection.send(EngineOutputs([output], self._core.stats(), 0.0))
+
+
+def main(socket_fd: int, board_fd: int) -> int:
+    """Run the core until its parent ends it; the exit code tells a clean end (0) from a lost engine (1)."""
+    become_child()
+    connection = Connection(socket_fd)
+    board = ProgressBoard(board_fd)
+    failure = _import_engine()
+    try:
+        first = connection.receive()
+    except (EOFError, OSError):
+        return 0  # the parent ended without a configuration
+    assert isinstance(first, StartCore)
+    connection.start()
+    try:
+        if failure is not None:
+            raise failure
+        _serve(first, connection, board)
+    except Exception as error:  # the parent must be told, whatever it was
+        # A sentence of ours says it all; anything else needs its stack.
+        logger.error("the engine core failed: %s", error, exc_info=not isinstance(error, PagodaError))
+        kind = error.kind if isinstance(error, PagodaError) else ErrorKind.ENGINE_DEAD
+        message = str(error) if isinstance(error, PagodaError) else f"{type(error).__name__}: {error}"
+        connection.send(EngineFailed(kind, message))
+        connection.close()
+        return _LOST_EXIT_CODE
+    connection.close()
+    return 0
+
+
+def _import_engine() -> Exception | None:
+    """Import torch and what needs it, while the parent still reads its settings; the error, which the parent must be told."""
+    try:
+        with uncollected():
+            import pagoda.engine.core.startup  # noqa: F401 (here for the time that it takes)
+    except Exception as error:  # a broken installation can fail in any way
+        return error
+    return None
+
+
+def _serve(first: StartCore, connection: Connection, board: ProgressBoard) -> None:
+    from pagoda.engine.core.startup import start_core
+    from pagoda.logs import configure_logging
+
+    os.environ.update(first.environment)
+    config = PagodaConfig(**first.config)
+    configure_logging(config.log_level, config.log_format, model_name=config.served_model_name)
+    core = start_core(config, lambda name, detail: connection.send(EngineStage(name, detail)))
+    gc.collect()
+    gc.freeze()  # what start-up made lives for ever: later collections need not walk it
+    board.write(0, 0, is_busy=False)
+    connection.send(core.ready)
+    CoreProcess(core, connection, board).run()
+    core.shutdown()  # after a failure nothing waits for the ranks: they end with their connections
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]), int(sys.argv[2])))

@@ -1,0 +1,163 @@
+"""From a configuration to a core that can take requests: a sequence of named, timed stages.
+
+    config → hardware → [ launch → rendezvous → communication → ] weights → kv → warm-up → ready
+                        with more than one rank
+
+The stage is reported as it is entered, so a startup probe, a log and a person see where time goes.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+from pagoda import faults
+from pagoda.config.auto import ResolvedSettings, resolve
+from pagoda.config.schema import PagodaConfig
+from pagoda.engine.core.kv_sizing import KVFit, fit_max_model_len
+from pagoda.engine.core.loop import EngineCore
+from pagoda.engine.messages import EngineReady
+from pagoda.execution.executor import Executor, create_executor
+from pagoda.models.checkpoint_source import checkpoint_directory
+from pagoda.models.config import ModelConfig
+from pagoda.models.sharding import check_layout
+from pagoda.parallel.layout import ParallelLayout
+from pagoda.platform.hardware import cpu_report, gpu_reports
+from pagoda.scheduling.config import SchedulerLimits
+from pagoda.scheduling.kv_cache_manager import KVCacheManager
+from pagoda.scheduling.scheduler import Scheduler
+
+logger = logging.getLogger(__name__)
+
+StageListener = Callable[[str, str], None]
+
+
+def start_core(config: PagodaConfig, on_stage: StageListener | None = None) -> EngineCore:
+    """Bring an engine up in this process. Raises `ConfigError` or `CheckpointError` saying what to change."""
+    stages = _Stages(on_stage)
+    faults.install(config.fault_injection)
+    with stages.enter("config"):
+        directory = checkpoint_directory(config.model)
+        model_config = ModelConfig.from_directory(directory)
+        check_layout(model_config, ParallelLayout(config.tensor_parallel_size, config.pipeline_parallel_size))
+    with stages.enter("hardware"):
+        settings = resolve(config, checkpoint_dtype=model_config.dtype, cpu=cpu_report(), gpus=gpu_reports())
+        for choice in settings.choices:
+            logger.info("%s", choice)
+        config = _resolved(config, settings, str(directory))
+        executor = create_executor(config, model_config)
+    try:
+        fit = _bring_up(executor, config, model_config, stages)
+    except BaseException:  # raised on; its ranks may be processes, on other machines too
+        executor.shutdown()
+        raise
+    scheduler = _make_scheduler(config, settings, model_config, fit)
+    ready = EngineReady(
+        max_model_len=fit.max_model_len,
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        num_blocks=fit.num_blocks,
+        block_size=config.block_size,
+        vocab_size=model_config.vocab_size,
+        device=settings.device,
+        kv_equation=fit.equation,
+        stage_seconds=stages.seconds,
+    )
+    logger.info("engine ready after %s", ", ".join(f"{name} {taken:.2f} s" for name, taken in stages.seconds.items()))
+    return EngineCore(scheduler, executor, ready)
+
+
+def _bring_up(executor: Executor, config: PagodaConfig, model_config: ModelConfig, stages: _Stages) -> KVFit:
+    """Take the ranks from nothing to their first step; how many KV blocks there are."""
+    executor.connect(stages)
+    with stages.enter("weights", str(config.model)):
+        executor.load(stages.weights_progress)
+    with stages.enter("kv"):
+        budget = executor.kv_budget(config.block_size)
+        fit = fit_max_model_len(
+            block_bytes=budget.block_bytes,
+            available_bytes=budget.available_bytes,
+            block_size=config.block_size,
+            model_max_len=model_config.max_context_length,
+            max_model_len=config.max_model_len,
+            num_blocks_override=config.num_gpu_blocks_override,
+        )
+        if budget.note:
+            fit = fit._replace(equation=f"{fit.equation}; {budget.note}")
+        logger.info("%s", fit.equation)
+    with stages.enter("warm-up"):
+        executor.initialize_kv_cache(fit.num_blocks, fit.max_model_len)
+    return fit
+
+
+def _resolved(config: PagodaConfig, settings: ResolvedSettings, directory: str) -> PagodaConfig:
+    values = {choice.key: choice.value for choice in settings.choices}
+    if config.tensor_parallel_size * config.pipeline_parallel_size > 1:
+        values["threads"] = config.threads  # each rank chooses by its own machine, and by how many share it
+    return replace(config, model=directory, **values)
+
+
+def _make_scheduler(
+    config: PagodaConfig, settings: ResolvedSettings, model_config: ModelConfig, fit: KVFit
+) -> Scheduler:
+    windows = set(model_config.layer_windows)
+    kv = KVCacheManager(
+        fit.num_blocks,
+        config.block_size,
+        enable_prefix_caching=config.enable_prefix_caching,
+        # Blocks may leave only when no layer can see them any more.
+        sliding_window=None if None in windows else max(window for window in windows if window is not None),
+        watermark=config.kv_cache_watermark,
+    )
+    limits = SchedulerLimits(
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        max_model_len=fit.max_model_len,
+        max_num_waiting=config.max_num_waiting,
+        long_prefill_token_threshold=config.long_prefill_token_threshold,
+        max_preemptions=config.max_preemptions,
+        policy=config.scheduling_policy,
+        num_scheduler_steps=config.num_scheduler_steps,
+        pipeline_parallel_size=config.pipeline_parallel_size,
+        max_request_seconds=config.max_request_seconds,
+        runaway_detection=config.runaway_detection,
+        runaway_max_period=config.runaway_max_period,
+        runaway_min_tokens=config.runaway_min_tokens,
+    )
+    return Scheduler(limits, kv)
+
+
+class _Stages:
+    """Reports each stage when it is entered and keeps the seconds it took."""
+
+    def __init__(self, listener: StageListener | None) -> None:
+        self._listener = listener
+        self._name = ""
+        self._last_detail = ""
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def enter(self, name: str, detail: str = "") -> Iterator[None]:
+        started = time.monotonic()
+        self._name, self._last_detail = name, detail
+        self._report()
+        yield
+        self.seconds[name] = time.monotonic() - started
+
+    def detail(self, text: str) -> None:
+        """Report what the present stage is at, where that is news."""
+        if text != self._last_detail:
+            self._last_detail = text
+            self._report()
+
+    def weights_progress(self, rank: str, bytes_done: int, bytes_total: int) -> None:
+        """Report each whole percent of the weights; `rank` is the slowest, where there are several."""
+        percent = f"{100 * bytes_done // max(1, bytes_total)} %"
+        self.detail(f"{rank}, {percent}" if rank else percent)
+
+    def _report(self) -> None:
+        if self._listener is not None:
+            self._listener(self._name, self._last_detail)

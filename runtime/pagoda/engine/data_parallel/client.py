@@ -1,0 +1,279 @@
+"""Several engines behind one endpoint on one machine (`data_parallel_size`): each has a core, a model and a KV cache.
+
+    submit ─▶ router ─▶ replica 0: core ─▶ its ranks
+                   └──▶ replica 1: core ─▶ its ranks
+
+A replica is a `ProcessEngineClient`: watched, and started anew when it fails, while the others go on. They share what the
+machine has: compute threads, free memory, GPUs in turn; and the places of the waiting queue.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
+from dataclasses import replace
+from typing import TYPE_CHECKING, cast
+
+from pagoda.config.schema import PagodaConfig
+from pagoda.distributed.rank_health import RankHealth
+from pagoda.engine.client.client import EngineClient, ProcessEngineClient
+from pagoda.engine.client.prelaunch import LaunchedCore
+from pagoda.engine.data_parallel.health import overall
+from pagoda.engine.data_parallel.router import PrefixRouter
+from pagoda.engine.health import EngineState
+from pagoda.engine.heartbeat import EngineProgress
+from pagoda.engine.messages import EngineOutput, EngineReady, EngineRequest, EngineStats
+from pagoda.errors import (
+    ConfigError,
+    EngineDeadError,
+    EngineNotReadyError,
+    InvalidRequestError,
+    PagodaError,
+    QueueFullError,
+)
+from pagoda.platform.thread_affinity import affinities_of_replicas
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
+logger = logging.getLogger(__name__)
+
+_DEVICES_VARIABLE = "CUDA_VISIBLE_DEVICES"
+
+
+def create_engine_client(config: PagodaConfig, launched: LaunchedCore | None = None) -> EngineClient:
+    """The engine that a configuration asks for: one core, or several replicas. `launched`: a process for the first of them."""
+    if config.data_parallel_size == 1:
+        return ProcessEngineClient(config, launched=launched)
+    return DataParallelClient(config, launched=launched)
+
+
+def devices_of(replica: int, num_devices: int, visible: str | None) -> str:
+    """The GPUs of a replica that needs `num_devices`, as CUDA_VISIBLE_DEVICES has them; `visible`: those of this process."""
+    first = replica * num_devices
+    if visible is None:
+        return ",".join(map(str, range(first, first + num_devices)))
+    return ",".join(visible.split(",")[first : first + num_devices])
+
+
+class DataParallelClient(EngineClient):
+    """Replicas, one router, one health.
+
+    `router`: another one than the configuration asks for. `launched`: a process for the core of the first replica.
+    """
+
+    def __init__(
+        self, config: PagodaConfig, router: PrefixRouter | None = None, launched: LaunchedCore | None = None
+    ) -> None:
+        super().__init__()
+        self._config = config
+        num_replicas, num_ranks = config.data_parallel_size, config.tensor_parallel_size * config.pipeline_parallel_size
+        share = replace(config, max_num_waiting=-(-config.max_num_waiting // num_replicas))
+        affinities = affinities_of_replicas(config)
+        self._replicas = [
+            ProcessEngineClient(
+                replace(share, cpu_thread_affinity=affinities[index]),
+                name=f"engine replica {index}",
+                environment={_DEVICES_VARIABLE: devices_of(index, num_ranks, os.environ.get(_DEVICES_VARIABLE))},
+                launched=launched if index == 0 else None,
+            )
+            for index in range(num_replicas)
+        ]
+        self._router = router or PrefixRouter(num_replicas, config.block_size if config.enable_prefix_caching else 0)
+        self._requests: set[str] = set()
+        self._is_started = False
+        self._is_ending = False
+        self._states = [replica.health.state for replica in self._replicas]
+        self.health.subscribe(self._on_own_health)
+        for index, replica in enumerate(self._replicas):
+            replica.health.subscribe(lambda index=index: self._on_replica(index))  # type: ignore[misc]
+
+    # ---- what it shows --------------------------------------------------------------------------------------------
+
+    @property
+    def replicas(self) -> Sequence[ProcessEngineClient]:
+        """The engines behind this one."""
+        return self._replicas
+
+    @property
+    def stats(self) -> EngineStats:
+        """The sum over all replicas."""
+        return sum_of([replica.stats for replica in self._replicas])
+
+    @property
+    def ranks(self) -> list[RankHealth]:
+        """The ranks of all replicas, numbered through."""
+        world_size = self._config.tensor_parallel_size * self._config.pipeline_parallel_size
+        return [
+            replace(rank, rank=index * world_size + rank.rank)
+            for index, replica in enumerate(self._replicas)
+            for rank in replica.ranks
+        ]
+
+    @property
+    def progress(self) -> EngineProgress | None:
+        """The steps of all replicas, and the sign of life that is the oldest among those that give any."""
+        signs = [sign for replica in self._replicas if (sign := replica.progress) is not None and sign.is_up]
+        if not signs:
+            return None
+        return EngineProgress(
+            step=sum(sign.step for sign in signs),
+            time=min(sign.time for sign in signs),
+            scheduled_tokens=sum(sign.scheduled_tokens for sign in signs),
+            is_busy=any(sign.is_busy for sign in signs),
+        )
+
+    # ---- requests -------------------------------------------------------------------------------------------------
+
+    async def submit(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
+        """See `EngineClient.submit`.
+
+        A request that a replica has no room for goes to the next; so does one whose replica was killed before its first
+        token. One whose replica failed by itself does not: it may be the reason.
+        """
+        if self.health.state is EngineState.DEAD:
+            raise EngineDeadError(f"the engine is dead: {self.health.cause}")
+        if request.request_id in self._requests:
+            raise InvalidRequestError(f"a request with id {request.request_id!r} is running already", "request_id")
+        self._requests.add(request.request_id)
+        refusals: list[PagodaError] = []
+        tried: set[int] = set()
+        try:
+            while candidates := self._candidates(tried):
+                placement = self._router.place(request, candidates)
+                tried.add(placement.replica)
+                if refusals:
+                    logger.info(
+                        "request %s goes to replica %d: %s", request.request_id, placement.replica, refusals[-1]
+                    )
+                is_finished = False
+                try:
+                    outputs = cast(
+                        "AsyncGenerator[EngineOutput, None]", self._replicas[placement.replica].submit(request)
+                    )
+                    async with aclosing(outputs):
+                        async for output in outputs:
+                            self._router.note_output(placement, output.new_token_ids)
+                            is_finished = output.finish_reason is not None
+                            yield output
+                    return
+                except (QueueFullError, EngineNotReadyError) as error:
+                    refusals.append(error)
+                except EngineDeadError as error:
+                    if placement.num_output_tokens or not error.was_killed:
+                        raise
+                    refusals.append(error)
+                finally:
+                    self._router.remove(placement, is_finished=is_finished)
+            raise self._refusal(refusals)
+        finally:
+            self._requests.discard(request.request_id)
+
+    def _candidates(self, tried: set[int]) -> list[int]:
+        """Replicas that a request may be sent to."""
+        if not self.health.accepts_requests:
+            return []
+        return [
+            index
+            for index, replica in enumerate(self._replicas)
+            if index not in tried and replica.health.accepts_requests
+        ]
+
+    def _refusal(self, refusals: Sequence[PagodaError]) -> PagodaError:
+        """What to tell a request that no replica takes: the best news among those that it was given."""
+        full = [error for error in refusals if isinstance(error, QueueFullError)]
+        if full:
+            return min(full, key=lambda error: error.retry_after_seconds)
+        if refusals:
+            return refusals[-1]
+        return EngineNotReadyError(f"the engine is {self.health.state} (stage: {self.health.stage})")
+
+    # ---- life -----------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Start the first replica, which finds out how much memory each may take, then the others at once."""
+        first, *others = self._replicas
+        await first.start()
+        assert first.ready is not None
+        if first.ready.device == "cpu":
+            # Each that looked for itself would count the memory that another is about to take.
+            for replica in self._replicas:
+                replica.pin_num_blocks(first.ready.num_blocks)
+        await asyncio.gather(*(replica.start() for replica in others))
+        limits = [replica.ready for replica in self._replicas if replica.ready is not None]
+        if {ready.device for ready in limits} != {first.ready.device}:
+            raise ConfigError(
+                f"data_parallel_size={len(limits)}: replicas found different devices "
+                f"({', '.join(ready.device for ready in limits)}); there must be a GPU for each rank of each replica"
+            )
+        self.ready = limits_of(limits)
+        self._is_started = True
+        self._update_health()
+
+    async def shutdown(self) -> None:
+        """End all replicas."""
+        self._is_ending = True
+        await asyncio.gather(*(replica.shutdown() for replica in self._replicas))
+        if self.health.state is not EngineState.DEAD:
+            self.health.transition(EngineState.DEAD, "shut down", is_expected=True)
+
+    def _on_replica(self, index: int) -> None:
+        """A replica has another state or start-up stage."""
+        health = self._replicas[index].health
+        before, self._states[index] = self._states[index], health.state
+        ready = self._replicas[index].ready
+        if before is EngineState.STARTING and health.accepts_requests and ready is not None:
+            self._router.set_capacity(index, ready.num_blocks)
+        if self._is_ending:
+            return
+        if health.state is EngineState.STARTING and self.health.state is EngineState.STARTING:
+            self.health.enter_stage(health.stage, f"replica {index} of {len(self._replicas)} {health.detail}".rstrip())
+        self._update_health()
+
+    def _update_health(self) -> None:
+        """Take the state that the replicas' states amount to."""
+        if self.health.state is EngineState.DEAD:
+            return
+        state, cause = overall(self.health.state, [replica.health for replica in self._replicas])
+        if self._is_started or state is EngineState.DEAD:
+            self.health.transition(state, cause)
+
+    def _on_own_health(self) -> None:
+        """Draining concerns all replicas: none that is lost from now on is started anew."""
+        if self.health.state is EngineState.DRAINING:
+            for replica in self._replicas:
+                if replica.health.state not in (EngineState.DRAINING, EngineState.DEAD):
+                    replica.health.transition(EngineState.DRAINING, str(self.health.cause))
+
+
+def sum_of(stats: Sequence[EngineStats]) -> EngineStats:
+    """The figures of several engines as those of one. `step_seconds`: the longest."""
+    return EngineStats(
+        step=sum(one.step for one in stats),
+        num_running=sum(one.num_running for one in stats),
+        num_waiting=sum(one.num_waiting for one in stats),
+        num_blocks=sum(one.num_blocks for one in stats),
+        num_blocks_in_use=sum(one.num_blocks_in_use for one in stats),
+        prefix_cache_queries=sum(one.prefix_cache_queries for one in stats),
+        prefix_cache_hits=sum(one.prefix_cache_hits for one in stats),
+        num_preemptions=sum(one.num_preemptions for one in stats),
+        num_runaways=sum(one.num_runaways for one in stats),
+        num_scheduled_tokens=sum(one.num_scheduled_tokens for one in stats),
+        step_seconds=max(one.step_seconds for one in stats),
+        degradation="; ".join(one.degradation for one in stats if one.degradation),
+    )
+
+
+def limits_of(limits: Sequence[EngineReady]) -> EngineReady:
+    """What all replicas together can take: the length of the shortest, places and blocks of all."""
+    first = limits[0]
+    return replace(
+        first,
+        max_model_len=min(ready.max_model_len for ready in limits),
+        max_num_seqs=sum(ready.max_num_seqs for ready in limits),
+        num_blocks=sum(ready.num_blocks for ready in limits),
+        kv_equation=f"{len(limits)} replicas; {first.kv_equation}",
+    )

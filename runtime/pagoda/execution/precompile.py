@@ -1,0 +1,179 @@
+"""The kernels of a model, compiled while its weights are loaded, so that the first step finds them in Triton's cache.
+
+Which kernels, and for which arguments, the model itself says: it is built once more on the device `meta`, where tensors have
+no memory, and run for a prompt and for a decode step. See `pagoda_kernels.gpu.ahead`.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from pagoda.models.build import build_model
+from pagoda.models.config import ModelConfig
+from pagoda.models.decoder import KVCache
+from pagoda.models.quantization.schemes import QuantizationConfig
+from pagoda.parallel.groups import ParallelGroups, PipelineLink, TensorGroup
+from pagoda.platform.hardware import cpu_report
+from pagoda.sampling.selection import pad_to_blocks
+from pagoda_kernels.attention import AttentionMetadata
+from pagoda_kernels.sampling import choose_greedy, choose_open
+from pagoda_kernels.step import StepTensors, gather_step
+
+if TYPE_CHECKING:
+    from pagoda_kernels.gpu.ahead import Specialization
+
+logger = logging.getLogger(__name__)
+
+# More tokens or longer contexts than these want no other kernels.
+_PROMPT_TOKENS, _DECODE_ROWS, _CONTEXT_TOKENS = 16, 2, 1 << 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelBuild:
+    """What a rank's kernels follow from, with `device`, on which they will run."""
+
+    config: ModelConfig
+    groups: ParallelGroups
+    quantization: QuantizationConfig | None
+    dtype: torch.dtype
+    kv_dtype: torch.dtype
+    block_size: int
+    device: torch.device
+
+
+@contextmanager
+def kernels_compiled_meanwhile(build: ModelBuild) -> Iterator[None]:
+    """Compile the kernels of `build` in other processes; at the end of the context they are in Triton's cache.
+
+    A kernel that could not be compiled so is compiled, or fails, where it is first launched; a warning names it.
+    """
+    from pagoda_kernels.gpu.ahead import CompilingAhead
+
+    began = time.monotonic()
+    try:
+        wanted = wanted_kernels(build)
+    except Exception as error:  # whatever it is, of a Triton that has changed for instance: nothing is lost but time
+        logger.warning("every kernel is compiled at its first launch instead: %s: %s", type(error).__name__, error)
+        wanted = []
+    ranks = build.groups.layout.world_size
+    processes = max(1, cpu_report().usable_cores // ranks - 1)
+    with CompilingAhead(wanted, processes=processes) as compiling:
+        logger.info("kernels: %d wanted, %d not in Triton's cache", len(wanted), compiling.num_kernels)
+        yield
+        loaded = time.monotonic()
+        for compiled in compiling.wait().values():
+            if compiled.error:
+                logger.warning("%s is compiled at its first launch instead: %s", compiled.name, compiled.error)
+    if compiling.num_kernels:
+        ended = time.monotonic()
+        logger.info("kernels compiled after %.1f s, of which weights left %.1f to wait", ended - began, ended - loaded)
+
+
+def wanted_kernels(build: ModelBuild) -> list[Specialization]:
+    """Each kernel that steps of this rank launch, once."""
+    from pagoda_kernels.gpu.ahead import recorded_launches
+    from pagoda_kernels.gpu.tuning import table_in_use, table_of_device
+
+    meta = torch.device("meta")
+    model = build_model(build.config, build.dtype, meta, _unconnected(build.groups), build.quantization)
+    model.add_module("rotary_embedding", _NoAngles(build.config.head_dim))
+    share = model.share
+    shape = (2, share.kv_heads.size, build.block_size, build.config.head_dim)
+    caches: list[KVCache] = [
+        (torch.empty(shape, dtype=build.kv_dtype, device=meta), torch.empty(shape, dtype=build.kv_dtype, device=meta))
+        for _ in share.layers
+    ]
+    with table_in_use(table_of_device(build.device)), torch.inference_mode(), recorded_launches() as wanted:
+        _gather(build.block_size)
+        for num_tokens, num_decode_rows in ((_PROMPT_TOKENS, 0), (_DECODE_ROWS, _DECODE_ROWS)):
+            ids = torch.empty(num_tokens, dtype=torch.int64, device=meta)
+            metadata = _metadata(num_tokens, num_decode_rows, build.block_size)
+            hidden = model.forward(ids, ids, caches, metadata)
+            logits = model.compute_logits(hidden[:1]) if hidden is not None else None
+            if logits is not None:
+                _sample(pad_to_blocks(logits))
+    return wanted
+
+
+def _metadata(num_tokens: int, num_decode_rows: int, block_size: int) -> AttentionMetadata:
+    """One prompt, or rows that decode in contexts long enough to be cut into segments."""
+    num_rows = num_decode_rows or 1
+
+    def empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    return AttentionMetadata(
+        query_start_loc=empty(num_rows + 1),
+        seq_lens=empty(num_rows),
+        block_table=empty(num_rows, _CONTEXT_TOKENS // block_size),
+        slot_mapping=empty(num_tokens, dtype=torch.int64),
+        max_query_len=num_tokens // num_rows,
+        max_seq_len=_CONTEXT_TOKENS,
+        num_decode_rows=num_decode_rows,
+    )
+
+
+def _gather(block_size: int) -> None:
+    """The inputs of a step, of whatever rows."""
+    meta = torch.device("meta")
+    pool = torch.empty((2, 2), dtype=torch.int64, device=meta)
+    table = torch.empty((2, 2), dtype=torch.int32, device=meta)
+    gather_step(pool, table, block_size, pool[0], table[0], pool[0], 1, StepTensors.allocate(2, 2, 2, meta))
+
+
+def _sample(logits: torch.Tensor) -> None:
+    """The two ways of choosing that are kernels."""
+    _, best_logits = choose_greedy(logits)
+    rows = torch.empty(1, dtype=torch.int64, device="meta")
+    one = torch.empty(1, dtype=torch.float32, device="meta")
+    choose_open(logits, best_logits, rows, rows, rows, one, one, one.double())
+
+
+class _NoAngles(nn.Module):
+    """Stands in for the rotary embedding: on `meta` torch multiplies in Python, by modules that take seconds to import."""
+
+    def __init__(self, head_dim: int) -> None:
+        super().__init__()
+        self._size = head_dim // 2
+
+    def forward(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        shape = (len(positions), self._size)
+        return torch.empty(shape, device="meta"), torch.empty(shape, device="meta")
+
+
+class _UnconnectedTensors(TensorGroup):
+    """Stands in for several ranks where nothing is computed: the shapes are right, and nobody waits for anybody."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
+
+    def all_gather(self, values: torch.Tensor, dim: int) -> torch.Tensor:
+        shape = list(values.shape)
+        shape[dim] *= self.size
+        return values.new_empty(shape)
+
+    def gather(self, values: torch.Tensor, dim: int) -> torch.Tensor | None:
+        return self.all_gather(values, dim) if self.rank == 0 else None
+
+
+class _UnconnectedStage(PipelineLink):
+    """Likewise for the stages before and after."""
+
+    def send(self, values: torch.Tensor) -> None:
+        pass
+
+    def receive(self, into: torch.Tensor) -> torch.Tensor:
+        return into
+
+
+def _unconnected(groups: ParallelGroups) -> ParallelGroups:
+    tensors = _UnconnectedTensors(groups.tensor.rank, groups.tensor.size)
+    return ParallelGroups(groups.layout, groups.place, tensors, _UnconnectedStage())

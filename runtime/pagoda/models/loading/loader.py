@@ -1,0 +1,262 @@
+"""Filling a model's weights: from a checkpoint, or with random numbers.
+
+Every checkpoint tensor has one destination. Most parameters are allocated already, and copied into; the weights that the
+model keeps packed or quantized follow, and are made as they are read. Files are mapped, and read some megabytes at a time:
+besides the weights as they are kept, little memory is taken. A rank reads its own part of each tensor and no other, save where
+a scale depends on the rest; names and shapes it checks against the whole model.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import zlib
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from pagoda.errors import CheckpointError
+from pagoda.models.build import build_model
+from pagoda.models.decoder import DecoderForCausalLM
+from pagoda.models.loading.checkpoint import (
+    FLOAT_TYPES,
+    StoredForm,
+    StoredTensor,
+    StoredTensors,
+    pieces,
+    stored_tensors,
+    weight_files,
+)
+from pagoda.models.loading.packed import PackedEmbedding, awaited_layers, load_awaited
+from pagoda.models.weights import WeightTarget
+
+# Tensors that are no weights: what old checkpoints carry although it follows from the configuration, and the scales of a
+# float8 KV cache, which `models.kv_scales` reads where there is one.
+IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".k_scale", ".v_scale")
+
+# Files are read side by side: a disk, and a network volume even more, is slow for one reader at a time.
+MAX_LOADER_THREADS = 4
+
+MAX_NAMES_IN_ERROR = 8
+
+_NARROW_TYPES = {"BF16": torch.bfloat16, "F16": torch.float16}
+
+
+class Progress(Protocol):
+    """Told after each tensor, from the thread that loaded it (one call at a time)."""
+
+    def __call__(self, name: str, bytes_done: int, bytes_total: int) -> None:
+        """`name` is loaded; the bytes are those of the model's own dtype."""
+
+
+def load_weights(model: DecoderForCausalLM, directory: str | Path, progress: Progress | None = None) -> None:
+    """Fill every weight that `model` holds from the safetensors files in `directory`, converting to the model's dtype.
+
+    Raises `CheckpointError` before anything is copied: weights that are missing, unknown, of the wrong shape or of a type
+    that is no float, files that are missing or cut off. The message names the tensor, what was expected and what was found.
+    """
+    stored = {
+        name: tensor
+        for name, tensor in stored_tensors(weight_files(Path(directory))).items()
+        if not name.endswith(IGNORED_SUFFIXES)
+    }
+    _narrow_embedding(model, stored)
+    targets = model.weight_targets()
+    forms = _forms_of_whole_model(model)
+    for second, first in model.tied_weights().items():
+        _settle_tied_names(stored, targets, forms, second, first)
+    _check_names(stored, forms, directory)
+    _check_forms(stored, forms)
+    bytes_of_awaited = (
+        sum(layer.out_features * layer.in_features for layer, _ in awaited_layers(model)) * model.dtype.itemsize
+    )
+    bytes_of_copied = sum(target.destination.nbytes for target in targets.values())
+    bytes_total = bytes_of_copied + bytes_of_awaited
+    _copy(stored, targets, bytes_total, progress)
+    bytes_done = bytes_of_copied
+    stored = _with_second_names(stored, model.tied_weights())
+    for name, num_values in load_awaited(model, lambda: StoredTensors(stored)):
+        bytes_done += num_values * model.dtype.itemsize
+        if progress is not None:
+            progress(name, bytes_done, bytes_total)
+
+
+def initialize_dummy_weights(model: DecoderForCausalLM, seed: int = 0, std: float = 0.02) -> None:
+    """Fill every weight without a checkpoint: norms with 1, everything else with normal noise of `std`.
+
+    The same `seed`, model and dtype give the same weights, whatever the order of the layers and the number of ranks.
+    """
+    for name, target in model.weight_targets().items():
+        destination = target.destination
+        if name.endswith("norm.weight"):
+            destination.fill_(1.0)
+            continue
+        # 32 bits are all that torch's generator on the CPU takes of a seed.
+        generator = torch.Generator(destination.device).manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
+        if target.is_whole:
+            destination.normal_(0.0, std, generator=generator)
+        else:
+            full = torch.empty(target.full_shape, dtype=destination.dtype, device=destination.device)
+            destination.copy_(full.normal_(0.0, std, generator=generator)[target.index])
+    forms = _forms_of_awaited(model)
+    for _ in load_awaited(model, lambda: _MadeUp(forms, model.dtype, seed, std)):
+        pass
+
+
+class _MadeUp:
+    """Normal noise as a `TensorSource`, the same as `initialize_dummy_weights` gives a float tensor of that name."""
+
+    def __init__(self, forms: Mapping[str, StoredForm], dtype: torch.dtype, seed: int, std: float) -> None:
+        self._forms = forms
+        self._dtype, self._seed, self._std = dtype, seed, std
+        self._last: tuple[str, torch.Tensor] = ("", torch.empty(0))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._forms
+
+    def read(self, name: str, *index: slice) -> torch.Tensor:
+        """A part of the tensor, which is made whole when the first part of it is asked for."""
+        if self._last[0] != name:
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{self._seed}:{name}".encode()))
+            full = torch.empty(self._forms[name].shape, dtype=self._dtype)
+            self._last = (name, full.normal_(0.0, self._std, generator=generator))
+        return self._last[1][index]
+
+
+def _narrow_embedding(model: DecoderForCausalLM, stored: Mapping[str, StoredTensor]) -> None:
+    """Keep an embedding that shares no weight as it is stored, where the model's dtype is wider than that."""
+    embedding = model.embed_tokens
+    tensor = stored.get("model.embed_tokens.weight")
+    if embedding is None or tensor is None or model.dtype != torch.float32 or tensor.dtype not in _NARROW_TYPES:
+        return
+    if isinstance(embedding, PackedEmbedding) or getattr(model.lm_head, "weight", None) is embedding.weight:
+        return
+    embedding.keep_in(_NARROW_TYPES[tensor.dtype])
+
+
+def _with_second_names(stored: Mapping[str, StoredTensor], tied: Mapping[str, str]) -> dict[str, StoredTensor]:
+    """The tensors under the model's names; `tied`: second names, and what they stand for."""
+    second_names = {first: second for second, first in tied.items() if first not in stored and second in stored}
+    return {**stored, **{first: stored[second] for first, second in second_names.items()}}
+
+
+def _forms_of_awaited(model: DecoderForCausalLM) -> dict[str, StoredForm]:
+    """What the tensors look like that awaited weights are read from."""
+    return {name: form for layer, method in awaited_layers(model) for name, form in method.stored_forms(layer).items()}
+
+
+def _forms_of_whole_model(model: DecoderForCausalLM) -> dict[str, StoredForm]:
+    """What every tensor that a checkpoint of the model has looks like, by name, whatever part of it `model` is."""
+    if model.groups.layout.world_size > 1:
+        model = build_model(model.config, model.dtype, "meta", quantization=model.quantization)
+    forms = {name: StoredForm(target.full_shape, FLOAT_TYPES) for name, target in model.weight_targets().items()}
+    return forms | _forms_of_awaited(model)
+
+
+def _settle_tied_names(
+    stored: dict[str, StoredTensor],
+    targets: dict[str, WeightTarget],
+    forms: dict[str, StoredForm],
+    second: str,
+    first: str,
+) -> None:
+    """A tied weight may be stored under either name, or under both if the values are the same: keep one of them."""
+    if second not in stored:
+        return
+    if first not in stored:
+        forms[second] = forms.pop(first)
+        if first in targets:
+            targets[second] = targets.pop(first)
+        return
+    # Each rank compares its own part, all ranks together the whole; one that packs its part compares all.
+    index = targets[first].index if first in targets else tuple(slice(0, size) for size in stored[first].shape)
+    if not _are_equal(stored[first], stored[second], index):
+        raise CheckpointError(
+            f"the checkpoint ties {second} to {first} (tie_word_embeddings) but holds different values for them; "
+            "if they are meant to differ, set tie_word_embeddings to false in config.json"
+        )
+    del stored[second]
+
+
+def _are_equal(first: StoredTensor, second: StoredTensor, index: tuple[slice, ...]) -> bool:
+    if first.shape != second.shape:
+        return False
+    sources = [StoredTensors({tensor.name: tensor}) for tensor in (first, second)]
+    rows, *others = index
+    return all(
+        bool((sources[0].read(first.name, part, *others) == sources[1].read(second.name, part, *others)).all())
+        for part in pieces(rows, _row_bytes(first))
+    )
+
+
+def _row_bytes(tensor: StoredTensor) -> int:
+    """At most; of a row of a tensor's first dimension."""
+    return 8 * math.prod(tensor.shape[1:])
+
+
+def _check_names(stored: Mapping[str, StoredTensor], forms: Mapping[str, StoredForm], directory: str | Path) -> None:
+    missing = [name for name, form in forms.items() if name not in stored and not form.optional]
+    unknown = [name for name in stored if name not in forms]
+    problems = []
+    if missing:
+        problems.append(f"{len(missing)} tensors of the model are missing: {_listed(missing)}")
+    if unknown:
+        problems.append(f"{len(unknown)} tensors are unknown to the model: {_listed(unknown)}")
+    if problems:
+        raise CheckpointError(f"{directory} does not fit its config.json: {'; '.join(problems)}")
+
+
+def _listed(names: Iterable[str]) -> str:
+    ordered = sorted(names)
+    more = f" and {len(ordered) - MAX_NAMES_IN_ERROR} more" if len(ordered) > MAX_NAMES_IN_ERROR else ""
+    return ", ".join(ordered[:MAX_NAMES_IN_ERROR]) + more
+
+
+def _check_forms(stored: Mapping[str, StoredTensor], forms: Mapping[str, StoredForm]) -> None:
+    for name, tensor in stored.items():
+        expected = forms[name]
+        if tensor.shape != expected.shape:
+            raise CheckpointError(
+                f"tensor {name} in {tensor.file} has shape {list(tensor.shape)}, config.json makes it {list(expected.shape)}"
+            )
+        if tensor.dtype not in expected.types:
+            raise CheckpointError(
+                f"tensor {name} in {tensor.file} is of type {tensor.dtype}; supported: {', '.join(expected.types)}"
+            )
+
+
+def _copy(
+    stored: Mapping[str, StoredTensor],
+    targets: Mapping[str, WeightTarget],
+    bytes_total: int,
+    progress: Progress | None,
+) -> None:
+    names_by_file: dict[Path, list[str]] = {}
+    for name, target in targets.items():
+        if target.destination.numel():  # else all rows here are padding
+            names_by_file.setdefault(stored[name].file, []).append(name)
+    bytes_done = 0
+    lock = threading.Lock()
+
+    def copy_file(names: list[str]) -> None:
+        nonlocal bytes_done
+        source = StoredTensors(stored)
+        for name in names:
+            destination = targets[name].destination
+            rows, *others = targets[name].index
+            for part in pieces(rows, _row_bytes(stored[name])):
+                here = slice(part.start - rows.start, part.stop - rows.start)
+                destination[here].copy_(source.read(name, part, *others))
+            with lock:
+                bytes_done += destination.nbytes
+                if progress is not None:
+                    progress(name, bytes_done, bytes_total)
+
+    if not names_by_file:
+        return
+    with ThreadPoolExecutor(min(MAX_LOADER_THREADS, len(names_by_file)), "load-weights") as pool:
+        for future in [pool.submit(copy_file, names) for names in names_by_file.values()]:
+            future.result()

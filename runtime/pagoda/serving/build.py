@@ -1,0 +1,60 @@
+"""The parts of a server that stand beside its engine: what all protocols share, and the text layer."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+from pagoda.config.schema import PagodaConfig
+from pagoda.engine.client.client import EngineClient
+from pagoda.models.checkpoint_source import checkpoint_directory
+from pagoda.serving.auth import ApiKeys
+from pagoda.serving.context import ServingContext
+from pagoda.serving.generation import GenerationRunner
+from pagoda.serving.health import ServerHealth
+from pagoda.serving.metrics.prometheus import Metrics
+from pagoda.serving.metrics.request_meter import request_meters
+from pagoda.text.generation import TextGenerator
+from pagoda.text.pool import TokenizerPool
+
+
+def make_context(config: PagodaConfig, client: EngineClient) -> ServingContext:
+    """What all protocols share; the generator is attached to its runner once the checkpoint is there."""
+    metrics = Metrics(config.served_model_name, config.metrics_prefix)
+    metrics.watch(client)
+    health = ServerHealth(client)
+    runner = GenerationRunner(
+        None,
+        health,
+        request_timeout_seconds=config.request_timeout_seconds,
+        observe=request_meters(metrics),
+    )
+    return ServingContext(
+        config=config, client=client, runner=runner, health=health, metrics=metrics, keys=ApiKeys(config.api_keys)
+    )
+
+
+class TextLayer:
+    """The tokenizers, and the text layer over them."""
+
+    def __init__(self, config: PagodaConfig, client: EngineClient) -> None:
+        self._config = config
+        self._client = client
+        self._pool: TokenizerPool | None = None
+
+    async def start(self) -> None:
+        """Find the checkpoint (which may be a download) and load its tokenizer."""
+        directory = await asyncio.to_thread(checkpoint_directory, self._config.model)
+        self._config = replace(self._config, model=str(directory))
+        self._pool = TokenizerPool.from_config(self._config)
+        await self._pool.start()
+
+    def generator(self) -> TextGenerator:
+        """The text layer of the served checkpoint, after `start`."""
+        assert self._pool is not None
+        return TextGenerator.from_config(self._client, self._pool, self._config)
+
+    async def shutdown(self) -> None:
+        """End the tokenizers."""
+        if self._pool is not None:
+            await self._pool.shutdown()

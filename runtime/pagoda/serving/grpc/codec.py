@@ -1,0 +1,164 @@
+"""V2 protobuf messages to checked V2 requests, and output tensors to V2 protobuf messages.
+
+Tensors come as typed `contents` or as `raw_input_contents`, never both; the answer has the form of the question, because
+tritonclient reads numbers from raw contents only, while a person with grpcurl reads typed ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pagoda.errors import InvalidRequestError, NotSupportedError
+from pagoda.serving.grpc.messages import InferTensorContents, ModelInferResponse, ModelStreamInferResponse
+from pagoda.serving.v2.inference import V2Request, requested_output
+from pagoda.serving.v2.tensors import (
+    BYTES,
+    DATATYPES,
+    Tensor,
+    raw_from_tensor,
+    shown,
+    tensor_from_raw,
+    tensor_from_values,
+)
+
+CONTENTS_FIELDS = {
+    "BOOL": "bool_contents",
+    "INT8": "int_contents",
+    "INT16": "int_contents",
+    "INT32": "int_contents",
+    "INT64": "int64_contents",
+    "UINT8": "uint_contents",
+    "UINT16": "uint_contents",
+    "UINT32": "uint_contents",
+    "UINT64": "uint64_contents",
+    "FP32": "fp32_contents",
+    "FP64": "fp64_contents",
+    BYTES: "bytes_contents",
+}
+"""Where each datatype's values lie; FP16 has no field and travels raw only."""
+_CHANGING_OUTPUTS = frozenset({"text_output", "output_ids", "num_output_tokens"})
+"""What differs between two pieces of a sequence that goes on."""
+
+
+def decode_request(message: Any) -> V2Request:
+    """A `ModelInferRequest` as a V2 request; raises `InvalidRequestError` for what does not fit."""
+    raw = message.raw_input_contents
+    if raw and len(raw) != len(message.inputs):
+        raise InvalidRequestError(
+            f"raw_input_contents has {len(raw)} entries for {len(message.inputs)} inputs; one for each is needed",
+            "inputs",
+        )
+    inputs = []
+    for index, tensor in enumerate(message.inputs):
+        _refuse_shared_memory(tensor.name, tensor.parameters)
+        if not raw:
+            inputs.append(_tensor_from_contents(tensor))
+        elif tensor.HasField("contents"):
+            raise InvalidRequestError(
+                f"input {shown(tensor.name)}: contents must be left out when raw_input_contents is used", tensor.name
+            )
+        else:
+            inputs.append(tensor_from_raw(tensor.name, tensor.datatype, tensor.shape, raw[index]))
+    return V2Request(
+        request_id=message.id,
+        inputs=inputs,
+        parameters=decode_parameters(message.parameters),
+        outputs=tuple(
+            requested_output(output.name, decode_parameters(output.parameters)) for output in message.outputs
+        ),
+    )
+
+
+def decode_parameters(parameters: Mapping[str, Any]) -> dict[str, object]:
+    """`InferParameter`s as plain values; one that holds no value is an error."""
+    values: dict[str, object] = {}
+    for name, parameter in parameters.items():
+        choice = parameter.WhichOneof("parameter_choice")
+        if choice is None:
+            raise InvalidRequestError(f"parameter {shown(name)} has no value", name)
+        values[name] = getattr(parameter, choice)
+    return values
+
+
+def encode_response(
+    message: Any, tensors: Sequence[Tensor], *, model_version: str, parameters: Mapping[str, bool | int] | None = None
+) -> Any:
+    """The `ModelInferResponse` to request `message` that carries `tensors`."""
+    response = ModelInferResponse(model_name=message.model_name, model_version=model_version, id=message.id)
+    use_raw = bool(message.raw_input_contents)
+    for tensor in tensors:
+        output = response.outputs.add(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
+        if use_raw:
+            response.raw_output_contents.append(raw_from_tensor(tensor))
+        else:
+            output.contents.CopyFrom(_contents_of(tensor))
+    for name, value in (parameters or {}).items():
+        parameter = response.parameters[name]
+        if isinstance(value, bool):
+            parameter.bool_param = value
+        else:
+            parameter.int64_param = value
+    return response
+
+
+class PieceEncoder:
+    """The responses of a stream to one sequence that bring nothing but tokens: one message, changed where they differ.
+
+    `first` is the `ModelInferResponse` to the request `message` with the sequence's first piece; `names` are its outputs.
+    """
+
+    def __init__(self, message: Any, first: Any, names: Sequence[str]) -> None:
+        self._use_raw = bool(message.raw_input_contents)
+        self._response = ModelStreamInferResponse(infer_response=first)
+        self._places = {name: index for index, name in enumerate(names) if name in _CHANGING_OUTPUTS}
+
+    def encode(self, text: str, token_ids: list[int], num_output_tokens: int) -> bytes:
+        """The serialized `ModelStreamInferResponse` for the next piece; `num_output_tokens` is the total."""
+        inner = self._response.infer_response
+        for name, place in self._places.items():
+            output = inner.outputs[place]
+            if name == "text_output":
+                data: list[Any] = [text.encode()]
+            elif name == "output_ids":
+                data = token_ids
+                output.shape[-1] = len(token_ids)
+            else:
+                data = [num_output_tokens]
+            if self._use_raw:
+                tensor = Tensor(name, output.datatype, tuple(output.shape), data)
+                inner.raw_output_contents[place] = raw_from_tensor(tensor)
+            else:
+                getattr(output.contents, CONTENTS_FIELDS[output.datatype])[:] = data
+        serialized: bytes = self._response.SerializeToString()
+        return serialized
+
+
+def _tensor_from_contents(tensor: Any) -> Tensor:
+    field = CONTENTS_FIELDS.get(tensor.datatype)
+    if field is None and tensor.datatype in DATATYPES:
+        raise InvalidRequestError(
+            f"input {shown(tensor.name)}: {tensor.datatype} has no typed contents; send raw_input_contents", tensor.name
+        )
+    for descriptor, _ in tensor.contents.ListFields():
+        if field is not None and descriptor.name != field:
+            raise InvalidRequestError(
+                f"input {shown(tensor.name)}: the contents of {tensor.datatype} belong in {field}, got {descriptor.name}",
+                tensor.name,
+            )
+    # An unknown datatype goes on with no values: the tensor's own check names the known ones.
+    values = [] if field is None else list(getattr(tensor.contents, field))
+    return tensor_from_values(tensor.name, tensor.datatype, tensor.shape, values)
+
+
+def _contents_of(tensor: Tensor) -> Any:
+    values = tensor.data
+    if tensor.datatype == BYTES:
+        values = [element.encode() if isinstance(element, str) else element for element in values]
+    return InferTensorContents(**{CONTENTS_FIELDS[tensor.datatype]: values})
+
+
+def _refuse_shared_memory(name: str, parameters: Mapping[str, Any]) -> None:
+    for key in parameters:
+        if key.startswith("shared_memory"):
+            raise NotSupportedError(f"input {shown(name)}: {key} is not supported; send the values themselves")

@@ -1,0 +1,199 @@
+"""What stands around every RPC: parsing, API key, errors as status codes, log lines, and the end of streams at shutdown.
+
+Messages are parsed here and not by grpc, which would answer a malformed one with INTERNAL.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError
+from google.protobuf.message_factory import GetMessageClass
+
+from pagoda.errors import DeadlineExceededError, EngineNotReadyError, ErrorKind, InvalidRequestError
+from pagoda.serving.context import ServingContext
+from pagoda.serving.grpc.messages import SERVICE_NAME, service_methods
+from pagoda.serving.grpc.service import ClientGoneError, InferenceService
+from pagoda.serving.stalled_client import ReaderWatch
+from pagoda.serving.status import ErrorReport, report
+
+logger = logging.getLogger("pagoda.serving.grpc")
+
+# Asked by probes, which have no key to send.
+METHODS_WITHOUT_KEY = frozenset({"ServerLive", "ServerReady", "ModelReady"})
+LOGGED_METHODS = frozenset({"ModelInfer", "ModelStreamInfer"})
+# A status message travels percent-encoded in a header, of which clients take 8 KiB by default.
+MAX_STATUS_MESSAGE_BYTES = 1536
+STALLED_READER_SECONDS = 60.0
+LAST_STATUS_SECONDS = 5.0
+"""Time for a status to go out to a client that has stopped reading."""
+
+Parser = Callable[[bytes], Any]
+UnaryMethod = Callable[[Any, float | None], Awaitable[Any]]
+
+
+class InferenceHandlers:
+    """The handlers of the service; `stopping` is set when the server goes away."""
+
+    def __init__(self, context: ServingContext, stopping: asyncio.Event) -> None:
+        self._context = context
+        self._stopping = stopping
+        self._service = InferenceService(context, lambda error: self._report("ModelStreamInfer", error))
+
+    def generic_handler(self) -> grpc.GenericRpcHandler:
+        """A handler for each method of the descriptor; one that is not implemented would be noticed here, at start."""
+        service = self._service
+        unary: dict[str, UnaryMethod] = {
+            "ServerLive": service.server_live,
+            "ServerReady": service.server_ready,
+            "ModelReady": service.model_ready,
+            "ServerMetadata": service.server_metadata,
+            "ModelMetadata": service.model_metadata,
+            "ModelInfer": service.model_infer,
+            "ModelConfig": service.model_config,
+            "RepositoryIndex": service.repository_index,
+            "RepositoryModelLoad": service.repository_model_load,
+            "RepositoryModelUnload": service.repository_model_unload,
+        }
+        handlers = {}
+        for method in service_methods():
+            parse = GetMessageClass(method.input_type).FromString
+            if method.name in unary:
+                behavior = self._unary(method.name, parse, unary[method.name])
+                handlers[method.name] = grpc.unary_unary_rpc_method_handler(behavior, response_serializer=_serialize)
+            else:
+                stream = self._stream(method.name, parse)
+                handlers[method.name] = grpc.stream_stream_rpc_method_handler(stream, response_serializer=_serialize)
+        return grpc.method_handlers_generic_handler(SERVICE_NAME, handlers)
+
+    def _unary(self, name: str, parse: Parser, method: UnaryMethod) -> Callable[..., Awaitable[Any]]:
+        async def handle(raw: bytes, call: grpc.aio.ServicerContext) -> Any:
+            async def respond() -> Any:
+                self._authorize(name, call)
+                return await method(_parse(parse, raw), call.time_remaining())
+
+            return await self._guard(name, call, respond)
+
+        return handle
+
+    def _stream(self, name: str, parse: Parser) -> Callable[..., Awaitable[None]]:
+        async def handle(raw_messages: AsyncIterator[bytes], call: grpc.aio.ServicerContext) -> None:
+            one_at_a_time = asyncio.Lock()
+            stalled = asyncio.Event()
+            watch = ReaderWatch(STALLED_READER_SECONDS, TimeoutError())
+
+            async def write(message: Any) -> None:
+                async with one_at_a_time:
+                    if stalled.is_set():
+                        raise ClientGoneError
+                    try:
+                        await watch.run(call.write(message))
+                    except grpc.aio.BaseError as error:
+                        # The connection was lost, or the call is over; grpc cancels this task a moment later.
+                        raise ClientGoneError from error
+                    except TimeoutError as error:
+                        stalled.set()
+                        raise ClientGoneError from error
+
+            async def respond() -> None:
+                self._authorize(name, call)
+                messages = self._messages(parse, raw_messages, stalled)
+                await self._service.model_stream_infer(messages, write, call.time_remaining)
+                if stalled.is_set():
+                    raise DeadlineExceededError(f"no response was read for {STALLED_READER_SECONDS:g} s")
+
+            try:
+                await self._guard(name, call, respond)
+            finally:
+                watch.close()
+
+        return handle
+
+    async def _guard(self, name: str, call: grpc.aio.ServicerContext, respond: Callable[[], Awaitable[Any]]) -> Any:
+        """The answer of `respond`, or the status that its error stands for; one log line either way."""
+        started = time.monotonic()
+        level = logging.INFO if name in LOGGED_METHODS else logging.DEBUG
+        try:
+            answer = await respond()
+        except asyncio.CancelledError:
+            logger.log(level, "%s cancelled after %.3f s", name, time.monotonic() - started)
+            raise
+        except Exception as error:  # whatever it is, the client gets a status and the log the rest
+            failure = self._report(name, error)
+        else:
+            logger.log(level, "%s OK in %.3f s", name, time.monotonic() - started)
+            return answer
+        retry_after = failure.retry_after_seconds
+        trailers = () if retry_after is None else (("retry-after", str(retry_after)),)
+        async with asyncio.timeout(LAST_STATUS_SECONDS):
+            return await call.abort(grpc.StatusCode[failure.grpc_code], _clipped(failure.message), trailers)
+
+    def _authorize(self, name: str, call: grpc.aio.ServicerContext) -> None:
+        if name in METHODS_WITHOUT_KEY:
+            return
+        metadata = dict(call.invocation_metadata() or ())
+        self._context.keys.check(metadata.get("authorization"))
+
+    def _report(self, name: str, error: Exception) -> ErrorReport:
+        """What the client is told of `error`; counted, and logged with its trace where the fault is ours."""
+        failure = report(error)
+        self._context.metrics.count_error(failure.kind)
+        if failure.kind is ErrorKind.INTERNAL:
+            logger.error("%s failed", name, exc_info=error)
+        else:
+            logger.info("%s %s: %s", name, failure.grpc_code, _clipped(failure.message))
+        return failure
+
+    async def _messages(
+        self, parse: Parser, raw_messages: AsyncIterator[bytes], stalled: asyncio.Event
+    ) -> AsyncGenerator[Any, None]:
+        """The messages of a stream, until the client closes its side or reads nothing (`stalled`).
+
+        Raises `EngineNotReadyError` when the server goes away.
+        """
+        iterator = aiter(raw_messages)
+        stopping = asyncio.ensure_future(self._stopping.wait())
+        stalling = asyncio.ensure_future(stalled.wait())
+        try:
+            while True:
+                arrival = asyncio.ensure_future(anext(iterator))
+                try:
+                    await asyncio.wait((arrival, stopping, stalling), return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    arrival.cancel()  # nothing, where it is done
+                if stalled.is_set():
+                    return
+                if not arrival.done():
+                    raise EngineNotReadyError("the server is shutting down; open a stream to another replica")
+                try:
+                    raw = arrival.result()
+                except StopAsyncIteration:
+                    return
+                yield _parse(parse, raw)
+        finally:
+            stopping.cancel()
+            stalling.cancel()
+
+
+def _parse(parse: Parser, raw: bytes) -> Any:
+    try:
+        return parse(raw)
+    except DecodeError as error:
+        raise InvalidRequestError(f"the message is not a valid request: {error}") from None
+
+
+def _serialize(message: Any) -> bytes:
+    """The bytes of a message, or those that a stream has made of one itself."""
+    return message if isinstance(message, bytes) else message.SerializeToString()
+
+
+def _clipped(message: str) -> str:
+    encoded = message.encode("utf-8", "replace")
+    if len(encoded) <= MAX_STATUS_MESSAGE_BYTES:
+        return message
+    return encoded[:MAX_STATUS_MESSAGE_BYTES].decode("utf-8", "ignore") + "..."

@@ -1,0 +1,66 @@
+"""`grpc.health.v1.Health`, the protocol of Kubernetes' grpc probes and of load balancers, shown from the server's health."""
+
+from __future__ import annotations
+
+import asyncio
+
+import grpc
+from grpc_health.v1 import health_pb2
+
+from pagoda.serving.grpc.messages import SERVICE_NAME
+from pagoda.serving.health import ServerHealth
+
+SERVICES = ("", SERVICE_NAME)
+"""The server as a whole, and the one service that can be in trouble; both say whether requests are taken now."""
+
+
+class HealthService:
+    """Check answers at once; Watch tells every change until the client leaves or `stopping` is set."""
+
+    def __init__(self, health: ServerHealth, stopping: asyncio.Event) -> None:
+        self._health = health
+        self._stopping = stopping
+
+    async def Check(  # noqa: N802
+        self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext
+    ) -> health_pb2.HealthCheckResponse:
+        """SERVING or NOT_SERVING; NOT_FOUND for a service that is not here."""
+        if request.service not in SERVICES:
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"service {request.service!r} is not served here")
+        return health_pb2.HealthCheckResponse(status=self._status(request.service))
+
+    async def Watch(  # noqa: N802
+        self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext
+    ) -> None:
+        """The status now and after each change; SERVICE_UNKNOWN, and no error, for a service that is not here."""
+        changed = asyncio.Event()
+        unsubscribe = self._health.subscribe(changed.set)
+        stopping = asyncio.ensure_future(self._stopping.wait())
+        told = None
+        try:
+            while True:
+                changed.clear()
+                status = self._status(request.service)
+                if status != told:
+                    try:
+                        await context.write(health_pb2.HealthCheckResponse(status=status))
+                    except grpc.aio.BaseError:
+                        return  # the client has left
+                    told = status
+                if self._stopping.is_set():
+                    return
+                change = asyncio.ensure_future(changed.wait())
+                try:
+                    await asyncio.wait((change, stopping), return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    change.cancel()
+        finally:
+            stopping.cancel()
+            unsubscribe()
+
+    def _status(self, service: str) -> health_pb2.HealthCheckResponse.ServingStatus:
+        if service not in SERVICES:
+            return health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+        if self._health.is_ready and not self._stopping.is_set():
+            return health_pb2.HealthCheckResponse.SERVING
+        return health_pb2.HealthCheckResponse.NOT_SERVING

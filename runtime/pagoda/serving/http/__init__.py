@@ -1,0 +1,1 @@
+"""HTTP mechanics that all routes share."""

@@ -1,0 +1,74 @@
+"""The OpenAPI page: routes read their bodies raw, so what they take and give is declared here and not by signatures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from pagoda.serving.openai.types import OpenAIErrorResponse
+from pagoda.serving.v2.schemas import V2Error
+
+REFERENCE = "#/components/schemas/{model}"
+ERRORS = {
+    400: "The request is wrong and will stay wrong.",
+    401: "An API key is missing or not known.",
+    404: "No such model or version.",
+    413: "The body is larger than max_body_bytes.",
+    429: "The queue is full; Retry-After says when to come back.",
+    500: "An internal fault ended this request.",
+    501: "A known feature that this server does not have.",
+    503: "The model is loading, the server is shutting down, or the engine is gone.",
+    504: "The request's deadline passed.",
+}
+
+
+def request_body(*models: type[BaseModel], media_type: str = "application/json") -> dict[str, Any]:
+    """`openapi_extra` of a route whose body is one of `models`, which must be among those given to `install`."""
+    schemas = [{"$ref": REFERENCE.format(model=model.__name__)} for model in models]
+    schema = schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
+    return {"requestBody": {"required": True, "content": {media_type: {"schema": schema}}}}
+
+
+def v2_errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """`responses` for these error statuses in V2's shape."""
+    return {status: {"description": ERRORS[status], "model": V2Error} for status in statuses}
+
+
+def openai_errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """`responses` for these error statuses in OpenAI's shape."""
+    return {status: {"description": ERRORS[status], "model": OpenAIErrorResponse} for status in statuses}
+
+
+def event_stream(description: str) -> dict[str, Any]:
+    """The content of a 200 answer that is a stream of events."""
+    return {"description": description, "content": {"text/event-stream": {"schema": {"type": "string"}}}}
+
+
+def install(app: FastAPI, bodies: Sequence[type[BaseModel]]) -> None:
+    """Make `app.openapi()` describe the routes as they are; `bodies` are the models of all request bodies."""
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            app.openapi_schema = _document(app, bodies)
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _document(app: FastAPI, bodies: Sequence[type[BaseModel]]) -> dict[str, Any]:
+    document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+    schemas = document.setdefault("components", {}).setdefault("schemas", {})
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            # FastAPI adds its own validation error wherever a path has parameters; bad input is a 400 here.
+            operation["responses"].pop("422", None)
+    _, definitions = models_json_schema([(model, "validation") for model in bodies], ref_template=REFERENCE)
+    schemas.update(definitions.get("$defs", {}))
+    for name in ("HTTPValidationError", "ValidationError"):
+        schemas.pop(name, None)
+    return document

@@ -1,0 +1,322 @@
+"""The engine's own figures, read from its last report when Prometheus asks: costs nothing per step."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Protocol
+
+from prometheus_client import Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+STARTING = "starting"
+ENGINE_STATES = (STARTING, "ready", "degraded", "draining", "dead")
+SERVING_STATES = ("ready", "degraded")
+# An engine that is not there runs nothing: its last report must not be shown as the present.
+STATES_WITHOUT_REQUESTS = (STARTING, "dead")
+
+
+class ObservedStats(Protocol):
+    """The part of `engine.messages.EngineStats` that is reported; counts are since the core started."""
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+
+    @property
+    def num_scheduled_tokens(self) -> int:
+        """Tokens computed in all steps."""
+
+    @property
+    def num_running(self) -> int:
+        """Requests in the running batch."""
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests in the waiting queue."""
+
+    @property
+    def kv_cache_usage(self) -> float:
+        """Share of KV blocks in use, 0 to 1."""
+
+    @property
+    def prefix_cache_queries(self) -> int:
+        """Prompt tokens looked up in the prefix cache."""
+
+    @property
+    def prefix_cache_hits(self) -> int:
+        """Prompt tokens found there."""
+
+    @property
+    def num_preemptions(self) -> int:
+        """Times a running request was sent back to wait."""
+
+    @property
+    def num_runaways(self) -> int:
+        """Outputs found to repeat themselves without end."""
+
+
+class ObservedHealth(Protocol):
+    """The part of `engine.health.EngineHealth` that is reported."""
+
+    @property
+    def state(self) -> str:
+        """One of `ENGINE_STATES`."""
+
+    @property
+    def transitions(self) -> Mapping[tuple[str, str], int]:
+        """How often the engine went from one state to another."""
+
+
+class ObservedProgress(Protocol):
+    """The part of `engine.heartbeat.EngineProgress` that is reported."""
+
+    @property
+    def is_up(self) -> bool:
+        """Whether the engine has given any sign of life."""
+
+    @property
+    def time(self) -> float:
+        """The last one, monotonic seconds."""
+
+
+class ObservedRank(Protocol):
+    """The part of `distributed.rank_health.RankHealth` that is reported."""
+
+    @property
+    def rank(self) -> int:
+        """Its number."""
+
+    @property
+    def host(self) -> str:
+        """Its machine."""
+
+    @property
+    def is_up(self) -> bool:
+        """Whether its group is there."""
+
+    @property
+    def last_heartbeat(self) -> float:
+        """Its last sign of life, monotonic seconds."""
+
+
+class ObservedEngine(Protocol):
+    """What `EngineClient` shows of the engine."""
+
+    @property
+    def stats(self) -> ObservedStats:
+        """The figures after the last step."""
+
+    @property
+    def health(self) -> ObservedHealth:
+        """The state the engine is in."""
+
+    @property
+    def progress(self) -> ObservedProgress | None:
+        """The engine's last sign of life, while there is an engine that gives any."""
+
+    @property
+    def ranks(self) -> Sequence[ObservedRank]:
+        """The ranks' processes, where there are any but the engine's own."""
+
+    @property
+    def replicas(self) -> Sequence[ObservedEngine]:
+        """The engines that this one is made of, where it is more than one."""
+
+
+class EngineCollector(Collector):
+    """Gauges and counts of one engine, under the names and labels of `Metrics`; of several replicas the sums, and each."""
+
+    def __init__(self, engine: ObservedEngine, model_name: str, prefix: str) -> None:
+        self._engine = engine
+        self._model_name = model_name
+        self._prefix = prefix
+        # One count for each core: a core that is started anew counts from 0 again, and the others go on.
+        self._parts = [_Part(part) for part in engine.replicas or [engine]]
+
+    def collect(self) -> Iterator[Metric]:
+        """One family for each figure, as of now."""
+        stats, state = self._engine.stats, str(self._engine.health.state)
+        idle = state in STATES_WITHOUT_REQUESTS
+        yield self._gauge(
+            "num_requests_running", "Number of requests in model execution batches.", 0 if idle else stats.num_running
+        )
+        yield self._gauge(
+            "num_requests_waiting", "Number of requests waiting to be processed.", 0 if idle else stats.num_waiting
+        )
+        yield self._gauge(
+            "kv_cache_usage_perc", "KV-cache usage. 1 means 100 percent usage.", 0.0 if idle else stats.kv_cache_usage
+        )
+        yield self._count(
+            "prefix_cache_queries",
+            "Prefix cache queries, in queried tokens.",
+            sum(part.queries() for part in self._parts),
+        )
+        yield self._count(
+            "prefix_cache_hits", "Prefix cache hits, in cached tokens.", sum(part.hits() for part in self._parts)
+        )
+        yield self._count("num_preemptions", "Number of preemptions.", sum(part.preemptions() for part in self._parts))
+        yield self._count(
+            "runaways",
+            "Number of outputs found to repeat themselves without end.",
+            sum(part.runaways() for part in self._parts),
+        )
+        yield from self._health(state)
+        yield from self._rank_health()
+        if self._engine.replicas:
+            yield from self._replicas()
+
+    def _replicas(self) -> Iterator[Metric]:
+        """A series a replica."""
+        figures: list[tuple[type[GaugeMetricFamily | CounterMetricFamily], str, str, Callable[[_Part], float]]] = [
+            (GaugeMetricFamily, "up", "1 for a replica that takes requests.", lambda part: part.is_up),
+            (GaugeMetricFamily, "num_requests_running", "Its running requests.", lambda part: part.stats.num_running),
+            (GaugeMetricFamily, "num_requests_waiting", "Its waiting requests.", lambda part: part.stats.num_waiting),
+            (GaugeMetricFamily, "kv_cache_usage_perc", "Its KV-cache usage.", lambda part: part.stats.kv_cache_usage),
+            (CounterMetricFamily, "prefix_cache_queries", "Its prefix cache queries, in tokens.", _Part.queries),
+            (CounterMetricFamily, "prefix_cache_hits", "Its prefix cache hits, in tokens.", _Part.hits),
+            (CounterMetricFamily, "restarts", "Times it was lost and started again.", _Part.restarts),
+        ]
+        for family_type, name, help, figure in figures:
+            family = family_type(f"{self._prefix}replica_{name}", help, labels=["model_name", "replica"])
+            for index, part in enumerate(self._parts):
+                family.add_metric([self._model_name, str(index)], figure(part))
+            yield family
+
+    def _health(self, state: str) -> Iterator[Metric]:
+        """The state, how it was come to, and the age of the last sign of life."""
+        transitions = self._engine.health.transitions
+        restarts = sum(part.restarts() for part in self._parts)
+        yield self._count("engine_restarts", "Times the engine was lost and started again.", restarts)
+        states = GaugeMetricFamily(
+            self._prefix + "engine_state",
+            "1 for the state the engine is in, 0 for others.",
+            labels=["model_name", "state"],
+        )
+        for name in ENGINE_STATES:
+            states.add_metric([self._model_name, name], float(name == state))
+        yield states
+        moves = CounterMetricFamily(
+            self._prefix + "engine_state_transitions",
+            "Times the engine went from one state to another.",
+            labels=["model_name", "from", "to"],
+        )
+        for origin, target in itertools.permutations(ENGINE_STATES, 2):
+            moves.add_metric([self._model_name, origin, target], transitions.get((origin, target), 0))
+        yield moves
+        progress = self._engine.progress
+        age = time.monotonic() - progress.time if progress is not None and progress.is_up else 0.0
+        yield self._gauge(
+            "engine_seconds_since_progress", "Age of the engine's last sign of life; 0 while there is none.", age
+        )
+
+    def _rank_health(self) -> Iterator[Metric]:
+        """A series a rank and nothing for an engine that has no processes for them."""
+        labels = ["model_name", "rank", "host"]
+        up = GaugeMetricFamily(self._prefix + "rank_up", "1 for a rank that is there, 0 for a lost one.", labels=labels)
+        age = GaugeMetricFamily(
+            self._prefix + "rank_seconds_since_heartbeat", "Age of a rank's last sign of life.", labels=labels
+        )
+        now = time.monotonic()
+        for rank in self._engine.ranks:
+            values = [self._model_name, str(rank.rank), rank.host]
+            up.add_metric(values, float(rank.is_up))
+            age.add_metric(values, now - rank.last_heartbeat)
+        if self._engine.ranks:
+            yield from (up, age)
+
+    def _gauge(self, name: str, help: str, value: float) -> Metric:
+        family = GaugeMetricFamily(self._prefix + name, help, labels=["model_name"])
+        family.add_metric([self._model_name], value)
+        return family
+
+    def _count(self, name: str, help: str, value: float) -> Metric:
+        family = CounterMetricFamily(self._prefix + name, help, labels=["model_name"])
+        family.add_metric([self._model_name], value)
+        return family
+
+
+class StepMeter:
+    """Puts the number of tokens of each engine step into a histogram.
+
+    Reports of several steps may have come in between two calls; those steps share their tokens evenly, so that count and
+    sum stay exact.
+    """
+
+    def __init__(self, engine: ObservedEngine, histogram: Histogram) -> None:
+        self._parts = [_StepMeter(part, histogram) for part in engine.replicas or [engine]]
+
+    def observe(self) -> None:
+        """Take in what happened since the last call; a glance at one number of each core where nothing did."""
+        for part in self._parts:
+            if part.engine.stats.step != part.step:
+                part.observe()
+
+
+class _StepMeter:
+    """The steps of one core."""
+
+    def __init__(self, engine: ObservedEngine, histogram: Histogram) -> None:
+        self.engine = engine
+        self.step = 0
+        self._histogram = histogram
+        self._num_tokens = 0
+
+    def observe(self) -> None:
+        stats = self.engine.stats
+        if stats.step < self.step:  # the core was lost, or another one counts from 0 again
+            self.step = self._num_tokens = 0
+        num_steps, num_tokens = stats.step - self.step, stats.num_scheduled_tokens - self._num_tokens
+        for _ in range(num_steps):
+            self._histogram.observe(num_tokens / num_steps)
+        self.step, self._num_tokens = stats.step, stats.num_scheduled_tokens
+
+
+class _Part:
+    """The counts of one core, rising over its restarts."""
+
+    def __init__(self, engine: ObservedEngine) -> None:
+        self._engine = engine
+        self._queries = _Total()
+        self._hits = _Total()
+        self._preemptions = _Total()
+        self._runaways = _Total()
+
+    @property
+    def stats(self) -> ObservedStats:
+        return self._engine.stats
+
+    @property
+    def is_up(self) -> bool:
+        return str(self._engine.health.state) in SERVING_STATES
+
+    def queries(self) -> int:
+        return self._queries(self.stats.prefix_cache_queries)
+
+    def hits(self) -> int:
+        return self._hits(self.stats.prefix_cache_hits)
+
+    def preemptions(self) -> int:
+        return self._preemptions(self.stats.num_preemptions)
+
+    def runaways(self) -> int:
+        return self._runaways(self.stats.num_runaways)
+
+    def restarts(self) -> int:
+        return sum(times for (_, to), times in self._engine.health.transitions.items() if to == STARTING)
+
+
+class _Total:
+    """Keeps a sum rising over restarts of the core, whose own count then begins again at 0."""
+
+    def __init__(self) -> None:
+        self._before = 0
+        self._last = 0
+
+    def __call__(self, count: int) -> int:
+        if count < self._last:
+            self._before += self._last
+        self._last = count
+        return self._before + count

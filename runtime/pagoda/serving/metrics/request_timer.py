@@ -1,0 +1,78 @@
+"""What is measured of one generated sequence, from its arrival to its end."""
+
+from __future__ import annotations
+
+from pagoda.serving.metrics.prometheus import Metrics
+
+
+class RequestTimer:
+    """Feeds one sequence's times and tokens into `metrics`; one for each of a request's `n` choices.
+
+    All times are monotonic seconds. `max_tokens` is what the client gave, None if nothing. Call `start` when the engine is
+    known to have the sequence, `tokens` for each batch of new ones, `end` at the end; only the first `end` counts, so that
+    every way out of a request may call it.
+    """
+
+    __slots__ = (
+        "_arrival_time",
+        "_first_token_time",
+        "_last_token_time",
+        "_max_tokens",
+        "_metrics",
+        "_num_generated_tokens",
+        "_num_prompt_tokens",
+        "_scheduled_time",
+        "ended",
+    )
+
+    def __init__(self, metrics: Metrics, arrival_time: float, max_tokens: int | None) -> None:
+        self._metrics = metrics
+        self._arrival_time = arrival_time
+        self._max_tokens = max_tokens
+        self._num_prompt_tokens: int | None = None
+        self._num_generated_tokens = 0
+        self._scheduled_time: float | None = None
+        self._first_token_time: float | None = None
+        self._last_token_time = arrival_time
+        self.ended = False
+
+    def start(self, num_prompt_tokens: int, scheduled_time: float | None) -> None:
+        """The prompt was computed; `scheduled_time` is when the sequence left the waiting queue."""
+        self._num_prompt_tokens = num_prompt_tokens
+        self._scheduled_time = scheduled_time
+        self._metrics.prompt_tokens.inc(num_prompt_tokens)
+
+    def tokens(self, count: int, now: float) -> None:
+        """`count` tokens came at once; the time since the last ones is shared out evenly among them."""
+        if count == 0:
+            return
+        self._num_generated_tokens += count
+        if self._first_token_time is None:
+            self._first_token_time = self._last_token_time = now
+            self._metrics.generated_tokens.add_first(count)
+            self._metrics.time_to_first_token.observe(now - self._arrival_time)
+            return
+        self._metrics.generated_tokens.add(count, (now - self._last_token_time) / count)
+        self._last_token_time = now
+
+    def end(self, reason: str, now: float, *, abort_cause: str | None = None) -> None:
+        """The sequence ended for `reason`, one of `FINISHED_REASONS`; `abort_cause`, with "abort", says what ended it."""
+        if self.ended:
+            return
+        self.ended = True
+        metrics = self._metrics
+        metrics.request_success[reason].inc()
+        if abort_cause is not None:
+            metrics.request_aborts[abort_cause].inc()
+        metrics.e2e_request_latency.observe(now - self._arrival_time)
+        metrics.request_generation_tokens.observe(self._num_generated_tokens)
+        if self._max_tokens is not None:
+            metrics.request_params_max_tokens.observe(self._max_tokens)
+        if self._num_prompt_tokens is not None:
+            metrics.request_prompt_tokens.observe(self._num_prompt_tokens)
+        if self._scheduled_time is not None:
+            metrics.request_queue_time.observe(self._scheduled_time - self._arrival_time)
+        if self._first_token_time is not None:
+            metrics.request_decode_time.observe(self._last_token_time - self._first_token_time)
+            if self._scheduled_time is not None:
+                metrics.request_prefill_time.observe(self._first_token_time - self._scheduled_time)

@@ -1,1 +1,0 @@
-"""REST: routes, bodies, streams, and the way errors look in them."""

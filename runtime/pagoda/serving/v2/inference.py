@@ -1,0 +1,328 @@
+"""V2 (Open Inference Protocol) requests as generation jobs, and results as output tensors; REST and gRPC share it.
+
+In: `text_input` BYTES `[n]` or `[n, 1]`, or `input_ids` of an integer datatype, `[t]` or `[n, t]`. Sampling comes as request
+parameters or as tensors of the same names: one element for all prompts, or one for each; a field that is a list (`stop`,
+`stop_token_ids`, ...) is `[k]` for all prompts or `[n, k]`. Out: see `OUTPUTS`. Where the sampling parameter `n` is above 1,
+every output has a second dimension of that size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import orjson
+
+from pagoda.errors import InvalidRequestError, NotSupportedError
+from pagoda.serving.generation import GenerationJob, SequenceResult, check_job_count
+from pagoda.serving.parameters import FIELDS, LIST_FIELDS, MakeSampling, RequestOptions, parse_parameters
+from pagoda.serving.v2.tensors import (
+    BYTES,
+    INTEGER_DATATYPES,
+    Tensor,
+    shown,
+    tensor_from_raw,
+    tensor_from_values,
+    text_of,
+)
+from pagoda.text.output import PositionLogprobs, TokenLogprob
+
+MODEL_VERSION = "1"
+PLATFORM = "pagoda"
+EXTENSIONS = (
+    "model_repository",
+    "model_repository_extension",  # KServe's name of the same
+    "binary_tensor_data",
+    "parameters",
+    "generate",
+)
+TEXT_INPUT = "text_input"
+INPUT_IDS = "input_ids"
+INPUTS: tuple[dict[str, Any], ...] = (
+    {"name": TEXT_INPUT, "datatype": BYTES, "shape": [-1]},
+    {"name": INPUT_IDS, "datatype": "INT64", "shape": [-1, -1]},
+)
+OUTPUTS: tuple[dict[str, Any], ...] = (
+    {"name": "text_output", "datatype": BYTES, "shape": [-1]},
+    {"name": "output_ids", "datatype": "INT64", "shape": [-1, -1]},
+    {"name": "finish_reason", "datatype": BYTES, "shape": [-1]},
+    {"name": "num_input_tokens", "datatype": "INT64", "shape": [-1]},
+    {"name": "num_output_tokens", "datatype": "INT64", "shape": [-1]},
+    {"name": "logprobs", "datatype": BYTES, "shape": [-1]},
+)
+OUTPUT_NAMES = tuple(output["name"] for output in OUTPUTS)
+PADDING_ID = -1
+"""Fills `output_ids` behind the shorter sequences."""
+LOWEST_LOGPROB = -9999.0
+
+
+@dataclass(frozen=True, slots=True)
+class RequestedOutput:
+    """An output the client named; `binary_data` is None where it said nothing about the form."""
+
+    name: str
+    binary_data: bool | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class V2Request:
+    """A decoded infer request of any protocol. `outputs` is empty where the client named none."""
+
+    request_id: str = ""
+    inputs: list[Tensor]
+    parameters: Mapping[str, object] = field(default_factory=dict)
+    outputs: tuple[RequestedOutput, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class V2Batch:
+    """What a V2 request asks for: one job a prompt. `stream` and `output_names` hold for the whole request."""
+
+    jobs: list[GenerationJob]
+    output_names: tuple[str, ...]
+
+    @property
+    def stream(self) -> bool:
+        """Whether the client asked for pieces as they come."""
+        return self.jobs[0].options.stream
+
+
+class InferInputLike(Protocol):
+    """What is read of kserve's `InferInput`; typed by shape so that nothing here imports kserve."""
+
+    name: str
+    shape: list[int]
+    datatype: str
+    data: Any
+
+
+class InferRequestLike(Protocol):
+    """What is read of kserve's `InferRequest`."""
+
+    id: str | None
+    inputs: Sequence[Any]
+    parameters: Any
+    request_outputs: Sequence[Any] | None
+
+
+def from_infer_request(request: InferRequestLike) -> V2Request:
+    """A V2 request from kserve's own type. `parameters` must be plain values, not protobuf messages."""
+    inputs = []
+    for tensor in request.inputs:
+        raw = getattr(tensor, "_raw_data", None)
+        if raw is not None:
+            inputs.append(tensor_from_raw(tensor.name, tensor.datatype, tensor.shape, raw))
+        else:
+            inputs.append(tensor_from_values(tensor.name, tensor.datatype, tensor.shape, tensor.data))
+    outputs = tuple(requested_output(item.name, item.parameters or {}) for item in request.request_outputs or ())
+    return V2Request(
+        request_id=request.id or "", inputs=inputs, parameters=dict(request.parameters or {}), outputs=outputs
+    )
+
+
+def requested_output(name: str, parameters: Mapping[str, object]) -> RequestedOutput:
+    """One entry of a request's `outputs`, checked."""
+    if name not in OUTPUT_NAMES:
+        raise InvalidRequestError(f"unknown output {shown(name)}; the outputs are {', '.join(OUTPUT_NAMES)}", "outputs")
+    binary_data: bool | None = None
+    for key, value in parameters.items():
+        if key == "binary_data" and isinstance(value, bool):
+            binary_data = value
+        elif key == "binary_data":
+            raise InvalidRequestError(
+                f"output {name!r}: binary_data must be true or false, got {shown(value)}", "outputs"
+            )
+        elif key == "classification" or key.startswith("shared_memory"):
+            raise NotSupportedError(f"output {name!r}: {key} is not supported")
+    return RequestedOutput(name, binary_data)
+
+
+def parse_infer(request: V2Request, make_sampling: MakeSampling) -> V2Batch:
+    """The jobs of a request; raises `InvalidRequestError` (naming what is allowed) for anything that does not fit."""
+    tensors: dict[str, Tensor] = {}
+    for tensor in request.inputs:
+        if tensor.name in tensors:
+            raise InvalidRequestError(f"input {shown(tensor.name)} is given twice", "inputs")
+        if tensor.name not in FIELDS and tensor.name not in (TEXT_INPUT, INPUT_IDS):
+            known = ", ".join((TEXT_INPUT, INPUT_IDS, *sorted(FIELDS)))
+            raise InvalidRequestError(f"unknown input {shown(tensor.name)}; the inputs are {known}", "inputs")
+        tensors[tensor.name] = tensor
+    prompts = _prompts(tensors.pop(TEXT_INPUT, None), tensors.pop(INPUT_IDS, None))
+    for name in tensors:
+        if name in request.parameters:
+            raise InvalidRequestError(f"{name} is given both as a tensor and as a parameter", name)
+    columns = {name: _column(tensor, len(prompts)) for name, tensor in tensors.items()}
+    jobs = []
+    for index, prompt in enumerate(prompts):
+        row = {name: column[index] for name, column in columns.items()}
+        jobs.append(_job(prompt, {**request.parameters, **row}, make_sampling))
+    batch = V2Batch(jobs, _output_names(request.outputs, jobs))
+    _check_batch(batch)
+    return batch
+
+
+def parse_generate(body: Mapping[str, object], make_sampling: MakeSampling) -> GenerationJob:
+    """The job of a generate body: `text_input` or `input_ids`, and parameters in `parameters` or beside them."""
+    fields = {key: value for key, value in body.items() if key not in (TEXT_INPUT, INPUT_IDS, "id", "parameters")}
+    parameters = body.get("parameters")
+    if parameters is not None and not isinstance(parameters, Mapping):
+        raise InvalidRequestError(f"parameters must be an object, got {shown(parameters)}", "parameters")
+    for name in parameters or ():
+        if name in fields:
+            raise InvalidRequestError(f"{name} is given both in the body and in its parameters", name)
+    text, ids = body.get(TEXT_INPUT), body.get(INPUT_IDS)
+    if (text is None) == (ids is None):
+        raise InvalidRequestError(f"give exactly one of {TEXT_INPUT} (a string) and {INPUT_IDS} (a list)", TEXT_INPUT)
+    prompt: str | list[int]
+    if ids is not None:
+        if not isinstance(ids, list):
+            raise InvalidRequestError(f"{INPUT_IDS} must be a list of token ids, got {shown(ids)}", INPUT_IDS)
+        prompt = _token_ids(ids)
+    elif isinstance(text, str):
+        prompt = text
+    else:
+        raise InvalidRequestError(f"{TEXT_INPUT} must be a string, got {shown(text)}", TEXT_INPUT)
+    job = _job(prompt, {**fields, **(parameters or {})}, make_sampling)
+    if job.sampling.n > 1:
+        raise InvalidRequestError("n must be 1 here; infer and /v1/completions return several sequences", "n")
+    return job
+
+
+def output_tensors(results: Sequence[Sequence[SequenceResult]], names: Iterable[str]) -> list[Tensor]:
+    """The named outputs of finished prompts, in the order asked for: `results[prompt][sequence]`."""
+    flat = [sequence for sequences in results for sequence in sequences]
+    num_sequences = len(results[0])
+    shape = (len(results),) if num_sequences == 1 else (len(results), num_sequences)
+    return [_output_tensor(name, flat, shape) for name in names]
+
+
+def logprobs_json(logprobs: Sequence[PositionLogprobs] | None) -> list[dict[str, Any]]:
+    """One object a generated token: its id, text, log-probability and rank, and the `top` candidates."""
+    return [
+        {**_candidate(position.chosen), "top": [_candidate(candidate) for candidate in position.top]}
+        for position in logprobs or ()
+    ]
+
+
+def finite_logprob(logprob: float) -> float:
+    """`logprob` as JSON can hold it: a token that cannot come has minus infinity, which is no JSON number."""
+    return max(logprob, LOWEST_LOGPROB)
+
+
+def _candidate(token: TokenLogprob) -> dict[str, Any]:
+    return {
+        "id": token.token_id,
+        "text": token.token,
+        "logprob": finite_logprob(token.logprob),
+        "rank": token.rank,
+    }
+
+
+def _prompts(text: Tensor | None, ids: Tensor | None) -> list[str | list[int]]:
+    if text is not None and ids is not None:
+        raise InvalidRequestError(f"give {TEXT_INPUT} or {INPUT_IDS}, not both", "inputs")
+    if text is not None:
+        if text.datatype != BYTES:
+            raise InvalidRequestError(f"{TEXT_INPUT} must be BYTES, got {text.datatype}", TEXT_INPUT)
+        if not (len(text.shape) == 1 or (len(text.shape) == 2 and text.shape[1] == 1)) or not text.data:
+            raise InvalidRequestError(
+                f"{TEXT_INPUT} must have shape [n] or [n, 1], n at least 1, got {list(text.shape)}", TEXT_INPUT
+            )
+        return [text_of(TEXT_INPUT, element) for element in text.data]
+    if ids is None:
+        raise InvalidRequestError(f"an input {TEXT_INPUT} (BYTES) or {INPUT_IDS} (INT64) is required", "inputs")
+    if ids.datatype not in INTEGER_DATATYPES:
+        raise InvalidRequestError(f"{INPUT_IDS} must be INT64, got {ids.datatype}", INPUT_IDS)
+    if len(ids.shape) not in (1, 2) or not ids.data:
+        raise InvalidRequestError(
+            f"{INPUT_IDS} must have shape [t] or [n, t], both at least 1, got {list(ids.shape)}", INPUT_IDS
+        )
+    length = ids.shape[-1]
+    return [_token_ids(ids.data[start : start + length]) for start in range(0, len(ids.data), length)]
+
+
+def _token_ids(values: list[Any]) -> list[int]:
+    """Ids that are integers from 0; whether the vocabulary has them is checked at admission."""
+    if not values:
+        raise InvalidRequestError(f"{INPUT_IDS} must hold at least one token id", INPUT_IDS)
+    if set(map(type, values)) == {int} and min(values) >= 0 and max(values) < 2**31:
+        return values
+    wrong = next(value for value in values if type(value) is not int or not 0 <= value < 2**31)
+    raise InvalidRequestError(f"{INPUT_IDS} must hold token ids from 0, got {shown(wrong)}", INPUT_IDS)
+
+
+def _column(tensor: Tensor, num_prompts: int) -> list[Any]:
+    """One value a prompt of a tensor that carries a parameter."""
+    values = [text_of(tensor.name, value) for value in tensor.data] if tensor.datatype == BYTES else tensor.data
+    if tensor.name in LIST_FIELDS:
+        if len(tensor.shape) <= 1:
+            return [values] * num_prompts
+        if len(tensor.shape) == 2 and tensor.shape[0] == num_prompts:
+            width = tensor.shape[1]
+            return [values[index * width : (index + 1) * width] for index in range(num_prompts)]
+        raise InvalidRequestError(
+            f"{tensor.name} must have shape [k] or [{num_prompts}, k], got {list(tensor.shape)}", tensor.name
+        )
+    if len(values) == 1:
+        return values * num_prompts
+    if len(values) == num_prompts and math.prod(tensor.shape[1:]) == 1:
+        return values
+    raise InvalidRequestError(
+        f"{tensor.name} must have shape [1] or [{num_prompts}], got {list(tensor.shape)}", tensor.name
+    )
+
+
+def _job(prompt: str | list[int], parameters: Mapping[str, object], make_sampling: MakeSampling) -> GenerationJob:
+    sampling, options = parse_parameters(parameters, make_sampling)
+    if sampling.prompt_logprobs is not None:
+        raise InvalidRequestError("prompt_logprobs is available on /v1/completions only", "prompt_logprobs")
+    return GenerationJob(prompt=prompt, sampling=sampling, options=options)
+
+
+def _output_names(outputs: tuple[RequestedOutput, ...], jobs: list[GenerationJob]) -> tuple[str, ...]:
+    if not outputs:
+        wants_logprobs = any(job.sampling.logprobs is not None for job in jobs)
+        return OUTPUT_NAMES if wants_logprobs else OUTPUT_NAMES[:-1]
+    names = tuple(output.name for output in outputs)
+    if len(set(names)) != len(names):
+        raise InvalidRequestError(f"an output is named twice in {list(names)}", "outputs")
+    return names
+
+
+def _check_batch(batch: V2Batch) -> None:
+    """What must hold for all prompts of a request together."""
+    first = batch.jobs[0]
+    if any(job.sampling.n != first.sampling.n for job in batch.jobs):
+        raise InvalidRequestError("n must be the same for all prompts of a request", "n")
+    if any(_shared(job.options) != _shared(first.options) for job in batch.jobs):
+        raise InvalidRequestError("stream and timeout must be the same for all prompts of a request", "stream")
+    check_job_count(batch.jobs)
+
+
+def _shared(options: RequestOptions) -> tuple[object, ...]:
+    return options.stream, options.timeout_seconds
+
+
+def _output_tensor(name: str, results: list[SequenceResult], shape: tuple[int, ...]) -> Tensor:
+    datatype = next(output["datatype"] for output in OUTPUTS if output["name"] == name)
+    data: list[Any]
+    if name == "output_ids":
+        longest = max(len(result.token_ids) for result in results)
+        data = []
+        for result in results:
+            data += result.token_ids
+            data += [PADDING_ID] * (longest - len(result.token_ids))
+        return Tensor(name, datatype, (*shape, longest), data)
+    if name == "text_output":
+        data = [result.text for result in results]
+    elif name == "finish_reason":
+        data = [str(result.finish_reason or "") for result in results]
+    elif name == "num_input_tokens":
+        data = [result.num_prompt_tokens for result in results]
+    elif name == "num_output_tokens":
+        data = [len(result.token_ids) for result in results]
+    else:
+        data = [orjson.dumps(logprobs_json(result.logprobs)).decode() for result in results]
+    return Tensor(name, datatype, shape, data)

@@ -1,0 +1,116 @@
+"""`pagoda models quantize`: what it writes is what quantization at load gives, and transformers' layout of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pagoda.cli.main import main as pagoda
+from pagoda.errors import CheckpointError, ConfigError
+from pagoda.models.build import build_model
+from pagoda.models.config import ModelConfig
+from pagoda.models.decoder import DecoderForCausalLM
+from pagoda.models.demo import demo_checkpoint
+from pagoda.models.dummy import DummySpec, write_dummy_checkpoint
+from pagoda.models.loading.loader import load_weights
+from pagoda.models.quantization import writing
+from pagoda.models.quantization.quality import ScoredText, in_windows, score
+from pagoda.models.quantization.schemes import QuantizationConfig, choose_quantization
+from pagoda.models.quantization.writing import write_quantized_checkpoint
+
+SPEC = DummySpec(hidden_size=64, intermediate_size=96, num_layers=2, num_shards=2)
+SIZES = (64, 64, 96)
+
+
+def no_progress(done: int, total: int) -> None:
+    assert 0 <= done <= total
+
+
+def loaded(directory: Path, quantization: QuantizationConfig | None) -> DecoderForCausalLM:
+    model = build_model(ModelConfig.from_directory(directory), torch.float32, quantization=quantization)
+    load_weights(model, directory)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_written_checkpoint_equals_quantization_at_load(
+    kind: str, tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = DummySpec(hidden_size=64, intermediate_size=96, num_layers=2, num_shards=2, tie_word_embeddings=tied)
+    source = write_dummy_checkpoint(tmp_path / "source", spec)
+    monkeypatch.setattr(writing, "_SHARD_BYTES", 50_000)
+    write_quantized_checkpoint(source, tmp_path / "new" / "quantized", kind, None, no_progress)
+    written = tmp_path / "new" / "quantized"
+    assert len(list(written.glob("model-*-of-*.safetensors"))) > 1
+    assert (written / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+    stored = ModelConfig.from_directory(written).quantization
+    assert stored is not None
+    at_load = loaded(source, choose_quantization(kind, None, None, SIZES))
+    tokens = [ScoredText(tuple(range(3, 40)))]
+    ours, theirs = (score(model, tokens, lambda: None) for model in (at_load, loaded(written, stored)))
+    assert torch.equal(ours.logprobs, theirs.logprobs)
+
+
+def test_int4_layout_is_that_of_compressed_tensors(tmp_path: Path) -> None:
+    source = write_dummy_checkpoint(tmp_path / "source", DummySpec(hidden_size=64, intermediate_size=96, num_layers=1))
+    write_quantized_checkpoint(source, tmp_path / "quantized", "int4", 32, no_progress)
+    tensors = load_file(tmp_path / "quantized" / "model.safetensors")
+    name = "model.layers.0.mlp.gate_proj."
+    assert tensors[name + "weight_packed"].shape == (96, 8)
+    assert tensors[name + "weight_packed"].dtype == torch.int32
+    assert tensors[name + "weight_scale"].shape == (96, 2)
+    assert tensors[name + "weight_zero_point"].shape == (12, 2)
+    assert tensors[name + "weight_shape"].tolist() == [96, 64]
+    assert tensors["lm_head.weight"].dtype == torch.float32
+    weight = load_file(source / "model.safetensors")[name + "weight"]
+    word, zero_word = int(tensors[name + "weight_packed"][5, 3]), int(tensors[name + "weight_zero_point"][0, 0])
+    q, zero = word >> 8 & 15, zero_word >> 20 & 15  # input 26, the third of its word; output 5, the sixth of its word
+    scale = float(tensors[name + "weight_scale"][5, 0])
+    assert (q - zero) * scale == pytest.approx(float(weight[5, 26]), abs=scale / 2 * 1.001)
+
+
+def test_quality_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write_dummy_checkpoint(tmp_path / "source", SPEC)
+    text = tmp_path / "text.txt"
+    text.write_text("a pagoda has many roofs " * 40)
+    options = ["--quantization", "int4", "--group-size", "32", "--text", str(text)]
+    assert pagoda(["models", "quantize", str(source), str(tmp_path / "out"), *options]) == 0
+    report = capsys.readouterr().out
+    assert "int4 (4 bits, groups of 32)" in report
+    assert "perplexity" in report
+    assert "same first choice" in report
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "compressed-tensors"
+
+
+def test_score_is_that_of_the_logits(tmp_path: Path) -> None:
+    """Perplexity of a whole text equals that of its tokens, wherever scoring begins."""
+    model = loaded(demo_checkpoint(), None)
+    ids = tuple(range(5, 45))
+    (whole, tail) = (score(model, [ScoredText(ids, first)], lambda: None) for first in (1, 30))
+    assert len(whole.choices) == 39
+    torch.testing.assert_close(whole.logprobs[29:], tail.logprobs)
+    assert whole.agreement(whole) == 1.0
+    assert whole.perplexity > 1.0
+
+
+def test_long_texts_are_cut_in_windows() -> None:
+    pieces = in_windows(range(1025))
+    assert [len(piece.token_ids) for piece in pieces] == [512, 512]
+
+
+def test_what_cannot_be_quantized_is_refused(tmp_path: Path) -> None:
+    source = write_dummy_checkpoint(tmp_path / "source", SPEC)
+    with pytest.raises(CheckpointError, match="exists already"):
+        write_quantized_checkpoint(source, tmp_path, "int8", None, no_progress)
+    with pytest.raises(ConfigError, match="possible: 32"):
+        write_quantized_checkpoint(source, tmp_path / "out", "int4", 128, no_progress)
+    write_quantized_checkpoint(source, tmp_path / "once", "int8", None, no_progress)
+    with pytest.raises(ConfigError, match="quantized already"):
+        write_quantized_checkpoint(tmp_path / "once", tmp_path / "twice", "int4", None, no_progress)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["once", "source"]

@@ -1,0 +1,157 @@
+"""The loop of the core's process: what counts as a sign of life, and how refusals travel."""
+
+from __future__ import annotations
+
+import os
+import queue
+import socket
+from collections.abc import Callable, Iterator
+from typing import Never
+
+import pytest
+
+from pagoda.engine import process, wire
+from pagoda.engine.client.prelaunch import LaunchedCore
+from pagoda.engine.core.process import CoreProcess
+from pagoda.engine.heartbeat import ProgressBoard
+from pagoda.engine.messages import (
+    EngineFailed,
+    EngineOutput,
+    EngineOutputs,
+    EngineRequest,
+    EngineStats,
+    Shutdown,
+    StartCore,
+)
+from pagoda.errors import ErrorKind, QueueFullError
+from pagoda.sampling.output import FinishReason
+from pagoda.sampling.params import SamplingParams
+
+REQUEST = EngineRequest(request_id="r", prompt_token_ids=[1], sampling=SamplingParams(), max_tokens=1)
+
+
+class Connection:
+    """The process's end of the connection, without a socket."""
+
+    def __init__(self) -> None:
+        self.inbox: queue.Queue = queue.Queue()
+        self.sent: list = []
+        self.send = self.sent.append
+
+
+class Core:
+    """A core that always has work; each turn brings what `turn` says."""
+
+    has_work = True
+    on_submit = None
+
+    def __init__(self, turn: Callable[[], EngineOutputs]) -> None:
+        self.step = turn
+
+    def stats(self) -> EngineStats:
+        return EngineStats()
+
+    def ranks(self) -> list[Never]:
+        return []
+
+
+@pytest.fixture
+def board() -> Iterator[ProgressBoard]:
+    board = ProgressBoard()
+    yield board
+    board.close()
+
+
+@pytest.mark.parametrize("brings", ["nothing", "a step", "an end outside of a step"])
+def test_only_a_turn_that_brings_something_is_a_sign_of_life(board: ProgressBoard, brings: str) -> None:
+    connection = Connection()
+    num_turns = 0
+
+    def turn() -> EngineOutputs:
+        nonlocal num_turns
+        num_turns += 1
+        if num_turns == 5:
+            connection.inbox.put(Shutdown())
+        outputs = [EngineOutput(request_id="r", finish_reason=FinishReason.ABORT)] if "end" in brings else []
+        return EngineOutputs(outputs, EngineStats(step=num_turns if brings == "a step" else 0), 0.0)
+
+    CoreProcess(Core(turn), connection, board).run()  # type: ignore[arg-type]
+    assert num_turns == 5
+    assert board.read().is_up == (brings != "nothing")
+    assert len(connection.sent) == (0 if brings == "nothing" else 5)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"), [(QueueFullError("full", 3), ErrorKind.QUEUE_FULL), (KeyError("x"), ErrorKind.INTERNAL)]
+)
+def test_a_request_that_is_not_taken_gets_its_one_end(board: ProgressBoard, error: Exception, kind: ErrorKind) -> None:
+    connection = Connection()
+    core = Core(lambda: pytest.fail("there is nothing to run"))
+
+    def refuse(request: EngineRequest) -> None:
+        raise error
+
+    core.add_request = refuse  # type: ignore[attr-defined]
+    for message in (REQUEST, Shutdown()):
+        connection.inbox.put(message)
+    CoreProcess(core, connection, board).run()  # type: ignore[arg-type]
+    (news,) = connection.sent
+    (output,) = news.outputs
+    assert (output.request_id, output.finish_reason, output.error_kind) == ("r", FinishReason.ERROR, kind)
+
+
+def test_what_the_step_holds_stands_on_the_board_while_it_runs(board: ProgressBoard) -> None:
+    core = Core(lambda: pytest.fail("not run"))
+    CoreProcess(core, Connection(), board)  # type: ignore[arg-type]
+    plan = type("Plan", (), {"total_tokens": 700, "bursts": []})()
+    assert core.on_submit is not None
+    core.on_submit(7, plan)
+    progress = board.read()
+    assert (progress.step, progress.scheduled_tokens, progress.is_busy) == (7, 700, True)
+    assert progress.time > 0
+
+
+def start(monkeypatch: pytest.MonkeyPatch, board: ProgressBoard, first: StartCore) -> wire.Message:
+    """What a core's process, run in this one, says of itself first."""
+    monkeypatch.setattr(process, "become_child", lambda: None)
+    monkeypatch.setattr(process.Connection, "_read", lambda _: None)  # it ends the process with the connection
+    ours, theirs = socket.socketpair()
+    with ours, ours.makefile("rb") as stream:
+        ours.sendall(wire.encode(first))
+        assert process.main(theirs.detach(), os.dup(board.fd)) == 1
+        header = stream.read(wire.HEADER.size)
+        return wire.decode(header, stream.read(wire.payload_size(header)))
+
+
+def test_what_the_engine_cannot_be_imported_for_is_told_to_the_parent(
+    monkeypatch: pytest.MonkeyPatch, board: ProgressBoard
+) -> None:
+    monkeypatch.setattr(process, "_import_engine", lambda: ImportError("libtorch.so: no such file"))
+    answer = start(monkeypatch, board, StartCore({}))
+    assert answer == EngineFailed(ErrorKind.ENGINE_DEAD, "ImportError: libtorch.so: no such file")
+
+
+def test_the_core_has_the_variables_that_came_with_its_configuration(
+    monkeypatch: pytest.MonkeyPatch, board: ProgressBoard
+) -> None:
+    monkeypatch.setenv("PAGODA_TEST_DEVICES", "0")
+
+    def fail(*_: object) -> Never:
+        raise ValueError(f"devices {os.environ['PAGODA_TEST_DEVICES']}")
+
+    monkeypatch.setattr("pagoda.engine.core.startup.start_core", fail)
+    answer = start(monkeypatch, board, StartCore({}, {"PAGODA_TEST_DEVICES": "2,3"}))
+    assert answer == EngineFailed(ErrorKind.ENGINE_DEAD, "ValueError: devices 2,3")
+
+
+def test_a_core_that_gets_no_configuration_ends() -> None:
+    with LaunchedCore() as core:
+        core.socket.shutdown(socket.SHUT_RDWR)
+        assert core.process.wait(timeout=60) == 0
+
+
+def test_a_core_that_nobody_took_over_is_ended() -> None:
+    with pytest.raises(KeyError), LaunchedCore() as core:
+        raise KeyError("the settings are wrong")
+    assert core.process.returncode is not None
+    assert core.socket.fileno() == -1

@@ -1,0 +1,125 @@
+"""Jobs end by their deadline, by the server's end, or by their own; and what ran below them is closed."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator
+from typing import Any, cast
+
+import pytest
+
+from pagoda.errors import DeadlineExceededError, EngineNotReadyError
+from pagoda.sampling.params import SamplingParams
+from pagoda.serving.generation import GenerationJob, GenerationRunner
+from pagoda.serving.health import ServerHealth
+from pagoda.serving.interruptible_wait import BoundedWait
+from pagoda.serving.parameters import RequestOptions
+from pagoda.text.generation import TextGenerator
+from pagoda.text.output import GenerationChunk
+
+
+class Ready:
+    def check_ready(self) -> None:
+        pass
+
+
+class Observer:
+    def on_chunk(self, chunk: GenerationChunk) -> None:
+        pass
+
+    def on_end(self, error: BaseException | None) -> None:
+        pass
+
+
+class Endless:
+    """A generator that gives a token every `seconds`, for ever."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.num_started = self.num_closed = 0
+
+    async def generate(self, *prompt: Any, **options: Any) -> AsyncGenerator[GenerationChunk, None]:
+        self.num_started += 1
+        try:
+            while True:
+                await asyncio.sleep(self.seconds)
+                yield GenerationChunk(text="x", token_ids=[1])
+        finally:
+            self.num_closed += 1
+
+
+def runner_of(generator: Endless) -> GenerationRunner:
+    return GenerationRunner(
+        cast("TextGenerator", generator),
+        cast("ServerHealth", Ready()),
+        request_timeout_seconds=None,
+        observe=lambda job, arrival: Observer(),
+    )
+
+
+def job(seconds: float | None = None) -> GenerationJob:
+    return GenerationJob(prompt="x", sampling=SamplingParams(), options=RequestOptions(timeout_seconds=seconds))
+
+
+@pytest.mark.parametrize("seconds_per_token", [0.01, 100.0])
+async def test_a_deadline_ends_a_job_between_tokens_and_before_the_first(seconds_per_token: float) -> None:
+    generator = Endless(seconds_per_token)
+    runner = runner_of(generator)
+    with pytest.raises(DeadlineExceededError):
+        await asyncio.wait_for(runner.collect(job(0.1), "r"), 30)
+    assert (generator.num_closed, runner.num_running) == (1, 0)
+
+
+async def test_a_deadline_that_has_passed_starts_nothing() -> None:
+    generator = Endless(0.01)
+    with pytest.raises(DeadlineExceededError):
+        await runner_of(generator).collect(job(1e-9), "r")
+    assert generator.num_started == 0
+
+
+async def test_a_deadline_does_not_strike_a_reader_that_is_busy_elsewhere() -> None:
+    """The reader's own waits are not cancelled; it hears of the deadline when it comes back for more."""
+    stream = runner_of(Endless(0.0)).stream(job(0.05), "r")
+    await anext(stream)
+    await asyncio.sleep(0.2)
+    with pytest.raises(DeadlineExceededError):
+        await anext(stream)
+
+
+async def test_stopping_ends_all_jobs_and_those_to_come() -> None:
+    generator = Endless(100.0)
+    runner = runner_of(generator)
+    running = [asyncio.create_task(runner.collect(job(), f"r-{index}")) for index in range(3)]
+    await asyncio.sleep(0.05)
+    runner.stop()
+    for task in [*running, asyncio.create_task(runner.collect(job(), "late"))]:
+        with pytest.raises(EngineNotReadyError):
+            await asyncio.wait_for(task, 30)
+    assert (generator.num_started, generator.num_closed) == (3, 3)
+
+
+async def test_a_cancelled_reader_stays_cancelled_when_its_deadline_comes_at_the_same_time() -> None:
+    wait = BoundedWait()
+    task = asyncio.create_task(wait.run(asyncio.sleep(100)))
+    await asyncio.sleep(0)
+    wait.interrupt(DeadlineExceededError("late"))
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def test_an_interrupted_wait_leaves_its_task_uncancelled() -> None:
+    wait = BoundedWait()
+
+    async def reader() -> float:
+        with pytest.raises(DeadlineExceededError):
+            await wait.run(asyncio.sleep(100))
+        started = time.monotonic()
+        await asyncio.sleep(0.01)
+        return time.monotonic() - started
+
+    task = asyncio.create_task(reader())
+    await asyncio.sleep(0)
+    wait.interrupt(DeadlineExceededError("late"))
+    assert await task >= 0.005
