@@ -9,6 +9,8 @@ import pytest
 
 from tests.support.notes import Note
 
+pytest_plugins = ["tests.support.leftovers"]
+
 # A shell that starts the suite in the background has SIGINT ignored, and every process started here would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

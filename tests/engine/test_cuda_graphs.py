@@ -19,10 +19,11 @@ from pagoda.execution.cuda_graphs import (
     reserved_bytes,
     uses_cuda_graphs,
 )
-from pagoda.models.dummy import DummySpec, write_dummy_checkpoint
+from pagoda.models.dummy import DummySpec
 from pagoda.parallel.groups import TensorGroup
 from pagoda.parallel.layout import ParallelLayout
 from pagoda.sampling.params import SamplingParams
+from tests.support.checkpoints import shared_checkpoint
 from tests.support.plan_driver import PlanDriver, Sequence, make_executor
 from tests.support.recording import Recording
 
@@ -31,10 +32,8 @@ NUM_OUTPUT = 12
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_dummy_checkpoint(
-        tmp_path_factory.mktemp("graphs") / "model", DummySpec(num_layers=2, sliding_window=16)
-    )
+def checkpoint() -> Path:
+    return shared_checkpoint(DummySpec(num_layers=2, sliding_window=16))
 
 
 def outputs(checkpoint: Path, recording: Recording | None) -> tuple[list[Sequence], torch.Tensor]:

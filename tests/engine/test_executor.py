@@ -9,17 +9,11 @@ from pagoda.config.schema import PagodaConfig
 from pagoda.errors import CheckpointError, ConfigError, EngineDeadError
 from pagoda.execution.executor import InProcessExecutor, create_executor
 from pagoda.models.config import ModelConfig
-from pagoda.models.dummy import DummySpec, write_dummy_checkpoint
 from pagoda.sampling.params import SamplingParams
 from tests.support.plan_driver import PlanDriver, make_executor
 
 GREEDY = SamplingParams(temperature=0.0)
 RESOLVED = {"device": "cpu", "dtype": "float32", "threads": 1, "max_num_seqs": 4, "max_num_batched_tokens": 64}
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_dummy_checkpoint(tmp_path_factory.mktemp("executor") / "model", DummySpec(num_layers=2))
 
 
 def config_of(checkpoint: Path, **settings) -> PagodaConfig:

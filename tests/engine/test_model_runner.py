@@ -12,7 +12,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pagoda.execution.executor import InProcessExecutor
-from pagoda.models.dummy import DummySpec, write_dummy_checkpoint
 from pagoda.sampling.params import SamplingParams
 from pagoda.scheduling.plan import StepPlan
 from tests.support.plan_driver import PlanDriver, Sequence, make_executor
@@ -25,11 +24,6 @@ PROMPTS = {
     "long": [(13 * n + 5) % 500 for n in range(61)],
     "longer": [(7 * n + 11) % 500 for n in range(90)],
 }
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_dummy_checkpoint(tmp_path_factory.mktemp("runner") / "model", DummySpec(num_layers=2))
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Connection
@@ -22,6 +21,7 @@ from pagoda.models.config import ModelConfig
 from pagoda.parallel.layout import ParallelLayout
 from pagoda.scheduling.plan import StepPlan, StepResult
 from pagoda.scheduling.sampled_tokens_update import LandedTokensTracker
+from tests.support.ports import free_port
 
 TIMEOUT_SECONDS = 150.0
 
@@ -151,8 +151,7 @@ class PooledExecutor:
 
     def connect(self, stages: Any = None) -> None:
         """See `Executor`."""
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            port = server.getsockname()[1]
+        port = free_port()
         for rank in range(self.layout.world_size):
             self.pool.send(rank, "start", self._config, self._model_config, self.layout, port, rank)
         self._is_up = True

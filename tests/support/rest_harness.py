@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import sys
-import tempfile
 import threading
-import time
 from collections.abc import Awaitable, Callable
-from functools import cache
-from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
 from fastapi import FastAPI
 
 from pagoda.config.schema import PagodaConfig
-from pagoda.models.dummy import DummySpec, write_dummy_checkpoint
 from pagoda.serving.build import make_context
 from pagoda.serving.context import ServingContext
 from pagoda.serving.http.listener import listen
 from pagoda.text.generation import TextGenerator
 from pagoda.text.pool import TokenizerPool
+from tests.support.checkpoints import shared_checkpoint
 from tests.support.fake_engine import FakeEngineClient
 
 T = TypeVar("T")
@@ -37,18 +33,17 @@ def import_kserve() -> Any:
     return kserve
 
 
-@cache
-def checkpoint() -> Path:
-    """A tiny checkpoint, of which the fake engine needs the tokenizer only."""
-    return write_dummy_checkpoint(Path(tempfile.mkdtemp()) / "tiny", DummySpec(num_layers=1))
-
-
 class RestHarness:
     """The server and its parts; use as a context. `client` talks to it; `engine` can be told what to do."""
 
     def __init__(self, *, is_ready: bool = True, max_model_len: int = 128, **settings: Any) -> None:
         self.config = PagodaConfig(
-            model=str(checkpoint()), model_name="demo", host="127.0.0.1", http_port=0, tokenizer_pool_size=1, **settings
+            model=str(shared_checkpoint()),  # the fake engine needs its tokenizer only
+            model_name="demo",
+            host="127.0.0.1",
+            http_port=0,
+            tokenizer_pool_size=1,
+            **settings,
         )
         self._is_ready = is_ready
         self._max_model_len = max_model_len
@@ -90,15 +85,6 @@ class RestHarness:
             function(*arguments)
 
         self.run(call)
-
-    def eventually(self, condition: Callable[[], bool], seconds: float = 10.0) -> bool:
-        """Whether `condition` comes true within `seconds`."""
-        deadline = time.monotonic() + seconds
-        while not condition():
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.005)
-        return True
 
     async def _start(self) -> None:
         import_kserve()

@@ -5,7 +5,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from pagoda.distributed.ray import worker_node
 from pagoda.distributed.ray.node import RayNode
 from pagoda.distributed.ray.worker_node import WorkerNode
 from pagoda.errors import CommunicationError, ConfigError
+from tests.support.waiting import wait_until
 
 STARTED = "print('Ray runtime started.', flush=True)"
 
@@ -34,13 +34,6 @@ def ray_that(monkeypatch: pytest.MonkeyPatch, script: str) -> None:
     monkeypatch.setattr(worker_node, "_PAUSE_SECONDS", 0.05)
 
 
-def until(condition: object, seconds: float = 30.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 def worker(head: str, directory: Path, seconds: float = 20.0) -> WorkerNode:
     config = PagodaConfig(rendezvous_timeout_seconds=seconds)
     return WorkerNode(config, head, RayNode.of(config), directory)
@@ -51,7 +44,7 @@ def test_a_node_joins_says_so_and_leaves_when_told(head: str, tmp_path: Path, mo
     node = worker(head, tmp_path)
     thread = threading.Thread(target=node.run)
     thread.start()
-    until(lambda: (state := published(tmp_path)[0]) is not None and state.stage == JOINED)
+    wait_until(lambda: (state := published(tmp_path)[0]) is not None and state.stage == JOINED)
     node.stop()
     thread.join(20)
     assert not thread.is_alive()
@@ -66,7 +59,7 @@ def test_a_head_that_is_lost_is_joined_again(head: str, tmp_path: Path, monkeypa
     node = worker(head, tmp_path / "state")
     thread = threading.Thread(target=node.run)
     thread.start()
-    until(lambda: count.exists() and len(count.read_text()) >= 3)
+    wait_until(lambda: count.exists() and len(count.read_text()) >= 3)
     node.stop()
     thread.join(20)
 
@@ -79,7 +72,7 @@ def test_a_head_that_does_not_take_the_node_in_is_tried_again_and_quoted(
     thread = threading.Thread(target=node.run)
     thread.start()
     words = f"the Ray head at {head} did not take this node yet: ConnectionError: the GCS does not answer"
-    until(lambda: (state := published(tmp_path)[0]) is not None and state.detail == words)
+    wait_until(lambda: (state := published(tmp_path)[0]) is not None and state.detail == words)
     node.stop()
     thread.join(20)
 
@@ -117,7 +110,7 @@ def test_the_interface_of_the_node_is_handed_on_to_its_ranks_only_where_it_was_n
         node = WorkerNode(config, head, RayNode.of(config), tmp_path / "state")
         thread = threading.Thread(target=node.run)
         thread.start()
-        until(lambda: seen.exists() and seen.read_text())
+        wait_until(lambda: seen.exists() and seen.read_text())
         node.stop()
         thread.join(20)
         assert seen.read_text() == expected
@@ -141,6 +134,6 @@ def test_sigterm_while_it_waits_is_a_clean_end(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "pagoda.cli.main", "join", "127.0.0.1:1", f"--state-directory={tmp_path}"]
     )
-    until(lambda: published(tmp_path)[0] is not None)
+    wait_until(lambda: published(tmp_path)[0] is not None)
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 0

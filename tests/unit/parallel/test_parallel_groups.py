@@ -13,6 +13,7 @@ import torch
 from pagoda.errors import CommunicationError
 from pagoda.parallel.groups import SINGLE_RANK, ParallelGroups, connect_groups
 from pagoda.parallel.layout import ParallelLayout
+from tests.support.ports import free_port
 
 
 def connect(port: int, rank: int, layout: ParallelLayout | None = None, timeout: float = 2.0) -> ParallelGroups:
@@ -48,8 +49,7 @@ def test_single_rank_needs_nobody_and_gives_back_what_it_gets() -> None:
 
 
 def test_rank_zero_listens_on_its_address_alone_and_says_who_did_not_come() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
+    port = free_port()
     with ThreadPoolExecutor(1) as pool:
         meeting = pool.submit(connect, port, 0, None, 2.0)
         wait_for_listener(port)
@@ -62,11 +62,11 @@ def test_rank_zero_listens_on_its_address_alone_and_says_who_did_not_come() -> N
 
 
 def test_address_in_use_and_rank_zero_missing_are_told_with_the_address() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-        with pytest.raises(
-            CommunicationError, match=rf"rank 0 of 2 at the rendezvous on 127.0.0.1:{port} failed: .*in use"
-        ):
-            connect(port, 0)
+    port = free_port()
+    with (
+        socket.create_server(("127.0.0.1", port)),
+        pytest.raises(CommunicationError, match=rf"rank 0 of 2 at the rendezvous on 127.0.0.1:{port} failed: .*in use"),
+    ):
+        connect(port, 0)
     with pytest.raises(CommunicationError, match=rf"rank 1 of 2 at the rendezvous on 127.0.0.1:{port} failed"):
         connect(port, 1, timeout=1.0)
