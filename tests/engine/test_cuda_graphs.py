@@ -38,8 +38,7 @@ def checkpoint() -> Path:
 
 def outputs(checkpoint: Path, recording: Recording | None) -> tuple[list[Sequence], torch.Tensor]:
     executor = make_executor(checkpoint)
-    runner = executor._worker.runner
-    assert runner is not None
+    runner = executor.runner
     if recording is not None:
         with torch.inference_mode():
             runner.capture_graphs(partial(DecodeGraphs, capture=recording))
@@ -67,8 +66,7 @@ def test_captured_steps_give_the_same_tokens_and_keys(checkpoint: Path) -> None:
 
 def test_batches_that_are_no_decode_or_too_large_run_without_a_graph(checkpoint: Path) -> None:
     executor = make_executor(checkpoint, max_num_seqs=8)
-    runner = executor._worker.runner
-    assert runner is not None
+    runner = executor.runner
     recording = Recording()
     with torch.inference_mode():
         runner.graphs = DecodeGraphs(

@@ -12,6 +12,7 @@ import torch
 from pagoda.config.schema import PagodaConfig
 from pagoda.distributed.rank_health import RankHealth
 from pagoda.errors import EngineDeadError
+from pagoda.execution.model_runner import ModelRunner
 from pagoda.execution.worker import Worker
 from pagoda.models.config import ModelConfig
 from pagoda.platform.thread_binding import bind_compute_threads
@@ -114,6 +115,13 @@ class InProcessExecutor:
         self._dead: str | None = None
         # On a GPU a step is only queued by `submit`, so the next one is made meanwhile. On a CPU it is done by then.
         self.max_concurrent_batches = 2 if self._worker.device.type == "cuda" else 1
+
+    @property
+    def runner(self) -> ModelRunner:
+        """The model runner, which is in this process; from `initialize_kv_cache` until `shutdown`."""
+        if self._worker.runner is None:
+            raise RuntimeError("the executor has no model runner: its KV cache is not initialized, or it was shut down")
+        return self._worker.runner
 
     def connect(self, stages: Stages) -> None:
         """See `Executor`."""
