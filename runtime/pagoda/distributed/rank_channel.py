@@ -184,15 +184,16 @@ class SilenceWatch:
     So a process that was itself stopped, or starved of CPU, does not blame the other for the time in which it did not listen.
     """
 
-    def __init__(self, channel: RankChannel) -> None:
+    def __init__(self, channel: RankChannel, clock: Callable[[], float] = time.monotonic) -> None:
         self._channel = channel
+        self._clock = clock
         self._last_heard = channel.last_heard
-        self._last_look = time.monotonic()
+        self._last_look = clock()
         self._silent = 0.0
 
     def look(self) -> float:
         """Seconds of silence up to now."""
-        now = time.monotonic()
+        now = self._clock()
         if self._channel.last_heard != self._last_heard:
             self._last_heard, self._silent = self._channel.last_heard, 0.0
         else:

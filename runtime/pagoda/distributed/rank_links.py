@@ -30,10 +30,16 @@ Answer = TypeVar("Answer")
 class RankLinks:
     """`death_of(rank)`: how a rank's process ended, where its launcher knows."""
 
-    def __init__(self, connections: Sequence[RankConnection], death_of: Callable[[int], str | None]) -> None:
+    def __init__(
+        self,
+        connections: Sequence[RankConnection],
+        death_of: Callable[[int], str | None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._hosts = [connection.host for connection in connections]
         self._pids = [0] * len(connections)
         self._death_of = death_of
+        self._clock = clock
         self._inbox: queue.SimpleQueue[tuple[int, Message | ChannelEnded]] = queue.SimpleQueue()
         self._channels = [RankChannel(connection.socket) for connection in connections]
         self._watches: list[SilenceWatch] = []
@@ -61,7 +67,7 @@ class RankLinks:
         """
         self._heartbeat_timeout = heartbeat_timeout
         self._bound = START_SLACK * heartbeat_timeout
-        self._watches = [SilenceWatch(channel) for channel in self._channels]
+        self._watches = [SilenceWatch(channel, self._clock) for channel in self._channels]
         self._heartbeats = HeartbeatThread(self._channels, Heartbeat, heartbeat_timeout)
         self._heartbeats.start()
 
@@ -129,13 +135,13 @@ class RankLinks:
     ) -> list[Answer]:
         """One `answer` of each rank, in their order; `on_other` is told of messages of another kind.
 
-        Raises what `receive` does, and `EngineDeadError` after `deadline` (monotonic seconds), with the names of those that
+        Raises what `receive` does, and `EngineDeadError` after `deadline` (seconds of the clock), with the names of those that
         did not answer and what `otherwise` says.
         """
         answers: dict[int, Answer] = {}
         while len(answers) < len(self._channels):
-            left = deadline - time.monotonic()
-            received = self.receive(min(LOOK_SECONDS, left)) if left > 0 else None
+            left = deadline - self._clock()
+            received = self.receive(min(LOOK_SECONDS, max(0.0, left)))  # late or not: what has arrived counts
             if received is not None:
                 rank, message = received
                 if isinstance(message, answer):
@@ -165,7 +171,7 @@ class RankLinks:
 
     def _look(self) -> None:
         """Raise `EngineDeadError` for a rank that has been silent for too long."""
-        now = time.monotonic()
+        now = self._clock()
         if now - self._last_look < LOOK_SECONDS:
             return
         self._last_look = now
@@ -179,12 +185,12 @@ class RankLinks:
 
     def _cause(self, rank: int, news: ChannelEnded | RankFailed) -> PagodaError:
         """The error for a rank's end. One that only could not reach others gives these time to say why."""
-        until = time.monotonic() + CAUSE_SECONDS
-        while isinstance(news, RankFailed) and news.is_communication and (left := until - time.monotonic()) > 0:
+        until = self._clock() + CAUSE_SECONDS
+        while isinstance(news, RankFailed) and news.is_communication and (left := until - self._clock()) > 0:
             try:
-                other, message = self._inbox.get(timeout=left)
+                other, message = self._inbox.get(timeout=min(LOOK_SECONDS, left))
             except queue.Empty:
-                break
+                continue
             if isinstance(message, ChannelEnded) and other == rank:
                 continue  # that it ends was said
             if isinstance(message, ChannelEnded | RankFailed):
