@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -99,7 +98,7 @@ def test_several_sequences_add_a_dimension(harness: GrpcHarness) -> None:
 
 def test_deadline_of_the_call_ends_its_request_alone(harness: GrpcHarness) -> None:
     num_started, num_left = len(harness.generator.started), len(harness.generator.left)
-    code, _ = status_of(lambda: harness.infer(infer_request(WAIT), timeout=0.3))
+    code, _ = status_of(lambda: harness.infer(infer_request(WAIT), timeout=1.0))
     assert code is grpc.StatusCode.DEADLINE_EXCEEDED
     assert texts_of(harness.infer(infer_request(["hi"]))) == ["HI"]
     assert harness.generator.left[num_left:] == [harness.generator.started[num_started]]
@@ -109,18 +108,16 @@ def test_deadline_of_the_call_ends_its_request_alone(harness: GrpcHarness) -> No
 def test_timeout_parameter_ends_the_request_before_the_call_does(
     harness: GrpcHarness, parameters: dict[str, float]
 ) -> None:
-    started = time.monotonic()
     code, message = status_of(lambda: harness.infer(infer_request(WAIT, parameters=parameters)))
     assert code is grpc.StatusCode.DEADLINE_EXCEEDED
-    assert "deadline" in message
-    assert time.monotonic() - started < 5
+    assert "the request's deadline passed" in message  # words of the server, not of the client
 
 
 @pytest.mark.parametrize("prompt", [WAIT, HANG])
 @pytest.mark.parametrize("how", ["cancel", "deadline"])
 def test_a_client_that_leaves_aborts_its_request_in_the_engine(harness: GrpcHarness, prompt: str, how: str) -> None:
     num_started, num_left = len(harness.generator.started), len(harness.generator.left)
-    call = harness.stub("ModelInfer").future(infer_request(prompt), timeout=0.3 if how == "deadline" else 20)
+    call = harness.stub("ModelInfer").future(infer_request(prompt), timeout=1.0 if how == "deadline" else 20)
     wait_until(lambda: len(harness.generator.started) > num_started)
     if how == "cancel":
         call.cancel()

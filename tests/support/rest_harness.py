@@ -61,7 +61,7 @@ class RestHarness:
 
     def __exit__(self, *exception: object) -> None:
         self.client.close()
-        self.run(self._stop)
+        self.run(self.stop)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(5)
 
@@ -117,7 +117,8 @@ class RestHarness:
         self.context.runner.attach(TextGenerator.from_config(self.engine, self.pool, self.config))
         self.context.health.text_is_ready()
 
-    async def _stop(self) -> None:
+    async def stop(self) -> None:
+        """End the server as it ends by itself, which may come twice."""
         self.server.close()
         await self._serving
         await self.pool.shutdown()
