@@ -9,7 +9,7 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from pagoda.config.schema import option_defaults
-from pagoda.distributed.rank_health import RankHealth
+from pagoda.parallel.rank_health import RankHealth
 from pagoda.serving.metrics.engine_collector import ENGINE_STATES
 from pagoda.serving.metrics.prometheus import Metrics
 from tests.support.chart import CHART, VALUE_SETS, render, server_container

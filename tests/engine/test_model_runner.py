@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pagoda.execution.executor import InProcessExecutor
+from pagoda.execution.in_process import InProcessExecutor
 from pagoda.models.dummy import DummySpec, write_dummy_checkpoint
 from pagoda.sampling.params import SamplingParams
 from pagoda.scheduling.plan import StepPlan

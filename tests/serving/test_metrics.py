@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from pagoda.distributed.rank_health import RankHealth
 from pagoda.engine.health import EngineState
 from pagoda.engine.heartbeat import EngineProgress
 from pagoda.engine.messages import EngineStats
@@ -21,6 +20,7 @@ from pagoda.errors import (
     InvalidRequestError,
     QueueFullError,
 )
+from pagoda.parallel.rank_health import RankHealth
 from pagoda.sampling.output import FinishReason
 from pagoda.sampling.params import SamplingParams
 from pagoda.serving.metrics.engine_collector import ENGINE_STATES

@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from pagoda.cli.doctor_cluster import cluster_as_text, examine_cluster
-from pagoda.config.auto import ResolvedSettings, choose_cpu_kv_cache_bytes, kv_cache_element_bytes, resolve
 from pagoda.config.checks import shown
 from pagoda.config.command_line import parse_command_line
 from pagoda.config.schema import PagodaConfig, options
 from pagoda.config.sources import LoadedConfig, load
 from pagoda.config.values import format_bytes
+from pagoda.engine.core.auto import ResolvedSettings, kv_cache_element_bytes, resolve
 from pagoda.engine.core.kv_sizing import fit_max_model_len
 from pagoda.errors import PagodaError
+from pagoda.execution.kv_memory import choose_cpu_kv_cache_bytes
 from pagoda.models.checkpoint_source import checkpoint_directory
 from pagoda.models.config import ModelConfig
 from pagoda.models.quantization.schemes import choose_quantization

@@ -15,10 +15,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from pagoda import __version__
 from pagoda.config.schema import PagodaConfig
 from pagoda.distributed.rank_channel import LONGEST_LOOK_SECONDS
-from pagoda.distributed.rank_health import RankHealth
 from pagoda.distributed.rank_launcher import RankConnection, RankLauncher
 from pagoda.distributed.rank_links import CAUSE_SECONDS, LOOK_SECONDS, RankLinks
 from pagoda.distributed.rank_messages import (
@@ -45,10 +43,12 @@ from pagoda.execution.executor import FailedStep, KVBudget, LoadProgress, Stages
 from pagoda.models.config import ModelConfig
 from pagoda.parallel.layout import ParallelLayout
 from pagoda.parallel.preflight import communication_table
+from pagoda.parallel.rank_health import RankHealth
 from pagoda.parallel.rank_info import compare_facts, facts_table
 from pagoda.scheduling.plan import NO_LANDED_TOKENS, StepPlan, StepResult
 from pagoda.scheduling.sampled_tokens_update import LandedTokensTracker
 from pagoda.scheduling.step_timeout import stall_bound, tokens_to_wait_for
+from pagoda.version import __version__
 
 logger = logging.getLogger(__name__)
 

@@ -23,8 +23,7 @@ from typing import Any
 
 import torch
 
-from pagoda import __version__, faults
-from pagoda.config.auto import choose_threads
+from pagoda import faults
 from pagoda.config.schema import PagodaConfig
 from pagoda.distributed.node_state import READY, StateFile, rank_file
 from pagoda.distributed.rank_channel import ChannelEnded, HeartbeatThread, RankChannel, SilenceWatch
@@ -63,9 +62,10 @@ from pagoda.parallel.layout import ParallelLayout
 from pagoda.parallel.preflight import check_communication
 from pagoda.parallel.rank_info import RankFacts, describe_rank
 from pagoda.platform.hardware import cpu_report, memory_report
-from pagoda.platform.thread_binding import bind_compute_threads
+from pagoda.platform.threads import bind_compute_threads, choose_threads
 from pagoda.scheduling.plan import StepPlan
 from pagoda.scheduling.step_timeout import stall_bound
+from pagoda.version import __version__
 
 logger = logging.getLogger(__name__)
 
@@ -179,7 +179,7 @@ class RankService:
             index=index,
         )
         if config.device == "cpu":
-            bind_compute_threads(config, index=index, num_ranks=start.ranks_on_host)
+            bind_compute_threads(config.cpu_thread_affinity, config.threads, index=index, num_ranks=start.ranks_on_host)
         logger.info("%s; interface %s", threads, interface)
         self._config = replace(config, threads=threads.value)
         self._model_config = ModelConfig.from_directory(str(config.model))

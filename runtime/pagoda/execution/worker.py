@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from pagoda.config.auto import choose_cpu_kv_cache_bytes
 from pagoda.config.schema import PagodaConfig
 from pagoda.config.values import format_bytes
 from pagoda.errors import ConfigError
@@ -20,6 +19,7 @@ from pagoda.execution.kernel_choice import (
     packs_weights,
     reserve_decode_workspace,
 )
+from pagoda.execution.kv_memory import choose_cpu_kv_cache_bytes
 from pagoda.execution.model_runner import ModelRunner, PendingBurst, PendingStep
 from pagoda.execution.precompile import ModelBuild, kernels_compiled_meanwhile
 from pagoda.models.build import build_model

@@ -18,8 +18,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from pagoda import __version__
 from pagoda.config.schema import PagodaConfig
+from pagoda.version import __version__
 
 # Settings that say nothing about what the ranks compute, or may differ from node to node.
 _LOCAL_SETTINGS = frozenset({"model", "threads", "network_interface", "host", "http_port", "grpc_port", "api_keys"})

@@ -118,7 +118,7 @@ import sys
 for name in ("pydantic", "yaml", "torch", "numpy"):
     sys.modules[name] = None
 from pagoda.config import PagodaConfig, from_kwargs
-from pagoda.config.auto import resolve
+from pagoda.engine.core.auto import resolve
 from pagoda.platform.hardware import cpu_report, memory_report
 from pagoda.engine.core.kv_sizing import fit_max_model_len
 from pagoda.errors import ConfigError

@@ -16,7 +16,6 @@ from contextlib import suppress
 from dataclasses import replace
 
 from pagoda.config.schema import PagodaConfig
-from pagoda.distributed.rank_health import RankHealth
 from pagoda.engine.client.core_handle import CoreChild
 from pagoda.engine.client.output_collector import Mailbox
 from pagoda.engine.client.prelaunch import LaunchedCore
@@ -46,6 +45,7 @@ from pagoda.errors import (
     QueueFullError,
     error_of,
 )
+from pagoda.parallel.rank_health import RankHealth
 
 logger = logging.getLogger(__name__)
 

@@ -13,10 +13,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 
-from pagoda.distributed.rank_health import RankHealth
 from pagoda.engine.messages import EngineOutput, EngineOutputs, EngineReady, EngineRequest, EngineStats
 from pagoda.errors import EngineDeadError, InvalidRequestError
 from pagoda.execution.executor import Executor, StepHandle, is_out_of_memory
+from pagoda.parallel.rank_health import RankHealth
 from pagoda.scheduling.plan import StepPlan
 from pagoda.scheduling.request import Request
 from pagoda.scheduling.scheduler import Progress, Scheduler

@@ -18,7 +18,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 from pagoda.config.schema import PagodaConfig
-from pagoda.distributed.rank_health import RankHealth
 from pagoda.engine.client.client import EngineClient, ProcessEngineClient
 from pagoda.engine.client.prelaunch import LaunchedCore
 from pagoda.engine.data_parallel.health import overall
@@ -34,7 +33,8 @@ from pagoda.errors import (
     PagodaError,
     QueueFullError,
 )
-from pagoda.platform.thread_affinity import affinities_of_replicas
+from pagoda.parallel.rank_health import RankHealth
+from pagoda.platform.threads import affinities_of_replicas
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -72,7 +72,11 @@ class DataParallelClient(EngineClient):
         self._config = config
         num_replicas, num_ranks = config.data_parallel_size, config.tensor_parallel_size * config.pipeline_parallel_size
         share = replace(config, max_num_waiting=-(-config.max_num_waiting // num_replicas))
-        affinities = affinities_of_replicas(config)
+        affinities = [config.cpu_thread_affinity] * num_replicas
+        if config.device != "cuda":
+            affinities = affinities_of_replicas(
+                config.cpu_thread_affinity, config.threads, num_replicas=num_replicas, num_ranks=num_ranks
+            )
         self._replicas = [
             ProcessEngineClient(
                 replace(share, cpu_thread_affinity=affinities[index]),

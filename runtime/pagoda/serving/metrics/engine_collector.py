@@ -83,7 +83,7 @@ class ObservedProgress(Protocol):
 
 
 class ObservedRank(Protocol):
-    """The part of `distributed.rank_health.RankHealth` that is reported."""
+    """The part of `parallel.rank_health.RankHealth` that is reported."""
 
     @property
     def rank(self) -> int:
