@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from pagoda.config.schema import PagodaConfig
-from pagoda.engine.core.loop import startup
+from pagoda.engine.core import startup
 from pagoda.engine.core.startup import start_core
 from pagoda.engine.messages import EngineRequest
 from pagoda.models.dummy import DummySpec

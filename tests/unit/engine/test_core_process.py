@@ -10,8 +10,9 @@ from typing import Never
 
 import pytest
 
-from pagoda.engine import process, wire
+from pagoda.engine import wire
 from pagoda.engine.client.prelaunch import LaunchedCore
+from pagoda.engine.core import process
 from pagoda.engine.core.process import CoreProcess
 from pagoda.engine.heartbeat import ProgressBoard
 from pagoda.engine.messages import (
