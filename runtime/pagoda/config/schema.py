@@ -16,6 +16,7 @@ from functools import cache
 from typing import Any, Literal, get_type_hints
 
 from pagoda.config.option import OptionInfo, option, option_of
+from pagoda.config.rules import Rules, raise_problems
 from pagoda.platform.cpu_sets import CPU_SETS_PATTERN
 
 
@@ -325,9 +326,7 @@ class PagodaConfig:
     log_format: Literal["text", "json"] = option("text", "observability", "Log lines for people, or one JSON each.")
 
     def __post_init__(self) -> None:
-        from pagoda.config.checks import raise_problems, value_problems
-
-        raise_problems(value_problems({name: getattr(self, name) for name in options()}))
+        raise_problems(rules().value_problems({name: getattr(self, name) for name in options()}))
 
     @property
     def served_model_name(self) -> str:
@@ -357,3 +356,9 @@ def option_types() -> dict[str, Any]:
 def option_defaults() -> dict[str, Any]:
     """Every setting's default by its name."""
     return {f.name: f.default for f in fields(PagodaConfig)}
+
+
+@cache
+def rules() -> Rules:
+    """What every setting must be, and what must hold between them."""
+    return Rules(option_types(), options(), option_defaults())

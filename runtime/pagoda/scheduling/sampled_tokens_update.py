@@ -1,4 +1,4 @@
-"""Which sampled tokens the ranks of a pipeline have yet to hear of. Imports no torch.
+"""Which sampled tokens the ranks of a pipeline have yet to hear of.
 
 The last stage samples, the first one needs the token: it goes by way of the driver, with the next plan. Meanwhile the slot may
 have changed hands, and then the token must not be written into it:

@@ -7,9 +7,8 @@ import sys
 import pytest
 
 from pagoda.config import PagodaConfig, from_kwargs, schema_json
-from pagoda.config.checks import allowed_values
 from pagoda.config.option import GROUPS
-from pagoda.config.schema import default_model_name, option_defaults, options
+from pagoda.config.schema import default_model_name, option_defaults, options, rules
 from pagoda.config.values import format_bytes, parse_bytes
 from pagoda.errors import ConfigError
 
@@ -25,7 +24,7 @@ def test_the_defaults_are_sound_and_every_setting_is_explained() -> None:
     for key, info in options().items():
         assert info.help.endswith("."), key
         assert info.group in GROUPS, key
-        assert allowed_values(key), key
+        assert rules().allowed_values(key), key
 
 
 @pytest.mark.parametrize(
