@@ -11,7 +11,7 @@ sources write `auto` and `none`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from functools import cache
 from typing import Any, Literal, get_type_hints
 
@@ -332,6 +332,10 @@ class PagodaConfig:
     def served_model_name(self) -> str:
         """`model_name`, or the last part of the model's path or id, or `demo` without a model."""
         return self.model_name or default_model_name(self.model)
+
+    def without_secrets(self) -> dict[str, Any]:
+        """Every setting by its name but the secret ones: what an engine core and its ranks may know."""
+        return {name: value for name, value in asdict(self).items() if not options()[name].secret}
 
 
 def default_model_name(model: str | None) -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from pagoda.config.schema import PagodaConfig
@@ -163,7 +163,7 @@ class RankGroup:
 
     def _meet(self, links: RankLinks, connections: list[RankConnection], timeout: float) -> None:
         """Configure the ranks, compare what they are, and bring them together at rank 0."""
-        fields = _rank_fields(self._config)
+        fields = self._config.without_secrets()
         hosts = [connection.host for connection in connections]
         links.watch(self._config.rank_heartbeat_timeout_seconds)
         links.send_each(
@@ -379,10 +379,3 @@ class _RankStep:
     def result(self) -> StepResult:
         """See `StepHandle`."""
         return self._group.wait_for(self._plan)
-
-
-def _rank_fields(config: PagodaConfig) -> dict[str, Any]:
-    """The configuration for ranks, without what only the server may know."""
-    fields = asdict(config)
-    del fields["api_keys"]
-    return fields

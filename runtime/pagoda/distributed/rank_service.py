@@ -57,7 +57,7 @@ from pagoda.logs import configure_logging
 from pagoda.models.config import ModelConfig
 from pagoda.models.loading.loader import Progress
 from pagoda.parallel.groups import SINGLE_RANK, ParallelGroups, connect_groups
-from pagoda.parallel.interfaces import NetworkInterface, choose_interface, export_interface
+from pagoda.parallel.interfaces import NetworkInterface, choose_interface, export_interface, listen_on
 from pagoda.parallel.layout import ParallelLayout
 from pagoda.parallel.preflight import check_communication
 from pagoda.parallel.rank_info import RankFacts, describe_rank
@@ -86,6 +86,7 @@ class RankService:
         self._state: StateFile | None = None
         self._channel = RankChannel(connected)
         self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._listener: socket.socket | None = None  # rank 0's, where all ranks meet
         self._groups: ParallelGroups = SINGLE_RANK
         self._start: StartRank
         self._config: PagodaConfig
@@ -183,7 +184,9 @@ class RankService:
         logger.info("%s; interface %s", threads, interface)
         self._config = replace(config, threads=threads.value)
         self._model_config = ModelConfig.from_directory(str(config.model))
-        port = _free_port(interface.address)
+        if self._rank == 0 and config.tensor_parallel_size * config.pipeline_parallel_size > 1:
+            self._listener = listen_on(interface.address)
+        port = 0 if self._listener is None else int(self._listener.getsockname()[1])
         self._channel.send(RankPrepared(facts=self._facts(config, interface), port=port, threads=threads.value))
 
     def _join(self, command: JoinGroup) -> None:
@@ -200,6 +203,7 @@ class RankService:
             timeout_seconds=stall_bound(config.max_num_batched_tokens, config.collective_timeout_seconds),
             device=torch.device(config.device),
             rendezvous_timeout_seconds=config.rendezvous_timeout_seconds,
+            listener=self._listener,
         )
         self._worker = Worker(config, self._model_config, self._groups)
         self._channel.send(StageDone("rendezvous"))
@@ -312,10 +316,3 @@ class RankService:
             interface=interface.name,
             address=interface.address,
         )
-
-
-def _free_port(address: str) -> int:
-    """A port that nobody listens on at `address`, as of now."""
-    family = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0][0]
-    with socket.create_server((address, 0), family=family) as server:
-        return int(server.getsockname()[1])

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -114,6 +115,7 @@ def test_python_callers_get_suggestions_aliases_and_sizes() -> None:
 def test_python_callers_need_neither_pydantic_nor_yaml_nor_torch() -> None:
     script = """
 import sys
+from dataclasses import replace
 for name in ("pydantic", "yaml", "torch", "numpy"):
     sys.modules[name] = None
 from pagoda.config import PagodaConfig, from_kwargs
@@ -170,3 +172,11 @@ def test_the_json_schema_is_the_same_schema() -> None:
     assert any(form.get("type") == "string" for form in schema["properties"]["kv_cache_memory_bytes"]["anyOf"])
     assert any(form.get("type") == "string" for form in schema["properties"]["max_body_bytes"]["anyOf"])
     assert schema["properties"]["api_keys"]["writeOnly"] is True
+
+
+def test_what_a_core_and_its_ranks_get_holds_no_secret_and_is_a_configuration() -> None:
+    config = PagodaConfig(api_keys=("s3cret",), max_num_seqs=7)
+    fields = config.without_secrets()
+    assert "s3cret" not in repr(fields)
+    assert set(options()) - set(fields) == {"api_keys"}
+    assert PagodaConfig(**fields) == replace(config, api_keys=())
