@@ -9,9 +9,9 @@ from collections.abc import AsyncIterator, Mapping
 import pytest
 
 from pagoda.config.schema import PagodaConfig
-from pagoda.engine import data_parallel
 from pagoda.engine.client.client import ProcessEngineClient
 from pagoda.engine.client.prelaunch import LaunchedCore
+from pagoda.engine.data_parallel import client as data_parallel
 from pagoda.engine.data_parallel.client import DataParallelClient, create_engine_client, devices_of
 from pagoda.engine.data_parallel.health import overall
 from pagoda.engine.health import EngineHealth, EngineState
