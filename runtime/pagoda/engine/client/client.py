@@ -103,7 +103,7 @@ class EngineClient(ABC):
 
 
 class ProcessEngineClient(EngineClient):
-    """The core in a child process that is watched, and started anew when it fails.
+    """The core in a child process that is watched, and restarted when it fails.
 
     `name`: what the log calls it. `environment`: variables that the core gets beside those of this process. `launched`: a
     process for the first core.
@@ -157,7 +157,7 @@ class ProcessEngineClient(EngineClient):
 
     async def submit(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
         """See `EngineClient.submit`."""
-        child = self._admit(request)
+        child = self._check_queue(request)
         if not self._mailboxes:
             self._service_rate.resume(time.monotonic())
         mailbox = self._mailboxes[request.request_id] = Mailbox()
@@ -176,7 +176,7 @@ class ProcessEngineClient(EngineClient):
             if not is_over:
                 child.send(AbortRequests([request.request_id]))
 
-    def _admit(self, request: EngineRequest) -> CoreChild:
+    def _check_queue(self, request: EngineRequest) -> CoreChild:
         """The core that takes the request, or the error that says why none does."""
         if self.health.state is EngineState.DEAD:
             raise EngineDeadError(f"the engine is dead: {self.health.cause}")
@@ -200,13 +200,13 @@ class ProcessEngineClient(EngineClient):
             return QueueFullError(message, self._service_rate.seconds_until_served(waiting))
         return error_of(kind, message)
 
-    def _deliver(self, news: EngineOutputs) -> None:
-        if news.stats.degradation != self.stats.degradation:
-            self._note_degradation(news.stats.degradation)
-        self.stats = news.stats
-        for output in news.outputs:
+    def _deliver(self, message: EngineOutputs) -> None:
+        if message.stats.degradation != self.stats.degradation:
+            self._note_degradation(message.stats.degradation)
+        self.stats = message.stats
+        for output in message.outputs:
             if output.finish_reason is not None and output.error_kind is None:
-                self._service_rate.count(news.timestamp)
+                self._service_rate.count(message.timestamp)
             mailbox = self._mailboxes.get(output.request_id)
             if mailbox is not None:  # else its reader has left, and the abort is on its way
                 mailbox.put(output)
@@ -231,7 +231,7 @@ class ProcessEngineClient(EngineClient):
             self._restarts.core_started(time.monotonic())
             try:
                 await self._run_core()
-            except Exception as error:  # a fault in here must not leave an engine that nobody looks after
+            except Exception as error:  # a fault in here must not leave an engine without supervision
                 logger.exception("the engine process could not be run")
                 self._lose_core(EngineDeadError(f"the engine process could not be run: {error}"))
             if self._is_ending or self._pause is None:
@@ -288,7 +288,7 @@ class ProcessEngineClient(EngineClient):
             when = f"{self._restarts.attempt}, in {self._pause:g} s"
             self.health.transition(EngineState.STARTING, str(cause))
             self.health.enter_stage("restart", when)
-            logger.warning("the %s is started anew: %s", self.health.name, when)
+            logger.warning("restarting the %s: %s", self.health.name, when)
         self._fail_requests(str(cause), was_killed=isinstance(cause, EngineDeadError) and cause.was_killed)
         if not self._started.done():
             self._started.set_exception(cause)

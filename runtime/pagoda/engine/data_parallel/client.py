@@ -3,7 +3,7 @@
     submit ─▶ router ─▶ replica 0: core ─▶ its ranks
                    └──▶ replica 1: core ─▶ its ranks
 
-A replica is a `ProcessEngineClient`: watched, and started anew when it fails, while the others go on. They share what the
+A replica is a `ProcessEngineClient`: watched, and restarted when it fails, while the others go on. They share what the
 machine has: compute threads, free memory, GPUs in turn; and the places of the waiting queue.
 """
 
@@ -187,7 +187,7 @@ class DataParallelClient(EngineClient):
         ]
 
     def _refusal(self, refusals: Sequence[PagodaError]) -> PagodaError:
-        """What to tell a request that no replica takes: the best news among those that it was given."""
+        """The error of a request that no replica takes: the one with the shortest wait, else the last."""
         full = [error for error in refusals if isinstance(error, QueueFullError)]
         if full:
             return min(full, key=lambda error: error.retry_after_seconds)
@@ -246,7 +246,7 @@ class DataParallelClient(EngineClient):
             self.health.transition(state, cause)
 
     def _on_own_health(self) -> None:
-        """Draining concerns all replicas: none that is lost from now on is started anew."""
+        """Draining concerns all replicas: none that fails from now on is restarted."""
         if self.health.state is EngineState.DRAINING:
             for replica in self._replicas:
                 if replica.health.state not in (EngineState.DRAINING, EngineState.DEAD):
@@ -264,7 +264,7 @@ def sum_of(stats: Sequence[EngineStats]) -> EngineStats:
         prefix_cache_queries=sum(one.prefix_cache_queries for one in stats),
         prefix_cache_hits=sum(one.prefix_cache_hits for one in stats),
         num_preemptions=sum(one.num_preemptions for one in stats),
-        num_runaways=sum(one.num_runaways for one in stats),
+        num_repetitions=sum(one.num_repetitions for one in stats),
         num_scheduled_tokens=sum(one.num_scheduled_tokens for one in stats),
         step_seconds=max(one.step_seconds for one in stats),
         degradation="; ".join(one.degradation for one in stats if one.degradation),

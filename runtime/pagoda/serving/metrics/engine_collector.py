@@ -194,7 +194,7 @@ class _Part:
         return self._preemptions(self.stats.num_preemptions)
 
     def runaways(self) -> int:
-        return self._runaways(self.stats.num_runaways)
+        return self._runaways(self.stats.num_repetitions)
 
     def restarts(self) -> int:
         return sum(times for (_, to), times in self._engine.health.transitions.items() if to == EngineState.STARTING)
