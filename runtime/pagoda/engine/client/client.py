@@ -132,7 +132,7 @@ class ProcessEngineClient(EngineClient):
         self._is_lost = False  # the core is of no use any more, though its process may still be there
         self._supervising: asyncio.Task[None] | None = None
         self._started: asyncio.Future[EngineReady] | None = None
-        self._is_ending = False
+        self._ending = asyncio.Event()
 
     @property
     def pid(self) -> int | None:
@@ -234,15 +234,19 @@ class ProcessEngineClient(EngineClient):
             except Exception as error:  # a fault in here must not leave an engine without supervision
                 logger.exception("the engine process could not be run")
                 self._lose_core(EngineDeadError(f"the engine process could not be run: {error}"))
-            if self._is_ending or self._pause is None:
+            if self._ending.is_set() or self._pause is None:
                 return
-            await asyncio.sleep(self._pause)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._ending.wait(), self._pause)
+                return
 
     async def _run_core(self) -> None:
         """Run one core from its start to its end."""
         self._is_lost = False
         launched, self._launched = self._launched, None
         child = self._child = await CoreChild.start(self._config, self._environment, launched)
+        if self._ending.is_set():  # `shutdown` found no core to tell
+            child.send(Shutdown())
         watching = asyncio.create_task(self._watch(child), name="engine-watchdog")
         try:
             while (message := await child.receive()) is not None:
@@ -259,7 +263,7 @@ class ProcessEngineClient(EngineClient):
                     self._lose_core(error_of(message.kind, message.message))
         finally:
             watching.cancel()
-            exit_text = await child.reap(_SHUTDOWN_SECONDS if self._is_ending else _EXIT_SECONDS)
+            exit_text = await child.reap(_SHUTDOWN_SECONDS if self._ending.is_set() else _EXIT_SECONDS)
             self._child = None
             self.stats = EngineStats()
         self._lose_core(EngineDeadError(f"the engine process {exit_text}", was_killed=child.was_killed_by_others))
@@ -276,7 +280,7 @@ class ProcessEngineClient(EngineClient):
     def _lose_core(self, cause: PagodaError) -> None:
         """The core is of no use any more: unready and its requests failed now, not when its process is gone."""
         assert self._started is not None
-        if self._is_lost or self._is_ending:
+        if self._is_lost or self._ending.is_set():
             return
         self._is_lost = True
         self.ranks = [replace(rank, is_up=False) for rank in self.ranks]
@@ -310,7 +314,7 @@ class ProcessEngineClient(EngineClient):
                     f"the engine was not ready after engine_start_timeout_seconds={start_timeout:g} "
                     f"(stage: {self.health.stage} {self.health.detail})"
                 )
-            if trouble is not None and not self._is_ending:
+            if trouble is not None and not self._ending.is_set():
                 logger.error("%s; it will be ended", trouble)
                 self._lose_core(EngineDeadError(trouble))
                 await child.kill(dump_stacks=True)
@@ -325,20 +329,15 @@ class ProcessEngineClient(EngineClient):
 
     async def shutdown(self) -> None:
         """End the core's process, by force after a few seconds."""
-        self._is_ending = True
+        self._ending.set()
         if self._supervising is None:
             return
         if self._child is not None:
             self._child.send(Shutdown())
         done, _ = await asyncio.wait([self._supervising], timeout=_SHUTDOWN_SECONDS)
-        if not done:
-            if self._child is not None:
-                await self._child.kill()
-            else:
-                self._supervising.cancel()  # between two cores, in the pause
-            await asyncio.wait([self._supervising])
-        with suppress(asyncio.CancelledError):
-            await self._supervising
+        if not done and self._child is not None:
+            await self._child.kill()
+        await self._supervising
         self._fail_requests("the server is shutting down")
         if self.health.state is not EngineState.DEAD:
             self.health.transition(EngineState.DEAD, "shut down", is_expected=True)

@@ -21,7 +21,7 @@ from pagoda.config.schema import PagodaConfig
 from pagoda.engine.client.client import EngineClient, ProcessEngineClient
 from pagoda.engine.client.prelaunch import LaunchedCore
 from pagoda.engine.data_parallel.health import overall
-from pagoda.engine.data_parallel.router import PrefixRouter
+from pagoda.engine.data_parallel.router import Placement, PrefixRouter
 from pagoda.engine.health import EngineState
 from pagoda.engine.heartbeat import EngineProgress
 from pagoda.engine.messages import EngineOutput, EngineReady, EngineRequest, EngineStats
@@ -153,7 +153,7 @@ class DataParallelClient(EngineClient):
                     logger.info(
                         "request %s goes to replica %d: %s", request.request_id, placement.replica, refusals[-1]
                     )
-                is_finished = False
+                has_failed = False
                 try:
                     outputs = cast(
                         "AsyncGenerator[EngineOutput, None]", self._replicas[placement.replica].submit(request)
@@ -161,17 +161,15 @@ class DataParallelClient(EngineClient):
                     async with aclosing(outputs):
                         async for output in outputs:
                             self._router.note_output(placement, output.new_token_ids)
-                            is_finished = output.finish_reason is not None
                             yield output
                     return
-                except (QueueFullError, EngineNotReadyError) as error:
-                    refusals.append(error)
-                except EngineDeadError as error:
-                    if placement.num_output_tokens or not error.was_killed:
+                except PagodaError as error:
+                    has_failed = True
+                    if not _is_retriable(error, placement):
                         raise
                     refusals.append(error)
                 finally:
-                    self._router.remove(placement, is_finished=is_finished)
+                    self._router.remove(placement, has_failed=has_failed)
             raise self._refusal(refusals)
         finally:
             self._requests.discard(request.request_id)
@@ -251,6 +249,13 @@ class DataParallelClient(EngineClient):
             for replica in self._replicas:
                 if replica.health.state not in (EngineState.DRAINING, EngineState.DEAD):
                     replica.health.transition(EngineState.DRAINING, str(self.health.cause))
+
+
+def _is_retriable(error: PagodaError, placement: Placement) -> bool:
+    """Whether another replica may run a request that ended with `error` in this one."""
+    if isinstance(error, EngineDeadError):
+        return error.was_killed and placement.num_output_tokens == 0
+    return isinstance(error, QueueFullError | EngineNotReadyError)
 
 
 def sum_of(stats: Sequence[EngineStats]) -> EngineStats:
