@@ -1,4 +1,4 @@
-"""Frames on a stream socket between processes of one server: typed messages, nothing pickled, nothing guessed from content.
+"""Frames on a stream socket between processes of one server: typed messages, nothing pickled.
 
     frame = uint32 length of what follows | uint8 kind | MessagePack of the message's dataclass
 
@@ -20,7 +20,7 @@ MAX_PAYLOAD_BYTES = 2**30
 
 
 class FrameError(Exception):
-    """A frame that the other side cannot have meant: of a kind there is not, too long, or not what its kind says."""
+    """An invalid frame: of an unknown kind, too long, or with a payload that is not what its kind says."""
 
 
 class FrameCodec:
@@ -41,7 +41,9 @@ class FrameCodec:
         """Bytes that follow a header. Raises `FrameError`."""
         length, kind = HEADER.unpack(header)
         if not 1 <= length <= MAX_PAYLOAD_BYTES or kind >= len(self.kinds):
-            raise FrameError(f"a frame of kind {kind} and length {length} means nothing here")
+            raise FrameError(
+                f"invalid frame header: kind {kind} (0 to {len(self.kinds) - 1}), length {length} (1 to {MAX_PAYLOAD_BYTES})"
+            )
         return int(length) - 1
 
     def kind_of(self, header: bytes) -> type[Any]:

@@ -35,14 +35,14 @@ from pagoda.text.output import CompletionOutput, GenerationChunk, RequestOutput
 from pagoda.text.output_processor import RequestTextState
 from pagoda.text.progress import TokenProgress
 from pagoda.text.tokenizer import Tokenizer
-from pagoda.text.validation import AdmissionLimits, admit
+from pagoda.text.validation import RequestLimits, validate_request
 
 Prompt = str | list[int]
 
 
 @dataclass(eq=False, slots=True)
 class _Sequence:
-    """One sequence on its way through the engine, and the chunks of it that nobody has taken yet."""
+    """One sequence on its way through the engine, and its chunks that were not taken yet."""
 
     request: EngineRequest
     state: RequestTextState
@@ -81,7 +81,7 @@ class LLM:
         )
         self._default_sampling = defaults.sampling
         self._core: EngineCore = start_core(config, on_stage)
-        self._limits = AdmissionLimits(
+        self._limits = RequestLimits(
             max_model_len=self._core.ready.max_model_len,
             vocab_size=self._core.ready.vocab_size,
             eos_token_ids=defaults.eos_token_ids(self._text.tokenizer),
@@ -195,7 +195,7 @@ class LLM:
         text = prompt if isinstance(prompt, str) else None
         prompt_token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         request_id = str(next(self._request_numbers))
-        requests = admit(prompt_token_ids, sampling, self.tokenizer, self._limits, request_id=request_id)
+        requests = validate_request(prompt_token_ids, sampling, self.tokenizer, self._limits, request_id=request_id)
         output = RequestOutput(
             request_id=request_id,
             prompt=text,
@@ -246,7 +246,7 @@ class LLM:
             waiting.popleft()
 
     def _step(self) -> None:
-        """Run one step of the engine and hand its news to the sequences they concern."""
+        """Run one step of the engine and hand its outputs to their sequences."""
         with _interrupts_deferred():
             outputs = self._core.step().outputs
             for output in outputs:

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from pagoda.config.schema import PagodaConfig
+from pagoda.engine.core.executors import create_executor
 from pagoda.errors import CheckpointError, ConfigError, EngineDeadError
-from pagoda.execution.executor import InProcessExecutor, create_executor
+from pagoda.execution.in_process import InProcessExecutor
 from pagoda.execution.worker import Worker
 from pagoda.models.config import ModelConfig
 from pagoda.sampling.params import SamplingParams

@@ -104,7 +104,7 @@ def test_failed_step_on_a_device_that_is_not_sane_is_the_end_of_the_engine(
         raise EngineDeadError("the device is lost")
 
     monkeypatch.setattr(core._executor, "check_health", insane)
-    with pytest.raises(EngineDeadError, match=r"did not survive a failed step: the device is lost"):
+    with pytest.raises(EngineDeadError, match=r"unusable after a failed step: the device is lost"):
         run(core, NAMES)
 
 
@@ -128,13 +128,15 @@ def test_step_that_does_not_fit_is_run_in_smaller_ones_with_the_same_tokens(chec
 
 @pytest.mark.parametrize("max_tokens", [1, 7, 20, None])
 @pytest.mark.parametrize("steps", [2, 8])
-def test_bursts_give_the_same_tokens_as_single_steps(checkpoint: Path, steps: int, max_tokens: int | None) -> None:
+def test_multi_step_plans_give_the_same_tokens_as_single_steps(
+    checkpoint: Path, steps: int, max_tokens: int | None
+) -> None:
     single = run(make_core(checkpoint), NAMES, max_tokens)
-    # Few blocks: some bursts are cut, and some requests are preempted in between.
-    bursts = run(make_core(checkpoint, num_scheduler_steps=steps, num_gpu_blocks_override=30), NAMES, max_tokens)
+    # Few blocks: some plans are cut short, and some requests are preempted in between.
+    several = run(make_core(checkpoint, num_scheduler_steps=steps, num_gpu_blocks_override=30), NAMES, max_tokens)
     for name in NAMES:
-        assert bursts[name][0] == single[name][0]
-        assert bursts[name][1].finish_reason is FinishReason.LENGTH
+        assert several[name][0] == single[name][0]
+        assert several[name][1].finish_reason is FinishReason.LENGTH
 
 
 @pytest.mark.parametrize("specification", ["nowhere=raise", "step=explode", "step#x=raise", "step=sleep:long"])

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pagoda.execution.executor import InProcessExecutor
+from pagoda.execution.in_process import InProcessExecutor
 from pagoda.sampling.params import SamplingParams
 from pagoda.scheduling.plan import StepPlan
 from tests.support.plan_driver import PlanDriver, Sequence, make_executor

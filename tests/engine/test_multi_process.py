@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,8 @@ import pytest
 
 from pagoda.config.schema import PagodaConfig
 from pagoda.distributed.multi_process import ProcessLauncher
+from pagoda.distributed.rank_links import RankLinks
+from pagoda.distributed.rank_messages import RankHello, RankPrepared, StartRank
 from pagoda.engine.core.loop import EngineCore
 from pagoda.engine.core.startup import start_core
 from pagoda.engine.messages import EngineRequest
@@ -159,3 +162,31 @@ def test_what_a_rank_cannot_do_is_told_with_its_name_and_leaves_nothing_behind(c
         core_of(checkpoint, distributed_executor_backend="mp", network_interface="nic7")
     assert len(pids) == 1
     assert not is_there(pids[0])
+
+
+def test_the_first_rank_listens_at_the_rendezvous_from_the_moment_it_names_the_port(checkpoint) -> None:
+    config = PagodaConfig(
+        model=str(checkpoint),
+        device="cpu",
+        dtype="float32",
+        threads=1,
+        max_num_seqs=4,
+        max_num_batched_tokens=24,
+        tensor_parallel_size=2,
+    )
+    launcher = ProcessLauncher()
+    deadline = time.monotonic() + 150
+    links = RankLinks(launcher.launch(1, 0.0, lambda _: None), launcher.death_of)
+    try:
+        links.collect(RankHello, deadline=deadline, otherwise="did not start")
+        start = StartRank(
+            config=config.without_secrets(), rank=0, ranks_on_host=2, device_index=0, route_to=None, uses_ray=False
+        )
+        links.send_each([start])
+        (prepared,) = links.collect(RankPrepared, deadline=deadline, otherwise="did not take its configuration")
+        with pytest.raises(OSError, match="in use"):
+            socket.create_server((prepared.facts.address, prepared.port))
+    finally:
+        links.end("the test is over")
+        launcher.terminate(5.0)
+        links.close()

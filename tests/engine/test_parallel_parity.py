@@ -174,10 +174,10 @@ def test_sampling_and_logprobs_are_those_of_one_rank(layout, case_of, start) -> 
         assert together["r2"][index] == pytest.approx(alone["r2"][index], abs=2e-3)
 
 
-def test_burst_of_steps_on_one_plan_gives_the_same_tokens(case_of, start) -> None:
+def test_several_steps_on_one_plan_give_the_same_tokens(case_of, start) -> None:
     case = case_of("qwen2")
     core, _ = start(config_of(case.directory, (2, 1), 256, num_scheduler_steps=4))
-    assert run_greedily(core, case, "burst-") == case.expected
+    assert run_greedily(core, case, "multi-step-") == case.expected
 
 
 @pytest.mark.parametrize("layout", [(2, 1), (1, 2)], ids=["tp2", "pp2"])

@@ -26,7 +26,7 @@ from pagoda.distributed.rank_messages import (
 from pagoda.framing import HEADER, MAX_PAYLOAD_BYTES
 from pagoda.sampling.output import TokenLogprobs
 from pagoda.sampling.params import SamplingParams
-from pagoda.scheduling.plan import LandedTokens, NewRequest, StepPlan, StepResult
+from pagoda.scheduling.plan import NewRequest, SampledTokensUpdate, StepPlan, StepResult
 
 SECONDS = 20.0
 NUMBERS = st.integers(0, 2**31)
@@ -63,7 +63,7 @@ RESULTS = st.builds(
     errors=st.dictionaries(NUMBERS, st.text(max_size=20), max_size=2),
 )
 MESSAGES = st.one_of(
-    st.builds(RunStep, PLANS, st.builds(LandedTokens, slots=st.lists(NUMBERS, max_size=3))),
+    st.builds(RunStep, PLANS, st.builds(SampledTokensUpdate, slots=st.lists(NUMBERS, max_size=3))),
     st.builds(StepDone, RESULTS),
     st.builds(StageDone, st.text(max_size=10)),
     st.builds(WeightsProgress, NUMBERS, NUMBERS),
@@ -138,7 +138,7 @@ def test_a_changed_byte_is_a_message_or_the_end_but_never_an_exception(message: 
     ("message", "part", "wrong"),
     [
         (StageDone("weights"), b"weights", b"weigh\xe1s"),
-        (RunStep(StepPlan(1, new_requests=[NEW_REQUEST]), LandedTokens()), b"\xa1n\x01", b"\xa1n\x00"),
+        (RunStep(StepPlan(1, new_requests=[NEW_REQUEST]), SampledTokensUpdate()), b"\xa1n\x01", b"\xa1n\x00"),
     ],
     ids=["text that is no UTF-8", "parameters that cannot be"],
 )
@@ -155,7 +155,7 @@ def test_a_length_beyond_all_bounds_is_refused_before_anything_is_read() -> None
     with listening() as (theirs, delivered, _):
         theirs.sendall(HEADER.pack(MAX_PAYLOAD_BYTES + 1, 0))
         (end,) = all_delivered(delivered)
-    assert "means nothing here" in end.reason
+    assert "invalid frame header" in end.reason
 
 
 def test_heartbeats_are_noted_and_not_delivered() -> None:

@@ -16,8 +16,8 @@ from pagoda.scheduling.config import SchedulerLimits
 from pagoda.scheduling.kv_cache_manager import KVCacheManager
 from pagoda.scheduling.plan import StepPlan, StepResult
 from pagoda.scheduling.request import Request
-from pagoda.scheduling.sampled_tokens_update import LandedTokensTracker
-from pagoda.scheduling.scheduler import Progress, Scheduler
+from pagoda.scheduling.sampled_tokens_update import SampledTokensTracker
+from pagoda.scheduling.scheduler import RequestUpdate, Scheduler
 from tests.support.simulated_runner import SimulatedFirstStage, SimulatedRunner, simulated_token
 
 EOS = 7
@@ -67,7 +67,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         caching=st.booleans(),
         window=st.sampled_from([None, None, 1, 3]),
         watermark=st.sampled_from([0.0, 0.2]),
-        burst=st.sampled_from([1, 1, 4]),
+        num_steps=st.sampled_from([1, 1, 4]),
         stages=st.sampled_from([1, 1, 2, 3]),
     )
     def build(
@@ -82,7 +82,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         caching,
         window,
         watermark,
-        burst,
+        num_steps,
         stages,
     ) -> None:
         self.kv = KVCacheManager(
@@ -97,7 +97,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 long_prefill_token_threshold=threshold,
                 max_preemptions=2,
                 policy=policy,
-                num_scheduler_steps=burst if stages == 1 else 1,
+                num_scheduler_steps=num_steps if stages == 1 else 1,
                 pipeline_parallel_size=stages,
             ),
             self.kv,
@@ -105,7 +105,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.runner = SimulatedRunner(block_size, window)
         self.depth = depth if stages == 1 else stages
         self.first_stage = SimulatedFirstStage()
-        self.landed_tokens = LandedTokensTracker()
+        self.sampled_tokens = SampledTokensTracker()
         self.in_flight: deque[tuple[StepPlan, StepResult]] = deque()
         self.requests: dict[str, Request] = {}
         self.outputs: dict[str, list[int]] = {}
@@ -148,7 +148,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.in_flight.append((plan, self._execute(plan)))
         had_work = bool(self.in_flight)
         if had_work:
-            self._land(*self.in_flight.popleft())
+            self._apply(*self.in_flight.popleft())
         self._record(self.scheduler.take_ended())
         assert had_work or not self.scheduler.has_work, "requests wait, and nothing can run"
 
@@ -170,11 +170,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         return result
 
     def _inputs_of_first_stage(self, plan: StepPlan) -> list[list[int | None]]:
-        return self.first_stage.inputs(plan, self.landed_tokens.submitted(plan))
+        return self.first_stage.inputs(plan, self.sampled_tokens.update_for(plan))
 
-    def _land(self, plan: StepPlan, result: StepResult) -> None:
+    def _apply(self, plan: StepPlan, result: StepResult) -> None:
         if self.scheduler.limits.pipeline_parallel_size > 1:
-            self.landed_tokens.landed(result)
+            self.sampled_tokens.record(result)
         self._record(self.scheduler.apply(plan, result))
 
     @rule(count=st.integers(5, 40))
@@ -196,7 +196,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def a_row_fails(self) -> None:
         plan, result = self.in_flight.popleft()
         result.errors[0] = "row fault"
-        self._land(plan, result)
+        self._apply(plan, result)
         self._record(self.scheduler.take_ended())
 
     @rule()
@@ -241,14 +241,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert set(self.ends) == set(self.requests), "a request never ended"
         self.scheduler.check_idle()
 
-    def _record(self, news: list[Progress]) -> None:
-        for item in news:
-            request_id = item.request.request_id
-            assert request_id not in self.ends, "news of a request that had ended"
-            self.outputs[request_id] += item.new_token_ids
-            if item.request.finish_reason is not None:
-                self.ends[request_id] = item.request.finish_reason
-            self._check_output(item.request)
+    def _record(self, updates: list[RequestUpdate]) -> None:
+        for update in updates:
+            request_id = update.request.request_id
+            assert request_id not in self.ends, "an update of a request that had ended"
+            self.outputs[request_id] += update.new_token_ids
+            if update.request.finish_reason is not None:
+                self.ends[request_id] = update.request.finish_reason
+            self._check_output(update.request)
 
     def _check_output(self, request: Request) -> None:
         prompt = request.token_ids[: request.num_prompt_tokens]

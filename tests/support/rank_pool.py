@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import socket
 from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Connection
@@ -20,8 +21,7 @@ from pagoda.execution.executor import KVBudget, LoadProgress, StepHandle
 from pagoda.models.config import ModelConfig
 from pagoda.parallel.layout import ParallelLayout
 from pagoda.scheduling.plan import StepPlan, StepResult
-from pagoda.scheduling.sampled_tokens_update import LandedTokensTracker
-from tests.support.ports import free_port
+from pagoda.scheduling.sampled_tokens_update import SampledTokensTracker
 
 TIMEOUT_SECONDS = 150.0
 
@@ -93,6 +93,14 @@ class _Rank:
         import torch
 
         torch.set_num_threads(1)
+        self.listener: socket.socket | None = None
+
+    def listen(self) -> int:
+        """Open the port at which ranks meet; only rank 0 does."""
+        from pagoda.parallel.interfaces import listen_on
+
+        self.listener = listen_on("127.0.0.1")
+        return int(self.listener.getsockname()[1])
 
     def start(
         self, config: PagodaConfig, model_config: ModelConfig, layout: ParallelLayout, port: int, rank: int
@@ -111,6 +119,7 @@ class _Rank:
             backend="gloo",
             timeout_seconds=TIMEOUT_SECONDS,
             device=torch.device("cpu"),
+            listener=self.listener,
         )
         self.worker = Worker(config, model_config, self.groups)
 
@@ -125,8 +134,8 @@ class _Rank:
         assert self.worker.runner is not None
         return [tuple(keys.shape) for keys, _ in self.worker.runner.kv_caches]
 
-    def execute(self, plan: StepPlan, landed: Any) -> StepResult:
-        return self.worker.execute(plan, landed).result()
+    def execute(self, plan: StepPlan, update: Any) -> StepResult:
+        return self.worker.execute(plan, update).result()
 
     def run(self, function: Callable[..., Any], *args: Any) -> Any:
         """`function(worker, *args)`; a function of a module that can be imported here."""
@@ -146,12 +155,13 @@ class PooledExecutor:
         self.max_concurrent_batches = config.pipeline_parallel_size
         self.kv_shapes: list[list[tuple[int, ...]]] = []
         self._config, self._model_config = config, model_config
-        self._landed = LandedTokensTracker()
+        self._sampled_tokens = SampledTokensTracker()
         self._is_up = False
 
     def connect(self, stages: Any = None) -> None:
         """See `Executor`."""
-        port = free_port()
+        self.pool.send(0, "listen")
+        port = self.pool.take(0)
         for rank in range(self.layout.world_size):
             self.pool.send(rank, "start", self._config, self._model_config, self.layout, port, rank)
         self._is_up = True
@@ -173,9 +183,9 @@ class PooledExecutor:
 
     def submit(self, plan: StepPlan) -> StepHandle:
         """See `Executor`."""
-        landed = self._landed.submitted(plan)
+        update = self._sampled_tokens.update_for(plan)
         for rank in range(self.layout.world_size):
-            self.pool.send(rank, "execute", plan, landed)
+            self.pool.send(rank, "execute", plan, update)
         return _PooledStep(self)
 
     def take_result(self) -> StepResult:
@@ -185,7 +195,7 @@ class PooledExecutor:
             assert rank == self.layout.output_rank or not any(result.sampled_token_ids)
         result = results[self.layout.output_rank]
         if self.layout.pipeline_parallel_size > 1:
-            self._landed.landed(result)
+            self._sampled_tokens.record(result)
         return result
 
     def call_all(self, name: str, *args: Any) -> list[Any]:

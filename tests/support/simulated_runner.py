@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from hashlib import blake2b
 
-from pagoda.scheduling.plan import LandedTokens, NewRequest, StepPlan, StepResult
+from pagoda.scheduling.plan import NewRequest, SampledTokensUpdate, StepPlan, StepResult
 
 
 def simulated_token(prefix: tuple[int, ...], vocab_size: int = 50) -> int:
@@ -59,8 +59,8 @@ class SimulatedRunner:
                 tokens.append(simulated_token(tuple(tokens)))
             sampled.append(tokens[-1:] if samples else [])
         self.num_tokens_run += sum(plan.num_scheduled_tokens)
-        for index in range(1, max(plan.bursts, default=1)):
-            rows, step = plan.continuation(index)
+        for index in range(1, max(plan.num_steps, default=1)):
+            rows, step = plan.nth_step(index)
             for row, tokens in zip(rows, self.execute(step).sampled_token_ids, strict=True):
                 sampled[row] += tokens
         return StepResult(plan.step_id, sampled)
@@ -91,14 +91,14 @@ class SimulatedRunner:
 
 
 class SimulatedFirstStage:
-    """The token pool of a pipeline's first stage: it knows what plans bring and what has landed, never what is sampled."""
+    """The token pool of a pipeline's first stage: it gets sampled tokens with a later plan only."""
 
     def __init__(self) -> None:
         self.token_pool: dict[int, dict[int, int]] = {}
 
-    def inputs(self, plan: StepPlan, landed: LandedTokens) -> list[list[int | None]]:
+    def inputs(self, plan: StepPlan, update: SampledTokensUpdate) -> list[list[int | None]]:
         """The tokens of each row of `plan` as this stage knows them; None for one that it does not."""
-        for slot, position, token_id in zip(landed.slots, landed.positions, landed.token_ids, strict=True):
+        for slot, position, token_id in zip(update.slots, update.positions, update.token_ids, strict=True):
             self.token_pool[slot][position] = token_id
         for slot in plan.released_slots:
             del self.token_pool[slot]

@@ -14,8 +14,8 @@ from pagoda import __version__
 from pagoda.cli.cluster import Cluster, ClusterError
 from pagoda.cli.inference_service import API_GROUP, CONTAINER, Deployment, inference_service
 from pagoda.cli.pod_state import PodState, pod_state
-from pagoda.config.checks import Problem, raise_problems
 from pagoda.config.command_line import CommandLine, parse_command_line
+from pagoda.config.rules import Problem, raise_problems
 from pagoda.config.schema import PagodaConfig, option_defaults
 from pagoda.config.sources import load
 from pagoda.errors import ConfigError

@@ -12,13 +12,11 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
-from pagoda import __version__
 from pagoda.config.schema import PagodaConfig
 from pagoda.distributed.rank_channel import LONGEST_LOOK_SECONDS
-from pagoda.distributed.rank_health import RankHealth
 from pagoda.distributed.rank_launcher import RankConnection, RankLauncher
 from pagoda.distributed.rank_links import CAUSE_SECONDS, LOOK_SECONDS, RankLinks
 from pagoda.distributed.rank_messages import (
@@ -45,10 +43,12 @@ from pagoda.execution.executor import FailedStep, KVBudget, LoadProgress, Stages
 from pagoda.models.config import ModelConfig
 from pagoda.parallel.layout import ParallelLayout
 from pagoda.parallel.preflight import communication_table
+from pagoda.parallel.rank_health import RankHealth
 from pagoda.parallel.rank_info import compare_facts, facts_table
-from pagoda.scheduling.plan import NO_LANDED_TOKENS, StepPlan, StepResult
-from pagoda.scheduling.sampled_tokens_update import LandedTokensTracker
+from pagoda.scheduling.plan import NO_SAMPLED_TOKENS, StepPlan, StepResult
+from pagoda.scheduling.sampled_tokens_update import SampledTokensTracker
 from pagoda.scheduling.step_timeout import stall_bound, tokens_to_wait_for
+from pagoda.version import __version__
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ class RankGroup:
         self._results: dict[int, StepResult] = {}
         self._failures: dict[int, _FailedStep] = {}
         self._in_flight: set[int] = set()
-        self._landed = LandedTokensTracker() if config.pipeline_parallel_size > 1 else None
+        self._sampled_tokens = SampledTokensTracker() if config.pipeline_parallel_size > 1 else None
         self._deadline = clock() + config.engine_start_timeout_seconds
         # On a GPU a rank only queues a step, so the next one can be sent meanwhile; stages work on different ones.
         on_device = 2 if config.device == "cuda" else 1
@@ -170,7 +170,7 @@ class RankGroup:
 
     def _meet(self, links: RankLinks, connections: list[RankConnection], timeout: float) -> None:
         """Configure the ranks, compare what they are, and bring them together at rank 0."""
-        fields = _rank_fields(self._config)
+        fields = self._config.without_secrets()
         hosts = [connection.host for connection in connections]
         links.watch(self._config.rank_heartbeat_timeout_seconds)
         links.send_each(
@@ -228,9 +228,9 @@ class RankGroup:
         """See `Executor`."""
         if self._lost is not None or self._links is None:
             return FailedStep(EngineDeadError(self._lost or "the ranks are not connected"))
-        landed = NO_LANDED_TOKENS if self._landed is None else self._landed.submitted(plan)
+        update = NO_SAMPLED_TOKENS if self._sampled_tokens is None else self._sampled_tokens.update_for(plan)
         self._in_flight.add(plan.step_id)
-        self._links.send_all(RunStep(plan, landed))
+        self._links.send_all(RunStep(plan, update))
         return _RankStep(self, plan)
 
     def wait_for(self, plan: StepPlan) -> StepResult:
@@ -244,8 +244,8 @@ class RankGroup:
             self._forget_in_flight()
             raise
         self._in_flight.discard(plan.step_id)
-        if self._landed is not None:
-            self._landed.landed(result)
+        if self._sampled_tokens is not None:
+            self._sampled_tokens.record(result)
         return result
 
     def _take_result(self, plan: StepPlan) -> StepResult:
@@ -282,8 +282,8 @@ class RankGroup:
         """A step failed: the engine plans those after it anew, and takes no result of theirs."""
         for step_id in self._in_flight:
             self._results.pop(step_id, None)
-            if self._landed is not None:
-                self._landed.forget(step_id)
+            if self._sampled_tokens is not None:
+                self._sampled_tokens.forget(step_id)
         self._in_flight.clear()
 
     # ---- failed steps ---------------------------------------------------------------------------------------------
@@ -386,10 +386,3 @@ class _RankStep:
     def result(self) -> StepResult:
         """See `StepHandle`."""
         return self._group.wait_for(self._plan)
-
-
-def _rank_fields(config: PagodaConfig) -> dict[str, Any]:
-    """The configuration for ranks, without what only the server may know."""
-    fields = asdict(config)
-    del fields["api_keys"]
-    return fields

@@ -14,10 +14,10 @@ from functools import partial
 from typing import TypeVar
 
 from pagoda.distributed.rank_channel import CODEC, ChannelEnded, HeartbeatThread, RankChannel, SilenceWatch
-from pagoda.distributed.rank_health import RankHealth
 from pagoda.distributed.rank_launcher import RankConnection
 from pagoda.distributed.rank_messages import Command, EndRank, Heartbeat, Message, RankFailed, RankHello
 from pagoda.errors import EngineDeadError, PagodaError, error_of
+from pagoda.parallel.rank_health import RankHealth
 
 LOOK_SECONDS = 0.25
 START_SLACK = 3.0

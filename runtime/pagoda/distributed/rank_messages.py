@@ -22,9 +22,9 @@ from typing import Any
 from pagoda.errors import ErrorKind
 from pagoda.parallel.preflight import CommunicationReport
 from pagoda.parallel.rank_info import RankFacts
-from pagoda.scheduling.plan import NO_LANDED_TOKENS, LandedTokens, StepPlan, StepResult
+from pagoda.scheduling.plan import NO_SAMPLED_TOKENS, SampledTokensUpdate, StepPlan, StepResult
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 """Of these messages. Ranks of another one are refused by name before anything else of theirs is read."""
 
 
@@ -56,7 +56,10 @@ class StartRank:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankPrepared:
-    """The rank understood. `port` is free on `facts.address`: rank 0's is where all meet. `threads`: its compute threads."""
+    """The configuration was taken. `port`: where rank 0 listens on `facts.address`, for all to meet; 0 from the others.
+
+    `threads`: compute threads of the rank.
+    """
 
     facts: RankFacts
     port: int
@@ -128,10 +131,10 @@ class StageDone:
 
 @dataclass(frozen=True, slots=True)
 class RunStep:
-    """Run a plan, after writing what has landed."""
+    """Run a plan, after writing the tokens that earlier steps sampled."""
 
     plan: StepPlan
-    landed: LandedTokens = NO_LANDED_TOKENS
+    update: SampledTokensUpdate = NO_SAMPLED_TOKENS
 
 
 @dataclass(frozen=True, slots=True)

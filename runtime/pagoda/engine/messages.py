@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from pagoda.distributed.rank_health import RankHealth
 from pagoda.errors import ErrorKind
+from pagoda.parallel.rank_health import RankHealth
 from pagoda.sampling.output import FinishReason, TokenLogprobs
 from pagoda.sampling.params import SamplingParams
 
@@ -39,7 +39,7 @@ class EngineRequest:
 
 @dataclass(slots=True, kw_only=True)
 class EngineOutput:
-    """News of one request after a step.
+    """What a step brought for one request.
 
     `new_token_ids` were appended (the stop token included, if one was hit). `logprobs` has one entry for each of them.
     `prompt_logprobs` comes once, with the output that completes the prompt: one entry a prompt token, the first None.
@@ -76,7 +76,7 @@ class EngineStats:
     prefix_cache_queries: int = 0
     prefix_cache_hits: int = 0
     num_preemptions: int = 0
-    num_runaways: int = 0
+    num_repetitions: int = 0
     num_scheduled_tokens: int = 0
     step_seconds: float = 0.0
     degradation: str = ""
@@ -89,7 +89,7 @@ class EngineStats:
 
 @dataclass(frozen=True, slots=True)
 class EngineOutputs:
-    """All news of one step, and the engine's figures after it."""
+    """The outputs of one step, and the engine's figures after it."""
 
     outputs: list[EngineOutput]
     stats: EngineStats

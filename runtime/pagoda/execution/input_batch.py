@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 from pagoda.errors import InvalidRequestError, PagodaError
 from pagoda.sampling.rows import Int64Array
 from pagoda.sampling.transfer import upload, upload_all
-from pagoda.scheduling.plan import LandedTokens, NewRequest, StepPlan
+from pagoda.scheduling.plan import NewRequest, SampledTokensUpdate, StepPlan
 from pagoda_kernels.attention import AttentionMetadata
 from pagoda_kernels.step import StepTensors, gather_step
 
@@ -61,8 +62,8 @@ class StepInputs:
     """The batch of one step, in the order of its layout.
 
     `num_computed_tokens` int64 `[R]` and `sampled_positions` int64 `[S]` are on the host. On the device: `tensors`, with
-    padding behind the rows where they were given by somebody who wanted it; `sampled_pool_index` int64 `[S]`, where sampled
-    tokens belong in the flattened token pool.
+    padding behind the rows where `StepBuffers` have it; `sampled_pool_index` int64 `[S]`, where sampled tokens
+    belong in the flattened token pool.
     """
 
     layout: RowLayout
@@ -85,12 +86,11 @@ class StepInputs:
         )
 
 
-RoomForStep = Callable[[RowLayout, int], StepTensors | None]
-"""Tensors to put such rows with so many columns of block table into, or None for new ones."""
+class StepBuffers(Protocol):
+    """Tensors at fixed addresses for the inputs of some steps."""
 
-
-def new_room(layout: RowLayout, num_columns: int) -> None:
-    """A `RoomForStep` that has none."""
+    def tensors_for(self, layout: RowLayout, num_columns: int) -> StepTensors | None:
+        """Where the inputs of such rows with so many columns of block table go; None: into new tensors."""
 
 
 class InputBatch:
@@ -147,12 +147,12 @@ class InputBatch:
             logger.exception("request %s could not be prepared", new.request_id)
             self.slot_errors[new.slot] = f"the request could not be prepared: {type(error).__name__}: {error}"
 
-    def write_landed(self, landed: LandedTokens) -> None:
+    def apply_update(self, update: SampledTokensUpdate) -> None:
         """Write tokens that another rank sampled into the pool. Slots and positions were planned, so they are there."""
-        if landed.slots:
+        if update.slots:
             slots, positions, token_ids = (
                 upload(np.array(values, dtype=np.int64), self.device)
-                for values in (landed.slots, landed.positions, landed.token_ids)
+                for values in (update.slots, update.positions, update.token_ids)
             )
             self.token_pool[slots, positions] = token_ids
 
@@ -170,8 +170,8 @@ class InputBatch:
             block_ids_on_device = upload(np.array(values, dtype=np.int32), self.device)
             self.block_table.view(-1).index_copy_(0, table_index, block_ids_on_device)
 
-    def build(self, plan: StepPlan, room_for: RoomForStep = new_room) -> StepInputs | None:
-        """The inputs of the plan's rows, or None if no row can run."""
+    def build(self, plan: StepPlan, buffers: StepBuffers | None = None) -> StepInputs | None:
+        """The inputs of the plan's rows, in `buffers` where these have a place for them; None if no row can run."""
         computed = np.array(plan.num_computed_tokens, dtype=np.int64)
         layout = self._layout_of(plan)
         if layout is not None and self._fail_wrong_rows(layout, computed):
@@ -185,7 +185,7 @@ class InputBatch:
         max_seq_len = int(seq_lens.max())
         num_columns = -(-max_seq_len // self.block_size)
         computed_, sampled_pool_index = upload_all((computed, layout.sampled_offsets + sampled_positions), self.device)
-        tensors = room_for(layout, num_columns)
+        tensors = buffers.tensors_for(layout, num_columns) if buffers is not None else None
         if tensors is None:
             tensors = StepTensors.allocate(layout.num_tokens, len(layout.slots), num_columns, self.device)
         gather_step(

@@ -48,7 +48,7 @@ class KVCacheManager:
         """Tokens that fit when a request has all blocks to itself; its last sampled token needs no KV."""
         return self.pool.num_usable * self.block_size + 1
 
-    def admit(self, request: Request, *, leave_watermark: bool) -> bool:
+    def allocate_for(self, request: Request, *, leave_watermark: bool) -> bool:
         """Give a waiting request a lease on blocks for all its tokens, beginning with those of a cached prefix.
 
         Sets `lease` and `num_computed_tokens`. False, and no change, when the blocks are not there (or, with

@@ -49,11 +49,11 @@ class PlannedStep:
             request.num_in_flight += samples
             plan.samples.append(samples)
 
-    def lengthen_row(self, row: int, num_steps: int) -> None:
+    def extend_row(self, row: int, num_steps: int) -> None:
         """Let a row that samples one token run `num_steps` more steps, each on the token of the one before."""
         request = self.requests[row]
         self.plan.new_block_ids[row] += _take_unsent_blocks(request)
-        self.plan.bursts.append(1 + num_steps)
+        self.plan.num_steps.append(1 + num_steps)
         request.num_computed_tokens += num_steps
         request.num_in_flight += num_steps
 

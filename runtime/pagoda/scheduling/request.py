@@ -38,7 +38,7 @@ class Request:
         "error",
         "error_kind",
         "finish_reason",
-        "is_runaway",
+        "is_repetitive",
         "lease",
         "max_tokens",
         "num_blocks_sent",
@@ -96,7 +96,7 @@ class Request:
         self.num_published_blocks = 0
         self.block_hashes: list[bytes] = []
         self.num_preemptions = 0
-        self.is_runaway = False
+        self.is_repetitive = False
         self.num_cached_tokens = 0
         self.scheduled_time: float | None = None
         self.prompt_logprobs: list[TokenLogprobs | None] | None = None if sampling.prompt_logprobs is None else [None]

@@ -11,11 +11,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from pagoda.distributed.rank_health import RankHealth
 from pagoda.engine.health import EngineHealth, EngineState
 from pagoda.engine.heartbeat import EngineProgress
 from pagoda.engine.messages import EngineStats
 from pagoda.errors import EngineDeadError, EngineNotReadyError
+from pagoda.parallel.rank_health import RankHealth
 
 Listener = Callable[[], None]
 

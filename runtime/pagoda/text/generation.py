@@ -15,7 +15,7 @@ from pagoda.sampling.params import SamplingParams
 from pagoda.text.checkpoint_defaults import read_checkpoint_defaults
 from pagoda.text.output import GenerationChunk, PositionLogprobs, TokenLogprob
 from pagoda.text.output_processor import RequestTextState
-from pagoda.text.validation import AdmissionLimits, admit
+from pagoda.text.validation import RequestLimits, validate_request
 
 if TYPE_CHECKING:
     from pagoda.engine.client.client import EngineClient
@@ -106,7 +106,7 @@ class TextGenerator:
         else:
             prompt_token_ids = prompt
             echoed = await self._decode_prompt(prompt, sampling) if echo else ""
-        requests = admit(
+        requests = validate_request(
             prompt_token_ids,
             sampling,
             self.pool.tokenizer,
@@ -131,12 +131,12 @@ class TextGenerator:
             async for chunk in chunks:
                 yield chunk
 
-    def _limits(self) -> AdmissionLimits:
+    def _limits(self) -> RequestLimits:
         ready = self.client.ready
         if ready is None:
             raise EngineNotReadyError("the model is still loading")
         self.pool.max_model_len = ready.max_model_len
-        return AdmissionLimits(
+        return RequestLimits(
             max_model_len=ready.max_model_len,
             vocab_size=ready.vocab_size,
             eos_token_ids=self.eos_token_ids,

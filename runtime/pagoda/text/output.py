@@ -32,7 +32,7 @@ class PositionLogprobs:
 
 @dataclass(slots=True, kw_only=True)  # frozen costs two microseconds, and there is one for every token
 class GenerationChunk:
-    """News of choice `index` (0 .. n-1) of one request; nobody changes it.
+    """What is new of choice `index` (0 .. n-1) of one request; not to be changed.
 
     `text` and `token_ids` are what is new; joined over all chunks of an index they are the whole completion. Text that may
     still turn out to be half a character or the start of a stop string is held back, so a chunk may bring ids and no text,

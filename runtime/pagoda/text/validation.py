@@ -16,7 +16,7 @@ MAX_BAD_WORD_CHARACTERS = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AdmissionLimits:
+class RequestLimits:
     """What a request must fit into. `max_model_len`: tokens of prompt and completion. `vocab_size`: the model's."""
 
     max_model_len: int
@@ -25,11 +25,11 @@ class AdmissionLimits:
     default_max_tokens: int | None = None
 
 
-def admit(
+def validate_request(
     prompt_token_ids: list[int],
     sampling: SamplingParams,
     tokenizer: Tokenizer,
-    limits: AdmissionLimits,
+    limits: RequestLimits,
     *,
     request_id: str,
     priority: int = 0,
@@ -69,7 +69,7 @@ def admit(
     ]
 
 
-def _check_prompt(prompt_token_ids: Sequence[int], limits: AdmissionLimits) -> None:
+def _check_prompt(prompt_token_ids: Sequence[int], limits: RequestLimits) -> None:
     if not prompt_token_ids:
         raise InvalidRequestError("the prompt is empty: at least one token is needed", "prompt")
     if len(prompt_token_ids) >= limits.max_model_len:
@@ -81,7 +81,7 @@ def _check_prompt(prompt_token_ids: Sequence[int], limits: AdmissionLimits) -> N
     _check_range("prompt", prompt_token_ids, limits.vocab_size)
 
 
-def _resolve_max_tokens(sampling: SamplingParams, num_prompt_tokens: int, limits: AdmissionLimits) -> int:
+def _resolve_max_tokens(sampling: SamplingParams, num_prompt_tokens: int, limits: RequestLimits) -> int:
     room = limits.max_model_len - num_prompt_tokens
     if sampling.max_tokens is not None:
         if sampling.max_tokens > room:

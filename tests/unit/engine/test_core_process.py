@@ -104,7 +104,7 @@ def test_a_request_that_is_not_taken_gets_its_one_end(board: ProgressBoard, erro
 def test_what_the_step_holds_stands_on_the_board_while_it_runs(board: ProgressBoard) -> None:
     core = Core(lambda: pytest.fail("not run"))
     CoreProcess(core, Connection(), board)  # type: ignore[arg-type]
-    plan = type("Plan", (), {"total_tokens": 700, "bursts": []})()
+    plan = type("Plan", (), {"total_tokens": 700, "num_steps": []})()
     assert core.on_submit is not None
     core.on_submit(7, plan)
     progress = board.read()

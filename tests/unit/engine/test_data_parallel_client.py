@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Mapping
+from contextlib import aclosing
 
 import pytest
 
@@ -14,6 +15,7 @@ from pagoda.engine.client.prelaunch import LaunchedCore
 from pagoda.engine.data_parallel import client as data_parallel
 from pagoda.engine.data_parallel.client import DataParallelClient, create_engine_client, devices_of
 from pagoda.engine.data_parallel.health import overall
+from pagoda.engine.data_parallel.router import FIRST_TYPICAL_OUTPUT
 from pagoda.engine.health import EngineHealth, EngineState
 from pagoda.engine.heartbeat import EngineProgress
 from pagoda.engine.messages import EngineOutput, EngineReady, EngineRequest, EngineStats
@@ -151,6 +153,32 @@ async def test_requests_are_spread_by_load_and_kept_together_by_prefix() -> None
     left.hold.set()
     right.hold.set()
     assert [len(tokens) for tokens in await asyncio.gather(*tasks)] == [3] * 4
+
+
+async def test_a_request_that_its_reader_ends_teaches_the_router_as_one_that_the_engine_ends() -> None:
+    client, _ = await started()
+    prompt = [7] * 16
+    tokens: list[int] = []
+    async with aclosing(client.submit(request("a", prompt, max_tokens=100))) as outputs:  # type: ignore[type-var]
+        async for output in outputs:
+            tokens += output.new_token_ids
+            if len(tokens) == 33:  # as the text layer does after a stop string
+                break
+    typical = client._router.typical_output
+    assert typical < FIRST_TYPICAL_OUTPUT
+    next_turn = client._router.place(request("b", prompt + tokens), [0])
+    assert next_turn.num_cached_tokens == 48
+
+
+async def test_a_request_that_is_lost_with_its_replica_teaches_the_router_nothing() -> None:
+    client, (left, _) = await started()
+    outputs = client.submit(request(max_tokens=50))
+    await anext(outputs)
+    left.lose(was_killed=True)
+    with pytest.raises(EngineDeadError):
+        async for _ in outputs:
+            pass
+    assert client._router.typical_output == FIRST_TYPICAL_OUTPUT
 
 
 async def test_an_abort_reaches_the_replica_that_has_the_request() -> None:

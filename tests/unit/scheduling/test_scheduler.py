@@ -12,10 +12,10 @@ from pagoda.sampling.output import FinishReason, TokenLogprobs
 from pagoda.sampling.params import SamplingParams
 from pagoda.scheduling.config import SchedulerLimits
 from pagoda.scheduling.kv_cache_manager import KVCacheManager
-from pagoda.scheduling.plan import LandedTokens, StepPlan, StepResult
+from pagoda.scheduling.plan import SampledTokensUpdate, StepPlan, StepResult
 from pagoda.scheduling.request import Request
-from pagoda.scheduling.sampled_tokens_update import LandedTokensTracker
-from pagoda.scheduling.scheduler import Progress, Scheduler
+from pagoda.scheduling.sampled_tokens_update import SampledTokensTracker
+from pagoda.scheduling.scheduler import RequestUpdate, Scheduler
 from tests.support.requests import make_request
 from tests.support.virtual_time import Clock
 
@@ -32,14 +32,14 @@ def make_scheduler(
     return Scheduler(SchedulerLimits(**values), kv, clock)
 
 
-def land(scheduler: Scheduler, plan: StepPlan, token_id: int = 1) -> list[Progress]:
+def finish(scheduler: Scheduler, plan: StepPlan, token_id: int = 1) -> list[RequestUpdate]:
     return scheduler.apply(plan, StepResult(plan.step_id, [[token_id] if samples else [] for samples in plan.samples]))
 
 
 def step(scheduler: Scheduler, token_id: int = 1) -> StepPlan:
     plan = scheduler.schedule()
     assert plan is not None
-    land(scheduler, plan, token_id)
+    finish(scheduler, plan, token_id)
     scheduler.check_integrity()
     return plan
 
@@ -219,7 +219,7 @@ def test_result_of_a_request_aborted_in_flight_is_dropped() -> None:
     plan = scheduler.schedule()
     assert plan is not None
     scheduler.abort(["a"])
-    assert land(scheduler, plan) == []
+    assert finish(scheduler, plan) == []
     assert [item.request.request_id for item in scheduler.take_ended()] == ["a"]
     scheduler.check_idle()
 
@@ -264,31 +264,31 @@ def test_tenants_take_turns_and_keep_their_own_order() -> None:
     assert [step(scheduler).request_ids[0] for _ in range(6)] == ["a1", "b1", "c1", "a2", "b2", "a3"]
 
 
-def test_burst_runs_several_steps_on_one_plan_and_ends_at_the_length_cap() -> None:
+def test_several_steps_run_on_one_plan_and_end_at_the_length_cap() -> None:
     scheduler = make_scheduler(num_scheduler_steps=4)
     request = make_request("a", 4, max_tokens=7)
     scheduler.add(request)
-    assert step(scheduler).bursts == []  # the prompt
+    assert step(scheduler).num_steps == []  # the prompt
     plan = scheduler.schedule()
     assert plan is not None
-    assert plan.bursts == [4]
+    assert plan.num_steps == [4]
     scheduler.apply(plan, StepResult(plan.step_id, [[1, 2, 3, 4]]))
     plan = scheduler.schedule()
     assert plan is not None
-    assert plan.bursts == [2]
+    assert plan.num_steps == [2]
     scheduler.apply(plan, StepResult(plan.step_id, [[5, 6]]))
     assert (request.num_output_tokens, request.finish_reason) == (7, FinishReason.LENGTH)
     scheduler.check_idle()
 
 
-def test_tokens_sampled_past_a_stop_in_a_burst_are_dropped() -> None:
+def test_tokens_sampled_past_a_stop_in_a_multi_step_plan_are_dropped() -> None:
     scheduler = make_scheduler(num_scheduler_steps=4)
     scheduler.add(make_request("a", sampling=SamplingParams(stop_token_ids=(9,)), max_tokens=20))
     step(scheduler)
     plan = scheduler.schedule()
     assert plan is not None
-    (news,) = scheduler.apply(plan, StepResult(plan.step_id, [[1, 9, 3, 4]]))
-    assert (news.new_token_ids, news.request.finish_reason) == ([1, 9], FinishReason.STOP)
+    (update,) = scheduler.apply(plan, StepResult(plan.step_id, [[1, 9, 3, 4]]))
+    assert (update.new_token_ids, update.request.finish_reason) == ([1, 9], FinishReason.STOP)
     scheduler.check_idle()
 
 
@@ -307,7 +307,11 @@ def test_a_step_that_does_not_fit_is_planned_again_under_half_the_budget() -> No
 def test_repetition_is_stopped_where_it_is_asked_for() -> None:
     def run(mode: str) -> Request:
         scheduler = make_scheduler(
-            runaway_detection=mode, runaway_min_tokens=40, runaway_max_period=5, max_model_len=300, num_usable=100
+            repetition_detection=mode,
+            repetition_min_tokens=40,
+            repetition_max_period=5,
+            max_model_len=300,
+            num_usable=100,
         )
         request = make_request("a", 4, max_tokens=200)
         scheduler.add(request)
@@ -368,7 +372,7 @@ def test_stages_of_a_pipeline_all_have_requests_to_decode() -> None:
     first, second, third = (scheduler.schedule() for _ in range(3))
     assert [plan.request_ids for plan in (first, second, third)] == [["a", "b", "c"], ["d", "e", "f"], ["g"]]
     assert scheduler.schedule() is None, "every request waits for a token"
-    land(scheduler, first)
+    finish(scheduler, first)
     assert scheduler.schedule().request_ids == ["a", "b", "c"]
     scheduler.check_integrity()
 
@@ -390,7 +394,7 @@ def test_request_left_out_of_a_full_batch_is_in_the_next() -> None:
     scheduler.add(make_request("e", max_tokens=50))
     last_seen = dict.fromkeys("abcde", 0)
     for turn in range(1, 20):
-        land(scheduler, in_flight.pop(0))
+        finish(scheduler, in_flight.pop(0))
         in_flight.append(scheduler.schedule())
         last_seen.update(dict.fromkeys(in_flight[-1].request_ids, turn))
         assert min(last_seen.values()) >= turn - 3
@@ -408,25 +412,25 @@ def test_where_a_whole_share_gives_way_the_other_share_runs() -> None:
             in_flight.append(plan)
         # "b" was preempted twice and is spared: "a", which is the whole share, gives way to itself.
         assert in_flight, "requests wait, and nothing runs"
-        land(scheduler, in_flight.pop(0))
+        finish(scheduler, in_flight.pop(0))
     assert scheduler.num_preemptions >= 3
 
 
-def test_landed_token_of_a_slot_that_has_changed_hands_is_dropped() -> None:
-    scheduler, tracker = make_scheduler(pipeline_parallel_size=2), LandedTokensTracker()
+def test_sampled_token_of_a_slot_that_was_released_meanwhile_is_dropped() -> None:
+    scheduler, tracker = make_scheduler(pipeline_parallel_size=2), SampledTokensTracker()
     for name in "ab":
         scheduler.add(make_request(name))
     first = scheduler.schedule()
-    assert tracker.submitted(first) == LandedTokens()
+    assert tracker.update_for(first) == SampledTokensUpdate()
     scheduler.abort(["a"])
     scheduler.add(make_request("c"))
     second = scheduler.schedule()
-    assert tracker.submitted(second) == LandedTokens()
+    assert tracker.update_for(second) == SampledTokensUpdate()
     assert second.new_requests[0].slot == first.slots[0], "the newcomer was meant to take the slot"
     result = StepResult(first.step_id, [[41], [42]])
-    tracker.landed(result)
+    tracker.record(result)
     scheduler.apply(first, result)
-    assert tracker.submitted(scheduler.schedule()) == LandedTokens([first.slots[1]], [4], [42])
+    assert tracker.update_for(scheduler.schedule()) == SampledTokensUpdate([first.slots[1]], [4], [42])
 
 
 def test_what_a_failed_step_announced_is_no_prefix_for_anybody() -> None:

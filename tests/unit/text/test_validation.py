@@ -8,7 +8,7 @@ import pytest
 from pagoda.errors import InvalidRequestError
 from pagoda.sampling.params import MAX_SEED, SamplingParams
 from pagoda.text.tokenizer import Tokenizer
-from pagoda.text.validation import MAX_BAD_WORDS, AdmissionLimits, admit
+from pagoda.text.validation import MAX_BAD_WORDS, RequestLimits, validate_request
 from tests.support.tokenizers import save_tokenizer
 
 with TemporaryDirectory() as directory:
@@ -16,10 +16,10 @@ with TemporaryDirectory() as directory:
 
 
 def admitted(prompt, sampling: SamplingParams, default_max_tokens: int | None = None, **options):
-    limits = AdmissionLimits(
+    limits = RequestLimits(
         max_model_len=100, vocab_size=400, eos_token_ids=(7, 8), default_max_tokens=default_max_tokens
     )
-    return admit(prompt, sampling, TOKENIZER, limits, request_id="r", **options)
+    return validate_request(prompt, sampling, TOKENIZER, limits, request_id="r", **options)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,6 @@ import fcntl
 import logging
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -35,6 +34,7 @@ from pagoda.distributed.node_state import (
 )
 from pagoda.distributed.ray.node import HEAD_PORT, RayNode, ray_environment, split_address, trouble_with
 from pagoda.errors import CommunicationError, ConfigError
+from pagoda.parallel.interfaces import listen_on
 from pagoda.process_control import become_subreaper, reap_orphans
 
 logger = logging.getLogger(__name__)
@@ -158,7 +158,7 @@ def _trouble_with_port(node: RayNode) -> str | None:
     """Why nobody can listen there just now: the interface is down. Raises `ConfigError` where somebody does already."""
     assert node.head_port is not None
     try:
-        with socket.create_server((node.address, node.head_port), family=_family(node.address)):
+        with listen_on(node.address, node.head_port):
             return None
     except OSError as error:
         if error.errno != errno.EADDRINUSE:
@@ -168,10 +168,6 @@ def _trouble_with_port(node: RayNode) -> str | None:
             f"ray_address=none: a Ray head cannot be started at {where}: the port is taken; "
             f"to use a head that runs there set ray_address={where}"
         ) from error
-
-
-def _family(address: str) -> socket.AddressFamily:
-    return socket.AF_INET6 if ":" in address else socket.AF_INET
 
 
 def _name(owner: int) -> str:

@@ -16,7 +16,6 @@ from contextlib import suppress
 from dataclasses import replace
 
 from pagoda.config.schema import PagodaConfig
-from pagoda.distributed.rank_health import RankHealth
 from pagoda.engine.client.core_handle import CoreChild
 from pagoda.engine.client.output_collector import Mailbox
 from pagoda.engine.client.prelaunch import LaunchedCore
@@ -46,6 +45,7 @@ from pagoda.errors import (
     QueueFullError,
     error_of,
 )
+from pagoda.parallel.rank_health import RankHealth
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ class EngineClient(ABC):
 
 
 class ProcessEngineClient(EngineClient):
-    """The core in a child process that is watched, and started anew when it fails.
+    """The core in a child process that is watched, and restarted when it fails.
 
     `name`: what the log calls it. `environment`: variables that the core gets beside those of this process. `launched`: a
     process for the first core.
@@ -132,7 +132,7 @@ class ProcessEngineClient(EngineClient):
         self._is_lost = False  # the core is of no use any more, though its process may still be there
         self._supervising: asyncio.Task[None] | None = None
         self._started: asyncio.Future[EngineReady] | None = None
-        self._is_ending = False
+        self._ending = asyncio.Event()
 
     @property
     def pid(self) -> int | None:
@@ -157,7 +157,7 @@ class ProcessEngineClient(EngineClient):
 
     async def submit(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
         """See `EngineClient.submit`."""
-        child = self._admit(request)
+        child = self._check_queue(request)
         if not self._mailboxes:
             self._service_rate.resume(time.monotonic())
         mailbox = self._mailboxes[request.request_id] = Mailbox()
@@ -176,7 +176,7 @@ class ProcessEngineClient(EngineClient):
             if not is_over:
                 child.send(AbortRequests([request.request_id]))
 
-    def _admit(self, request: EngineRequest) -> CoreChild:
+    def _check_queue(self, request: EngineRequest) -> CoreChild:
         """The core that takes the request, or the error that says why none does."""
         if self.health.state is EngineState.DEAD:
             raise EngineDeadError(f"the engine is dead: {self.health.cause}")
@@ -200,13 +200,13 @@ class ProcessEngineClient(EngineClient):
             return QueueFullError(message, self._service_rate.seconds_until_served(waiting))
         return error_of(kind, message)
 
-    def _deliver(self, news: EngineOutputs) -> None:
-        if news.stats.degradation != self.stats.degradation:
-            self._note_degradation(news.stats.degradation)
-        self.stats = news.stats
-        for output in news.outputs:
+    def _deliver(self, message: EngineOutputs) -> None:
+        if message.stats.degradation != self.stats.degradation:
+            self._note_degradation(message.stats.degradation)
+        self.stats = message.stats
+        for output in message.outputs:
             if output.finish_reason is not None and output.error_kind is None:
-                self._service_rate.count(news.timestamp)
+                self._service_rate.count(message.timestamp)
             mailbox = self._mailboxes.get(output.request_id)
             if mailbox is not None:  # else its reader has left, and the abort is on its way
                 mailbox.put(output)
@@ -231,18 +231,22 @@ class ProcessEngineClient(EngineClient):
             self._restarts.core_started(time.monotonic())
             try:
                 await self._run_core()
-            except Exception as error:  # a fault in here must not leave an engine that nobody looks after
+            except Exception as error:  # a fault in here must not leave an engine without supervision
                 logger.exception("the engine process could not be run")
                 self._lose_core(EngineDeadError(f"the engine process could not be run: {error}"))
-            if self._is_ending or self._pause is None:
+            if self._ending.is_set() or self._pause is None:
                 return
-            await asyncio.sleep(self._pause)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._ending.wait(), self._pause)
+                return
 
     async def _run_core(self) -> None:
         """Run one core from its start to its end."""
         self._is_lost = False
         launched, self._launched = self._launched, None
         child = self._child = await CoreChild.start(self._config, self._environment, launched)
+        if self._ending.is_set():  # `shutdown` found no core to tell
+            child.send(Shutdown())
         watching = asyncio.create_task(self._watch(child), name="engine-watchdog")
         try:
             while (message := await child.receive()) is not None:
@@ -259,7 +263,7 @@ class ProcessEngineClient(EngineClient):
                     self._lose_core(error_of(message.kind, message.message))
         finally:
             watching.cancel()
-            exit_text = await child.reap(_SHUTDOWN_SECONDS if self._is_ending else _EXIT_SECONDS)
+            exit_text = await child.reap(_SHUTDOWN_SECONDS if self._ending.is_set() else _EXIT_SECONDS)
             self._child = None
             self.stats = EngineStats()
         self._lose_core(EngineDeadError(f"the engine process {exit_text}", was_killed=child.was_killed_by_others))
@@ -276,7 +280,7 @@ class ProcessEngineClient(EngineClient):
     def _lose_core(self, cause: PagodaError) -> None:
         """The core is of no use any more: unready and its requests failed now, not when its process is gone."""
         assert self._started is not None
-        if self._is_lost or self._is_ending:
+        if self._is_lost or self._ending.is_set():
             return
         self._is_lost = True
         self.ranks = [replace(rank, is_up=False) for rank in self.ranks]
@@ -288,7 +292,7 @@ class ProcessEngineClient(EngineClient):
             when = f"{self._restarts.attempt}, in {self._pause:g} s"
             self.health.transition(EngineState.STARTING, str(cause))
             self.health.enter_stage("restart", when)
-            logger.warning("the %s is started anew: %s", self.health.name, when)
+            logger.warning("restarting the %s: %s", self.health.name, when)
         self._fail_requests(str(cause), was_killed=isinstance(cause, EngineDeadError) and cause.was_killed)
         if not self._started.done():
             self._started.set_exception(cause)
@@ -310,7 +314,7 @@ class ProcessEngineClient(EngineClient):
                     f"the engine was not ready after engine_start_timeout_seconds={start_timeout:g} "
                     f"(stage: {self.health.stage} {self.health.detail})"
                 )
-            if trouble is not None and not self._is_ending:
+            if trouble is not None and not self._ending.is_set():
                 logger.error("%s; it will be ended", trouble)
                 self._lose_core(EngineDeadError(trouble))
                 await child.kill(dump_stacks=True)
@@ -325,20 +329,15 @@ class ProcessEngineClient(EngineClient):
 
     async def shutdown(self) -> None:
         """End the core's process, by force after a few seconds."""
-        self._is_ending = True
+        self._ending.set()
         if self._supervising is None:
             return
         if self._child is not None:
             self._child.send(Shutdown())
         done, _ = await asyncio.wait([self._supervising], timeout=_SHUTDOWN_SECONDS)
-        if not done:
-            if self._child is not None:
-                await self._child.kill()
-            else:
-                self._supervising.cancel()  # between two cores, in the pause
-            await asyncio.wait([self._supervising])
-        with suppress(asyncio.CancelledError):
-            await self._supervising
+        if not done and self._child is not None:
+            await self._child.kill()
+        await self._supervising
         self._fail_requests("the server is shutting down")
         if self.health.state is not EngineState.DEAD:
             self.health.transition(EngineState.DEAD, "shut down", is_expected=True)

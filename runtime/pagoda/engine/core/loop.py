@@ -13,13 +13,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 
-from pagoda.distributed.rank_health import RankHealth
 from pagoda.engine.messages import EngineOutput, EngineOutputs, EngineReady, EngineRequest, EngineStats
 from pagoda.errors import EngineDeadError, InvalidRequestError
 from pagoda.execution.executor import Executor, StepHandle, is_out_of_memory
+from pagoda.parallel.rank_health import RankHealth
 from pagoda.scheduling.plan import StepPlan
 from pagoda.scheduling.request import Request
-from pagoda.scheduling.scheduler import Progress, Scheduler
+from pagoda.scheduling.scheduler import RequestUpdate, Scheduler
 
 logger = logging.getLogger(__name__)
 
@@ -73,21 +73,21 @@ class EngineCore:
         self._scheduler.abort(request_ids)
 
     def step(self) -> EngineOutputs:
-        """Run one turn of the loop and return the news of every request that has any.
+        """Run one turn of the loop and return the output of every request that has any.
 
         A step that raises ends the requests in it, with its error; the engine goes on. Raises `EngineDeadError` only when the
         executor says that it cannot.
         """
         started = time.monotonic()
         self._plan_ahead()
-        progress = self._land_oldest()
-        progress += self._scheduler.take_ended()
+        updates = self._collect_oldest()
+        updates += self._scheduler.take_ended()
         if not self.has_work and not self._was_idle:
             self._scheduler.check_idle()
         self._was_idle = not self.has_work
         now = time.monotonic()
         self._step_seconds = now - started
-        return EngineOutputs([_output(item) for item in progress], self.stats(), now)
+        return EngineOutputs([_output(update) for update in updates], self.stats(), now)
 
     def _plan_ahead(self) -> None:
         while len(self._in_flight) < self._executor.max_concurrent_batches:
@@ -103,7 +103,7 @@ class EngineCore:
                 self._fail_step(plan, error)
                 return
 
-    def _land_oldest(self) -> list[Progress]:
+    def _collect_oldest(self) -> list[RequestUpdate]:
         if not self._in_flight:
             return []
         plan, handle = self._in_flight.popleft()
@@ -116,12 +116,16 @@ class EngineCore:
         return self._scheduler.apply(plan, result)
 
     def _fail_step(self, plan: StepPlan, error: Exception) -> None:
-        """Plan a step that did not fit again, smaller; end the requests of one that failed otherwise.
+        """Out of memory: plan the step again, smaller. Any other error ends the requests of the step.
 
-        Steps that were planned on top of it share its fate. Then see whether the device is sane.
+        Steps planned after it are dropped with it. Then the executor is checked: it may be unusable.
         """
         if is_out_of_memory(error) and self._scheduler.retry_in_flight():
-            logger.warning("a step of %d tokens did not fit (%s): smaller steps from here on", plan.total_tokens, error)
+            logger.warning(
+                "out of memory in a step of %d tokens (%s): the token budget of a step is halved",
+                plan.total_tokens,
+                error,
+            )
             self._in_flight.clear()
             return
         logger.exception("step %d with %d tokens failed", plan.step_id, plan.total_tokens, exc_info=error)
@@ -130,7 +134,7 @@ class EngineCore:
         try:
             self._executor.check_health()
         except Exception as fault:  # whatever it is, no further step can be trusted
-            raise EngineDeadError(f"the executor did not survive a failed step: {fault}") from error
+            raise EngineDeadError(f"the executor is unusable after a failed step: {fault}") from error
 
     def check_health(self) -> None:
         """Raise `EngineDeadError` when no further step can run; for the time in which none does."""
@@ -152,7 +156,7 @@ class EngineCore:
             prefix_cache_queries=kv.num_prefix_queries,
             prefix_cache_hits=kv.num_prefix_hits,
             num_preemptions=self._scheduler.num_preemptions,
-            num_runaways=self._scheduler.runaway.num_found,
+            num_repetitions=self._scheduler.repetition.num_found,
             num_scheduled_tokens=self._num_scheduled_tokens,
             step_seconds=self._step_seconds,
             degradation=self._scheduler.degradation,
@@ -163,13 +167,13 @@ class EngineCore:
         self._executor.shutdown()
 
 
-def _output(item: Progress) -> EngineOutput:
-    request = item.request
+def _output(update: RequestUpdate) -> EngineOutput:
+    request = update.request
     return EngineOutput(
         request_id=request.request_id,
-        new_token_ids=item.new_token_ids,
-        logprobs=item.logprobs,
-        prompt_logprobs=item.prompt_logprobs,
+        new_token_ids=update.new_token_ids,
+        logprobs=update.logprobs,
+        prompt_logprobs=update.prompt_logprobs,
         finish_reason=request.finish_reason,
         stop_reason=request.stop_reason,
         error_kind=request.error_kind,

@@ -3,7 +3,7 @@
     submit ─▶ router ─▶ replica 0: core ─▶ its ranks
                    └──▶ replica 1: core ─▶ its ranks
 
-A replica is a `ProcessEngineClient`: watched, and started anew when it fails, while the others go on. They share what the
+A replica is a `ProcessEngineClient`: watched, and restarted when it fails, while the others go on. They share what the
 machine has: compute threads, free memory, GPUs in turn; and the places of the waiting queue.
 """
 
@@ -18,11 +18,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 from pagoda.config.schema import PagodaConfig
-from pagoda.distributed.rank_health import RankHealth
 from pagoda.engine.client.client import EngineClient, ProcessEngineClient
 from pagoda.engine.client.prelaunch import LaunchedCore
 from pagoda.engine.data_parallel.health import overall
-from pagoda.engine.data_parallel.router import PrefixRouter
+from pagoda.engine.data_parallel.router import Placement, PrefixRouter
 from pagoda.engine.health import EngineState
 from pagoda.engine.heartbeat import EngineProgress
 from pagoda.engine.messages import EngineOutput, EngineReady, EngineRequest, EngineStats
@@ -34,7 +33,8 @@ from pagoda.errors import (
     PagodaError,
     QueueFullError,
 )
-from pagoda.platform.thread_affinity import affinities_of_replicas
+from pagoda.parallel.rank_health import RankHealth
+from pagoda.platform.threads import affinities_of_replicas
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -72,7 +72,11 @@ class DataParallelClient(EngineClient):
         self._config = config
         num_replicas, num_ranks = config.data_parallel_size, config.tensor_parallel_size * config.pipeline_parallel_size
         share = replace(config, max_num_waiting=-(-config.max_num_waiting // num_replicas))
-        affinities = affinities_of_replicas(config)
+        affinities = [config.cpu_thread_affinity] * num_replicas
+        if config.device != "cuda":
+            affinities = affinities_of_replicas(
+                config.cpu_thread_affinity, config.threads, num_replicas=num_replicas, num_ranks=num_ranks
+            )
         self._replicas = [
             ProcessEngineClient(
                 replace(share, cpu_thread_affinity=affinities[index]),
@@ -149,7 +153,7 @@ class DataParallelClient(EngineClient):
                     logger.info(
                         "request %s goes to replica %d: %s", request.request_id, placement.replica, refusals[-1]
                     )
-                is_finished = False
+                has_failed = False
                 try:
                     outputs = cast(
                         "AsyncGenerator[EngineOutput, None]", self._replicas[placement.replica].submit(request)
@@ -157,17 +161,15 @@ class DataParallelClient(EngineClient):
                     async with aclosing(outputs):
                         async for output in outputs:
                             self._router.note_output(placement, output.new_token_ids)
-                            is_finished = output.finish_reason is not None
                             yield output
                     return
-                except (QueueFullError, EngineNotReadyError) as error:
-                    refusals.append(error)
-                except EngineDeadError as error:
-                    if placement.num_output_tokens or not error.was_killed:
+                except PagodaError as error:
+                    has_failed = True
+                    if not _is_retriable(error, placement):
                         raise
                     refusals.append(error)
                 finally:
-                    self._router.remove(placement, is_finished=is_finished)
+                    self._router.remove(placement, has_failed=has_failed)
             raise self._refusal(refusals)
         finally:
             self._requests.discard(request.request_id)
@@ -183,7 +185,7 @@ class DataParallelClient(EngineClient):
         ]
 
     def _refusal(self, refusals: Sequence[PagodaError]) -> PagodaError:
-        """What to tell a request that no replica takes: the best news among those that it was given."""
+        """The error of a request that no replica takes: the one with the shortest wait, else the last."""
         full = [error for error in refusals if isinstance(error, QueueFullError)]
         if full:
             return min(full, key=lambda error: error.retry_after_seconds)
@@ -242,11 +244,18 @@ class DataParallelClient(EngineClient):
             self.health.transition(state, cause)
 
     def _on_own_health(self) -> None:
-        """Draining concerns all replicas: none that is lost from now on is started anew."""
+        """Draining concerns all replicas: none that fails from now on is restarted."""
         if self.health.state is EngineState.DRAINING:
             for replica in self._replicas:
                 if replica.health.state not in (EngineState.DRAINING, EngineState.DEAD):
                     replica.health.transition(EngineState.DRAINING, str(self.health.cause))
+
+
+def _is_retriable(error: PagodaError, placement: Placement) -> bool:
+    """Whether another replica may run a request that ended with `error` in this one."""
+    if isinstance(error, EngineDeadError):
+        return error.was_killed and placement.num_output_tokens == 0
+    return isinstance(error, QueueFullError | EngineNotReadyError)
 
 
 def sum_of(stats: Sequence[EngineStats]) -> EngineStats:
@@ -260,7 +269,7 @@ def sum_of(stats: Sequence[EngineStats]) -> EngineStats:
         prefix_cache_queries=sum(one.prefix_cache_queries for one in stats),
         prefix_cache_hits=sum(one.prefix_cache_hits for one in stats),
         num_preemptions=sum(one.num_preemptions for one in stats),
-        num_runaways=sum(one.num_runaways for one in stats),
+        num_repetitions=sum(one.num_repetitions for one in stats),
         num_scheduled_tokens=sum(one.num_scheduled_tokens for one in stats),
         step_seconds=max(one.step_seconds for one in stats),
         degradation="; ".join(one.degradation for one in stats if one.degradation),
