@@ -13,7 +13,7 @@ from pagoda.models.config import ModelConfig
 from pagoda.models.decoder import DecoderForCausalLM
 from pagoda.models.loader import load_weights
 from pagoda.models.registry import build_model
-from pagoda_kernels.attention import AttentionMetadata
+from pagoda_kernels.types import AttentionMetadata
 
 CHUNKS = (1, 7, 1, 40)
 
