@@ -30,8 +30,7 @@ from pagoda.errors import ConfigError
 from pagoda.execution.input_batch import RowLayout
 from pagoda.models.decoder import DecoderForCausalLM, KVCache
 from pagoda.parallel.layout import ParallelLayout
-from pagoda_kernels.attention import AttentionMetadata
-from pagoda_kernels.step import StepTensors
+from pagoda_kernels.types import AttentionMetadata, StepTensors
 
 logger = logging.getLogger(__name__)
 

@@ -62,13 +62,10 @@ def choose_gpu_kernels() -> None:
 
 def reserve_decode_workspace(max_num_seqs: int, num_heads: int, head_dim: int, device: torch.device) -> None:
     """Take the memory that attention needs for batches of decode rows, before the KV cache takes what is left."""
-    from pagoda_kernels.gpu.tuning import table_of_device
-    from pagoda_kernels.gpu.workspace import DECODE_WORKSPACE
-
-    held = DECODE_WORKSPACE.reserve(max_num_seqs, num_heads, table_of_device(device).segments, head_dim, device)
+    held = backend.active.reserve_workspace(max_num_seqs, num_heads, head_dim, device)
     logger.info("workspace of decode attention: %s", format_bytes(held))
 
 
 def packs_weights(dtype: torch.dtype) -> bool:
-    """Whether linear layers are packed as they are read: on the compiled CPU kernels, which have none for float16."""
-    return backend.active.name == "cpu" and dtype != torch.float16
+    """Whether linear layers of a model in `dtype` are packed as they are read."""
+    return dtype in backend.active.packed_dtypes

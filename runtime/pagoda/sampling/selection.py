@@ -46,13 +46,6 @@ def block_sums(weights: Tensor) -> Tensor:
     return weights.view(len(weights), -1, BLOCK).sum(-1).double()
 
 
-def argmax(logits: Tensor, maxima: Tensor, rows: Tensor) -> Tensor:
-    """The best token of each of `rows` (int64 `[R]`): int64 `[R]`, the lowest id among equals."""
-    block = maxima.index_select(0, rows).argmax(-1)
-    inside = _blocks_of(logits, rows, block).argmax(-1)
-    return block * BLOCK + inside
-
-
 def best_tokens(logits: Tensor, maxima: Tensor, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The `count` best tokens of each of `rows`, best first: float32 logits and int64 ids, both `[R, count]`."""
     num_blocks = min(count, maxima.shape[1])
@@ -63,7 +56,7 @@ def best_tokens(logits: Tensor, maxima: Tensor, rows: Tensor, count: int) -> tup
     return _first(candidates, ids.flatten(1), count)
 
 
-def choose_ranked(
+def sample_from_top_k(
     values: Tensor,
     ids: Tensor,
     *,
@@ -101,7 +94,7 @@ def to_weights_(logits: Tensor, best: Tensor, inverse_temperature: Tensor | None
     return weights if min_p is None else weights.mul_(torch.ge(weights, min_p, out=torch.empty_like(weights)))
 
 
-def choose_by_weight(weights: Tensor, sums: Tensor, rows: Tensor, uniform: Tensor) -> Tensor:
+def sample_by_weight(weights: Tensor, sums: Tensor, rows: Tensor, uniform: Tensor) -> Tensor:
     """Sample each of `rows` (int64 `[R]`) in proportion to `weights` `[N, V]` with its block sums: ids int64 `[R]`.
 
     `uniform`: float64 `[R, 1]`. A token of weight 0 is never chosen.
@@ -116,7 +109,7 @@ def choose_by_weight(weights: Tensor, sums: Tensor, rows: Tensor, uniform: Tenso
     return block.squeeze(1) * BLOCK + token
 
 
-def choose_nucleus(weights: Tensor, top_p: Tensor, draw: Callable[[int, list[int]], Tensor]) -> Tensor:
+def sample_top_p_by_rejection(weights: Tensor, top_p: Tensor, draw: Callable[[int, list[int]], Tensor]) -> Tensor:
     """Sample each row of `weights` `[R, V]` among its shortest beginning that weighs `top_p` float64 `[R, 1]`: ids `[R]`.
 
     By rejection: a token drawn from all is in that beginning if the tokens before it weigh less than asked for. If not, it
@@ -132,7 +125,7 @@ def choose_nucleus(weights: Tensor, top_p: Tensor, draw: Callable[[int, list[int
     sums = block_sums(weights)
     needed = top_p * sums.sum(-1, keepdim=True)
     for attempt in itertools.count():
-        chosen = choose_by_weight(weights, sums, torch.arange(len(pending), device=rows.device), draw(attempt, pending))
+        chosen = sample_by_weight(weights, sums, torch.arange(len(pending), device=rows.device), draw(attempt, pending))
         token_ids.index_copy_(0, rows, chosen)
         better = _keep_better(weights, chosen)
         sums = block_sums(better)
