@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 import httpx
+import uvloop
 from fastapi import FastAPI
 
 from pagoda.config.schema import PagodaConfig
@@ -47,7 +48,7 @@ class RestHarness:
         )
         self._is_ready = is_ready
         self._max_model_len = max_model_len
-        self._loop = asyncio.new_event_loop()
+        self._loop = uvloop.new_event_loop()  # as the server does; with asyncio each answer waits for a delayed ACK
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self.engine: FakeEngineClient
         self.context: ServingContext
