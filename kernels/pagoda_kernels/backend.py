@@ -17,7 +17,7 @@ BACKENDS = {
 
 
 class _NotChosen(KernelBackend):
-    """Before `use_backend`: no operation runs by accident on a backend that nobody asked for."""
+    """Before `use_backend`. There is no default, which would be the slow reference wherever the choice is forgotten."""
 
     name = "none"
 

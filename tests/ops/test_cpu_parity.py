@@ -11,7 +11,7 @@ from tests.ops.test_elementwise import (
     test_silu_and_mul_gates_the_second_half,
 )
 from tests.ops.test_gather_step import (
-    test_decode_rows_take_their_last_token_and_padding_is_nobody,
+    test_decode_rows_take_their_last_token_and_padding_has_only_the_null_block,
     test_every_row_gets_its_own_tokens_places_and_blocks,
     test_prompts_longer_than_a_tile,
 )
@@ -42,7 +42,7 @@ __all__ = [
     "test_any_batch_matches_the_float64_reference",
     "test_chunk_over_every_prefix_length",
     "test_context_ends_anywhere_in_a_block",
-    "test_decode_rows_take_their_last_token_and_padding_is_nobody",
+    "test_decode_rows_take_their_last_token_and_padding_has_only_the_null_block",
     "test_every_row_gets_its_own_tokens_places_and_blocks",
     "test_grouped_heads_read_their_own_kv_head",
     "test_half_precision_is_close",

@@ -1,55 +1,33 @@
-"""The compiled greedy sampling against torch's own, and the sampler on it against the sampler on the reference."""
+"""Sampling on the compiled kernels: greedy alone, and the whole sampler against the one on the reference."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 
 from pagoda.sampling.params import SamplingParams
 from pagoda_kernels.interface import KernelBackend
+from tests.ops.test_greedy_sample import (
+    test_a_row_with_nan_says_so_and_its_neighbours_do_not,
+    test_greatest_logit_and_its_id,
+    test_greatest_logit_of_a_large_vocabulary,
+    test_infinite_logits,
+    test_lowest_id_of_equals,
+)
 from tests.support.cpu_kernels import kernels, require_cpu_kernels
 from tests.support.naive_sampler import Row
 from tests.support.sampler_rows import sample_rows
 
 require_cpu_kernels()
 
-__all__ = ["kernels"]
-
-
-@pytest.mark.parametrize("size", [1, 7, 16, 33, 1000, 40_000])
-def test_greatest_logit_and_its_id(kernels: KernelBackend, size: int) -> None:
-    logits = torch.randn(5, size, generator=torch.Generator().manual_seed(size))
-    ids, best = kernels.greedy_sample(logits)
-    assert torch.equal(best, logits.amax(-1))
-    assert torch.equal(ids, logits.argmax(-1))
-
-
-def test_lowest_id_of_equals(kernels: KernelBackend) -> None:
-    logits = torch.zeros(1, 100)
-    assert kernels.greedy_sample(logits)[0].tolist() == [0]
-    for places in ([99], [40, 56], [17, 18, 33, 34], [3, 98, 99]):
-        logits.fill_(-1.0)
-        logits[0, places] = 2.5
-        assert kernels.greedy_sample(logits)[0].tolist() == places[:1]
-
-
-@pytest.mark.parametrize("place", [0, 15, 16, 49, 50])
-def test_a_row_with_nan_says_so_and_its_neighbours_do_not(kernels: KernelBackend, place: int) -> None:
-    logits = torch.randn(3, 51)
-    logits[1, place] = torch.nan
-    ids, best = kernels.greedy_sample(logits)
-    assert best.isnan().tolist() == [False, True, False]
-    assert 0 <= int(ids[1]) < 51
-
-
-@pytest.mark.parametrize("value", [torch.inf, -torch.inf])
-def test_infinite_logits(kernels: KernelBackend, value: float) -> None:
-    logits = torch.full((2, 37), -torch.inf)
-    logits[1, 20] = value
-    ids, best = kernels.greedy_sample(logits)
-    assert best.tolist() == [-torch.inf, value]
-    assert ids.tolist() == [0, 20 if value > 0 else 0]
+__all__ = [
+    "kernels",
+    "test_greatest_logit_and_its_id",
+    "test_greatest_logit_of_a_large_vocabulary",
+    "test_lowest_id_of_equals",
+    "test_a_row_with_nan_says_so_and_its_neighbours_do_not",
+    "test_infinite_logits",
+]
 
 
 @pytest.mark.parametrize("vocab_size", [50, 2000])

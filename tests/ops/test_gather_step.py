@@ -75,7 +75,9 @@ def test_every_row_gets_its_own_tokens_places_and_blocks(kernels, rows, block_si
 
 
 @pytest.mark.parametrize("padding", [0, 1, 5])
-def test_decode_rows_take_their_last_token_and_padding_is_nobody(kernels: KernelBackend, padding: int) -> None:
+def test_decode_rows_take_their_last_token_and_padding_has_only_the_null_block(
+    kernels: KernelBackend, padding: int
+) -> None:
     check(kernels, [(slot, 7 * slot + 3, 1) for slot in (4, 0, 2)], 4, padding, seed=1)
 
 

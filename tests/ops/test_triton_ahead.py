@@ -117,7 +117,7 @@ OUT.write_text(json.dumps({"refused": refused[0].error, "ended": ended[0].error,
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_kernel_that_does_not_compile_is_told_of_and_compilers_end_with_their_context(tmp_path: Path) -> None:
+def test_a_kernel_that_does_not_compile_is_reported_and_compilers_end_with_their_context(tmp_path: Path) -> None:
     found = outcome_of(tmp_path, FAILURES)
     assert "RuntimeError" in found["refused"]
     assert "no_such_module" in found["ended"]

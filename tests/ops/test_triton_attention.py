@@ -172,7 +172,7 @@ def test_upper_bounds_of_lengths_change_nothing(small_tiles: TuningTable) -> Non
     assert torch.equal(dataclasses.replace(case, metadata=loose).run(), case.run())
 
 
-def test_rows_of_padding_disturb_nobody() -> None:
+def test_rows_of_padding_change_no_other_row() -> None:
     """As a CUDA graph pads its batch: rows of the null block, of one token, and rows that hold none at all."""
     case = make_case([(1, 21), (1, 40)], num_kv_heads=1)
     expected = case.run()

@@ -12,13 +12,25 @@ from pagoda.sampling.rows import SlotRequest
 from pagoda.sampling.sampler import Sampler
 from pagoda_kernels import reference
 from pagoda_kernels.interface import KernelBackend
+from tests.ops.test_greedy_sample import (
+    test_a_row_with_nan_says_so_and_its_neighbours_do_not,
+    test_greatest_logit_and_its_id,
+    test_infinite_logits,
+    test_lowest_id_of_equals,
+)
 from tests.support.triton_kernels import kernels, require_interpreter
 
 require_interpreter()
 
 from pagoda_kernels.gpu import sampling as launchers  # noqa: E402
 
-__all__ = ["kernels"]
+__all__ = [
+    "kernels",
+    "test_greatest_logit_and_its_id",
+    "test_lowest_id_of_equals",
+    "test_a_row_with_nan_says_so_and_its_neighbours_do_not",
+    "test_infinite_logits",
+]
 
 VOCABULARY = 300
 
@@ -27,28 +39,6 @@ VOCABULARY = 300
 def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Five tiles, the last one not full."""
     monkeypatch.setattr(launchers, "SAMPLING_TILE", 64)
-
-
-def test_greedy_takes_the_lowest_of_the_best(kernels: KernelBackend) -> None:
-    logits = torch.randn(4, VOCABULARY).round(decimals=1)
-    logits[1, [7, 130, 131, 299]] = 9.0
-    logits[2, 299] = 9.0
-    token_ids, best = kernels.greedy_sample(logits)
-    assert torch.equal(token_ids, logits.argmax(-1))
-    assert torch.equal(best, logits.amax(-1))
-
-
-def test_greedy_tells_of_nan_and_infinity(kernels: KernelBackend) -> None:
-    logits = torch.randn(3, VOCABULARY)
-    logits[0, 200] = math.nan
-    logits[1] = -math.inf
-    logits[2, 5] = math.inf
-    token_ids, best = kernels.greedy_sample(logits)
-    assert bool(best[0].isnan())
-    assert best[1:].tolist() == [-math.inf, math.inf]
-    assert int(token_ids.min()) >= 0
-    assert int(token_ids.max()) < VOCABULARY
-    assert int(token_ids[2]) == 5
 
 
 def drawn(

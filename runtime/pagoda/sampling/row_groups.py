@@ -40,7 +40,7 @@ class SamplingStep:
 
     @cached_property
     def block_maxima(self) -> Tensor:
-        """See `selection.block_maxima`."""
+        """The greatest logit of each block, found once for all groups with top-k; see `selection.block_maxima`."""
         return selection.block_maxima(self.logits)
 
     def uniforms(self, rows: Int64Array, attempt: int = 0) -> Tensor:

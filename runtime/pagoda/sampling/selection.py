@@ -1,4 +1,4 @@
-"""Choosing token ids from logits without sorting a vocabulary.
+"""Sampling token ids from logits without sorting a vocabulary.
 
 Tokens have one order: greater logit first, lower id first among equals. Top-k keeps the first k of it, top-p the shortest
 beginning whose probability reaches p (at least one token), min-p the tokens at least `min_p` times as probable as the best;
@@ -115,7 +115,8 @@ def sample_top_p_by_rejection(weights: Tensor, top_p: Tensor, draw: Callable[[in
     By rejection: a token drawn from all is in that beginning if the tokens before it weigh less than asked for. If not, it
     and all that come after it in the order are taken out, and another one is drawn from the rest: at most a share of
     1 - top_p of first draws, and each draw takes about half of what is still too much away. One look at the vocabulary a
-    draw, where finding the beginning itself would take thirty, or a sort.
+    draw, where finding the beginning itself would take thirty, or a sort. `KernelBackend.sample_top_p_by_rejection` samples
+    the same tokens in one operation.
 
     `draw(attempt, rows)` returns float64 `[len(rows), 1]` in [0, 1): fresh numbers for these of the R rows.
     """
