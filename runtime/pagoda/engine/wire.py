@@ -10,12 +10,12 @@ from pagoda.engine.messages import (
     EngineOutputs,
     EngineRanks,
     EngineReady,
-    EngineRequest,
     EngineStage,
     Shutdown,
     StartCore,
 )
 from pagoda.framing import HEADER, FrameCodec, FrameError
+from pagoda.request import EngineRequest
 
 Message = (
     StartCore

@@ -15,20 +15,13 @@ from pagoda.engine.client.prelaunch import LaunchedCore
 from pagoda.engine.core import process
 from pagoda.engine.core.process import CoreProcess
 from pagoda.engine.heartbeat import ProgressBoard
-from pagoda.engine.messages import (
-    EngineFailed,
-    EngineOutput,
-    EngineOutputs,
-    EngineRequest,
-    EngineStats,
-    Shutdown,
-    StartCore,
-)
+from pagoda.engine.messages import EngineFailed, EngineOutput, EngineOutputs, EngineStats, Shutdown, StartCore
 from pagoda.errors import ErrorKind, QueueFullError
+from pagoda.request import EngineRequest
 from pagoda.sampling.output import FinishReason
 from pagoda.sampling.params import SamplingParams
 
-REQUEST = EngineRequest(request_id="r", prompt_token_ids=[1], sampling=SamplingParams(), max_tokens=1)
+REQUEST = EngineRequest(request_id="r", prompt_token_ids=[1], params=SamplingParams(), max_tokens=1)
 
 
 class Connection:

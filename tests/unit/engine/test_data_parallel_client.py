@@ -16,7 +16,7 @@ from pagoda.engine.data_parallel.client import DataParallelClient, create_engine
 from pagoda.engine.data_parallel.health import overall
 from pagoda.engine.health import EngineHealth, EngineState
 from pagoda.engine.heartbeat import EngineProgress
-from pagoda.engine.messages import EngineOutput, EngineReady, EngineRequest, EngineStats
+from pagoda.engine.messages import EngineOutput, EngineReady, EngineStats
 from pagoda.errors import (
     ConfigError,
     EngineDeadError,
@@ -25,6 +25,7 @@ from pagoda.errors import (
     PagodaError,
     QueueFullError,
 )
+from pagoda.request import EngineRequest
 from pagoda.sampling.output import FinishReason
 from pagoda.sampling.params import SamplingParams
 from tests.support.fake_engine import FakeEngineClient
@@ -110,7 +111,7 @@ def request(request_id: str = "r", prompt: list[int] | None = None, max_tokens: 
     return EngineRequest(
         request_id=request_id,
         prompt_token_ids=prompt or [1, 2, 3],
-        sampling=SamplingParams(ignore_eos=True),
+        params=SamplingParams(ignore_eos=True),
         max_tokens=max_tokens,
     )
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from pagoda.engine import wire
-from pagoda.engine.messages import AbortRequests, EngineRequest
+from pagoda.engine.messages import AbortRequests
+from pagoda.request import EngineRequest
 from pagoda.sampling.params import SamplingParams
 
 
@@ -17,11 +18,11 @@ def read(frame: bytes) -> wire.Message:
 
 def request(**fields) -> EngineRequest:
     values = {"request_id": "r1", "prompt_token_ids": [1, 2], "max_tokens": 3} | fields
-    return EngineRequest(sampling=SamplingParams(logit_bias={5: 1.5}, stop=("a",)), **values)
+    return EngineRequest(params=SamplingParams(logit_bias={5: 1.5}, stop=("a",)), **values)
 
 
 def test_a_request_survives_the_way() -> None:
-    assert read(wire.encode(request(tenant="t", cache_salt="s"))) == request(tenant="t", cache_salt="s")
+    assert read(wire.encode(request(tenant="t", cache_keys=("s",)))) == request(tenant="t", cache_keys=("s",))
 
 
 @pytest.mark.parametrize("fields", [{"prompt_token_ids": ["x"]}, {"max_tokens": None}])

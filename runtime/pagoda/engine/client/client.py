@@ -32,7 +32,6 @@ from pagoda.engine.messages import (
     EngineOutputs,
     EngineRanks,
     EngineReady,
-    EngineRequest,
     EngineStage,
     EngineStats,
     Shutdown,
@@ -46,6 +45,7 @@ from pagoda.errors import (
     QueueFullError,
     error_of,
 )
+from pagoda.request import EngineRequest
 
 logger = logging.getLogger(__name__)
 

@@ -14,9 +14,10 @@ from collections import deque
 from collections.abc import Callable, Iterable
 
 from pagoda.distributed.rank_health import RankHealth
-from pagoda.engine.messages import EngineOutput, EngineOutputs, EngineReady, EngineRequest, EngineStats
+from pagoda.engine.messages import EngineOutput, EngineOutputs, EngineReady, EngineStats
 from pagoda.errors import EngineDeadError, InvalidRequestError
 from pagoda.execution.executor import Executor, StepHandle, is_out_of_memory
+from pagoda.request import EngineRequest
 from pagoda.scheduling.plan import StepPlan
 from pagoda.scheduling.request import Request
 from pagoda.scheduling.scheduler import RequestUpdate, Scheduler
@@ -54,19 +55,7 @@ class EngineCore:
             and not 0 <= min(request.prompt_token_ids) <= max(request.prompt_token_ids) < vocab_size
         ):
             raise InvalidRequestError(f"the prompt has token ids outside of 0 to {vocab_size - 1}", "prompt")
-        self._scheduler.add(
-            Request(
-                request_id=request.request_id,
-                prompt_token_ids=request.prompt_token_ids,
-                sampling=request.sampling,
-                max_tokens=request.max_tokens,
-                eos_token_ids=request.eos_token_ids,
-                arrival_time=request.arrival_time,
-                priority=request.priority,
-                cache_salt=request.cache_salt,
-                tenant=request.tenant,
-            )
-        )
+        self._scheduler.add(Request(request))
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """End requests whose client is gone; ids that are not (or no longer) here are ignored."""
@@ -170,7 +159,7 @@ class EngineCore:
 def _output(update: RequestUpdate) -> EngineOutput:
     request = update.request
     return EngineOutput(
-        request_id=request.request_id,
+        request_id=request.spec.request_id,
         new_token_ids=update.new_token_ids,
         logprobs=update.logprobs,
         prompt_logprobs=update.prompt_logprobs,

@@ -28,13 +28,13 @@ from pagoda.engine.messages import (
     EngineOutput,
     EngineOutputs,
     EngineRanks,
-    EngineRequest,
     EngineStage,
     Shutdown,
     StartCore,
 )
 from pagoda.errors import ErrorKind, PagodaError, RequestFailedError
 from pagoda.process_control import become_child, uncollected
+from pagoda.request import EngineRequest
 from pagoda.sampling.output import FinishReason
 from pagoda.scheduling.step_timeout import tokens_to_wait_for
 

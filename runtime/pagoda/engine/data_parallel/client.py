@@ -25,7 +25,7 @@ from pagoda.engine.data_parallel.health import overall
 from pagoda.engine.data_parallel.router import PrefixRouter
 from pagoda.engine.health import EngineState
 from pagoda.engine.heartbeat import EngineProgress
-from pagoda.engine.messages import EngineOutput, EngineReady, EngineRequest, EngineStats
+from pagoda.engine.messages import EngineOutput, EngineReady, EngineStats
 from pagoda.errors import (
     ConfigError,
     EngineDeadError,
@@ -35,6 +35,7 @@ from pagoda.errors import (
     QueueFullError,
 )
 from pagoda.platform.thread_affinity import affinities_of_replicas
+from pagoda.request import EngineRequest
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
