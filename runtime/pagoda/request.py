@@ -51,7 +51,8 @@ class GenerationRequest(BaseRequest):
 class EngineRequest(BaseRequest):
     """One sequence to generate (`n > 1` is fanned out before this point).
 
-    `prompt_token_ids`: at least one id below the vocabulary size; the list is shared and never changed. `max_tokens`:
+    `request_id` is unique in an engine core; `EngineClient.submit` sees to that. `prompt_token_ids`: at least one id below the
+    vocabulary size; the list is shared and never changed. `max_tokens`:
     resolved, at least 1, and `len(prompt_token_ids) + max_tokens <= max_model_len`. `eos_token_ids` end generation unless
     `params.ignore_eos`. `arrival_time`: `time.monotonic()` seconds.
     """

@@ -93,9 +93,10 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Accept a request.
 
-        Raises `InvalidRequestError` for one that could never run and `QueueFullError` when too many wait; such a request
-        leaves no trace. `max_tokens` is lowered to what `max_model_len` and the KV cache can hold, so a request that has all
-        blocks to itself always ends by its length before it runs out of them.
+        Raises `InvalidRequestError` for one that could never run, and would hold up the queue for ever, or whose id is in use,
+        and `QueueFullError` when too many wait; such a request leaves no trace. `max_tokens` is lowered to what
+        `max_model_len` and the KV cache can hold, so a request that has all blocks to itself always ends by its length before
+        it runs out of them.
         """
         if request.spec.request_id in self._requests:
             raise InvalidRequestError(

@@ -21,7 +21,6 @@ from pagoda.errors import (
     ConfigError,
     EngineDeadError,
     EngineNotReadyError,
-    InvalidRequestError,
     PagodaError,
     QueueFullError,
 )
@@ -246,16 +245,15 @@ async def test_requests_without_any_replica_are_told_to_come_back() -> None:
         await run(client, request())
 
 
-async def test_one_id_cannot_run_twice_at_once_on_different_replicas() -> None:
-    client, (left, _) = await started()
+async def test_one_id_may_run_twice_at_once() -> None:
+    client, (left, right) = await started()
     left.hold.clear()
-    task = asyncio.create_task(run(client, request("a")))
-    await until(lambda: left.num_running == 1)
-    with pytest.raises(InvalidRequestError, match="running already"):
-        await run(client, request("a"))
+    right.hold.clear()
+    tasks = [asyncio.create_task(run(client, request("a", prompt))) for prompt in ([1] * 3, [2] * 3)]
+    await until(lambda: left.num_running + right.num_running == 2)
     left.hold.set()
-    await task
-    assert await run(client, request("a")) == [1, 2, 3]
+    right.hold.set()
+    assert await asyncio.gather(*tasks) == [[1] * 3, [2] * 3]
 
 
 async def test_the_whole_follows_its_parts() -> None:

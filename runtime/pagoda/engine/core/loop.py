@@ -48,12 +48,14 @@ class EngineCore:
         return self._scheduler.has_work or bool(self._in_flight)
 
     def add_request(self, request: EngineRequest) -> None:
-        """Accept a request. Raises `InvalidRequestError` or `QueueFullError`, and then it was never there."""
-        vocab_size = self.ready.vocab_size
-        if (
-            request.prompt_token_ids
-            and not 0 <= min(request.prompt_token_ids) <= max(request.prompt_token_ids) < vocab_size
-        ):
+        """Accept a request. Raises `InvalidRequestError` or `QueueFullError`, and then it was never there.
+
+        This is the border of the engine: here, and in `Scheduler.add`, is refused what would harm other requests. What a
+        client may get wrong was found before, by `text.validation`; nothing after this checks a prompt again.
+        """
+        prompt, vocab_size = request.prompt_token_ids, self.ready.vocab_size
+        if prompt and not 0 <= min(prompt) <= max(prompt) < vocab_size:
+            # The embedding would be read out of bounds, which on a GPU is the end of the process.
             raise InvalidRequestError(f"the prompt has token ids outside of 0 to {vocab_size - 1}", "prompt")
         self._scheduler.add(Request(request))
 

@@ -30,7 +30,6 @@ from pagoda.errors import (
     ConfigError,
     EngineDeadError,
     EngineNotReadyError,
-    InvalidRequestError,
     PagodaError,
     QueueFullError,
 )
@@ -84,7 +83,6 @@ class DataParallelClient(EngineClient):
             for index in range(num_replicas)
         ]
         self._router = router or PrefixRouter(num_replicas, config.block_size if config.enable_prefix_caching else 0)
-        self._requests: set[str] = set()
         self._is_started = False
         self._is_ending = False
         self._states = [replica.health.state for replica in self._replicas]
@@ -137,41 +135,31 @@ class DataParallelClient(EngineClient):
         """
         if self.health.state is EngineState.DEAD:
             raise EngineDeadError(f"the engine is dead: {self.health.cause}")
-        if request.request_id in self._requests:
-            raise InvalidRequestError(f"a request with id {request.request_id!r} is running already", "request_id")
-        self._requests.add(request.request_id)
         refusals: list[PagodaError] = []
         tried: set[int] = set()
-        try:
-            while candidates := self._candidates(tried):
-                placement = self._router.place(request, candidates)
-                tried.add(placement.replica)
-                if refusals:
-                    logger.info(
-                        "request %s goes to replica %d: %s", request.request_id, placement.replica, refusals[-1]
-                    )
-                is_finished = False
-                try:
-                    outputs = cast(
-                        "AsyncGenerator[EngineOutput, None]", self._replicas[placement.replica].submit(request)
-                    )
-                    async with aclosing(outputs):
-                        async for output in outputs:
-                            self._router.note_output(placement, output.new_token_ids)
-                            is_finished = output.finish_reason is not None
-                            yield output
-                    return
-                except (QueueFullError, EngineNotReadyError) as error:
-                    refusals.append(error)
-                except EngineDeadError as error:
-                    if placement.num_output_tokens or not error.was_killed:
-                        raise
-                    refusals.append(error)
-                finally:
-                    self._router.remove(placement, is_finished=is_finished)
-            raise self._refusal(refusals)
-        finally:
-            self._requests.discard(request.request_id)
+        while candidates := self._candidates(tried):
+            placement = self._router.place(request, candidates)
+            tried.add(placement.replica)
+            if refusals:
+                logger.info("request %s goes to replica %d: %s", request.request_id, placement.replica, refusals[-1])
+            is_finished = False
+            try:
+                outputs = cast("AsyncGenerator[EngineOutput, None]", self._replicas[placement.replica].submit(request))
+                async with aclosing(outputs):
+                    async for output in outputs:
+                        self._router.note_output(placement, output.new_token_ids)
+                        is_finished = output.finish_reason is not None
+                        yield output
+                return
+            except (QueueFullError, EngineNotReadyError) as error:
+                refusals.append(error)
+            except EngineDeadError as error:
+                if placement.num_output_tokens or not error.was_killed:
+                    raise
+                refusals.append(error)
+            finally:
+                self._router.remove(placement, is_finished=is_finished)
+        raise self._refusal(refusals)
 
     def _candidates(self, tried: set[int]) -> list[int]:
         """Replicas that a request may be sent to."""
