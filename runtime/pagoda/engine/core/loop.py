@@ -12,6 +12,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 from pagoda.distributed.rank_health import RankHealth
 from pagoda.engine.messages import EngineOutput, EngineOutputs, EngineReady, EngineStats
@@ -21,10 +22,19 @@ from pagoda.request import EngineRequest
 from pagoda.scheduling.plan import StepPlan
 from pagoda.scheduling.request import Request
 from pagoda.scheduling.scheduler import RequestUpdate, Scheduler
+from pagoda.scheduling.step_timeout import tokens_to_wait_for
 
 logger = logging.getLogger(__name__)
 
-PlanListener = Callable[[int, StepPlan], None]
+SubmitListener = Callable[[int, int], None]
+
+
+class _InFlight(NamedTuple):
+    """A step that was submitted; `num_tokens`: see `tokens_to_wait_for`."""
+
+    plan: StepPlan
+    handle: StepHandle
+    num_tokens: int
 
 
 class EngineCore:
@@ -35,17 +45,24 @@ class EngineCore:
         self.ready = ready
         self._scheduler = scheduler
         self._executor = executor
-        self._in_flight: deque[tuple[StepPlan, StepHandle]] = deque()
+        self._in_flight: deque[_InFlight] = deque()
         self._num_steps = 0
         self._num_scheduled_tokens = 0
         self._step_seconds = 0.0
         self._was_idle = True
-        self.on_submit: PlanListener | None = None
+        # Called with the number of steps done and of tokens in flight, those of the step that is about to be submitted
+        # included: on a CPU a step is over when it is submitted.
+        self.on_submit: SubmitListener | None = None
 
     @property
     def has_work(self) -> bool:
         """Whether a `step` would do anything."""
         return self._scheduler.has_work or bool(self._in_flight)
+
+    @property
+    def num_tokens_in_flight(self) -> int:
+        """Tokens of all steps in flight, as the stall bound counts them."""
+        return sum(step.num_tokens for step in self._in_flight)
 
     def add_request(self, request: EngineRequest) -> None:
         """Accept a request. Raises `InvalidRequestError` or `QueueFullError`, and then it was never there.
@@ -86,10 +103,11 @@ class EngineCore:
             if plan is None:
                 return
             self._num_scheduled_tokens += plan.total_tokens
+            num_tokens = tokens_to_wait_for(plan)
             if self.on_submit is not None:
-                self.on_submit(self._num_steps, plan)
+                self.on_submit(self._num_steps, self.num_tokens_in_flight + num_tokens)
             try:
-                self._in_flight.append((plan, self._executor.submit(plan)))
+                self._in_flight.append(_InFlight(plan, self._executor.submit(plan), num_tokens))
             except Exception as error:  # whatever it is, it is this step's requests' end and not the engine's
                 self._fail_step(plan, error)
                 return
@@ -97,7 +115,7 @@ class EngineCore:
     def _collect_oldest(self) -> list[RequestUpdate]:
         if not self._in_flight:
             return []
-        plan, handle = self._in_flight.popleft()
+        plan, handle, _ = self._in_flight.popleft()
         try:
             result = handle.result()
         except Exception as error:  # as above: a step may fail in any way
