@@ -27,7 +27,7 @@ from pagoda.engine.messages import (
     Shutdown,
     StartCore,
 )
-from pagoda.errors import ErrorKind, QueueFullError
+from pagoda.errors import ErrorKind, InvalidRequestError, QueueFullError
 from pagoda.execution.executor import StepHandle
 from pagoda.request import EngineRequest
 from pagoda.sampling.output import FinishReason
@@ -90,6 +90,21 @@ def test_only_a_turn_that_brings_something_is_a_sign_of_life(board: ProgressBoar
     assert num_turns == 5
     assert board.read().is_up == (brings != "nothing")
     assert len(connection.sent) == (0 if brings == "nothing" else 5)
+
+
+def test_a_request_that_could_not_be_read_gets_its_one_end_and_the_core_goes_on(board: ProgressBoard) -> None:
+    connection = Connection()
+    core = Core(lambda: pytest.fail("there is nothing to run"))
+    error = wire.UnreadableRequestError("r", InvalidRequestError("top_p must be at most 1", "top_p"))
+    for message in (error, Shutdown()):
+        connection.inbox.put(message)
+    CoreProcess(core, connection, board).run()  # type: ignore[arg-type]
+    ((output,),) = (message.outputs for message in connection.sent)
+    assert (output.request_id, output.error_kind, output.error) == (
+        "r",
+        ErrorKind.INVALID_REQUEST,
+        "top_p must be at most 1",
+    )
 
 
 @pytest.mark.parametrize(

@@ -169,7 +169,7 @@ class CoreProcess:
                 self._refuse(message.request_id, RequestFailedError(f"the request could not be taken: {error!r}"))
         elif isinstance(message, wire.UnreadableRequestError):
             logger.error("request %s could not be read: %s", message.request_id, message)
-            self._refuse(message.request_id, RequestFailedError(f"the request could not be read: {message}"))
+            self._refuse(message.request_id, message.reason)
         elif isinstance(message, AbortRequests):
             self._core.abort(message.request_ids)
         elif isinstance(message, Shutdown):
