@@ -8,7 +8,6 @@ import torch
 
 from pagoda.sampling.noise import SlotNoise
 from pagoda.sampling.params import SamplingParams
-from pagoda.sampling.rows import SlotRequest
 from pagoda.sampling.sampler import Sampler
 from pagoda_kernels import reference
 from pagoda_kernels.interface import KernelBackend
@@ -18,6 +17,7 @@ from tests.ops.test_greedy_sample import (
     test_infinite_logits,
     test_lowest_id_of_equals,
 )
+from tests.support.sampler_rows import request_of
 from tests.support.triton_kernels import kernels, require_interpreter
 
 require_interpreter()
@@ -67,7 +67,7 @@ def sampled(
     pool = torch.zeros(len(params), 4, dtype=torch.int64)
     sampler = Sampler(vocab_size=VOCABULARY, token_pool=pool, kernels=kernels, seed=0)
     for slot, p in enumerate(params):
-        sampler.add(slot, SlotRequest(p, 1, ()))
+        sampler.add(slot, request_of(p))
     return sampler.sample(logits.clone(), np.arange(len(params)), np.array(positions)).token_ids.tolist()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from pagoda.request import EngineRequest
 from pagoda.sampling.params import SamplingParams
 from pagoda.scheduling.request import Request
 
@@ -13,6 +14,8 @@ def make_request(
 ) -> Request:
     """A prompt of `num_tokens` ids from `first` on; without it, of ids that no request of another name has."""
     start = 1000 * sum(map(ord, request_id)) if first is None else first
-    sampling = fields.pop("sampling", SamplingParams(ignore_eos=True))
+    params = fields.pop("params", SamplingParams(ignore_eos=True))
     prompt = list(range(start, start + num_tokens))
-    return Request(request_id=request_id, prompt_token_ids=prompt, sampling=sampling, max_tokens=max_tokens, **fields)
+    return Request(
+        EngineRequest(request_id=request_id, prompt_token_ids=prompt, params=params, max_tokens=max_tokens, **fields)
+    )

@@ -44,7 +44,7 @@ def step(scheduler: Scheduler) -> list[str]:
     assert plan is not None
     scheduler.apply(plan, StepResult(plan.step_id, [[1] for _ in plan.slots]))
     scheduler.check_integrity()
-    return [new.request_id[0] for new in plan.new_requests]
+    return [new.spec.request_id[0] for new in plan.new_requests]
 
 
 def test_tenants_take_turns_however_much_one_of_them_sends() -> None:
