@@ -118,7 +118,9 @@ class SiluAndMul(Protocol):
 class PackedLinear(Protocol):
     """See `pagoda_kernels.linear.packed_linear`."""
 
-    def __call__(self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    def __call__(
+        self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, out_dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
         """Multiply."""
 
 

@@ -43,13 +43,19 @@ class PackedWeight:
         return sum(tensor.nbytes for tensor in (self.values, self.scales, self.zeros) if tensor is not None)
 
 
-def packed_linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`x @ weight.T + bias` for x float32 or bfloat16 [T, in_features], contiguous; returns [T, out_features] of that dtype.
+def packed_linear(
+    x: torch.Tensor,
+    weight: PackedWeight,
+    bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """`x @ weight.T + bias` for x float32 or bfloat16 [T, in_features], contiguous; returns [T, out_features].
 
-    Sums are float32, and every row's bits are the same alone and in any batch. For quantized weights, each row of x is
-    quantized too: to int8, symmetrically, a scale for every group of inputs.
+    Sums are float32, and every row's bits are the same alone and in any batch. `out_dtype`: float32, which leaves the sums
+    as they are, or None, which rounds them to the dtype of x. For quantized weights, each row of x is quantized too: to int8,
+    symmetrically, a scale for every group of inputs.
     """
-    return backend.active.packed_linear(x, weight, bias)
+    return backend.active.packed_linear(x, weight, bias, out_dtype)
 
 
 def packed_rows(weight: PackedWeight, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

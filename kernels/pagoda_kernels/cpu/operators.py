@@ -125,10 +125,12 @@ def _rms_norm(
     return normed, stream
 
 
-def _packed_linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+def _packed_linear(
+    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, out_dtype: torch.dtype | None = None
+) -> torch.Tensor:
     output: torch.Tensor
     if weight.scales is None:
-        output = _linear(x, weight.values, bias, weight.out_features)
+        output = _linear(x, weight.values, bias, weight.out_features, out_dtype)
     else:
         output = _linear_quantized(
             x,
@@ -139,6 +141,7 @@ def _packed_linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | N
             weight.out_features,
             weight.group_size,
             weight.bits == 4,
+            out_dtype,
         )
     return output
 

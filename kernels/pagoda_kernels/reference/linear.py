@@ -31,13 +31,15 @@ def unpack(weight: PackedWeight) -> torch.Tensor:
     return (rows.float() - _zeros(weight)[:, per_input]) * _scales(weight)[:, per_input]
 
 
-def packed_linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+def packed_linear(
+    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, out_dtype: torch.dtype | None = None
+) -> torch.Tensor:
     """See `pagoda_kernels.linear.packed_linear`."""
     wide = x.float()
     if weight.scales is not None:
         wide = _quantized_and_back(wide, weight.group_size)
     product = wide @ unpack(weight).float().T
-    return (product if bias is None else product + bias.float()).to(x.dtype)
+    return (product if bias is None else product + bias.float()).to(out_dtype or x.dtype)
 
 
 def packed_rows(weight: PackedWeight, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
