@@ -233,11 +233,18 @@ class KernelBackend:
 
     # ---- packed linear layers ------------------------------------------------------------------------------------------
 
-    def packed_linear(self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """`x @ weight.T + bias` for x float32 or bfloat16 [T, in_features], contiguous; returns [T, out_features] like x.
+    def packed_linear(
+        self,
+        x: torch.Tensor,
+        weight: PackedWeight,
+        bias: torch.Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:
+        """`x @ weight.T + bias` for x float32 or bfloat16 [T, in_features], contiguous; returns [T, out_features].
 
-        Sums are float32, and every row's bits are the same alone and in any batch. For quantized weights, each row of x is
-        quantized too: to int8, symmetrically, a scale for every group of inputs.
+        Sums are float32, and every row's bits are the same alone and in any batch. `out_dtype`: float32, which leaves the sums
+        as they are, or None or that of x, to which they are rounded. For quantized weights, each row of x is quantized too: to
+        int8, symmetrically, a scale for every group of inputs.
         """
         raise self._not_implemented("packed_linear")
 

@@ -165,10 +165,16 @@ class CpuBackend(KernelBackend):
         return activated
 
     @override
-    def packed_linear(self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def packed_linear(
+        self,
+        x: torch.Tensor,
+        weight: PackedWeight,
+        bias: torch.Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:
         output: torch.Tensor
         if weight.scales is None:
-            output = _linear(x, weight.values, bias, weight.out_features)
+            output = _linear(x, weight.values, bias, weight.out_features, out_dtype)
         else:
             output = _linear_quantized(
                 x,
@@ -179,6 +185,7 @@ class CpuBackend(KernelBackend):
                 weight.out_features,
                 weight.group_size,
                 weight.bits == 4,
+                out_dtype,
             )
         return output
 

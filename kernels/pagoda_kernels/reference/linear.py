@@ -14,12 +14,18 @@ class ReferenceLinear(KernelBackend):
     """Products with packed weights, and packing."""
 
     @override
-    def packed_linear(self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def packed_linear(
+        self,
+        x: torch.Tensor,
+        weight: PackedWeight,
+        bias: torch.Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:
         wide = x.float()
         if weight.scales is not None:
             wide = _quantized_and_back(wide, weight.group_size)
         product = wide @ unpack(weight).float().T
-        return (product if bias is None else product + bias.float()).to(x.dtype)
+        return (product if bias is None else product + bias.float()).to(out_dtype or x.dtype)
 
     @override
     def packed_rows(self, weight: PackedWeight, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

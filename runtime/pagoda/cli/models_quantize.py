@@ -12,6 +12,7 @@ from pagoda.config.values import format_bytes
 from pagoda.errors import ConfigError
 
 if TYPE_CHECKING:
+    import torch
     from rich.progress import Progress
 
     from pagoda.models.decoder import DecoderForCausalLM
@@ -31,7 +32,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(own: argparse.Namespace) -> int:
-    """Quantize, then compare with the source."""
+    """Quantize, then compare what `pagoda serve` would run with the source in float32."""
+    import torch
+
     from pagoda.models.checkpoint_source import checkpoint_directory
     from pagoda.models.quantization.quality import score
     from pagoda.models.quantization.writing import write_quantized_checkpoint
@@ -51,16 +54,21 @@ def run(own: argparse.Namespace) -> int:
         )
         task = bar.add_task("compare", total=2 * len(texts))
         scores: list[Scores] = []
-        for directory in (source, own.destination):
-            model = _loaded(directory)
+        dtypes: list[str] = []
+        for directory, dtype in ((source, torch.float32), (own.destination, None)):
+            model = load_on_cpu(directory, dtype)
             scores.append(score(model, texts, lambda: bar.advance(task)))
+            dtypes.append(str(model.dtype).removeprefix("torch."))
             del model
-    print(_report(source, own.destination, quantization, *scores))
+    headers = (f"source, {dtypes[0]}", f"{quantization}, {dtypes[1]}")
+    print(_report(headers, (source, own.destination), *scores))
     return 0
 
 
-def _loaded(directory: Path) -> DecoderForCausalLM:
-    """The model in a directory on the CPU, as `pagoda serve` would run it there."""
+def load_on_cpu(
+    directory: Path, dtype: torch.dtype | None = None, quantization: QuantizationConfig | None = None
+) -> DecoderForCausalLM:
+    """The model in a directory on the CPU's kernels; None: in the dtype and quantized as `pagoda serve` would run it."""
     import torch
 
     from pagoda.engine.core.auto import choose_dtype
@@ -73,8 +81,10 @@ def _loaded(directory: Path) -> DecoderForCausalLM:
 
     config = ModelConfig.from_directory(directory)
     choose_cpu_kernels("auto")
-    dtype = getattr(torch, choose_dtype("auto", config.dtype, None, cpu_report().instruction_sets).value)
-    model = build_model(config, dtype, "cpu", quantization=config.quantization, packed=packs_weights(dtype))
+    if dtype is None:
+        dtype = getattr(torch, choose_dtype("auto", config.dtype, None, cpu_report().instruction_sets).value)
+    quantization = quantization or config.quantization
+    model = build_model(config, dtype, "cpu", quantization=quantization, packed=packs_weights(dtype))
     load_weights(model, directory)
     fuse_layers(model)
     return model
@@ -107,14 +117,16 @@ def _texts(source: Path, file: Path | None) -> list[ScoredText]:
     return texts
 
 
-def _report(source: Path, destination: Path, quantization: QuantizationConfig, before: Scores, after: Scores) -> str:
+def _report(headers: tuple[str, str], directories: tuple[Path, Path], before: Scores, after: Scores) -> str:
+    sizes = [format_bytes(_weight_bytes(directory)) for directory in directories]
     rows = [
-        ("", "source", str(quantization)),
-        ("weights", format_bytes(_weight_bytes(source)), format_bytes(_weight_bytes(destination))),
+        ("", *headers),
+        ("weights", *sizes),
         ("perplexity", f"{before.perplexity:.4f}", f"{after.perplexity:.4f}"),
-        ("same first choice", "", f"{before.agreement(after):.2%} of {len(before.choices)} tokens"),
+        ("same first choice", "", f"{after.agreement(before):.2%} of {len(before.choices)} tokens"),
+        ("mean Δ logprob", "", f"{after.logprob_error(before):.4f}"),
     ]
-    return "\n".join(f"{name:<20}{left:<16}{right}" for name, left, right in rows)
+    return "\n".join(f"{name:<20}{left:<18}{right}" for name, left, right in rows)
 
 
 def _weight_bytes(directory: Path) -> int:

@@ -115,6 +115,8 @@ class DecoderForCausalLM(nn.Module):
                 dtype=dtype,
                 device=device,
                 weight=self.embed_tokens.weight if tied and self.embed_tokens is not None else None,
+                # Two tokens are often nearer to each other than half precision can tell.
+                out_dtype=torch.float32,
             )
 
     def weight_targets(self) -> dict[str, WeightTarget]:
@@ -182,4 +184,4 @@ class DecoderForCausalLM(nn.Module):
         logits = self.groups.tensor.gather(self.lm_head(hidden), dim=1)
         if logits is None:
             return None
-        return logits[:, : self.config.vocab_size].float().contiguous()
+        return logits[:, : self.config.vocab_size].contiguous()

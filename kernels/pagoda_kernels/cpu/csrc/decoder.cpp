@@ -24,7 +24,7 @@ LinearArguments PackedLinear::arguments(DType dtype, const void* x, int64_t num_
                                         void* output) const {
   const int64_t panels = (out_features + kPanel - 1) / kPanel;
   LinearArguments a{};
-  a.dtype = dtype;
+  a.dtype = a.output_dtype = dtype;
   if (scales) {
     const int64_t unit = four_bits ? 8 : 4;
     TORCH_CHECK(group_size > 0 && in_features % unit == 0 && group_size % unit == 0, "in_features ", in_features,

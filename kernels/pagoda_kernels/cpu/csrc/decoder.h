@@ -21,7 +21,7 @@ struct PackedLinear {
   int64_t group_size = 0;
   bool four_bits = false;
 
-  // Arguments for `num_rows` rows of `x`; checks that they fit the weight.
+  // Arguments for `num_rows` rows of `x` and an output in its dtype; checks that they fit the weight.
   LinearArguments arguments(DType dtype, const void* x, int64_t num_rows, int64_t in_features, void* output) const;
 };
 

@@ -99,7 +99,8 @@ enum class WeightKind : int32_t { kFloat32, kBFloat16, kInt8, kInt4 };
 
 // output = x @ weight.T + bias.
 struct LinearArguments {
-  DType dtype;  // of x, bias and output: float32 or bfloat16
+  DType dtype;         // of x and bias: float32 or bfloat16
+  DType output_dtype;  // the same, or float32
   WeightKind kind;
   const void* x;         // [num_rows, in_features]
   const void* weight;    // packed

@@ -6,6 +6,7 @@
 #include "parallel.h"
 #include "scratch.h"
 #include "tile.h"
+#include "write_rows.h"
 
 namespace pagoda::PAGODA_ISA {
 namespace {
@@ -16,24 +17,7 @@ constexpr int64_t kFewPanelBlock = 2;   // and where there are few
 constexpr int64_t kDepthBlockBytes = 64 * 1024;  // of one panel
 constexpr int64_t kCacheLine = 64;
 
-// Writes sums [rows][sum_stride] with bias to the output's rows and columns from `row` and `column` on.
-template <class T>
-void write_rows(const LinearArguments& a, const float* sums, int64_t sum_stride, int64_t row, int64_t num_rows,
-                int64_t column, int64_t num_columns) {
-  const T* bias = static_cast<const T*>(a.bias);
-  for (int64_t r = 0; r < num_rows; ++r) {
-    T* output = static_cast<T*>(a.output) + (row + r) * a.out_features + column;
-    const float* from = sums + r * sum_stride;
-    for (int64_t c = 0; c < num_columns; c += kLanes) {
-      const int count = static_cast<int>(smaller<int64_t>(kLanes, num_columns - c));
-      Vector value = load(from + c);
-      if (bias != nullptr) value = add(value, load(bias + column + c, count));
-      store(output + c, value, count);
-    }
-  }
-}
-
-template <class Dot, class T>
+template <class Dot>
 void multiply_packed(const LinearArguments& a, const typename Dot::A* x, int64_t x_stride, int64_t num_steps) {
   const auto* weight = static_cast<const typename Dot::B*>(a.weight);
   const int64_t panels = ceil_div(a.out_features, kPanel);
@@ -45,6 +29,7 @@ void multiply_packed(const LinearArguments& a, const typename Dot::A* x, int64_t
   const int64_t row_tasks = ceil_div(a.num_rows, row_block);
   const int64_t bytes = panels * kPanel * num_steps * static_cast<int64_t>(sizeof(typename Dot::B));
   const int64_t cost = larger(bytes, bytes / kLanes * a.num_rows);
+  const WriteRows write = write_rows_of(a);
   parallel_for_dynamic(a.num_threads, row_tasks * ceil_div(panels, panel_block), cost, [&](int64_t task) {
     static thread_local Scratch scratch;
     const int64_t row = task % row_tasks * row_block, panel = task / row_tasks * panel_block;
@@ -64,7 +49,7 @@ void multiply_packed(const LinearArguments& a, const typename Dot::A* x, int64_t
       multiply_matrix<Dot>(rows, taken * kPanelVectors, operands, rows <= kWideTileRows);
     }
     const int64_t column = panel * kPanel;
-    write_rows<T>(a, sums, sum_stride, row, rows, column, smaller(taken * kPanel, a.out_features - column));
+    write(a, sums, sum_stride, row, rows, column, smaller(taken * kPanel, a.out_features - column));
   });
 }
 
@@ -93,31 +78,22 @@ inline WideInputs widened(const LinearArguments& a) {
   return {wide, stride};
 }
 
-template <class T>
-void linear_of(const LinearArguments& a) {
+}  // namespace
+
+void linear(const LinearArguments& a) {
   if (a.kind == WeightKind::kFloat32) {
     const WideInputs x = widened(a);
-    multiply_packed<Streamed<DotFloat32>, T>(a, x.values, x.stride, a.in_features);
+    multiply_packed<Streamed<DotFloat32>>(a, x.values, x.stride, a.in_features);
     return;
   }
 #if defined(PAGODA_BF16_DOT)
   if (a.dtype == DType::kBFloat16) {
-    multiply_packed<Streamed<DotBFloat16>, T>(a, static_cast<const uint32_t*>(a.x), a.in_features / 2, a.in_features / 2);
+    multiply_packed<Streamed<DotBFloat16>>(a, static_cast<const uint32_t*>(a.x), a.in_features / 2, a.in_features / 2);
     return;
   }
 #endif
   const WideInputs x = widened(a);
-  multiply_packed<Streamed<DotBFloat16Weights>, T>(a, x.values, x.stride, a.in_features / 2);
-}
-
-}  // namespace
-
-void linear(const LinearArguments& a) {
-  if (a.dtype == DType::kFloat32) {
-    linear_of<float>(a);
-  } else {
-    linear_of<BFloat16>(a);
-  }
+  multiply_packed<Streamed<DotBFloat16Weights>>(a, x.values, x.stride, a.in_features / 2);
 }
 
 void pack(const PackArguments& a) {

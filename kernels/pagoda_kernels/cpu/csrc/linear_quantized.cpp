@@ -8,6 +8,7 @@
 #include "parallel.h"
 #include "scratch.h"
 #include "simd.h"
+#include "write_rows.h"
 
 namespace pagoda::PAGODA_ISA {
 namespace {
@@ -262,7 +263,8 @@ class QuantizedLinear {
         panel_bytes_(arguments.in_features * kPanel * kBits / 8),
         tiles_(ceil_div(arguments.num_rows, kTileRows)),
         tile_rows_(ceil_div(arguments.num_rows, tiles_)),
-        tile_bytes_(arguments.in_features * tile_rows_) {}
+        tile_bytes_(arguments.in_features * tile_rows_),
+        write_(write_rows_of(arguments)) {}
 
   void run() {
     quantize_inputs();
@@ -326,7 +328,8 @@ class QuantizedLinear {
         multiply_rows(num_rows, tile);
       }
     }
-    write(outputs, first_row, num_rows, panel * kPanel);
+    const int64_t column = panel * kPanel;
+    write_(a_, outputs, kPanel, first_row, num_rows, column, smaller(kPanel, a_.out_features - column));
   }
 
   void multiply_rows(int64_t num_rows, GroupTile tile) const {
@@ -339,20 +342,6 @@ class QuantizedLinear {
     }
   }
 
-  void write(const float* outputs, int64_t first_row, int64_t num_rows, int64_t column) const {
-    const T* bias = static_cast<const T*>(a_.bias);
-    const int64_t columns = smaller(kPanel, a_.out_features - column);
-    for (int64_t r = 0; r < num_rows; ++r) {
-      T* to = static_cast<T*>(a_.output) + (first_row + r) * a_.out_features + column;
-      for (int64_t c = 0; c < columns; c += kLanes) {
-        const int count = static_cast<int>(smaller<int64_t>(kLanes, columns - c));
-        Vector value = load(outputs + r * kPanel + c);
-        if (bias != nullptr) value = add(value, load(bias + column + c, count));
-        store(to + c, value, count);
-      }
-    }
-  }
-
   const LinearArguments& a_;
   const int64_t groups_;
   const int64_t panels_;
@@ -360,6 +349,7 @@ class QuantizedLinear {
   const int64_t tiles_;       // of rows, all of them of the same height but the last
   const int64_t tile_rows_;
   const int64_t tile_bytes_;  // of a tile's inputs
+  const WriteRows write_;
   QuantizedInputs x_{};
 };
 

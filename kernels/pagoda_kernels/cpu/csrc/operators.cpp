@@ -208,23 +208,29 @@ Tensor gelu_and_mul(const Tensor& x) { return activate_and_mul(x, pagoda::Activa
 
 constexpr int64_t kPanel = 32;
 
-Tensor run_packed(const Tensor& x, const pagoda::PackedLinear& linear) {
+Tensor run_packed(const Tensor& x, const pagoda::PackedLinear& linear, std::optional<at::ScalarType> out_dtype) {
   TORCH_CHECK(x.dim() == 2 && x.is_contiguous(), "x must be a contiguous [rows, in_features], not ", x.sizes());
   TORCH_CHECK(x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16,
               "x must be float32 or bfloat16, not ", x.scalar_type());
-  Tensor output = at::empty({x.size(0), linear.out_features}, x.options());
-  pagoda::run_linear(
-      linear.arguments(dtype_of(x), x.const_data_ptr(), x.size(0), x.size(1), output.mutable_data_ptr()));
+  const at::ScalarType type = out_dtype.value_or(x.scalar_type());
+  TORCH_CHECK(type == x.scalar_type() || type == at::kFloat, "out_dtype must be float32 or that of x, not ", type);
+  Tensor output = at::empty({x.size(0), linear.out_features}, x.options().dtype(type));
+  pagoda::LinearArguments a =
+      linear.arguments(dtype_of(x), x.const_data_ptr(), x.size(0), x.size(1), output.mutable_data_ptr());
+  a.output_dtype = dtype_of(output);
+  pagoda::run_linear(a);
   return output;
 }
 
-Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, int64_t out_features) {
-  return run_packed(x, {weight, bias, std::nullopt, std::nullopt, out_features, 0, false});
+Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, int64_t out_features,
+              std::optional<at::ScalarType> out_dtype) {
+  return run_packed(x, {weight, bias, std::nullopt, std::nullopt, out_features, 0, false}, out_dtype);
 }
 
 Tensor linear_quantized(const Tensor& x, const Tensor& weight, const Tensor& scales, const OptionalTensor& zeros,
-                        const OptionalTensor& bias, int64_t out_features, int64_t group_size, bool four_bits) {
-  return run_packed(x, {weight, bias, scales, zeros, out_features, group_size, four_bits});
+                        const OptionalTensor& bias, int64_t out_features, int64_t group_size, bool four_bits,
+                        std::optional<at::ScalarType> out_dtype) {
+  return run_packed(x, {weight, bias, scales, zeros, out_features, group_size, four_bits}, out_dtype);
 }
 
 void pack(const Tensor& weight, const Tensor& packed) {
@@ -309,10 +315,10 @@ TORCH_LIBRARY(pagoda_cpu, m) {
   m.def("add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)");
   m.def("silu_and_mul(Tensor x) -> Tensor");
   m.def("gelu_and_mul(Tensor x) -> Tensor");
-  m.def("linear(Tensor x, Tensor weight, Tensor? bias, int out_features) -> Tensor");
+  m.def("linear(Tensor x, Tensor weight, Tensor? bias, int out_features, ScalarType? out_dtype=None) -> Tensor");
   m.def(
       "linear_quantized(Tensor x, Tensor weight, Tensor scales, Tensor? zeros, Tensor? bias, int out_features, "
-      "int group_size, bool four_bits) -> Tensor");
+      "int group_size, bool four_bits, ScalarType? out_dtype=None) -> Tensor");
   m.def("pack(Tensor weight, Tensor(a!) packed) -> ()");
   m.def("greedy_sample(Tensor logits) -> (Tensor, Tensor)");
   m.def("packed_rows(Tensor weight, Tensor ids, int num_rows, bool as_float) -> Tensor");

@@ -8,10 +8,14 @@ from collections.abc import Mapping
 import torch
 import torch.nn.functional as F
 from torch import nn
+from typing_extensions import override
 
 from pagoda.models.sharding import Shard
 from pagoda.models.weights import WeightTarget
 from pagoda.parallel.groups import TensorGroup
+
+# Values of a weight that are widened at a time: 4 MiB of float32, which the caches of most processors hold.
+_WIDENED_ELEMENTS = 1 << 20
 
 
 class LinearMethod(ABC):
@@ -32,7 +36,7 @@ class LinearMethod(ABC):
 
     @abstractmethod
     def apply(self, layer: Linear, x: torch.Tensor) -> torch.Tensor:
-        """`x @ weight.T + bias` for x [T, in_features]; returns [T, out_features]."""
+        """`x @ weight.T + bias` for x [T, in_features]; returns [T, out_features] of `layer.out_dtype`."""
 
 
 class UnquantizedLinearMethod(LinearMethod):
@@ -67,7 +71,48 @@ class UnquantizedLinearMethod(LinearMethod):
         return F.linear(x, layer.weight, layer.bias)
 
 
-UNQUANTIZED = UnquantizedLinearMethod()
+class Float32OutputMethod(UnquantizedLinearMethod):
+    """A weight in half precision whose products leave as the float32 sums that they are."""
+
+    @abstractmethod
+    def multiply(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """`x @ weight.T` in float32, for x and weight of one dtype."""
+
+    @override
+    def apply(self, layer: Linear, x: torch.Tensor) -> torch.Tensor:
+        product = self.multiply(x, layer.weight)
+        return product if layer.bias is None else product.add_(layer.bias)
+
+
+class MixedPrecisionProduct(Float32OutputMethod):
+    """By cuBLAS, which writes float32 where it is asked to."""
+
+    @override
+    def multiply(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return torch.mm(x, weight.t(), out_dtype=torch.float32)
+
+
+class WidenedProduct(Float32OutputMethod):
+    """By float32 products of some rows of the weight at a time: where torch has none of half precision with float32 output."""
+
+    @override
+    def multiply(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        wide = x.float()
+        product = torch.empty((len(x), len(weight)), dtype=torch.float32, device=x.device)
+        at_once = max(1, _WIDENED_ELEMENTS // weight.shape[1])
+        pieces = zip(torch.split(weight, at_once), torch.split(product, at_once, dim=1), strict=True)
+        for rows, outputs in pieces:
+            torch.mm(wide, rows.float().t(), out=outputs)
+        return product
+
+
+def unquantized_method(dtype: torch.dtype, out_dtype: torch.dtype, device: torch.device) -> UnquantizedLinearMethod:
+    """The method for a weight in `dtype` with outputs in `out_dtype`, which is the same or float32."""
+    if out_dtype == dtype:
+        return UnquantizedLinearMethod()
+    if out_dtype != torch.float32:
+        raise ValueError(f"out_dtype={out_dtype}: outputs of {dtype} layers are {dtype} or torch.float32")
+    return MixedPrecisionProduct() if device.type == "cuda" else WidenedProduct()
 
 
 class Linear(nn.Module):
@@ -76,6 +121,8 @@ class Linear(nn.Module):
         parts = {"q_proj": 64, "k_proj": 16, "v_proj": 16}     weight  ┌ q_proj.weight  64 rows ┐
                                                                        │ k_proj.weight  16 rows │ [96, in_features]
                                                                        └ v_proj.weight  16 rows ┘
+
+    Outputs are of `out_dtype`: `dtype` itself, or float32, which leaves sums unrounded.
 
     `inputs` is the share of the input held here; `parts` maps the names the checkpoint gives the layers to the share of
     their outputs, in output order. Padding of a part is rows that are never filled: nobody may look at their outputs.
@@ -93,22 +140,23 @@ class Linear(nn.Module):
         dtype: torch.dtype,
         device: torch.device,
         weight: nn.Parameter | None = None,
-        method: LinearMethod = UNQUANTIZED,
+        out_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.inputs = inputs
         self.parts = dict(parts)
         self.in_features = inputs.size
         self.out_features = sum(shard.size for shard in self.parts.values())
-        self.method = method
-        method.create_weights(self, bias, weight, dtype, device)
+        self.out_dtype = out_dtype or dtype
+        self.method: LinearMethod = unquantized_method(dtype, self.out_dtype, device)
+        self.method.create_weights(self, bias, weight, dtype, device)
 
     def weight_targets(self, prefix: str) -> dict[str, WeightTarget]:
         """See `LinearMethod.weight_targets`; `prefix` is that of the module the layer stands in."""
         return self.method.weight_targets(self, prefix)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [T, in_features] to [T, out_features]."""
+        """x [T, in_features] to [T, out_features] of `out_dtype`."""
         return self.method.apply(self, x)
 
 
@@ -127,9 +175,8 @@ class RowParallelLinear(Linear):
         group: TensorGroup,
         dtype: torch.dtype,
         device: torch.device,
-        method: LinearMethod = UNQUANTIZED,
     ) -> None:
-        super().__init__(inputs, parts, bias=bias and group.rank == 0, dtype=dtype, device=device, method=method)
+        super().__init__(inputs, parts, bias=bias and group.rank == 0, dtype=dtype, device=device)
         self.group = group
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ from torch import nn
 
 from pagoda.models.decoder import DecoderForCausalLM, DecoderLayer
 from pagoda.models.layers.embedding import TokenEmbedding
-from pagoda.models.layers.linear import UNQUANTIZED, Linear, LinearMethod
+from pagoda.models.layers.linear import Linear, LinearMethod, UnquantizedLinearMethod
 from pagoda.models.loading.checkpoint import FLOAT_TYPES, StoredForm, TensorSource
 from pagoda.models.sharding import Shard
 from pagoda.models.weights import WeightTarget
@@ -48,7 +48,7 @@ class PackedLinearMethod(LinearMethod):
 
     def apply(self, layer: Linear, x: torch.Tensor) -> torch.Tensor:
         """One matrix product for all parts."""
-        return backend.active.packed_linear(x.contiguous(), self.weight, layer.bias)
+        return backend.active.packed_linear(x.contiguous(), self.weight, layer.bias, layer.out_dtype)
 
 
 class AwaitedLinearMethod(LinearMethod):
@@ -193,7 +193,7 @@ def pack_when_loaded(model: DecoderForCausalLM) -> None:
     Not for a model in float16: there are no kernels for it.
     """
     for prefix, layer in linear_layers(model):
-        if layer.method is UNQUANTIZED:
+        if isinstance(layer.method, UnquantizedLinearMethod):
             await_weight(model, layer, AwaitedFloatMethod(prefix, model.dtype))
 
 

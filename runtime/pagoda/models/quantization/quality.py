@@ -1,4 +1,4 @@
-"""What quantization costs a model: perplexity and the agreement of its first choices with the source's, over given tokens."""
+"""What a dtype or quantization costs a model: perplexity, and how far its predictions of given tokens are from others'."""
 
 from __future__ import annotations
 
@@ -41,6 +41,10 @@ class Scores:
     def agreement(self, other: Scores) -> float:
         """Share of places with the same first choice."""
         return (self.choices == other.choices).double().mean().item()
+
+    def logprob_error(self, other: Scores) -> float:
+        """Mean absolute difference of the predicted tokens' log-probabilities."""
+        return (self.logprobs.double() - other.logprobs.double()).abs().mean().item()
 
 
 def in_windows(token_ids: Sequence[int]) -> list[ScoredText]:
