@@ -178,9 +178,13 @@ _INTRODUCTION = """\
 One release serves one model behind a Service with REST and OpenAI routes on port 8080 and gRPC on port 8081: a Deployment of
 equal pods, or (`mode: multiNode`) groups of pods that share the model.
 
-    helm install pagoda ./charts/pagoda --set image.repository=<where you pushed the image>
+    kubectl create secret generic clients --from-literal=api-keys=$(openssl rand -hex 32)
+    helm install pagoda ./charts/pagoda --set image.repository=registry.example/pagoda \\
+      --set security.apiKeysSecret.name=clients --set-json 'network.policy.from=[{"podSelector":{}}]'
     helm test pagoda --logs
 
+`image.repository` is where you pushed the image. A release says who may ask: without API keys, or without peers of the
+NetworkPolicy, it is not rendered (`security.allowUnauthenticated` and `network.policy.allowAllIngress` open it).
 docs/deployment.md goes from nothing to a first answer, and says how to size a release and what to do when it does not come up.
 
 Values are checked before anything is rendered: an unknown key, a wrong type or an impossible value is an error that names it.

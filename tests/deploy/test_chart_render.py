@@ -18,6 +18,7 @@ from pagoda.serving.lifecycle import LAST_WORDS_SECONDS
 from tests.support.chart import (
     CHART,
     VALUE_SETS,
+    complete,
     config_file,
     render,
     render_files,
@@ -37,7 +38,7 @@ every_value_set = pytest.mark.parametrize("values", VALUE_SETS.values(), ids=VAL
 
 @every_value_set
 def test_helm_lints_without_errors(values: dict[str, Any]) -> None:
-    report = helm_python.lint(CHART, values, strict=True)
+    report = helm_python.lint(CHART, complete(values), strict=True)
     assert report["errors"] == []
     assert [m["error"] for m in report["messages"]] == ["icon is recommended"]
 
@@ -158,6 +159,25 @@ def check_volumes(pod: dict[str, Any]) -> None:
     assert mounted == {volume["name"] for volume in pod["volumes"]}
     (shm,) = [volume["emptyDir"] for volume in pod["volumes"] if volume["name"] == "shm"]
     assert shm["medium"] == "Memory"
+
+
+@every_value_set
+def test_every_empty_dir_of_the_chart_has_a_size_limit(values: dict[str, Any]) -> None:
+    objects = render(values)
+    extra = {volume["name"] for volume in values.get("storage", {}).get("extraVolumes", [])}
+    for pod in (server_pod(objects), *(worker["spec"]["template"]["spec"] for worker in workers(objects))):
+        empty = {volume["name"]: volume["emptyDir"] for volume in pod["volumes"] if "emptyDir" in volume}
+        assert {"tmp", "shm"} <= empty.keys()
+        assert [name for name in empty.keys() - extra if "sizeLimit" not in empty[name]] == []
+
+
+def test_tmp_is_as_large_as_the_release_says() -> None:
+    def tmp(values: dict[str, Any]) -> Any:
+        (volume,) = [volume for volume in server_pod(render(values))["volumes"] if volume["name"] == "tmp"]
+        return volume["emptyDir"]
+
+    assert tmp({}) == {"sizeLimit": "4Gi"}
+    assert tmp({"storage": {"tmp": {"sizeLimit": "512Mi"}}}) == {"sizeLimit": "512Mi"}
 
 
 def test_an_upgrade_takes_no_pod_away_before_another_is_ready() -> None:

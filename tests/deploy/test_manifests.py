@@ -1,6 +1,7 @@
 """The manifests: what kustomize makes of them is taken by Kubernetes, by KServe's CRDs, and by its webhooks' rules."""
 
 import copy
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -244,6 +245,35 @@ def test_workers_of_kserve_and_of_the_chart_run_alike() -> None:
     assert {mount["name"] for mount in worker["volumeMounts"]} == {v["name"] for v in runtime["workerSpec"]["volumes"]}
 
 
+@every_server
+def test_every_empty_dir_has_a_size_limit(folder: str, index: int) -> None:
+    document = kserve_object(folder, index)
+    pods = [pod_of(document)]
+    pods += [document["spec"]["workerSpec"]] if "workerSpec" in document["spec"] else []
+    for pod in pods:
+        empty = {volume["name"]: volume["emptyDir"] for volume in pod["volumes"] if "emptyDir" in volume}
+        assert "tmp" in empty
+        assert [name for name in empty if "sizeLimit" not in empty[name]] == []
+
+
+@every_kustomization
+def test_a_policy_names_its_peers(folder: str) -> None:
+    for document in objects(folder):
+        if document["kind"] == "NetworkPolicy":
+            for rule in document["spec"]["ingress"]:
+                assert rule.get("from"), rule
+
+
+def test_prometheus_comes_in_where_it_is_asked_for_metrics() -> None:
+    (rule,) = of_kind("overlays/autoscaling", "NetworkPolicy")["spec"]["ingress"]
+    metrics = of_kind("overlays/autoscaling", "InferenceService")["spec"]["predictor"]["autoScaling"]["metrics"]
+    addresses = {metric["external"]["metric"]["serverAddress"] for metric in metrics}
+    namespaces = {re.fullmatch(r"http://[^.]+\.([^.:]+):\d+", address)[1] for address in addresses}
+    (namespace,) = namespaces
+    peer = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": namespace}}}
+    assert rule["from"] == [{"podSelector": {}}, peer]
+
+
 def test_rules_of_kserve_s_webhook_for_several_nodes_are_kept() -> None:
     service = of_kind("overlays/multi-node", "InferenceService")
     predictor = service["spec"]["predictor"]
@@ -303,20 +333,33 @@ def test_format_of_kserve_s_own_runtime_is_not_taken_over() -> None:
     assert [entry["name"] for entry in formats if entry.get("autoSelect")] == ["pagoda"]
 
 
-def test_an_image_of_one_s_own_is_put_in_by_kustomize(tmp_path: Path) -> None:
-    shutil.copytree(MANIFESTS, tmp_path / "manifests")
-    mine = tmp_path / "mine"
-    mine.mkdir()
-    (mine / "kustomization.yaml").write_text(
-        yaml.safe_dump(
-            {
-                "resources": ["../manifests/base", "../manifests/runtimes/cluster"],
-                "images": [{"name": "pagoda", "newName": "somewhere/pagoda", "newTag": "7"}],
-            }
-        )
-    )
+def built_beside_the_manifests(kustomization: str, folder: Path) -> str:
+    """What a user's own kustomization, in a folder beside `manifests`, is built into."""
+    shutil.copytree(MANIFESTS, folder / "manifests")
+    (folder / "mine").mkdir()
+    (folder / "mine" / "kustomization.yaml").write_text(kustomization)
     kubectl = shutil.which("kubectl")
     if kubectl is None:
         pytest.skip("kubectl, which builds kustomizations, is not installed")
-    text = subprocess.run([kubectl, "kustomize", str(mine)], capture_output=True, text=True, check=True).stdout
+    command = [kubectl, "kustomize", str(folder / "mine")]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_an_image_of_one_s_own_is_put_in_by_kustomize(tmp_path: Path) -> None:
+    kustomization = {
+        "resources": ["../manifests/base", "../manifests/runtimes/cluster"],
+        "images": [{"name": "pagoda", "newName": "somewhere/pagoda", "newTag": "7"}],
+    }
+    text = built_beside_the_manifests(yaml.safe_dump(kustomization), tmp_path)
     assert text.count("image: somewhere/pagoda:7") == 2
+
+
+def test_the_documented_kustomization_gives_image_keys_and_a_gateway(tmp_path: Path) -> None:
+    document = (REPOSITORY / "docs/deployment.md").read_text(encoding="utf-8")
+    (kustomization,) = [b for b in re.findall(r"^```yaml\n(.*?)^```", document, re.M | re.S) if "Kustomization" in b]
+    text = built_beside_the_manifests(kustomization.replace("path/to/manifests", "../manifests"), tmp_path)
+    built = {document["kind"]: document for document in yaml.safe_load_all(text)}
+    container = container_of(built["InferenceService"])
+    assert container["image"] == f"registry.example/pagoda:{pagoda.__version__}"
+    assert [variable["name"] for variable in container["env"]] == ["PAGODA_API_KEYS"]
+    assert len(built["NetworkPolicy"]["spec"]["ingress"][0]["from"]) == 2

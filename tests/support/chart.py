@@ -16,6 +16,9 @@ NAMESPACE = "tales"
 
 KINDS_BY_FILE = {"dashboard.yaml": "Dashboard", "head.yaml": "Head", "ranks.yaml": "Ranks", "worker.yaml": "Worker"}
 RAY = {"tokenSecret": {"name": "ray"}}
+# Without these the chart renders nothing; a value set has them unless it gives keys, peers, or its own opt-in.
+NO_KEYS = {"allowUnauthenticated": True}
+SAME_NAMESPACE = {"from": [{"podSelector": {}}]}
 
 VALUE_SETS: dict[str, dict[str, Any]] = {
     "defaults": {},
@@ -72,6 +75,10 @@ VALUE_SETS: dict[str, dict[str, Any]] = {
             }
         }
     },
+    "open to everybody": {
+        "security": {"allowUnauthenticated": True},
+        "network": {"policy": {"allowAllIngress": True}},
+    },
     "no network policy, no budget, no account": {
         "network": {"policy": {"enabled": False}},
         "rollout": {"podDisruptionBudget": {"enabled": False}},
@@ -118,6 +125,7 @@ VALUE_SETS: dict[str, dict[str, Any]] = {
             "rdma": {"resource": "rdma/hca_shared_devices_a", "count": 8},
             "topologyKey": "example.com/rack",
         },
+        "security": {"podSecurityStandard": "privileged"},
         "podAnnotations": {"k8s.v1.cni.cncf.io/networks": "rdma"},
         "placement": {"nodeSelector": {"accelerator": "h200"}},
     },
@@ -150,6 +158,7 @@ VALUE_SETS: dict[str, dict[str, Any]] = {
         "storage": {
             "cache": {"claimName": "cache"},
             "extraVolumes": [{"name": "more", "emptyDir": {}}],
+            "tmp": {"sizeLimit": "512Mi"},
             "extraVolumeMounts": [{"name": "more", "mountPath": "/more"}],
         },
         "extraEnv": [{"name": "HTTPS_PROXY", "value": "http://proxy:3128"}],
@@ -162,13 +171,28 @@ def _chart() -> helm_python.Chart:
     return helm_python.Chart.load(CHART)
 
 
+def complete(values: dict[str, Any]) -> dict[str, Any]:
+    """The values, and where they say nothing of keys and peers what the chart asks for: no keys, peers of the namespace."""
+    security, network = dict(values.get("security", {})), dict(values.get("network", {}))
+    if not security.keys() & {"apiKeysSecret", "allowUnauthenticated"}:
+        security |= NO_KEYS
+    if not network.get("policy", {}).keys() & {"from", "allowAllIngress"}:
+        network["policy"] = network.get("policy", {}) | SAME_NAMESPACE
+    return {**values, "security": security, "network": network}
+
+
 def render_files(values: dict[str, Any]) -> dict[str, str]:
     """Every template's text by its file name; raises `helm_python.HelmError` where Helm would."""
-    return _render_files(json.dumps(values))
+    return helm_template(complete(values))
+
+
+def helm_template(values: dict[str, Any]) -> dict[str, str]:
+    """The same of the values as they are."""
+    return _helm_template(json.dumps(values))
 
 
 @cache
-def _render_files(values: str) -> dict[str, str]:
+def _helm_template(values: str) -> dict[str, str]:
     rendered = _chart().render(json.loads(values), name=RELEASE, namespace=NAMESPACE)
     return {name.rpartition("/")[2]: text for name, text in rendered.items()}
 

@@ -1,6 +1,7 @@
 {{/* What the schema cannot say: values that do not go together. Each message names them. */}}
 
 {{- define "pagoda.checks" -}}
+{{- include "pagoda.securityChecks" . -}}
 {{- $ranks := mul (int (.Values.engine.tensor_parallel_size | default 1)) (int (.Values.engine.pipeline_parallel_size | default 1)) -}}
 {{- $sizes := printf "engine.tensor_parallel_size × engine.pipeline_parallel_size = %d" $ranks -}}
 {{- $gpus := int .Values.resources.gpus -}}
@@ -37,6 +38,37 @@
 {{- $copies := int (.Values.engine.data_parallel_size | default 1) -}}
 {{- if and $gpus (gt (mul $ranks $copies) $gpus) -}}
 {{- fail (printf "resources: %s, times engine.data_parallel_size = %d, need as many resources.gpus, not %d; over several pods only in mode multiNode" $sizes $copies $gpus) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* What would open the server, or need more rights than the namespace is known to grant, is written down or refused. */}}
+{{- define "pagoda.securityChecks" -}}
+{{- $keys := .Values.security.apiKeysSecret.name -}}
+{{- if and (not $keys) (not .Values.security.allowUnauthenticated) -}}
+{{- fail "security: security.apiKeysSecret.name is needed: kubectl create secret generic clients --from-literal=api-keys=$(openssl rand -hex 32); security.allowUnauthenticated=true serves without keys" -}}
+{{- end -}}
+{{- if and $keys .Values.security.allowUnauthenticated -}}
+{{- fail "security: give security.apiKeysSecret.name or security.allowUnauthenticated=true, not both" -}}
+{{- end -}}
+{{- with .Values.network.policy -}}
+{{- if and .enabled (not .from) (not .allowAllIngress) -}}
+{{- fail "network: network.policy.from is needed: the peers that may come in, such as [{podSelector: {}}] for the release's namespace; network.policy.allowAllIngress=true lets everybody in" -}}
+{{- end -}}
+{{- if and .from .allowAllIngress -}}
+{{- fail "network: give network.policy.from or network.policy.allowAllIngress=true, not both" -}}
+{{- end -}}
+{{- end -}}
+{{- $standard := .Values.security.podSecurityStandard -}}
+{{- if and (eq .Values.mode "multiNode") .Values.multiNode.rdma.resource (ne $standard "privileged") -}}
+{{- fail (printf "security: multiNode.rdma.resource needs the capability IPC_LOCK, which security.podSecurityStandard = %s does not admit; set it to privileged, in a namespace that admits such pods" $standard) -}}
+{{- end -}}
+{{- $volumes := list "configMap" "csi" "downwardAPI" "emptyDir" "ephemeral" "persistentVolumeClaim" "projected" "secret" -}}
+{{- range $volume := .Values.storage.extraVolumes -}}
+{{- range $kind := keys (omit $volume "name") | sortAlpha -}}
+{{- if or (and (eq $standard "restricted") (not (has $kind $volumes))) (and (eq $standard "baseline") (eq $kind "hostPath")) -}}
+{{- fail (printf "security: storage.extraVolumes: %s, of volume %s, is not admitted by security.podSecurityStandard = %s" $kind $volume.name $standard) -}}
+{{- end -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}

@@ -41,7 +41,7 @@ capabilities:
   drop: [ALL]
 {{- end -}}
 
-{{/* Of a container with ranks: RDMA pins memory. */}}
+{{/* Of a container with ranks: RDMA pins memory. "pagoda.securityChecks" admits it under `privileged` alone. */}}
 {{- define "pagoda.rankSecurityContext" -}}
 {{- $context := include "pagoda.containerSecurityContext" . | fromYaml -}}
 {{- if and (eq .Values.mode "multiNode") .Values.multiNode.rdma.resource -}}
@@ -218,7 +218,8 @@ scheme: {{ include "pagoda.scheme" (index . 0) | upper }}
     sizeLimit: {{ .Values.storage.cache.sizeLimit }}
   {{- end }}
 - name: tmp
-  emptyDir: {}
+  emptyDir:
+    sizeLimit: {{ .Values.storage.tmp.sizeLimit }}
 - name: shm
   emptyDir:
     medium: Memory
