@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from pagoda.errors import InvalidRequestError
+from pagoda.errors import PagodaError
 
 HEADER = struct.Struct("<IB")
 MAX_PAYLOAD_BYTES = 2**30
@@ -52,10 +52,10 @@ class FrameCodec:
         return self.kinds[kind]
 
     def decode(self, header: bytes, payload: bytes) -> Any:
-        """The message of a frame whose header `payload_size` has accepted. Raises `FrameError`."""
+        """The message of a frame whose header `payload_size` has accepted. Raises `FrameError` from the reason."""
         kind = HEADER.unpack(header)[1]
         try:
             return self._decoders[kind].decode(payload)
-        except (msgspec.DecodeError, UnicodeDecodeError, InvalidRequestError) as error:
-            # Text that is no UTF-8 and sampling parameters that cannot be come as errors of their own.
-            raise FrameError(f"a {self.kinds[kind].__name__} cannot be read: {error}") from error
+        except (msgspec.DecodeError, UnicodeDecodeError, PagodaError) as error:
+            # Text that is no UTF-8, and values that a class refuses (`SamplingParams`), come as errors of their own.
+            raise FrameError(f"invalid {self.kinds[kind].__name__} message: {error}") from error

@@ -23,9 +23,9 @@ from pagoda.config.schema import PagodaConfig
 from pagoda.config.sources import from_kwargs
 from pagoda.engine.core.loop import EngineCore
 from pagoda.engine.core.startup import StageListener, start_core
-from pagoda.engine.messages import EngineRequest
 from pagoda.errors import ConfigError, InvalidRequestError, PagodaError, QueueFullError
 from pagoda.models.checkpoint_source import checkpoint_directory
+from pagoda.request import EngineRequest, GenerationRequest
 from pagoda.sampling.output import FinishReason
 from pagoda.sampling.params import SamplingParams
 from pagoda.text.chat_template import Message
@@ -195,7 +195,8 @@ class LLM:
         text = prompt if isinstance(prompt, str) else None
         prompt_token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         request_id = str(next(self._request_numbers))
-        requests = validate_request(prompt_token_ids, sampling, self.tokenizer, self._limits, request_id=request_id)
+        request = GenerationRequest(request_id=request_id, params=sampling, prompt=prompt)
+        requests = validate_request(request, prompt_token_ids, self.tokenizer, self._limits)
         output = RequestOutput(
             request_id=request_id,
             prompt=text,
@@ -203,8 +204,8 @@ class LLM:
             outputs=[CompletionOutput(index=index) for index in range(sampling.n)],
         )
         sequences = [
-            _Sequence(request, RequestTextState(self.tokenizer, prompt_token_ids, sampling, index=index))
-            for index, request in enumerate(requests)
+            _Sequence(engine_request, RequestTextState(self.tokenizer, prompt_token_ids, sampling, index=index))
+            for index, engine_request in enumerate(requests)
         ]
         return output, sequences
 

@@ -10,9 +10,10 @@ from pagoda import faults
 from pagoda.config.schema import PagodaConfig
 from pagoda.engine.core.loop import EngineCore
 from pagoda.engine.core.startup import start_core
-from pagoda.engine.messages import EngineOutput, EngineRequest
+from pagoda.engine.messages import EngineOutput
 from pagoda.errors import ConfigError, EngineDeadError, ErrorKind
 from pagoda.models.dummy import DummySpec, write_dummy_checkpoint
+from pagoda.request import EngineRequest
 from pagoda.sampling.output import FinishReason
 from pagoda.sampling.params import SamplingParams
 
@@ -40,7 +41,7 @@ def run(core: EngineCore, names: list[str], max_tokens: int | None = 20) -> dict
         prompt = [5 + (index * 31 + position * 17) % 400 for position in range(10 + 7 * index)]
         sampling = SamplingParams(temperature=0.0, ignore_eos=True)
         limit = max_tokens or 200 - len(prompt)
-        core.add_request(EngineRequest(request_id=name, prompt_token_ids=prompt, sampling=sampling, max_tokens=limit))
+        core.add_request(EngineRequest(request_id=name, prompt_token_ids=prompt, params=sampling, max_tokens=limit))
     while core.has_work:
         for output in core.step().outputs:
             tokens[output.request_id] += output.new_token_ids
@@ -70,7 +71,7 @@ def test_request_that_shares_blocks_with_a_failed_one_still_gets_its_own_tokens(
     core = make_core(checkpoint)
     prompt = list(range(50, 90))
     sampling = SamplingParams(temperature=0.0, ignore_eos=True)
-    request = EngineRequest(request_id="alone", prompt_token_ids=prompt, sampling=sampling, max_tokens=8)
+    request = EngineRequest(request_id="alone", prompt_token_ids=prompt, params=sampling, max_tokens=8)
 
     def answer(request_id: str) -> list[int]:
         found: list[int] = []
@@ -83,7 +84,7 @@ def test_request_that_shares_blocks_with_a_failed_one_still_gets_its_own_tokens(
     alone = answer("alone")
     core = make_core(checkpoint, max_num_batched_tokens=128, fault_injection="prepare@bad=raise")
     for name in ("bad", "good"):
-        core.add_request(EngineRequest(request_id=name, prompt_token_ids=prompt, sampling=sampling, max_tokens=8))
+        core.add_request(EngineRequest(request_id=name, prompt_token_ids=prompt, params=sampling, max_tokens=8))
     assert answer("good") == alone
 
 

@@ -15,8 +15,8 @@ import pytest
 from pagoda.config.schema import PagodaConfig
 from pagoda.engine.core import startup
 from pagoda.engine.core.startup import start_core
-from pagoda.engine.messages import EngineRequest
 from pagoda.models.dummy import DummySpec
+from pagoda.request import EngineRequest
 from pagoda.sampling.params import SamplingParams
 from tests.support.parity import ParityCase, make_parity_case, run_greedily
 from tests.support.rank_pool import PooledExecutor, RankPool
@@ -158,7 +158,7 @@ def mixed_requests() -> list[EngineRequest]:
         SamplingParams(temperature=0.0, logit_bias={3: 4.0}, min_tokens=4, ignore_eos=True),
     ]
     return [
-        EngineRequest(request_id=f"r{index}", prompt_token_ids=prompt, sampling=sampling, max_tokens=12)
+        EngineRequest(request_id=f"r{index}", prompt_token_ids=prompt, params=sampling, max_tokens=12)
         for index, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True))
     ]
 
@@ -189,7 +189,7 @@ def test_request_that_cannot_be_prepared_fails_alone(layout, case_of, start) -> 
     executor.pool.take(executor.layout.output_rank)
     sampling = SamplingParams(temperature=0.0, ignore_eos=True)
     requests = [
-        EngineRequest(request_id=name, prompt_token_ids=case.prompts[3], sampling=sampling, max_tokens=NEW_TOKENS)
+        EngineRequest(request_id=name, prompt_token_ids=case.prompts[3], params=sampling, max_tokens=NEW_TOKENS)
         for name in ("bad", "good", "bad-too")
     ]
     found = outputs_of(core, requests)
@@ -214,7 +214,7 @@ def test_dummy_weights_are_the_same_model_at_every_layout(layout, case_of, start
         EngineRequest(
             request_id="a",
             prompt_token_ids=[5, 6, 7, 8],
-            sampling=SamplingParams(temperature=0.0, ignore_eos=True),
+            params=SamplingParams(temperature=0.0, ignore_eos=True),
             max_tokens=12,
         )
     ]

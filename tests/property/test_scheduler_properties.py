@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from pagoda.errors import InvalidRequestError, QueueFullError
+from pagoda.request import EngineRequest
 from pagoda.sampling.output import FinishReason
 from pagoda.sampling.params import SamplingParams
 from pagoda.scheduling.config import SchedulerLimits
@@ -118,15 +119,16 @@ class SchedulerMachine(RuleBasedStateMachine):
             self._arrive(prompt, **options)
 
     def _arrive(self, prompt, max_tokens, min_tokens, ignore_eos, priority, salt) -> None:
-        sampling = SamplingParams(min_tokens=min(min_tokens, max_tokens), ignore_eos=ignore_eos)
         request = Request(
-            request_id=str(self.counter),
-            prompt_token_ids=prompt,
-            sampling=sampling,
-            max_tokens=max_tokens,
-            eos_token_ids=(EOS,),
-            priority=priority,
-            cache_salt=salt,
+            EngineRequest(
+                request_id=str(self.counter),
+                prompt_token_ids=prompt,
+                params=SamplingParams(min_tokens=min(min_tokens, max_tokens), ignore_eos=ignore_eos),
+                max_tokens=max_tokens,
+                eos_token_ids=(EOS,),
+                priority=priority,
+                cache_keys=() if salt is None else (salt,),
+            )
         )
         self.counter += 1
         fits = 0 < len(prompt) < min(30, self.kv.pool.num_usable * self.kv.block_size + 1)
@@ -138,8 +140,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             return
         assert fits
         assert room
-        self.requests[request.request_id] = request
-        self.outputs[request.request_id] = []
+        self.requests[request.spec.request_id] = request
+        self.outputs[request.spec.request_id] = []
 
     @rule()
     def step(self) -> None:
@@ -243,7 +245,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def _record(self, updates: list[RequestUpdate]) -> None:
         for update in updates:
-            request_id = update.request.request_id
+            request_id = update.request.spec.request_id
             assert request_id not in self.ends, "an update of a request that had ended"
             self.outputs[request_id] += update.new_token_ids
             if update.request.finish_reason is not None:
@@ -252,15 +254,15 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def _check_output(self, request: Request) -> None:
         prompt = request.token_ids[: request.num_prompt_tokens]
-        sampling = request.sampling
-        expected = undisturbed(prompt, request.max_tokens, sampling.ignore_eos, sampling.min_tokens)
-        output = self.outputs[request.request_id]
+        params = request.spec.params
+        expected = undisturbed(prompt, request.max_tokens, params.ignore_eos, params.min_tokens)
+        output = self.outputs[request.spec.request_id]
         assert output == expected[: len(output)]
-        reason = self.ends.get(request.request_id)
+        reason = self.ends.get(request.spec.request_id)
         if reason in (FinishReason.STOP, FinishReason.LENGTH):
             assert output == expected
             assert (reason is FinishReason.STOP) == (
-                output[-1] == EOS and not sampling.ignore_eos and len(output) >= sampling.min_tokens
+                output[-1] == EOS and not params.ignore_eos and len(output) >= params.min_tokens
             )
 
 

@@ -45,6 +45,7 @@ ROOMS = (
     "pagoda.models",
     "pagoda.parallel",
     "pagoda.scheduling",
+    "pagoda.request",
     "pagoda.sampling",
     "pagoda.config",
     "pagoda.platform",

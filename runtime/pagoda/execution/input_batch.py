@@ -144,7 +144,7 @@ class InputBatch:
         except PagodaError as error:
             self.slot_errors[new.slot] = str(error)
         except Exception as error:  # a fault that one request brings to light is its own, not the step's
-            logger.exception("request %s could not be prepared", new.request_id)
+            logger.exception("request %s could not be prepared", new.spec.request_id)
             self.slot_errors[new.slot] = f"the request could not be prepared: {type(error).__name__}: {error}"
 
     def apply_update(self, update: SampledTokensUpdate) -> None:

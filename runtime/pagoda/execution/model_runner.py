@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,7 +15,6 @@ from pagoda.models.decoder import DecoderForCausalLM, KVCache
 from pagoda.sampling.logprobs import LogprobTensors, RawDistribution
 from pagoda.sampling.output import TokenLogprobs
 from pagoda.sampling.params import SamplingParams
-from pagoda.sampling.rows import SlotRequest
 from pagoda.sampling.sampler import Sampler, SamplerOutput, row_error
 from pagoda.sampling.selection import pad_to_blocks
 from pagoda.sampling.transfer import DeviceMark, download
@@ -200,14 +199,15 @@ class ModelRunner:
 
     def _prepare(self, new: NewRequest) -> None:
         """Give the sampler a request that enters. One that it refuses is sampled greedily, and the token is dropped."""
-        if new.sampling.prompt_logprobs is not None:
-            count = min(new.sampling.prompt_logprobs, self.batch.vocab_size)
-            self._prompt_logprobs[new.slot] = (count, new.num_prompt_tokens)
+        spec = new.spec
+        if spec.params.prompt_logprobs is not None:
+            count = min(spec.params.prompt_logprobs, self.batch.vocab_size)
+            self._prompt_logprobs[new.slot] = (count, spec.num_prompt_tokens)
         try:
-            faults.fire("prepare", new.request_id)
-            self.sampler.add(new.slot, SlotRequest(new.sampling, new.num_prompt_tokens, new.eos_token_ids))
+            faults.fire("prepare", spec.request_id)
+            self.sampler.add(new.slot, spec)
         except Exception:  # raised on: the row still takes part, since every rank plans its collectives with it
-            self.sampler.add(new.slot, SlotRequest(_GREEDY, new.num_prompt_tokens, ()))
+            self.sampler.add(new.slot, replace(spec, params=_GREEDY, eos_token_ids=()))
             raise
 
     def _sample(self, inputs: StepInputs, hidden: Tensor) -> SamplerOutput | None:

@@ -33,6 +33,7 @@ from pagoda.models.quantization.schemes import QuantizationConfig, check_device,
 from pagoda.models.sharding import ModelShare, check_layout
 from pagoda.parallel.groups import SINGLE_RANK, ParallelGroups
 from pagoda.platform.hardware import memory_report
+from pagoda.request import EngineRequest
 from pagoda.sampling.params import SamplingParams
 from pagoda.scheduling.plan import NO_SAMPLED_TOKENS, NewRequest, SampledTokensUpdate, StepPlan
 from pagoda_kernels.huge_pages import zeros_on_huge_pages
@@ -245,11 +246,13 @@ class Worker:
             new_requests=[
                 NewRequest(
                     slot=slot,
-                    request_id=f"warm-up-{slot}",
-                    token_ids=[0] * tokens_per_row,
-                    num_prompt_tokens=tokens_per_row,
-                    sampling=_WARM_UP_SAMPLING,
-                    eos_token_ids=(),
+                    spec=EngineRequest(
+                        request_id=f"warm-up-{slot}",
+                        params=_WARM_UP_SAMPLING,
+                        prompt_token_ids=[0] * tokens_per_row,
+                        max_tokens=1,
+                    ),
+                    output_token_ids=[],
                     block_ids=blocks,
                     num_computed_tokens=0,
                 )

@@ -141,7 +141,7 @@ class KVCacheManager:
         return -(-num_tokens // self.block_size)
 
     def _hash_blocks(self, request: Request) -> None:
-        extend_hashes(request.block_hashes, root_hash(request.cache_salt), request.token_ids, self.block_size)
+        extend_hashes(request.block_hashes, root_hash(request.spec.cache_keys), request.token_ids, self.block_size)
 
     def _find_prefix(self, request: Request) -> list[Block]:
         """The blocks of the longest cached prefix; at least one token is left to compute, or there are no logits.
@@ -149,7 +149,7 @@ class KVCacheManager:
         With a sliding window the blocks that no token still to be computed can see need not be cached: the null block stands
         in for them.
         """
-        if not self.enable_prefix_caching or request.sampling.prompt_logprobs is not None:
+        if not self.enable_prefix_caching or request.spec.params.prompt_logprobs is not None:
             return []
         self._hash_blocks(request)
         hashes = request.block_hashes[: (request.num_tokens - 1) // self.block_size]

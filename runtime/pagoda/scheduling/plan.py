@@ -15,25 +15,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from pagoda.request import EngineRequest
 from pagoda.sampling.output import TokenLogprobs
-from pagoda.sampling.params import SamplingParams
 
 
 @dataclass(slots=True)
 class NewRequest:
-    """A request that enters a slot: new, or resumed after preemption (then `token_ids` holds its output so far too).
+    """A request that enters a slot: new, or resumed after preemption (then `output_token_ids` is its output so far).
 
     `block_ids` are all blocks it holds, in order; `num_computed_tokens` of its tokens are already in them (prefix hit).
     """
 
     slot: int
-    request_id: str
-    token_ids: list[int]
-    num_prompt_tokens: int
-    sampling: SamplingParams
-    eos_token_ids: tuple[int, ...]
+    spec: EngineRequest
+    output_token_ids: list[int]
     block_ids: list[int]
     num_computed_tokens: int
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Prompt and output so far."""
+        return self.spec.prompt_token_ids + self.output_token_ids
 
 
 @dataclass(slots=True)

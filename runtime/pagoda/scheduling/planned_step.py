@@ -23,11 +23,8 @@ class PlannedStep:
         self.plan.new_requests.append(
             NewRequest(
                 slot=request.slot,
-                request_id=request.request_id,
-                token_ids=list(request.token_ids),
-                num_prompt_tokens=request.num_prompt_tokens,
-                sampling=request.sampling,
-                eos_token_ids=request.eos_token_ids,
+                spec=request.spec,
+                output_token_ids=request.token_ids[request.num_prompt_tokens :],
                 block_ids=request.lease.block_ids,
                 num_computed_tokens=request.num_computed_tokens,
             )
@@ -37,7 +34,7 @@ class PlannedStep:
         """Let each request compute so many tokens more, and sample if these are all that it has."""
         plan = self.plan
         self.requests += requests
-        plan.request_ids += [request.request_id for request in requests]
+        plan.request_ids += [request.spec.request_id for request in requests]
         plan.slots += [request.slot for request in requests]
         plan.num_computed_tokens += [request.num_computed_tokens for request in requests]
         plan.num_scheduled_tokens += num_tokens

@@ -60,7 +60,7 @@ class RepetitionDetector:
         stops = self._mode == "stop"
         logger.warning(
             "request %s repeats %d tokens over its last %d%s",
-            *(request.request_id, period, self._min_tokens, ": it is ended" if stops else ""),
+            *(request.spec.request_id, period, self._min_tokens, ": it is ended" if stops else ""),
         )
         if stops:
             request.finish_reason = FinishReason.REPETITION

@@ -93,13 +93,14 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Accept a request.
 
-        Raises `InvalidRequestError` for one that could never run and `QueueFullError` when too many wait; such a request
-        leaves no trace. `max_tokens` is lowered to what `max_model_len` and the KV cache can hold, so a request that has all
-        blocks to itself always ends by its length before it runs out of them.
+        Raises `InvalidRequestError` for one that could never run, and would hold up the queue for ever, or whose id is in use,
+        and `QueueFullError` when too many wait; such a request leaves no trace. `max_tokens` is lowered to what
+        `max_model_len` and the KV cache can hold, so a request that has all blocks to itself always ends by its length before
+        it runs out of them.
         """
-        if request.request_id in self._requests:
+        if request.spec.request_id in self._requests:
             raise InvalidRequestError(
-                f"a request with id {request.request_id!r} is in the engine already", "request_id"
+                f"a request with id {request.spec.request_id!r} is in the engine already", "request_id"
             )
         if request.num_prompt_tokens == 0:
             raise InvalidRequestError("the prompt is empty: at least one token is needed", "prompt")
@@ -111,11 +112,11 @@ class Scheduler:
                 f"(max_model_len is {limits.max_model_len}, the KV cache holds {self.kv.max_tokens_of_a_request - 1})",
                 "prompt",
             )
-        self._check_queue(request.tenant)
+        self._check_queue(request.spec.tenant)
         request.max_tokens = min(request.max_tokens, longest - request.num_prompt_tokens)
         request.sequence_number = self._num_arrived
         self._num_arrived += 1
-        self._requests[request.request_id] = request
+        self._requests[request.spec.request_id] = request
         self._waiting.push(request)
         self._deadlines.add(request)
 
@@ -276,7 +277,7 @@ class Scheduler:
         request.slot = self._free_slots.pop()
         if request.scheduled_time is None:
             request.scheduled_time = time.monotonic()
-        self._running[request.request_id] = request
+        self._running[request.spec.request_id] = request
         step.enter(request)
 
     def _add_rows(self, step: PlannedStep, requests: list[Request], num_new: list[int]) -> None:
@@ -298,7 +299,7 @@ class Scheduler:
 
     def _priority_key(self, request: Request) -> tuple[int, int]:
         """The order in which requests deserve to run; the greatest is preempted first."""
-        priority = request.priority if self.limits.policy == "priority" else 0
+        priority = request.spec.priority if self.limits.policy == "priority" else 0
         return priority, request.sequence_number
 
     def _choose_victim(self) -> Request:
@@ -324,7 +325,7 @@ class Scheduler:
         self._waiting.push_preempted(request)
 
     def _free_slot(self, request: Request) -> None:
-        del self._running[request.request_id]
+        del self._running[request.spec.request_id]
         self._free_slots.append(request.slot)
         self._released_slots.append(request.slot)
         request.slot = -1
@@ -338,7 +339,7 @@ class Scheduler:
             request.status = RequestStatus.FINISHED
             self._waiting.discard(request)
         self.kv.release(request)
-        del self._requests[request.request_id]
+        del self._requests[request.spec.request_id]
 
     # ---- results --------------------------------------------------------------------------------------------------
 
@@ -384,7 +385,7 @@ class Scheduler:
         assert sorted(slots + self._free_slots) == list(range(self.limits.max_num_seqs))
         for request in self._requests.values():
             running = request.status is RequestStatus.RUNNING
-            assert running == (request.request_id in self._running)
+            assert running == (request.spec.request_id in self._running)
             assert running == (request.lease is not None), (
                 f"{request} holds blocks while it waits, or none while it runs"
             )

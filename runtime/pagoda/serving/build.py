@@ -27,7 +27,7 @@ def make_context(config: PagodaConfig, client: EngineClient) -> ServingContext:
         None,
         health,
         request_timeout_seconds=config.request_timeout_seconds,
-        observe=lambda job, arrival_time: RequestMeter(metrics, job.sampling, arrival_time),
+        observe=lambda job, arrival_time: RequestMeter(metrics, job.params, arrival_time),
     )
     return ServingContext(
         config=config, client=client, runner=runner, health=health, metrics=metrics, keys=ApiKeys(config.api_keys)

@@ -10,11 +10,10 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
 from pagoda.errors import DeadlineExceededError, EngineNotReadyError, InvalidRequestError
+from pagoda.request import GenerationRequest
 from pagoda.sampling.output import FinishReason
-from pagoda.sampling.params import SamplingParams
 from pagoda.serving.auth import tenant_var
 from pagoda.serving.interruptible_wait import BoundedWait
-from pagoda.serving.parameters import RequestOptions
 from pagoda.text.output import GenerationChunk, PositionLogprobs
 
 if TYPE_CHECKING:
@@ -23,16 +22,6 @@ if TYPE_CHECKING:
 
 MAX_SEQUENCES_PER_REQUEST = 512
 STOPPED = "the server shut down before the request was finished; send it to another replica"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GenerationJob:
-    """One prompt to complete (`sampling.n` times): text, or token ids that are taken as they are."""
-
-    prompt: str | list[int]
-    sampling: SamplingParams
-    options: RequestOptions = field(default_factory=RequestOptions)
-    add_special_tokens: bool = True
 
 
 @dataclass(slots=True, kw_only=True)
@@ -81,25 +70,25 @@ class RequestObserver(Protocol):
         """The job is over: None when every sequence finished, `CancelledError`/`GeneratorExit` when the client left."""
 
 
-ObserverFactory = Callable[[GenerationJob, float], RequestObserver]
+ObserverFactory = Callable[[GenerationRequest, float], RequestObserver]
 """Makes the observer of a job; the second argument is its arrival, in `time.monotonic()` seconds."""
 
 
-def check_job_count(jobs: Sequence[GenerationJob]) -> None:
+def check_job_count(jobs: Sequence[GenerationRequest]) -> None:
     """Refuse a request that asks for more sequences at once than any may."""
-    count = sum(job.sampling.n for job in jobs)
+    count = sum(job.params.n for job in jobs)
     if count > MAX_SEQUENCES_PER_REQUEST:
         raise InvalidRequestError(
             f"the request asks for {count} sequences (prompts times n); at most {MAX_SEQUENCES_PER_REQUEST} are allowed"
         )
 
 
-def limit_time(job: GenerationJob, seconds: float | None) -> GenerationJob:
+def limit_time(job: GenerationRequest, seconds: float | None) -> GenerationRequest:
     """`job` with at most `seconds` to live; None changes nothing."""
-    own = job.options.timeout_seconds
+    own = job.timeout_seconds
     if seconds is None or (own is not None and own <= seconds):
         return job
-    return replace(job, options=replace(job.options, timeout_seconds=seconds))
+    return replace(job, timeout_seconds=seconds)
 
 
 class GenerationRunner:
@@ -153,7 +142,7 @@ class GenerationRunner:
         for wait in list(self._waits):
             wait.interrupt(EngineNotReadyError(STOPPED))
 
-    async def stream(self, job: GenerationJob, request_id: str) -> AsyncGenerator[GenerationChunk, None]:
+    async def stream(self, job: GenerationRequest, request_id: str) -> AsyncGenerator[GenerationChunk, None]:
         """The chunks of a job as they come. Close the iterator (or cancel its reader) to abort the job in the engine.
 
         Raises what `TextGenerator.generate` raises, and before that what `ServerHealth.check_ready` does.
@@ -167,16 +156,7 @@ class GenerationRunner:
         timer = self._bound(wait, self._deadline(job, arrival))
         error: BaseException | None = None
         try:
-            chunks = self.generator.generate(
-                job.prompt,
-                job.sampling,
-                request_id=request_id,
-                priority=job.options.priority,
-                cache_salt=job.options.cache_salt,
-                tenant=tenant_var.get(),
-                echo=job.options.echo,
-                add_special_tokens=job.add_special_tokens,
-            )
+            chunks = self.generator.generate(replace(job, request_id=request_id, tenant=tenant_var.get()))
             async with aclosing(chunks):
                 while True:
                     try:
@@ -197,15 +177,15 @@ class GenerationRunner:
                 self._idle.set()
             observer.on_end(error)
 
-    async def collect(self, job: GenerationJob, request_id: str) -> list[SequenceResult]:
-        """The `sampling.n` finished sequences of a job, in order of their index."""
-        results = [SequenceResult() for _ in range(job.sampling.n)]
+    async def collect(self, job: GenerationRequest, request_id: str) -> list[SequenceResult]:
+        """The `params.n` finished sequences of a job, in order of their index."""
+        results = [SequenceResult() for _ in range(job.params.n)]
         async with aclosing(self.stream(job, request_id)) as chunks:
             async for chunk in chunks:
                 results[chunk.index].add(chunk)
         return results
 
-    async def collect_all(self, jobs: Sequence[GenerationJob], request_id: str) -> list[list[SequenceResult]]:
+    async def collect_all(self, jobs: Sequence[GenerationRequest], request_id: str) -> list[list[SequenceResult]]:
         """The results of all jobs, side by side; the first error aborts the others and is raised."""
         names = [request_id if len(jobs) == 1 else f"{request_id}-{index}" for index in range(len(jobs))]
         tasks = [asyncio.create_task(self.collect(job, name)) for job, name in zip(jobs, names, strict=True)]
@@ -217,7 +197,7 @@ class GenerationRunner:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def stream_all(
-        self, jobs: Sequence[GenerationJob], request_id: str
+        self, jobs: Sequence[GenerationRequest], request_id: str
     ) -> AsyncGenerator[tuple[int, GenerationChunk], None]:
         """`(job index, chunk)` of all jobs as they come; the first error aborts the others and is raised.
 
@@ -230,7 +210,7 @@ class GenerationRunner:
             return
         queue: asyncio.Queue[tuple[int, GenerationChunk | Exception | None]] = asyncio.Queue(maxsize=len(jobs))
 
-        async def pump(index: int, job: GenerationJob) -> None:
+        async def pump(index: int, job: GenerationRequest) -> None:
             end: Exception | None = None
             try:
                 async with aclosing(self.stream(job, f"{request_id}-{index}")) as chunks:
@@ -256,8 +236,8 @@ class GenerationRunner:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _deadline(self, job: GenerationJob, arrival: float) -> float | None:
-        limits = [seconds for seconds in (self._request_timeout_seconds, job.options.timeout_seconds) if seconds]
+    def _deadline(self, job: GenerationRequest, arrival: float) -> float | None:
+        limits = [seconds for seconds in (self._request_timeout_seconds, job.timeout_seconds) if seconds]
         return arrival + min(limits) if limits else None
 
     def _bound(self, wait: BoundedWait, deadline: float | None) -> asyncio.TimerHandle | None:

@@ -9,8 +9,9 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any, cast
 
 from pagoda.config.schema import PagodaConfig
-from pagoda.engine.messages import EngineOutput, EngineRequest
+from pagoda.engine.messages import EngineOutput
 from pagoda.errors import EngineNotReadyError, InvalidRequestError, RequestFailedError
+from pagoda.request import EngineRequest, GenerationRequest
 from pagoda.sampling.params import SamplingParams
 from pagoda.text.checkpoint_defaults import read_checkpoint_defaults
 from pagoda.text.output import GenerationChunk, PositionLogprobs, TokenLogprob
@@ -28,7 +29,7 @@ _SAMPLING_NAMES = frozenset(field.name for field in fields(SamplingParams))
 
 
 class TextGenerator:
-    """Tokenizes, admits, fans out, detokenizes and cuts at stop strings; one for each served model.
+    """Tokenizes, validates, fans out, detokenizes and cuts at stop strings; one for each served model.
 
     `pool` and `client` are public: `await generator.pool.encode(text)`, `.decode(ids)`,
     `.render_chat_and_encode(messages, ...)` serve the routes that need tokens and no generation.
@@ -78,49 +79,30 @@ class TextGenerator:
                 raise InvalidRequestError(f"there is no sampling parameter {name!r}", name)
         return SamplingParams(**{**self.default_sampling, **given})
 
-    async def generate(
-        self,
-        prompt: str | list[int],
-        sampling: SamplingParams,
-        *,
-        request_id: str,
-        priority: int = 0,
-        cache_salt: str | None = None,
-        tenant: str = "",
-        echo: bool = False,
-        add_special_tokens: bool = True,
-    ) -> AsyncGenerator[GenerationChunk, None]:
-        """Stream the completion(s) of `prompt`: text, or token ids taken as they are.
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationChunk, None]:
+        """Stream the completion(s) of a request.
 
-        Chunks of the `sampling.n` choices come interleaved in the order they are made. With `echo` the first chunk of each
-        choice begins with the prompt's text. `tenant`: tenants take turns in the waiting queue. `add_special_tokens` concerns
-        a text prompt only. Closing the iterator, cancelling the task that reads it, or any error aborts what is still running.
+        Chunks of the `params.n` choices come interleaved in the order they are made. With `echo` the first chunk of each
+        choice begins with the prompt's text. Closing the iterator, cancelling the task that reads it, or any error aborts what
+        is still running.
 
         Raises, before the first chunk: `InvalidRequestError`, `QueueFullError`, `EngineNotReadyError`; at any time:
         `EngineDeadError`, `RequestFailedError`.
         """
         limits = self._limits()
+        params, prompt = request.params, request.prompt
         if isinstance(prompt, str):
-            prompt_token_ids = await self.pool.encode(prompt, add_special_tokens=add_special_tokens)
-            echoed = prompt if echo else ""
+            prompt_token_ids = await self.pool.encode(prompt, add_special_tokens=request.add_special_tokens)
+            echoed = prompt if request.echo else ""
         else:
             prompt_token_ids = prompt
-            echoed = await self._decode_prompt(prompt, sampling) if echo else ""
-        requests = validate_request(
-            prompt_token_ids,
-            sampling,
-            self.pool.tokenizer,
-            limits,
-            request_id=request_id,
-            priority=priority,
-            cache_salt=cache_salt,
-            tenant=tenant,
-        )
+            echoed = await self._decode_prompt(prompt, params) if request.echo else ""
+        requests = validate_request(request, prompt_token_ids, self.pool.tokenizer, limits)
         states = [
-            RequestTextState(self.pool.tokenizer, prompt_token_ids, sampling, index=index, echo=echoed)
-            for index in range(sampling.n)
+            RequestTextState(self.pool.tokenizer, prompt_token_ids, params, index=index, echo=echoed)
+            for index in range(params.n)
         ]
-        if sampling.n == 1:
+        if params.n == 1:
             async with self._outputs(requests[0]) as outputs:
                 async for output in outputs:
                     yield states[0].process(output)
@@ -143,8 +125,8 @@ class TextGenerator:
             default_max_tokens=self.default_max_tokens,
         )
 
-    async def _decode_prompt(self, prompt: list[int], sampling: SamplingParams) -> str:
-        return await self.pool.decode(prompt, skip_special_tokens=sampling.skip_special_tokens)
+    async def _decode_prompt(self, prompt: list[int], params: SamplingParams) -> str:
+        return await self.pool.decode(prompt, skip_special_tokens=params.skip_special_tokens)
 
     def _outputs(self, request: EngineRequest) -> aclosing[AsyncGenerator[EngineOutput, None]]:
         """What the engine says of one sequence. However this is left, after a stop string too, the request is aborted."""

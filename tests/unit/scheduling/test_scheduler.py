@@ -7,6 +7,7 @@ import time
 import pytest
 
 from pagoda.errors import InvalidRequestError, QueueFullError
+from pagoda.request import EngineRequest
 from pagoda.sampling.output import FinishReason, TokenLogprobs
 from pagoda.sampling.params import SamplingParams
 from pagoda.scheduling.config import SchedulerLimits
@@ -26,9 +27,11 @@ def make_request(
     request_id: str, num_tokens: int = 4, first: int | None = None, max_tokens: int = 8, **fields
 ) -> Request:
     start = 1000 * sum(map(ord, request_id)) if first is None else first
-    sampling = fields.pop("sampling", SamplingParams(ignore_eos=True))
+    params = fields.pop("params", SamplingParams(ignore_eos=True))
     prompt = list(range(start, start + num_tokens))
-    return Request(request_id=request_id, prompt_token_ids=prompt, sampling=sampling, max_tokens=max_tokens, **fields)
+    return Request(
+        EngineRequest(request_id=request_id, prompt_token_ids=prompt, params=params, max_tokens=max_tokens, **fields)
+    )
 
 
 def finish(scheduler: Scheduler, plan: StepPlan, token_id: int = 1) -> list[RequestUpdate]:
@@ -94,7 +97,7 @@ def test_a_cached_prompt_still_computes_its_last_token() -> None:
 def test_tenants_with_different_salts_share_nothing() -> None:
     scheduler = make_scheduler()
     for name in ("a", "b"):
-        scheduler.add(make_request(name, 10, first=5, cache_salt=name))
+        scheduler.add(make_request(name, 10, first=5, cache_keys=(name,)))
     assert scheduled(step(scheduler)) == {"a": 10, "b": 10}
 
 
@@ -106,7 +109,7 @@ def test_newest_request_is_preempted_and_returns_before_those_that_never_ran() -
     plan = step(scheduler)  # a needs a third: b gives way, and nobody is admitted in this step
     assert scheduled(plan) == {"a": 1}
     assert scheduler.num_preemptions == 1
-    order = [new.request_id for _ in range(30) if scheduler.has_work for new in step(scheduler).new_requests]
+    order = [new.spec.request_id for _ in range(30) if scheduler.has_work for new in step(scheduler).new_requests]
     assert order == ["b", "c"]
 
 
@@ -162,8 +165,8 @@ def test_length_is_capped_by_the_model_and_by_the_whole_cache() -> None:
 
 def test_length_cap_beats_min_tokens_and_stop_beats_length_at_the_same_token() -> None:
     scheduler = make_scheduler()
-    capped = make_request("a", 4, max_tokens=2, sampling=SamplingParams(min_tokens=50), eos_token_ids=(1,))
-    stopped = make_request("b", 4, max_tokens=1, sampling=SamplingParams(stop_token_ids=(1,)))
+    capped = make_request("a", 4, max_tokens=2, params=SamplingParams(min_tokens=50), eos_token_ids=(1,))
+    stopped = make_request("b", 4, max_tokens=1, params=SamplingParams(stop_token_ids=(1,)))
     scheduler.add(capped)
     scheduler.add(stopped)
     step(scheduler)
@@ -175,8 +178,8 @@ def test_length_cap_beats_min_tokens_and_stop_beats_length_at_the_same_token() -
 
 def test_end_of_sequence_gives_no_stop_reason_and_can_be_ignored() -> None:
     scheduler = make_scheduler()
-    ends = make_request("a", sampling=SamplingParams(), eos_token_ids=(1,))
-    goes_on = make_request("b", sampling=SamplingParams(ignore_eos=True), eos_token_ids=(1,))
+    ends = make_request("a", params=SamplingParams(), eos_token_ids=(1,))
+    goes_on = make_request("b", params=SamplingParams(ignore_eos=True), eos_token_ids=(1,))
     scheduler.add(ends)
     scheduler.add(goes_on)
     step(scheduler)
@@ -222,7 +225,7 @@ def test_result_of_a_request_aborted_in_flight_is_dropped() -> None:
     assert plan is not None
     scheduler.abort(["a"])
     assert finish(scheduler, plan) == []
-    assert [item.request.request_id for item in scheduler.take_ended()] == ["a"]
+    assert [item.request.spec.request_id for item in scheduler.take_ended()] == ["a"]
     scheduler.check_idle()
 
 
@@ -239,7 +242,7 @@ def test_plan_names_only_what_changed() -> None:
 
 def test_prompt_logprobs_come_once_even_when_the_prompt_is_computed_twice() -> None:
     scheduler = make_scheduler(num_usable=5, max_num_batched_tokens=16)
-    wanted = make_request("b", 8, sampling=SamplingParams(prompt_logprobs=0, ignore_eos=True))
+    wanted = make_request("b", 8, params=SamplingParams(prompt_logprobs=0, ignore_eos=True))
     scheduler.add(make_request("a", 8))
     scheduler.add(wanted)
     seen = []
@@ -285,7 +288,7 @@ def test_several_steps_run_on_one_plan_and_end_at_the_length_cap() -> None:
 
 def test_tokens_sampled_past_a_stop_in_a_multi_step_plan_are_dropped() -> None:
     scheduler = make_scheduler(num_scheduler_steps=4)
-    scheduler.add(make_request("a", sampling=SamplingParams(stop_token_ids=(9,)), max_tokens=20))
+    scheduler.add(make_request("a", params=SamplingParams(stop_token_ids=(9,)), max_tokens=20))
     step(scheduler)
     plan = scheduler.schedule()
     assert plan is not None

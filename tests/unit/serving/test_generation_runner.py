@@ -5,16 +5,16 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator
-from typing import Any, cast
+from typing import cast
 
 import pytest
 
 from pagoda.errors import DeadlineExceededError, EngineNotReadyError
+from pagoda.request import GenerationRequest
 from pagoda.sampling.params import SamplingParams
-from pagoda.serving.generation import GenerationJob, GenerationRunner
+from pagoda.serving.generation import GenerationRunner
 from pagoda.serving.health import ServerHealth
 from pagoda.serving.interruptible_wait import BoundedWait
-from pagoda.serving.parameters import RequestOptions
 from pagoda.text.generation import TextGenerator
 from pagoda.text.output import GenerationChunk
 
@@ -39,7 +39,7 @@ class Endless:
         self.seconds = seconds
         self.num_started = self.num_closed = 0
 
-    async def generate(self, *prompt: Any, **options: Any) -> AsyncGenerator[GenerationChunk, None]:
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationChunk, None]:
         self.num_started += 1
         try:
             while True:
@@ -58,8 +58,8 @@ def runner_of(generator: Endless) -> GenerationRunner:
     )
 
 
-def job(seconds: float | None = None) -> GenerationJob:
-    return GenerationJob(prompt="x", sampling=SamplingParams(), options=RequestOptions(timeout_seconds=seconds))
+def job(seconds: float | None = None) -> GenerationRequest:
+    return GenerationRequest(prompt="x", params=SamplingParams(), timeout_seconds=seconds)
 
 
 @pytest.mark.parametrize("seconds_per_token", [0.01, 100.0])

@@ -12,18 +12,29 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
-from pagoda.engine.messages import EngineOutput, EngineOutputs, EngineReady, EngineRequest, EngineStats
+from pagoda.engine.messages import EngineOutput, EngineOutputs, EngineReady, EngineStats
 from pagoda.errors import EngineDeadError, InvalidRequestError
 from pagoda.execution.executor import Executor, StepHandle, is_out_of_memory
 from pagoda.parallel.rank_health import RankHealth
+from pagoda.request import EngineRequest
 from pagoda.scheduling.plan import StepPlan
 from pagoda.scheduling.request import Request
 from pagoda.scheduling.scheduler import RequestUpdate, Scheduler
+from pagoda.scheduling.step_timeout import tokens_to_wait_for
 
 logger = logging.getLogger(__name__)
 
-PlanListener = Callable[[int, StepPlan], None]
+SubmitListener = Callable[[int, int], None]
+
+
+class _InFlight(NamedTuple):
+    """A step that was submitted; `num_tokens`: see `tokens_to_wait_for`."""
+
+    plan: StepPlan
+    handle: StepHandle
+    num_tokens: int
 
 
 class EngineCore:
@@ -34,39 +45,36 @@ class EngineCore:
         self.ready = ready
         self._scheduler = scheduler
         self._executor = executor
-        self._in_flight: deque[tuple[StepPlan, StepHandle]] = deque()
+        self._in_flight: deque[_InFlight] = deque()
         self._num_steps = 0
         self._num_scheduled_tokens = 0
         self._step_seconds = 0.0
         self._was_idle = True
-        self.on_submit: PlanListener | None = None
+        # Called with the number of steps done and of tokens in flight, those of the step that is about to be submitted
+        # included: on a CPU a step is over when it is submitted.
+        self.on_submit: SubmitListener | None = None
 
     @property
     def has_work(self) -> bool:
         """Whether a `step` would do anything."""
         return self._scheduler.has_work or bool(self._in_flight)
 
+    @property
+    def num_tokens_in_flight(self) -> int:
+        """Tokens of all steps in flight, as the stall bound counts them."""
+        return sum(step.num_tokens for step in self._in_flight)
+
     def add_request(self, request: EngineRequest) -> None:
-        """Accept a request. Raises `InvalidRequestError` or `QueueFullError`, and then it was never there."""
-        vocab_size = self.ready.vocab_size
-        if (
-            request.prompt_token_ids
-            and not 0 <= min(request.prompt_token_ids) <= max(request.prompt_token_ids) < vocab_size
-        ):
+        """Accept a request. Raises `InvalidRequestError` or `QueueFullError`, and then it was never there.
+
+        This is the border of the engine: here, and in `Scheduler.add`, is refused what would harm other requests. What a
+        client may get wrong was found before, by `text.validation`; nothing after this checks a prompt again.
+        """
+        prompt, vocab_size = request.prompt_token_ids, self.ready.vocab_size
+        if prompt and not 0 <= min(prompt) <= max(prompt) < vocab_size:
+            # The embedding would be read out of bounds, which on a GPU is the end of the process.
             raise InvalidRequestError(f"the prompt has token ids outside of 0 to {vocab_size - 1}", "prompt")
-        self._scheduler.add(
-            Request(
-                request_id=request.request_id,
-                prompt_token_ids=request.prompt_token_ids,
-                sampling=request.sampling,
-                max_tokens=request.max_tokens,
-                eos_token_ids=request.eos_token_ids,
-                arrival_time=request.arrival_time,
-                priority=request.priority,
-                cache_salt=request.cache_salt,
-                tenant=request.tenant,
-            )
-        )
+        self._scheduler.add(Request(request))
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """End requests whose client is gone; ids that are not (or no longer) here are ignored."""
@@ -95,10 +103,11 @@ class EngineCore:
             if plan is None:
                 return
             self._num_scheduled_tokens += plan.total_tokens
+            num_tokens = tokens_to_wait_for(plan)
             if self.on_submit is not None:
-                self.on_submit(self._num_steps, plan)
+                self.on_submit(self._num_steps, self.num_tokens_in_flight + num_tokens)
             try:
-                self._in_flight.append((plan, self._executor.submit(plan)))
+                self._in_flight.append(_InFlight(plan, self._executor.submit(plan), num_tokens))
             except Exception as error:  # whatever it is, it is this step's requests' end and not the engine's
                 self._fail_step(plan, error)
                 return
@@ -106,7 +115,7 @@ class EngineCore:
     def _collect_oldest(self) -> list[RequestUpdate]:
         if not self._in_flight:
             return []
-        plan, handle = self._in_flight.popleft()
+        plan, handle, _ = self._in_flight.popleft()
         try:
             result = handle.result()
         except Exception as error:  # as above: a step may fail in any way
@@ -170,7 +179,7 @@ class EngineCore:
 def _output(update: RequestUpdate) -> EngineOutput:
     request = update.request
     return EngineOutput(
-        request_id=request.request_id,
+        request_id=request.spec.request_id,
         new_token_ids=update.new_token_ids,
         logprobs=update.logprobs,
         prompt_logprobs=update.prompt_logprobs,

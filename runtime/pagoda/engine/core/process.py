@@ -28,15 +28,14 @@ from pagoda.engine.messages import (
     EngineOutput,
     EngineOutputs,
     EngineRanks,
-    EngineRequest,
     EngineStage,
     Shutdown,
     StartCore,
 )
 from pagoda.errors import ErrorKind, PagodaError, RequestFailedError
 from pagoda.process_control import become_child, uncollected
+from pagoda.request import EngineRequest
 from pagoda.sampling.output import FinishReason
-from pagoda.scheduling.step_timeout import tokens_to_wait_for
 
 if TYPE_CHECKING:
     from pagoda.engine.core.loop import EngineCore
@@ -119,7 +118,7 @@ class CoreProcess:
         self._is_ending = False
         self._last_step = 0
         self._ranks_told = 0.0
-        core.on_submit = lambda step, plan: board.write(step, tokens_to_wait_for(plan), is_busy=True)
+        core.on_submit = lambda step, num_tokens: board.write(step, num_tokens, is_busy=True)
 
     def run(self) -> None:
         """The loop, until the parent says so."""
@@ -132,7 +131,7 @@ class CoreProcess:
             self._last_step = message.stats.step
             if message.outputs or message.stats.step != step_before:
                 # Only a turn that brought something is a sign of life: a core that spins must look stuck.
-                self._board.write(message.stats.step, 0, is_busy=self._core.has_work)
+                self._board.write(message.stats.step, self._core.num_tokens_in_flight, is_busy=self._core.has_work)
                 self._connection.send(message)
             self._tell_ranks()
 
@@ -170,7 +169,7 @@ class CoreProcess:
                 self._refuse(message.request_id, RequestFailedError(f"the request could not be taken: {error!r}"))
         elif isinstance(message, wire.UnreadableRequestError):
             logger.error("request %s could not be read: %s", message.request_id, message)
-            self._refuse(message.request_id, RequestFailedError(f"the request could not be read: {message}"))
+            self._refuse(message.request_id, message.reason)
         elif isinstance(message, AbortRequests):
             self._core.abort(message.request_ids)
         elif isinstance(message, Shutdown):

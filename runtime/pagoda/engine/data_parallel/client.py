@@ -24,17 +24,17 @@ from pagoda.engine.data_parallel.health import overall
 from pagoda.engine.data_parallel.router import Placement, PrefixRouter
 from pagoda.engine.health import EngineState
 from pagoda.engine.heartbeat import EngineProgress
-from pagoda.engine.messages import EngineOutput, EngineReady, EngineRequest, EngineStats
+from pagoda.engine.messages import EngineOutput, EngineReady, EngineStats
 from pagoda.errors import (
     ConfigError,
     EngineDeadError,
     EngineNotReadyError,
-    InvalidRequestError,
     PagodaError,
     QueueFullError,
 )
 from pagoda.parallel.rank_health import RankHealth
 from pagoda.platform.threads import affinities_of_replicas
+from pagoda.request import EngineRequest
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -87,7 +87,6 @@ class DataParallelClient(EngineClient):
             for index in range(num_replicas)
         ]
         self._router = router or PrefixRouter(num_replicas, config.block_size if config.enable_prefix_caching else 0)
-        self._requests: set[str] = set()
         self._is_started = False
         self._is_ending = False
         self._states = [replica.health.state for replica in self._replicas]
@@ -140,39 +139,29 @@ class DataParallelClient(EngineClient):
         """
         if self.health.state is EngineState.DEAD:
             raise EngineDeadError(f"the engine is dead: {self.health.cause}")
-        if request.request_id in self._requests:
-            raise InvalidRequestError(f"a request with id {request.request_id!r} is running already", "request_id")
-        self._requests.add(request.request_id)
         refusals: list[PagodaError] = []
         tried: set[int] = set()
-        try:
-            while candidates := self._candidates(tried):
-                placement = self._router.place(request, candidates)
-                tried.add(placement.replica)
-                if refusals:
-                    logger.info(
-                        "request %s goes to replica %d: %s", request.request_id, placement.replica, refusals[-1]
-                    )
-                has_failed = False
-                try:
-                    outputs = cast(
-                        "AsyncGenerator[EngineOutput, None]", self._replicas[placement.replica].submit(request)
-                    )
-                    async with aclosing(outputs):
-                        async for output in outputs:
-                            self._router.note_output(placement, output.new_token_ids)
-                            yield output
-                    return
-                except PagodaError as error:
-                    has_failed = True
-                    if not _is_retriable(error, placement):
-                        raise
-                    refusals.append(error)
-                finally:
-                    self._router.remove(placement, has_failed=has_failed)
-            raise self._refusal(refusals)
-        finally:
-            self._requests.discard(request.request_id)
+        while candidates := self._candidates(tried):
+            placement = self._router.place(request, candidates)
+            tried.add(placement.replica)
+            if refusals:
+                logger.info("request %s goes to replica %d: %s", request.request_id, placement.replica, refusals[-1])
+            has_failed = False
+            try:
+                outputs = cast("AsyncGenerator[EngineOutput, None]", self._replicas[placement.replica].submit(request))
+                async with aclosing(outputs):
+                    async for output in outputs:
+                        self._router.note_output(placement, output.new_token_ids)
+                        yield output
+                return
+            except PagodaError as error:
+                has_failed = True
+                if not _is_retriable(error, placement):
+                    raise
+                refusals.append(error)
+            finally:
+                self._router.remove(placement, has_failed=has_failed)
+        raise self._refusal(refusals)
 
     def _candidates(self, tried: set[int]) -> list[int]:
         """Replicas that a request may be sent to."""

@@ -17,7 +17,7 @@ from pagoda import __version__
 from pagoda.errors import InvalidRequestError, ModelNotFoundError, NotSupportedError, PagodaError
 from pagoda.logs import request_id_var
 from pagoda.serving.context import ServingContext
-from pagoda.serving.generation import SequenceResult
+from pagoda.serving.generation import SequenceResult, limit_time
 from pagoda.serving.grpc.codec import PieceEncoder, decode_request, encode_response
 from pagoda.serving.grpc.messages import (
     ModelConfigResponse,
@@ -213,7 +213,7 @@ class InferenceService:
 
     async def _pieces(self, request: Any, batch: V2Batch, has_empty_end: bool) -> AsyncGenerator[Any, None]:
         """One response for each chunk: text, ids and log-probabilities are what is new, token counts are totals."""
-        num_open = sum(job.sampling.n for job in batch.jobs)
+        num_open = sum(job.params.n for job in batch.jobs)
         is_single = num_open == 1
         num_input_tokens: Counter[tuple[int, int]] = Counter()
         num_output_tokens: Counter[tuple[int, int]] = Counter()
@@ -254,14 +254,7 @@ class InferenceService:
         self._context.health.check_ready()
         v2 = decode_request(request)
         batch = parse_infer(v2, self._context.generator.sampling_params)
-        if remaining is None:
-            return v2, batch
-        jobs = []
-        for job in batch.jobs:
-            given = job.options.timeout_seconds
-            seconds = remaining if given is None else min(given, remaining)
-            jobs.append(dataclasses.replace(job, options=dataclasses.replace(job.options, timeout_seconds=seconds)))
-        return v2, dataclasses.replace(batch, jobs=jobs)
+        return v2, dataclasses.replace(batch, jobs=[limit_time(job, remaining) for job in batch.jobs])
 
     def _check_model(self, name: str, version: str) -> None:
         if name != self._context.model_name:

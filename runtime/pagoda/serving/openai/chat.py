@@ -5,20 +5,20 @@ from __future__ import annotations
 import time
 import uuid
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pagoda.errors import InvalidRequestError, NotSupportedError
-from pagoda.sampling.params import MAX_LOGPROBS, SamplingParams
+from pagoda.request import GenerationRequest
+from pagoda.sampling.params import MAX_LOGPROBS
 from pagoda.serving.context import ServingContext
-from pagoda.serving.generation import GenerationJob, SequenceResult, limit_time
+from pagoda.serving.generation import SequenceResult, limit_time
 from pagoda.serving.http.event_stream import DONE, Events, EventTemplate, event
 from pagoda.serving.openai.finish import finish_fields
 from pagoda.serving.openai.logprobs import chat_logprobs, prompt_logprobs
-from pagoda.serving.openai.requests import check_stream_options, sampling_and_options, template_messages
+from pagoda.serving.openai.requests import check_stream_options, generation_request, template_messages
 from pagoda.serving.openai.types import ChatCompletionRequest, TokenizeRequest
 from pagoda.serving.openai.usage import UsageCounter
-from pagoda.serving.parameters import RequestOptions
 from pagoda.text.output import GenerationChunk
 
 
@@ -28,9 +28,7 @@ class ChatCall:
 
     context: ServingContext
     request: ChatCompletionRequest
-    sampling: SamplingParams
-    options: RequestOptions
-    seconds: float | None
+    job: GenerationRequest
     answer_id: str
     created: int
 
@@ -45,9 +43,8 @@ class ChatCall:
         overrides: dict[str, Any] = {"logprobs": _num_logprobs(request)}
         if request.max_completion_tokens is not None:
             overrides["max_tokens"] = request.max_completion_tokens
-        sampling, options = sampling_and_options(request, context.generator.sampling_params, overrides)
-        answer_id = f"chatcmpl-{uuid.uuid4().hex}"
-        return cls(context, request, sampling, options, seconds, answer_id, int(time.time()))
+        job = limit_time(generation_request(request, context.generator.sampling_params, overrides), seconds)
+        return cls(context, request, job, f"chatcmpl-{uuid.uuid4().hex}", int(time.time()))
 
     async def whole(self) -> dict[str, Any]:
         """The answer when everything is done."""
@@ -89,10 +86,8 @@ class ChatCall:
             yield event({**self._head("chat.completion.chunk", []), "usage": usage.usage()})
         yield DONE
 
-    async def _job(self) -> GenerationJob:
-        token_ids = await encode_chat(self.context, self.request)
-        job = GenerationJob(prompt=token_ids, sampling=self.sampling, options=self.options)
-        return limit_time(job, self.seconds)
+    async def _job(self) -> GenerationRequest:
+        return replace(self.job, prompt=await encode_chat(self.context, self.request))
 
     def _head(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {

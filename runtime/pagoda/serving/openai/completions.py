@@ -11,12 +11,13 @@ from functools import cached_property
 from typing import Any
 
 from pagoda.errors import InvalidRequestError, NotSupportedError
+from pagoda.request import GenerationRequest
 from pagoda.serving.context import ServingContext
-from pagoda.serving.generation import GenerationJob, SequenceResult, check_job_count, limit_time
+from pagoda.serving.generation import SequenceResult, check_job_count, limit_time
 from pagoda.serving.http.event_stream import DONE, Events, EventTemplate, event
 from pagoda.serving.openai.finish import finish_fields
 from pagoda.serving.openai.logprobs import CompletionLogprobs, joined, prompt_logprobs
-from pagoda.serving.openai.requests import PROMPT_FORMS, check_stream_options, sampling_and_options
+from pagoda.serving.openai.requests import PROMPT_FORMS, check_stream_options, generation_request
 from pagoda.serving.openai.types import CompletionRequest
 from pagoda.serving.openai.usage import UsageCounter
 from pagoda.text.output import GenerationChunk
@@ -28,7 +29,7 @@ class CompletionCall:
 
     context: ServingContext
     request: CompletionRequest
-    jobs: list[GenerationJob]
+    jobs: list[GenerationRequest]
     answer_id: str
     created: int
 
@@ -38,15 +39,12 @@ class CompletionCall:
         check_stream_options(request)
         # An echoed prompt has log-probabilities too.
         overrides = {"prompt_logprobs": request.logprobs} if request.echo and request.logprobs is not None else {}
-        sampling, options = sampling_and_options(request, context.generator.sampling_params, overrides)
-        if request.stream and overrides and sampling.n > 1:
+        job = limit_time(generation_request(request, context.generator.sampling_params, overrides), seconds)
+        if request.stream and overrides and job.params.n > 1:
             raise NotSupportedError("echo with logprobs and n > 1 cannot be streamed; leave stream out, or n")
         add_special_tokens = request.add_special_tokens is not False
         jobs = [
-            limit_time(
-                GenerationJob(prompt=prompt, sampling=sampling, options=options, add_special_tokens=add_special_tokens),
-                seconds,
-            )
+            replace(job, prompt=prompt, add_special_tokens=add_special_tokens)
             for prompt in split_prompt(request.prompt)
         ]
         check_job_count(jobs)
@@ -109,7 +107,7 @@ class _Choice:
 
     def __init__(self, call: CompletionCall, prompt_index: int, sequence_index: int) -> None:
         self._call = call
-        self._index = prompt_index * call.jobs[prompt_index].sampling.n + sequence_index
+        self._index = prompt_index * call.jobs[prompt_index].params.n + sequence_index
         self._logprobs = CompletionLogprobs()
 
     @cached_property

@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from pagoda.errors import InvalidRequestError, ModelNotFoundError, NotSupportedError
-from pagoda.sampling.params import SamplingParams
+from pagoda.request import GenerationRequest
 from pagoda.serving.openai.types import Message, RequestModel, SamplingFields
-from pagoda.serving.parameters import FIELDS, MakeSampling, RequestOptions, parse_parameters
+from pagoda.serving.parameters import FIELDS, MakeSampling, parse_parameters
 from pagoda.serving.v2.tensors import shown
 
 logger = logging.getLogger(__name__)
@@ -79,10 +79,10 @@ def parse_request(kind: type[Request], content: Mapping[str, Any], model_name: s
     return request
 
 
-def sampling_and_options(
+def generation_request(
     request: SamplingFields, make_sampling: MakeSampling, overrides: Mapping[str, Any]
-) -> tuple[SamplingParams, RequestOptions]:
-    """Sampling and options from the fields that are given; `overrides` replace or add fields, None removes one."""
+) -> GenerationRequest:
+    """What the given fields ask for, but for the prompt; `overrides` replace or add fields, None removes one."""
     given = request.model_dump(exclude_none=True, include=set(FIELDS) & set(type(request).model_fields))
     return parse_parameters({**given, **overrides}, make_sampling)
 

@@ -10,8 +10,9 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from pagoda.errors import InvalidRequestError
+from pagoda.request import GenerationRequest
 from pagoda.serving.context import ServingContext
-from pagoda.serving.generation import GenerationJob, SequenceResult, limit_time
+from pagoda.serving.generation import SequenceResult, limit_time
 from pagoda.serving.http.bodies import read_object
 from pagoda.serving.http.disconnect import until_disconnect
 from pagoda.serving.http.documentation import event_stream, request_body, v2_errors
@@ -37,7 +38,7 @@ def generate_router(context: ServingContext, plane: EngineDataPlane) -> APIRoute
     async def generate(request: Request, model_name: str, model_version: str | None = None) -> Response:
         """Complete one prompt."""
         head, job = await _read(request, model_name, model_version)
-        if job.options.stream:
+        if job.stream:
             raise InvalidRequestError("generate does not stream; use generate_stream", "stream")
         work = context.runner.collect(job, f"generate-{uuid.uuid4().hex}")
         results = await until_disconnect(request, work)
@@ -52,7 +53,7 @@ def generate_router(context: ServingContext, plane: EngineDataPlane) -> APIRoute
 
     async def _read(
         request: Request, model_name: str, model_version: str | None
-    ) -> tuple[dict[str, Any], GenerationJob]:
+    ) -> tuple[dict[str, Any], GenerationRequest]:
         plane.check_version(model_version)
         await plane.get_model(model_name)
         content = await read_object(request, context.config.max_body_bytes)
@@ -64,7 +65,7 @@ def generate_router(context: ServingContext, plane: EngineDataPlane) -> APIRoute
         head = {"id": request_id} if request_id is not None else {}
         return {**head, "model_name": model_name, "model_version": MODEL_VERSION}, job
 
-    async def _events(head: dict[str, Any], job: GenerationJob) -> Events:
+    async def _events(head: dict[str, Any], job: GenerationRequest) -> Events:
         so_far = SequenceResult()
         piece = EventTemplate(lambda text: {**head, "text_output": text})
         async with aclosing(context.runner.stream(job, f"generate-{uuid.uuid4().hex}")) as chunks:
@@ -78,7 +79,7 @@ def generate_router(context: ServingContext, plane: EngineDataPlane) -> APIRoute
     return router
 
 
-def _whole(job: GenerationJob, result: SequenceResult) -> dict[str, Any]:
+def _whole(job: GenerationRequest, result: SequenceResult) -> dict[str, Any]:
     """The members of an answer that describe a finished sequence."""
     content: dict[str, Any] = {
         "text_output": result.text,
@@ -86,7 +87,7 @@ def _whole(job: GenerationJob, result: SequenceResult) -> dict[str, Any]:
         "num_input_tokens": result.num_prompt_tokens,
         "num_output_tokens": len(result.token_ids),
     }
-    if job.options.details:
+    if job.details:
         content["details"] = {
             "finish_reason": result.finish_reason,
             "stop_reason": result.stop_reason,

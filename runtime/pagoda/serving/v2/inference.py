@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import orjson
 
 from pagoda.errors import InvalidRequestError, NotSupportedError
-from pagoda.serving.generation import GenerationJob, SequenceResult, check_job_count
-from pagoda.serving.parameters import FIELDS, LIST_FIELDS, MakeSampling, RequestOptions, parse_parameters
+from pagoda.request import GenerationRequest
+from pagoda.serving.generation import SequenceResult, check_job_count
+from pagoda.serving.parameters import FIELDS, LIST_FIELDS, MakeSampling, parse_parameters
 from pagoda.serving.v2.tensors import (
     BYTES,
     INTEGER_DATATYPES,
@@ -80,13 +81,13 @@ class V2Request:
 class V2Batch:
     """What a V2 request asks for: one job a prompt. `stream` and `output_names` hold for the whole request."""
 
-    jobs: list[GenerationJob]
+    jobs: list[GenerationRequest]
     output_names: tuple[str, ...]
 
     @property
     def stream(self) -> bool:
         """Whether the client asked for pieces as they come."""
-        return self.jobs[0].options.stream
+        return self.jobs[0].stream
 
 
 class InferInputLike(Protocol):
@@ -163,7 +164,7 @@ def parse_infer(request: V2Request, make_sampling: MakeSampling) -> V2Batch:
     return batch
 
 
-def parse_generate(body: Mapping[str, object], make_sampling: MakeSampling) -> GenerationJob:
+def parse_generate(body: Mapping[str, object], make_sampling: MakeSampling) -> GenerationRequest:
     """The job of a generate body: `text_input` or `input_ids`, and parameters in `parameters` or beside them."""
     fields = {key: value for key, value in body.items() if key not in (TEXT_INPUT, INPUT_IDS, "id", "parameters")}
     parameters = body.get("parameters")
@@ -185,7 +186,7 @@ def parse_generate(body: Mapping[str, object], make_sampling: MakeSampling) -> G
     else:
         raise InvalidRequestError(f"{TEXT_INPUT} must be a string, got {shown(text)}", TEXT_INPUT)
     job = _job(prompt, {**fields, **(parameters or {})}, make_sampling)
-    if job.sampling.n > 1:
+    if job.params.n > 1:
         raise InvalidRequestError("n must be 1 here; infer and /v1/completions return several sequences", "n")
     return job
 
@@ -274,16 +275,16 @@ def _column(tensor: Tensor, num_prompts: int) -> list[Any]:
     )
 
 
-def _job(prompt: str | list[int], parameters: Mapping[str, object], make_sampling: MakeSampling) -> GenerationJob:
-    sampling, options = parse_parameters(parameters, make_sampling)
-    if sampling.prompt_logprobs is not None:
+def _job(prompt: str | list[int], parameters: Mapping[str, object], make_sampling: MakeSampling) -> GenerationRequest:
+    job = parse_parameters(parameters, make_sampling)
+    if job.params.prompt_logprobs is not None:
         raise InvalidRequestError("prompt_logprobs is available on /v1/completions only", "prompt_logprobs")
-    return GenerationJob(prompt=prompt, sampling=sampling, options=options)
+    return replace(job, prompt=prompt)
 
 
-def _output_names(outputs: tuple[RequestedOutput, ...], jobs: list[GenerationJob]) -> tuple[str, ...]:
+def _output_names(outputs: tuple[RequestedOutput, ...], jobs: list[GenerationRequest]) -> tuple[str, ...]:
     if not outputs:
-        wants_logprobs = any(job.sampling.logprobs is not None for job in jobs)
+        wants_logprobs = any(job.params.logprobs is not None for job in jobs)
         return OUTPUT_NAMES if wants_logprobs else OUTPUT_NAMES[:-1]
     names = tuple(output.name for output in outputs)
     if len(set(names)) != len(names):
@@ -294,15 +295,15 @@ def _output_names(outputs: tuple[RequestedOutput, ...], jobs: list[GenerationJob
 def _check_batch(batch: V2Batch) -> None:
     """What must hold for all prompts of a request together."""
     first = batch.jobs[0]
-    if any(job.sampling.n != first.sampling.n for job in batch.jobs):
+    if any(job.params.n != first.params.n for job in batch.jobs):
         raise InvalidRequestError("n must be the same for all prompts of a request", "n")
-    if any(_shared(job.options) != _shared(first.options) for job in batch.jobs):
+    if any(_shared(job) != _shared(first) for job in batch.jobs):
         raise InvalidRequestError("stream and timeout must be the same for all prompts of a request", "stream")
     check_job_count(batch.jobs)
 
 
-def _shared(options: RequestOptions) -> tuple[object, ...]:
-    return options.stream, options.timeout_seconds
+def _shared(job: GenerationRequest) -> tuple[object, ...]:
+    return job.stream, job.timeout_seconds
 
 
 def _output_tensor(name: str, results: list[SequenceResult], shape: tuple[int, ...]) -> Tensor:
