@@ -120,7 +120,7 @@ async def test_the_engine_that_drives_the_ranks_takes_them_with_it_when_it_is_ki
                 observer, server.engine_pid(), signal.SIGKILL, ranks, within=1.0, cause="was killed by SIGKILL"
             )
             ranks = await disturb(
-                observer, server.engine_pid(), signal.SIGSTOP, ranks, within=STALL_SECONDS, cause="no sign of life"
+                observer, server.engine_pid(), signal.SIGSTOP, ranks, within=STALL_SECONDS, cause="no heartbeat"
             )
         books.check(references)
         note(f"SIGKILL and SIGSTOP of the engine of two ranks: {books.summary}")

@@ -150,7 +150,7 @@ async def test_stopped_core_is_noticed_within_its_bound_busy_or_idle(checkpoint:
             await wait_until_async(lambda: client.stats.num_running == 1)
         os.kill(client.pid, signal.SIGSTOP)
         await wait_until_async(lambda: not client.health.accepts_requests, seconds=10)
-        assert "no sign of life" in str(client.health.cause)
+        assert "no heartbeat" in str(client.health.cause)
         if running is not None:
             with pytest.raises(EngineDeadError):
                 await running

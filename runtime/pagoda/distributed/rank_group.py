@@ -16,9 +16,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pagoda.config.schema import PagodaConfig
-from pagoda.distributed.rank_channel import LONGEST_LOOK_SECONDS
 from pagoda.distributed.rank_launcher import RankConnection, RankLauncher
-from pagoda.distributed.rank_links import CAUSE_SECONDS, LOOK_SECONDS, RankLinks
+from pagoda.distributed.rank_links import CAUSE_SECONDS, CHECK_SECONDS, RankLinks
 from pagoda.distributed.rank_messages import (
     PROTOCOL_VERSION,
     CheckCommunication,
@@ -48,6 +47,7 @@ from pagoda.parallel.rank_info import compare_facts, facts_table
 from pagoda.scheduling.plan import NO_SAMPLED_TOKENS, StepPlan, StepResult
 from pagoda.scheduling.sampled_tokens_update import SampledTokensTracker
 from pagoda.scheduling.step_timeout import stall_bound, tokens_to_wait_for
+from pagoda.timers import SuspendSafeTimer
 from pagoda.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -61,11 +61,11 @@ _OWN_WORD_SECONDS = 2.0
 
 @dataclass(slots=True)
 class _FailedStep:
-    """A step that failed on some ranks, or on all; `waited` seconds for the rest."""
+    """A step that failed on some ranks, or on all; `timer`: since the first of them."""
 
     step_id: int
+    timer: SuspendSafeTimer
     by_rank: dict[int, StepFailed] = field(default_factory=dict)
-    waited: float = 0.0
 
     @property
     def patience(self) -> float:
@@ -250,19 +250,17 @@ class RankGroup:
 
     def _take_result(self, plan: StepPlan) -> StepResult:
         bound = stall_bound(tokens_to_wait_for(plan), self._config.collective_timeout_seconds)
-        links, waited, last_look = self._alive_links(), 0.0, self._clock()
+        links, timer = self._alive_links(), SuspendSafeTimer(self._clock())
         while plan.step_id not in self._results:
             failure = self._failures.get(plan.step_id)
             if failure is not None and len(failure.by_rank) == self._layout.world_size:
                 raise self._common_error(self._failures.pop(plan.step_id))
-            if waited > bound:
-                raise EngineDeadError(self._hung(plan, waited, bound))
-            self._note(links.receive(LOOK_SECONDS))
-            # Counted in looks, like silence: time in which this process was stopped is nobody's fault.
+            if timer.seconds > bound:
+                raise EngineDeadError(self._hung(plan, timer.seconds, bound))
+            self._note(links.receive(CHECK_SECONDS))
             now = self._clock()
-            look = min(now - last_look, LONGEST_LOOK_SECONDS)
-            waited, last_look = waited + look, now
-            self._look_at_failures(look)
+            timer.check(now)
+            self._check_failures(now)
         return self._results.pop(plan.step_id)
 
     def _note(self, received: tuple[int, Message] | None) -> None:
@@ -274,7 +272,12 @@ class RankGroup:
             if message.result.step_id in self._in_flight:  # else an earlier step failed, and nobody waits for this one
                 self._results[message.result.step_id] = message.result
         elif isinstance(message, StepFailed):
-            self._failures.setdefault(message.step_id, _FailedStep(message.step_id)).by_rank[rank] = message
+            failure = self._failures.get(message.step_id)
+            if failure is None:
+                failure = self._failures[message.step_id] = _FailedStep(
+                    message.step_id, SuspendSafeTimer(self._clock())
+                )
+            failure.by_rank[rank] = message
         else:
             raise EngineDeadError(f"{self._named(rank)} sent {type(message).__name__} in the middle of a step")
 
@@ -288,12 +291,11 @@ class RankGroup:
 
     # ---- failed steps ---------------------------------------------------------------------------------------------
 
-    def _look_at_failures(self, look: float) -> None:
+    def _check_failures(self, now: float) -> None:
         """Raise `EngineDeadError` when a step has failed for some ranks, and the others had time to fail likewise."""
         for failure in list(self._failures.values()):
             if len(failure.by_rank) < self._layout.world_size:
-                failure.waited += look
-                if failure.waited > failure.patience:
+                if failure.timer.check(now) > failure.patience:
                     raise EngineDeadError(self._blame(failure))
             elif failure.step_id not in self._in_flight:
                 del self._failures[failure.step_id]

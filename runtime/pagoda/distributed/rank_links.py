@@ -13,13 +13,14 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeVar
 
-from pagoda.distributed.rank_channel import CODEC, ChannelEnded, HeartbeatThread, RankChannel, SilenceWatch
+from pagoda.distributed.rank_channel import CODEC, ChannelEnded, HeartbeatThread, RankChannel
 from pagoda.distributed.rank_launcher import RankConnection
 from pagoda.distributed.rank_messages import Command, EndRank, Heartbeat, Message, RankFailed, RankHello
 from pagoda.errors import EngineDeadError, PagodaError, error_of
 from pagoda.parallel.rank_health import RankHealth
+from pagoda.timers import HeartbeatTimer
 
-LOOK_SECONDS = 0.25
+CHECK_SECONDS = 0.25
 START_SLACK = 3.0
 # A rank that dies takes others with it, which then cannot reach it: their word may come before the news of its death.
 CAUSE_SECONDS = 1.0
@@ -42,8 +43,8 @@ class RankLinks:
         self._clock = clock
         self._inbox: queue.SimpleQueue[tuple[int, Message | ChannelEnded]] = queue.SimpleQueue()
         self._channels = [RankChannel(connection.socket) for connection in connections]
-        self._watches: list[SilenceWatch] = []
-        self._last_look = 0.0
+        self._timers: list[HeartbeatTimer] = []
+        self._last_check = 0.0
         self._heartbeat_timeout = 0.0
         self._bound = 0.0
         self._heartbeats: HeartbeatThread | None = None
@@ -67,7 +68,7 @@ class RankLinks:
         """
         self._heartbeat_timeout = heartbeat_timeout
         self._bound = START_SLACK * heartbeat_timeout
-        self._watches = [SilenceWatch(channel, self._clock) for channel in self._channels]
+        self._timers = [HeartbeatTimer() for _ in self._channels]
         self._heartbeats = HeartbeatThread(self._channels, Heartbeat, heartbeat_timeout)
         self._heartbeats.start()
 
@@ -82,7 +83,7 @@ class RankLinks:
                 rank=rank,
                 host=self._hosts[rank],
                 pid=self._pids[rank],
-                last_heartbeat=channel.last_heard,
+                last_heartbeat=channel.last_received,
                 num_steps=channel.progress.num_steps,
             )
             for rank, channel in enumerate(self._channels)
@@ -118,11 +119,11 @@ class RankLinks:
         try:
             rank, message = self._inbox.get(timeout > 0, timeout or None)
         except queue.Empty:
-            self._look()
+            self._check_heartbeats()
             return None
         if isinstance(message, ChannelEnded | RankFailed):
             raise self._cause(rank, message)
-        self._look()
+        self._check_heartbeats()
         return rank, message
 
     def collect(
@@ -141,7 +142,7 @@ class RankLinks:
         answers: dict[int, Answer] = {}
         while len(answers) < len(self._channels):
             left = deadline - self._clock()
-            received = self.receive(min(LOOK_SECONDS, max(0.0, left)))  # late or not: what has arrived counts
+            received = self.receive(min(CHECK_SECONDS, max(0.0, left)))  # late or not: what has arrived counts
             if received is not None:
                 rank, message = received
                 if isinstance(message, answer):
@@ -169,17 +170,17 @@ class RankLinks:
 
     # ---- lost ranks -----------------------------------------------------------------------------------------------
 
-    def _look(self) -> None:
-        """Raise `EngineDeadError` for a rank that has been silent for too long."""
+    def _check_heartbeats(self) -> None:
+        """Raise `EngineDeadError` for a rank whose heartbeat is overdue."""
         now = self._clock()
-        if now - self._last_look < LOOK_SECONDS:
+        if now - self._last_check < CHECK_SECONDS:
             return
-        self._last_look = now
-        for rank, watch in enumerate(self._watches):
-            silent = watch.look()
+        self._last_check = now
+        for rank, timer in enumerate(self._timers):
+            silent = timer.check(self._channels[rank].last_received, now)
             if silent > self._bound:
                 raise EngineDeadError(
-                    f"{self.name(rank)} gave no sign of life for {silent:.1f} s (bound {self._bound:g} s by "
+                    f"no heartbeat from {self.name(rank)} for {silent:.1f} s (timeout {self._bound:g} s by "
                     "rank_heartbeat_timeout_seconds): its process is stopped, or the network to its host is cut"
                 )
 
@@ -188,7 +189,7 @@ class RankLinks:
         until = self._clock() + CAUSE_SECONDS
         while isinstance(news, RankFailed) and news.is_communication and (left := until - self._clock()) > 0:
             try:
-                other, message = self._inbox.get(timeout=min(LOOK_SECONDS, left))
+                other, message = self._inbox.get(timeout=min(CHECK_SECONDS, left))
             except queue.Empty:
                 continue
             if isinstance(message, ChannelEnded) and other == rank:

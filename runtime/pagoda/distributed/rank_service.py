@@ -15,6 +15,7 @@ import logging
 import os
 import queue
 import socket
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -26,7 +27,7 @@ import torch
 from pagoda import faults
 from pagoda.config.schema import PagodaConfig
 from pagoda.distributed.node_state import READY, StateFile, rank_file
-from pagoda.distributed.rank_channel import ChannelEnded, HeartbeatThread, RankChannel, SilenceWatch
+from pagoda.distributed.rank_channel import ChannelEnded, HeartbeatThread, RankChannel
 from pagoda.distributed.rank_messages import (
     PROTOCOL_VERSION,
     CheckCommunication,
@@ -65,6 +66,7 @@ from pagoda.platform.hardware import cpu_report, memory_report
 from pagoda.platform.threads import bind_compute_threads, choose_threads
 from pagoda.scheduling.plan import StepPlan
 from pagoda.scheduling.step_timeout import stall_bound
+from pagoda.timers import HeartbeatTimer
 from pagoda.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -264,18 +266,20 @@ class RankService:
 
     def _watch_driver(self, timeout: float) -> None:
         """Send heartbeats, and end the process when there are none from the driver."""
-        silence = SilenceWatch(self._channel)
+        timer = HeartbeatTimer()
 
-        def listen() -> None:
-            silent = silence.look()
+        def check() -> None:
+            silent = timer.check(self._channel.last_received, time.monotonic())
             if silent > timeout:
-                logger.error("the engine core has been silent for %.1f s (bound %g s): this rank ends", silent, timeout)
+                logger.error(
+                    "no heartbeat of the engine core for %.1f s (timeout %g s): this rank ends", silent, timeout
+                )
                 os._exit(_LOST_EXIT_CODE)
             if self._state is not None:
                 self._state.beat()
 
         HeartbeatThread(
-            [self._channel], lambda: RankHeartbeat(self._num_steps, self._groups.num_operations), timeout, listen
+            [self._channel], lambda: RankHeartbeat(self._num_steps, self._groups.num_operations), timeout, check
         ).start()
 
     def _publish(self, stage: str) -> None:

@@ -185,7 +185,7 @@ def main(owner: int, address: str, log: Path, command: list[str]) -> int:
     told_to_stop = []
     signal.signal(signal.SIGTERM, lambda *_: told_to_stop.append(True))
     become_subreaper()
-    state = StateFile(_directory(), _name(owner), bound=_PATIENCE_SECONDS)
+    state = StateFile(_directory(), _name(owner), timeout=_PATIENCE_SECONDS)
     state.enter("starting", address)
     ray = subprocess.Popen(command, preexec_fn=_end_with_parent)
     is_up = False

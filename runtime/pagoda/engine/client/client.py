@@ -22,7 +22,7 @@ from pagoda.engine.client.output_collector import Mailbox
 from pagoda.engine.client.prelaunch import LaunchedCore
 from pagoda.engine.client.restarts import RestartPolicy
 from pagoda.engine.client.service_rate import ServiceRate
-from pagoda.engine.client.watchdog import StallWatch
+from pagoda.engine.client.watchdog import Watchdog
 from pagoda.engine.health import EngineHealth, EngineState
 from pagoda.engine.heartbeat import EngineProgress
 from pagoda.engine.messages import (
@@ -304,21 +304,21 @@ class ProcessEngineClient(EngineClient):
         """Kill a core that starts too slowly, or that is stuck; its end is then noticed like any other."""
         start_timeout = self._config.engine_start_timeout_seconds
         deadline = time.monotonic() + start_timeout
-        stall_watch = StallWatch(self._config.engine_stall_timeout_seconds)
+        watchdog = Watchdog(self._config.engine_stall_timeout_seconds)
         while True:
             await asyncio.sleep(_WATCH_SECONDS)
             now = time.monotonic()
             progress = child.progress
             trouble: str | None = None
             if progress.is_up:
-                trouble = stall_watch.look(progress, now)
+                trouble = watchdog.check(progress, now)
             elif now > deadline:
                 trouble = (
                     f"the engine was not ready after engine_start_timeout_seconds={start_timeout:g} "
                     f"(stage: {self.health.stage} {self.health.detail})"
                 )
             if trouble is not None and not self._ending.is_set():
-                logger.error("%s; it will be ended", trouble)
+                logger.error("%s; killing it", trouble)
                 self._lose_core(EngineDeadError(trouble))
                 await child.kill(dump_stacks=True)
                 return

@@ -37,12 +37,12 @@ class RequestMeter:
     def __init__(
         self,
         metrics: Metrics,
-        sampling: SamplingParams,
+        params: SamplingParams,
         arrival_time: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._clock = clock
-        self._timers = [RequestTimer(metrics, arrival_time, sampling.max_tokens) for _ in range(sampling.n)]
+        self._timers = [RequestTimer(metrics, arrival_time, params.max_tokens) for _ in range(params.n)]
         self._metrics = metrics
         self._is_accepted = False
 
