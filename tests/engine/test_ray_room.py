@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -32,7 +36,14 @@ ray.shutdown()
 """
 
 
-@pytest.mark.timeout(180)
+@pytest.fixture
+def ray_sessions() -> Iterator[None]:
+    """Ray keeps the files of its sessions."""
+    yield
+    shutil.rmtree(Path(tempfile.gettempdir()) / "ray")
+
+
+@pytest.mark.usefixtures("ray_sessions")
 def test_room_is_waited_for_without_asking_the_head_again_and_again() -> None:
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM],

@@ -33,13 +33,14 @@ class FakeGenerator:
     """Answers a prompt with its own characters in capitals, one token each; ends with `stop`, or at max_tokens.
 
     `fail:KIND` fails with that kind of error after one token. `started` and `left` count sequences that began, and those
-    whose reader left before their end; `tenants` has whose they all were.
+    whose reader left before their end; `num_running` have not ended; `tenants` has whose they all were.
     """
 
     def __init__(self) -> None:
         self.started: list[str] = []
         self.left: list[str] = []
         self.tenants: list[str] = []
+        self.num_running = 0
         self.seconds_per_token = 0.0
 
     def sampling_params(self, given: Mapping[str, Any]) -> SamplingParams:
@@ -52,6 +53,7 @@ class FakeGenerator:
         if not text or len(text) >= MAX_MODEL_LEN:
             raise InvalidRequestError(f"the prompt has {len(text)} tokens; 1 to {MAX_MODEL_LEN - 1} are allowed")
         self.started.append(request.request_id)
+        self.num_running += 1
         is_over = False
         try:
             if text == WAIT:
@@ -79,6 +81,8 @@ class FakeGenerator:
             if not is_over:
                 self.left.append(request.request_id)
             raise
+        finally:
+            self.num_running -= 1
 
     @staticmethod
     def _reason(num_characters: int, limit: int) -> FinishReason:

@@ -50,7 +50,7 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault(SYSTEM_DIRECTORY, tempfile.gettempdir())
     parent = os.environ.get(RUN_DIRECTORY)
     directory = tempfile.TemporaryDirectory(
-        prefix="pagoda-tests-" if parent is None else "",
+        prefix="tests-" if parent is None else "",
         dir=parent or tempfile.gettempdir(),
         ignore_cleanup_errors=True,
     )
@@ -175,7 +175,7 @@ def _threads() -> dict[threading.Thread, str]:
 
 def _files() -> dict[Path, str]:
     system, own = Path(os.environ[SYSTEM_DIRECTORY]), Path(tempfile.gettempdir())
-    found = [path for path in system.glob("pagoda-*") if not path.name.startswith("pagoda-tests-")]
+    found = list(system.glob("pagoda-*"))
     found += [path for path in own.iterdir() if not path.name.startswith(CACHES)]
     if SHARED_MEMORY.is_dir():
         found += SHARED_MEMORY.iterdir()
