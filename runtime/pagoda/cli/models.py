@@ -43,6 +43,7 @@ def inspect_checkpoint(model: str) -> dict[str, Any]:
     Raises:
         CheckpointError: it is not there, or no model that can be served.
     """
+    from pagoda.models.checkpoint_files import checkpoint_file, names_ending_with
     from pagoda.models.checkpoint_source import checkpoint_directory
     from pagoda.models.config import ModelConfig
     from pagoda.models.weight_size import ELEMENT_BYTES, expected_weight_bytes
@@ -57,7 +58,9 @@ def inspect_checkpoint(model: str) -> dict[str, Any]:
         "dtype": config.dtype,
         "quantization": str(config.quantization or "none"),
         "weight_bytes": expected_weight_bytes(config, config.dtype, config.quantization, packed=True),
-        "file_bytes": sum(file.stat().st_size for file in directory.glob("*.safetensors")),
+        "file_bytes": sum(
+            checkpoint_file(directory, name).stat().st_size for name in names_ending_with(directory, (".safetensors",))
+        ),
         "layers": config.num_layers,
         "hidden_size": config.hidden_size,
         "attention_heads": config.num_heads,

@@ -27,7 +27,7 @@ from pagoda.models.config import ModelConfig
 from pagoda.models.decoder import DecoderForCausalLM
 from pagoda.models.fused_layers import fuse_layers
 from pagoda.models.kv_scales import set_kv_scales
-from pagoda.models.loading.loader import Progress, initialize_dummy_weights, load_weights
+from pagoda.models.loading.loader import Progress, check_weights, initialize_dummy_weights, load_weights
 from pagoda.models.loading.packed import weight_bytes
 from pagoda.models.quantization.schemes import QuantizationConfig, check_device, choose_quantization
 from pagoda.models.sharding import ModelShare, check_layout
@@ -80,6 +80,9 @@ class Worker:
         else:
             choose_gpu_kernels()
         quantization = self._quantization()
+        if self.config.load_format != "dummy" and self.config.model is not None:
+            # Before memory is taken for what config.json says: it may say anything.
+            check_weights(self.model_config, quantization, self.config.model)
         with self._compiling_kernels(quantization):
             self.model = build_model(
                 self.model_config,

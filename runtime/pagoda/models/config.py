@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pagoda.errors import CheckpointError
-from pagoda.models.config_reader import ConfigReader, read_json_object
+from pagoda.models.checkpoint_files import has_file, read_json_object, shown
+from pagoda.models.config_reader import MAX_INTEGER, ConfigReader
+from pagoda.models.family import MAX_HEADS, MAX_HIDDEN_SIZE, MAX_INTERMEDIATE_SIZE, MAX_LAYERS, MAX_VOCAB_SIZE
 from pagoda.models.quantization.config_reader import read_quantization
 from pagoda.models.quantization.schemes import QuantizationConfig
 from pagoda.models.registry import family_of
@@ -76,13 +79,15 @@ class ModelConfig:
         Raises `CheckpointError`: a file that is missing or not JSON, a value that is missing or impossible, or a model
         that is not supported (its architecture, activation, rope type or quantization), with what is.
         """
-        path = Path(directory) / CONFIG_FILE
-        if not Path(directory).is_dir():
+        path = Path(directory)
+        if not path.is_dir():
             raise CheckpointError(f"{directory} is not a directory: a checkpoint is a directory with {CONFIG_FILE}")
-        generation_path = Path(directory) / GENERATION_CONFIG_FILE
-        generation = read_json_object(generation_path) if generation_path.exists() else {}
+        has_generation = has_file(path, GENERATION_CONFIG_FILE)
         return cls.from_dicts(
-            read_json_object(path), generation, where=str(path), generation_where=str(generation_path)
+            read_json_object(path, CONFIG_FILE),
+            read_json_object(path, GENERATION_CONFIG_FILE) if has_generation else {},
+            where=str(path / CONFIG_FILE),
+            generation_where=str(path / GENERATION_CONFIG_FILE),
         )
 
     @classmethod
@@ -114,6 +119,15 @@ class ModelConfig:
             )
         if model.head_dim % 2:
             raise CheckpointError(f"{where}: head_dim={model.head_dim} is odd; rotary embedding needs pairs")
+        if not 1 <= model.max_context_length <= MAX_INTEGER:
+            raise CheckpointError(
+                f"{where}: max_position_embeddings={model.max_position_embeddings} and the rope parameters make a context of "
+                f"{model.max_context_length} tokens; it must have at least 1 and at most {MAX_INTEGER}"
+            )
+        if model.head_dim == 2 and model.rope.rope_type == "dynamic":
+            raise CheckpointError(f"{where}: head_dim=2 is too small for rope type 'dynamic', which needs 4 at least")
+        if model.quantization is not None:
+            model.quantization.check_patterns(["lm_head", *(name for name, _, _ in model.linear_layers())])
         return model
 
     @property
@@ -129,6 +143,20 @@ class ModelConfig:
     def linear_input_sizes(self) -> tuple[int, int, int]:
         """Inputs of the layers' linear layers: of those that read the residual stream, of attention's output, of the MLP's."""
         return self.hidden_size, self.num_heads * self.head_dim, self.intermediate_size
+
+    def linear_layers(self) -> Iterator[tuple[str, int, int]]:
+        """Name in the checkpoint, outputs and inputs of every linear layer but the head."""
+        hidden, intermediate = self.hidden_size, self.intermediate_size
+        queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        for layer in range(self.num_layers):
+            attention, mlp = f"model.layers.{layer}.self_attn.", f"model.layers.{layer}.mlp."
+            yield f"{attention}q_proj", queries, hidden
+            yield f"{attention}k_proj", keys, hidden
+            yield f"{attention}v_proj", keys, hidden
+            yield f"{attention}o_proj", hidden, queries
+            yield f"{mlp}gate_proj", intermediate, hidden
+            yield f"{mlp}up_proj", intermediate, hidden
+            yield f"{mlp}down_proj", hidden, intermediate
 
     def num_parameters(self) -> int:
         """Number of weights; tied embeddings count once."""
@@ -147,18 +175,18 @@ def _common_values(reader: ConfigReader) -> dict[str, Any]:
     hidden_act = reader.string("hidden_act", "silu")
     if hidden_act not in ACTIVATIONS:
         raise CheckpointError(
-            f"{reader.where}: activation {hidden_act!r} is not supported; supported: {', '.join(ACTIVATIONS)}"
+            f"{reader.where}: activation {shown(hidden_act)} is not supported; supported: {', '.join(ACTIVATIONS)}"
         )
     dtype = reader.string("dtype", reader.string("torch_dtype", "float32")).removeprefix("torch.")
     if dtype not in DTYPES:
-        raise CheckpointError(f"{reader.where}: dtype {dtype!r} is not supported; supported: {', '.join(DTYPES)}")
+        raise CheckpointError(f"{reader.where}: dtype {shown(dtype)} is not supported; supported: {', '.join(DTYPES)}")
     return {
-        "vocab_size": reader.integer("vocab_size"),
-        "hidden_size": reader.integer("hidden_size"),
-        "intermediate_size": reader.integer("intermediate_size"),
-        "num_layers": reader.integer("num_hidden_layers"),
-        "num_heads": reader.integer("num_attention_heads"),
-        "rms_norm_eps": reader.number("rms_norm_eps", 1e-6),
+        "vocab_size": reader.integer("vocab_size", high=MAX_VOCAB_SIZE),
+        "hidden_size": reader.integer("hidden_size", high=MAX_HIDDEN_SIZE),
+        "intermediate_size": reader.integer("intermediate_size", high=MAX_INTERMEDIATE_SIZE),
+        "num_layers": reader.integer("num_hidden_layers", high=MAX_LAYERS),
+        "num_heads": reader.integer("num_attention_heads", high=MAX_HEADS),
+        "rms_norm_eps": reader.number("rms_norm_eps", 1e-6, high=1.0),
         "tie_word_embeddings": reader.flag("tie_word_embeddings", False),
         "hidden_act": hidden_act,
         "dtype": dtype,
@@ -169,9 +197,10 @@ def _generation_defaults(reader: ConfigReader) -> GenerationDefaults:
     do_sample = reader.values.get("do_sample")
     return GenerationDefaults(
         do_sample=None if do_sample is None else reader.flag("do_sample", False),
-        temperature=reader.optional_number("temperature", zero_allowed=True),
+        # The bounds of `SamplingParams`: else each request that leaves the value out would be refused for it.
+        temperature=reader.optional_number("temperature", high=100.0, low_allowed=True),
         top_k=reader.optional_integer("top_k", low=0),
-        top_p=reader.optional_number("top_p"),
-        min_p=reader.optional_number("min_p", zero_allowed=True),
-        repetition_penalty=reader.optional_number("repetition_penalty"),
+        top_p=reader.optional_number("top_p", high=1.0),
+        min_p=reader.optional_number("min_p", high=1.0, low_allowed=True),
+        repetition_penalty=reader.optional_number("repetition_penalty", high=100.0),
     )

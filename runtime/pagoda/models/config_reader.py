@@ -1,29 +1,16 @@
-"""Typed access to a checkpoint's JSON, with errors that name the file, the key and what was found."""
+"""Typed access to a checkpoint's JSON, with errors that name the file, the key, what was found and what is allowed."""
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from pagoda.errors import CheckpointError
+from pagoda.models.checkpoint_files import shown
 
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`; `CheckpointError` if it is missing, unreadable, not JSON or not an object."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist: a checkpoint directory must hold {path.name}") from None
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, found {type(value).__name__}")
-    return value
+MAX_INTEGER = 2**31 - 1
+MAX_NUMBER = 1e30
+MAX_TOKEN_IDS = 1024
 
 
 class ConfigReader:
@@ -40,38 +27,52 @@ class ConfigReader:
         """The error for the value of `key`."""
         if self.values.get(key) is None:
             return CheckpointError(f"{self.where}: {key} is missing; it must be {allowed}")
-        return CheckpointError(f"{self.where}: {key} must be {allowed}, found {self.values[key]!r}")
+        return CheckpointError(f"{self.where}: {key} must be {allowed}, found {shown(self.values[key])}")
 
-    def integer(self, key: str, default: int | None = None, *, low: int = 1) -> int:
-        """An integer of at least `low`."""
+    def integer(self, key: str, default: int | None = None, *, low: int = 1, high: int = MAX_INTEGER) -> int:
+        """An integer from `low` to `high`."""
         value = self.values.get(key)
         if value is None and default is not None:
             return default
-        if isinstance(value, bool) or not isinstance(value, int) or value < low:
-            raise self.error(key, f"an integer of at least {low}")
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise self.error(key, f"an integer of at least {low} and at most {high}")
         return value
 
-    def optional_integer(self, key: str, default: int | None = None, *, low: int = 1) -> int | None:
+    def optional_integer(
+        self, key: str, default: int | None = None, *, low: int = 1, high: int = MAX_INTEGER
+    ) -> int | None:
         """Like `integer`, but null stays None; only an absent key takes the default."""
         if key not in self.values:
             return default
-        return None if self.values[key] is None else self.integer(key, low=low)
+        return None if self.values[key] is None else self.integer(key, low=low, high=high)
 
-    def number(self, key: str, default: float | None = None, *, zero_allowed: bool = False) -> float:
-        """A finite number greater than 0, or at least 0 with `zero_allowed`."""
+    def number(
+        self,
+        key: str,
+        default: float | None = None,
+        *,
+        low: float = 0.0,
+        high: float = MAX_NUMBER,
+        low_allowed: bool = False,
+    ) -> float:
+        """A number greater than `low`, or at least that with `low_allowed`, and at most `high`."""
         value = self.values.get(key)
         if value is None and default is not None:
             return default
-        allowed = "a number of at least 0" if zero_allowed else "a number greater than 0"
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise self.error(key, allowed)
-        if value < 0 or (value == 0 and not zero_allowed):
-            raise self.error(key, allowed)
-        return float(value)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        # NaN is in no range.
+        if not is_number or not low <= value <= high or (value == low and not low_allowed):  # type: ignore[operator]
+            above = "of at least" if low_allowed else "greater than"
+            raise self.error(key, f"a number {above} {low:g} and at most {high:g}")
+        return float(value)  # type: ignore[arg-type]
 
-    def optional_number(self, key: str, *, zero_allowed: bool = False) -> float | None:
+    def optional_number(
+        self, key: str, *, low: float = 0.0, high: float = MAX_NUMBER, low_allowed: bool = False
+    ) -> float | None:
         """Like `number`; None where the key is absent or null."""
-        return None if self.values.get(key) is None else self.number(key, zero_allowed=zero_allowed)
+        if self.values.get(key) is None:
+            return None
+        return self.number(key, low=low, high=high, low_allowed=low_allowed)
 
     def flag(self, key: str, default: bool) -> bool:
         """True or false."""
@@ -97,9 +98,20 @@ class ConfigReader:
         if value is None:
             return ()
         ids = value if isinstance(value, list) else [value]
-        if any(isinstance(token, bool) or not isinstance(token, int) or token < 0 for token in ids):
-            raise self.error(key, "a token id or a list of token ids")
+        if len(ids) > MAX_TOKEN_IDS or not all(type(token) is int and 0 <= token <= MAX_INTEGER for token in ids):
+            raise self.error(
+                key, f"a token id of at least 0 and at most {MAX_INTEGER}, or a list of up to {MAX_TOKEN_IDS} of them"
+            )
         return tuple(ids)
+
+    def strings(self, key: str) -> tuple[str, ...]:
+        """A list of strings; empty where the key is absent or null."""
+        value = self.values.get(key)
+        if value is None:
+            return ()
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise self.error(key, "a list of strings")
+        return tuple(value)
 
     def mapping(self, key: str) -> dict[str, Any]:
         """A JSON object; empty where the key is absent or null."""

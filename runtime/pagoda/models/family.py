@@ -10,6 +10,14 @@ from pagoda.errors import CheckpointError
 from pagoda.models.config_reader import ConfigReader
 from pagoda.models.rope_config import read_rope_config
 
+# Several times what the largest models have. Beyond them a model could not be built in seconds even without its weights.
+MAX_LAYERS = 1024
+MAX_HEADS = 4096
+MAX_HEAD_DIM = 4096
+MAX_HIDDEN_SIZE = 1 << 18
+MAX_INTERMEDIATE_SIZE = 1 << 20
+MAX_VOCAB_SIZE = 1 << 24
+
 
 @dataclass(frozen=True, slots=True)
 class Family:
@@ -39,11 +47,17 @@ def read_shape(
             "and head_dim is not given"
         )
     # An explicit null means "as many as query heads" to every family; only an absent key takes the family's default.
-    kv_heads = reader.optional_integer("num_key_value_heads", num_kv_heads)
+    kv_heads = reader.optional_integer("num_key_value_heads", num_kv_heads, high=MAX_HEADS)
     positions = reader.integer("max_position_embeddings", max_position_embeddings)
+    head_dim = reader.integer("head_dim", head_dim or hidden_size // num_heads, high=MAX_HEAD_DIM)
+    if head_dim > MAX_HEAD_DIM:
+        raise CheckpointError(
+            f"{reader.where}: hidden_size={hidden_size} and num_attention_heads={num_heads} make a head_dim of {head_dim}; "
+            f"it must be at most {MAX_HEAD_DIM}"
+        )
     return {
         "num_kv_heads": num_heads if kv_heads is None else kv_heads,
-        "head_dim": reader.integer("head_dim", head_dim or hidden_size // num_heads),
+        "head_dim": head_dim,
         "max_position_embeddings": positions,
         "rope": read_rope_config(reader, positions),
     }
@@ -58,7 +72,7 @@ def read_layer_windows(reader: ConfigReader) -> tuple[int | None, ...]:
         first = reader.integer("max_window_layers", 28, low=0)
         return tuple(window if layer >= first else None for layer in range(num_layers))
     known = {"full_attention": None, "sliding_attention": window}
-    if not isinstance(layer_types, list) or any(kind not in known for kind in layer_types):
+    if not isinstance(layer_types, list) or not all(isinstance(kind, str) and kind in known for kind in layer_types):
         raise reader.error("layer_types", f"a list of {' and '.join(known)}")
     if len(layer_types) != num_layers:
         raise CheckpointError(

@@ -17,8 +17,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pagoda.errors import CheckpointError
+from pagoda.models.checkpoint_files import shown
 from pagoda.models.decoder import DecoderForCausalLM, DecoderLayer
-from pagoda.models.loading.checkpoint import StoredTensor, StoredTensors, stored_tensors, weight_files
+from pagoda.models.loading.checkpoint import FLOAT_TYPES, StoredTensor, StoredTensors, stored_tensors, weight_files
 
 logger = logging.getLogger(__name__)
 
@@ -48,9 +49,12 @@ def _read_scale(stored: Mapping[str, StoredTensor], prefix: str, which: str) -> 
     )
     if name is None:
         return None
-    values = StoredTensors(stored).read(name).flatten().tolist()
-    if len(values) != 1 or not math.isfinite(values[0]) or values[0] <= 0:
+    tensor = stored[name]
+    is_one = math.prod(tensor.shape) == 1 and tensor.dtype in FLOAT_TYPES
+    value = StoredTensors(stored).read(name).item() if is_one else None
+    if value is None or not math.isfinite(value) or value <= 0:
+        found = f"shape {shown(list(tensor.shape))} and type {tensor.dtype}" if value is None else value
         raise CheckpointError(
-            f"tensor {name} in {stored[name].file} must be one positive number, the scale of a tensor, not {values[:4]}"
+            f"tensor {name} in {tensor.file} must be one positive number, the scale of a tensor, found {found}"
         )
-    return float(values[0])
+    return float(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pagoda.errors import CheckpointError
+from pagoda.models.checkpoint_files import MAX_NAMES_IN_ERROR, shown, shown_name
 from pagoda.models.config_reader import ConfigReader
 from pagoda.models.family import Family
 from pagoda.models.llama import LLAMA
@@ -18,10 +19,10 @@ def family_of(reader: ConfigReader) -> Family:
 
     Raises `CheckpointError`, naming the supported ones, for any other.
     """
-    architectures = reader.values.get("architectures") or []
+    architectures = reader.strings("architectures")
     model_type = reader.values.get("model_type")
     for family in FAMILIES.values():
         if family.architecture in architectures or (not architectures and family.model_type == model_type):
             return family
-    found = ", ".join(map(str, architectures)) or f"model_type {model_type!r}"
+    found = ", ".join(map(shown_name, architectures[:MAX_NAMES_IN_ERROR])) or f"model_type {shown(model_type)}"
     raise CheckpointError(f"{reader.where}: {found} is not supported; supported architectures: {', '.join(FAMILIES)}")

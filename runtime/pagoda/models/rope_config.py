@@ -6,9 +6,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from pagoda.errors import CheckpointError
+from pagoda.models.checkpoint_files import shown
 from pagoda.models.config_reader import ConfigReader
 
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
+
+# What keeps frequencies and lengths finite; models have a theta of 1e4 to 1e9, and factors up to 128.
+MIN_THETA, MAX_THETA = 1.5, 1e12
+MIN_FACTOR, MAX_FACTOR = 1e-3, 1e6
+MAX_PARAMETER = 1e6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,38 +61,49 @@ def read_rope_config(model: ConfigReader, max_position_embeddings: int) -> RopeC
     rope_type = rope.string("rope_type", rope.string("type", "default"))
     if rope_type not in ROPE_TYPES:
         raise CheckpointError(
-            f"{model.where}: rope type {rope_type!r} is not supported; supported: {', '.join(ROPE_TYPES)}"
+            f"{model.where}: rope type {shown(rope_type)} is not supported; supported: {', '.join(ROPE_TYPES)}"
         )
-    theta = rope.number("rope_theta", model.number("rope_theta", 10000.0))
+    theta = _theta(rope, _theta(model, 10000.0))
     if rope_type == "default":
         return RopeConfig(theta=theta, original_max_position_embeddings=max_position_embeddings)
     if rope_type in ("linear", "dynamic"):
-        factor = rope.number("factor")
         return RopeConfig(
-            rope_type=rope_type, theta=theta, factor=factor, original_max_position_embeddings=max_position_embeddings
+            rope_type=rope_type,
+            theta=theta,
+            factor=_factor(rope),
+            original_max_position_embeddings=max_position_embeddings,
         )
     # As in transformers, a length beside the rope parameters wins over one among them.
     original = model.integer(
         "original_max_position_embeddings", rope.integer("original_max_position_embeddings", max_position_embeddings)
     )
     if rope_type == "llama3":
+        low_freq_factor = rope.number("low_freq_factor", high=MAX_PARAMETER)
         return RopeConfig(
             rope_type=rope_type,
             theta=theta,
-            factor=rope.number("factor"),
+            factor=_factor(rope),
             original_max_position_embeddings=original,
-            low_freq_factor=rope.number("low_freq_factor"),
-            high_freq_factor=rope.number("high_freq_factor"),
+            low_freq_factor=low_freq_factor,
+            high_freq_factor=rope.number("high_freq_factor", low=low_freq_factor, high=MAX_PARAMETER),
         )
     return RopeConfig(
         rope_type=rope_type,
         theta=theta,
-        factor=rope.number("factor", max_position_embeddings / original),
+        factor=_factor(rope, max_position_embeddings / original),
         original_max_position_embeddings=original,
-        attention_factor=rope.optional_number("attention_factor", zero_allowed=True),
-        beta_fast=rope.number("beta_fast", 32.0),
-        beta_slow=rope.number("beta_slow", 1.0),
-        mscale=rope.optional_number("mscale", zero_allowed=True),
-        mscale_all_dim=rope.optional_number("mscale_all_dim", zero_allowed=True),
+        attention_factor=rope.optional_number("attention_factor", high=MAX_PARAMETER, low_allowed=True),
+        beta_fast=rope.number("beta_fast", 32.0, high=MAX_PARAMETER),
+        beta_slow=rope.number("beta_slow", 1.0, high=MAX_PARAMETER),
+        mscale=rope.optional_number("mscale", high=MAX_PARAMETER, low_allowed=True),
+        mscale_all_dim=rope.optional_number("mscale_all_dim", high=MAX_PARAMETER, low_allowed=True),
         truncate=rope.flag("truncate", True),
     )
+
+
+def _theta(reader: ConfigReader, default: float) -> float:
+    return reader.number("rope_theta", default, low=MIN_THETA, high=MAX_THETA, low_allowed=True)
+
+
+def _factor(reader: ConfigReader, default: float | None = None) -> float:
+    return reader.number("factor", default, low=MIN_FACTOR, high=MAX_FACTOR, low_allowed=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 from pagoda.models.config import ModelConfig
 from pagoda.models.quantization.schemes import HEAD, QuantizationConfig, WeightScheme
@@ -23,7 +22,7 @@ def expected_weight_bytes(
     linear_bytes = 2 if packed and "bfloat16" in (config.dtype, dtype) else element_bytes
     head = config.vocab_size, config.hidden_size
     num_linear = num_bytes = 0
-    for name, outputs, inputs in [*_linear_layers(config), ("lm_head", *head)]:
+    for name, outputs, inputs in [*config.linear_layers(), ("lm_head", *head)]:
         scheme = None if quantization is None else quantization.scheme_of(name)
         if quantization is not None and name == "lm_head":
             scheme = HEAD if is_tied or scheme is None else scheme
@@ -33,21 +32,6 @@ def expected_weight_bytes(
         num_linear += math.prod(head)
         num_bytes += math.prod(head) * min(element_bytes, ELEMENT_BYTES[config.dtype])
     return num_bytes + (config.num_parameters() - num_linear) * element_bytes
-
-
-def _linear_layers(config: ModelConfig) -> Iterator[tuple[str, int, int]]:
-    """Name, outputs and inputs of every linear layer but the head."""
-    hidden, intermediate = config.hidden_size, config.intermediate_size
-    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    for layer in range(config.num_layers):
-        attention, mlp = f"model.layers.{layer}.self_attn.", f"model.layers.{layer}.mlp."
-        yield f"{attention}q_proj", queries, hidden
-        yield f"{attention}k_proj", keys, hidden
-        yield f"{attention}v_proj", keys, hidden
-        yield f"{attention}o_proj", hidden, queries
-        yield f"{mlp}gate_proj", intermediate, hidden
-        yield f"{mlp}up_proj", intermediate, hidden
-        yield f"{mlp}down_proj", hidden, intermediate
 
 
 def _quantized_bytes(scheme: WeightScheme, outputs: int, inputs: int) -> int:

@@ -27,6 +27,7 @@ _LOCAL_SETTINGS = frozenset({"model", "threads", "network_interface", "host", "h
 _HASH_LENGTH = 12
 _NUM_SAMPLES = 17
 _SAMPLE_BYTES = 4096
+_MAX_JSON_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,9 +146,10 @@ def model_hash(directory: Path) -> str:
         path = directory / name
         if not path.is_file():
             continue
-        digest.update(f"{name}:{path.stat().st_size}:".encode())
-        for sample in _samples(path) if path.suffix == ".safetensors" else [path.read_bytes()]:
-            digest.update(sample)
+        size = path.stat().st_size
+        digest.update(f"{name}:{size}:".encode())
+        for part in [path.read_bytes()] if path.suffix == ".json" and size <= _MAX_JSON_BYTES else _samples(path):
+            digest.update(part)
     return digest.hexdigest()[:_HASH_LENGTH]
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from pagoda.config.schema import PagodaConfig
 from pagoda.errors import ConfigError
+from pagoda.models.checkpoint_files import read_json_object
 from pagoda.models.config import CONFIG_FILE, ModelConfig
-from pagoda.models.config_reader import read_json_object
 from pagoda.text.tokenizer import Tokenizer
 
 
@@ -35,7 +35,8 @@ def read_checkpoint_defaults(config: PagodaConfig) -> CheckpointDefaults:
     if config.model is None:
         raise ConfigError("model is not set: there is no checkpoint to read")
     if config.generation_config == "none":
-        model = ModelConfig.from_dicts(read_json_object(Path(config.model) / CONFIG_FILE))
+        directory = Path(config.model)
+        model = ModelConfig.from_dicts(read_json_object(directory, CONFIG_FILE), where=str(directory / CONFIG_FILE))
     else:
         model = ModelConfig.from_directory(config.model)
     recommended = asdict(model.generation)

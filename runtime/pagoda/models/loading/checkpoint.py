@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,13 +11,26 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from pagoda.errors import CheckpointError
-from pagoda.models.config_reader import read_json_object
+from pagoda.models.checkpoint_files import (
+    MAX_NAMES_IN_ERROR,
+    checkpoint_file,
+    has_file,
+    read_json_object,
+    shown_name,
+    shown_reason,
+)
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
 # Names in safetensors headers of the element types that a weight may have.
 FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
+
+MAX_INDEX_BYTES = 64 << 20
+# A header has about a hundred bytes for each tensor of the file.
+MAX_HEADER_BYTES = 16 << 20
+MAX_TENSORS = 1 << 19
+_HEADER_LENGTH_BYTES = 8
 
 # Pages of a mapped file that were read count as this process's memory until the map is gone: after so much, it is made anew.
 _MAPPED_BYTES = 16 << 20
@@ -56,21 +69,29 @@ class TensorSource(Protocol):
 def weight_files(directory: Path) -> list[Path]:
     """The files that hold the weights: those the index names, or the single one.
 
-    Raises `CheckpointError` where there are none, or one that the index names does not exist.
+    Raises `CheckpointError` where there are none, and for one that is missing, no regular file or outside of `directory`.
     """
-    index = directory / INDEX_FILE
-    if index.exists():
-        weight_map = read_json_object(index).get("weight_map")
+    if has_file(directory, INDEX_FILE):
+        weight_map = read_json_object(directory, INDEX_FILE, max_bytes=MAX_INDEX_BYTES).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise CheckpointError(f"{index}: weight_map must be an object of tensor names and file names")
-        files = [directory / name for name in sorted(set(weight_map.values()))]
-        missing = [file.name for file in files if not file.exists()]
+            raise CheckpointError(
+                f"{directory / INDEX_FILE}: weight_map must be an object of tensor names and file names"
+            )
+        names = sorted(set(weight_map.values()))
+        missing = [name for name in names if not has_file(directory, name)]
         if missing:
-            raise CheckpointError(f"{index} names files that do not exist: {', '.join(missing)}")
-        return files
-    if (directory / SINGLE_FILE).exists():
-        return [directory / SINGLE_FILE]
+            raise CheckpointError(f"{directory / INDEX_FILE} names files that do not exist: {listed(missing)}")
+        return [checkpoint_file(directory, name) for name in names]
+    if has_file(directory, SINGLE_FILE):
+        return [checkpoint_file(directory, SINGLE_FILE)]
     raise CheckpointError(f"{directory} holds no weights: expected {SINGLE_FILE} or {INDEX_FILE}")
+
+
+def listed(names: Iterable[str]) -> str:
+    """The first few of `names` for an error message, and how many more there are."""
+    ordered = sorted(names)
+    more = f" and {len(ordered) - MAX_NAMES_IN_ERROR} more" if len(ordered) > MAX_NAMES_IN_ERROR else ""
+    return ", ".join(map(shown_name, ordered[:MAX_NAMES_IN_ERROR])) + more
 
 
 def stored_tensors(files: list[Path]) -> dict[str, StoredTensor]:
@@ -81,15 +102,31 @@ def stored_tensors(files: list[Path]) -> dict[str, StoredTensor]:
     tensors: dict[str, StoredTensor] = {}
     for file in files:
         try:
+            _check_header_length(file)
             with safe_open(file, framework="pt") as reader:
                 for name in reader.keys():  # noqa: SIM118 (a reader is no mapping)
                     header = reader.get_slice(name)
                     if name in tensors:
-                        raise CheckpointError(f"tensor {name} is in both {tensors[name].file} and {file}")
+                        raise CheckpointError(f"tensor {shown_name(name)} is in both {tensors[name].file} and {file}")
+                    if len(tensors) == MAX_TENSORS:
+                        raise CheckpointError(
+                            f"{file.parent} holds more than {MAX_TENSORS} tensors, as many as are allowed"
+                        )
                     tensors[name] = StoredTensor(name, file, tuple(header.get_shape()), header.get_dtype())
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file} is not a whole safetensors file: {error}") from error
+            raise CheckpointError(f"{file} is not a whole safetensors file: {shown_reason(error)}") from error
     return tensors
+
+
+def _check_header_length(file: Path) -> None:
+    """The library itself reads headers of up to 100 MB, and takes several times that while it does."""
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(_HEADER_LENGTH_BYTES), "little")
+    if length > MAX_HEADER_BYTES:
+        raise CheckpointError(
+            f"{file} is not a whole safetensors file: it names a header of {length} bytes; "
+            f"at most {MAX_HEADER_BYTES} are allowed"
+        )
 
 
 class StoredTensors:

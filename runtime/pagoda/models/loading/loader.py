@@ -11,8 +11,9 @@ from __future__ import annotations
 import math
 import threading
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -20,17 +21,21 @@ import torch
 
 from pagoda.errors import CheckpointError
 from pagoda.models.build import build_model
+from pagoda.models.checkpoint_files import shown, shown_name
+from pagoda.models.config import ModelConfig
 from pagoda.models.decoder import DecoderForCausalLM
 from pagoda.models.loading.checkpoint import (
     FLOAT_TYPES,
     StoredForm,
     StoredTensor,
     StoredTensors,
+    listed,
     pieces,
     stored_tensors,
     weight_files,
 )
 from pagoda.models.loading.packed import PackedEmbedding, awaited_layers, load_awaited
+from pagoda.models.quantization.schemes import QuantizationConfig
 from pagoda.models.weights import WeightTarget
 
 # Tensors that are no weights: what old checkpoints carry although it follows from the configuration, and the scales of a
@@ -39,8 +44,6 @@ IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".k_scale", ".v_scale")
 
 # Files are read side by side: a disk, and a network volume even more, is slow for one reader at a time.
 MAX_LOADER_THREADS = 4
-
-MAX_NAMES_IN_ERROR = 8
 
 _NARROW_TYPES = {"BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -52,24 +55,42 @@ class Progress(Protocol):
         """`name` is loaded; the bytes are those of the model's own dtype."""
 
 
-def load_weights(model: DecoderForCausalLM, directory: str | Path, progress: Progress | None = None) -> None:
-    """Fill every weight that `model` holds from the safetensors files in `directory`, converting to the model's dtype.
+def check_weights(
+    config: ModelConfig, quantization: QuantizationConfig | None, directory: str | Path
+) -> dict[str, StoredTensor]:
+    """The weights in `directory` by name, if they are those of the model that `config` describes.
 
-    Raises `CheckpointError` before anything is copied: weights that are missing, unknown, of the wrong shape or of a type
-    that is no float, files that are missing or cut off. The message names the tensor, what was expected and what was found.
+    Takes no memory for weights, so it can be called before a model of any size is built.
+    Raises `CheckpointError`: weights that are missing, unknown, of the wrong shape or of a type that is no float, files that
+    are missing or cut off. The message names the tensor, what was expected and what was found.
     """
     stored = {
         name: tensor
         for name, tensor in stored_tensors(weight_files(Path(directory))).items()
         if not name.endswith(IGNORED_SUFFIXES)
     }
-    _narrow_embedding(model, stored)
-    targets = model.weight_targets()
-    forms = _forms_of_whole_model(model)
+    model = build_model(config, torch.float32, "meta", quantization=quantization)
+    forms = {name: StoredForm(target.full_shape, FLOAT_TYPES) for name, target in model.weight_targets().items()}
+    forms |= _forms_of_awaited(model)
     for second, first in model.tied_weights().items():
-        _settle_tied_names(stored, targets, forms, second, first)
+        # Under either name, or under both.
+        forms[second] = replace(forms[first], optional=True)
+        forms[first] = replace(forms[first], optional=second in stored)
     _check_names(stored, forms, directory)
     _check_forms(stored, forms)
+    return stored
+
+
+def load_weights(model: DecoderForCausalLM, directory: str | Path, progress: Progress | None = None) -> None:
+    """Fill every weight that `model` holds from the safetensors files in `directory`, converting to the model's dtype.
+
+    Raises `CheckpointError` before anything is copied: as `check_weights`, and tied weights that differ.
+    """
+    stored = check_weights(model.config, model.quantization, directory)
+    _narrow_embedding(model, stored)
+    targets = model.weight_targets()
+    for second, first in model.tied_weights().items():
+        _settle_tied_names(stored, targets, second, first)
     bytes_of_awaited = (
         sum(layer.out_features * layer.in_features for layer, _ in awaited_layers(model)) * model.dtype.itemsize
     )
@@ -148,18 +169,9 @@ def _forms_of_awaited(model: DecoderForCausalLM) -> dict[str, StoredForm]:
     return {name: form for layer, method in awaited_layers(model) for name, form in method.stored_forms(layer).items()}
 
 
-def _forms_of_whole_model(model: DecoderForCausalLM) -> dict[str, StoredForm]:
-    """What every tensor that a checkpoint of the model has looks like, by name, whatever part of it `model` is."""
-    if model.groups.layout.world_size > 1:
-        model = build_model(model.config, model.dtype, "meta", quantization=model.quantization)
-    forms = {name: StoredForm(target.full_shape, FLOAT_TYPES) for name, target in model.weight_targets().items()}
-    return forms | _forms_of_awaited(model)
-
-
 def _settle_tied_names(
     stored: dict[str, StoredTensor],
     targets: dict[str, WeightTarget],
-    forms: dict[str, StoredForm],
     second: str,
     first: str,
 ) -> None:
@@ -167,7 +179,6 @@ def _settle_tied_names(
     if second not in stored:
         return
     if first not in stored:
-        forms[second] = forms.pop(first)
         if first in targets:
             targets[second] = targets.pop(first)
         return
@@ -202,17 +213,11 @@ def _check_names(stored: Mapping[str, StoredTensor], forms: Mapping[str, StoredF
     unknown = [name for name in stored if name not in forms]
     problems = []
     if missing:
-        problems.append(f"{len(missing)} tensors of the model are missing: {_listed(missing)}")
+        problems.append(f"{len(missing)} tensors of the model are missing: {listed(missing)}")
     if unknown:
-        problems.append(f"{len(unknown)} tensors are unknown to the model: {_listed(unknown)}")
+        problems.append(f"{len(unknown)} tensors are unknown to the model: {listed(unknown)}")
     if problems:
         raise CheckpointError(f"{directory} does not fit its config.json: {'; '.join(problems)}")
-
-
-def _listed(names: Iterable[str]) -> str:
-    ordered = sorted(names)
-    more = f" and {len(ordered) - MAX_NAMES_IN_ERROR} more" if len(ordered) > MAX_NAMES_IN_ERROR else ""
-    return ", ".join(ordered[:MAX_NAMES_IN_ERROR]) + more
 
 
 def _check_forms(stored: Mapping[str, StoredTensor], forms: Mapping[str, StoredForm]) -> None:
@@ -220,11 +225,13 @@ def _check_forms(stored: Mapping[str, StoredTensor], forms: Mapping[str, StoredF
         expected = forms[name]
         if tensor.shape != expected.shape:
             raise CheckpointError(
-                f"tensor {name} in {tensor.file} has shape {list(tensor.shape)}, config.json makes it {list(expected.shape)}"
+                f"tensor {shown_name(name)} in {tensor.file} has shape "
+                f"{shown(list(tensor.shape))}, config.json makes it {list(expected.shape)}"
             )
         if tensor.dtype not in expected.types:
             raise CheckpointError(
-                f"tensor {name} in {tensor.file} is of type {tensor.dtype}; supported: {', '.join(expected.types)}"
+                f"tensor {shown_name(name)} in {tensor.file} is of type {tensor.dtype}; "
+                f"supported: {', '.join(expected.types)}"
             )
 
 

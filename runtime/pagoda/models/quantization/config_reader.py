@@ -6,9 +6,16 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal, cast
 
+import regex
+
 from pagoda.errors import CheckpointError
+from pagoda.models.checkpoint_files import shown, shown_name
 from pagoda.models.config_reader import ConfigReader
 from pagoda.models.quantization.schemes import IN_CHECKPOINTS, QuantizationConfig, SchemeGroup, WeightScheme
+
+MAX_PATTERNS = 1 << 14
+MAX_GROUPS = 256
+MAX_PATTERN_CHARACTERS = 1024
 
 
 def read_quantization(config: ConfigReader) -> QuantizationConfig | None:
@@ -29,7 +36,7 @@ def read_quantization(config: ConfigReader) -> QuantizationConfig | None:
     if method == "compressed-tensors":
         return _compressed_tensors(reader)
     raise CheckpointError(
-        f"{reader.where}: quant_method {method!r} is not supported; supported: {', '.join(IN_CHECKPOINTS)}"
+        f"{reader.where}: quant_method {shown(method)} is not supported; supported: {', '.join(IN_CHECKPOINTS)}"
     )
 
 
@@ -39,7 +46,7 @@ def _gptq(reader: ConfigReader) -> QuantizationConfig:
     version = reader.string("checkpoint_format", "gptq")
     if version not in ("gptq", "gptq_v2"):
         raise CheckpointError(
-            f"{reader.where}: checkpoint_format {version!r} is not supported; supported: gptq, gptq_v2"
+            f"{reader.where}: checkpoint_format {shown(version)} is not supported; supported: gptq, gptq_v2"
         )
     scheme = WeightScheme(
         layout="gptq",
@@ -55,12 +62,12 @@ def _gptq(reader: ConfigReader) -> QuantizationConfig:
 def _awq(reader: ConfigReader) -> QuantizationConfig:
     version = reader.string("version", "gemm").lower()
     if version != "gemm":
-        raise CheckpointError(f"{reader.where}: version {version!r} is not supported; supported: gemm")
+        raise CheckpointError(f"{reader.where}: version {shown(version)} is not supported; supported: gemm")
     if not reader.flag("zero_point", True):
         raise CheckpointError(f"{reader.where}: zero_point=false is not supported with awq; supported: true")
     scheme = WeightScheme(layout="awq", bits=_bits(reader, "bits", 4), group_size=_group_size(reader), has_zeros=True)
     # A part of a name is enough to leave a layer out.
-    skipped = tuple(f"re:.*{re.escape(part)}" for part in _words(reader, "modules_to_not_convert"))
+    skipped = tuple(f"re:.*{re.escape(part)}" for part in _patterns(reader, "modules_to_not_convert"))
     groups = (SchemeGroup(targets=("Linear",), scheme=scheme),)
     return QuantizationConfig(method="awq", groups=groups, ignore=("lm_head", *skipped))
 
@@ -72,10 +79,11 @@ def _compressed_tensors(reader: ConfigReader) -> QuantizationConfig:
     if reader.mapping("transform_config"):
         raise CheckpointError(f"{reader.where}: rotated weights (transform_config) are not supported; supported: none")
     groups = reader.mapping("config_groups")
-    if not groups:
-        raise reader.error("config_groups", "an object with a group at least")
+    if not 1 <= len(groups) <= MAX_GROUPS:
+        raise reader.error("config_groups", f"an object with at least 1 and at most {MAX_GROUPS} groups")
+    group_reader = ConfigReader(groups, reader.where)
     read = tuple(
-        _scheme_group(ConfigReader(groups, reader.where).mapping(name), f"{reader.where}: config_groups.{name}", reader)
+        _scheme_group(group_reader.mapping(name), f"{reader.where}: config_groups.{shown_name(name)}", reader)
         for name in groups
     )
     ignore = _patterns(reader, "ignore")
@@ -86,16 +94,20 @@ def _scheme_group(values: Mapping[str, Any], where: str, parent: ConfigReader) -
     reader = ConfigReader(values, where)
     layout = reader.string("format", parent.string("format"))
     if layout not in ("pack-quantized", "int-quantized"):
-        raise CheckpointError(f"{where}: format {layout!r} is not supported; supported: pack-quantized, int-quantized")
+        raise CheckpointError(
+            f"{where}: format {shown(layout)} is not supported; supported: pack-quantized, int-quantized"
+        )
     if reader.mapping("output_activations"):
         raise CheckpointError(f"{where}: output_activations are not supported; supported: null")
     _check_activations(ConfigReader(reader.mapping("input_activations"), f"{where}.input_activations"))
     weights = ConfigReader(reader.mapping("weights"), f"{where}.weights")
     if weights.string("type", "int") != "int":
-        raise CheckpointError(f"{weights.where}: type {weights.string('type')!r} is not supported; supported: int")
+        raise CheckpointError(f"{weights.where}: type {shown(weights.string('type'))} is not supported; supported: int")
     strategy = weights.string("strategy", "group" if weights.values.get("group_size") else "channel")
     if strategy not in ("channel", "group"):
-        raise CheckpointError(f"{weights.where}: strategy {strategy!r} is not supported; supported: channel, group")
+        raise CheckpointError(
+            f"{weights.where}: strategy {shown(strategy)} is not supported; supported: channel, group"
+        )
     scheme = WeightScheme(
         layout=cast(Literal["pack-quantized", "int-quantized"], layout),
         bits=_bits(weights, "num_bits", 4, 8),
@@ -116,7 +128,7 @@ def _check_kv_cache(reader: ConfigReader) -> None:
     }
     for key, allowed in {"type": "float", "num_bits": 8, "strategy": "tensor"}.items():
         if found[key] != allowed:
-            raise CheckpointError(f"{reader.where}: {key}={found[key]!r} is not supported; supported: {allowed!r}")
+            raise CheckpointError(f"{reader.where}: {key}={shown(found[key])} is not supported; supported: {allowed!r}")
 
 
 def _check_activations(reader: ConfigReader) -> None:
@@ -133,7 +145,7 @@ def _check_activations(reader: ConfigReader) -> None:
     for key, allowed in {"type": "int", "num_bits": 8, "strategy": "token", "dynamic": True, "symmetric": True}.items():
         if found[key] != allowed:
             raise CheckpointError(
-                f"{reader.where}: {key}={reader.values.get(key)!r} is not supported; supported: {allowed!r}"
+                f"{reader.where}: {key}={shown(reader.values.get(key))} is not supported; supported: {allowed!r}"
             )
 
 
@@ -155,21 +167,16 @@ def _group_size(reader: ConfigReader) -> int | None:
     return value
 
 
-def _words(reader: ConfigReader, key: str) -> tuple[str, ...]:
-    value = reader.values.get(key) or []
-    if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
-        raise reader.error(key, "a list of strings")
-    return tuple(value)
-
-
 def _patterns(reader: ConfigReader, key: str) -> tuple[str, ...]:
-    words = _words(reader, key)
-    for word in words:
-        if word.startswith("re:"):
+    patterns = reader.strings(key)
+    if len(patterns) > MAX_PATTERNS or any(len(pattern) > MAX_PATTERN_CHARACTERS for pattern in patterns):
+        raise reader.error(key, f"a list of up to {MAX_PATTERNS} strings of up to {MAX_PATTERN_CHARACTERS} characters")
+    for pattern in patterns:
+        if pattern.startswith("re:"):
             try:
-                re.compile(word[3:])
-            except re.error as error:
+                regex.compile(pattern[3:])
+            except (regex.error, RecursionError) as error:
                 raise CheckpointError(
-                    f"{reader.where}: {key} has {word!r}, which is no regular expression: {error}"
+                    f"{reader.where}: {key} has {shown(pattern)}, which is no regular expression: {error}"
                 ) from error
-    return words
+    return patterns

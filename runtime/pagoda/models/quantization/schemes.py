@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import re
+import time
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from pagoda.errors import ConfigError
+import regex  # as re, but a match can be given a time limit
+
+from pagoda.errors import CheckpointError, ConfigError
 
 # Where a layer's values come from: rounded at load from a float weight, or stored as the formats of these names lay them out.
 Layout = Literal["float", "gptq", "awq", "pack-quantized", "int-quantized"]
 
+MATCH_SECONDS = 2.0
 GROUP_SIZES = (32, 64, 128)
 AT_LOAD = ("int8", "int4")
 IN_CHECKPOINTS = ("gptq", "awq", "compressed-tensors")
@@ -61,12 +65,24 @@ class QuantizationConfig:
 
     def scheme_of(self, name: str) -> WeightScheme | None:
         """How the linear layer of that name in the checkpoint is stored; None: as floats."""
-        if any(_names(pattern, name) for pattern in self.ignore):
+        return self._scheme_of(name, timeout=None)
+
+    def check_patterns(self, names: Iterable[str]) -> None:
+        """Match every name once. Raises `CheckpointError` if that takes longer than regular expressions of good faith need."""
+        deadline = time.monotonic() + MATCH_SECONDS
+        try:
+            for name in names:
+                self._scheme_of(name, timeout=deadline - time.monotonic())
+        except TimeoutError:
+            raise CheckpointError(
+                f"quantization_config: the regular expressions for layers take longer than {MATCH_SECONDS:g} s to match the "
+                "names of this model's layers; use simpler ones, or the names themselves"
+            ) from None
+
+    def _scheme_of(self, name: str, timeout: float | None) -> WeightScheme | None:
+        if _matches(self.ignore, name, timeout):
             return None
-        for group in self.groups:
-            if any(_names(target, name) for target in group.targets):
-                return group.scheme
-        return None
+        return next((group.scheme for group in self.groups if _matches(group.targets, name, timeout)), None)
 
     def from_floats(self) -> QuantizationConfig:
         """The same, rounded from float weights, whatever the checkpoint holds: for weights that are made up."""
@@ -136,7 +152,11 @@ def _group_size(asked: int | None, input_sizes: tuple[int, ...]) -> int:
     return asked
 
 
-def _names(pattern: str, name: str) -> bool:
-    if pattern.startswith("re:"):
-        return re.match(pattern[3:], name) is not None
-    return pattern in ("Linear", name)
+def _matches(patterns: tuple[str, ...], name: str, timeout: float | None) -> bool:
+    """Raises `TimeoutError` after `timeout` seconds of processor time."""
+    if name in patterns or "Linear" in patterns:
+        return True
+    if timeout is not None and timeout <= 0:
+        raise TimeoutError
+    expressions = (pattern[3:] for pattern in patterns if pattern.startswith("re:"))
+    return any(regex.match(expression, name, timeout=timeout) for expression in expressions)

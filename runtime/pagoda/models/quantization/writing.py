@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 
 from pagoda.errors import CheckpointError
 from pagoda.models.build import build_model
+from pagoda.models.checkpoint_files import checkpoint_file, read_json_object
 from pagoda.models.config import CONFIG_FILE, ModelConfig
-from pagoda.models.config_reader import read_json_object
 from pagoda.models.loading.checkpoint import (
     INDEX_FILE,
     SINGLE_FILE,
@@ -24,6 +24,7 @@ from pagoda.models.loading.checkpoint import (
     stored_tensors,
     weight_files,
 )
+from pagoda.models.loading.loader import check_weights
 from pagoda.models.loading.packed import awaited_layers
 from pagoda.models.quantization.layers import AwaitedQuantizedMethod
 from pagoda.models.quantization.layouts import pack_words
@@ -51,6 +52,7 @@ def write_quantized_checkpoint(
     config = ModelConfig.from_directory(source)
     quantization = choose_quantization(kind, group_size, config.quantization, config.linear_input_sizes)
     assert quantization is not None
+    check_weights(config, None, source)
     if destination.exists():
         raise CheckpointError(f"{destination} exists already: name a directory that does not")
     try:
@@ -85,7 +87,7 @@ def _copy_other_files(source: Path, whole: Path) -> None:
         if file.is_file() and not file.name.endswith(
             (".safetensors", ".safetensors.index.json", ".bin", ".pth", ".gguf")
         ):
-            shutil.copyfile(file, whole / file.name)
+            shutil.copyfile(checkpoint_file(source, file.name), whole / file.name)
 
 
 def _write_weights(source: Path, whole: Path, schemes: dict[str, WeightScheme], progress: Progress) -> None:
@@ -156,7 +158,7 @@ def _packed(rows: QuantizedRows, shape: torch.Size) -> dict[str, torch.Tensor]:
 
 
 def _write_config(source: Path, whole: Path, quantization: QuantizationConfig) -> None:
-    values = read_json_object(source / CONFIG_FILE)
+    values = read_json_object(source, CONFIG_FILE)
     values["quantization_config"] = compressed_tensors_config(quantization.groups[0].scheme)
     (whole / CONFIG_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
