@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 import pytest
 
-from pagoda.serving import grpc_handlers
+from pagoda.serving.grpc import handlers
 from tests.support.grpc_harness import GrpcHarness, infer_request
 
 # Small windows, so that a stream is full after 64 KiB and not after some megabytes.
@@ -31,8 +31,8 @@ def eventually(condition: Callable[[], bool], seconds: float = 20.0) -> bool:
 def test_a_stream_that_nobody_reads_ends_and_so_do_its_requests(
     monkeypatch: pytest.MonkeyPatch, is_half_closed: bool
 ) -> None:
-    monkeypatch.setattr(grpc_handlers, "STALLED_READER_SECONDS", 0.5)
-    monkeypatch.setattr(grpc_handlers, "LAST_STATUS_SECONDS", 0.5)
+    monkeypatch.setattr(handlers, "STALLED_READER_SECONDS", 0.5)
+    monkeypatch.setattr(handlers, "LAST_STATUS_SECONDS", 0.5)
     no_more = threading.Event()
 
     def requests() -> Iterator[Any]:
