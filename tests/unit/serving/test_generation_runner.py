@@ -13,7 +13,7 @@ from pagoda.errors import DeadlineExceededError, EngineNotReadyError
 from pagoda.sampling.params import SamplingParams
 from pagoda.serving.generation import GenerationJob, GenerationRunner
 from pagoda.serving.health import ServerHealth
-from pagoda.serving.interruptible_wait import BoundedWait
+from pagoda.serving.interruptible_wait import InterruptibleWait
 from pagoda.serving.parameters import RequestOptions
 from pagoda.text.generation import TextGenerator
 from pagoda.text.output import GenerationChunk
@@ -100,7 +100,7 @@ async def test_stopping_ends_all_jobs_and_those_to_come() -> None:
 
 
 async def test_a_cancelled_reader_stays_cancelled_when_its_deadline_comes_at_the_same_time() -> None:
-    wait = BoundedWait()
+    wait = InterruptibleWait()
     task = asyncio.create_task(wait.run(asyncio.sleep(100)))
     await asyncio.sleep(0)
     wait.interrupt(DeadlineExceededError("late"))
@@ -110,7 +110,7 @@ async def test_a_cancelled_reader_stays_cancelled_when_its_deadline_comes_at_the
 
 
 async def test_an_interrupted_wait_leaves_its_task_uncancelled() -> None:
-    wait = BoundedWait()
+    wait = InterruptibleWait()
 
     async def reader() -> float:
         with pytest.raises(DeadlineExceededError):
