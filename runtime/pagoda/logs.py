@@ -20,8 +20,8 @@ from typing import Any, Literal, TextIO
 request_id_var: ContextVar[str | None] = ContextVar("pagoda_request_id", default=None)
 
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
-# Ours, and those of the servers around us, which come with handlers and levels of their own.
-UNIFIED_LOGGERS = ("pagoda", "kserve", "kserve.trace", "uvicorn", "uvicorn.error", "uvicorn.access")
+# Ours, and those of uvicorn, which come with handlers and levels of their own.
+UNIFIED_LOGGERS = ("pagoda", "uvicorn", "uvicorn.error", "uvicorn.access")
 # Asked every few seconds by Kubernetes and Prometheus; a successful answer is no news.
 PROBE_PATHS = ("/health", "/v2/health/", "/metrics", "/ready", "/ping")
 MASK = "***"

@@ -71,7 +71,7 @@ async def test_a_server_that_is_told_to_end_finishes_what_runs_and_refuses_what_
             assert await exit_status(server) == 0
             assert observer.watched == [SERVING, NOT_SERVING]
             assert all(sight.is_live for sight in observer.sights)
-        assert "engine ready -> draining: the server was told to stop" in server.log
+        assert "engine ready -> draining: the server received a stop signal" in server.log
         assert "Traceback" not in server.log
 
 

@@ -14,7 +14,7 @@ from kubernetes_validate import ValidationError
 import pagoda
 from pagoda.config import load
 from pagoda.config.schema import option_defaults
-from pagoda.serving.lifecycle import LAST_WORDS_SECONDS
+from pagoda.serving.lifecycle import ABORT_TIMEOUT_SECONDS
 from tests.support.chart import (
     CHART,
     VALUE_SETS,
@@ -132,7 +132,7 @@ def test_a_stopped_pod_has_time_to_drain(values: dict[str, Any]) -> None:
     objects = render(values)
     (command,) = [server_container(objects)["lifecycle"]["preStop"]["exec"]["command"]]
     assert command[0] == "sleep"
-    drain = int(command[1]) + config_file(objects)["grace_period_seconds"] + 2 * LAST_WORDS_SECONDS
+    drain = int(command[1]) + config_file(objects)["grace_period_seconds"] + 2 * ABORT_TIMEOUT_SECONDS
     assert server_pod(objects)["terminationGracePeriodSeconds"] >= drain
 
 

@@ -12,7 +12,7 @@ import pytest
 from pagoda.engine.health import EngineState
 from pagoda.errors import ErrorKind
 from pagoda.serving.grpc.messages import message_class
-from pagoda.serving.status import SPELLINGS
+from pagoda.serving.status import STATUS_BY_KIND
 from tests.support.grpc_harness import HANG, WAIT, GrpcHarness, infer_request, texts_of
 from tests.support.waiting import wait_until
 
@@ -127,7 +127,7 @@ def test_a_client_that_leaves_aborts_its_request_in_the_engine(harness: GrpcHarn
 @pytest.mark.parametrize("kind", [kind for kind in ErrorKind if kind is not ErrorKind.INTERNAL])
 def test_each_kind_of_error_has_its_status_code(harness: GrpcHarness, kind: ErrorKind) -> None:
     code, message = status_of(lambda: harness.infer(infer_request(f"fail:{kind}")))
-    assert code is grpc.StatusCode[SPELLINGS[kind].grpc_code]
+    assert code is grpc.StatusCode[STATUS_BY_KIND[kind].grpc_code]
     assert message == "failed as asked"
 
 

@@ -121,7 +121,7 @@ def test_tritonclient_asks_about_the_server(harness: RestHarness) -> None:
 
 def test_tritonclient_shows_our_sentence(harness: RestHarness) -> None:
     with triton.InferenceServerClient(f"127.0.0.1:{harness.port}") as client:
-        with pytest.raises(InferenceServerException, match="there is no model 'other'") as caught:
+        with pytest.raises(InferenceServerException, match="model 'other' is not served here") as caught:
             client.infer("other", [triton_input(True)])
         assert caught.value.status() == "404"
         with pytest.raises(InferenceServerException, match="unknown parameter 'max_token'"):
@@ -153,7 +153,7 @@ def test_kserves_client_infers(harness: RestHarness, expected: list[str], is_bin
         assert await client.is_server_live(harness.url)
         assert await client.is_model_ready(harness.url, "demo")
         answer = await client.infer(harness.url, request, model_name="demo")
-        with pytest.raises(httpx.HTTPStatusError, match="there is no model"):
+        with pytest.raises(httpx.HTTPStatusError, match="model 'other' is not served here"):
             await client.infer(harness.url, request, model_name="other")
         await client.close()
         return answer

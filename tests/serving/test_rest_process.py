@@ -153,7 +153,7 @@ def test_a_checkpoint_that_cannot_be_loaded_ends_the_server_with_a_sentence(tmp_
     (tmp_path / "config.json").write_text("{}")
     with ServerProcess(model=tmp_path) as server:
         assert server.wait() == 1
-        assert re.search(r"the server ends: .*config\.json", server.log)
+        assert re.search(r"shutting down: .*config\.json", server.log)
 
 
 def test_sigterm_while_loading_exits_with_0() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import ssl
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 
 from pagoda.engine.health import EngineState
 from pagoda.errors import ConfigError, ErrorKind
-from pagoda.serving.http import event_stream
+from pagoda.serving.http import certificates, event_stream
 from tests.support.rest_harness import RestHarness
 from tests.support.tls import write_self_signed_certificate
 from tests.support.waiting import wait_until
@@ -163,7 +164,7 @@ def test_while_loading_ports_answer_with_the_stage(starting: RestHarness) -> Non
     assert client.get("/v2/models/demo/ready").status_code == 503
     assert client.get("/v1/models").status_code == 503
     assert client.get("/v2/models/demo").status_code == 200
-    assert client.post("/v2/repository/index").json()[0]["state"] == "UNAVAILABLE"
+    assert client.post("/v2/repository/index").json()[0]["state"] == "LOADING"
     assert client.post("/v2/repository/models/demo/load").status_code == 503
     for path, body, _ in ROUTES.values():
         answer = client.post(path, json=body)
@@ -298,3 +299,26 @@ def test_a_certificate_that_cannot_be_read_is_a_configuration_error(tmp_path: Pa
     missing = str(tmp_path / "none.pem")
     with pytest.raises(ConfigError, match="ssl_certfile"), RestHarness(ssl_certfile=missing, ssl_keyfile=missing):
         pass
+
+
+def test_a_renewed_certificate_is_used_without_a_restart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(certificates, "CHECK_SECONDS", 0.02)
+    certificate, key = write_self_signed_certificate(tmp_path, "localhost")
+    with RestHarness(ssl_certfile=str(certificate), ssl_keyfile=str(key)) as harness:
+
+        def shown() -> str:
+            return ssl.get_server_certificate(("127.0.0.1", harness.port), timeout=10)
+
+        first = shown()
+        assert first == certificate.read_text()
+        (tmp_path / "renewed").mkdir()
+        renewed, its_key = write_self_signed_certificate(tmp_path / "renewed", "localhost")
+        with caplog.at_level("WARNING"):
+            certificate.write_text(renewed.read_text())  # which the old key does not fit
+            assert harness.eventually(lambda: "cannot load the renewed certificate" in caplog.text)
+        assert shown() == first
+        key.write_text(its_key.read_text())
+        assert harness.eventually(lambda: shown() == renewed.read_text())
+        assert first != renewed.read_text()

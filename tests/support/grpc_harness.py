@@ -18,6 +18,7 @@ from pagoda.sampling.params import SamplingParams
 from pagoda.serving.build import make_context
 from pagoda.serving.grpc.messages import SERVICE_NAME, message_class, service_methods
 from pagoda.serving.grpc.server import GrpcServer
+from pagoda.serving.v2.service import V2Service
 from pagoda.text.output import GenerationChunk
 from tests.support.fake_engine import FakeEngineClient
 
@@ -118,7 +119,7 @@ class GrpcHarness:
         self.health.text_is_ready()
         if self._is_ready:
             await self.engine.start()
-        self.server = GrpcServer(context)
+        self.server = GrpcServer(context, V2Service(context.models, context.health))
         await self.server.start()
 
     def run(self, make: Callable[..., Awaitable[T]], *arguments: Any) -> T:
@@ -153,15 +154,7 @@ class GrpcHarness:
 
     def stub(self, method: str, channel: grpc.Channel | None = None, *, raw: bool = False) -> Any:
         """The callable of one method of the service; with `raw` it takes bytes as they are."""
-        descriptor = next(m for m in service_methods() if m.name == method)
-        response = message_class(descriptor.output_type.name)
-        make = (channel or self.channel).stream_stream if descriptor.client_streaming else None
-        make = make or (channel or self.channel).unary_unary
-        return make(
-            f"/{SERVICE_NAME}/{method}",
-            request_serializer=None if raw else lambda message: message.SerializeToString(),
-            response_deserializer=response.FromString,
-        )
+        return call_method(channel or self.channel, method, raw=raw)
 
     def infer(self, request: Any, **options: Any) -> Any:
         return self.stub("ModelInfer")(request, timeout=options.pop("timeout", 20), **options)
@@ -176,6 +169,18 @@ class GrpcHarness:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=10)
         self._loop.close()
+
+
+def call_method(channel: grpc.Channel, method: str, *, raw: bool = False) -> Any:
+    """The callable of one method of the service on `channel`; with `raw` it takes bytes as they are."""
+    descriptor = next(m for m in service_methods() if m.name == method)
+    response = message_class(descriptor.output_type.name)
+    make = channel.stream_stream if descriptor.client_streaming else channel.unary_unary
+    return make(
+        f"/{SERVICE_NAME}/{method}",
+        request_serializer=None if raw else lambda message: message.SerializeToString(),
+        response_deserializer=response.FromString,
+    )
 
 
 def infer_request(text: str | list[str] | None = "hello", **fields: Any) -> Any:

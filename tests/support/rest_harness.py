@@ -10,12 +10,14 @@ from typing import Any, TypeVar
 
 import httpx
 import uvloop
-from fastapi import FastAPI
 
 from pagoda.config.schema import PagodaConfig
+from pagoda.serving.app import create_app
 from pagoda.serving.build import make_context
 from pagoda.serving.context import ServingContext
 from pagoda.serving.http.listener import listen
+from pagoda.serving.http.server import HttpServer
+from pagoda.serving.v2.service import V2Service
 from pagoda.text.generation import TextGenerator
 from pagoda.text.pool import TokenizerPool
 from tests.support.checkpoints import shared_checkpoint
@@ -88,18 +90,11 @@ class RestHarness:
         self.run(call)
 
     async def _start(self) -> None:
-        import_kserve()
-        from kserve import ModelRepository
-
-        from pagoda.serving.http.server import HttpServer
-        from pagoda.serving.kserve.model import EngineDataPlane, PagodaModel
-
         self.engine = FakeEngineClient(max_model_len=self._max_model_len)
         self.context = make_context(self.config, self.engine)
-        repository = ModelRepository()
-        repository.update(PagodaModel(self.context, self.engine.start))
-        plane = EngineDataPlane(repository, self.context)
-        self.server = HttpServer(FastAPI(docs_url="/docs", redoc_url=None), self.context, plane, None)
+        self.service = V2Service(self.context.models, self.context.health)
+        app = create_app(self.context, self.service)
+        self.server = HttpServer(app, self.config, self.context.health)
         listener = listen(self.config)
         self.port = listener.getsockname()[1]
         self._serving = asyncio.ensure_future(self.server.serve(listener))

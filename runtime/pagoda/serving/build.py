@@ -1,4 +1,4 @@
-"""The parts of a server that stand beside its engine: what all protocols share, and the text layer."""
+"""Builds the parts of a server beside its engine: what all protocols share, and the text layer."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pagoda.serving.generation import GenerationRunner
 from pagoda.serving.health import ServerHealth
 from pagoda.serving.metrics.prometheus import Metrics
 from pagoda.serving.metrics.request_meter import RequestMeter
+from pagoda.serving.models import ServedModel, ServedModels
 from pagoda.text.generation import TextGenerator
 from pagoda.text.pool import TokenizerPool
 
@@ -30,7 +31,13 @@ def make_context(config: PagodaConfig, client: EngineClient) -> ServingContext:
         observe=lambda job, arrival_time: RequestMeter(metrics, job.params, arrival_time),
     )
     return ServingContext(
-        config=config, client=client, runner=runner, health=health, metrics=metrics, keys=ApiKeys(config.api_keys)
+        config=config,
+        client=client,
+        models=ServedModels(ServedModel(config.served_model_name, runner, health)),
+        runner=runner,
+        health=health,
+        metrics=metrics,
+        keys=ApiKeys(config.api_keys),
     )
 
 

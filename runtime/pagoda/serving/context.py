@@ -1,4 +1,4 @@
-"""What all protocols share in one server process; built once by `serving.server`."""
+"""What all protocols share in one server process; built once by `serving.build`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pagoda.serving.auth import ApiKeys
 from pagoda.serving.generation import GenerationRunner
 from pagoda.serving.health import ServerHealth
 from pagoda.serving.metrics.prometheus import Metrics
+from pagoda.serving.models import ServedModels
 
 if TYPE_CHECKING:
     from pagoda.engine.client.client import EngineClient
@@ -18,10 +19,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServingContext:
-    """The parts that a route or a gRPC method needs; all are there from the first second, before the model is."""
+    """The parts that a route or a gRPC method needs; all exist from the first second, before the model is loaded."""
 
     config: PagodaConfig
     client: EngineClient
+    models: ServedModels
     runner: GenerationRunner
     health: ServerHealth
     metrics: Metrics

@@ -1,7 +1,7 @@
-"""No lingering: a server that has decided to end is gone within a bound, whatever holds it up.
+"""A bound on shutdown: the process exits even where an orderly shutdown hangs.
 
-An orderly end waits for threads and child processes. One that hangs, such as a download in a thread that nothing can stop,
-would keep a process alive that serves nobody.
+Shutdown waits for threads and child processes. One that blocks, such as a download in a thread that cannot be cancelled,
+would keep a process alive that no longer serves.
 """
 
 from __future__ import annotations
@@ -12,16 +12,14 @@ import threading
 
 logger = logging.getLogger(__name__)
 
-ORDERLY_END_SECONDS = 20.0
 
+def force_exit_after(seconds: float, status: int) -> None:
+    """Exit with `status` if the process is still there in `seconds`; does not wait."""
 
-def arm(status: int, seconds: float = ORDERLY_END_SECONDS) -> None:
-    """End the process with `status` in `seconds` if it has not ended by then."""
-
-    def end() -> None:
-        logger.error("the server did not end in order within %g s: it is ended now", seconds)
+    def force_exit() -> None:
+        logger.error("shutdown did not complete within %g s: forcing exit", seconds)
         os._exit(status)
 
-    timer = threading.Timer(seconds, end)
+    timer = threading.Timer(seconds, force_exit)
     timer.daemon = True
     timer.start()

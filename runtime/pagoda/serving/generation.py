@@ -13,7 +13,7 @@ from pagoda.errors import DeadlineExceededError, EngineNotReadyError, InvalidReq
 from pagoda.request import GenerationRequest
 from pagoda.sampling.output import FinishReason
 from pagoda.serving.auth import tenant_var
-from pagoda.serving.interruptible_wait import BoundedWait
+from pagoda.serving.interruptible_wait import InterruptibleWait
 from pagoda.text.output import GenerationChunk, PositionLogprobs
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ class GenerationRunner:
         self._num_running = 0
         self._idle = asyncio.Event()
         self._idle.set()
-        self._waits: set[BoundedWait] = set()
+        self._waits: set[InterruptibleWait] = set()
         self._is_stopped = False
 
     @property
@@ -152,7 +152,7 @@ class GenerationRunner:
         observer = self._observe(job, arrival)
         self._num_running += 1
         self._idle.clear()
-        wait = BoundedWait()
+        wait = InterruptibleWait()
         timer = self._bound(wait, self._deadline(job, arrival))
         error: BaseException | None = None
         try:
@@ -240,7 +240,7 @@ class GenerationRunner:
         limits = [seconds for seconds in (self._request_timeout_seconds, job.timeout_seconds) if seconds]
         return arrival + min(limits) if limits else None
 
-    def _bound(self, wait: BoundedWait, deadline: float | None) -> asyncio.TimerHandle | None:
+    def _bound(self, wait: InterruptibleWait, deadline: float | None) -> asyncio.TimerHandle | None:
         """Have `wait` end when the server stops and at `deadline`, for which a timer is returned: tokenization that hangs is
         bounded too. Where the deadline is past, or there is none, there is no timer.
         """

@@ -1,55 +1,31 @@
-"""Health as every door shows it: REST probes, KServe's data plane, gRPC health, `/health`, metrics.
+"""Health as every protocol reports it: REST probes, gRPC health, V2 readiness and repository index, `/health`, metrics.
 
 There is one state machine, the engine's (`engine.health`). The server adds what only it knows: that its tokenizers must be up
-before requests can be taken, that it is going away, that it can never serve. Ready and live are different questions: a server
-that loads, recovers or drains is live and not ready.
+before it accepts requests, that it is draining, that it has failed. Ready and live are different questions: a server that
+loads, restarts its engine or drains is live and not ready.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
-from pagoda.engine.health import EngineHealth, EngineState
-from pagoda.engine.heartbeat import EngineProgress
-from pagoda.engine.messages import EngineStats
+from pagoda.engine.health import EngineState
 from pagoda.errors import EngineDeadError, EngineNotReadyError
-from pagoda.parallel.rank_health import RankHealth
+
+if TYPE_CHECKING:
+    from pagoda.engine.client.client import EngineClient
 
 Listener = Callable[[], None]
 
 TOKENIZER_STAGE = "tokenizer"
 
 
-class EngineLike(Protocol):
-    """What is read of `pagoda.engine.client.client.EngineClient`."""
-
-    @property
-    def health(self) -> EngineHealth:
-        """The state machine."""
-
-    @property
-    def stats(self) -> EngineStats:
-        """The engine's figures after its last step."""
-
-    @property
-    def progress(self) -> EngineProgress | None:
-        """The core's last sign of life, while there is a core that gives any."""
-
-    @property
-    def ranks(self) -> list[RankHealth]:
-        """What was last heard of the ranks' processes."""
-
-    @property
-    def replicas(self) -> Sequence[EngineLike]:
-        """The engines that this one is made of, where it is more than one."""
-
-
 class ServerHealth:
-    """The engine's state machine with the server's own say in it. Not ready before `text_is_ready` was called."""
+    """The engine's state machine, and the server's own transitions of it. Not ready before `text_is_ready` was called."""
 
-    def __init__(self, engine: EngineLike) -> None:
+    def __init__(self, engine: EngineClient) -> None:
         self._engine = engine
         engine.health.hold(TOKENIZER_STAGE)
 
@@ -60,17 +36,17 @@ class ServerHealth:
 
     @property
     def is_ready(self) -> bool:
-        """Whether a request sent now would be taken."""
+        """Whether a request sent now would be accepted."""
         return self._engine.health.accepts_requests
 
     @property
     def is_live(self) -> bool:
-        """Whether waiting can still help; if not, the process should be restarted."""
+        """Whether the server can still become ready; if not, its process should be restarted."""
         return self.state is not EngineState.DEAD
 
     @property
     def stage(self) -> str:
-        """What is going on, for people: the start-up stage while the server starts, else the state."""
+        """The start-up stage while the server starts, else the state; for people."""
         return self._engine.health.stage
 
     @property
@@ -79,12 +55,12 @@ class ServerHealth:
         return self._engine.health.cause
 
     def check_ready(self) -> None:
-        """Raise `EngineNotReadyError` or `EngineDeadError`, with the reason, where a request would not be taken."""
+        """Raise `EngineNotReadyError` or `EngineDeadError`, with the reason, where a request would not be accepted."""
         state = self.state
         if state is EngineState.DEAD:
-            raise EngineDeadError(f"the engine is gone: {self.cause or 'unknown cause'}")
+            raise EngineDeadError(f"the engine is dead: {self.cause or 'unknown cause'}")
         if state is EngineState.STARTING:
-            doing = "engine was lost and is started anew" if self._engine.health.has_started else "model is loading"
+            doing = "engine is restarting" if self._engine.health.has_started else "model is loading"
             raise EngineNotReadyError(f"the {doing} (stage: {self.stage})")
         if state is EngineState.DRAINING:
             raise EngineNotReadyError("the server is shutting down; send the request to another replica")
@@ -92,10 +68,10 @@ class ServerHealth:
     def snapshot(self) -> dict[str, Any]:
         """The body of `/health`: plain values. `since` is when the state began, in seconds since the epoch.
 
-        `started` is true once requests could be taken, for good: a startup probe has no further business then.
-        `step` counts the engine's steps since its core started; `seconds_since_progress` is the age of its last sign of life.
-        Both are None while there is no core that gives any. `ranks`: with more than one process to a model, each of them;
-        `replicas`: with more than one engine, each of them.
+        `started` is true from the first time the server was ready, so a startup probe that has seen it succeeds for good.
+        `step` counts the engine's steps since its core started; `seconds_since_progress` is the age of its last heartbeat.
+        Both are None while there is no core. `ranks`: with more than one process to a model, each of them; `replicas`: with
+        more than one engine, each of them.
         """
         now = time.monotonic()
         health, stats, progress = self._engine.health, self._engine.stats, self._engine.progress
@@ -143,12 +119,12 @@ class ServerHealth:
         self._engine.health.release(TOKENIZER_STAGE)
 
     def drain(self, cause: str) -> None:
-        """Take no new requests from now on; those under way go on."""
+        """Refuse new requests from now on; running ones continue."""
         if self.state not in (EngineState.DRAINING, EngineState.DEAD):
             self._engine.health.transition(EngineState.DRAINING, cause)
 
     def fail(self, cause: str) -> None:
-        """The server can never serve (again), whatever the engine says."""
+        """The server has failed for good, whatever the engine's own state."""
         self._engine.health.transition(EngineState.DEAD, cause)
 
     def subscribe(self, listener: Listener) -> Callable[[], None]:

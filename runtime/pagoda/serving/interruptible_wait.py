@@ -1,7 +1,7 @@
-"""Waits that somebody else may end, for the price of a few attribute writes each.
+"""Waits that a timer or a shutdown may interrupt, for the price of a few attribute writes each.
 
-`asyncio.timeout` costs about as much as formatting a streamed token, and a stream would pay it for every one. A `BoundedWait`
-is made once for a stream; a timer, or a server that stops, interrupts it whenever that is due.
+`asyncio.timeout` costs about as much as formatting a streamed token, and a stream would pay it for every one. An
+`InterruptibleWait` is made once for a stream; its deadline's timer, or a server that stops, interrupts it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-class BoundedWait:
+class InterruptibleWait:
     """The waits of one stream, one at a time, in whichever task."""
 
     def __init__(self) -> None:

@@ -14,7 +14,7 @@ import orjson
 from pagoda.errors import InvalidRequestError
 from pagoda.request import GenerationRequest
 from pagoda.sampling.params import SamplingParams
-from pagoda.serving.v2.tensors import shown
+from pagoda.serving.json_values import shown
 
 MAX_INTEGER = 2**31 - 1
 MICROSECONDS = 1_000_000

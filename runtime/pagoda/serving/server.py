@@ -6,9 +6,6 @@ import asyncio
 import gc
 import logging
 import socket
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import uvloop
 
@@ -19,22 +16,15 @@ from pagoda.engine.client.prelaunch import LaunchedCore
 from pagoda.engine.data_parallel.client import create_engine_client
 from pagoda.logs import configure_logging
 from pagoda.process_control import uncollected
-from pagoda.serving.deferred_imports import deferred_imports
 from pagoda.serving.http.listener import listen, raise_open_file_limit
 
 logger = logging.getLogger(__name__)
 
-KSERVE_ARGUMENTS = ("--configure_logging", "false", "--enable_docs_url", "true")
-"""KServe parses the process's command line when it is imported; it is shown this one instead of ours."""
-UNUSED_BY_US = ("kubernetes", "pandas")
-"""What KServe imports for its client of clusters, and for requests as data frames."""
-ENGINE_HEAD_START_SECONDS = 0.02
-
 
 def run(loaded: LoadedConfig, core: LaunchedCore) -> int:
-    """Serve until told to stop, with an engine in `core`; returns the exit status.
+    """Serve until a signal, with an engine in `core`; returns the exit status.
 
-    Raises `ConfigError` for a port that cannot be had.
+    Raises `ConfigError` for a port that is taken.
     """
     config = loaded.config
     configure_logging(config.log_level, config.log_format, model_name=config.served_model_name, secrets=config.api_keys)
@@ -47,11 +37,13 @@ def run(loaded: LoadedConfig, core: LaunchedCore) -> int:
 async def _serve(config: PagodaConfig, listener: socket.socket, core: LaunchedCore) -> int:
     client = create_engine_client(config, core)
     starting = asyncio.ensure_future(client.start())
-    # The engine gets its settings before this process loads its libraries, KServe above all: nothing else runs meanwhile.
-    await asyncio.sleep(ENGINE_HEAD_START_SECONDS)
-    with uncollected(), deferred_imports(*UNUSED_BY_US), _command_line(KSERVE_ARGUMENTS):
+    # The engine gets its settings before this process imports its servers, for nothing else runs meanwhile.
+    configured = asyncio.ensure_future(client.configured.wait())
+    await asyncio.wait((starting, configured), return_when=asyncio.FIRST_COMPLETED)
+    configured.cancel()
+    with uncollected():
         from pagoda.serving.build import TextLayer, make_context
-        from pagoda.serving.kserve.server import PagodaModelServer
+        from pagoda.serving.frontends import serve
     context = make_context(config, client)
     text = TextLayer(config, client)
 
@@ -64,20 +56,9 @@ async def _serve(config: PagodaConfig, listener: socket.socket, core: LaunchedCo
         logger.info("model %r is ready: %s", context.model_name, client.ready and client.ready.kv_equation)
 
     try:
-        return await PagodaModelServer(context, load).serve(listener)
+        return await serve(context, load, listener)
     finally:
         starting.cancel()
         await asyncio.gather(starting, return_exceptions=True)
         await text.shutdown()
         await client.shutdown()
-
-
-@contextmanager
-def _command_line(arguments: tuple[str, ...]) -> Iterator[None]:
-    """Let the process have another command line for a while."""
-    ours = sys.argv
-    sys.argv = [ours[0], *arguments]
-    try:
-        yield
-    finally:
-        sys.argv = ours

@@ -1,14 +1,46 @@
-"""Health, metrics and version."""
+"""Liveness, `/health`, metrics and version: the routes that no inference protocol defines."""
 
 from __future__ import annotations
 
 from fastapi import APIRouter, Request
+from pydantic import BaseModel
 from starlette.responses import Response
 
 import pagoda
 from pagoda.serving.context import ServingContext
 from pagoda.serving.http.responses import json_response
-from pagoda.serving.v2.schemas import AliveResponse, HealthResponse, LiveResponse, ReadyResponse, VersionResponse
+
+
+class HealthResponse(BaseModel):
+    """What the server is doing. `since`: seconds since the epoch; `running`, `waiting`: sequences in the engine.
+
+    `started`: whether the server was ready at some time. `step`: steps the engine has done; `seconds_since_progress`: age of
+    its last heartbeat; null while there is no engine.
+    """
+
+    state: str
+    started: bool
+    stage: str
+    detail: str
+    since: float
+    cause: str | None
+    running: int
+    waiting: int
+    kv_cache_usage: float
+    step: int | None
+    seconds_since_progress: float | None
+
+
+class AliveResponse(BaseModel):
+    """Liveness as KServe's V1 clients read it."""
+
+    status: str
+
+
+class VersionResponse(BaseModel):
+    """The version of Pagoda."""
+
+    version: str
 
 
 def server_router(context: ServingContext) -> APIRouter:
@@ -18,29 +50,14 @@ def server_router(context: ServingContext) -> APIRouter:
 
     @router.get("/", response_model=AliveResponse, responses={503: {"model": AliveResponse}})
     async def alive() -> Response:
-        """Liveness in the words of KServe's V1 protocol."""
+        """Liveness as KServe's V1 protocol has it."""
         status = "alive" if health.is_live else "dead"
         return json_response({"status": status}, 200 if health.is_live else 503)
 
     @router.get("/health", response_model=HealthResponse, responses={503: {"model": HealthResponse}})
     async def health_report() -> Response:
-        """State, start-up stage and load of the server; 200 when it takes requests."""
+        """State, start-up stage and load of the server; 200 while it accepts requests."""
         return json_response(health.snapshot(), 200 if health.is_ready else 503)
-
-    @router.get("/v2/health/live", response_model=LiveResponse, responses={503: {"model": LiveResponse}})
-    async def live() -> Response:
-        """200 unless the engine is dead: a server that loads or drains is live."""
-        if health.is_live:
-            return json_response({"live": True})
-        return json_response({"live": False, "error": f"dead: {health.cause}"}, 503)
-
-    @router.get("/v2/health/ready", response_model=ReadyResponse, responses={503: {"model": ReadyResponse}})
-    async def ready() -> Response:
-        """200 while a request sent now would be taken."""
-        if health.is_ready:
-            return json_response({"ready": True})
-        words = ", ".join(dict.fromkeys([str(health.state), health.stage]))
-        return json_response({"ready": False, "error": f"not ready: {words}"}, 503)
 
     @router.get("/metrics", responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}})
     async def metrics(request: Request) -> Response:

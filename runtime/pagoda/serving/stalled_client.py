@@ -1,4 +1,4 @@
-"""Whether the client at the other end of a stream still reads, for one timer a stream."""
+"""A timeout for clients that stop reading their stream, for the price of one timer a stream."""
 
 from __future__ import annotations
 
@@ -6,35 +6,35 @@ import asyncio
 from collections.abc import Awaitable
 from typing import Any
 
-from pagoda.serving.interruptible_wait import BoundedWait
+from pagoda.serving.interruptible_wait import InterruptibleWait
 
 
-class ReaderWatch:
-    """Ends a send that takes `seconds`, and all after it, with `error`: nobody has read anything for so long.
+class StalledClientTimeout:
+    """Ends a send that takes `seconds`, and all after it, with `error`: the client has read nothing for so long.
 
-    Sends come one at a time, from whichever task. `close` it when there will be no more.
+    Sends come one at a time, from whichever task. Call `close` after the last one.
     """
 
     def __init__(self, seconds: float, error: Exception) -> None:
         self._seconds = seconds
         self._error = error
-        self._wait = BoundedWait()
+        self._wait = InterruptibleWait()
         self._loop = asyncio.get_running_loop()
         self._sending_since = 0.0
-        self._look()
+        self._check()
 
     async def run(self, sending: Awaitable[Any]) -> None:
-        """Wait for one send."""
+        """Wait for one send; raises `error` after the timeout."""
         self._sending_since = self._loop.time()
         await self._wait.run(sending)
 
     def close(self) -> None:
-        """Stop looking."""
+        """Cancel the timer."""
         self._timer.cancel()
 
-    def _look(self) -> None:
+    def _check(self) -> None:
         waited = self._loop.time() - self._sending_since if self._wait.is_waiting else 0.0
         if waited >= self._seconds:
             self._wait.interrupt(self._error)
             return
-        self._timer = self._loop.call_later(self._seconds - waited, self._look)
+        self._timer = self._loop.call_later(self._seconds - waited, self._check)

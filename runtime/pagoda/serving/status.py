@@ -1,4 +1,4 @@
-"""How each kind of error is spelled in HTTP, gRPC and OpenAI terms: the only place that knows."""
+"""The status of each kind of error in HTTP, gRPC and OpenAI's error types: the one table."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ RETRY_AFTER_NOT_READY_SECONDS = 5
 
 
 @dataclass(frozen=True, slots=True)
-class Spelling:
-    """One error kind in three protocols.
+class ProtocolStatus:
+    """The status of one error kind in three protocols.
 
     `grpc_code` is the name of a `grpc.StatusCode` member, so that nothing here imports grpc.
     """
@@ -21,17 +21,17 @@ class Spelling:
     openai_type: str
 
 
-SPELLINGS: dict[ErrorKind, Spelling] = {
-    ErrorKind.INVALID_REQUEST: Spelling(400, "INVALID_ARGUMENT", "invalid_request_error"),
-    ErrorKind.UNAUTHENTICATED: Spelling(401, "UNAUTHENTICATED", "authentication_error"),
-    ErrorKind.NOT_FOUND: Spelling(404, "NOT_FOUND", "not_found_error"),
-    ErrorKind.TOO_LARGE: Spelling(413, "RESOURCE_EXHAUSTED", "invalid_request_error"),
-    ErrorKind.QUEUE_FULL: Spelling(429, "RESOURCE_EXHAUSTED", "rate_limit_error"),
-    ErrorKind.NOT_SUPPORTED: Spelling(501, "UNIMPLEMENTED", "not_supported_error"),
-    ErrorKind.NOT_READY: Spelling(503, "UNAVAILABLE", "service_unavailable_error"),
-    ErrorKind.ENGINE_DEAD: Spelling(503, "UNAVAILABLE", "service_unavailable_error"),
-    ErrorKind.DEADLINE_EXCEEDED: Spelling(504, "DEADLINE_EXCEEDED", "timeout_error"),
-    ErrorKind.INTERNAL: Spelling(500, "INTERNAL", "internal_error"),
+STATUS_BY_KIND: dict[ErrorKind, ProtocolStatus] = {
+    ErrorKind.INVALID_REQUEST: ProtocolStatus(400, "INVALID_ARGUMENT", "invalid_request_error"),
+    ErrorKind.UNAUTHENTICATED: ProtocolStatus(401, "UNAUTHENTICATED", "authentication_error"),
+    ErrorKind.NOT_FOUND: ProtocolStatus(404, "NOT_FOUND", "not_found_error"),
+    ErrorKind.TOO_LARGE: ProtocolStatus(413, "RESOURCE_EXHAUSTED", "invalid_request_error"),
+    ErrorKind.QUEUE_FULL: ProtocolStatus(429, "RESOURCE_EXHAUSTED", "rate_limit_error"),
+    ErrorKind.NOT_SUPPORTED: ProtocolStatus(501, "UNIMPLEMENTED", "not_supported_error"),
+    ErrorKind.NOT_READY: ProtocolStatus(503, "UNAVAILABLE", "service_unavailable_error"),
+    ErrorKind.ENGINE_DEAD: ProtocolStatus(503, "UNAVAILABLE", "service_unavailable_error"),
+    ErrorKind.DEADLINE_EXCEEDED: ProtocolStatus(504, "DEADLINE_EXCEEDED", "timeout_error"),
+    ErrorKind.INTERNAL: ProtocolStatus(500, "INTERNAL", "internal_error"),
 }
 
 
@@ -54,7 +54,7 @@ def report(error: BaseException) -> ErrorReport:
     message = (
         str(error) if isinstance(error, PagodaError) else "an internal error ended this request; see the server log"
     )
-    spelling = SPELLINGS[kind]
+    status = STATUS_BY_KIND[kind]
     retry_after: int | None = None
     if isinstance(error, QueueFullError):
         retry_after = error.retry_after_seconds
@@ -63,9 +63,9 @@ def report(error: BaseException) -> ErrorReport:
     return ErrorReport(
         kind=kind,
         message=message,
-        http_status=spelling.http_status,
-        grpc_code=spelling.grpc_code,
-        openai_type=spelling.openai_type,
+        http_status=status.http_status,
+        grpc_code=status.grpc_code,
+        openai_type=status.openai_type,
         param=error.param if isinstance(error, InvalidRequestError) else None,
         retry_after_seconds=retry_after,
     )

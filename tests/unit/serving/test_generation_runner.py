@@ -13,7 +13,7 @@ from pagoda.request import GenerationRequest
 from pagoda.sampling.params import SamplingParams
 from pagoda.serving.generation import GenerationRunner
 from pagoda.serving.health import ServerHealth
-from pagoda.serving.interruptible_wait import BoundedWait
+from pagoda.serving.interruptible_wait import InterruptibleWait
 from pagoda.text.generation import TextGenerator
 from pagoda.text.output import GenerationChunk
 from tests.support.virtual_time import in_virtual_time
@@ -105,7 +105,7 @@ async def test_stopping_ends_all_jobs_and_those_to_come() -> None:
 
 @in_virtual_time
 async def test_a_cancelled_reader_stays_cancelled_when_its_deadline_comes_at_the_same_time() -> None:
-    wait = BoundedWait()
+    wait = InterruptibleWait()
     task = asyncio.create_task(wait.run(asyncio.sleep(100)))
     await asyncio.sleep(0)
     wait.interrupt(DeadlineExceededError("late"))
@@ -116,7 +116,7 @@ async def test_a_cancelled_reader_stays_cancelled_when_its_deadline_comes_at_the
 
 @in_virtual_time
 async def test_an_interrupted_wait_leaves_its_task_uncancelled() -> None:
-    wait = BoundedWait()
+    wait = InterruptibleWait()
 
     async def reader() -> float:
         with pytest.raises(DeadlineExceededError):

@@ -10,7 +10,7 @@ import pytest
 
 from pagoda.serving.http.listener import MAX_OPEN_FILES, raise_open_file_limit
 
-HANGS = "import time; from pagoda.serving import forced_exit; forced_exit.arm({status}, 0.2); {then}"
+HANGS = "import time; from pagoda.serving import forced_exit; forced_exit.force_exit_after(0.2, {status}); {then}"
 
 
 @pytest.mark.parametrize(("then", "expected"), [("time.sleep(60)", 7), ("pass", 0)])

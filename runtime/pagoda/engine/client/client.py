@@ -58,11 +58,12 @@ _MAX_UNSENT_BYTES = 64 * 2**20  # requests that a core which does not read has n
 class EngineClient(ABC):
     """An engine that takes requests. Used from one event loop.
 
-    `ready` holds the engine's limits once it has started.
+    `configured` is set once the first core was sent its configuration; `ready` holds the engine's limits once it has started.
     """
 
     def __init__(self, name: str = "engine") -> None:
         self.health = EngineHealth(name)
+        self.configured = asyncio.Event()
         self.ready: EngineReady | None = None
 
     @property
@@ -250,6 +251,7 @@ class ProcessEngineClient(EngineClient):
         child = self._child = await CoreChild.start(self._config, self._environment, launched)
         if self._ending.is_set():  # `shutdown` found no core to tell
             child.send(Shutdown())
+        self.configured.set()
         watching = asyncio.create_task(self._watch(child), name="engine-watchdog")
         try:
             while (message := await child.receive()) is not None:

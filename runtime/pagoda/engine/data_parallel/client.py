@@ -86,6 +86,7 @@ class DataParallelClient(EngineClient):
             )
             for index in range(num_replicas)
         ]
+        self.configured = self._replicas[0].configured
         self._router = router or PrefixRouter(num_replicas, config.block_size if config.enable_prefix_caching else 0)
         self._is_started = False
         self._is_ending = False

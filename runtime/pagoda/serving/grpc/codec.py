@@ -9,15 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pagoda.errors import InvalidRequestError, NotSupportedError
+from pagoda.errors import InvalidRequestError
 from pagoda.serving.grpc.messages import InferTensorContents, ModelInferResponse, ModelStreamInferResponse
-from pagoda.serving.v2.inference import V2Request, requested_output
+from pagoda.serving.json_values import shown
+from pagoda.serving.v2.inference import V2Request, refuse_shared_memory, requested_output
 from pagoda.serving.v2.tensors import (
     BYTES,
     DATATYPES,
     Tensor,
     raw_from_tensor,
-    shown,
     tensor_from_raw,
     tensor_from_values,
 )
@@ -41,8 +41,8 @@ _CHANGING_OUTPUTS = frozenset({"text_output", "output_ids", "num_output_tokens"}
 """What differs between two pieces of a sequence that goes on."""
 
 
-def decode_request(message: Any) -> V2Request:
-    """A `ModelInferRequest` as a V2 request; raises `InvalidRequestError` for what does not fit."""
+def decode_request(message: Any, timeout_seconds: float | None) -> V2Request:
+    """A `ModelInferRequest` whose client waits `timeout_seconds`; raises `InvalidRequestError` for what does not fit."""
     raw = message.raw_input_contents
     if raw and len(raw) != len(message.inputs):
         raise InvalidRequestError(
@@ -51,7 +51,7 @@ def decode_request(message: Any) -> V2Request:
         )
     inputs = []
     for index, tensor in enumerate(message.inputs):
-        _refuse_shared_memory(tensor.name, tensor.parameters)
+        refuse_shared_memory(tensor.name, tensor.parameters)
         if not raw:
             inputs.append(_tensor_from_contents(tensor))
         elif tensor.HasField("contents"):
@@ -61,12 +61,16 @@ def decode_request(message: Any) -> V2Request:
         else:
             inputs.append(tensor_from_raw(tensor.name, tensor.datatype, tensor.shape, raw[index]))
     return V2Request(
+        method="grpc",
+        model_name=message.model_name,
+        model_version=message.model_version,
         request_id=message.id,
         inputs=inputs,
         parameters=decode_parameters(message.parameters),
         outputs=tuple(
             requested_output(output.name, decode_parameters(output.parameters)) for output in message.outputs
         ),
+        timeout_seconds=timeout_seconds,
     )
 
 
@@ -156,9 +160,3 @@ def _contents_of(tensor: Tensor) -> Any:
     if tensor.datatype == BYTES:
         values = [element.encode() if isinstance(element, str) else element for element in values]
     return InferTensorContents(**{CONTENTS_FIELDS[tensor.datatype]: values})
-
-
-def _refuse_shared_memory(name: str, parameters: Mapping[str, Any]) -> None:
-    for key in parameters:
-        if key.startswith("shared_memory"):
-            raise NotSupportedError(f"input {shown(name)}: {key} is not supported; send the values themselves")

@@ -1,4 +1,4 @@
-"""What stands around every RPC: parsing, API key, errors as status codes, log lines, and the end of streams at shutdown.
+"""What every RPC passes: parsing, API key, errors as status codes, log lines, and the end of streams at shutdown.
 
 Messages are parsed here and not by grpc, which would answer a malformed one with INTERNAL.
 """
@@ -19,8 +19,9 @@ from pagoda.errors import DeadlineExceededError, EngineNotReadyError, ErrorKind,
 from pagoda.serving.context import ServingContext
 from pagoda.serving.grpc.messages import SERVICE_NAME, service_methods
 from pagoda.serving.grpc.service import ClientGoneError, InferenceService
-from pagoda.serving.stalled_client import ReaderWatch
+from pagoda.serving.stalled_client import StalledClientTimeout
 from pagoda.serving.status import ErrorReport, report
+from pagoda.serving.v2.service import V2Service
 
 logger = logging.getLogger("pagoda.serving.grpc")
 
@@ -38,15 +39,15 @@ UnaryMethod = Callable[[Any, float | None], Awaitable[Any]]
 
 
 class InferenceHandlers:
-    """The handlers of the service; `stopping` is set when the server goes away."""
+    """The handlers of the service; `stopping` is set when the server shuts down."""
 
-    def __init__(self, context: ServingContext, stopping: asyncio.Event) -> None:
+    def __init__(self, context: ServingContext, service: V2Service, stopping: asyncio.Event) -> None:
         self._context = context
         self._stopping = stopping
-        self._service = InferenceService(context, lambda error: self._report("ModelStreamInfer", error))
+        self._service = InferenceService(service, lambda error: self._report("ModelStreamInfer", error))
 
     def generic_handler(self) -> grpc.GenericRpcHandler:
-        """A handler for each method of the descriptor; one that is not implemented would be noticed here, at start."""
+        """A handler for each method of the descriptor; one that is not implemented fails here, at start."""
         service = self._service
         unary: dict[str, UnaryMethod] = {
             "ServerLive": service.server_live,
@@ -85,7 +86,7 @@ class InferenceHandlers:
         async def handle(raw_messages: AsyncIterator[bytes], call: grpc.aio.ServicerContext) -> None:
             one_at_a_time = asyncio.Lock()
             stalled = asyncio.Event()
-            watch = ReaderWatch(STALLED_READER_SECONDS, TimeoutError())
+            watch = StalledClientTimeout(STALLED_READER_SECONDS, TimeoutError())
 
             async def write(message: Any) -> None:
                 async with one_at_a_time:
@@ -115,11 +116,11 @@ class InferenceHandlers:
         return handle
 
     async def _guard(self, name: str, call: grpc.aio.ServicerContext, respond: Callable[[], Awaitable[Any]]) -> Any:
-        """The answer of `respond`, or the status that its error stands for; one log line either way."""
+        """The response of `respond`, or the status of its error; one log line either way."""
         started = time.monotonic()
         level = logging.INFO if name in LOGGED_METHODS else logging.DEBUG
         try:
-            answer = await respond()
+            response = await respond()
         except asyncio.CancelledError:
             logger.log(level, "%s cancelled after %.3f s", name, time.monotonic() - started)
             raise
@@ -127,7 +128,7 @@ class InferenceHandlers:
             failure = self._report(name, error)
         else:
             logger.log(level, "%s OK in %.3f s", name, time.monotonic() - started)
-            return answer
+            return response
         retry_after = failure.retry_after_seconds
         trailers = () if retry_after is None else (("retry-after", str(retry_after)),)
         async with asyncio.timeout(LAST_STATUS_SECONDS):
@@ -140,7 +141,7 @@ class InferenceHandlers:
         self._context.keys.check(metadata.get("authorization"))
 
     def _report(self, name: str, error: Exception) -> ErrorReport:
-        """What the client is told of `error`; counted, and logged with its trace where the fault is ours."""
+        """The report of `error` for the client; counts it, and logs it, with its trace if it is internal."""
         failure = report(error)
         self._context.metrics.count_error(failure.kind)
         if failure.kind is ErrorKind.INTERNAL:
@@ -154,7 +155,7 @@ class InferenceHandlers:
     ) -> AsyncGenerator[Any, None]:
         """The messages of a stream, until the client closes its side or reads nothing (`stalled`).
 
-        Raises `EngineNotReadyError` when the server goes away.
+        Raises `EngineNotReadyError` when the server shuts down.
         """
         iterator = aiter(raw_messages)
         stopping = asyncio.ensure_future(self._stopping.wait())
@@ -165,7 +166,7 @@ class InferenceHandlers:
                 try:
                     await asyncio.wait((arrival, stopping, stalling), return_when=asyncio.FIRST_COMPLETED)
                 finally:
-                    arrival.cancel()  # nothing, where it is done
+                    arrival.cancel()  # without effect if it is done
                 if stalled.is_set():
                     return
                 if not arrival.done():

@@ -11,11 +11,11 @@ from pagoda.serving.grpc.messages import SERVICE_NAME
 from pagoda.serving.health import ServerHealth
 
 SERVICES = ("", SERVICE_NAME)
-"""The server as a whole, and the one service that can be in trouble; both say whether requests are taken now."""
+"""The server as a whole and the inference service; both are SERVING while requests are accepted."""
 
 
 class HealthService:
-    """Check answers at once; Watch tells every change until the client leaves or `stopping` is set."""
+    """Check responds at once; Watch sends every change until the client leaves or `stopping` is set."""
 
     def __init__(self, health: ServerHealth, stopping: asyncio.Event) -> None:
         self._health = health
@@ -36,17 +36,17 @@ class HealthService:
         changed = asyncio.Event()
         unsubscribe = self._health.subscribe(changed.set)
         stopping = asyncio.ensure_future(self._stopping.wait())
-        told = None
+        sent = None
         try:
             while True:
                 changed.clear()
                 status = self._status(request.service)
-                if status != told:
+                if status != sent:
                     try:
                         await context.write(health_pb2.HealthCheckResponse(status=status))
                     except grpc.aio.BaseError:
                         return  # the client has left
-                    told = status
+                    sent = status
                 if self._stopping.is_set():
                     return
                 change = asyncio.ensure_future(changed.wait())

@@ -16,6 +16,7 @@ from pagoda.serving.context import ServingContext
 from pagoda.serving.grpc.handlers import InferenceHandlers
 from pagoda.serving.grpc.health import HealthService
 from pagoda.serving.grpc.messages import POOL, SERVICE_NAME
+from pagoda.serving.v2.service import V2Service
 
 logger = logging.getLogger("pagoda.serving.grpc")
 
@@ -28,11 +29,12 @@ MILLISECONDS = 1000
 
 
 class GrpcServer:
-    """Serves one `ServingContext`; listens from `start()` on, whatever state the engine is in."""
+    """Serves `service`; listens from `start()` on, whatever state the engine is in."""
 
-    def __init__(self, context: ServingContext) -> None:
+    def __init__(self, context: ServingContext, service: V2Service) -> None:
         self._config = context.config
         self._context = context
+        self._service = service
         self._stopping = asyncio.Event()
         self._server: grpc.aio.Server | None = None
         self.port = 0
@@ -40,7 +42,7 @@ class GrpcServer:
     async def start(self) -> None:
         """Bind and serve; `port` is then the real one. `ConfigError` for a port that is taken or a bad certificate."""
         server = grpc.aio.server(options=_options(self._config))
-        handlers = InferenceHandlers(self._context, self._stopping)
+        handlers = InferenceHandlers(self._context, self._service, self._stopping)
         server.add_generic_rpc_handlers((handlers.generic_handler(),))
         health_pb2_grpc.add_HealthServicer_to_server(HealthService(self._context.health, self._stopping), server)
         names = (SERVICE_NAME, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
@@ -51,9 +53,9 @@ class GrpcServer:
         logger.info("gRPC%s on %s", " with TLS" if self._config.ssl_certfile else "", _address(self._config, self.port))
 
     async def stop(self, grace: float) -> None:
-        """Refuse new RPCs, let the running ones end within `grace` seconds, then cut off the rest.
+        """Refuse new RPCs, let the running ones end within `grace` seconds, then cancel the rest.
 
-        Watchers of health are told NOT_SERVING first; streams end when what runs in them has ended.
+        Health watchers get NOT_SERVING first; streams end when their running requests have ended.
         """
         self._stopping.set()
         if self._server is not None:

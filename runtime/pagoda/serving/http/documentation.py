@@ -10,19 +10,16 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from pagoda.serving.openai.types import OpenAIErrorResponse
-from pagoda.serving.v2.schemas import V2Error
-
 REFERENCE = "#/components/schemas/{model}"
 ERRORS = {
-    400: "The request is wrong and will stay wrong.",
+    400: "The request is invalid.",
     401: "An API key is missing or not known.",
     404: "No such model or version.",
     413: "The body is larger than max_body_bytes.",
-    429: "The queue is full; Retry-After says when to come back.",
-    500: "An internal fault ended this request.",
-    501: "A known feature that this server does not have.",
-    503: "The model is loading, the server is shutting down, or the engine is gone.",
+    429: "The queue is full; Retry-After says when to try again.",
+    500: "An internal error ended this request.",
+    501: "A known feature that this server does not support.",
+    503: "The model is loading, the server is shutting down, or the engine is dead.",
     504: "The request's deadline passed.",
 }
 
@@ -34,14 +31,9 @@ def request_body(*models: type[BaseModel], media_type: str = "application/json")
     return {"requestBody": {"required": True, "content": {media_type: {"schema": schema}}}}
 
 
-def v2_errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """`responses` for these error statuses in V2's shape."""
-    return {status: {"description": ERRORS[status], "model": V2Error} for status in statuses}
-
-
-def openai_errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """`responses` for these error statuses in OpenAI's shape."""
-    return {status: {"description": ERRORS[status], "model": OpenAIErrorResponse} for status in statuses}
+def error_responses(model: type[BaseModel], *statuses: int) -> dict[int | str, dict[str, Any]]:
+    """`responses` of a route for these error statuses, whose bodies are of `model`."""
+    return {status: {"description": ERRORS[status], "model": model} for status in statuses}
 
 
 def event_stream(description: str) -> dict[str, Any]:

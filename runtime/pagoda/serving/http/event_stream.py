@@ -19,9 +19,9 @@ from starlette.types import Receive, Scope, Send
 
 from pagoda.serving.http.chunk_writer import CHUNK_WRITER, ChunkWriter
 from pagoda.serving.http.disconnect import end_tasks, wait_for_disconnect
-from pagoda.serving.http.responses import note_error
+from pagoda.serving.http.responses import report_error
 from pagoda.serving.metrics.prometheus import Metrics
-from pagoda.serving.stalled_client import ReaderWatch
+from pagoda.serving.stalled_client import StalledClientTimeout
 from pagoda.serving.status import ErrorReport
 
 OPEN_AFTER_SECONDS = 10.0
@@ -70,7 +70,7 @@ async def open_event_stream(request: Request, events: Events, error_body: ErrorB
         raise
 
     def error_event(error: Exception) -> bytes:
-        return event(error_body(note_error(error, metrics, request.url.path)))
+        return event(error_body(report_error(error, metrics, request.url.path)))
 
     return EventStream(first, events, leaving, error_event)
 
@@ -107,7 +107,7 @@ class EventStream(Response):
 
     async def _send_all(self, send: Send, writer: ChunkWriter | None) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        watch = ReaderWatch(STALLED_READER_SECONDS, ClientDisconnect())
+        watch = StalledClientTimeout(STALLED_READER_SECONDS, ClientDisconnect())
 
         async def send_piece(body: bytes) -> None:
             await watch.run(send({"type": "http.response.body", "body": body, "more_body": True}))

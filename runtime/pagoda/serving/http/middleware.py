@@ -1,10 +1,12 @@
-"""What every REST request passes first: an id, the API key, and a last net for errors."""
+"""What every REST request passes first: a request id, the API key, and errors of any kind as responses."""
 
 from __future__ import annotations
 
 import logging
 import re
 import uuid
+from collections.abc import Callable
+from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -15,30 +17,42 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from pagoda.errors import InvalidRequestError, ModelNotFoundError
 from pagoda.logs import bind_request_id
 from pagoda.serving.auth import ApiKeys
-from pagoda.serving.http.responses import error_body, error_response, json_response, note_error
+from pagoda.serving.http.responses import json_response, report_error
 from pagoda.serving.metrics.prometheus import Metrics
+from pagoda.serving.status import ErrorReport
 
 logger = logging.getLogger(__name__)
 
 REQUEST_ID_HEADER = "x-request-id"
-PUBLIC_PATHS = frozenset({"/", "/health", "/metrics", "/v2/health/live", "/v2/health/ready", "/docs", "/openapi.json"})
-PUBLIC_PATTERN = re.compile(r"/v2/models/[^/]+(/versions/[^/]+)?/ready")
-"""What probes and scrapers ask needs no key: they have none, and nothing of the clients shows there."""
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 
+ErrorBody = Callable[[str, ErrorReport], dict[str, Any]]
 
-class Gate:
-    """ASGI middleware around all routes. Errors of any kind become an answer here; none reaches the server's own handler."""
 
-    def __init__(self, app: ASGIApp, keys: ApiKeys, metrics: Metrics) -> None:
-        self.app = app
+class RequestMiddleware:
+    """ASGI middleware around all routes; no error reaches the server's own handler before the response has started.
+
+    `is_public`: whether a path needs no API key. `error_body`: the body of an error on a path.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        keys: ApiKeys,
+        metrics: Metrics,
+        is_public: Callable[[str], bool],
+        error_body: ErrorBody,
+    ) -> None:
+        self._app = app
         self._keys = keys
         self._metrics = metrics
+        self._is_public = is_public
+        self._error_body = error_body
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on, or answer it with an error."""
+        """Pass the request on, or respond with an error."""
         if scope["type"] != "http":
-            await self.app(scope, receive, send)
+            await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
         request_id = _request_id(headers)
@@ -54,31 +68,33 @@ class Gate:
         path: str = scope["path"]
         with bind_request_id(request_id):
             try:
-                if not is_public(path):
+                if not self._is_public(path):
                     self._keys.check(headers.get("authorization"))
-                await self.app(scope, receive, send_with_id)
+                await self._app(scope, receive, send_with_id)
             except ClientDisconnect:
-                logger.debug("the client left before %s was answered", path)
-            except Exception as error:  # the outermost layer: every failure gets an answer, or is raised on
+                logger.debug("client disconnected before the response to %s was complete", path)
+            except Exception as error:  # the outermost layer: every failure gets a response, or is raised on
                 if has_started:
-                    logger.exception("the answer on %s broke off", path)
+                    logger.exception("response to %s aborted after its headers were sent", path)
                     raise
-                await self.answer(scope, error)(scope, receive, send_with_id)
+                await self._error_response(scope, error)(scope, receive, send_with_id)
 
-    def answer(self, scope: Scope, error: Exception) -> Response:
-        """The answer to a request that failed with `error`; counts it, and logs what is a fault of ours."""
-        path = scope["path"]
+    def _error_response(self, scope: Scope, error: Exception) -> Response:
+        """The response to a request that failed with `error`; counts it, and logs internal errors."""
+        path: str = scope["path"]
+        headers: dict[str, str] = {}
+        status: int | None = None
         if isinstance(error, HTTPException) and error.status_code == 405:
-            wrong = InvalidRequestError(f"{scope['method']} is not allowed on {path[:200]!r}")
-            return json_response(error_body(path, note_error(wrong, self._metrics, path)), 405, error.headers)
-        if isinstance(error, HTTPException):
+            headers, status = dict(error.headers or {}), 405
+            error = InvalidRequestError(f"{scope['method']} is not allowed on {path[:200]!r}")
+        elif isinstance(error, HTTPException):
             error = ModelNotFoundError(f"there is no route {path[:200]!r} here")
-        return error_response(path, note_error(error, self._metrics, path))
-
-
-def is_public(path: str) -> bool:
-    """Whether `path` is answered without an API key."""
-    return path in PUBLIC_PATHS or PUBLIC_PATTERN.fullmatch(path) is not None
+        report = report_error(error, self._metrics, path)
+        if report.retry_after_seconds is not None:
+            headers["retry-after"] = str(report.retry_after_seconds)
+        if report.http_status == 401:
+            headers["www-authenticate"] = "Bearer"
+        return json_response(self._error_body(path, report), status or report.http_status, headers)
 
 
 def _request_id(headers: Headers) -> str:

@@ -1,4 +1,4 @@
-"""The REST port: KServe's REST server on our own socket, with a bound on request heads and none of KServe's routes."""
+"""The REST port: uvicorn on a socket that listens already, with bounded request headers and certificate renewal."""
 
 from __future__ import annotations
 
@@ -7,52 +7,38 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import fastapi
 import uvicorn
-from kserve.protocol.model_repository_extension import ModelRepositoryExtension
-from kserve.protocol.rest.server import RESTServer, _RefreshingServer
+from starlette.types import ASGIApp
 
+from pagoda.config.schema import PagodaConfig
 from pagoda.engine.health import EngineState
 from pagoda.errors import ConfigError
-from pagoda.serving.app import install
-from pagoda.serving.context import ServingContext
+from pagoda.serving.health import ServerHealth
+from pagoda.serving.http.certificates import reload_when_renewed
 from pagoda.serving.http.listener import BACKLOG
 from pagoda.serving.http.protocol import bounded_protocol
-from pagoda.serving.kserve.model import EngineDataPlane
 
 KEEP_ALIVE_SECONDS = 65  # longer than the 60 s of the usual proxies, so that it is they who close idle connections
 CLOSE_SECONDS = 5
-FAREWELL_SECONDS = 1.0
-"""For clients between two requests on one connection: time to ask once more, and be told to open another one."""
+CONNECTION_DRAIN_SECONDS = 1.0
 
-_LOOK_SECONDS = 0.02
+_POLL_SECONDS = 0.02
 _CLOSE = (b"connection", b"close")
 
 
-class _Server(_RefreshingServer):  # type: ignore[misc]  # kserve is not typed
-    """uvicorn's server (renewing its certificate as KServe does), with signals left to us."""
-
+class _Server(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Signals are the business of `serving.lifecycle`, which ends requests before it ends this server."""
+        """Signals are left to `serving.lifecycle`, which drains requests before it closes this server."""
         yield
 
 
-class HttpServer(RESTServer):  # type: ignore[misc]  # kserve is not typed
-    """KServe's REST server, with our address, limits and routes."""
+class HttpServer:
+    """Serves an ASGI application from `serve` until `close`."""
 
-    def __init__(
-        self,
-        app: fastapi.FastAPI,
-        context: ServingContext,
-        plane: EngineDataPlane,
-        extension: ModelRepositoryExtension,
-    ) -> None:
-        config = context.config
-        super().__init__(app, plane, extension, config.http_port)
-        self._app = app
-        self._context = context
-        self.config = uvicorn.Config(
+    def __init__(self, app: ASGIApp, config: PagodaConfig, health: ServerHealth) -> None:
+        self._health = health
+        self._config = uvicorn.Config(
             app,
             host=config.host,
             port=config.http_port,
@@ -69,37 +55,43 @@ class HttpServer(RESTServer):  # type: ignore[misc]  # kserve is not typed
             ssl_certfile=config.ssl_certfile,
             ssl_keyfile=config.ssl_keyfile,
         )
-        self._server = _Server(self.config)
-        context.health.subscribe(self._on_health)
-
-    def create_application(self) -> None:
-        """Our routes and nothing else; KServe's would answer on the paths that are left."""
-        install(self._app, self._context, self.dataplane)
+        self._server = _Server(self._config)
+        health.subscribe(self._on_health)
 
     async def serve(self, listener: socket.socket) -> None:
         """Serve on `listener` until `close`; raises `ConfigError` for a certificate or key that cannot be used."""
-        self.create_application()
+        config = self._config
         try:
-            self.config.load()
+            config.load()
         except OSError as error:  # ssl.SSLError is one
             raise ConfigError(f"ssl_certfile, ssl_keyfile: {error}") from error
-        await self._server.serve(sockets=[listener])
+        if config.ssl is None:
+            await self._server.serve(sockets=[listener])
+            return
+        renewal = asyncio.create_task(
+            reload_when_renewed(config.ssl, str(config.ssl_certfile), str(config.ssl_keyfile))
+        )
+        try:
+            await self._server.serve(sockets=[listener])
+        finally:
+            renewal.cancel()
 
-    async def say_farewell(self) -> None:
-        """While it drains, every answer ends its connection; give clients a moment to get one.
+    async def drain_connections(self) -> None:
+        """Give clients with idle connections `CONNECTION_DRAIN_SECONDS` to send a request, whose response closes them.
 
         A connection that is closed while its client sends a request loses that request, for the client cannot know whether it
         was begun.
         """
-        deadline = asyncio.get_running_loop().time() + FAREWELL_SECONDS
-        while self._server.server_state.connections and asyncio.get_running_loop().time() < deadline:
-            await asyncio.sleep(_LOOK_SECONDS)
-
-    def _on_health(self) -> None:
-        if self._context.health.state is EngineState.DRAINING and _CLOSE not in self.config.encoded_headers:
-            self.config.encoded_headers.append(_CLOSE)  # of all answers from the next second on
-            self._server.server_state.default_headers.append(_CLOSE)  # of those before, and of those under way
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + CONNECTION_DRAIN_SECONDS
+        while self._server.server_state.connections and loop.time() < deadline:
+            await asyncio.sleep(_POLL_SECONDS)
 
     def close(self) -> None:
-        """Stop listening; `serve` returns when the answers under way are sent, or after `CLOSE_SECONDS`."""
+        """Stop listening; `serve` returns when running responses are sent, or after `CLOSE_SECONDS`."""
         self._server.should_exit = True
+
+    def _on_health(self) -> None:
+        if self._health.state is EngineState.DRAINING and _CLOSE not in self._config.encoded_headers:
+            self._config.encoded_headers.append(_CLOSE)  # of all responses from the next second on
+            self._server.server_state.default_headers.append(_CLOSE)  # of those before, and of running ones

@@ -6,7 +6,7 @@ import codecs
 from collections.abc import Sequence
 from typing import Any
 
-from pagoda.serving.v2.inference import finite_logprob
+from pagoda.serving.json_values import finite_logprob
 from pagoda.text.output import PositionLogprobs, TokenLogprob
 
 

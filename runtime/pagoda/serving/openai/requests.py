@@ -8,11 +8,11 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from pagoda.errors import InvalidRequestError, ModelNotFoundError, NotSupportedError
+from pagoda.errors import InvalidRequestError, NotSupportedError
 from pagoda.request import GenerationRequest
+from pagoda.serving.json_values import shown
 from pagoda.serving.openai.types import Message, RequestModel, SamplingFields
 from pagoda.serving.parameters import FIELDS, MakeSampling, parse_parameters
-from pagoda.serving.v2.tensors import shown
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ def _is_other_than(*allowed: object) -> Callable[[object], bool]:
     return lambda value: value is not None and value not in allowed
 
 
-# Fields with an effect that this server cannot bring about, and the values for which that matters. Silence would be a lie.
+# Fields whose effect this server does not have, and the values that ask for it: they are refused and not ignored.
 UNSUPPORTED: dict[str, Callable[[object], bool]] = {
     "tools": _is_given,
     "functions": _is_given,
@@ -63,8 +63,8 @@ WITHOUT_EFFECT = frozenset(
 _logged_names: set[str] = set()
 
 
-def parse_request(kind: type[Request], content: Mapping[str, Any], model_name: str) -> Request:
-    """The typed request; raises `InvalidRequestError`, `NotSupportedError`, or `ModelNotFoundError` for another model."""
+def parse_request(kind: type[Request], content: Mapping[str, Any]) -> Request:
+    """The typed request; raises `InvalidRequestError` or `NotSupportedError`."""
     for name, matters in UNSUPPORTED.items():
         if name in content and matters(content[name]):
             raise NotSupportedError(f"{name}={shown(content[name])} is not supported by this server")
@@ -72,9 +72,6 @@ def parse_request(kind: type[Request], content: Mapping[str, Any], model_name: s
         request = kind.model_validate(content)
     except ValidationError as error:
         raise _invalid(error) from None
-    model = content.get("model")
-    if model is not None and model != model_name:
-        raise ModelNotFoundError(f"there is no model {shown(model)} here; the model is {model_name!r}")
     _log_unknown(set(request.model_extra or ()) - WITHOUT_EFFECT - set(UNSUPPORTED))
     return request
 

@@ -7,15 +7,16 @@ from typing import Any, TypeVar
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from pagoda.errors import InvalidRequestError, ModelNotFoundError, NotSupportedError
+from pagoda.errors import InvalidRequestError, NotSupportedError
 from pagoda.serving.context import ServingContext
-from pagoda.serving.http.bodies import read_object
+from pagoda.serving.http.bodies import decode_body, parse_object
 from pagoda.serving.http.disconnect import until_disconnect
-from pagoda.serving.http.documentation import openai_errors, request_body
+from pagoda.serving.http.documentation import request_body
 from pagoda.serving.http.event_stream import open_event_stream
-from pagoda.serving.http.responses import json_response, openai_error
+from pagoda.serving.http.responses import json_response
 from pagoda.serving.openai.chat import ChatCall, encode_chat
 from pagoda.serving.openai.completions import CompletionCall
+from pagoda.serving.openai.errors import openai_error, openai_errors
 from pagoda.serving.openai.requests import parse_request
 from pagoda.serving.openai.types import (
     ChatCompletionRequest,
@@ -31,7 +32,6 @@ from pagoda.serving.openai.types import (
     TokenizeResponse,
 )
 from pagoda.serving.parameters import TIMEOUT_HEADER, parse_timeout_header
-from pagoda.serving.v2.tensors import shown
 
 PREFIXES = ("/v1", "/openai/v1")
 GENERATION_ERRORS = (400, 401, 404, 413, 429, 500, 501, 503, 504)
@@ -54,9 +54,7 @@ def openai_router(context: ServingContext, prefix: str, started: int) -> APIRout
     @router.get("/models/{model_name}", response_model=ModelCard, responses=openai_errors(401, 404, 503))
     async def model(model_name: str) -> Response:
         """The served model by its name."""
-        if model_name != context.model_name:
-            raise ModelNotFoundError(f"there is no model {shown(model_name)} here; the model is {context.model_name!r}")
-        context.health.check_ready()
+        context.models.find(model_name).health.check_ready()
         return json_response(_card(context, started))
 
     @router.post(
@@ -128,8 +126,12 @@ def tokenizer_router(context: ServingContext) -> APIRouter:
 
 async def _read(context: ServingContext, request: Request, kind: type[Body]) -> Body:
     context.health.check_ready()
-    content = await read_object(request, context.config.max_body_bytes)
-    return parse_request(kind, content, context.model_name)
+    body = await decode_body(
+        request, context.config.max_body_bytes, lambda content: parse_request(kind, parse_object(content))
+    )
+    if body.model is not None:
+        context.models.find(body.model)
+    return body
 
 
 def _seconds(request: Request) -> float | None:

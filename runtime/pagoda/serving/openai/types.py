@@ -12,13 +12,19 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 
-class RequestModel(BaseModel):
-    """Base of all request types."""
+class RequestPart(BaseModel):
+    """Base of the objects in a request."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
 
-class StreamOptions(RequestModel):
+class RequestModel(RequestPart):
+    """Base of all request types."""
+
+    model: str | None = Field(None, description="The served model; may be left out.")
+
+
+class StreamOptions(RequestPart):
     """What a stream carries beside text."""
 
     include_usage: bool | None = None
@@ -28,7 +34,6 @@ class StreamOptions(RequestModel):
 class SamplingFields(RequestModel):
     """What the two generating routes have in common."""
 
-    model: str | None = Field(None, description="The served model; may be left out.")
     max_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
@@ -72,7 +77,7 @@ class CompletionRequest(SamplingFields):
     echo: bool | None = None
 
 
-class Message(RequestModel):
+class Message(RequestPart):
     """One message of a conversation; text may come in parts."""
 
     role: str
@@ -80,7 +85,7 @@ class Message(RequestModel):
     name: str | None = None
 
 
-class ResponseFormat(RequestModel):
+class ResponseFormat(RequestPart):
     """The form of the answer; only `text` is supported."""
 
     type: str = "text"
@@ -110,7 +115,6 @@ class TokenizeRequest(RequestModel):
 
     model_config = ConfigDict(strict=True, extra="allow", json_schema_extra={"example": {"prompt": "Hello"}})
 
-    model: str | None = None
     prompt: str | None = None
     messages: list[Message] | None = None
     add_special_tokens: bool | None = Field(None, description="Default: true for a prompt, false for messages.")
@@ -125,7 +129,6 @@ class DetokenizeRequest(RequestModel):
 
     model_config = ConfigDict(strict=True, extra="allow", json_schema_extra={"example": {"tokens": [10, 11]}})
 
-    model: str | None = None
     tokens: list[int]
 
 

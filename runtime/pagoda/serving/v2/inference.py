@@ -1,4 +1,4 @@
-"""V2 (Open Inference Protocol) requests as generation jobs, and results as output tensors; REST and gRPC share it.
+"""V2 (Open Inference Protocol) requests as generation jobs, and results as output tensors, whatever carries them.
 
 In: `text_input` BYTES `[n]` or `[n, 1]`, or `input_ids` of an integer datatype, `[t]` or `[n, t]`. Sampling comes as request
 parameters or as tensors of the same names: one element for all prompts, or one for each; a field that is a list (`stop`,
@@ -11,36 +11,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import orjson
 
 from pagoda.errors import InvalidRequestError, NotSupportedError
 from pagoda.request import GenerationRequest
-from pagoda.serving.generation import SequenceResult, check_job_count
+from pagoda.serving.generation import SequenceResult, check_job_count, limit_time
+from pagoda.serving.json_values import finite_logprob, shown
 from pagoda.serving.parameters import FIELDS, LIST_FIELDS, MakeSampling, parse_parameters
-from pagoda.serving.v2.tensors import (
-    BYTES,
-    INTEGER_DATATYPES,
-    Tensor,
-    shown,
-    tensor_from_raw,
-    tensor_from_values,
-    text_of,
-)
+from pagoda.serving.v2.tensors import BYTES, INTEGER_DATATYPES, Tensor, text_of
 from pagoda.text.output import PositionLogprobs, TokenLogprob
 
-MODEL_VERSION = "1"
-PLATFORM = "pagoda"
-EXTENSIONS = (
-    "model_repository",
-    "model_repository_extension",  # KServe's name of the same
-    "binary_tensor_data",
-    "parameters",
-    "generate",
-)
 TEXT_INPUT = "text_input"
 INPUT_IDS = "input_ids"
+SHARED_MEMORY = "shared_memory"
 INPUTS: tuple[dict[str, Any], ...] = (
     {"name": TEXT_INPUT, "datatype": BYTES, "shape": [-1]},
     {"name": INPUT_IDS, "datatype": "INT64", "shape": [-1, -1]},
@@ -56,7 +41,6 @@ OUTPUTS: tuple[dict[str, Any], ...] = (
 OUTPUT_NAMES = tuple(output["name"] for output in OUTPUTS)
 PADDING_ID = -1
 """Fills `output_ids` behind the shorter sequences."""
-LOWEST_LOGPROB = -9999.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +53,34 @@ class RequestedOutput:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class V2Request:
-    """A decoded infer request of any protocol. `outputs` is empty where the client named none."""
+    """A decoded inference request of any protocol.
 
+    `method` names the protocol's method: it begins the ids of the request's sequences in the engine. `outputs` is empty where
+    the client named none. `timeout_seconds`: how long the client waits, beside what `parameters` say.
+    """
+
+    method: str
+    model_name: str
+    model_version: str = ""
     request_id: str = ""
     inputs: list[Tensor]
     parameters: Mapping[str, object] = field(default_factory=dict)
     outputs: tuple[RequestedOutput, ...] = ()
+    timeout_seconds: float | None = None
+
+    def gives(self, name: str) -> bool:
+        """Whether the client gave the parameter `name`, in either form."""
+        return name in self.parameters or any(tensor.name == name for tensor in self.inputs)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class V2Response:
+    """The outputs of a finished request; `request_id` is what the client gave."""
+
+    model_name: str
+    model_version: str
+    request_id: str
+    outputs: list[Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,41 +92,8 @@ class V2Batch:
 
     @property
     def stream(self) -> bool:
-        """Whether the client asked for pieces as they come."""
+        """Whether the client asked for chunks as they come."""
         return self.jobs[0].stream
-
-
-class InferInputLike(Protocol):
-    """What is read of kserve's `InferInput`; typed by shape so that nothing here imports kserve."""
-
-    name: str
-    shape: list[int]
-    datatype: str
-    data: Any
-
-
-class InferRequestLike(Protocol):
-    """What is read of kserve's `InferRequest`."""
-
-    id: str | None
-    inputs: Sequence[Any]
-    parameters: Any
-    request_outputs: Sequence[Any] | None
-
-
-def from_infer_request(request: InferRequestLike) -> V2Request:
-    """A V2 request from kserve's own type. `parameters` must be plain values, not protobuf messages."""
-    inputs = []
-    for tensor in request.inputs:
-        raw = getattr(tensor, "_raw_data", None)
-        if raw is not None:
-            inputs.append(tensor_from_raw(tensor.name, tensor.datatype, tensor.shape, raw))
-        else:
-            inputs.append(tensor_from_values(tensor.name, tensor.datatype, tensor.shape, tensor.data))
-    outputs = tuple(requested_output(item.name, item.parameters or {}) for item in request.request_outputs or ())
-    return V2Request(
-        request_id=request.id or "", inputs=inputs, parameters=dict(request.parameters or {}), outputs=outputs
-    )
 
 
 def requested_output(name: str, parameters: Mapping[str, object]) -> RequestedOutput:
@@ -135,9 +108,16 @@ def requested_output(name: str, parameters: Mapping[str, object]) -> RequestedOu
             raise InvalidRequestError(
                 f"output {name!r}: binary_data must be true or false, got {shown(value)}", "outputs"
             )
-        elif key == "classification" or key.startswith("shared_memory"):
+        elif key == "classification" or key.startswith(SHARED_MEMORY):
             raise NotSupportedError(f"output {name!r}: {key} is not supported")
     return RequestedOutput(name, binary_data)
+
+
+def refuse_shared_memory(name: str, parameters: Iterable[str]) -> None:
+    """Raise `NotSupportedError` if the input `name` has one of Triton's parameters for shared memory."""
+    for key in parameters:
+        if key.startswith(SHARED_MEMORY):
+            raise NotSupportedError(f"input {shown(name)}: {key} is not supported; send the values themselves")
 
 
 def parse_infer(request: V2Request, make_sampling: MakeSampling) -> V2Batch:
@@ -161,34 +141,7 @@ def parse_infer(request: V2Request, make_sampling: MakeSampling) -> V2Batch:
         jobs.append(_job(prompt, {**request.parameters, **row}, make_sampling))
     batch = V2Batch(jobs, _output_names(request.outputs, jobs))
     _check_batch(batch)
-    return batch
-
-
-def parse_generate(body: Mapping[str, object], make_sampling: MakeSampling) -> GenerationRequest:
-    """The job of a generate body: `text_input` or `input_ids`, and parameters in `parameters` or beside them."""
-    fields = {key: value for key, value in body.items() if key not in (TEXT_INPUT, INPUT_IDS, "id", "parameters")}
-    parameters = body.get("parameters")
-    if parameters is not None and not isinstance(parameters, Mapping):
-        raise InvalidRequestError(f"parameters must be an object, got {shown(parameters)}", "parameters")
-    for name in parameters or ():
-        if name in fields:
-            raise InvalidRequestError(f"{name} is given both in the body and in its parameters", name)
-    text, ids = body.get(TEXT_INPUT), body.get(INPUT_IDS)
-    if (text is None) == (ids is None):
-        raise InvalidRequestError(f"give exactly one of {TEXT_INPUT} (a string) and {INPUT_IDS} (a list)", TEXT_INPUT)
-    prompt: str | list[int]
-    if ids is not None:
-        if not isinstance(ids, list):
-            raise InvalidRequestError(f"{INPUT_IDS} must be a list of token ids, got {shown(ids)}", INPUT_IDS)
-        prompt = _token_ids(ids)
-    elif isinstance(text, str):
-        prompt = text
-    else:
-        raise InvalidRequestError(f"{TEXT_INPUT} must be a string, got {shown(text)}", TEXT_INPUT)
-    job = _job(prompt, {**fields, **(parameters or {})}, make_sampling)
-    if job.params.n > 1:
-        raise InvalidRequestError("n must be 1 here; infer and /v1/completions return several sequences", "n")
-    return job
+    return replace(batch, jobs=[limit_time(job, request.timeout_seconds) for job in jobs])
 
 
 def output_tensors(results: Sequence[Sequence[SequenceResult]], names: Iterable[str]) -> list[Tensor]:
@@ -205,11 +158,6 @@ def logprobs_json(logprobs: Sequence[PositionLogprobs] | None) -> list[dict[str,
         {**_candidate(position.chosen), "top": [_candidate(candidate) for candidate in position.top]}
         for position in logprobs or ()
     ]
-
-
-def finite_logprob(logprob: float) -> float:
-    """`logprob` as JSON can hold it: a token that cannot come has minus infinity, which is no JSON number."""
-    return max(logprob, LOWEST_LOGPROB)
 
 
 def _candidate(token: TokenLogprob) -> dict[str, Any]:

@@ -7,26 +7,29 @@ and the data of the tensors that have a `binary_data_size` lie behind it in orde
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import uuid
+from collections.abc import Mapping
 from typing import Any
 
 import orjson
-from kserve import InferInput, InferRequest, InferResponse
-from kserve.protocol.infer_type import InferOutput, RequestedOutput
 from starlette.responses import Response
 
-from pagoda.errors import InvalidRequestError, NotSupportedError
+from pagoda.errors import InvalidRequestError
 from pagoda.serving.http.bodies import parse_object
 from pagoda.serving.http.responses import json_response
-from pagoda.serving.parameters import as_boolean
-from pagoda.serving.v2.tensors import Tensor, raw_from_tensor, shown
+from pagoda.serving.json_values import shown
+from pagoda.serving.parameters import TIMEOUT_HEADER, as_boolean, parse_timeout_header
+from pagoda.serving.v2.inference import RequestedOutput, V2Request, V2Response, refuse_shared_memory, requested_output
+from pagoda.serving.v2.tensors import Tensor, raw_from_tensor, tensor_from_raw, tensor_from_values
 
 LENGTH_HEADER = "inference-header-content-length"
 BINARY = "application/octet-stream"
+BINARY_OUTPUT = "binary_data_output"
 
 
-def decode_infer(body: bytes, json_length: str | None, model_name: str) -> InferRequest:
-    """KServe's request from a body; tensors are checked for structure here and for their content by `serving.v2.inference`."""
+def decode_infer(body: bytes, headers: Mapping[str, str], model_name: str, model_version: str | None) -> V2Request:
+    """The request in a body; raises `InvalidRequestError` or `NotSupportedError` for what does not fit."""
+    json_length = headers.get(LENGTH_HEADER)
     end = len(body) if json_length is None else _json_end(json_length, len(body))
     content = parse_object(body[:end])
     request_id = content.get("id") or ""
@@ -35,51 +38,50 @@ def decode_infer(body: bytes, json_length: str | None, model_name: str) -> Infer
     reader = _BinaryReader(memoryview(body)[end:])
     inputs = [_decode_input(entry, reader) for entry in _objects(content.get("inputs"), "inputs")]
     reader.check_end()
-    outputs = [_decode_output(entry) for entry in _objects(content.get("outputs") or [], "outputs")]
-    return InferRequest(
+    parameters = _parameters(content, "parameters")
+    as_boolean(BINARY_OUTPUT, parameters.get(BINARY_OUTPUT, False))
+    return V2Request(
+        method="infer",
         model_name=model_name,
+        model_version=model_version or "",
         request_id=request_id,
-        infer_inputs=inputs,
-        parameters=_parameters(content, "parameters"),
-        request_outputs=outputs or None,
+        inputs=inputs,
+        parameters=parameters,
+        outputs=tuple(_decode_output(entry) for entry in _objects(content.get("outputs") or [], "outputs")),
+        timeout_seconds=parse_timeout_header(headers.get(TIMEOUT_HEADER)),
     )
 
 
-def encode_infer(request: InferRequest, response: InferResponse) -> Response:
-    """The answer with each output in the form that `request` asks for."""
-    all_binary = as_boolean("binary_data_output", (request.parameters or {}).get("binary_data_output", False))
-    wanted = {output.name: output.binary_data for output in request.request_outputs or ()}
+def encode_infer(request: V2Request, response: V2Response) -> Response:
+    """The response with each output in the form that `request` asks for."""
+    all_binary = request.parameters.get(BINARY_OUTPUT, False)
+    wanted = {output.name: output.binary_data for output in request.outputs}
     outputs: list[dict[str, Any]] = []
     pieces: list[bytes] = []
-    for output in response.outputs:
-        entry: dict[str, Any] = {"name": output.name, "datatype": output.datatype, "shape": output.shape}
-        is_binary = wanted.get(output.name)
+    for tensor in response.outputs:
+        entry: dict[str, Any] = {"name": tensor.name, "datatype": tensor.datatype, "shape": tensor.shape}
+        is_binary = wanted.get(tensor.name)
         if all_binary if is_binary is None else is_binary:
-            raw = raw_from_tensor(Tensor(output.name, output.datatype, tuple(output.shape), output.data))
+            raw = raw_from_tensor(tensor)
             entry["parameters"] = {"binary_data_size": len(raw)}
             pieces.append(raw)
         else:
-            entry["data"] = output.data
+            entry["data"] = tensor.data
         outputs.append(entry)
     content = {
         "model_name": response.model_name,
         "model_version": response.model_version,
-        "id": response.id,
+        "id": response.request_id or uuid.uuid4().hex,
         "outputs": outputs,
     }
     if not pieces:
         return json_response(content)
-    head = orjson.dumps(content)
-    return Response(b"".join([head, *pieces]), headers={LENGTH_HEADER: str(len(head))}, media_type=BINARY)
-
-
-def infer_outputs(tensors: Sequence[Tensor]) -> list[InferOutput]:
-    """Output tensors in KServe's type."""
-    return [InferOutput(tensor.name, list(tensor.shape), tensor.datatype, data=tensor.data) for tensor in tensors]
+    header = orjson.dumps(content)
+    return Response(b"".join([header, *pieces]), headers={LENGTH_HEADER: str(len(header))}, media_type=BINARY)
 
 
 class _BinaryReader:
-    """Hands out the binary data behind the JSON, piece by piece."""
+    """The binary data behind the JSON, read in order."""
 
     def __init__(self, data: memoryview) -> None:
         self._data = data
@@ -126,7 +128,7 @@ def _parameters(holder: dict[str, Any], name: str) -> dict[str, Any]:
     return value
 
 
-def _decode_input(entry: dict[str, Any], reader: _BinaryReader) -> InferInput:
+def _decode_input(entry: dict[str, Any], reader: _BinaryReader) -> Tensor:
     name, datatype, shape = entry.get("name"), entry.get("datatype"), entry.get("shape")
     if not isinstance(name, str):
         raise InvalidRequestError(f"the name of an input must be a string, got {shown(name)}", "inputs")
@@ -136,24 +138,20 @@ def _decode_input(entry: dict[str, Any], reader: _BinaryReader) -> InferInput:
         raise InvalidRequestError(f"input {shown(name)}: shape must be a list of integers, got {shown(shape)}", name)
     parameters = _parameters(entry, f"the parameters of input {shown(name)}")
     size = parameters.get("binary_data_size")
-    if any(key.startswith("shared_memory") for key in parameters):
-        raise NotSupportedError(f"input {shown(name)}: shared memory is not supported")
+    refuse_shared_memory(name, parameters)
     if size is None and "data" not in entry:
         raise InvalidRequestError(f"input {shown(name)} has neither data nor binary_data_size", name)
     if size is not None and "data" in entry:
         raise InvalidRequestError(f"input {shown(name)} has both data and binary_data_size", name)
-    tensor = InferInput(name, shape, datatype, data=entry.get("data"), parameters=parameters)
-    if size is not None:
-        if isinstance(size, bool) or not isinstance(size, int) or size < 0:
-            raise InvalidRequestError(
-                f"input {shown(name)}: binary_data_size must be an integer, got {shown(size)}", name
-            )
-        tensor._raw_data = reader.take(name, size)
-    return tensor
+    if size is None:
+        return tensor_from_values(name, datatype, shape, entry["data"])
+    if isinstance(size, bool) or not isinstance(size, int) or size < 0:
+        raise InvalidRequestError(f"input {shown(name)}: binary_data_size must be an integer, got {shown(size)}", name)
+    return tensor_from_raw(name, datatype, shape, reader.take(name, size))
 
 
 def _decode_output(entry: dict[str, Any]) -> RequestedOutput:
     name = entry.get("name")
     if not isinstance(name, str):
         raise InvalidRequestError(f"the name of an output must be a string, got {shown(name)}", "outputs")
-    return RequestedOutput(name, _parameters(entry, f"the parameters of output {shown(name)}"))
+    return requested_output(name, _parameters(entry, f"the parameters of output {shown(name)}"))

@@ -1,16 +1,114 @@
-"""The bodies of the V2, generate and server routes as the OpenAPI page shows them; the codecs do the checking themselves."""
+"""The bodies of the V2 and generate routes as the OpenAPI page shows them; the codecs do the checking themselves."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt
+
+Parameters = dict[str, StrictFloat | StrictInt | StrictBool | str]
 
 
-class V2Error(BaseModel):
-    """An error of any route outside OpenAI's."""
+class ServerMetadataResponse(BaseModel):
+    """The server and the extensions of the protocol that it has."""
 
-    error: str
+    name: str
+    version: str
+    extensions: list[str]
+
+
+class MetadataTensor(BaseModel):
+    """An input or output of a model; -1 in `shape` is any size."""
+
+    name: str
+    datatype: str
+    shape: list[int]
+
+
+class ModelMetadataResponse(BaseModel):
+    """What a model takes and gives."""
+
+    name: str
+    versions: list[str] | None = None
+    platform: str
+    inputs: list[MetadataTensor]
+    outputs: list[MetadataTensor]
+
+
+class ModelReadyResponse(BaseModel):
+    """The model accepts requests."""
+
+    name: str
+    ready: bool
+
+
+class LiveResponse(BaseModel):
+    """V2 liveness; `error` says why not."""
+
+    live: bool
+    error: str | None = None
+
+
+class ReadyResponse(BaseModel):
+    """V2 readiness; `error` says why not."""
+
+    ready: bool
+    error: str | None = None
+
+
+class RequestInput(BaseModel):
+    """A tensor, row-major: `data`, or binary data behind the JSON of `binary_data_size` (in its parameters) bytes."""
+
+    name: str
+    shape: list[int]
+    datatype: str
+    parameters: Parameters | None = None
+    data: list[Any] | None = None
+
+
+class RequestOutput(BaseModel):
+    """An output that is wanted; `binary_data` in its parameters says in which form."""
+
+    name: str
+    parameters: Parameters | None = None
+
+
+class InferenceRequest(BaseModel):
+    """A batch of prompts as tensors, and sampling as parameters or tensors."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "example": {
+                "inputs": [{"name": "text_input", "shape": [1], "datatype": "BYTES", "data": ["Once upon a time"]}],
+                "parameters": {"max_tokens": 32},
+                "outputs": [{"name": "text_output"}],
+            }
+        }
+    )
+
+    id: str | None = None
+    parameters: Parameters | None = None
+    inputs: list[RequestInput]
+    outputs: list[RequestOutput] | None = None
+
+
+class ResponseOutput(BaseModel):
+    """An output tensor, row-major: `data`, or binary data behind the JSON."""
+
+    name: str
+    shape: list[int]
+    datatype: str
+    parameters: Parameters | None = None
+    data: list[Any] | None = None
+
+
+class InferenceResponse(BaseModel):
+    """The outputs of all prompts."""
+
+    model_name: str
+    model_version: str | None = None
+    id: str
+    outputs: list[ResponseOutput]
 
 
 class GenerateRequest(BaseModel):
@@ -64,49 +162,3 @@ class LoadResponse(BaseModel):
 
     name: str
     load: bool
-
-
-class HealthResponse(BaseModel):
-    """What the server is doing. `since`: seconds since the epoch; `running`, `waiting`: sequences in the engine.
-
-    `started`: whether requests could be taken at some time. `step`: steps the engine has done; `seconds_since_progress`: age
-    of its last sign of life; null while there is no engine.
-    """
-
-    state: str
-    started: bool
-    stage: str
-    detail: str
-    since: float
-    cause: str | None
-    running: int
-    waiting: int
-    kv_cache_usage: float
-    step: int | None
-    seconds_since_progress: float | None
-
-
-class LiveResponse(BaseModel):
-    """V2 liveness; `error` says why not."""
-
-    live: bool
-    error: str | None = None
-
-
-class ReadyResponse(BaseModel):
-    """V2 readiness; `error` says why not."""
-
-    ready: bool
-    error: str | None = None
-
-
-class AliveResponse(BaseModel):
-    """Liveness as KServe's V1 clients read it."""
-
-    status: str
-
-
-class VersionResponse(BaseModel):
-    """The version of Pagoda."""
-
-    version: str

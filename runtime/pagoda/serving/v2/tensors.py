@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from pagoda.errors import InvalidRequestError
+from pagoda.serving.json_values import shown
 
 BYTES = "BYTES"
 BOOL = "BOOL"
@@ -192,11 +193,3 @@ def _split_bytes(name: str, raw: memoryview, count: int) -> list[Any]:
     if len(elements) != count:
         raise InvalidRequestError(f"input {name!r}: shape needs {count} BYTES elements, got {len(elements)}", name)
     return elements
-
-
-def shown(value: object) -> str:
-    """A value as an error message can show it; containers only by type, for they may be huge or deep."""
-    if isinstance(value, list | dict):
-        return f"a {type(value).__name__}"
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

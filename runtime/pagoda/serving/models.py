@@ -1,0 +1,38 @@
+"""The served models by name. There is one; every protocol looks it up here, so that several are a change of this file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from pagoda.errors import ModelNotFoundError
+from pagoda.serving.generation import GenerationRunner
+from pagoda.serving.health import ServerHealth
+from pagoda.serving.json_values import shown
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """A model, what runs its requests, and its health."""
+
+    name: str
+    runner: GenerationRunner
+    health: ServerHealth
+
+
+class ServedModels:
+    """The lookup; iterates over the models."""
+
+    def __init__(self, model: ServedModel) -> None:
+        self._model = model
+
+    def __iter__(self) -> Iterator[ServedModel]:
+        return iter((self._model,))
+
+    def find(self, name: str) -> ServedModel:
+        """The model of that name, ready or not; raises `ModelNotFoundError`."""
+        if name != self._model.name:
+            raise ModelNotFoundError(
+                f"model {shown(name)} is not served here; the served model is {self._model.name!r}"
+            )
+        return self._model
