@@ -1,4 +1,4 @@
-"""Norm, activation, rotation with KV write, and sampling: bytes that must move a second, over the copy bandwidth."""
+"""Norm, activation, rotation with KV write, the head and sampling: bytes that must move a second, over the copy bandwidth."""
 
 from __future__ import annotations
 
@@ -34,6 +34,8 @@ def run(context: Context) -> dict[str, Any]:
 
 def _launches(context: Context, tokens: int) -> list[tuple[str, int, Callable[[], object]]]:
     """Name, bytes read and written, and the launch."""
+    from pagoda.models.layers.linear import unquantized_method
+
     hidden, inner, vocabulary = context.choose((4096, 12288, 151_936), (64, 96, 300))
     heads, kv_heads, head_dim = context.choose((32, 8, 128), (4, 2, 16))
     device, dtype = context.device, context.dtype
@@ -64,6 +66,8 @@ def _launches(context: Context, tokens: int) -> list[tuple[str, int, Callable[[]
         )
 
     kernels = backend.active
+    last, head_weight = x[:rows], random(vocabulary, hidden)
+    head = unquantized_method(torch.bfloat16, torch.float32, torch.device(device))
     return [
         ("rms_norm", 4 * x.nbytes, lambda: kernels.rms_norm(x, weight, 1e-6, residual)),
         ("silu_and_mul", gated.nbytes * 3 // 2, lambda: kernels.silu_and_mul(gated)),
@@ -74,6 +78,7 @@ def _launches(context: Context, tokens: int) -> list[tuple[str, int, Callable[[]
                 query, key, value, cos, sin, head_norm, head_norm, 1e-6, caches[0], caches[1], slots
             ),
         ),
+        ("head", head_weight.nbytes + logits.nbytes, lambda: head.multiply(last, head_weight)),
         ("greedy_sample", logits.nbytes, lambda: kernels.greedy_sample(logits)),
         ("sample_top_p_by_rejection", logits.nbytes, draw(1.0)),
         ("sample_top_p_by_rejection top_p", logits.nbytes, draw(0.95)),

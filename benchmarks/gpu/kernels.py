@@ -66,7 +66,7 @@ def _results(context: Context, share: int, count: int) -> Iterator[dict[str, Any
     """Results of every `count`-th check from `share` on. What a check raises is its result."""
     backend.use_backend("triton")
     torch.manual_seed(0)
-    checks = itertools.chain(_attention(context), _elementwise(context), _sampling(context))
+    checks = itertools.chain(_attention(context), _elementwise(context), _head(context), _sampling(context))
     for name, dtype, check in itertools.islice(checks, share, None, count):
         entry: dict[str, Any] = {"check": name, "dtype": str(dtype), "bound": TOLERANCE[dtype]}
         _poison(context)
@@ -205,6 +205,24 @@ def _turned(heads: torch.Tensor, norm: torch.Tensor | None, angles: torch.Tensor
     first, second = wide.chunk(2, -1)
     cos, sin = angles.double().cos().unsqueeze(1), angles.double().sin().unsqueeze(1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+
+
+def _head(context: Context) -> Iterator[Check]:
+    """Logits of half-precision models, which no rounding to half precision may touch."""
+    from pagoda.models.layers.linear import unquantized_method
+
+    rows, vocabulary, hidden = context.choose((64, 151_936, 1024), (3, 300, 64))
+    for dtype in (torch.bfloat16, torch.float16):
+        method = unquantized_method(dtype, torch.float32, torch.device(context.device))
+        x, weight = (torch.randn(size, hidden, device=context.device).to(dtype) for size in (rows, vocabulary))
+
+        def product(method=method, x=x, weight=weight) -> tuple[torch.Tensor, torch.Tensor]:
+            """Rounded to float16 it would be off by 2e-4; how a tensor core adds up costs a tenth of that at most."""
+            expected = x.double() @ weight.double().T
+            close = (method.multiply(x, weight).double() - expected).norm() < 2e-5 * expected.norm()
+            return torch.ones(1) if close else torch.zeros(1), torch.ones(1).double()
+
+        yield f"head {rows}x{vocabulary}x{hidden} {dtype}", torch.float32, product
 
 
 def _sampling(context: Context) -> Iterator[Check]:

@@ -11,6 +11,8 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from pagoda.config.schema import PagodaConfig
 from pagoda.engine.core import startup
@@ -221,6 +223,33 @@ def test_dummy_weights_are_the_same_model_at_every_layout(layout, case_of, start
     alone = outputs_of(start_core(config_of(directory, (1, 1), 32, load_format="dummy", seed=3)), requests)
     core, _ = start(config_of(directory, layout, 32, load_format="dummy", seed=3))
     assert outputs_of(core, requests) == alone
+
+
+def logits_on(worker, hidden: list[list[float]]):
+    """This rank's part in the logits of hidden states: (dtype, values) on tensor rank 0, None on the others."""
+    import torch
+
+    with torch.inference_mode():
+        logits = worker.runner.model.compute_logits(torch.tensor(hidden, dtype=torch.bfloat16))
+    return None if logits is None else (str(logits.dtype), logits.tolist())
+
+
+@pytest.mark.parametrize("cpu_kernels", ["auto", "reference"])
+def test_logits_of_a_bfloat16_model_are_gathered_in_float32(cpu_kernels: str, case_of, start) -> None:
+    directory = case_of("mistral").directory  # 511 tokens: the second rank's last row is padding
+    settings = {"dtype": "bfloat16", "cpu_kernels": cpu_kernels}
+    _, executor = start(config_of(directory, (2, 1), 32, **settings))
+    (weight,) = (
+        tensors["lm_head.weight"]
+        for tensors in map(load_file, directory.glob("*.safetensors"))
+        if "lm_head.weight" in tensors
+    )
+    hidden = torch.randn(3, weight.shape[1], generator=torch.Generator().manual_seed(0)).bfloat16()
+    (dtype, logits), other = executor.call_all("run", logits_on, hidden.tolist())
+    assert other is None
+    assert dtype == "torch.float32"
+    expected = hidden.double() @ weight.bfloat16().double().T
+    torch.testing.assert_close(torch.tensor(logits, dtype=torch.float64), expected, rtol=0, atol=1e-5)
 
 
 def exchange(worker) -> dict[str, list]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
@@ -11,6 +12,7 @@ from pagoda_kernels.interface import KernelBackend
 from tests.support.kernel_backends import using_backend
 
 LEVELS = ("avx2", "fastest")
+ALL_LEVELS = ("avx2", "avx512", "avx512_vnni", "avx512_bf16")
 
 
 def require_cpu_kernels() -> KernelBackend:
@@ -29,8 +31,22 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[KernelBackend]:
     """The compiled kernels at one level, active while a module's tests run."""
     from pagoda_kernels.cpu import operators
 
+    level = operators.available_levels()[-1] if request.param == "fastest" else request.param
+    with cpu_kernels_at(level) as active:
+        yield active
+
+
+@contextmanager
+def cpu_kernels_at(level: str) -> Iterator[KernelBackend]:
+    """The compiled kernels at a level, active; skips the test where the processor cannot run it."""
+    from pagoda_kernels.cpu import operators
+
+    if level not in operators.available_levels():
+        pytest.skip(f"this processor cannot run {level}")
     level_before = operators.active_level()
     with using_backend("cpu") as active:
-        operators.use_level(operators.available_levels()[-1] if request.param == "fastest" else request.param)
-        yield active
-        operators.use_level(level_before)
+        operators.use_level(level)
+        try:
+            yield active
+        finally:
+            operators.use_level(level_before)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +21,7 @@ from pagoda.models.demo import demo_checkpoint
 from pagoda.models.dummy import DummySpec, write_dummy_checkpoint
 from pagoda.models.loading.loader import load_weights
 from pagoda.models.quantization import writing
-from pagoda.models.quantization.quality import ScoredText, in_windows, score
+from pagoda.models.quantization.quality import ScoredText, Scores, in_windows, score
 from pagoda.models.quantization.schemes import QuantizationConfig, choose_quantization
 from pagoda.models.quantization.writing import write_quantized_checkpoint
 from tests.support.kernel_backends import reference_kernels
@@ -85,9 +88,13 @@ def test_quality_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     options = ["--quantization", "int4", "--group-size", "32", "--text", str(text)]
     assert pagoda(["models", "quantize", str(source), str(tmp_path / "out"), *options]) == 0
     report = capsys.readouterr().out
-    assert "int4 (4 bits, groups of 32)" in report
-    assert "perplexity" in report
-    assert "same first choice" in report
+    rows = dict(re.findall(r"^(.*?)\s{2,}(.*)$", report, re.MULTILINE))
+    assert rows[""].split("  ")[0] == "source, float32"
+    assert rows[""].endswith("int4 (4 bits, groups of 32), float32")
+    before, after = map(float, rows["perplexity"].split())
+    assert after != before
+    assert 0 < float(rows["same first choice"].split("%")[0]) < 100
+    assert float(rows["mean Δ logprob"]) > 0
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == "compressed-tensors"
 
@@ -100,7 +107,32 @@ def test_score_is_that_of_the_logits(tmp_path: Path) -> None:
     assert len(whole.choices) == 39
     torch.testing.assert_close(whole.logprobs[29:], tail.logprobs)
     assert whole.agreement(whole) == 1.0
+    assert whole.logprob_error(whole) == 0.0
     assert whole.perplexity > 1.0
+
+
+def test_scores_are_compared_place_by_place() -> None:
+    ours = Scores(torch.tensor([-1.0, -2.0, -3.0, -4.0]), torch.tensor([1, 2, 3, 4]))
+    theirs = Scores(torch.tensor([-1.5, -1.5, -3.0, -4.0]), torch.tensor([1, 2, 9, 4]))
+    assert ours.agreement(theirs) == 0.75
+    assert ours.logprob_error(theirs) == 0.25
+
+
+def test_bfloat16_checkpoint_is_compared_with_itself_in_float32(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    has_bfloat16 = SimpleNamespace(instruction_sets=("avx512_bf16",))
+    monkeypatch.setattr("pagoda.platform.hardware.cpu_report", lambda: has_bfloat16)
+    source = write_dummy_checkpoint(tmp_path / "source", replace(SPEC, dtype="bfloat16"))
+    text = tmp_path / "text.txt"
+    text.write_text("a pagoda has many roofs")
+    command = ["models", "quantize", str(source), str(tmp_path / "out"), "--quantization", "int8", "--text", str(text)]
+    assert pagoda(command) == 0
+    header = capsys.readouterr().out.splitlines()[0].split("  ")
+    assert [part.strip() for part in header if part] == [
+        "source, float32",
+        "int8 (8 bits, a scale for each output), bfloat16",
+    ]
 
 
 def test_long_texts_are_cut_in_windows() -> None:
