@@ -6,8 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pagoda.errors import PagodaError, RequestFailedError
+from pagoda.models.checkpoint_files import shown_reason
 from pagoda.text.chat_template import ChatTemplate, Message, chat_template_from_config
 from pagoda.text.tokenizer import Tokenizer
+from pagoda.text.tokenizer_loading import is_panic
 
 
 class TextOperations:
@@ -34,8 +36,12 @@ class TextOperations:
             return self._operations[operation](**arguments)
         except PagodaError:
             raise
-        except Exception as error:  # a fault of a tokenizer, of any type, is this one request's
-            raise RequestFailedError(f"{operation} failed in the tokenizer: {error!r}") from error
+        except BaseException as error:  # a fault of a tokenizer, of any type, is this one request's
+            if not isinstance(error, Exception) and not is_panic(error):
+                raise
+            raise RequestFailedError(
+                f"{operation} failed in the tokenizer: {type(error).__name__}: {shown_reason(error)}"
+            ) from error
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Token ids of a text."""

@@ -15,8 +15,25 @@ from pathlib import Path
 from tokenizers import Tokenizer as TokenizersTokenizer
 
 from pagoda.errors import CheckpointError, InvalidRequestError
+from pagoda.models.checkpoint_files import (
+    checkpoint_file,
+    has_file,
+    names_ending_with,
+    read_json_object,
+    shown,
+    shown_reason,
+)
 from pagoda.text.stream_decoder import DecoderPlan
+from pagoda.text.tokenizer_bounds import check_steps, check_vocabulary
 from pagoda.text.tokenizer_files import TokenizerFiles, read_tokenizer_files
+from pagoda.text.tokenizer_loading import MAX_TOKENIZER_BYTES, TOKENIZER_FILE, is_panic, load_tokenizer_json
+
+# Of a checkpoint without tokenizer.json: what transformers may read for its tokenizer, and what of it is JSON.
+_TOKENIZER_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab", ".spm", ".bpe")
+_READ_AS_JSON = (
+    *("config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
+    *("chat_template.json", "processor_config.json", "preprocessor_config.json"),
+)
 
 
 class Tokenizer:
@@ -43,6 +60,7 @@ class Tokenizer:
             token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special
         )
         vocabulary = backend.get_vocab(with_added_tokens=True)
+        check_vocabulary(vocabulary)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         self.longest_token_characters = max(map(len, vocabulary), default=1)
         # The decoder's state is its description in tokenizer.json; the whole backend's would hold the vocabulary too.
@@ -60,19 +78,23 @@ class Tokenizer:
         if not path.is_dir():
             raise CheckpointError(f"{path} is not a directory with a tokenizer")
         files = read_tokenizer_files(path)
-        if not files.tokenizer_json.is_file():
+        if not has_file(path, TOKENIZER_FILE):
             return _from_auto_tokenizer(files, trust_remote_code)
-        try:
-            backend = TokenizersTokenizer.from_file(str(files.tokenizer_json))
-        except Exception as error:  # the library raises bare Exception for every fault of the file
-            raise CheckpointError(f"{files.tokenizer_json} cannot be read: {error}") from error
+        backend = load_tokenizer_json(path)
         _add_missing_tokens(backend, files)
         backend.encode_special_tokens = files.split_special_tokens
-        return cls(
+        tokenizer = cls(
             backend,
             special_tokens={name: token.content for name, token in files.special_tokens.items()},
             chat_templates=files.chat_templates,
         )
+        for token_id, token in files.added_tokens.items():
+            if token_id >= tokenizer.vocab_size:
+                raise CheckpointError(
+                    f"{path}: the added token {shown(token.content)} has id {token_id}, beyond the vocabulary of "
+                    f"{tokenizer.vocab_size} tokens; ids of added tokens must follow on it without a gap"
+                )
+        return tokenizer
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """The ids of `text`. Tokens that are spelled out in the text, special ones too, become their ids.
@@ -159,16 +181,26 @@ def _add_missing_tokens(backend: TokenizersTokenizer, files: TokenizerFiles) -> 
 
 def _from_auto_tokenizer(files: TokenizerFiles, trust_remote_code: bool) -> Tokenizer:
     """A checkpoint without tokenizer.json: transformers converts what it has (vocab.json + merges.txt, tokenizer.model)."""
+    # transformers opens what it looks for by itself.
+    for name in names_ending_with(files.directory, _TOKENIZER_SUFFIXES):
+        if name in _READ_AS_JSON:
+            read_json_object(files.directory, name)
+        elif (size := checkpoint_file(files.directory, name).stat().st_size) > MAX_TOKENIZER_BYTES:
+            raise CheckpointError(
+                f"{files.directory / name} has {size} bytes; at most {MAX_TOKENIZER_BYTES} are allowed"
+            )
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             str(files.directory), local_files_only=True, trust_remote_code=trust_remote_code
         )
-    except Exception as error:  # transformers raises whatever the converter of the vocabulary raised
-        reason = " ".join(str(error).split())
+    except BaseException as error:  # transformers raises whatever the converter of the vocabulary raised
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
         raise CheckpointError(
-            f"{files.directory} has no tokenizer.json, and transformers cannot load another tokenizer from it: {reason}"
+            f"{files.directory} has no {TOKENIZER_FILE}, and transformers cannot load another tokenizer from it: "
+            f"{shown_reason(error)}"
         ) from error
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(backend, TokenizersTokenizer):
@@ -176,4 +208,5 @@ def _from_auto_tokenizer(files: TokenizerFiles, trust_remote_code: bool) -> Toke
             f"{files.directory} has a tokenizer of class {type(tokenizer).__name__}, which has no form for the tokenizers "
             f"library; convert it and save a tokenizer.json beside it"
         )
+    check_steps(backend)
     return Tokenizer(backend, special_tokens=dict(tokenizer.special_tokens_map), chat_templates=files.chat_templates)
