@@ -103,7 +103,7 @@ async def test_a_cancelled_reader_stays_cancelled_when_its_deadline_comes_at_the
     wait = InterruptibleWait()
     task = asyncio.create_task(wait.run(asyncio.sleep(100)))
     await asyncio.sleep(0)
-    wait.interrupt(DeadlineExceededError("late"))
+    wait.interrupt(lambda: DeadlineExceededError("late"))
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -121,5 +121,5 @@ async def test_an_interrupted_wait_leaves_its_task_uncancelled() -> None:
 
     task = asyncio.create_task(reader())
     await asyncio.sleep(0)
-    wait.interrupt(DeadlineExceededError("late"))
+    wait.interrupt(lambda: DeadlineExceededError("late"))
     assert await task >= 0.005

@@ -86,7 +86,7 @@ class InferenceHandlers:
         async def handle(raw_messages: AsyncIterator[bytes], call: grpc.aio.ServicerContext) -> None:
             one_at_a_time = asyncio.Lock()
             stalled = asyncio.Event()
-            watch = StalledClientTimeout(STALLED_READER_SECONDS, TimeoutError())
+            watch = StalledClientTimeout(STALLED_READER_SECONDS, TimeoutError)
 
             async def write(message: Any) -> None:
                 async with one_at_a_time:

@@ -64,9 +64,10 @@ async def open_event_stream(request: Request, events: Events, error_body: ErrorB
             raise ClientDisconnect
         if first.done():
             first.result()
-    except BaseException:  # raised on: the source must be closed, or its request would run for nobody
+    except BaseException:  # raised on: the source must be closed, or its request would go on
         await end_tasks(first, leaving)
         await events.aclose()
+        del first  # its error holds this frame through its traceback, and would be held by it
         raise
 
     def error_event(error: Exception) -> bytes:
@@ -104,10 +105,11 @@ class EventStream(Response):
         finally:
             await end_tasks(sending, self._leaving, self._first)
             await self._events.aclose()
+            del sending, self._first  # their errors hold this frame through their tracebacks
 
     async def _send_all(self, send: Send, writer: ChunkWriter | None) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        watch = StalledClientTimeout(STALLED_READER_SECONDS, ClientDisconnect())
+        watch = StalledClientTimeout(STALLED_READER_SECONDS, ClientDisconnect)
 
         async def send_piece(body: bytes) -> None:
             await watch.run(send({"type": "http.response.body", "body": body, "more_body": True}))
