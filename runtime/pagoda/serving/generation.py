@@ -102,7 +102,7 @@ def limit_time(job: GenerationJob, seconds: float | None) -> GenerationJob:
 
 
 class GenerationRunner:
-    """Runs the jobs of all protocols, and knows how many are under way.
+    """Runs the jobs of all protocols, and counts those that are running.
 
     A job is refused unless `health` is ready. `request_timeout_seconds` bounds every job; a shorter `timeout_seconds` of its
     own wins. The generator comes with `attach` where it can be made only when the checkpoint is there.
@@ -143,11 +143,11 @@ class GenerationRunner:
         return self._num_running
 
     async def wait_until_idle(self) -> None:
-        """Return once no job is under way."""
+        """Return once no job is running."""
         await self._idle.wait()
 
     def stop(self) -> None:
-        """End every job under way with `EngineNotReadyError`: the server's grace period is over."""
+        """Abort every running job with `EngineNotReadyError`: the server's grace period is over."""
         self._is_stopped = True
         for wait in list(self._waits):
             wait.interrupt(_stopped)

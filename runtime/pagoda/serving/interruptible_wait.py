@@ -23,13 +23,13 @@ class InterruptibleWait:
 
     @property
     def is_waiting(self) -> bool:
-        """Whether a `run` is under way."""
+        """Whether a `run` is waiting."""
         return self._task is not None
 
     def interrupt(self, make_error: Callable[[], Exception]) -> None:
         """End the running wait, and every later one, with an error; that of the first call.
 
-        It is made where it is raised: one that was kept here would keep, through its traceback, whoever waits and itself.
+        It is made where it is raised: an error that was kept here would form a cycle with the frames of its traceback.
         """
         if self._make_error is None:
             self._make_error = make_error
