@@ -5,31 +5,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
 from pagoda.errors import DeadlineExceededError, EngineNotReadyError
-from pagoda.sampling.params import SamplingParams
-from pagoda.serving.generation import GenerationJob, GenerationRunner
-from pagoda.serving.health import ServerHealth
 from pagoda.serving.interruptible_wait import InterruptibleWait
-from pagoda.serving.parameters import RequestOptions
-from pagoda.text.generation import TextGenerator
 from pagoda.text.output import GenerationChunk
-
-
-class Ready:
-    def check_ready(self) -> None:
-        pass
-
-
-class Observer:
-    def on_chunk(self, chunk: GenerationChunk) -> None:
-        pass
-
-    def on_end(self, error: BaseException | None) -> None:
-        pass
+from tests.support.jobs import job, runner_of
 
 
 class Endless:
@@ -47,19 +30,6 @@ class Endless:
                 yield GenerationChunk(text="x", token_ids=[1])
         finally:
             self.num_closed += 1
-
-
-def runner_of(generator: Endless) -> GenerationRunner:
-    return GenerationRunner(
-        cast("TextGenerator", generator),
-        cast("ServerHealth", Ready()),
-        request_timeout_seconds=None,
-        observe=lambda job, arrival: Observer(),
-    )
-
-
-def job(seconds: float | None = None) -> GenerationJob:
-    return GenerationJob(prompt="x", sampling=SamplingParams(), options=RequestOptions(timeout_seconds=seconds))
 
 
 @pytest.mark.parametrize("seconds_per_token", [0.01, 100.0])

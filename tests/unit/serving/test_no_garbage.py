@@ -13,28 +13,11 @@ import pytest
 from starlette.requests import ClientDisconnect, Request
 
 from pagoda.errors import DeadlineExceededError, EngineNotReadyError, RequestFailedError
-from pagoda.sampling.params import SamplingParams
-from pagoda.serving.generation import GenerationJob, GenerationRunner
-from pagoda.serving.health import ServerHealth
 from pagoda.serving.http.disconnect import until_disconnect
 from pagoda.serving.http.event_stream import open_event_stream
 from pagoda.serving.metrics.prometheus import Metrics
-from pagoda.serving.parameters import RequestOptions
-from pagoda.text.generation import TextGenerator
 from pagoda.text.output import GenerationChunk
-
-
-class Ready:
-    def check_ready(self) -> None:
-        pass
-
-
-class Observer:
-    def on_chunk(self, chunk: GenerationChunk) -> None:
-        pass
-
-    def on_end(self, error: BaseException | None) -> None:
-        pass
+from tests.support.jobs import job, runner_of
 
 
 class Failing:
@@ -48,19 +31,6 @@ class Failing:
         if self._hangs:
             await asyncio.Event().wait()
         raise RequestFailedError("failed as asked")
-
-
-def runner_of(generator: Failing) -> GenerationRunner:
-    return GenerationRunner(
-        cast("TextGenerator", generator),
-        cast("ServerHealth", Ready()),
-        request_timeout_seconds=None,
-        observe=lambda job, arrival: Observer(),
-    )
-
-
-def job(seconds: float | None = None) -> GenerationJob:
-    return GenerationJob(prompt="x", sampling=SamplingParams(), options=RequestOptions(timeout_seconds=seconds))
 
 
 def silent_request() -> Request:
