@@ -154,6 +154,14 @@ def test_prompt_logprobs_come_in_vllms_shape(client: openai.OpenAI) -> None:
     assert second["71"]["logprob"] == -0.5
 
 
+def test_streamed_prompt_logprobs_come_though_the_first_token_is_half_a_character(client: openai.OpenAI) -> None:
+    stream = client.completions.create(
+        model="demo", prompt="🙂", max_tokens=8, stream=True, extra_body={"prompt_logprobs": 1}
+    )
+    found = [choice.model_extra for event in stream for choice in event.choices if choice.model_extra]
+    assert [extra["prompt_logprobs"][0] for extra in found if "prompt_logprobs" in extra] == [None]
+
+
 def test_sampling_fields_reach_the_engine(harness: RestHarness, client: openai.OpenAI) -> None:
     client.completions.create(
         model="demo",

@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pagoda.errors import DeadlineExceededError, EngineNotReadyError, InvalidRequestError
 from pagoda.request import GenerationRequest
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from pagoda.text.generation import TextGenerator
 
 MAX_SEQUENCES_PER_REQUEST = 512
-STOPPED = "the server shut down before the request was finished; send it to another replica"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -92,7 +91,7 @@ def limit_time(job: GenerationRequest, seconds: float | None) -> GenerationReque
 
 
 class GenerationRunner:
-    """Runs the jobs of all protocols, and knows how many are under way.
+    """Runs the jobs of all protocols, and counts those that are running.
 
     A job is refused unless `health` is ready. `request_timeout_seconds` bounds every job; a shorter `timeout_seconds` of its
     own wins. The generator comes with `attach` where it can be made only when the checkpoint is there.
@@ -133,14 +132,14 @@ class GenerationRunner:
         return self._num_running
 
     async def wait_until_idle(self) -> None:
-        """Return once no job is under way."""
+        """Return once no job is running."""
         await self._idle.wait()
 
     def stop(self) -> None:
-        """End every job under way with `EngineNotReadyError`: the server's grace period is over."""
+        """Abort every running job with `EngineNotReadyError`: the server's grace period is over."""
         self._is_stopped = True
         for wait in list(self._waits):
-            wait.interrupt(EngineNotReadyError(STOPPED))
+            wait.interrupt(_stopped)
 
     async def stream(self, job: GenerationRequest, request_id: str) -> AsyncGenerator[GenerationChunk, None]:
         """The chunks of a job as they come. Close the iterator (or cancel its reader) to abort the job in the engine.
@@ -165,7 +164,7 @@ class GenerationRunner:
                         break
                     observer.on_chunk(chunk)
                     yield chunk
-        except BaseException as caught:  # raised on: a client that leaves is an end that is counted, too
+        except BaseException as caught:  # raised on: a disconnect is an end that is counted, too
             error = caught
             raise
         finally:
@@ -176,6 +175,7 @@ class GenerationRunner:
             if self._num_running == 0:
                 self._idle.set()
             observer.on_end(error)
+            del error  # it holds this frame through its traceback, and would be held by it
 
     async def collect(self, job: GenerationRequest, request_id: str) -> list[SequenceResult]:
         """The `params.n` finished sequences of a job, in order of their index."""
@@ -192,9 +192,8 @@ class GenerationRunner:
         try:
             return await asyncio.gather(*tasks)
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await _end(tasks)
+            del tasks  # their errors hold this frame through their tracebacks
 
     async def stream_all(
         self, jobs: Sequence[GenerationRequest], request_id: str
@@ -211,17 +210,18 @@ class GenerationRunner:
         queue: asyncio.Queue[tuple[int, GenerationChunk | Exception | None]] = asyncio.Queue(maxsize=len(jobs))
 
         async def pump(index: int, job: GenerationRequest) -> None:
-            end: Exception | None = None
             try:
                 async with aclosing(self.stream(job, f"{request_id}-{index}")) as chunks:
                     async for chunk in chunks:
                         await queue.put((index, chunk))
-            except Exception as error:  # handed to the reader of the queue, who raises it
-                end = error
-            await queue.put((index, end))
+            except Exception as error:  # raised by the reader of the queue
+                await queue.put((index, error))
+            else:
+                await queue.put((index, None))
 
         tasks = [asyncio.create_task(pump(index, job)) for index, job in enumerate(jobs)]
         num_open = len(tasks)
+        item: GenerationChunk | Exception | None = None
         try:
             while num_open:
                 index, item = await queue.get()
@@ -232,9 +232,8 @@ class GenerationRunner:
                 else:
                     raise item
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await _end(tasks)
+            del item  # an error holds this frame through its traceback
 
     def _deadline(self, job: GenerationRequest, arrival: float) -> float | None:
         limits = [seconds for seconds in (self._request_timeout_seconds, job.timeout_seconds) if seconds]
@@ -246,12 +245,25 @@ class GenerationRunner:
         """
         self._waits.add(wait)
         if self._is_stopped:
-            wait.interrupt(EngineNotReadyError(STOPPED))
+            wait.interrupt(_stopped)
         if deadline is None:
             return None
-        error = DeadlineExceededError("the request's deadline passed before it was finished")
         remaining = deadline - time.monotonic()
         if remaining > 0:
-            return asyncio.get_running_loop().call_later(remaining, wait.interrupt, error)
-        wait.interrupt(error)
+            return asyncio.get_running_loop().call_later(remaining, wait.interrupt, _deadline_exceeded)
+        wait.interrupt(_deadline_exceeded)
         return None
+
+
+async def _end(tasks: Sequence[asyncio.Task[Any]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _stopped() -> EngineNotReadyError:
+    return EngineNotReadyError("the server shut down before the request was finished; send it to another replica")
+
+
+def _deadline_exceeded() -> DeadlineExceededError:
+    return DeadlineExceededError("the request's deadline passed before it was finished")

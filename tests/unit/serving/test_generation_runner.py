@@ -4,32 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
-from typing import cast
 
 import pytest
 
 from pagoda.errors import DeadlineExceededError, EngineNotReadyError
 from pagoda.request import GenerationRequest
-from pagoda.sampling.params import SamplingParams
-from pagoda.serving.generation import GenerationRunner
-from pagoda.serving.health import ServerHealth
 from pagoda.serving.interruptible_wait import InterruptibleWait
-from pagoda.text.generation import TextGenerator
 from pagoda.text.output import GenerationChunk
+from tests.support.jobs import job, runner_of
 from tests.support.virtual_time import in_virtual_time
-
-
-class Ready:
-    def check_ready(self) -> None:
-        pass
-
-
-class Observer:
-    def on_chunk(self, chunk: GenerationChunk) -> None:
-        pass
-
-    def on_end(self, error: BaseException | None) -> None:
-        pass
 
 
 class Endless:
@@ -47,19 +30,6 @@ class Endless:
                 yield GenerationChunk(text="x", token_ids=[1])
         finally:
             self.num_closed += 1
-
-
-def runner_of(generator: Endless) -> GenerationRunner:
-    return GenerationRunner(
-        cast("TextGenerator", generator),
-        cast("ServerHealth", Ready()),
-        request_timeout_seconds=None,
-        observe=lambda job, arrival: Observer(),
-    )
-
-
-def job(seconds: float | None = None) -> GenerationRequest:
-    return GenerationRequest(prompt="x", params=SamplingParams(), timeout_seconds=seconds)
 
 
 @pytest.mark.parametrize("seconds_per_token", [1.0, 1e6])
@@ -108,7 +78,7 @@ async def test_a_cancelled_reader_stays_cancelled_when_its_deadline_comes_at_the
     wait = InterruptibleWait()
     task = asyncio.create_task(wait.run(asyncio.sleep(100)))
     await asyncio.sleep(0)
-    wait.interrupt(DeadlineExceededError("late"))
+    wait.interrupt(lambda: DeadlineExceededError("late"))
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -127,5 +97,5 @@ async def test_an_interrupted_wait_leaves_its_task_uncancelled() -> None:
 
     task = asyncio.create_task(reader())
     await asyncio.sleep(0)
-    wait.interrupt(DeadlineExceededError("late"))
+    wait.interrupt(lambda: DeadlineExceededError("late"))
     assert await task == pytest.approx(10.0)

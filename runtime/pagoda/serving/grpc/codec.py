@@ -1,6 +1,6 @@
 """V2 protobuf messages to checked V2 requests, and output tensors to V2 protobuf messages.
 
-Tensors come as typed `contents` or as `raw_input_contents`, never both; the answer has the form of the question, because
+Tensors come as typed `contents` or as `raw_input_contents`, never both; the response has the form of the request, because
 tritonclient reads numbers from raw contents only, while a person with grpcurl reads typed ones.
 """
 

@@ -1,6 +1,6 @@
 """What every RPC passes: parsing, API key, errors as status codes, log lines, and the end of streams at shutdown.
 
-Messages are parsed here and not by grpc, which would answer a malformed one with INTERNAL.
+Messages are parsed here and not by grpc, whose status for a malformed one is INTERNAL.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ LOGGED_METHODS = frozenset({"ModelInfer", "ModelStreamInfer"})
 MAX_STATUS_MESSAGE_BYTES = 1536
 STALLED_READER_SECONDS = 60.0
 LAST_STATUS_SECONDS = 5.0
-"""Time for a status to go out to a client that has stopped reading."""
+"""For the status to reach a client that has stopped reading."""
 
 Parser = Callable[[bytes], Any]
 UnaryMethod = Callable[[Any, float | None], Awaitable[Any]]
@@ -86,7 +86,7 @@ class InferenceHandlers:
         async def handle(raw_messages: AsyncIterator[bytes], call: grpc.aio.ServicerContext) -> None:
             one_at_a_time = asyncio.Lock()
             stalled = asyncio.Event()
-            watch = StalledClientTimeout(STALLED_READER_SECONDS, TimeoutError())
+            watch = StalledClientTimeout(STALLED_READER_SECONDS, TimeoutError)
 
             async def write(message: Any) -> None:
                 async with one_at_a_time:
@@ -95,7 +95,7 @@ class InferenceHandlers:
                     try:
                         await watch.run(call.write(message))
                     except grpc.aio.BaseError as error:
-                        # The connection was lost, or the call is over; grpc cancels this task a moment later.
+                        # The connection was closed, or the call is over; grpc cancels this task a moment later.
                         raise ClientGoneError from error
                     except TimeoutError as error:
                         stalled.set()

@@ -34,7 +34,7 @@ from pagoda.serving.v2.inference import output_tensors
 from pagoda.serving.v2.service import MODEL_VERSION, V2Call, V2Service
 
 MAX_REQUESTS_PER_STREAM = 256
-"""Requests of one stream under way at once; more wait unread, which holds back the client."""
+"""Requests of one stream that run at once; more wait unread, which slows the client down."""
 MAX_LOGGED_ID_CHARACTERS = 64
 EMPTY_FINAL_RESPONSE = "triton_enable_empty_final_response"
 FINAL_RESPONSE = "triton_final_response"
@@ -50,7 +50,7 @@ class InferenceService:
     """One method for each RPC. `remaining` is the time the client waits, in seconds, None without a deadline."""
 
     def __init__(self, service: V2Service, report_error: Callable[[Exception], ErrorReport]) -> None:
-        """`report_error` counts and logs an error that is answered inside a stream, and returns its report for the client."""
+        """`report_error` counts and logs an error that ends one request of a stream, and returns its report for the client."""
         self._service = service
         self._report_error = report_error
 

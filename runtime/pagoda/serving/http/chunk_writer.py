@@ -1,7 +1,7 @@
-"""A way from a stream of events to its connection that is as short as it can be.
+"""Writes the chunks of a streamed response straight to their connection, past the layers of the ASGI application.
 
-Every layer of an ASGI application wraps `send` to see how an answer starts. The thousands of pieces that follow need none of
-them, and most need not wait for anything: they cost less than the way there.
+Every layer wraps `send` to see how a response starts. The thousands of chunks that follow need none of them, and most need no
+wait: writing one costs less than calling through the layers.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ CHUNK_WRITER = "pagoda.chunk_writer"
 
 
 class ChunkWriter:
-    """Writes pieces of an answer of unknown length (`transfer-encoding: chunked`) whose start was sent already."""
+    """Writes chunks of a response (`transfer-encoding: chunked`) whose headers were sent already."""
 
     def __init__(self, transport: asyncio.Transport, flow: FlowControl) -> None:
         self._transport = transport

@@ -1,4 +1,4 @@
-"""Work that ends when the client leaves."""
+"""Work that is cancelled when the client disconnects."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ async def wait_for_disconnect(receive: Receive) -> None:
 
 
 async def until_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled when the client leaves before it is done.
+    """The result of `work`, which is cancelled when the client disconnects before it is done.
 
-    Raises `ClientDisconnect` then, after `work` has ended: nobody is left to answer, but the request's books are closed.
+    Raises `ClientDisconnect` then, after `work` has ended.
     """
     working = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(wait_for_disconnect(request.receive))
@@ -32,6 +32,7 @@ async def until_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T:
         return working.result()
     finally:
         await end_tasks(working, leaving)
+        del working  # its error holds this frame through its traceback, and would be held by it
 
 
 async def end_tasks(*tasks: asyncio.Future[Any]) -> None:

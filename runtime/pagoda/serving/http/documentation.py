@@ -37,7 +37,7 @@ def error_responses(model: type[BaseModel], *statuses: int) -> dict[int | str, d
 
 
 def event_stream(description: str) -> dict[str, Any]:
-    """The content of a 200 answer that is a stream of events."""
+    """The content of a 200 response that is a stream of events."""
     return {"description": description, "content": {"text/event-stream": {"schema": {"type": "string"}}}}
 
 

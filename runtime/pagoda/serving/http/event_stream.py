@@ -1,4 +1,4 @@
-"""Server-sent events whose source ends when the client leaves, and whose client sees an HTTP status for an early error.
+"""Server-sent events whose source is closed when the client disconnects, and an HTTP status for an early error.
 
 The status line waits for the first event, so that a refused request is a 400 or a 429 and not a broken stream. Where the
 first event takes long (a full queue, a long prompt) the stream is opened with a comment, and further comments keep proxies
@@ -52,7 +52,7 @@ class EventTemplate:
 
 
 async def open_event_stream(request: Request, events: Events, error_body: ErrorBody, metrics: Metrics) -> EventStream:
-    """The answer that streams `events`; raises what the source raises before its first event.
+    """The response that streams `events`; raises what the source raises before its first event.
 
     `error_body` makes the last event of a stream whose source raised later.
     """
@@ -64,9 +64,10 @@ async def open_event_stream(request: Request, events: Events, error_body: ErrorB
             raise ClientDisconnect
         if first.done():
             first.result()
-    except BaseException:  # raised on: the source must be closed, or its request would run for nobody
+    except BaseException:  # raised on: the source must be closed, or its request would go on
         await end_tasks(first, leaving)
         await events.aclose()
+        del first  # its error holds this frame through its traceback, and would be held by it
         raise
 
     def error_event(error: Exception) -> bytes:
@@ -76,7 +77,7 @@ async def open_event_stream(request: Request, events: Events, error_body: ErrorB
 
 
 class EventStream(Response):
-    """The answer of `open_event_stream`. A client that reads nothing for `STALLED_READER_SECONDS` is given up."""
+    """The response of `open_event_stream`. A client that reads nothing for `STALLED_READER_SECONDS` is disconnected."""
 
     media_type = "text/event-stream"
 
@@ -95,7 +96,7 @@ class EventStream(Response):
         self._error_event = error_event
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send events until the source ends or the client leaves; the source is closed either way."""
+        """Send events until the source ends or the client disconnects; the source is closed either way."""
         sending = asyncio.ensure_future(self._send_all(send, scope.get(CHUNK_WRITER)))
         try:
             await asyncio.wait((sending, self._leaving), return_when=asyncio.FIRST_COMPLETED)
@@ -104,10 +105,11 @@ class EventStream(Response):
         finally:
             await end_tasks(sending, self._leaving, self._first)
             await self._events.aclose()
+            del sending, self._first  # their errors hold this frame through their tracebacks
 
     async def _send_all(self, send: Send, writer: ChunkWriter | None) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        watch = StalledClientTimeout(STALLED_READER_SECONDS, ClientDisconnect())
+        watch = StalledClientTimeout(STALLED_READER_SECONDS, ClientDisconnect)
 
         async def send_piece(body: bytes) -> None:
             await watch.run(send({"type": "http.response.body", "body": body, "more_body": True}))
@@ -123,7 +125,7 @@ class EventStream(Response):
                         await send_piece(piece)
             except ClientDisconnect:
                 raise
-            except Exception as error:  # the status line is out: whatever it is becomes the last event
+            except Exception as error:  # the status line is sent: any error becomes the last event
                 await send_piece(self._error_event(error))
         finally:
             watch.close()

@@ -2,38 +2,32 @@
 
 from __future__ import annotations
 
-import time
-import uuid
-from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
+
+from typing_extensions import override
 
 from pagoda.errors import InvalidRequestError, NotSupportedError
 from pagoda.request import GenerationRequest
 from pagoda.sampling.params import MAX_LOGPROBS
 from pagoda.serving.context import ServingContext
 from pagoda.serving.generation import SequenceResult, limit_time
-from pagoda.serving.http.event_stream import DONE, Events, EventTemplate, event
+from pagoda.serving.openai.call import Call, Choice
 from pagoda.serving.openai.finish import finish_fields
 from pagoda.serving.openai.logprobs import chat_logprobs, prompt_logprobs
 from pagoda.serving.openai.requests import check_stream_options, generation_request, template_messages
 from pagoda.serving.openai.types import ChatCompletionRequest, TokenizeRequest
-from pagoda.serving.openai.usage import UsageCounter
 from pagoda.text.output import GenerationChunk
 
 
-@dataclass(frozen=True, slots=True)
-class ChatCall:
-    """A checked request on its way; the chat template is applied when it starts."""
+class ChatCall(Call):
+    """A conversation to be continued; the chat template is applied when the call runs."""
 
-    context: ServingContext
-    request: ChatCompletionRequest
-    job: GenerationRequest
-    answer_id: str
-    created: int
+    id_prefix = "chatcmpl"
+    object_name = "chat.completion"
+    chunk_object_name = "chat.completion.chunk"
 
-    @classmethod
-    def prepare(cls, context: ServingContext, request: ChatCompletionRequest, seconds: float | None) -> ChatCall:
+    def __init__(self, context: ServingContext, request: ChatCompletionRequest, seconds: float | None) -> None:
         """Check everything that can be checked before the template is applied; `seconds` is the header's limit."""
         check_stream_options(request)
         if request.response_format is not None and request.response_format.type != "text":
@@ -43,86 +37,60 @@ class ChatCall:
         overrides: dict[str, Any] = {"logprobs": _num_logprobs(request)}
         if request.max_completion_tokens is not None:
             overrides["max_tokens"] = request.max_completion_tokens
-        job = limit_time(generation_request(request, context.generator.sampling_params, overrides), seconds)
-        return cls(context, request, job, f"chatcmpl-{uuid.uuid4().hex}", int(time.time()))
+        super().__init__(context, request)
+        self._request = request
+        self._job = limit_time(generation_request(request, context.generator.sampling_params, overrides), seconds)
 
-    async def whole(self) -> dict[str, Any]:
-        """The answer when everything is done."""
-        results = await self.context.runner.collect(await self._job(), self.answer_id)
-        usage = UsageCounter()
-        for result in results:
-            usage.add(0, _counts(result))
-        answer = self._head("chat.completion", [self._choice(index, result) for index, result in enumerate(results)])
-        answer["usage"] = usage.usage()
-        if results[0].prompt_logprobs is not None:
-            answer["prompt_logprobs"] = prompt_logprobs(results[0].prompt_logprobs)
-        return answer
+    @override
+    async def jobs(self) -> list[GenerationRequest]:
+        return [replace(self._job, prompt=await encode_chat(self._context, self._request))]
 
-    async def events(self) -> Events:
-        """The answer in pieces; each choice begins with the role."""
-        templates: dict[int, EventTemplate] = {}
-        usage = UsageCounter()
-        stream_options = self.request.stream_options
-        wants_usage = bool(stream_options and stream_options.include_usage)
-        continuous = bool(stream_options and stream_options.continuous_usage_stats)
-        async with aclosing(self.context.runner.stream(await self._job(), self.answer_id)) as chunks:
-            async for chunk in chunks:
-                usage.add(0, chunk)
-                template = templates.get(chunk.index)
-                if template is not None and not continuous and not chunk.logprobs and chunk.finish_reason is None:
-                    if chunk.text:
-                        yield template(chunk.text)
-                    continue
-                pieces = self._pieces(chunk)
-                if template is None:
-                    templates[chunk.index] = self._template(chunk.index, wants_usage)
-                    pieces.insert(0, _piece(chunk.index, {"role": "assistant", "content": ""}))
-                for piece in pieces:
-                    content = self._head("chat.completion.chunk", [piece])
-                    if wants_usage:
-                        content["usage"] = usage.usage() if continuous else None
-                    yield event(content)
-        if wants_usage:
-            yield event({**self._head("chat.completion.chunk", []), "usage": usage.usage()})
-        yield DONE
+    @override
+    def choice(self, index: int) -> Choice:
+        return _ChatChoice(index, has_logprobs=bool(self._request.logprobs))
 
-    async def _job(self) -> GenerationRequest:
-        return replace(self.job, prompt=await encode_chat(self.context, self.request))
+    @override
+    def members_of(self, results: list[list[SequenceResult]]) -> dict[str, Any]:
+        ((first, *_),) = results
+        return {} if first.prompt_logprobs is None else {"prompt_logprobs": prompt_logprobs(first.prompt_logprobs)}
 
-    def _head(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+
+class _ChatChoice(Choice):
+    def __init__(self, index: int, *, has_logprobs: bool) -> None:
+        super().__init__(index)
+        self._has_logprobs = has_logprobs
+        self._has_begun = False
+
+    @override
+    async def whole(self, result: SequenceResult) -> dict[str, Any]:
         return {
-            "id": self.answer_id,
-            "object": kind,
-            "created": self.created,
-            "model": self.context.model_name,
-            "choices": choices,
-        }
-
-    def _choice(self, index: int, result: SequenceResult) -> dict[str, Any]:
-        return {
-            "index": index,
+            "index": self.index,
             "message": {"role": "assistant", "content": result.text},
-            "logprobs": chat_logprobs(result.logprobs or []) if self.request.logprobs else None,
+            "logprobs": chat_logprobs(result.logprobs or []) if self._has_logprobs else None,
             **finish_fields(result.finish_reason, result.stop_reason),
         }
 
-    def _template(self, index: int, wants_usage: bool) -> EventTemplate:
-        """The events of a choice that bring nothing but text."""
-        usage = {"usage": None} if wants_usage else {}
-        return EventTemplate(
-            lambda text: {**self._head("chat.completion.chunk", [_piece(index, {"content": text})]), **usage}
-        )
+    @override
+    async def deltas(self, chunk: GenerationChunk) -> list[dict[str, Any]]:
+        deltas = []
+        if not self._has_begun:
+            self._has_begun = True
+            deltas.append(self._delta({"role": "assistant", "content": ""}))
+        if chunk.text or chunk.logprobs or chunk.finish_reason is not None:
+            delta = self._delta({"content": chunk.text} if chunk.text else {})
+            if chunk.logprobs:
+                delta["logprobs"] = chat_logprobs(chunk.logprobs)
+            if chunk.finish_reason is not None:
+                delta |= finish_fields(chunk.finish_reason, chunk.stop_reason)
+            deltas.append(delta)
+        return deltas
 
-    def _pieces(self, chunk: GenerationChunk) -> list[dict[str, Any]]:
-        """What `chunk` brings, if anything that is shown."""
-        if not (chunk.text or chunk.logprobs or chunk.finish_reason is not None):
-            return []
-        piece = _piece(chunk.index, {"content": chunk.text} if chunk.text else {})
-        if chunk.logprobs:
-            piece["logprobs"] = chat_logprobs(chunk.logprobs)
-        if chunk.finish_reason is not None:
-            piece |= finish_fields(chunk.finish_reason, chunk.stop_reason)
-        return [piece]
+    @override
+    def text_delta(self, text: str) -> dict[str, Any]:
+        return self._delta({"content": text})
+
+    def _delta(self, message: dict[str, Any]) -> dict[str, Any]:
+        return {"index": self.index, "delta": message, "logprobs": None, "finish_reason": None}
 
 
 async def encode_chat(context: ServingContext, request: ChatCompletionRequest | TokenizeRequest) -> list[int]:
@@ -138,10 +106,6 @@ async def encode_chat(context: ServingContext, request: ChatCompletionRequest | 
     )
 
 
-def _piece(index: int, delta: dict[str, Any]) -> dict[str, Any]:
-    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
-
-
 def _num_logprobs(request: ChatCompletionRequest) -> int | None:
     top = request.top_logprobs
     if top is not None and not request.logprobs:
@@ -151,12 +115,3 @@ def _num_logprobs(request: ChatCompletionRequest) -> int | None:
             f"top_logprobs must be an integer between 0 and {MAX_LOGPROBS}, got {top}", "top_logprobs"
         )
     return (top or 0) if request.logprobs else None
-
-
-def _counts(result: SequenceResult) -> GenerationChunk:
-    """What the usage of a finished sequence is counted from."""
-    return GenerationChunk(
-        token_ids=result.token_ids,
-        num_prompt_tokens=result.num_prompt_tokens,
-        num_cached_tokens=result.num_cached_tokens,
-    )

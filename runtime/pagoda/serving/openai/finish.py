@@ -1,4 +1,4 @@
-"""Why an answer ended, in the words that OpenAI's clients know."""
+"""Finish reasons as OpenAI's clients know them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pagoda.sampling.output import FinishReason
 def finish_fields(reason: FinishReason | None, stop_reason: int | str | None) -> dict[str, Any]:
     """`finish_reason` and `stop_reason` of a choice; both None while it goes on.
 
-    OpenAI has no word for an answer that was cut off because it only repeated itself: it is `length`, and `stop_reason` says
+    OpenAI has no finish reason for output that was ended because it repeated itself: it is `length`, and `stop_reason` says
     more.
     """
     if reason is FinishReason.REPETITION:

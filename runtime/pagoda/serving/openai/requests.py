@@ -53,7 +53,7 @@ UNSUPPORTED: dict[str, Callable[[object], bool]] = {
     "chat_template": _is_given,
     "documents": _is_given,
 }
-# Known fields that change nothing in the answer here.
+# Known fields that are accepted and change nothing.
 WITHOUT_EFFECT = frozenset(
     {
         *("user", "metadata", "store", "service_tier", "parallel_tool_calls", "prediction", "safety_identifier"),

@@ -66,7 +66,7 @@ def openai_router(context: ServingContext, prefix: str, started: int) -> APIRout
     async def completions(request: Request) -> Response:
         """Complete prompts; `stream: true` streams events that end with `[DONE]`."""
         body = await _read(context, request, CompletionRequest)
-        call = CompletionCall.prepare(context, body, _seconds(request))
+        call = CompletionCall(context, body, _seconds(request))
         if body.stream:
             return await open_event_stream(request, call.events(), openai_error, context.metrics)
         return json_response(await until_disconnect(request, call.whole()))
@@ -80,7 +80,7 @@ def openai_router(context: ServingContext, prefix: str, started: int) -> APIRout
     async def chat_completions(request: Request) -> Response:
         """Continue a conversation; `stream: true` streams events that end with `[DONE]`."""
         body = await _read(context, request, ChatCompletionRequest)
-        call = ChatCall.prepare(context, body, _seconds(request))
+        call = ChatCall(context, body, _seconds(request))
         if body.stream:
             return await open_event_stream(request, call.events(), openai_error, context.metrics)
         return json_response(await until_disconnect(request, call.whole()))

@@ -1,7 +1,7 @@
 """What OpenAI's routes take and give, with the extra fields that vLLM's clients know.
 
 Requests are checked strictly (a string is no number) and keep unknown fields, which are logged once and otherwise ignored: new
-clients send new fields. Answers are built as plain dictionaries; the response types here document them and check them in
+clients send new fields. Responses are built as plain dictionaries; the response types here document them and check them in
 tests.
 """
 
@@ -86,7 +86,7 @@ class Message(RequestPart):
 
 
 class ResponseFormat(RequestPart):
-    """The form of the answer; only `text` is supported."""
+    """The form of the response; only `text` is supported."""
 
     type: str = "text"
 
@@ -183,7 +183,7 @@ class CompletionChoice(BaseModel):
 
 
 class CompletionResponse(BaseModel):
-    """The answer of /v1/completions; in a stream each event is one."""
+    """The response of /v1/completions; in a stream each event is one."""
 
     id: str
     object: Literal["text_completion"]
@@ -214,14 +214,14 @@ class ChatLogprobs(BaseModel):
 
 
 class AssistantMessage(BaseModel):
-    """What the assistant said."""
+    """The assistant's message."""
 
     role: Literal["assistant"]
     content: str | None
 
 
 class ChatChoice(BaseModel):
-    """One answer of the assistant."""
+    """One message of the assistant."""
 
     index: int
     message: AssistantMessage
@@ -231,7 +231,7 @@ class ChatChoice(BaseModel):
 
 
 class ChatCompletionResponse(BaseModel):
-    """The answer of /v1/chat/completions."""
+    """The response of /v1/chat/completions."""
 
     id: str
     object: Literal["chat.completion"]

@@ -1,27 +1,28 @@
-"""Counting tokens of an answer."""
+"""Counting the tokens of a response."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from pagoda.serving.generation import SequenceResult
 from pagoda.text.output import GenerationChunk
 
 
 class UsageCounter:
-    """Tokens of all choices of an answer so far; a prompt counts once however many choices it has."""
+    """Tokens of all choices of a response so far; a prompt counts once however many choices it has."""
 
     def __init__(self) -> None:
         self._prompt_tokens: dict[int, int] = {}
         self._cached_tokens: dict[int, int] = {}
         self._completion_tokens = 0
 
-    def add(self, prompt_index: int, chunk: GenerationChunk) -> None:
-        """Count what `chunk` brings."""
-        self._completion_tokens += len(chunk.token_ids)
-        if chunk.num_prompt_tokens is not None:
-            self._prompt_tokens[prompt_index] = chunk.num_prompt_tokens
-            # The choices of a prompt find one another's blocks; the first tells what was there before the request.
-            self._cached_tokens.setdefault(prompt_index, chunk.num_cached_tokens or 0)
+    def add(self, prompt_index: int, part: GenerationChunk | SequenceResult) -> None:
+        """Count a chunk, or a whole sequence."""
+        self._completion_tokens += len(part.token_ids)
+        if part.num_prompt_tokens is not None:
+            self._prompt_tokens[prompt_index] = part.num_prompt_tokens
+            # The choices of a prompt find one another's blocks; the first tells what was cached before the request.
+            self._cached_tokens.setdefault(prompt_index, part.num_cached_tokens or 0)
 
     def usage(self) -> dict[str, Any]:
         """The `usage` object."""

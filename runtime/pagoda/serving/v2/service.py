@@ -1,4 +1,4 @@
-"""The Open Inference Protocol (V2), whatever carries it: one set of answers, one wording of every error.
+"""The Open Inference Protocol (V2), whatever carries it: one set of responses, one wording of every error.
 
 REST v2 routes   bytes ─▶ json_codec ───┐                          ┌──▶ json_codec ─▶ bytes
 REST generate    JSON  ─▶ generate ─────┼─▶ V2Request ─▶ V2Service ┼──▶ generate ───▶ JSON, events
@@ -63,7 +63,7 @@ class ModelMetadata:
 
 @dataclass(frozen=True, slots=True)
 class ModelState:
-    """A model in the repository index. `state` is one of Triton's words; `reason` is empty for a model that is ready."""
+    """A model in the repository index. `state` is Triton's READY, LOADING or UNAVAILABLE; `reason` is empty for READY."""
 
     name: str
     version: str

@@ -1,0 +1,123 @@
+"""A generating request of OpenAI's routes, from checked to its response: whole, or in server-sent events.
+
+Chat and completions differ in their jobs and in what a choice looks like (`Choice`); everything around the choices is here.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from abc import ABC, abstractmethod
+from contextlib import aclosing
+from typing import Any, ClassVar
+
+from pagoda.request import GenerationRequest
+from pagoda.serving.context import ServingContext
+from pagoda.serving.generation import SequenceResult
+from pagoda.serving.http.event_stream import DONE, Events, EventTemplate, event
+from pagoda.serving.openai.types import SamplingFields
+from pagoda.serving.openai.usage import UsageCounter
+from pagoda.text.output import GenerationChunk
+
+
+class Choice(ABC):
+    """One choice of a response, with what it must remember between the chunks of a stream."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+    @abstractmethod
+    async def whole(self, result: SequenceResult) -> dict[str, Any]:
+        """The choice of a finished sequence."""
+
+    @abstractmethod
+    async def deltas(self, chunk: GenerationChunk) -> list[dict[str, Any]]:
+        """The choices of the events that `chunk` becomes, none if there is nothing to show."""
+
+    @abstractmethod
+    def text_delta(self, text: str) -> dict[str, Any]:
+        """`deltas` of a chunk, not the first, that has only text."""
+
+
+class Call(ABC):
+    """A checked request; `whole` or `events` runs it, once."""
+
+    id_prefix: ClassVar[str]
+    object_name: ClassVar[str]
+    chunk_object_name: ClassVar[str]
+
+    def __init__(self, context: ServingContext, request: SamplingFields) -> None:
+        self._context = context
+        self._response_id = f"{self.id_prefix}-{uuid.uuid4().hex}"
+        self._created = int(time.time())
+        options = request.stream_options
+        self._includes_usage = bool(options and options.include_usage)
+        self._is_usage_continuous = bool(self._includes_usage and options and options.continuous_usage_stats)
+
+    @abstractmethod
+    async def jobs(self) -> list[GenerationRequest]:
+        """One job a prompt, all with the same number of sequences."""
+
+    @abstractmethod
+    def choice(self, index: int) -> Choice:
+        """The choice of that number, before its first chunk; choices are numbered through all prompts."""
+
+    def members_of(self, results: list[list[SequenceResult]]) -> dict[str, Any]:
+        """What a whole response has beside its choices and usage; `results[prompt][sequence]`."""
+        return {}
+
+    async def whole(self) -> dict[str, Any]:
+        """The response when everything is done; cancelling the call aborts it in the engine."""
+        jobs = await self.jobs()
+        results = await self._context.runner.collect_all(jobs, self._response_id)
+        usage = UsageCounter()
+        choices: list[dict[str, Any]] = []
+        for prompt_index, sequences in enumerate(results):
+            for result in sequences:
+                # The engine computes them for the first sequence of a prompt only; they are the same for all.
+                result.prompt_logprobs = sequences[0].prompt_logprobs
+                usage.add(prompt_index, result)
+                choices.append(await self.choice(len(choices)).whole(result))
+        return {**self.envelope(self.object_name, choices), "usage": usage.usage(), **self.members_of(results)}
+
+    async def events(self) -> Events:
+        """The response in events; closing the iterator aborts it in the engine."""
+        jobs = await self.jobs()
+        usage = UsageCounter()
+        choices: dict[tuple[int, int], tuple[Choice, EventTemplate]] = {}
+        async with aclosing(self._context.runner.stream_all(jobs, self._response_id)) as chunks:
+            async for prompt_index, chunk in chunks:
+                usage.add(prompt_index, chunk)
+                key = (prompt_index, chunk.index)
+                known = choices.get(key)
+                if known is None:
+                    choice = self.choice(prompt_index * jobs[prompt_index].params.n + chunk.index)
+                    choices[key] = choice, self._text_template(choice)
+                else:
+                    choice, text_event = known
+                    if chunk.finish_reason is None and not chunk.logprobs and not self._is_usage_continuous:
+                        if chunk.text:
+                            yield text_event(chunk.text)
+                        continue
+                for delta in await choice.deltas(chunk):
+                    yield event(self._chunk([delta], usage.usage() if self._is_usage_continuous else None))
+        if self._includes_usage:
+            yield event(self._chunk([], usage.usage()))
+        yield DONE
+
+    def envelope(self, object_name: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        """The members that a response and all its events share, around `choices`."""
+        return {
+            "id": self._response_id,
+            "object": object_name,
+            "created": self._created,
+            "model": self._context.model_name,
+            "choices": choices,
+        }
+
+    def _chunk(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None) -> dict[str, Any]:
+        content = self.envelope(self.chunk_object_name, choices)
+        return {**content, "usage": usage} if self._includes_usage else content
+
+    def _text_template(self, choice: Choice) -> EventTemplate:
+        return EventTemplate(lambda text: self._chunk([choice.text_delta(text)], None))
