@@ -15,6 +15,9 @@ pytest_plugins = ["tests.support.leftovers"]
 # A shell that starts the suite in the background has SIGINT ignored, and every process started here would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# Workers of a parallel run share the cores, and a thread of torch that spins while it waits for another takes one from them.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 # Triton runs kernels on the CPU if this is set before its first import, and transformers imports it in other tests. Where
 # there is a GPU, TRITON_INTERPRET=0 leaves the kernels to it.
 os.environ.setdefault("TRITON_INTERPRET", "1")
