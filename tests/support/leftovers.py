@@ -37,8 +37,8 @@ SHARED_DIRECTORY = "TEST_SHARED_DIRECTORY"
 SYSTEM_DIRECTORY = "PYTEST_DEBUG_TEMPROOT"
 """The system's temporary directory. The name is pytest's: its own directories stay there, where they outlive the run."""
 SHARED_MEMORY = Path("/dev/shm")
-CACHES = ("torchinductor_",)
-"""Beginnings of names that libraries give to what they keep in the temporary directory for as long as the process lives."""
+KEPT = ("torchinductor_", "libpod_")
+"""Beginnings of names: torch's cache, which it keeps for as long as the process lives, and podman's locks."""
 
 _OWN = pytest.StashKey[tuple[tempfile.TemporaryDirectory[str], dict[str, str | None]]]()
 
@@ -174,11 +174,8 @@ def _threads() -> dict[threading.Thread, str]:
 
 def _files() -> dict[Path, str]:
     system, own = Path(os.environ[SYSTEM_DIRECTORY]), Path(tempfile.gettempdir())
-    found = list(system.glob("pagoda-*"))
-    found += [path for path in own.iterdir() if not path.name.startswith(CACHES)]
-    if SHARED_MEMORY.is_dir():
-        found += SHARED_MEMORY.iterdir()
-    return {path: f"file {path}" for path in found}
+    found = [*system.glob("pagoda-*"), *own.iterdir(), *(SHARED_MEMORY.iterdir() if SHARED_MEMORY.is_dir() else ())]
+    return {path: f"file {path}" for path in found if not path.name.startswith(KEPT)}
 
 
 def _of_this_run(files: dict[Path, str]) -> dict[Path, str]:
