@@ -93,7 +93,7 @@ class NetworkNode:
 
     def _environ(self, environ: Mapping[str, str] | None) -> dict[str, str]:
         """Temporary files as on a host of its own; Ray's are in the node's /tmp/ray, for paths of sockets must be short."""
-        return {**os.environ, "TMPDIR": str(self.directory / "tmp"), "RAY_TMPDIR": "/tmp", **(environ or {})}
+        return {**os.environ, **(environ or {}), "TMPDIR": str(self.directory / "tmp"), "RAY_TMPDIR": "/tmp"}
 
     def connect(self, port: int, timeout: float = 10.0) -> socket.socket:
         """A connection to a port of this node over its own loopback, whatever becomes of its links."""
