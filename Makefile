@@ -6,8 +6,8 @@
 PYTHON ?= python3
 PIP_ARGS ?=
 ARGS ?=
-# Processes that run tests beside each other; 0: in pytest's own, as for a debugger.
-WORKERS ?= auto
+# Processes that run tests side by side; 0: those of pytest itself, as a debugger needs it.
+WORKERS ?= $(shell nproc)
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -50,7 +50,7 @@ test: lint ## lint, types and the whole test suite
 	@$(MAKE) --no-print-directory --jobs=2 typecheck suite
 
 suite: install
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile -m "not slow and not chaos and not cluster and not pods" $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow and not chaos and not cluster and not pods" $(ARGS)
 
 test-slow: install ## tests that take minutes
 	$(BIN)/python -m pytest -m slow $(ARGS)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
@@ -14,6 +13,7 @@ from pagoda.errors import CommunicationError
 from pagoda.parallel.groups import SINGLE_RANK, ParallelGroups, connect_groups
 from pagoda.parallel.layout import ParallelLayout
 from tests.support.ports import free_port
+from tests.support.waiting import wait_until
 
 
 def connect(port: int, rank: int, layout: ParallelLayout | None = None, timeout: float = 2.0) -> ParallelGroups:
@@ -28,13 +28,11 @@ def connect(port: int, rank: int, layout: ParallelLayout | None = None, timeout:
     )
 
 
-def wait_for_listener(port: int) -> None:
-    for _ in range(100):
-        with suppress(ConnectionRefusedError):
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-            return
-        time.sleep(0.05)
-    raise AssertionError("rank 0 never listened")
+def listens(port: int) -> bool:
+    with suppress(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port), timeout=1).close()
+        return True
+    return False
 
 
 def test_single_rank_needs_nobody_and_gives_back_what_it_gets() -> None:
@@ -52,7 +50,7 @@ def test_rank_zero_listens_on_its_address_alone_and_says_who_did_not_come() -> N
     port = free_port()
     with ThreadPoolExecutor(1) as pool:
         meeting = pool.submit(connect, port, 0, None, 2.0)
-        wait_for_listener(port)
+        wait_until(lambda: listens(port))
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(("127.0.0.2", port), timeout=1)
         with pytest.raises(
