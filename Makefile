@@ -6,6 +6,8 @@
 PYTHON ?= python3
 PIP_ARGS ?=
 ARGS ?=
+# Processes that run tests side by side; 0: those of pytest itself, as a debugger needs it.
+WORKERS ?= $(shell nproc)
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -19,7 +21,7 @@ PEERS ?= transformers openvino vllm llamacpp
 # For the processor at hand, and nothing but the library.
 LLAMA_CMAKE_ARGS := -DGGML_NATIVE=ON -DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_SERVER=OFF
 
-.PHONY: help install serve test test-slow test-chaos test-cluster test-pods lint format typecheck proto docs chart test-image bench peers bench-peers gpu-check gpu-tune
+.PHONY: help install serve test suite test-slow test-chaos test-cluster test-pods lint format typecheck proto docs chart test-image bench peers bench-peers gpu-check gpu-tune
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -44,8 +46,11 @@ $(KERNELS): $(INSTALLED) kernels/pagoda_kernels/cpu/build.py $(wildcard kernels/
 serve: install ## serve a model, the demo model if ARGS names none
 	$(BIN)/pagoda serve $(ARGS)
 
-test: lint typecheck ## lint, types and the whole test suite
-	$(BIN)/python -m pytest -m "not slow and not chaos and not cluster and not pods" $(ARGS)
+test: lint ## lint, types and the whole test suite
+	@$(MAKE) --no-print-directory --jobs=2 typecheck suite
+
+suite: install
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow and not chaos and not cluster and not pods" $(ARGS)
 
 test-slow: install ## tests that take minutes
 	$(BIN)/python -m pytest -m slow $(ARGS)

@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 
 from tests.support.notes import Note
@@ -15,9 +16,16 @@ pytest_plugins = ["tests.support.leftovers"]
 # A shell that starts the suite in the background has SIGINT ignored, and every process started here would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# Workers of a parallel run share the cores, and a thread of torch that spins while it waits for another takes one from them.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 # Triton runs kernels on the CPU if this is set before its first import, and transformers imports it in other tests. Where
 # there is a GPU, TRITON_INTERPRET=0 leaves the kernels to it.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# How fast examples are made and run is no property.
+hypothesis.settings.register_profile("suite", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("suite")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -30,19 +38,26 @@ def restore_kernel_backend() -> Iterator[None]:
     backend.active = before
 
 
-_FIGURES = pytest.StashKey[list[str]]()
+_FIGURE = "figure"
 
 
 @pytest.fixture
 def note(request: pytest.FixtureRequest) -> Note:
     """Adds a sentence to the figures that the run prints after its results."""
-    figures = request.config.stash.setdefault(_FIGURES, [])
-    return lambda sentence: figures.append(f"{request.node.name}: {sentence}")
+    # With the report of the test, for a worker prints nothing.
+    return lambda sentence: request.node.user_properties.append((_FIGURE, sentence))
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print them."""
-    figures = config.stash.get(_FIGURES, [])
+    reports = [report for reports in terminalreporter.stats.values() for report in reports]
+    figures = [
+        f"{report.nodeid.rpartition('::')[2]}: {sentence}"
+        for report in reports
+        if isinstance(report, pytest.TestReport) and report.when == "call"
+        for name, sentence in report.user_properties
+        if name == _FIGURE
+    ]
     if figures:
         terminalreporter.section("figures")
         for figure in figures:

@@ -10,7 +10,6 @@ import asyncio
 import os
 import random
 import signal
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -89,6 +88,4 @@ async def test_an_engine_does_not_outlive_its_server_not_even_a_stopped_one(serv
     os.kill(engine, signal.SIGSTOP)
     server.send_signal(signal.SIGKILL)
     server.wait()
-    killed = time.monotonic()
-    await wait_until_async(lambda: not is_there(engine), seconds=30)
-    assert time.monotonic() - killed < 10
+    await wait_until_async(lambda: not is_there(engine))

@@ -168,6 +168,25 @@ def test_a_later_stage_is_bounded_by_the_start_timeout(command) -> None:
     assert launcher.is_terminated
 
 
+def test_answers_that_came_while_the_driver_was_stopped_are_not_too_late() -> None:
+    def load(rank, _):
+        rank.progress = RankHeartbeat(5, 0)
+        rank.channel.send(StageDone("weights"))
+        rank.channel.send(rank.progress)  # where this has arrived, the answer has
+
+    def stopped() -> None:
+        wait_until(lambda: [rank.num_steps for rank in group.ranks()] == [5, 5])
+        clock.on_read = lambda: None
+        clock.advance(1e6)
+
+    clock = Clock()
+    group, _ = make_group({0: {LoadWeights: load}, 1: {LoadWeights: load}}, clock=clock)
+    group.connect(FakeStages())
+    clock.on_read = stopped
+    group.load()
+    group.shutdown()
+
+
 @pytest.mark.parametrize(
     ("hello", "message"),
     [

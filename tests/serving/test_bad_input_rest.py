@@ -387,8 +387,8 @@ def test_nan_in_a_binary_parameter_is_a_400(harness: RestHarness) -> None:
     ("encoding", "body", "words"),
     [
         ("gzip", b"no gzip", "cannot be decompressed"),
-        ("gzip", gzip.compress(b"{}")[:-3], "cut short"),
-        ("gzip", gzip.compress(b"{}") + b"more", "follows"),
+        ("gzip", gzip.compress(b"{}", mtime=0)[:-3], "cut short"),
+        ("gzip", gzip.compress(b"{}", mtime=0) + b"more", "follows"),
         ("br", b"{}", "Content-Encoding must be"),
     ],
 )

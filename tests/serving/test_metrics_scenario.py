@@ -19,6 +19,7 @@ from pagoda.text.generation import TextGenerator
 from pagoda.text.pool import TokenizerPool
 from tests.support.checkpoints import shared_checkpoint
 from tests.support.fake_engine import FakeEngineClient
+from tests.support.waiting import wait_until_async
 
 PROMPT = [5, 6, 7]
 MAX_MODEL_LEN = 20
@@ -71,8 +72,7 @@ async def test_every_way_to_end_is_counted_once_and_nothing_is_left(context: Ser
 
     engine.hold.clear()
     leaving = asyncio.create_task(run(context, max_tokens=5, n=2))
-    while len(engine.submitted) < 9:
-        await asyncio.sleep(0.001)
+    await wait_until_async(lambda: len(engine.submitted) == 9)
     during = figures(context)
     assert during["num_requests_running"] == 2
     leaving.cancel()

@@ -3,11 +3,11 @@
     processes     children, theirs, and orphans of theirs: found by an environment variable that all of them inherit
     sockets       that listen in this process
     threads       of this process that are no daemons: the interpreter would wait for them
-    files         in the temporary directory, which is this process's own; in /dev/shm, if no process has them mapped; and
-                  `pagoda-*` in the system's temporary directory
+    files         in the temporary directory, which is this process's own; and in those that it shares with others, /dev/shm
+                  and the system's temporary directory (`pagoda-*`), while nothing else on this machine can have made them
 
-Every worker of a parallel run has its own variable and its own directory. /dev/shm and the system's temporary directory belong
-to all of them: a file there may be of a module that ran beside the one that is blamed.
+Every worker of a parallel run has its own variable and its own directory. A file in a shared directory may be of a module that
+ran in another worker beside the one that is blamed.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ SHARED_DIRECTORY = "TEST_SHARED_DIRECTORY"
 SYSTEM_DIRECTORY = "PYTEST_DEBUG_TEMPROOT"
 """The system's temporary directory. The name is pytest's: its own directories stay there, where they outlive the run."""
 SHARED_MEMORY = Path("/dev/shm")
-CACHES = ("torchinductor_",)
-"""Beginnings of names that libraries give to what they keep in the temporary directory for as long as the process lives."""
+KEPT = ("torchinductor_", "libpod_")
+"""Beginnings of names: torch's cache, which it keeps for as long as the process lives, and podman's locks."""
 
 _OWN = pytest.StashKey[tuple[tempfile.TemporaryDirectory[str], dict[str, str | None]]]()
 
@@ -108,7 +108,7 @@ class Snapshot:
             {key: text for key, text in self.processes.items() if key not in before.processes},
             {key: text for key, text in self.sockets.items() if key not in before.sockets},
             {key: text for key, text in self.threads.items() if key not in before.threads},
-            _unmapped({key: text for key, text in self.files.items() if key not in before.files}),
+            _of_this_run({key: text for key, text in self.files.items() if key not in before.files}),
         )
 
     def remove(self) -> None:
@@ -147,8 +147,7 @@ def _processes() -> dict[psutil.Process, str]:
     found = dict.fromkeys(this.children(recursive=True), "")
     for process in psutil.process_iter():
         with suppress(psutil.Error):
-            mark = Path(process.environ().get(RUN_DIRECTORY, "/"))
-            if mark == own or own in mark.parents:
+            if Path(process.environ().get(RUN_DIRECTORY, "/")).is_relative_to(own):
                 found[process] = ""
     for process in list(found):
         with suppress(psutil.Error):
@@ -175,19 +174,31 @@ def _threads() -> dict[threading.Thread, str]:
 
 def _files() -> dict[Path, str]:
     system, own = Path(os.environ[SYSTEM_DIRECTORY]), Path(tempfile.gettempdir())
-    found = list(system.glob("pagoda-*"))
-    found += [path for path in own.iterdir() if not path.name.startswith(CACHES)]
-    if SHARED_MEMORY.is_dir():
-        found += SHARED_MEMORY.iterdir()
-    return {path: f"file {path}" for path in found}
+    found = [*system.glob("pagoda-*"), *own.iterdir(), *(SHARED_MEMORY.iterdir() if SHARED_MEMORY.is_dir() else ())]
+    return {path: f"file {path}" for path in found if not path.name.startswith(KEPT)}
 
 
-def _unmapped(files: dict[Path, str]) -> dict[Path, str]:
-    """Without the shared memory of a process that is there: it ends with that process, which may be another worker's."""
-    if not any(path.is_relative_to(SHARED_MEMORY) for path in files):
+def _of_this_run(files: dict[Path, str]) -> dict[Path, str]:
+    """Without what may be of others: shared memory that somebody has mapped, and shared places while others are at work."""
+    own = Path(tempfile.gettempdir())
+    if all(path.is_relative_to(own) for path in files):
         return files
-    mapped: set[str] = set()
+    if others_are_at_work():
+        return {path: text for path, text in files.items() if path.is_relative_to(own)}
+    mapped: set[Path] = set()
     for process in psutil.process_iter():
         with suppress(psutil.Error):
-            mapped |= {region.path for region in process.memory_maps() if region.path.startswith(str(SHARED_MEMORY))}
-    return {path: text for path, text in files.items() if str(path) not in mapped}
+            mapped |= {Path(region.path) for region in process.memory_maps()}
+    return {path: text for path, text in files.items() if path not in mapped}
+
+
+def others_are_at_work() -> bool:
+    """Whether another run of tests, or a server that somebody started, is under way on this machine."""
+    run = Path(os.environ[SHARED_DIRECTORY]).parent
+    ancestors = {process.pid for process in psutil.Process().parents()}
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            is_of_run = process.pid in ancestors or Path(process.environ().get(RUN_DIRECTORY, "/")).is_relative_to(run)
+            if not is_of_run and any(name in " ".join(process.cmdline()) for name in ("pytest", "pagoda")):
+                return True
+    return False

@@ -67,7 +67,7 @@ class NetworkNode:
         with (self.directory / log).open("a") as file:
             process = subprocess.Popen(
                 self.command(words),
-                env={**os.environ, **(environ or {})},
+                env=self._environ(environ),
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
@@ -81,7 +81,7 @@ class NetworkNode:
         """Run a command to its end; its exit status and both outputs."""
         done = subprocess.run(
             self.command(words),
-            env={**os.environ, **(environ or {})},
+            env=self._environ(environ),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -90,6 +90,10 @@ class NetworkNode:
             check=False,
         )
         return done.returncode, done.stdout
+
+    def _environ(self, environ: Mapping[str, str] | None) -> dict[str, str]:
+        """Temporary files as on a host of its own; Ray's are in the node's /tmp/ray, for paths of sockets must be short."""
+        return {**os.environ, **(environ or {}), "TMPDIR": str(self.directory / "tmp"), "RAY_TMPDIR": "/tmp"}
 
     def connect(self, port: int, timeout: float = 10.0) -> socket.socket:
         """A connection to a port of this node over its own loopback, whatever becomes of its links."""
@@ -158,7 +162,8 @@ class NetworkNodes:
         for index in range(count):
             name = f"{self._prefix}{'abcdefgh'[index]}"
             home = directory / name
-            (home / "ray").mkdir(parents=True)
+            for folder in ("ray", "tmp"):
+                (home / folder).mkdir(parents=True)
             self.nodes.append(NetworkNode(name, f"10.77.{number}.{index + 1}", f"10.78.{number}.{index + 1}", home))
 
     def __enter__(self) -> NetworkNodes:

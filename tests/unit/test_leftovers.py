@@ -25,6 +25,7 @@ def pytest_configure():
     from tests.support import leftovers
 
     leftovers.GRACE_SECONDS = 0.5
+    leftovers.others_are_at_work = lambda: False
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from pagoda.distributed.ray.head import ensure_head, last_words
 from pagoda.distributed.ray.node import RayNode
 from pagoda.errors import CommunicationError, ConfigError
 from tests.support.ports import free_port
+from tests.support.waiting import wait_until
 
 HEAD = """
 import socket, sys, time
@@ -63,13 +64,6 @@ def listens(address: str) -> bool:
     return True
 
 
-def until_gone(address: str) -> None:
-    deadline = soon()
-    while listens(address):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-
-
 def test_a_head_is_started_once_and_ends_with_its_owner(
     owner: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -79,7 +73,7 @@ def test_a_head_is_started_once_and_ends_with_its_owner(
     assert ensure_head(owner.pid, head, here, soon(), nothing) == address
     owner.kill()
     owner.wait()
-    until_gone(address)
+    wait_until(lambda: not listens(address))
 
 
 def test_a_head_that_is_lost_is_started_again_where_it_was(
@@ -89,7 +83,7 @@ def test_a_head_that_is_lost_is_started_again_where_it_was(
     head = node(monkeypatch, f"import os; open({str(pids)!r}, 'a').write(f'{{os.getpid()}} ')\n{HEAD}")
     address = ensure_head(owner.pid, head, here, soon(), nothing)
     os.kill(int(pids.read_text()), signal.SIGKILL)
-    until_gone(address)
+    wait_until(lambda: not listens(address))
     # What is chosen by now is another address, for this one's interface was down for a while.
     assert ensure_head(owner.pid, head, lambda: "127.0.0.9", soon(), nothing) == address
     assert len(pids.read_text().split()) == 2
