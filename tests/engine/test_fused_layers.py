@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,13 +26,6 @@ SPECS = {
     "mistral window": DummySpec(family="mistral", sliding_window=20),
 }
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 0.15}
-
-
-@pytest.fixture(autouse=True)
-def keep_backend() -> Iterator[None]:
-    before = backend.active
-    yield
-    backend.active = before
 
 
 def load(directory: Path, dtype: torch.dtype, *, packed: bool, fused: bool) -> DecoderForCausalLM:

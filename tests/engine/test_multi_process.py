@@ -6,7 +6,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,17 +19,18 @@ from pagoda.distributed.rank_messages import RankHello, RankPrepared, StartRank
 from pagoda.engine.core.loop import EngineCore
 from pagoda.engine.core.startup import start_core
 from pagoda.errors import EngineDeadError, PagodaError
-from pagoda.models.dummy import DummySpec, write_dummy_checkpoint
 from pagoda.request import EngineRequest
 from pagoda.sampling.params import SamplingParams
+from tests.support.checkpoints import shared_checkpoint
 from tests.support.observer import is_there
+from tests.support.waiting import wait_until
 
 NUM_REQUESTS = 6
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_dummy_checkpoint(tmp_path_factory.mktemp("ranks") / "model", DummySpec())
+def checkpoint() -> Path:
+    return shared_checkpoint()
 
 
 def core_of(checkpoint: Path, stages: list[str] | None = None, **settings) -> EngineCore:
@@ -98,13 +99,6 @@ def expected(checkpoint: Path) -> dict[str, list[int]]:
     return tokens
 
 
-def within(seconds: float, condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 def test_two_tensor_ranks_give_the_same_tokens_and_survive_a_step_that_fails_on_both(checkpoint, expected) -> None:
     stages: list[str] = []
     settings = {"tensor_parallel_size": 2, "fault_injection": "step#30=raise,step#50=oom"}
@@ -135,7 +129,7 @@ def test_two_pipeline_stages_give_the_same_tokens_and_a_killed_one_is_noticed_at
         os.kill(pids[0], signal.SIGKILL)
         with pytest.raises(EngineDeadError, match=rf"rank 0 of 2 \(host .*, pid {pids[0]}\) was killed by SIGKILL"):
             drain(core)
-        within(10, lambda: not any(map(is_there, pids)))  # the other one ends with it, before anybody asks it to
+        wait_until(lambda: not any(map(is_there, pids)))  # the other one ends with it, before anybody asks it to
         with pytest.raises(EngineDeadError, match="rank 0"):
             core.check_health()
 

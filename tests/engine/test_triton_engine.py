@@ -27,8 +27,7 @@ PROMPTS = {"short": [5, 6, 7], "long": [(13 * n + 5) % 500 for n in range(21)]}
 def generated(checkpoint: Path, name: str, *, graphs: bool, kv_cache_dtype: str = "auto") -> list[list[int]]:
     executor = make_executor(checkpoint, cpu_kernels="reference", max_num_seqs=3, kv_cache_dtype=kv_cache_dtype)
     backend.use_backend(name)
-    runner = executor._worker.runner
-    assert runner is not None
+    runner = executor.runner
     if graphs:
         with torch.inference_mode():
             runner.capture_graphs(partial(DecodeGraphs, capture=Recording()))
@@ -66,8 +65,8 @@ def test_same_tokens_from_a_float8_kv_cache(tmp_path: Path) -> None:
 
 def test_blocks_of_a_float8_kv_cache_cost_a_byte_a_number(tmp_path: Path) -> None:
     checkpoint = write_dummy_checkpoint(tmp_path / "model", DummySpec(num_layers=2))
-    worker = make_executor(checkpoint, cpu_kernels="reference", kv_cache_dtype="fp8_e5m2", num_blocks=9)._worker
-    assert worker.runner is not None
-    assert worker.kv_block_bytes(8) == sum(cache[0].nbytes for pair in worker.runner.kv_caches for cache in pair)
-    assert {cache.dtype for pair in worker.runner.kv_caches for cache in pair} == {torch.float8_e5m2}
-    assert [layer.self_attn.kv_scales for layer in worker.runner.model.layers] == [(1.0, 1.0)] * 2
+    executor = make_executor(checkpoint, cpu_kernels="reference", kv_cache_dtype="fp8_e5m2", num_blocks=9)
+    caches = [cache for pair in executor.runner.kv_caches for cache in pair]
+    assert executor.kv_budget(8).block_bytes == sum(cache[0].nbytes for cache in caches)
+    assert {cache.dtype for cache in caches} == {torch.float8_e5m2}
+    assert [layer.self_attn.kv_scales for layer in executor.runner.model.layers] == [(1.0, 1.0)] * 2

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -36,13 +35,6 @@ def fake_compiler(no_library: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("CXX", str(compiler))
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     return no_library / "calls"
-
-
-@pytest.fixture
-def keep_backend() -> Iterator[None]:
-    before = backend.active
-    yield
-    backend.active = before
 
 
 def test_library_is_compiled_once_into_the_cache(fake_compiler: Path) -> None:
@@ -114,7 +106,6 @@ def test_without_a_writable_home_the_cache_is_private_and_temporary(
     assert directory.stat().st_mode & 0o077 == 0
 
 
-@pytest.mark.usefixtures("keep_backend")
 def test_without_a_compiler_the_torch_kernels_run_and_one_line_says_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -64,8 +64,8 @@ class _FailedStep:
     """A step that failed on some ranks, or on all; `timer`: since the first of them."""
 
     step_id: int
+    timer: SuspendSafeTimer
     by_rank: dict[int, StepFailed] = field(default_factory=dict)
-    timer: SuspendSafeTimer = field(default_factory=lambda: SuspendSafeTimer(time.monotonic()))
 
     @property
     def patience(self) -> float:
@@ -81,8 +81,15 @@ class RankGroup:
     the way leaves a group that is dead, with all its ranks gone.
     """
 
-    def __init__(self, config: PagodaConfig, model_config: ModelConfig, launcher: RankLauncher) -> None:
+    def __init__(
+        self,
+        config: PagodaConfig,
+        model_config: ModelConfig,
+        launcher: RankLauncher,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._config = config
+        self._clock = clock
         self._layout = ParallelLayout(config.tensor_parallel_size, config.pipeline_parallel_size)
         self._launcher = launcher
         self._links: RankLinks | None = None
@@ -91,7 +98,7 @@ class RankGroup:
         self._failures: dict[int, _FailedStep] = {}
         self._in_flight: set[int] = set()
         self._sampled_tokens = SampledTokensTracker() if config.pipeline_parallel_size > 1 else None
-        self._deadline = time.monotonic() + config.engine_start_timeout_seconds
+        self._deadline = clock() + config.engine_start_timeout_seconds
         # On a GPU a rank only queues a step, so the next one can be sent meanwhile; stages work on different ones.
         on_device = 2 if config.device == "cuda" else 1
         self.max_concurrent_batches = max(on_device, config.pipeline_parallel_size)
@@ -104,7 +111,7 @@ class RankGroup:
         try:
             with stages.enter("launch", f"{self._layout.world_size} rank(s)"):
                 connections = self._launcher.launch(self._layout.world_size, timeout, stages.detail)
-                self._links = RankLinks(connections, self._launcher.death_of)
+                self._links = RankLinks(connections, self._launcher.death_of, self._clock)
                 self._greet(self._links, timeout)
             with stages.enter("rendezvous"):
                 self._meet(self._links, connections, timeout)
@@ -195,7 +202,7 @@ class RankGroup:
         """Send all ranks a command of the start-up and wait for their answers; what goes wrong ends the group."""
         try:
             self._alive_links().send_all(command)
-            left = self._deadline - time.monotonic()
+            left = self._deadline - self._clock()
             return self._collect(answer, otherwise, left, "engine_start_timeout_seconds", on_other)
         except PagodaError as error:
             self._lose(str(error))
@@ -213,7 +220,7 @@ class RankGroup:
         return self._alive_links().collect(answer, deadline=self._by(timeout), otherwise=text, on_other=on_other)
 
     def _by(self, timeout: float) -> float:
-        return min(time.monotonic() + timeout, self._deadline)
+        return min(self._clock() + timeout, self._deadline)
 
     # ---- steps ----------------------------------------------------------------------------------------------------
 
@@ -243,7 +250,7 @@ class RankGroup:
 
     def _take_result(self, plan: StepPlan) -> StepResult:
         bound = stall_bound(tokens_to_wait_for(plan), self._config.collective_timeout_seconds)
-        links, timer = self._alive_links(), SuspendSafeTimer(time.monotonic())
+        links, timer = self._alive_links(), SuspendSafeTimer(self._clock())
         while plan.step_id not in self._results:
             failure = self._failures.get(plan.step_id)
             if failure is not None and len(failure.by_rank) == self._layout.world_size:
@@ -251,7 +258,7 @@ class RankGroup:
             if timer.seconds > bound:
                 raise EngineDeadError(self._hung(plan, timer.seconds, bound))
             self._note(links.receive(CHECK_SECONDS))
-            now = time.monotonic()
+            now = self._clock()
             timer.check(now)
             self._check_failures(now)
         return self._results.pop(plan.step_id)
@@ -265,7 +272,8 @@ class RankGroup:
             if message.result.step_id in self._in_flight:  # else an earlier step failed, and nobody waits for this one
                 self._results[message.result.step_id] = message.result
         elif isinstance(message, StepFailed):
-            self._failures.setdefault(message.step_id, _FailedStep(message.step_id)).by_rank[rank] = message
+            failed = _FailedStep(message.step_id, SuspendSafeTimer(self._clock()))
+            self._failures.setdefault(message.step_id, failed).by_rank[rank] = message
         else:
             raise EngineDeadError(f"{self._named(rank)} sent {type(message).__name__} in the middle of a step")
 

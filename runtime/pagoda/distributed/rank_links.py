@@ -31,10 +31,16 @@ Answer = TypeVar("Answer")
 class RankLinks:
     """`death_of(rank)`: how a rank's process ended, where its launcher knows."""
 
-    def __init__(self, connections: Sequence[RankConnection], death_of: Callable[[int], str | None]) -> None:
+    def __init__(
+        self,
+        connections: Sequence[RankConnection],
+        death_of: Callable[[int], str | None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._hosts = [connection.host for connection in connections]
         self._pids = [0] * len(connections)
         self._death_of = death_of
+        self._clock = clock
         self._inbox: queue.SimpleQueue[tuple[int, Message | ChannelEnded]] = queue.SimpleQueue()
         self._channels = [RankChannel(connection.socket) for connection in connections]
         self._timers: list[HeartbeatTimer] = []
@@ -130,13 +136,13 @@ class RankLinks:
     ) -> list[Answer]:
         """One `answer` of each rank, in their order; `on_other` is told of messages of another kind.
 
-        Raises what `receive` does, and `EngineDeadError` after `deadline` (monotonic seconds), with the names of those that
+        Raises what `receive` does, and `EngineDeadError` after `deadline` (seconds of the clock), with the names of those that
         did not answer and what `otherwise` says.
         """
         answers: dict[int, Answer] = {}
         while len(answers) < len(self._channels):
-            left = deadline - time.monotonic()
-            received = self.receive(min(CHECK_SECONDS, left)) if left > 0 else None
+            left = deadline - self._clock()
+            received = self.receive(min(CHECK_SECONDS, max(0.0, left)))  # late or not: what has arrived counts
             if received is not None:
                 rank, message = received
                 if isinstance(message, answer):
@@ -166,7 +172,7 @@ class RankLinks:
 
     def _check_heartbeats(self) -> None:
         """Raise `EngineDeadError` for a rank whose heartbeat is overdue."""
-        now = time.monotonic()
+        now = self._clock()
         if now - self._last_check < CHECK_SECONDS:
             return
         self._last_check = now
@@ -180,12 +186,12 @@ class RankLinks:
 
     def _cause(self, rank: int, news: ChannelEnded | RankFailed) -> PagodaError:
         """The error for a rank's end. One that only could not reach others gives these time to say why."""
-        until = time.monotonic() + CAUSE_SECONDS
-        while isinstance(news, RankFailed) and news.is_communication and (left := until - time.monotonic()) > 0:
+        until = self._clock() + CAUSE_SECONDS
+        while isinstance(news, RankFailed) and news.is_communication and (left := until - self._clock()) > 0:
             try:
-                other, message = self._inbox.get(timeout=left)
+                other, message = self._inbox.get(timeout=min(CHECK_SECONDS, left))
             except queue.Empty:
-                break
+                continue
             if isinstance(message, ChannelEnded) and other == rank:
                 continue  # that it ends was said
             if isinstance(message, ChannelEnded | RankFailed):

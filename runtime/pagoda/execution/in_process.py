@@ -8,6 +8,7 @@ from typing_extensions import override
 from pagoda.config.schema import PagodaConfig
 from pagoda.errors import EngineDeadError
 from pagoda.execution.executor import Executor, FailedStep, KVBudget, LoadProgress, Stages, StepHandle
+from pagoda.execution.model_runner import ModelRunner
 from pagoda.execution.worker import Worker
 from pagoda.models.config import ModelConfig
 from pagoda.parallel.rank_health import RankHealth
@@ -23,6 +24,13 @@ class InProcessExecutor(Executor):
         self._dead: str | None = None
         # On a GPU a step is only queued by `submit`, so the next one is made meanwhile. On a CPU it is done by then.
         self.max_concurrent_batches = 2 if self._worker.device.type == "cuda" else 1
+
+    @property
+    def runner(self) -> ModelRunner:
+        """The model runner, which is in this process; from `initialize_kv_cache` until `shutdown`."""
+        if self._worker.runner is None:
+            raise RuntimeError("the executor has no model runner: its KV cache is not initialized, or it was shut down")
+        return self._worker.runner
 
     @override
     def connect(self, stages: Stages) -> None:

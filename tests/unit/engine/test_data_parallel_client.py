@@ -30,6 +30,7 @@ from pagoda.request import EngineRequest
 from pagoda.sampling.output import FinishReason
 from pagoda.sampling.params import SamplingParams
 from tests.support.fake_engine import FakeEngineClient
+from tests.support.waiting import wait_until_async
 
 READY, DEGRADED, STARTING = EngineState.READY, EngineState.DEGRADED, EngineState.STARTING
 DRAINING, DEAD = EngineState.DRAINING, EngineState.DEAD
@@ -131,12 +132,6 @@ def names_of(replica: FakeReplica) -> list[str]:
     return [submitted.request_id for submitted in replica.submitted]
 
 
-async def until(condition) -> None:
-    async with asyncio.timeout(20):
-        while not condition():
-            await asyncio.sleep(0.001)
-
-
 def test_one_replica_is_the_engine_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     assert isinstance(create_engine_client(PagodaConfig()), ProcessEngineClient)
@@ -191,9 +186,9 @@ async def test_an_abort_reaches_the_replica_that_has_the_request() -> None:
     for replica in (left, right):
         replica.hold.clear()
     first, second = (asyncio.create_task(run(client, request(name))) for name in "ab")
-    await until(lambda: left.num_running == right.num_running == 1)
+    await wait_until_async(lambda: left.num_running == right.num_running == 1)
     second.cancel()
-    await until(lambda: right.aborted == ["b"])
+    await wait_until_async(lambda: right.aborted == ["b"])
     assert left.aborted == []
     left.hold.set()
     await first
@@ -206,7 +201,7 @@ async def test_a_request_whose_replica_is_killed_before_its_first_token_is_run_b
     client, (left, right) = await started()
     left.hold.clear()
     task = asyncio.create_task(run(client, request()))
-    await until(lambda: left.num_running == 1)
+    await wait_until_async(lambda: left.num_running == 1)
     left.lose(was_killed=True)
     assert await task == [1, 2, 3]
     assert names_of(right) == ["r"]
@@ -217,7 +212,7 @@ async def test_a_request_in_a_replica_that_failed_by_itself_is_not_given_the_nex
     client, (left, right) = await started()
     left.hold.clear()
     task = asyncio.create_task(run(client, request()))
-    await until(lambda: left.num_running == 1)
+    await wait_until_async(lambda: left.num_running == 1)
     left.lose(was_killed=False)
     with pytest.raises(EngineDeadError):
         await task
@@ -278,7 +273,7 @@ async def test_one_id_may_run_twice_at_once() -> None:
     left.hold.clear()
     right.hold.clear()
     tasks = [asyncio.create_task(run(client, request("a", prompt))) for prompt in ([1] * 3, [2] * 3)]
-    await until(lambda: left.num_running + right.num_running == 2)
+    await wait_until_async(lambda: left.num_running + right.num_running == 2)
     left.hold.set()
     right.hold.set()
     assert await asyncio.gather(*tasks) == [[1] * 3, [2] * 3]
