@@ -272,12 +272,8 @@ class RankGroup:
             if message.result.step_id in self._in_flight:  # else an earlier step failed, and nobody waits for this one
                 self._results[message.result.step_id] = message.result
         elif isinstance(message, StepFailed):
-            failure = self._failures.get(message.step_id)
-            if failure is None:
-                failure = self._failures[message.step_id] = _FailedStep(
-                    message.step_id, SuspendSafeTimer(self._clock())
-                )
-            failure.by_rank[rank] = message
+            failed = _FailedStep(message.step_id, SuspendSafeTimer(self._clock()))
+            self._failures.setdefault(message.step_id, failed).by_rank[rank] = message
         else:
             raise EngineDeadError(f"{self._named(rank)} sent {type(message).__name__} in the middle of a step")
 

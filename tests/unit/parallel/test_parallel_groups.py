@@ -12,6 +12,7 @@ from pagoda.errors import CommunicationError
 from pagoda.parallel.groups import SINGLE_RANK, ParallelGroups, connect_groups
 from pagoda.parallel.interfaces import listen_on
 from pagoda.parallel.layout import ParallelLayout
+from tests.support.ports import free_port
 
 
 def connect(
@@ -58,7 +59,6 @@ def test_rank_zero_listens_on_its_address_alone_and_says_who_did_not_come() -> N
 
 
 def test_a_rank_zero_that_is_not_there_is_told_with_its_address() -> None:
-    with listen_on("127.0.0.1") as unanswered:
-        port = unanswered.getsockname()[1]
+    port = free_port()
     with pytest.raises(CommunicationError, match=rf"rank 1 of 2 at the rendezvous on 127.0.0.1:{port} failed"):
         connect(port, 1, timeout=1.0)
