@@ -1,27 +1,33 @@
 # Pagoda's image. Targets: `cpu` (the default) and `cuda`.
-#   docker build -t pagoda --build-arg PIP_ARGS="--extra-index-url …" .    an index besides pip's own, as for torch without CUDA
+#   docker build -t pagoda .
 #   docker build -t pagoda:cuda --target cuda .
+#   docker build -t pagoda --build-arg TORCH_LOCK=torch-cpu.lock --build-arg PIP_ARGS="--extra-index-url …" .    torch without CUDA
 #   docker run --read-only --tmpfs /tmp -v pagoda-cache:/cache -p 8080:8080 -p 8081:8081 pagoda
-ARG BASE_IMAGE=python:3.11-slim
+# The base by its digest, which `make pin-base-image` renews.
+ARG BASE_IMAGE=python:3.11-slim@sha256:45037981b62b34b44602584fccbc4d884d5f7dc92c7ee86bb38a698a79fe1e51
 
 FROM ${BASE_IMAGE} AS build
 ARG PIP_ARGS=""
+ARG TORCH_LOCK=torch.lock
+# All that comes from an index has its hash in a lock file, and pip looks for nothing else: no dependency, nothing to build with.
+ARG LOCKED="--require-hashes --no-deps --no-build-isolation"
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONDONTWRITEBYTECODE=1
 WORKDIR /src
 RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
-RUN python3 -m venv /opt/pagoda
-COPY constraints.txt ./
+RUN python3 -m venv /opt/pagoda && python3 -m venv /opt/tools
+COPY requirements requirements
 # torch first and alone: the layer stays when only Pagoda's own files change.
-RUN /opt/pagoda/bin/pip install --constraint constraints.txt ${PIP_ARGS} torch
+RUN /opt/pagoda/bin/pip install ${LOCKED} ${PIP_ARGS} --requirement requirements/${TORCH_LOCK}
+RUN /opt/pagoda/bin/pip install ${LOCKED} ${PIP_ARGS} --requirement requirements/image.lock \
+    && /opt/tools/bin/pip install ${LOCKED} ${PIP_ARGS} --requirement requirements/tools.lock
 COPY pyproject.toml README.md LICENSE ./
 COPY runtime runtime
 COPY kernels kernels
-# The C++ kernels go into the package: the image that runs has no compiler for them.
-RUN /opt/pagoda/bin/pip install --constraint constraints.txt ${PIP_ARGS} '.[ray]' \
-    && /opt/pagoda/bin/python -m pagoda_kernels.cpu.build
-
-FROM build AS build-cuda
-RUN /opt/pagoda/bin/pip install --constraint constraints.txt ${PIP_ARGS} triton
+# The C++ kernels go into the package: the image that runs has no compiler for them. The SBOM is of what is installed.
+RUN /opt/pagoda/bin/pip install --no-deps --no-build-isolation . \
+    && /opt/pagoda/bin/pip check \
+    && /opt/pagoda/bin/python -m pagoda_kernels.cpu.build \
+    && /opt/tools/bin/cyclonedx-py environment --output-reproducible --output-file /opt/pagoda/sbom.cdx.json /opt/pagoda/bin/python
 
 FROM ${BASE_IMAGE} AS runtime
 ARG VERSION=dev
@@ -53,7 +59,7 @@ USER root
 RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 USER 10001
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
-COPY --from=build-cuda /opt/pagoda /opt/pagoda
+COPY --from=build /opt/pagoda /opt/pagoda
 
 FROM runtime AS cpu
 COPY --from=build /opt/pagoda /opt/pagoda

@@ -21,7 +21,15 @@ PEERS ?= transformers openvino vllm llamacpp
 # For the processor at hand, and nothing but the library.
 LLAMA_CMAKE_ARGS := -DGGML_NATIVE=ON -DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_SERVER=OFF
 
-.PHONY: help install serve test suite test-slow test-chaos test-cluster test-pods lint format typecheck proto docs chart test-image bench peers bench-peers gpu-check gpu-tune
+TOOLS := .tools
+TORCH_CPU_INDEX ?=
+COMPILE = $(TOOLS)/bin/uv pip compile --quiet --python-version 3.11 --generate-hashes --no-annotate \
+	--custom-compile-command "make lock"
+AUDITED := constraints.txt requirements/torch.lock requirements/image.lock requirements/tools.lock
+BASE_IMAGE := $(shell sed -nE 's/^ARG BASE_IMAGE=([^@]+).*/\1/p' Dockerfile)
+
+.PHONY: help install serve test suite test-slow test-chaos test-cluster test-pods lint format typecheck proto docs chart test-image bench peers bench-peers gpu-check gpu-tune \
+	lock audit sbom pin-base-image
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -108,3 +116,42 @@ chart: install ## write the chart's README.md and values.schema.json out of valu
 
 test-image: install ## build the image and run it as a pod would; needs docker or podman. ARGS="--image TAG" takes one that is there
 	$(BIN)/python -m tests.deploy.image $(ARGS)
+
+# As in the image: what these run has its hash in a lock file, too.
+$(TOOLS)/.installed: requirements/tools.lock
+	@test -x $(TOOLS)/bin/python || $(PYTHON) -m venv $(TOOLS)
+	@$(TOOLS)/bin/python -m pip install --quiet --require-hashes --no-deps $(PIP_ARGS) --requirement $<
+	@touch $@
+
+# The versions are those of constraints.txt, the hashes those of every file that the index has of them: all platforms, Python 3.11 and
+# 3.12. What torch needs stands in its own file alone, so that torch.lock and torch-cpu.lock can take each other's place.
+lock: $(TOOLS)/.installed ## the image's lock files; TORCH_CPU_INDEX="…" (an index with torch builds without CUDA): torch-cpu.lock, too
+	$(COMPILE) --universal --constraints constraints.txt --output-file requirements/torch.lock requirements/torch.in
+	@sed -nE 's/^([a-z0-9-]+)==.*/\1/p' requirements/torch.lock > $(TOOLS)/excludes.txt
+	$(COMPILE) --universal --constraints constraints.txt --excludes $(TOOLS)/excludes.txt --extra ray \
+		--output-file requirements/image.lock pyproject.toml
+	$(COMPILE) --universal --constraints constraints.txt --upgrade --output-file requirements/tools.lock requirements/tools.in
+ifneq ($(TORCH_CPU_INDEX),)
+	$(COMPILE) --python-platform linux --constraints constraints.txt --index $(TORCH_CPU_INDEX) \
+		--index-strategy unsafe-best-match --output-file requirements/torch-cpu.lock requirements/torch.in
+endif
+
+audit: $(TOOLS)/.installed ## known vulnerabilities of what constraints.txt and the lock files pin; needs the OSV service
+	@sed -nE 's/^([a-z0-9.-]+==[^ ;]+).*/\1/p' $(AUDITED) | sort -u > $(TOOLS)/audited.txt
+	@$(TOOLS)/bin/pip-audit --progress-spinner off --vulnerability-service osv --strict --no-deps --disable-pip \
+		--requirement $(TOOLS)/audited.txt 2> $(TOOLS)/audit.log; status=$$?; \
+	if grep -qE 'ConnectionError|ConnectTimeout|ReadTimeout' $(TOOLS)/audit.log; then \
+		echo "audit: the vulnerability service cannot be reached: nothing was audited" >&2; exit 1; \
+	fi; \
+	cat $(TOOLS)/audit.log >&2; exit $$status
+
+sbom: $(TOOLS)/.installed ## sbom.cdx.json: what the image installs, as CycloneDX, out of the lock files
+	@cat requirements/torch.lock requirements/image.lock | PYTHONWARNINGS=ignore $(TOOLS)/bin/cyclonedx-py requirements --pyproject pyproject.toml \
+		--output-reproducible --output-file sbom.cdx.json -
+
+pin-base-image: ## the digest that the Dockerfile's base image has now, written into the Dockerfile; needs skopeo
+	@command -v skopeo > /dev/null || { echo "pin-base-image: skopeo, which asks the registry, is not installed" >&2; exit 1; }
+	@digest=$$(skopeo inspect --no-tags --format '{{.Digest}}' docker://$(BASE_IMAGE)) && \
+	expr "$$digest" : 'sha256:[0-9a-f]\{64\}$$' > /dev/null && \
+	sed "s|^ARG BASE_IMAGE=.*|ARG BASE_IMAGE=$(BASE_IMAGE)@$$digest|" Dockerfile > Dockerfile.pinned && \
+	cat Dockerfile.pinned > Dockerfile && rm Dockerfile.pinned && grep '^ARG BASE_IMAGE=' Dockerfile
