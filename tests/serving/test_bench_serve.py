@@ -72,7 +72,8 @@ def test_every_workload_runs_in_a_closed_loop(server, endpoint, workload, tmp_pa
     assert results["max_concurrent_requests"] == 2
 
 
-def test_the_report_on_the_terminal_has_every_metric_and_the_plot_is_written(server, capsys, tmp_path):
+def test_the_report_on_the_terminal_has_every_metric_and_the_plot_is_written(server, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")  # the long figures of a busy machine would wrap the names
     plot = tmp_path / "plot.svg"
     assert bench(server, "v2-generate", "--plot", str(plot), "--progress") == 0
     printed = capsys.readouterr()

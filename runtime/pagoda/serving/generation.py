@@ -187,8 +187,9 @@ class GenerationRunner:
 
     async def collect_all(self, jobs: Sequence[GenerationRequest], request_id: str) -> list[list[SequenceResult]]:
         """The results of all jobs, side by side; the first error aborts the others and is raised."""
-        names = [request_id if len(jobs) == 1 else f"{request_id}-{index}" for index in range(len(jobs))]
-        tasks = [asyncio.create_task(self.collect(job, name)) for job, name in zip(jobs, names, strict=True)]
+        if len(jobs) == 1:
+            return [await self.collect(jobs[0], request_id)]
+        tasks = [asyncio.create_task(self.collect(job, f"{request_id}-{index}")) for index, job in enumerate(jobs)]
         try:
             return await asyncio.gather(*tasks)
         finally:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
@@ -139,9 +139,9 @@ def parse_infer(request: V2Request, make_sampling: MakeSampling) -> V2Batch:
     for index, prompt in enumerate(prompts):
         row = {name: column[index] for name, column in columns.items()}
         jobs.append(_job(prompt, {**request.parameters, **row}, make_sampling))
-    batch = V2Batch(jobs, _output_names(request.outputs, jobs))
-    _check_batch(batch)
-    return replace(batch, jobs=[limit_time(job, request.timeout_seconds) for job in jobs])
+    output_names = _output_names(request.outputs, jobs)
+    _check_together(jobs)
+    return V2Batch([limit_time(job, request.timeout_seconds) for job in jobs], output_names)
 
 
 def output_tensors(results: Sequence[Sequence[SequenceResult]], names: Iterable[str]) -> list[Tensor]:
@@ -240,14 +240,14 @@ def _output_names(outputs: tuple[RequestedOutput, ...], jobs: list[GenerationReq
     return names
 
 
-def _check_batch(batch: V2Batch) -> None:
+def _check_together(jobs: list[GenerationJob]) -> None:
     """What must hold for all prompts of a request together."""
-    first = batch.jobs[0]
-    if any(job.params.n != first.params.n for job in batch.jobs):
+    first, *others = jobs
+    if any(job.params.n != first.params.n for job in others):
         raise InvalidRequestError("n must be the same for all prompts of a request", "n")
-    if any(_shared(job) != _shared(first) for job in batch.jobs):
+    if any(_shared(job) != _shared(first) for job in others):
         raise InvalidRequestError("stream and timeout must be the same for all prompts of a request", "stream")
-    check_job_count(batch.jobs)
+    check_job_count(jobs)
 
 
 def _shared(job: GenerationRequest) -> tuple[object, ...]:
