@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import orjson
@@ -240,7 +240,7 @@ def _output_names(outputs: tuple[RequestedOutput, ...], jobs: list[GenerationReq
     return names
 
 
-def _check_together(jobs: list[GenerationJob]) -> None:
+def _check_together(jobs: list[GenerationRequest]) -> None:
     """What must hold for all prompts of a request together."""
     first, *others = jobs
     if any(job.params.n != first.params.n for job in others):
