@@ -33,6 +33,8 @@ PROMPTS = st.one_of(
     ),
     st.lists(st.integers(0, 2), max_size=4),
 )
+# Some full blocks of the beginning, and room for an output.
+SHARED_PROMPTS = st.integers(4, 20).map(lambda length: SHARED[:length])
 OPTIONS = st.fixed_dictionaries(
     {
         "max_tokens": st.integers(1, 40),
@@ -154,21 +156,22 @@ class SchedulerMachine(RuleBasedStateMachine):
         self._record(self.scheduler.take_ended())
         assert had_work or not self.scheduler.has_work, "requests wait, and nothing can run"
 
-    def _execute(self, plan: StepPlan) -> StepResult:
+    def _execute(self, plan: StepPlan, failed_row: int | None = None) -> StepResult:
         """Run a plan. With stages, the first one must know every token of it: none may still be on the way."""
         if self.scheduler.limits.pipeline_parallel_size == 1:
-            return self.runner.execute(plan)
+            return self.runner.execute(plan, failed_row)
         on_the_way = {
-            request_id
+            request.spec.request_id
             for earlier, _ in self.in_flight
-            for request_id, samples in zip(earlier.request_ids, earlier.samples, strict=True)
-            if samples
+            for row, request in self.scheduler._in_flight[earlier.step_id].rows()  # others' tokens will not be taken
+            if earlier.samples[row]
         }
         assert not on_the_way & set(plan.request_ids)
         inputs = self._inputs_of_first_stage(plan)
-        result = self.runner.execute(plan)
+        result = self.runner.execute(plan, failed_row)
         for slot, computed, tokens in zip(plan.slots, plan.num_computed_tokens, inputs, strict=True):
-            assert tokens == self.runner.token_pool[slot][computed : computed + len(tokens)]
+            if slot not in self.runner.failed_slots:
+                assert tokens == self.runner.token_pool[slot][computed : computed + len(tokens)]
         return result
 
     def _inputs_of_first_stage(self, plan: StepPlan) -> list[list[int | None]]:
@@ -193,9 +196,23 @@ class SchedulerMachine(RuleBasedStateMachine):
         if request_id in self.requests and not ended_before:
             assert self.ends[request_id] is FinishReason.ABORT
 
+    @precondition(lambda self: hasattr(self, "depth") and len(self.in_flight) < self.depth)
+    @rule(index=st.integers(0, 4), prompt=SHARED_PROMPTS, options=OPTIONS, count=st.sampled_from([0, 2, 3]))
+    def a_row_does_not_run(self, index: int, prompt, options, count: int) -> None:
+        """It writes no KV, which the scheduler learns with the result; requests with the same prompt come with it.
+
+        A row of a request that enters, where there is one.
+        """
+        self.arrive([(prompt, options)] * count)
+        plan = self.scheduler.schedule()
+        if plan is not None:
+            entering = {new.slot for new in plan.new_requests}
+            rows = [row for row, slot in enumerate(plan.slots) if slot in entering] or range(len(plan.slots))
+            self.in_flight.append((plan, self._execute(plan, failed_row=rows[index % len(rows)])))
+
     @precondition(lambda self: self.in_flight)
     @rule()
-    def a_row_fails(self) -> None:
+    def a_row_fails_that_ran(self) -> None:
         plan, result = self.in_flight.popleft()
         result.errors[0] = "row fault"
         self._apply(plan, result)
@@ -207,11 +224,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         plan = self.scheduler.schedule()
         if plan is not None:
             self._execute(plan)
-            for slot, computed, scheduled in zip(
-                plan.slots, plan.num_computed_tokens, plan.num_scheduled_tokens, strict=True
-            ):
-                for position in range(computed, computed + scheduled):
-                    self.runner.kv[self.runner.place(slot, position)] = (-1,)
+            rows = zip(plan.slots, plan.num_computed_tokens, plan.num_scheduled_tokens, strict=True)
+            for slot, computed, scheduled in rows:
+                self.runner.invalidate(slot, computed, scheduled)
         self.in_flight.clear()
         self.scheduler.fail_in_flight("step fault")
         self._record(self.scheduler.take_ended())

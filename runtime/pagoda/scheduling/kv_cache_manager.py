@@ -51,8 +51,8 @@ class KVCacheManager:
     def allocate_for(self, request: Request, *, leave_watermark: bool) -> bool:
         """Give a waiting request a lease on blocks for all its tokens, beginning with those of a cached prefix.
 
-        Sets `lease` and `num_computed_tokens`. False, and no change, when the blocks are not there (or, with
-        `leave_watermark`, when too few would be left for those that run).
+        Sets `lease`, `num_computed_tokens` and `num_shared_blocks`. False, and no change, when the blocks are not there (or,
+        with `leave_watermark`, when too few would be left for those that run).
         """
         assert request.lease is None
         hits = self._find_prefix(request)
@@ -68,7 +68,7 @@ class KVCacheManager:
         assert extended
         request.lease = lease
         request.num_computed_tokens = len(hits) * self.block_size
-        request.num_published_blocks = len(hits)
+        request.num_published_blocks = request.num_shared_blocks = len(hits)
         if self.enable_prefix_caching and request.num_preemptions == 0:
             request.num_cached_tokens = request.num_computed_tokens
             self.num_prefix_queries += request.num_tokens
@@ -122,6 +122,19 @@ class KVCacheManager:
             request.lease.release()
             request.lease = None
         request.num_published_blocks = 0
+
+    def shares_blocks_from(self, request: Request, writer: Request, position: int) -> bool:
+        """Whether a request may have found blocks in the prefix cache that `writer` was to compute from `position` on.
+
+        A block's hash covers all tokens before it, so it is enough to compare the first one. One that another request wrote
+        with the same content counts as well.
+        """
+        index = position // self.block_size
+        return (
+            request.num_shared_blocks > index
+            and len(writer.block_hashes) > index
+            and request.block_hashes[index] == writer.block_hashes[index]
+        )
 
     def forget_prefixes(self) -> None:
         """Forget every cached prefix."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from pagoda.scheduling.plan import NewRequest, StepPlan
@@ -11,10 +11,14 @@ from pagoda.scheduling.request import Request
 
 @dataclass(slots=True)
 class PlannedStep:
-    """`requests[i]` is the request of row i of `plan`. Writing a row moves the counters of its request forward."""
+    """`requests[i]` is the request of row i of `plan`. Writing a row moves the counters of its request forward.
+
+    The rows of `discarded` requests count for nothing: they are computed again, in a later plan.
+    """
 
     plan: StepPlan
     requests: list[Request] = field(default_factory=list)
+    discarded: set[Request] = field(default_factory=set)
 
     def enter(self, request: Request) -> None:
         """Tell the runner all tokens and blocks of a request that has come into a slot."""
@@ -53,6 +57,13 @@ class PlannedStep:
         self.plan.num_steps.append(1 + num_steps)
         request.num_computed_tokens += num_steps
         request.num_in_flight += num_steps
+
+    def rows(self) -> Iterable[tuple[int, Request]]:
+        """The rows whose results count, by their place in the plan."""
+        rows = enumerate(self.requests)
+        if not self.discarded:
+            return rows
+        return ((row, request) for row, request in rows if request not in self.discarded)
 
     @property
     def only_decodes(self) -> bool:

@@ -46,6 +46,7 @@ class Request:
         "num_preemptions",
         "num_prompt_tokens",
         "num_published_blocks",
+        "num_shared_blocks",
         "prompt_logprobs",
         "scheduled_time",
         "sequence_number",
@@ -71,6 +72,7 @@ class Request:
         self.num_in_flight = 0
         self.num_blocks_sent = 0
         self.num_published_blocks = 0
+        self.num_shared_blocks = 0  # found in the prefix cache at its last admission
         self.block_hashes: list[bytes] = []
         self.num_preemptions = 0
         self.is_repetitive = False

@@ -164,7 +164,7 @@ class Scheduler:
         """
         steps, self._in_flight = self._in_flight, {}
         for step in steps.values():
-            for request in step.requests:
+            for _, request in step.rows():
                 self.fail(request, ErrorKind.INTERNAL, message)
         self.kv.forget_prefixes()
 
@@ -176,12 +176,7 @@ class Scheduler:
         if not self._budget.shrink():
             return False
         steps, self._in_flight = self._in_flight, {}
-        concerned = {request for step in steps.values() for request in step.requests if not request.is_finished}
-        for request in sorted(concerned, key=self._priority_key, reverse=True):
-            request.num_in_flight = 0  # these tokens will never come
-            if request.status is RequestStatus.RUNNING:
-                self._return_to_waiting(request)
-        self.kv.forget_prefixes()
+        self._recompute({request for step in steps.values() for _, request in step.rows() if not request.is_finished})
         return True
 
     def take_ended(self) -> list[RequestUpdate]:
@@ -319,6 +314,17 @@ class Scheduler:
         self.num_preemptions += 1
         self._return_to_waiting(request)
 
+    def _recompute(self, requests: set[Request]) -> None:
+        """Compute requests anew, from the tokens that are known; those still in flight will not be taken.
+
+        Cached prefixes are forgotten: what made this necessary may be in them.
+        """
+        for request in sorted(requests, key=self._priority_key, reverse=True):
+            request.num_in_flight = 0
+            if request.status is RequestStatus.RUNNING:
+                self._return_to_waiting(request)
+        self.kv.forget_prefixes()
+
     def _return_to_waiting(self, request: Request) -> None:
         """A running request gives everything back but its tokens, and waits at the front to be recomputed."""
         self._free_slot(request)
@@ -350,20 +356,39 @@ class Scheduler:
         """Take the result of a plan, oldest plan first. Rows of requests that have ended meanwhile are ignored."""
         updates: list[RequestUpdate] = []
         self._budget.count_good_step()
-        for row, request in enumerate(self._in_flight.pop(plan.step_id).requests):
+        step = self._in_flight.pop(plan.step_id)
+        if result.errors:
+            self._fail_rows(step, result.errors)
+        for row, request in step.rows():
             if request.status is RequestStatus.FINISHED:
                 continue
             request.num_in_flight -= plan.num_steps[row] if plan.num_steps else plan.samples[row]
-            if row in result.errors:
-                self.fail(request, ErrorKind.INTERNAL, result.errors[row])
-                self.kv.forget_prefixes()  # what it announced may hold what made it fail
-                continue
             if request.prompt_logprobs is not None:
                 entries = result.prompt_logprobs.get(row, [])
                 request.collect_prompt_logprobs(plan.num_computed_tokens[row], entries)
             if plan.samples[row]:
                 updates.append(self._process_output(request, result.sampled_token_ids[row], result.logprobs.get(row)))
         return updates
+
+    def _fail_rows(self, step: PlannedStep, errors: dict[int, str]) -> None:
+        """End the requests of rows that failed, and compute anew those that share blocks which these should have written.
+
+        A row that failed may not have run: its KV is not there, or holds what made it fail. But its blocks could be found from
+        the moment it was planned, and others may have been admitted with them, in this step or in those planned since.
+        """
+        in_flight = (step, *self._in_flight.values())
+        candidates = {request for planned in in_flight for _, request in planned.rows()}  # some are preempted by now
+        affected: set[Request] = set()
+        for row, error in errors.items():
+            writer, position = step.requests[row], step.plan.num_computed_tokens[row]
+            if writer not in step.discarded:
+                self.fail(writer, ErrorKind.INTERNAL, error)
+                affected.add(writer)
+                affected |= {other for other in candidates if self.kv.shares_blocks_from(other, writer, position)}
+        for planned in in_flight:
+            # Later rows of a request that ended here have nothing new to say.
+            planned.discarded |= affected.intersection(planned.requests)
+        self._recompute({request for request in affected if not request.is_finished})
 
     def _process_output(
         self, request: Request, token_ids: list[int], logprobs: list[TokenLogprobs] | None

@@ -224,6 +224,45 @@ def test_result_of_a_request_aborted_in_flight_is_dropped() -> None:
     scheduler.check_idle()
 
 
+@pytest.mark.parametrize("is_aborted", [False, True])
+def test_request_admitted_with_blocks_of_a_row_that_failed_is_computed_again(is_aborted: bool) -> None:
+    """In the same step, when the client of the failed request has left before its result."""
+    scheduler = make_scheduler()
+    for name in "ab":
+        scheduler.add(make_request(name, 10, first=5))
+    plan = scheduler.schedule()
+    assert plan is not None
+    assert scheduled(plan) == {"a": 10, "b": 2}
+    if is_aborted:
+        scheduler.abort(["a"])
+    assert scheduler.apply(plan, StepResult(plan.step_id, [[], [1]], errors={0: "it did not run"})) == []
+    (ended,) = scheduler.take_ended()
+    assert (ended.request.spec.request_id, ended.request.error) == ("a", None if is_aborted else "it did not run")
+    assert scheduled(step(scheduler)) == {"b": 10}
+
+
+def test_what_is_in_flight_of_a_request_with_blocks_of_a_row_that_failed_is_not_taken() -> None:
+    scheduler = make_scheduler(num_usable=7)
+    scheduler.add(make_request("a", 10, first=5))
+    first = scheduler.schedule()
+    scheduler.add(make_request("b", 16, first=5))
+    scheduler.add(make_request("c", 3))
+    second, third = scheduler.schedule(), scheduler.schedule()
+    assert first is not None
+    assert second is not None
+    assert third is not None
+    assert scheduled(second) == {"a": 1, "b": 8, "c": 3}
+    assert "b" in scheduled(third)
+    scheduler.apply(first, StepResult(first.step_id, [[]], errors={0: "it did not run"}))
+    (failed,) = scheduler.take_ended()
+    assert failed.request.spec.request_id == "a"
+    for plan in (second, third):
+        result = StepResult(plan.step_id, [[index] for index in range(len(plan.slots))], errors={0: "it did not run"})
+        assert [update.request.spec.request_id for update in scheduler.apply(plan, result)] == ["c"]
+    assert scheduler.take_ended() == []
+    assert scheduled(step(scheduler)) == {"b": 16, "c": 1}
+
+
 def test_plan_names_only_what_changed() -> None:
     scheduler = make_scheduler(block_size=4)
     scheduler.add(make_request("a", 3))
