@@ -72,12 +72,13 @@ def test_every_workload_runs_in_a_closed_loop(server, endpoint, workload, tmp_pa
     assert results["max_concurrent_requests"] == 2
 
 
-def test_the_report_on_the_terminal_has_every_metric_and_the_plot_is_written(server, capsys, tmp_path, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")  # the long figures of a busy machine would wrap the names
+def test_the_report_on_the_terminal_has_every_metric_and_the_plot_is_written(server, capsys, tmp_path):
     plot = tmp_path / "plot.svg"
-    assert bench(server, "v2-generate", "--plot", str(plot), "--progress") == 0
+    # Few tokens may come in one event on a busy machine, and have no time between them.
+    assert bench(server, "v2-generate", "--output-len", "64", "--plot", str(plot), "--progress") == 0
     printed = capsys.readouterr()
-    assert all(name in printed.out for name in ("(ttft)", "(tpot)", "(itl)", "(e2el)", "event loop"))
+    for name in ("(ttft)", "(tpot)", "(itl)", "(e2el)", "event loop"):
+        assert name in printed.out
     assert "6/6" in printed.err
     assert plot.read_text().startswith("<svg")
 
