@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,6 +14,10 @@ from pagoda.execution.input_batch import InputBatch
 from pagoda.request import EngineRequest
 from pagoda.sampling.params import SamplingParams
 from pagoda.scheduling.plan import NewRequest, StepPlan
+from tests.support.kernel_backends import reference_kernels
+
+__all__ = ["reference_kernels"]
+pytestmark = pytest.mark.usefixtures("reference_kernels")
 
 MAX_NUM_SEQS, MAX_MODEL_LEN, VOCAB_SIZE, NUM_BLOCKS = 5, 40, 1000, 64
 

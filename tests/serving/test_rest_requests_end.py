@@ -14,7 +14,7 @@ import pytest
 
 from pagoda.engine.health import EngineState
 from pagoda.errors import ConfigError, ErrorKind
-from pagoda.serving.http import certificates, event_stream
+from pagoda.serving.http import certificates, event_stream, server
 from tests.support.rest_harness import RestHarness
 from tests.support.tls import write_self_signed_certificate
 from tests.support.waiting import wait_until
@@ -270,9 +270,9 @@ def test_api_keys_are_asked_for_where_they_protect_something() -> None:
             assert harness.client.get("/v1/models", headers=headers).status_code == 200
 
 
-def test_idle_connections_do_not_hold_up_the_end() -> None:
+def test_idle_connections_do_not_hold_up_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "CLOSE_SECONDS", 1000)  # longer than the harness waits for the end
     with RestHarness() as harness, httpx.Client(base_url=harness.url) as idle:
-        harness.server.config.timeout_graceful_shutdown = 1000  # longer than the harness waits for the end
         idle.get("/health")
         harness.run(harness.stop)
 
@@ -317,8 +317,8 @@ def test_a_renewed_certificate_is_used_without_a_restart(
         renewed, its_key = write_self_signed_certificate(tmp_path / "renewed", "localhost")
         with caplog.at_level("WARNING"):
             certificate.write_text(renewed.read_text())  # which the old key does not fit
-            assert harness.eventually(lambda: "cannot load the renewed certificate" in caplog.text)
+            wait_until(lambda: "cannot load the renewed certificate" in caplog.text)
         assert shown() == first
         key.write_text(its_key.read_text())
-        assert harness.eventually(lambda: shown() == renewed.read_text())
+        wait_until(lambda: shown() == renewed.read_text())
         assert first != renewed.read_text()
