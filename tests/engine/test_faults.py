@@ -11,11 +11,12 @@ from pagoda.config.schema import PagodaConfig
 from pagoda.engine.core.loop import EngineCore
 from pagoda.engine.core.startup import start_core
 from pagoda.engine.messages import EngineOutput
-from pagoda.errors import ConfigError, EngineDeadError, ErrorKind
+from pagoda.errors import ConfigError, EngineDeadError, ErrorKind, InvalidRequestError
 from pagoda.models.dummy import DummySpec, write_dummy_checkpoint
 from pagoda.request import EngineRequest
 from pagoda.sampling.output import FinishReason
 from pagoda.sampling.params import SamplingParams
+from pagoda.scheduling.plan import NewRequest
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +100,39 @@ def test_failed_step_ends_its_requests_and_the_engine_goes_on(checkpoint: Path) 
     assert {name: tokens for name, (tokens, _) in again.items()} == {
         name: tokens for name, (tokens, _) in undisturbed.items()
     }
+
+
+def test_no_memory_for_a_request_that_enters_is_no_memory_for_the_step(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others may have been admitted with the blocks that it should fill, so the step is planned again."""
+    core = make_core(checkpoint, enable_prefix_caching=True, max_num_batched_tokens=64)
+    undisturbed = run(core, NAMES)
+    batch = core._executor._worker.runner.batch  # type: ignore[attr-defined]
+    write, calls = batch._write_request, []
+
+    def fail_once(new: NewRequest) -> None:
+        calls.append(new)
+        if len(calls) == 2:
+            raise MemoryError("no memory for the tokens of a request")
+        write(new)
+
+    monkeypatch.setattr(batch, "_write_request", fail_once)
+    disturbed = run(core, NAMES)
+    assert len(calls) > len(NAMES)
+    for name in NAMES:
+        assert disturbed[name][0] == undisturbed[name][0]
+        assert disturbed[name][1].finish_reason is FinishReason.LENGTH
+
+
+@pytest.mark.parametrize("prompt", [[], [5, -1], [5, 100_000], [5] * 200])
+def test_a_prompt_that_would_harm_others_is_refused_at_the_border_of_the_engine(
+    checkpoint: Path, prompt: list[int]
+) -> None:
+    core = make_core(checkpoint)
+    with pytest.raises(InvalidRequestError):
+        core.add_request(EngineRequest(params=SamplingParams(), prompt_token_ids=prompt, max_tokens=1))
+    assert not core.has_work
 
 
 def test_failed_step_on_a_device_that_is_not_sane_is_the_end_of_the_engine(
