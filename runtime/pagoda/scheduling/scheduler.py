@@ -64,6 +64,7 @@ class Scheduler:
         self._free_slots = list(range(limits.max_num_seqs - 1, -1, -1))
         self._released_slots: list[int] = []
         self._in_flight: dict[int, PlannedStep] = {}  # by step id
+        self._first_left_out: Request | None = None  # by the budget of the last plan
         self._ended: list[RequestUpdate] = []
         self._num_arrived = 0
         self._num_steps = 0
@@ -215,10 +216,14 @@ class Scheduler:
         longest_chunk = self._longest_chunk
         slides = self.kv.sliding_window is not None
         preempted = False
+        first_left_out: Request | None = None
         for request in self._candidates():
             num_new = min(request.next_tokens(), budget, longest_chunk)
             if num_new == 0 or request.slot < 0:
-                continue  # nothing to do, no budget, or preempted a moment ago for one before it
+                # Nothing to do, no budget, or preempted a moment ago for one before it.
+                if budget == 0 and first_left_out is None and request.slot >= 0 and request.next_tokens():
+                    first_left_out = request
+                continue
             if slides:
                 self.kv.drop_out_of_window(request)
             while not self.kv.extend(request, request.num_computed_tokens + num_new):
@@ -231,11 +236,19 @@ class Scheduler:
             else:
                 scheduled[request] = num_new
                 budget -= num_new
+        self._first_left_out = first_left_out
         return scheduled, preempted
 
     def _candidates(self) -> list[Request]:
-        """The running requests that this plan may move forward."""
+        """The running requests that this plan may move forward, the oldest first.
+
+        Where the budget is smaller than their number, which it may be after out-of-memory, they take turns: it begins with the
+        first that the last plan left out.
+        """
         running = list(self._running.values())
+        if self._budget.tokens < len(running) and self._first_left_out in running:
+            first = running.index(self._first_left_out)
+            running = running[first:] + running[:first]
         num_stages = self.limits.pipeline_parallel_size
         if num_stages == 1:
             return running

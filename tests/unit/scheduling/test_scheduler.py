@@ -348,6 +348,28 @@ def test_a_step_that_does_not_fit_is_planned_again_under_half_the_budget() -> No
     assert request.num_output_tokens == 1
 
 
+@pytest.mark.parametrize("num_stages", [1, 2])
+def test_all_running_requests_go_on_when_the_budget_has_become_smaller_than_their_number(num_stages: int) -> None:
+    scheduler = make_scheduler(max_num_batched_tokens=8, pipeline_parallel_size=num_stages)
+    names = "abcdefgh"
+    for name in names:
+        scheduler.add(make_request(name, 1, max_tokens=100))
+    step(scheduler)
+    for _ in range(2):  # as after two steps, of other requests, that ran out of memory
+        assert scheduler._budget.shrink()
+    in_flight: list[StepPlan] = []
+    last_seen = dict.fromkeys(names, 0)
+    for turn in range(1, 40):
+        while len(in_flight) < num_stages and (plan := scheduler.schedule()) is not None:
+            in_flight.append(plan)
+        plan = in_flight.pop(0)
+        assert plan.total_tokens <= 2
+        last_seen.update(dict.fromkeys(plan.request_ids, turn))
+        finish(scheduler, plan)
+    assert scheduler.num_running == 8
+    assert min(last_seen.values()) > 40 - 12
+
+
 def test_repetition_is_stopped_where_it_is_asked_for() -> None:
     def run(mode: str) -> Request:
         scheduler = make_scheduler(
