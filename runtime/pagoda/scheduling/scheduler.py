@@ -61,7 +61,7 @@ class Scheduler:
         self._requests: dict[str, Request] = {}
         self._waiting = make_waiting_queue(limits.policy)
         self._running: dict[str, Request] = {}
-        self._free_slots = list(range(limits.max_num_seqs - 1, -1, -1))
+        self._free_slots = _all_slots(limits)
         self._released_slots: list[int] = []
         self._in_flight: dict[int, PlannedStep] = {}  # by step id
         self._first_left_out: Request | None = None  # by the budget of the last plan
@@ -431,10 +431,26 @@ class Scheduler:
             assert request.num_output_tokens + request.num_in_flight <= request.max_tokens
             assert request.num_in_flight <= 1 or self.limits.pipeline_parallel_size == 1
 
-    def check_idle(self) -> None:
-        """Assert, cheaply, that an engine without requests holds nothing."""
-        assert not self._requests
-        assert not self._running
-        assert len(self._waiting) == 0
-        assert len(self._free_slots) == self.limits.max_num_seqs
-        self.kv.check_idle()
+    def find_leak(self) -> str:
+        """What an engine without requests holds all the same, for the log; empty when nothing. O(1)."""
+        leaks = {
+            "request slots": self.limits.max_num_seqs - len(self._free_slots),
+            "running requests": len(self._running),
+            "waiting requests": len(self._waiting),
+            "KV blocks": self.kv.pool.num_in_use,
+        }
+        return ", ".join(f"{count} {what}" for what, count in leaks.items() if count)
+
+    def reset(self) -> None:
+        """Take back what has leaked, in an engine without requests: it would be missing for as long as the engine runs."""
+        leaked_slots = set(range(self.limits.max_num_seqs)).difference(self._free_slots)
+        self._released_slots += sorted(leaked_slots.difference(self._released_slots))
+        self._free_slots = _all_slots(self.limits)
+        self._waiting = make_waiting_queue(self.limits.policy)
+        self._running.clear()
+        self.kv.reset()
+
+
+def _all_slots(limits: SchedulerLimits) -> list[int]:
+    """The request slots, of which the last is given away first."""
+    return list(range(limits.max_num_seqs - 1, -1, -1))
