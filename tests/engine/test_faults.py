@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,11 @@ from pagoda.config.schema import PagodaConfig
 from pagoda.engine.core.loop import EngineCore
 from pagoda.engine.core.startup import start_core
 from pagoda.engine.messages import EngineOutput
-from pagoda.errors import ConfigError, EngineDeadError, ErrorKind
+from pagoda.errors import ConfigError, EngineDeadError, ErrorKind, InvalidRequestError
 from pagoda.request import EngineRequest
 from pagoda.sampling.output import FinishReason
 from pagoda.sampling.params import SamplingParams
+from pagoda.scheduling.plan import NewRequest
 
 
 @pytest.fixture(autouse=True)
@@ -95,6 +97,39 @@ def test_failed_step_ends_its_requests_and_the_engine_goes_on(checkpoint: Path) 
     }
 
 
+def test_no_memory_for_a_request_that_enters_is_no_memory_for_the_step(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others may have been admitted with the blocks that it should fill, so the step is planned again."""
+    core = make_core(checkpoint, enable_prefix_caching=True, max_num_batched_tokens=64)
+    undisturbed = run(core, NAMES)
+    batch = core._executor._worker.runner.batch  # type: ignore[attr-defined]
+    write, calls = batch._write_request, []
+
+    def fail_once(new: NewRequest) -> None:
+        calls.append(new)
+        if len(calls) == 2:
+            raise MemoryError("no memory for the tokens of a request")
+        write(new)
+
+    monkeypatch.setattr(batch, "_write_request", fail_once)
+    disturbed = run(core, NAMES)
+    assert len(calls) > len(NAMES)
+    for name in NAMES:
+        assert disturbed[name][0] == undisturbed[name][0]
+        assert disturbed[name][1].finish_reason is FinishReason.LENGTH
+
+
+@pytest.mark.parametrize("prompt", [[], [5, -1], [5, 100_000], [5] * 200])
+def test_a_prompt_that_would_harm_others_is_refused_at_the_border_of_the_engine(
+    checkpoint: Path, prompt: list[int]
+) -> None:
+    core = make_core(checkpoint)
+    with pytest.raises(InvalidRequestError):
+        core.add_request(EngineRequest(params=SamplingParams(), prompt_token_ids=prompt, max_tokens=1))
+    assert not core.has_work
+
+
 def test_failed_step_on_a_device_that_is_not_sane_is_the_end_of_the_engine(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,13 +144,20 @@ def test_failed_step_on_a_device_that_is_not_sane_is_the_end_of_the_engine(
         run(core, NAMES)
 
 
-def test_an_engine_that_holds_a_block_when_it_is_idle_does_not_go_on(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+def test_blocks_that_an_idle_engine_still_holds_are_taken_back(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     core = make_core(checkpoint)
-    monkeypatch.setattr(core._scheduler.kv, "release", lambda request: None)
-    with pytest.raises(AssertionError, match="KV blocks are held by nobody"):
+    undisturbed = run(core, NAMES)
+    with monkeypatch.context() as patched:
+        patched.setattr(core._scheduler.kv, "release", lambda request: None)
         run(core, NAMES)
+    (record,) = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert re.search(r"leak in an idle engine: \d+ KV blocks", record.getMessage())
+    assert core.stats().num_blocks_in_use == 0
+    assert {name: tokens for name, (tokens, _) in run(core, NAMES).items()} == {
+        name: tokens for name, (tokens, _) in undisturbed.items()
+    }
 
 
 def test_step_that_does_not_fit_is_run_in_smaller_ones_with_the_same_tokens(checkpoint: Path) -> None:

@@ -256,7 +256,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 break
             self.step()
         assert set(self.ends) == set(self.requests), "a request never ended"
-        self.scheduler.check_idle()
+        assert not self.scheduler.find_leak()
 
     def _record(self, updates: list[RequestUpdate]) -> None:
         for update in updates:

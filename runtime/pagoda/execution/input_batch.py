@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pagoda.errors import InvalidRequestError, PagodaError
+from pagoda.errors import PagodaError
 from pagoda.sampling.rows import Int64Array
 from pagoda.sampling.transfer import all_to_device, to_device
 from pagoda.scheduling.plan import NewRequest, SampledTokensUpdate, StepPlan
@@ -116,9 +116,9 @@ class InputBatch:
         self.block_table = torch.zeros((max_num_seqs, self.max_blocks), dtype=torch.int32, device=device)
         # Tokens that a slot holds, sampled ones that only the device knows included; 0 while it is empty.
         self.num_tokens = np.zeros(max_num_seqs, dtype=np.int64)
-        # Slots whose rows fail until they are released, and why. Those that hold no sound request, or were planned wrongly, do
-        # not run. The others do: in the same step, rows may share blocks that they write. They even sample, for nobody: what
-        # runs must follow from the plan alone, or ranks would disagree on the shapes that they exchange.
+        # Slots whose rows fail until they are released, and why. Those that were planned wrongly do not run. The others do,
+        # and even sample a token that is dropped: what runs must follow from the plan alone, or ranks would disagree on the
+        # shapes that they exchange.
         self.slot_errors: dict[int, str] = {}
         self._cannot_run: set[int] = set()
         self._layout: RowLayout | None = None
@@ -133,13 +133,17 @@ class InputBatch:
     def enter(self, new: NewRequest, prepare: Callable[[NewRequest], None]) -> None:
         """Let a request enter its slot; `prepare` does what else must be done before it can sample.
 
-        Whatever goes wrong fails this request alone: the reason is kept in `slot_errors`.
+        Whatever goes wrong with it in `prepare` fails this request alone: the reason is kept in `slot_errors`. What goes wrong
+        while its tokens and blocks are written, such as that there is no memory, is not about this request and is raised: the
+        row runs on the other ranks, and others share the blocks that it fills.
         """
         self.release(new.slot)
-        self._cannot_run.add(new.slot)
+        self._cannot_run.add(new.slot)  # until it is written, and if it cannot be
+        if not self._check_blocks(new.slot, 0, new.block_ids):
+            return
+        self._write_request(new)
+        self._cannot_run.discard(new.slot)
         try:
-            self._write_request(new)
-            self._cannot_run.discard(new.slot)
             prepare(new)
         except PagodaError as error:
             self.slot_errors[new.slot] = str(error)
@@ -261,25 +265,18 @@ class InputBatch:
         return True
 
     def _write_request(self, new: NewRequest) -> None:
-        """Write a request's tokens and blocks into its slot; `InvalidRequestError` says what cannot be right."""
+        """Write a request's tokens and blocks into its slot. Its prompt was checked at the border of the engine."""
         token_ids = np.array(new.token_ids, dtype=np.int64)
         block_ids = np.array(new.block_ids, dtype=np.int32)
-        if not 0 < token_ids.size <= self.max_model_len:
-            raise InvalidRequestError(f"a request has {token_ids.size} tokens; 1 to {self.max_model_len} are possible")
-        if token_ids.min() < 0 or token_ids.max() >= self.vocab_size:
-            outside = token_ids[(token_ids < 0) | (token_ids >= self.vocab_size)][0]
-            raise InvalidRequestError(f"token id {outside} is not between 0 and {self.vocab_size - 1}")
-        if block_ids.size > self.max_blocks or (
-            block_ids.size and not 0 <= block_ids.min() <= block_ids.max() < self.num_blocks
-        ):
-            raise InvalidRequestError(f"blocks {new.block_ids} are not at most {self.max_blocks} of {self.num_blocks}")
         self.token_pool[new.slot, : token_ids.size] = to_device(token_ids, self.device)
         self.block_table[new.slot, : block_ids.size] = to_device(block_ids, self.device)
         self.block_table[new.slot, block_ids.size :] = 0
         self.num_tokens[new.slot] = token_ids.size
 
     def _check_blocks(self, slot: int, offset: int, block_ids: list[int]) -> bool:
-        if offset + len(block_ids) <= self.max_blocks and min(block_ids) >= 0 and max(block_ids) < self.num_blocks:
+        """Whether these blocks exist and fit there; if not, the row does not run, on any rank."""
+        ids_exist = min(block_ids, default=0) >= 0 and max(block_ids, default=0) < self.num_blocks
+        if ids_exist and offset + len(block_ids) <= self.max_blocks:
             return True
         self.slot_errors.setdefault(slot, f"blocks {block_ids} cannot stand at {offset} of a block table")
         self._cannot_run.add(slot)

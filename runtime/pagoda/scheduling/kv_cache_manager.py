@@ -140,11 +140,9 @@ class KVCacheManager:
         """Forget every cached prefix."""
         self.pool.forget_all()
 
-    def check_idle(self) -> None:
-        """Assert that nothing is held: free + cached == total."""
-        assert self.pool.num_free + self.pool.num_cached == self.pool.num_usable, (
-            f"{self.pool.num_in_use} of {self.pool.num_usable} KV blocks are held by nobody"
-        )
+    def reset(self) -> None:
+        """Make all blocks free, whoever holds them, and forget every cached prefix. Leases given before are of no use."""
+        self.pool = BlockPool(len(self.pool.blocks))
 
     def check_integrity(self, requests: Iterable[Request]) -> None:
         """Assert that the leases of `requests` are all there are. O(num_blocks); for tests."""

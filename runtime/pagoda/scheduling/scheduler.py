@@ -64,9 +64,10 @@ class Scheduler:
         self._requests: dict[str, Request] = {}
         self._waiting = make_waiting_queue(limits.policy)
         self._running: dict[str, Request] = {}
-        self._free_slots = list(range(limits.max_num_seqs - 1, -1, -1))
+        self._free_slots = _all_slots(limits)
         self._released_slots: list[int] = []
         self._in_flight: dict[int, PlannedStep] = {}  # by step id
+        self._first_left_out: Request | None = None  # by the budget of the last plan
         self._ended: list[RequestUpdate] = []
         self._num_arrived = 0
         self._num_steps = 0
@@ -218,10 +219,14 @@ class Scheduler:
         longest_chunk = self._longest_chunk
         slides = self.kv.sliding_window is not None
         preempted = False
+        first_left_out: Request | None = None
         for request in self._candidates():
             num_new = min(request.next_tokens(), budget, longest_chunk)
             if num_new == 0 or request.slot < 0:
-                continue  # nothing to do, no budget, or preempted a moment ago for one before it
+                # Nothing to do, no budget, or preempted a moment ago for one before it.
+                if budget == 0 and first_left_out is None and request.slot >= 0 and request.next_tokens():
+                    first_left_out = request
+                continue
             if slides:
                 self.kv.drop_out_of_window(request)
             while not self.kv.extend(request, request.num_computed_tokens + num_new):
@@ -234,11 +239,19 @@ class Scheduler:
             else:
                 scheduled[request] = num_new
                 budget -= num_new
+        self._first_left_out = first_left_out
         return scheduled, preempted
 
     def _candidates(self) -> list[Request]:
-        """The running requests that this plan may move forward."""
+        """The running requests that this plan may move forward, the oldest first.
+
+        Where the budget is smaller than their number, which it may be after out-of-memory, they take turns: it begins with the
+        first that the last plan left out.
+        """
         running = list(self._running.values())
+        if self._budget.tokens < len(running) and self._first_left_out in running:
+            first = running.index(self._first_left_out)
+            running = running[first:] + running[:first]
         num_stages = self.limits.pipeline_parallel_size
         if num_stages == 1:
             return running
@@ -421,10 +434,26 @@ class Scheduler:
             assert request.num_output_tokens + request.num_in_flight <= request.max_tokens
             assert request.num_in_flight <= 1 or self.limits.pipeline_parallel_size == 1
 
-    def check_idle(self) -> None:
-        """Assert, cheaply, that an engine without requests holds nothing."""
-        assert not self._requests
-        assert not self._running
-        assert len(self._waiting) == 0
-        assert len(self._free_slots) == self.limits.max_num_seqs
-        self.kv.check_idle()
+    def find_leak(self) -> str:
+        """What an engine without requests holds all the same, for the log; empty when nothing. O(1)."""
+        leaks = {
+            "request slots": self.limits.max_num_seqs - len(self._free_slots),
+            "running requests": len(self._running),
+            "waiting requests": len(self._waiting),
+            "KV blocks": self.kv.pool.num_in_use,
+        }
+        return ", ".join(f"{count} {what}" for what, count in leaks.items() if count)
+
+    def reset(self) -> None:
+        """Take back what has leaked, in an engine without requests: it would be missing for as long as the engine runs."""
+        leaked_slots = set(range(self.limits.max_num_seqs)).difference(self._free_slots)
+        self._released_slots += sorted(leaked_slots.difference(self._released_slots))
+        self._free_slots = _all_slots(self.limits)
+        self._waiting = make_waiting_queue(self.limits.policy)
+        self._running.clear()
+        self.kv.reset()
+
+
+def _all_slots(limits: SchedulerLimits) -> list[int]:
+    """The request slots, of which the last is given away first."""
+    return list(range(limits.max_num_seqs - 1, -1, -1))

@@ -10,6 +10,7 @@ import pytest
 from pagoda.errors import InvalidRequestError, QueueFullError
 from pagoda.sampling.output import FinishReason, TokenLogprobs
 from pagoda.sampling.params import SamplingParams
+from pagoda.scheduling.block_pool import BlockLease
 from pagoda.scheduling.config import SchedulerLimits
 from pagoda.scheduling.kv_cache_manager import KVCacheManager
 from pagoda.scheduling.plan import SampledTokensUpdate, StepPlan, StepResult
@@ -221,7 +222,7 @@ def test_result_of_a_request_aborted_in_flight_is_dropped() -> None:
     scheduler.abort(["a"])
     assert finish(scheduler, plan) == []
     assert [item.request.spec.request_id for item in scheduler.take_ended()] == ["a"]
-    scheduler.check_idle()
+    assert not scheduler.find_leak()
 
 
 @pytest.mark.parametrize("is_aborted", [False, True])
@@ -261,6 +262,28 @@ def test_what_is_in_flight_of_a_request_with_blocks_of_a_row_that_failed_is_not_
         assert [update.request.spec.request_id for update in scheduler.apply(plan, result)] == ["c"]
     assert scheduler.take_ended() == []
     assert scheduled(step(scheduler)) == {"b": 16, "c": 1}
+
+
+def test_leaked_slots_and_blocks_are_found_when_idle_and_can_be_used_again_after_a_reset() -> None:
+    scheduler = make_scheduler(num_usable=4, max_num_seqs=2)
+    request = make_request("a", 8, max_tokens=1)
+    scheduler.add(request)
+    leaked = BlockLease(scheduler.kv.pool)
+    plan = scheduler.schedule()
+    assert plan is not None
+    leaked.adopt(request.lease.blocks)
+    finish(scheduler, plan)
+    slot = scheduler._free_slots.pop()
+    assert scheduler.find_leak() == "1 request slots, 2 KV blocks"
+    scheduler.reset()
+    assert scheduler.find_leak() == ""
+    for name in "bc":
+        scheduler.add(make_request(name, 8, max_tokens=1))
+    plan = step(scheduler)
+    assert scheduled(plan) == {"b": 8, "c": 8}
+    assert plan.released_slots.count(slot) == 1
+    leaked.release()  # into the pool of before
+    scheduler.check_integrity()
 
 
 def test_plan_names_only_what_changed() -> None:
@@ -317,7 +340,7 @@ def test_several_steps_run_on_one_plan_and_end_at_the_length_cap() -> None:
     assert plan.num_steps == [2]
     scheduler.apply(plan, StepResult(plan.step_id, [[5, 6]]))
     assert (request.num_output_tokens, request.finish_reason) == (7, FinishReason.LENGTH)
-    scheduler.check_idle()
+    assert not scheduler.find_leak()
 
 
 def test_tokens_sampled_past_a_stop_in_a_multi_step_plan_are_dropped() -> None:
@@ -328,7 +351,7 @@ def test_tokens_sampled_past_a_stop_in_a_multi_step_plan_are_dropped() -> None:
     assert plan is not None
     (update,) = scheduler.apply(plan, StepResult(plan.step_id, [[1, 9, 3, 4]]))
     assert (update.new_token_ids, update.request.finish_reason) == ([1, 9], FinishReason.STOP)
-    scheduler.check_idle()
+    assert not scheduler.find_leak()
 
 
 def test_a_step_that_does_not_fit_is_planned_again_under_half_the_budget() -> None:
@@ -341,6 +364,28 @@ def test_a_step_that_does_not_fit_is_planned_again_under_half_the_budget() -> No
     assert [step(scheduler).num_scheduled_tokens[0] for _ in range(4)] == [8, 8, 8, 6]
     assert request.finish_reason is None
     assert request.num_output_tokens == 1
+
+
+@pytest.mark.parametrize("num_stages", [1, 2])
+def test_all_running_requests_go_on_when_the_budget_has_become_smaller_than_their_number(num_stages: int) -> None:
+    scheduler = make_scheduler(max_num_batched_tokens=8, pipeline_parallel_size=num_stages)
+    names = "abcdefgh"
+    for name in names:
+        scheduler.add(make_request(name, 1, max_tokens=100))
+    step(scheduler)
+    for _ in range(2):  # as after two steps, of other requests, that ran out of memory
+        assert scheduler._budget.shrink()
+    in_flight: list[StepPlan] = []
+    last_seen = dict.fromkeys(names, 0)
+    for turn in range(1, 40):
+        while len(in_flight) < num_stages and (plan := scheduler.schedule()) is not None:
+            in_flight.append(plan)
+        plan = in_flight.pop(0)
+        assert plan.total_tokens <= 2
+        last_seen.update(dict.fromkeys(plan.request_ids, turn))
+        finish(scheduler, plan)
+    assert scheduler.num_running == 8
+    assert min(last_seen.values()) > 40 - 12
 
 
 def test_repetition_is_stopped_where_it_is_asked_for() -> None:

@@ -91,11 +91,18 @@ class EngineCore:
         updates = self._collect_oldest()
         updates += self._scheduler.take_ended()
         if not self.has_work and not self._was_idle:
-            self._scheduler.check_idle()
+            self._check_idle()
         self._was_idle = not self.has_work
         now = time.monotonic()
         self._step_seconds = now - started
         return EngineOutputs([_output(update) for update in updates], self.stats(), now)
+
+    def _check_idle(self) -> None:
+        """Mend a leak: it is an error, but no reason to end the engine, and without requests everything can be taken back."""
+        leak = self._scheduler.find_leak()
+        if leak:
+            logger.error("leak in an idle engine: %s; request slots and KV cache are reset", leak)
+            self._scheduler.reset()
 
     def _plan_ahead(self) -> None:
         while len(self._in_flight) < self._executor.max_concurrent_batches:
