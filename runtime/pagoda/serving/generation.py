@@ -141,8 +141,10 @@ class GenerationRunner:
         for wait in list(self._waits):
             wait.interrupt(_stopped)
 
-    async def stream(self, job: GenerationRequest, request_id: str) -> AsyncGenerator[GenerationChunk, None]:
-        """The chunks of a job as they come. Close the iterator (or cancel its reader) to abort the job in the engine.
+    async def stream(
+        self, job: GenerationRequest, request_id: str, job_index: int = 0
+    ) -> AsyncGenerator[tuple[int, GenerationChunk], None]:
+        """`(job_index, chunk)` as the chunks of a job come. Close the iterator (or cancel its reader) to abort the job.
 
         Raises what `TextGenerator.generate` raises, and before that what `ServerHealth.check_ready` does.
         """
@@ -163,7 +165,7 @@ class GenerationRunner:
                     except StopAsyncIteration:
                         break
                     observer.on_chunk(chunk)
-                    yield chunk
+                    yield job_index, chunk
         except BaseException as caught:  # raised on: a disconnect is an end that is counted, too
             error = caught
             raise
@@ -181,7 +183,7 @@ class GenerationRunner:
         """The `params.n` finished sequences of a job, in order of their index."""
         results = [SequenceResult() for _ in range(job.params.n)]
         async with aclosing(self.stream(job, request_id)) as chunks:
-            async for chunk in chunks:
+            async for _, chunk in chunks:
                 results[chunk.index].add(chunk)
         return results
 
@@ -196,7 +198,7 @@ class GenerationRunner:
             await _end(tasks)
             del tasks  # their errors hold this frame through their tracebacks
 
-    async def stream_all(
+    def stream_all(
         self, jobs: Sequence[GenerationRequest], request_id: str
     ) -> AsyncGenerator[tuple[int, GenerationChunk], None]:
         """`(job index, chunk)` of all jobs as they come; the first error aborts the others and is raised.
@@ -204,17 +206,19 @@ class GenerationRunner:
         Each job is read one chunk ahead at most, so that a slow reader holds back what is buffered here.
         """
         if len(jobs) == 1:
-            async with aclosing(self.stream(jobs[0], request_id)) as chunks:
-                async for chunk in chunks:
-                    yield 0, chunk
-            return
+            return self.stream(jobs[0], request_id)
+        return self._stream_several(jobs, request_id)
+
+    async def _stream_several(
+        self, jobs: Sequence[GenerationRequest], request_id: str
+    ) -> AsyncGenerator[tuple[int, GenerationChunk], None]:
         queue: asyncio.Queue[tuple[int, GenerationChunk | Exception | None]] = asyncio.Queue(maxsize=len(jobs))
 
         async def pump(index: int, job: GenerationRequest) -> None:
             try:
-                async with aclosing(self.stream(job, f"{request_id}-{index}")) as chunks:
-                    async for chunk in chunks:
-                        await queue.put((index, chunk))
+                async with aclosing(self.stream(job, f"{request_id}-{index}", index)) as chunks:
+                    async for indexed_chunk in chunks:
+                        await queue.put(indexed_chunk)
             except Exception as error:  # raised by the reader of the queue
                 await queue.put((index, error))
             else:
