@@ -28,8 +28,7 @@ COMPILE = $(TOOLS)/bin/uv pip compile --quiet --python-version 3.11 --generate-h
 AUDITED := constraints.txt requirements/torch.lock requirements/image.lock requirements/tools.lock
 BASE_IMAGE := $(shell sed -nE 's/^ARG BASE_IMAGE=([^@]+).*/\1/p' Dockerfile)
 
-.PHONY: help install serve test suite test-slow test-chaos test-cluster test-pods lint format typecheck proto docs chart test-image bench peers bench-peers gpu-check gpu-tune \
-	lock audit sbom pin-base-image
+.PHONY: help install serve test suite test-slow test-chaos test-cluster test-pods lint format typecheck proto docs chart test-image bench peers bench-peers gpu-check gpu-tune lock audit sbom pin-base-image
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -146,12 +145,12 @@ audit: $(TOOLS)/.installed ## known vulnerabilities of what constraints.txt and 
 	cat $(TOOLS)/audit.log >&2; exit $$status
 
 sbom: $(TOOLS)/.installed ## sbom.cdx.json: what the image installs, as CycloneDX, out of the lock files
-	@cat requirements/torch.lock requirements/image.lock | PYTHONWARNINGS=ignore $(TOOLS)/bin/cyclonedx-py requirements --pyproject pyproject.toml \
-		--output-reproducible --output-file sbom.cdx.json -
+	@cat requirements/torch.lock requirements/image.lock | PYTHONWARNINGS=ignore $(TOOLS)/bin/cyclonedx-py requirements \
+		--pyproject pyproject.toml --output-reproducible --output-file sbom.cdx.json -
 
 pin-base-image: ## the digest that the Dockerfile's base image has now, written into the Dockerfile; needs skopeo
 	@command -v skopeo > /dev/null || { echo "pin-base-image: skopeo, which asks the registry, is not installed" >&2; exit 1; }
-	@digest=$$(skopeo inspect --no-tags --format '{{.Digest}}' docker://$(BASE_IMAGE)) && \
-	expr "$$digest" : 'sha256:[0-9a-f]\{64\}$$' > /dev/null && \
+	@digest=$$(skopeo inspect --no-tags --format '{{.Digest}}' docker://$(BASE_IMAGE)) || exit 1; \
+	expr "$$digest" : 'sha256:[0-9a-f]\{64\}$$' > /dev/null || { echo "pin-base-image: no digest: $$digest" >&2; exit 1; }; \
 	sed "s|^ARG BASE_IMAGE=.*|ARG BASE_IMAGE=$(BASE_IMAGE)@$$digest|" Dockerfile > Dockerfile.pinned && \
 	cat Dockerfile.pinned > Dockerfile && rm Dockerfile.pinned && grep '^ARG BASE_IMAGE=' Dockerfile

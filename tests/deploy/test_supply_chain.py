@@ -154,8 +154,17 @@ def test_the_base_image_is_pinned_to_the_digest_that_the_registry_gives(checkout
     assert (checkout / "asked").read_text().endswith("docker://python:3.11-slim\n")
 
 
-@pytest.mark.parametrize("script", ["echo sha256:0123; exit 0", "exit 0", f"echo {DIGEST}; exit 1"])
-def test_an_answer_that_is_no_digest_leaves_the_dockerfile_as_it_is(script: str, checkout: Path) -> None:
+@pytest.mark.parametrize(
+    ("script", "sentence"),
+    [
+        ("echo sha256:0123; exit 0", "pin-base-image: no digest: sha256:0123"),
+        ("exit 0", "pin-base-image: no digest"),
+        (f"echo {DIGEST}; echo 'no such host' >&2; exit 1", "no such host"),
+    ],
+)
+def test_an_answer_that_is_no_digest_leaves_the_dockerfile_as_it_is(script: str, sentence: str, checkout: Path) -> None:
     executable(checkout / "bin" / "skopeo", script)
-    assert make("pin-base-image", checkout, path=f"{checkout / 'bin'}:{os.environ['PATH']}").returncode != 0
+    done = make("pin-base-image", checkout, path=f"{checkout / 'bin'}:{os.environ['PATH']}")
+    assert done.returncode != 0
+    assert sentence in done.stderr
     assert (checkout / "Dockerfile").read_text() == (REPOSITORY / "Dockerfile").read_text()
