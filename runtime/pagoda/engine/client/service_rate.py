@@ -1,4 +1,4 @@
-"""How fast the engine ends requests, for an honest Retry-After."""
+"""The measured rate at which the engine ends requests, for Retry-After."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ _LONGEST_SECONDS = 60
 
 
 class ServiceRate:
-    """Ended requests per busy second, of late: both are sums in which what lies a half-life back counts half.
+    """Ended requests per busy second: both are exponentially decaying sums.
 
-    Time in which there was nothing to do says nothing about how fast the engine is, and is left out. Times are monotonic
+    Idle time is left out. Times are monotonic
     seconds.
     """
 
