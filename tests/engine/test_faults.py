@@ -114,7 +114,7 @@ def test_an_engine_that_holds_a_block_when_it_is_idle_does_not_go_on(
 ) -> None:
     core = make_core(checkpoint)
     monkeypatch.setattr(core._scheduler.kv, "release", lambda request: None)
-    with pytest.raises(AssertionError, match="KV blocks are held by nobody"):
+    with pytest.raises(AssertionError, match="KV block leak"):
         run(core, NAMES)
 
 

@@ -176,7 +176,7 @@ def _start(share: Sequence[Specialization]) -> subprocess.Popen[str]:
 
 
 class NoDevice:
-    """Stands in for the driver where there is a GPU to compile for and none to run on."""
+    """Replaces Triton's driver on a machine without a GPU, to compile for one."""
 
     def __init__(self, target: GPUTarget) -> None:
         self._target = target

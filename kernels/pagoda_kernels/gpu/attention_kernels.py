@@ -1,6 +1,6 @@
 """Paged attention in Triton: one source, compiled for decode and for prefill, and the reduction of split contexts.
 
-A program holds a tile of query rows and walks over keys. The query heads that share a KV head stand in one tile, so that keys
+A program holds a tile of query rows and walks over keys. The query heads that share a KV head are in one tile, so that keys
 and values are read once for all of them; with H heads a KV head, row m of the tile is token `m // H`, head `m % H`:
 
     prefill, H = 3, ROWS = 64      token 0: heads 0 1 2 │ token 1: heads 0 1 2 │ … │ token 20 │ 1 row unused

@@ -17,7 +17,7 @@ REQUEST_SECONDS = 30
 
 
 class ClusterError(PagodaError):
-    """What stands in the way of a deployment, in a sentence."""
+    """A deployment is impossible; the message names the obstacle."""
 
 
 class Cluster:

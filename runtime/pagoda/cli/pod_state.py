@@ -1,4 +1,4 @@
-"""What a pod is doing, and what stands in its way, read from its status."""
+"""The state of a pod and the reason why it is not ready, from its status."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ MAX_ANSWER_BYTES = 65536
 def run(arguments: Sequence[str]) -> int:
     """Print one line with the server's answer; exit status 0 if the probe passes, 1 if not.
 
-    Settings of the server may stand on the command line too (`--http-port`, `--config`); only port and TLS are looked at.
+    Settings of the server may be on the command line too (`--http-port`, `--config`); only port and TLS are looked at.
     """
     line = parse_command_line(arguments)
     parser = argparse.ArgumentParser(

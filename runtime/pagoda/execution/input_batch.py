@@ -116,9 +116,9 @@ class InputBatch:
         self.block_table = torch.zeros((max_num_seqs, self.max_blocks), dtype=torch.int32, device=device)
         # Tokens that a slot holds, sampled ones that only the device knows included; 0 while it is empty.
         self.num_tokens = np.zeros(max_num_seqs, dtype=np.int64)
-        # Slots whose rows fail until they are released, and why. Those that hold no sound request, or were planned wrongly, do
-        # not run. The others do: in the same step, rows may share blocks that they write. They even sample, for nobody: what
-        # runs must follow from the plan alone, or ranks would disagree on the shapes that they exchange.
+        # Slots whose rows fail until they are released, and why. Those without a valid request, or planned wrongly, do not
+        # run. The others do: in the same step, rows may share blocks that they write. They also sample, and the tokens are
+        # dropped: shapes must follow from the plan alone, or ranks would disagree on the shapes that they exchange.
         self.slot_errors: dict[int, str] = {}
         self._cannot_run: set[int] = set()
         self._layout: RowLayout | None = None
@@ -281,6 +281,6 @@ class InputBatch:
     def _check_blocks(self, slot: int, offset: int, block_ids: list[int]) -> bool:
         if offset + len(block_ids) <= self.max_blocks and min(block_ids) >= 0 and max(block_ids) < self.num_blocks:
             return True
-        self.slot_errors.setdefault(slot, f"blocks {block_ids} cannot stand at {offset} of a block table")
+        self.slot_errors.setdefault(slot, f"blocks {block_ids} do not fit at offset {offset} of a block table")
         self._cannot_run.add(slot)
         return False

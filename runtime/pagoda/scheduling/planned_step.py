@@ -11,13 +11,13 @@ from pagoda.scheduling.request import Request
 
 @dataclass(slots=True)
 class PlannedStep:
-    """`requests[i]` is the request of row i of `plan`. Writing a row moves the counters of its request forward."""
+    """`requests[i]` is the request of row i of `plan`. Writing a row advances the counters of its request."""
 
     plan: StepPlan
     requests: list[Request] = field(default_factory=list)
 
     def enter(self, request: Request) -> None:
-        """Tell the runner all tokens and blocks of a request that has come into a slot."""
+        """Add a request that entered a slot, with all its tokens and blocks."""
         assert request.lease is not None
         request.num_blocks_sent = len(request.lease)
         self.plan.new_requests.append(
@@ -62,7 +62,7 @@ class PlannedStep:
 
 
 def _take_unsent_blocks(request: Request) -> list[int]:
-    """The blocks that the runner does not know of yet; from here on it does."""
+    """The blocks that were not sent to the runner yet; marks them as sent."""
     assert request.lease is not None
     blocks, num_sent = request.lease.blocks, request.num_blocks_sent
     if len(blocks) == num_sent:

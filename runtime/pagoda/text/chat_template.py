@@ -193,7 +193,7 @@ class _Budget:
 
 def _too_long(characters: int, max_characters: int) -> InvalidRequestError:
     return InvalidRequestError(
-        f"the conversation has at least {characters} characters; the model's context has room for {max_characters} at most",
+        f"the conversation has at least {characters} characters; the model's context holds {max_characters} at most",
         "messages",
     )
 

@@ -34,7 +34,7 @@ class IncrementalDetokenizer:
         """The text that one more id settles. An id without a token (a padded vocabulary has some) adds nothing."""
         if token_id in self._skipped:
             return ""
-        if self._is_settled:  # nearly always, and then the stream need not hear of it
+        if self._is_settled:  # nearly always, and then the stream decoder is not needed
             text = self._settled_texts[token_id]
             if text is not None:
                 return text

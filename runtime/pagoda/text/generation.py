@@ -33,7 +33,7 @@ class TextGenerator:
 
     `pool` and `client` are public: `await generator.pool.encode(text)`, `.decode(ids)`,
     `.render_chat_and_encode(messages, ...)` serve the routes that need tokens and no generation.
-    `default_max_tokens` stands in for a `max_tokens` that was not given; `default_sampling` holds the sampling defaults of
+    `default_max_tokens` is used when `max_tokens` was not given; `default_sampling` holds the sampling defaults of
     the checkpoint's generation_config.json, `eos_token_ids` the ids that end generation.
     """
 

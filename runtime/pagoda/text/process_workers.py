@@ -151,7 +151,7 @@ class ProcessWorkers:
     def _forget(self, task: asyncio.Task[Any]) -> None:
         self._running.discard(task)
         if not task.cancelled():
-            task.exception()  # its caller may have left; asyncio would call the error lost
+            task.exception()  # retrieved: asyncio would log it if its caller was cancelled
 
     def _release(self, worker: _Worker | None) -> None:
         if worker is not None:

@@ -149,7 +149,7 @@ async def load_in_thread(options: WorkerOptions) -> TextOperations:
 def _report(
     loop: asyncio.AbstractEventLoop, future: asyncio.Future[Any], result: object, error: BaseException | None
 ) -> None:
-    """Settle a future of another thread's loop, unless nobody waits for it any more."""
+    """Set the result of a future of another thread's loop, unless it was cancelled."""
 
     def settle() -> None:
         if future.done():
