@@ -45,7 +45,7 @@ def zeros_on_huge_pages(shape: Sequence[int], dtype: torch.dtype) -> torch.Tenso
 
 
 class _Arena:
-    """Cuts tensors from regions, one after the other; a region is given back when the last tensor in it is gone."""
+    """Cuts tensors from regions, one after the other; a region is freed with its last tensor."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

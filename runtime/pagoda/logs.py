@@ -1,4 +1,4 @@
-"""Logs: one handler, one format and one level for everything in the process, our own lines and the libraries' alike.
+"""Logs: one handler, one format and one level for everything in the process, Pagoda's own lines and the libraries' alike.
 
 A line carries the served model and, inside a request, the request's id. Keys never reach a line: configured secrets and
 whatever follows `Bearer` are masked in the finished text, exception traces included. Standard library only, because the
@@ -20,7 +20,7 @@ from typing import Any, Literal, TextIO
 request_id_var: ContextVar[str | None] = ContextVar("pagoda_request_id", default=None)
 
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
-# Ours, and those of uvicorn, which come with handlers and levels of their own.
+# Pagoda's, and those of uvicorn, which come with handlers and levels of their own.
 UNIFIED_LOGGERS = ("pagoda", "uvicorn", "uvicorn.error", "uvicorn.access")
 # Requested every few seconds by Kubernetes and Prometheus; successful requests are not logged.
 PROBE_PATHS = ("/health", "/v2/health/", "/metrics", "/ready", "/ping")

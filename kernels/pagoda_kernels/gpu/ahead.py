@@ -90,7 +90,7 @@ def recorded_launches() -> Iterator[list[Specialization]]:
         name = f"{fn.module}:{fn.name}:{key}"
         if name not in found:
             found[name] = _recorded(fn, compile)
-        return True  # which tells Triton not to compile
+        return True  # then Triton does not compile
 
     wanted: list[Specialization] = []
     JITFunction.run, triton.knobs.runtime.jit_cache_hook = only_specialize, take

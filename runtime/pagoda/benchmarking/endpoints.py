@@ -1,6 +1,6 @@
-"""How each kind of endpoint is asked, and how its answer is read: one class a protocol, over one HTTP session.
+"""The endpoints under load: one class per protocol, over one HTTP session.
 
-An adapter's `send` calls `on_piece` at the moment at which a piece of text has come, before anything is made of it.
+An adapter's `send` calls `on_piece` when a piece of text has arrived, before it is processed.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ MAX_ERROR_CHARACTERS = 300
 READ_BUFFER_BYTES = 2**20
 
 
-class RequestFailure(Exception):  # noqa: N818 - a finding that is counted, not a fault of ours
-    """A request that did not end well. `kind` is what it is counted under; the text says more."""
+class RequestFailure(Exception):  # noqa: N818 - a result that is counted, not an error of this program
+    """A failed request. `kind` is the category it is counted in; the text has the details."""
 
     def __init__(self, kind: str, detail: str) -> None:
         super().__init__(detail)
@@ -32,7 +32,7 @@ class RequestFailure(Exception):  # noqa: N818 - a finding that is counted, not 
 
 @dataclass(slots=True)
 class Answer:
-    """What came back. Counts are the server's own; None where it gives none. `pieces` is the number of text events."""
+    """The response. Counts are the server's own; None where it gives none. `pieces` is the number of text events."""
 
     text: str = ""
     pieces: int = 0
@@ -43,7 +43,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """Where requests go and what all of them have. `extra_body`: further members of the body, which win."""
+    """The server, and what all requests have in common. `extra_body`: further members of the body, which take precedence."""
 
     base_url: str
     model: str
@@ -79,7 +79,7 @@ class Endpoint(ABC):
 
     @abstractmethod
     async def close(self) -> None:
-        """Give connections back."""
+        """Close all connections."""
 
 
 class HttpEndpoint(Endpoint):
@@ -105,7 +105,7 @@ class HttpEndpoint(Endpoint):
 
     @abstractmethod
     def take(self, content: dict[str, Any], answer: Answer) -> str:
-        """Note what an event or body says; returns its text."""
+        """Update `answer` from an event or body; returns its text."""
 
     @override
     async def send(self, prompt: tuple[Content, ...], output_tokens: int, on_piece: Callable[[], None]) -> Answer:
@@ -125,7 +125,7 @@ class HttpEndpoint(Endpoint):
         except aiohttp.ClientError as error:
             raise RequestFailure("connection lost", f"{type(error).__name__}: {error}") from error
         if not answer.ended:
-            raise RequestFailure("incomplete", "the answer broke off without an end")
+            raise RequestFailure("incomplete", "the response ended without a finish reason")
         return answer
 
     def _take_content(self, content: dict[str, Any], answer: Answer, on_piece: Callable[[], None]) -> None:

@@ -1,6 +1,6 @@
 """The one schema: every setting of Pagoda, with its type, default, bounds and help text.
 
-Everything that knows a setting reads it from here: the command line and its `--help`, files, environment variables, the
+Everything that uses the settings reads them from here: the command line and its `--help`, files, environment variables, the
 checks, the JSON schema for the Helm chart, `pagoda doctor`, docs/configuration.md. Needs the standard library only, so
 the engine and `pagoda probe` can use it on a bare machine.
 

@@ -1,4 +1,4 @@
-"""What the device knows of the requests in the slots, and the inputs of a step made from it.
+"""The state of the requests in the slots on the device, and the inputs of a step made from it.
 
     token_pool  [max_num_seqs, max_model_len + 1]      block_table  [max_num_seqs, max_blocks]
       slot 0    │ prompt and output of a request …       slot 0     │ its blocks, in order, then 0 …
@@ -114,7 +114,7 @@ class InputBatch:
         self.device = device
         self.token_pool = torch.zeros((max_num_seqs, max_model_len + 1), dtype=torch.int64, device=device)
         self.block_table = torch.zeros((max_num_seqs, self.max_blocks), dtype=torch.int32, device=device)
-        # Tokens that a slot holds, sampled ones that only the device knows included; 0 while it is empty.
+        # Tokens that a slot holds, including sampled ones that are not on the host yet; 0 while it is empty.
         self.num_tokens = np.zeros(max_num_seqs, dtype=np.int64)
         # Slots whose rows fail until they are released, and why. Those without a valid request, or planned wrongly, do not
         # run. The others do: in the same step, rows may share blocks that they write. They also sample, and the tokens are

@@ -16,7 +16,7 @@ MAX_TOKEN_IDS = 1024
 class ConfigReader:
     """Reads values of a JSON object by type. A key that is absent takes the default; one without a default is required.
 
-    A key whose value is null counts as absent, except for `optional_*`, which tell the two apart where a family does.
+    A key whose value is null counts as absent, except for `optional_*`, which distinguish the two.
     """
 
     def __init__(self, values: Mapping[str, Any], where: str) -> None:

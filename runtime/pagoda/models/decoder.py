@@ -115,7 +115,7 @@ class DecoderForCausalLM(nn.Module):
                 dtype=dtype,
                 device=device,
                 weight=self.embed_tokens.weight if tied and self.embed_tokens is not None else None,
-                # Two tokens are often nearer to each other than half precision can tell.
+                # Two logits are often closer than half precision resolves.
                 out_dtype=torch.float32,
             )
 

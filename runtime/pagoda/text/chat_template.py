@@ -20,7 +20,7 @@ from pagoda.text.tokenizer_files import DEFAULT_TEMPLATE
 Message = Mapping[str, Any]
 
 _TOOL_TEMPLATE = "tool_use"
-# Marks the end of the message to be continued; the trailing space tells whether the template trims messages.
+# Marks the end of the message to be continued; the trailing space shows whether the template trims messages.
 _CONTINUE_MARK = "CONTINUE_FINAL_MESSAGE_TAG "
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 _RESERVED_VARIABLES = frozenset({"messages", "tools", "documents", "add_generation_prompt"})

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from pagoda.text.tokenizer import Tokenizer
 
-# A character has at most four bytes, so the last four tokens of a prompt tell how it ends.
+# A character has at most four bytes, so the last four tokens of a prompt determine how it ends.
 _PROMPT_TAIL_TOKENS = 4
 
 

@@ -70,7 +70,7 @@ class TextGenerator:
         )
 
     def sampling_params(self, given: Mapping[str, Any]) -> SamplingParams:
-        """`SamplingParams` from what the client gave; a field not given takes the checkpoint's default, then ours.
+        """`SamplingParams` from what the client gave; the checkpoint's defaults apply to fields not given.
 
         Raises `InvalidRequestError` naming the field for an unknown name or an impossible value.
         """

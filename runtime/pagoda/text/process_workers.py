@@ -68,7 +68,7 @@ class _Worker:
         return self._process.returncode is None
 
     async def close(self) -> None:
-        """End the process at once, it holds nothing that is worth saving, and wait until it is gone."""
+        """Kill the process, which has no state to save, and wait until it has exited."""
         if self.is_alive:
             self._process.kill()
         if self._process.stdin is not None:

@@ -52,7 +52,7 @@ class DecoderStream:
 
     @property
     def is_settled(self) -> bool:
-        """Whether a token for which `DecoderPlan.settled_text` knows a text adds just that, and leaves this so."""
+        """Whether a token in `DecoderPlan.settled_text` adds exactly that text and leaves the state as it is."""
         return all(step.is_settled for step in self._steps)
 
     def feed(self, tokens: list[str]) -> str:
@@ -251,7 +251,7 @@ def _unfinished_character(data: bytearray) -> bytearray:
 
 
 class _TokenwiseRule:
-    """A step that treats each token by itself and knows only whether it is the first; the library's own code does it."""
+    """A step that treats each token independently, except for the first; the library's own code does it."""
 
     def __init__(self, description: Mapping[str, Any]) -> None:
         decoder = _library_decoder(description)

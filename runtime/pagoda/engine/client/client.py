@@ -313,17 +313,17 @@ class ProcessEngineClient(EngineClient):
             await asyncio.sleep(_WATCH_SECONDS)
             now = time.monotonic()
             progress = child.progress
-            trouble: str | None = None
+            failure: str | None = None
             if progress.is_up:
-                trouble = watchdog.check(progress, now)
+                failure = watchdog.check(progress, now)
             elif now > deadline:
-                trouble = (
+                failure = (
                     f"the engine was not ready after engine_start_timeout_seconds={start_timeout:g} "
                     f"(stage: {self.health.stage} {self.health.detail})"
                 )
-            if trouble is not None and not self._ending.is_set():
-                logger.error("%s; killing it", trouble)
-                self._lose_core(EngineDeadError(trouble))
+            if failure is not None and not self._ending.is_set():
+                logger.error("%s; killing it", failure)
+                self._lose_core(EngineDeadError(failure))
                 await child.kill(dump_stacks=True)
                 return
 
