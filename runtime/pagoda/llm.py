@@ -92,7 +92,6 @@ class LLM:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The model's tokenizer."""
         return self._text.tokenizer
 
     @property

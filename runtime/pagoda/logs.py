@@ -90,7 +90,6 @@ class _MaskingFormatter(logging.Formatter):
         self._secrets = sorted((secret for secret in secrets if secret), key=len, reverse=True)
 
     def mask(self, text: str) -> str:
-        """`text` without keys."""
         for secret in self._secrets:
             text = text.replace(secret, MASK)
         return _BEARER.sub(rf"\1 {MASK}", text)

@@ -83,7 +83,6 @@ class EngineRequest(BaseRequest):
 
     @property
     def num_prompt_tokens(self) -> int:
-        """Length of the prompt."""
         return len(self.prompt_token_ids)
 
 

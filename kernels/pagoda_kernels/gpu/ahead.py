@@ -182,15 +182,12 @@ class NoDevice:
         self._target = target
 
     def get_current_target(self) -> GPUTarget:
-        """What is compiled for."""
         return self._target
 
     def get_current_device(self) -> int:
-        """The only one."""
         return 0
 
     def get_current_stream(self, device: int) -> int:
-        """The default one."""
         return 0
 
 

@@ -54,7 +54,6 @@ class Target:
 
     @property
     def headers(self) -> dict[str, str]:
-        """Headers of every request."""
         return {} if self.api_key is None else {"Authorization": f"Bearer {self.api_key}"}
 
     def sampling(self, output_tokens: int) -> dict[str, Any]:

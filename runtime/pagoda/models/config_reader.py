@@ -75,7 +75,6 @@ class ConfigReader:
         return self.number(key, low=low, high=high, low_allowed=low_allowed)
 
     def flag(self, key: str, default: bool) -> bool:
-        """True or false."""
         value = self.values.get(key)
         if value is None:
             return default
@@ -84,7 +83,6 @@ class ConfigReader:
         return value
 
     def string(self, key: str, default: str | None = None) -> str:
-        """A non-empty string."""
         value = self.values.get(key)
         if value is None and default is not None:
             return default

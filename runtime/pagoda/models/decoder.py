@@ -48,7 +48,6 @@ class DecoderLayer(nn.Module):
         self.mlp = GatedMLP(config, share, group, dtype=dtype, device=device)
 
     def weight_targets(self, prefix: str) -> dict[str, WeightTarget]:
-        """Attention, MLP and both norms."""
         return {
             **self.input_layernorm.weight_targets(f"{prefix}input_layernorm."),
             **self.self_attn.weight_targets(f"{prefix}self_attn."),

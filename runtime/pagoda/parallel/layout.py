@@ -46,7 +46,6 @@ class ParallelLayout:
 
     @property
     def world_size(self) -> int:
-        """Number of ranks."""
         return self.tensor_parallel_size * self.pipeline_parallel_size
 
     @property

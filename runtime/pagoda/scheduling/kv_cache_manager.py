@@ -124,7 +124,6 @@ class KVCacheManager:
         request.num_published_blocks = 0
 
     def forget_prefixes(self) -> None:
-        """Reset the prefix cache."""
         self.pool.forget_all()
 
     def check_idle(self) -> None:

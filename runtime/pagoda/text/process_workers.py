@@ -89,7 +89,6 @@ class ProcessWorkers:
         self._is_closed = False
 
     async def start(self) -> None:
-        """Start all processes at once."""
         results = await asyncio.gather(*(self._add_worker() for _ in range(self._options.size)), return_exceptions=True)
         errors = [result for result in results if isinstance(result, BaseException)]
         if errors:

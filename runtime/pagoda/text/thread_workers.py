@@ -46,7 +46,6 @@ class ThreadWorkers:
         self._abandoned: set[int] = set()
 
     async def start(self) -> None:
-        """Start the threads."""
         for _ in range(self._options.size):
             self._add_worker()
 

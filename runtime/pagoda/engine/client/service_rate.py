@@ -25,7 +25,6 @@ class ServiceRate:
         self._last = now
 
     def count(self, now: float) -> None:
-        """One request ended at `now`."""
         elapsed = 0.0 if self._last is None else max(0.0, now - self._last)
         share = 0.5 ** (elapsed / _HALF_LIFE_SECONDS)
         self._num_ended = self._num_ended * share + 1.0

@@ -107,7 +107,6 @@ class DataParallelClient(EngineClient):
     @property
     @override
     def stats(self) -> EngineStats:
-        """The sum over all replicas."""
         return sum_of([replica.stats for replica in self._replicas])
 
     @property
