@@ -45,7 +45,7 @@ def zeros_on_huge_pages(shape: Sequence[int], dtype: torch.dtype) -> torch.Tenso
 
 
 class _Arena:
-    """Cuts tensors from regions, one after the other; a region is given back when the last tensor in it is gone."""
+    """Cuts tensors from regions, one after the other; a region is freed with its last tensor."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -65,10 +65,10 @@ class _Arena:
 
 
 def _map_region(num_bytes: int) -> torch.Tensor:
-    """Fresh memory, at least `num_bytes` from a huge page's beginning on; it takes no room before it is written."""
+    """Fresh memory, at least `num_bytes` from a huge page's beginning on; it takes no physical memory before it is written."""
     size = -(-num_bytes // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES
     try:
-        # Shared memory, which is what a mapping is unless told otherwise, has rules of its own for huge pages.
+        # MAP_PRIVATE: shared memory, the default, has other rules for huge pages.
         memory = mmap.mmap(-1, size + _HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
         raise MemoryError(f"no address space for {size} bytes: {error}") from error

@@ -28,7 +28,7 @@ class FusedDecoder(Protocol):
         down: PackedLinear,
         sliding_window: int,
     ) -> None:
-        """Append a layer: norm, attention, norm, gated MLP with SiLU. A `sliding_window` of 0 stands for none.
+        """Append a layer: norm, attention, norm, gated MLP with SiLU. A `sliding_window` of 0 means none.
 
         Raises `RuntimeError` where the layer's sizes are not the decoder's.
         """
@@ -170,7 +170,7 @@ class KernelBackend:
         slot_mapping: torch.Tensor,
         kv_scales: tuple[float, float] | None = None,
     ) -> torch.Tensor:
-        """All that lies between the projection and attention: norm of each head, rotation, and the write to the cache.
+        """The operations between the projection and attention: norm of each head, rotation, and the write to the KV cache.
 
         Args:
             query: [T, num_heads, head_dim]; not changed. Like `key` and `value` [T, num_kv_heads, head_dim] it may be a view

@@ -10,7 +10,7 @@ from pagoda_kernels.types import PANEL, PackedWeight
 
 
 def empty_packed(out_features: int, in_features: int, dtype: torch.dtype) -> PackedWeight:
-    """Room for a weight in float32 or bfloat16 (float32 where the number of inputs is odd), to be filled by `pack_into`."""
+    """Memory for a weight in float32 or bfloat16 (float32 where the number of inputs is odd), to be filled by `pack_into`."""
     panels = -(-out_features // PANEL)
     if dtype == torch.float32 or in_features % 2:
         values = empty_on_huge_pages((panels, in_features, PANEL), torch.float32)

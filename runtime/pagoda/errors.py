@@ -1,7 +1,7 @@
 """Every error that Pagoda raises on purpose.
 
-Each class says what kind of trouble it is, never how a protocol spells it: `serving.status` maps a kind to an HTTP status
-and a gRPC code in one place. The engine, which knows neither protocol, raises these too. A message names what is wrong and
+Each class has a kind, independent of protocols: `serving.status` maps a kind to an HTTP status
+and a gRPC code in one place. The engine raises these too. A message names what is wrong and
 what is allowed, in a sentence that can be shown to the client as it is.
 """
 
@@ -11,7 +11,7 @@ from enum import StrEnum
 
 
 class ErrorKind(StrEnum):
-    """What went wrong, in terms that survive the way between processes."""
+    """The kind of an error, as sent between processes."""
 
     INVALID_REQUEST = "invalid_request"
     UNAUTHENTICATED = "unauthenticated"
@@ -32,7 +32,7 @@ class PagodaError(Exception):
 
 
 class InvalidRequestError(PagodaError):
-    """The request cannot be served as it stands; sending it again unchanged will fail again.
+    """The request is invalid; a retry without a change will fail again.
 
     `param` names the offending field (as the client spelled it) where there is one.
     """
@@ -85,9 +85,9 @@ class EngineNotReadyError(PagodaError):
 
 
 class EngineDeadError(PagodaError):
-    """The engine was lost while the request was in it; the request may be sent again.
+    """The engine died while the request was in it; the request may be retried.
 
-    `was_killed`: by somebody else, so that no request in it can be to blame.
+    `was_killed`: by an external SIGKILL, so no request in it was the cause.
     """
 
     kind = ErrorKind.ENGINE_DEAD
@@ -104,7 +104,7 @@ class DeadlineExceededError(PagodaError):
 
 
 class RequestFailedError(PagodaError):
-    """An internal fault ended this request; others were not disturbed."""
+    """An internal error ended this request; others were not affected."""
 
     kind = ErrorKind.INTERNAL
 

@@ -1,4 +1,4 @@
-"""Faults on purpose: named points in the code where a test, or an operator rehearsing, can make something go wrong.
+"""Fault injection: named points in the code where a test or an operator can inject a failure.
 
 A point costs one dictionary look-up when no fault is installed. The setting `fault_injection` is a comma-separated list of
 
@@ -82,7 +82,7 @@ def _act(fault: _Fault, point: str) -> None:
     if fault.action == "raise":
         raise InjectedFaultError(f"injected fault at {point}")
     if fault.action == "oom":
-        raise MemoryError(f"injected lack of memory at {point}")
+        raise MemoryError(f"injected out of memory at {point}")
     if fault.action == "sleep":
         time.sleep(fault.seconds)
     elif fault.action == "exit":

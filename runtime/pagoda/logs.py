@@ -1,4 +1,4 @@
-"""Logs: one handler, one format and one level for everything in the process, our own lines and the libraries' alike.
+"""Logs: one handler, one format and one level for everything in the process, Pagoda's own lines and the libraries' alike.
 
 A line carries the served model and, inside a request, the request's id. Keys never reach a line: configured secrets and
 whatever follows `Bearer` are masked in the finished text, exception traces included. Standard library only, because the
@@ -20,9 +20,9 @@ from typing import Any, Literal, TextIO
 request_id_var: ContextVar[str | None] = ContextVar("pagoda_request_id", default=None)
 
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
-# Ours, and those of uvicorn, which come with handlers and levels of their own.
+# Pagoda's, and those of uvicorn, which come with handlers and levels of their own.
 UNIFIED_LOGGERS = ("pagoda", "uvicorn", "uvicorn.error", "uvicorn.access")
-# Asked every few seconds by Kubernetes and Prometheus; a successful answer is no news.
+# Requested every few seconds by Kubernetes and Prometheus; successful requests are not logged.
 PROBE_PATHS = ("/health", "/v2/health/", "/metrics", "/ready", "/ping")
 MASK = "***"
 _BEARER = re.compile(r"(?i)\b(bearer)\s+[^\s\"',;]+")
@@ -57,8 +57,8 @@ def configure_logging(
 ) -> logging.Handler:
     """Send all logging of this process to `stream` (default: stderr) in one format; may be called again.
 
-    `level` is one of `LEVELS` and governs Pagoda's and the servers' loggers; other libraries speak from warning on.
-    `secrets` are masked wherever they turn up. Returns the one handler.
+    `level` is one of `LEVELS` and governs Pagoda's and the servers' loggers; other libraries log from warning on.
+    `secrets` are masked everywhere. Returns the handler.
     """
     threshold = LEVELS[level]
     handler = logging.StreamHandler(stream or sys.stderr)
@@ -90,7 +90,6 @@ class _MaskingFormatter(logging.Formatter):
         self._secrets = sorted((secret for secret in secrets if secret), key=len, reverse=True)
 
     def mask(self, text: str) -> str:
-        """`text` without keys."""
         for secret in self._secrets:
             text = text.replace(secret, MASK)
         return _BEARER.sub(rf"\1 {MASK}", text)
@@ -101,7 +100,7 @@ class _MaskingFormatter(logging.Formatter):
         found: dict[str, Any] = {} if request_id is None else {"request_id": request_id}
         for name, value in record.__dict__.items():
             if name in _STANDARD_ATTRIBUTES or name.startswith("_"):
-                continue  # libraries hang private notes on records
+                continue  # private attributes of libraries
             if name not in found and value is not None:
                 found[name] = value
         return found

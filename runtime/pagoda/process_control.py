@@ -29,7 +29,7 @@ def become_child() -> None:
     """Set up this process as one that its parent ends, and that does not outlive it."""
     global _owner
     _owner = os.getppid()
-    # The terminal's Ctrl-C and the pod's SIGTERM are the parent's business; it tells us when to go.
+    # The terminal's Ctrl-C and the pod's SIGTERM are for the parent, which ends this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     _end_with_parent()
@@ -41,7 +41,7 @@ def become_child() -> None:
 def uncollected() -> Iterator[None]:
     """Imports, by the process that owns the interpreter: without collections meanwhile, nor of what they made later.
 
-    They make hundreds of thousands of objects that stay: to look for garbage among them is a tenth of `import torch`.
+    They make hundreds of thousands of objects that stay: collecting among them takes a tenth of `import torch`'s time.
     """
     gc.disable()
     try:
@@ -52,19 +52,19 @@ def uncollected() -> Iterator[None]:
 
 
 def _end_with_parent() -> None:
-    """Let the kernel kill this process when its parent ends. Elsewhere than on Linux the end of their connection must do."""
+    """Let the kernel kill this process when its parent ends. Where there is no Linux, it ends on EOF of their connection."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
 
 
 def become_subreaper() -> None:
-    """Take in descendants whose parents end, as the first process of a container has to anyway; see `reap_orphans`."""
+    """Adopt orphaned descendants, as PID 1 of a container does anyway; see `reap_orphans`."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_SET_CHILD_SUBREAPER, 1)
 
 
 def reap_orphans(child: int) -> None:
-    """Let every descendant that was taken in and has ended go; `child` is left to whoever started it."""
+    """Reap every adopted descendant that has exited, except `child`, which its owner reaps."""
     while sys.platform == "linux":
         try:
             ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)

@@ -3,7 +3,7 @@
     GenerationRequest ────────────▶ EngineRequest, one a sequence ──▶ scheduling.Request.spec ──▶ plan.NewRequest.spec
     made by serving or `LLM`        made by the text layer            beside its state            beside its blocks
 
-Every layer passes the record on whole and keeps its own state beside it. What a client may ask of the scheduler or the runner
+Every layer passes on the whole record and keeps its own state beside it. An option for the scheduler or the runner
 is a field of `BaseRequest`: the parser sets it and its consumer reads it, and nothing in between names it.
 """
 
@@ -19,7 +19,7 @@ class BaseRequest:
     """What all forms of a request have.
 
     `request_id`: shown in logs and answers; may be used again. `params`: what to compute. `priority`: lower is served first.
-    `tenant`: whose turn in the waiting queue the request takes; tenants take turns. `cache_keys`: only requests for which they
+    `tenant`: the waiting queue is round-robin over tenants. `cache_keys`: only requests for which they
     are equal share cached prefixes. Each begins with its kind (`salt=…`), so that keys of two kinds are never equal.
     """
 
@@ -35,7 +35,7 @@ class GenerationRequest(BaseRequest):
     """One prompt to complete, `params.n` times: text, or token ids that are taken as they are.
 
     `prompt` is empty, which is refused, until it is known. `add_special_tokens` concerns a text prompt only. `echo`: the
-    prompt stands before the generated text. `stream`: the client asked for chunks as they come. `details`: the generate routes
+    prompt precedes the generated text. `stream`: the client asked for chunks as they come. `details`: the generate routes
     add ids and log-probabilities. `timeout_seconds`: from arrival; None leaves the server's own limit.
     """
 
@@ -83,7 +83,6 @@ class EngineRequest(BaseRequest):
 
     @property
     def num_prompt_tokens(self) -> int:
-        """Length of the prompt."""
         return len(self.prompt_token_ids)
 
 

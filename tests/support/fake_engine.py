@@ -93,7 +93,7 @@ class FakeEngineClient(EngineClient):
         await asyncio.sleep(self.step_seconds)
         await self.hold.wait()
         if self.health.state is EngineState.DEAD:
-            raise EngineDeadError("the engine was lost while the request was in it")
+            raise EngineDeadError("the engine died while the request was in it")
         if self.fail_after is not None and position >= self.fail_after[0]:
             raise error_of(self.fail_after[1], "failed as asked")
 

@@ -90,7 +90,7 @@ def recorded_launches() -> Iterator[list[Specialization]]:
         name = f"{fn.module}:{fn.name}:{key}"
         if name not in found:
             found[name] = _recorded(fn, compile)
-        return True  # which tells Triton not to compile
+        return True  # then Triton does not compile
 
     wanted: list[Specialization] = []
     JITFunction.run, triton.knobs.runtime.jit_cache_hook = only_specialize, take
@@ -176,21 +176,18 @@ def _start(share: Sequence[Specialization]) -> subprocess.Popen[str]:
 
 
 class NoDevice:
-    """Stands in for the driver where there is a GPU to compile for and none to run on."""
+    """Replaces Triton's driver on a machine without a GPU, to compile for one."""
 
     def __init__(self, target: GPUTarget) -> None:
         self._target = target
 
     def get_current_target(self) -> GPUTarget:
-        """What is compiled for."""
         return self._target
 
     def get_current_device(self) -> int:
-        """The only one."""
         return 0
 
     def get_current_stream(self, device: int) -> int:
-        """The default one."""
         return 0
 
 

@@ -1,6 +1,6 @@
 """Paged attention in Triton: one source, compiled for decode and for prefill, and the reduction of split contexts.
 
-A program holds a tile of query rows and walks over keys. The query heads that share a KV head stand in one tile, so that keys
+A program holds a tile of query rows and walks over keys. The query heads that share a KV head are in one tile, so that keys
 and values are read once for all of them; with H heads a KV head, row m of the tile is token `m // H`, head `m % H`:
 
     prefill, H = 3, ROWS = 64      token 0: heads 0 1 2 │ token 1: heads 0 1 2 │ … │ token 20 │ 1 row unused
@@ -8,7 +8,7 @@ and values are read once for all of them; with H heads a KV head, row m of the t
 
 Keys come in tiles of TILE consecutive positions, wherever their blocks are: position p is slot `p % BLOCK_SIZE` of block
 `block_table[p // BLOCK_SIZE]`. A tile begins at a multiple of TILE; it may hold several blocks, or a part of one. Its blocks
-are looked up a tile earlier and handed on: a look-up and loads that wait for it, in one iteration, would halve the pipeline's
+are looked up one tile earlier: a look-up and loads that wait for it, in one iteration, would halve the pipeline's
 depth. Softmax is kept as in FlashAttention (Dao et al., 2022): running maximum, sum and weighted values, all float32.
 
 Under half-precision queries a float8 cache is widened to float16, whatever the queries are: one instruction converts two
@@ -162,7 +162,7 @@ def _attend_tile(
     exponent = base * log2_scale
     weights = tl.exp2(scores * log2_scale[:, None] - exponent[:, None])
     shrink = tl.exp2(row_max * log2_scale - exponent)
-    if DECODE:  # a sum for each place in a tile, put together at the end: warps that share a row need not meet
+    if DECODE:  # a sum for each place in a tile, put together at the end: warps that share a row need not synchronize
         row_sum = row_sum * shrink[:, None] + weights
     else:
         row_sum = row_sum * shrink + tl.sum(weights, 1)

@@ -49,7 +49,7 @@ class Resources:
 
     @property
     def programs_per_multiprocessor(self) -> int:
-        """How many programs registers and shared memory leave room for on one multiprocessor."""
+        """Occupancy: programs per multiprocessor, as registers and shared memory allow."""
         registers = -(-self.registers // 8) * 8 * WARP_SIZE * self.num_warps
         by_registers = REGISTERS_PER_MULTIPROCESSOR // registers
         return min(by_registers, (SHARED_MEMORY_LIMIT[self.arch] + 1024) // (self.shared_bytes + 1024))

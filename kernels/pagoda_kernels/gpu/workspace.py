@@ -20,7 +20,7 @@ class DecodeWorkspace:
         self._buffers: dict[torch.device, list[torch.Tensor]] = {}
 
     def reserve(self, num_rows: int, num_heads: int, segments: SegmentRule, head_dim: int, device: torch.device) -> int:
-        """Make room for batches of up to `num_rows` decode rows; returns the bytes now held on the device."""
+        """Allocate for batches of up to `num_rows` decode rows; returns the bytes now held on the device."""
         self._buffer(num_rows * num_heads * segments.max_segments * (head_dim + 2), device)
         return sum(buffer.nbytes for buffer in self._buffers[_with_index(device)])
 

@@ -50,7 +50,7 @@ class DecodeGroup:
     """C decode rows that are gathered and attended together, each with B blocks (shorter rows are padded).
 
     Attributes:
-        rows: which rows of the batch; a slice where they stand in order.
+        rows: which rows of the batch; a slice where they are contiguous.
         num_rows: C.
         pages: int64 [C * num_kv_heads * B].
         first_key, num_keys: the part of the B * block_size gathered keys that any row needs.
@@ -186,7 +186,7 @@ def _decode_group(
 def _prefill_rows(metadata: AttentionMetadata, geometry: CacheGeometry, sliding_window: int | None) -> list[PrefillRow]:
     """Every row after the decode rows, cut into tiles of queries.
 
-    All tiles share one band of a causal mask, since what a query sees depends only on how far back a key lies. With
+    All tiles share one band of a causal mask, since the mask depends only on the distance of a key. With
     `prefix` keys before the first query of a tile, the tile's mask is a window of the band:
 
         band[i, x] is open  ⇔  x - prefix_max <= i and x - prefix_max > i - sliding_window

@@ -1,6 +1,6 @@
-"""How each kind of endpoint is asked, and how its answer is read: one class a protocol, over one HTTP session.
+"""The endpoints under load: one class per protocol, over one HTTP session.
 
-An adapter's `send` calls `on_piece` at the moment at which a piece of text has come, before anything is made of it.
+An adapter's `send` calls `on_piece` when a piece of text has arrived, before it is processed.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 import aiohttp
 import orjson
+from typing_extensions import override
 
 from pagoda.benchmarking.prompts import Content
 
@@ -21,8 +22,8 @@ MAX_ERROR_CHARACTERS = 300
 READ_BUFFER_BYTES = 2**20
 
 
-class RequestFailure(Exception):  # noqa: N818 - a finding that is counted, not a fault of ours
-    """A request that did not end well. `kind` is what it is counted under; the text says more."""
+class RequestFailure(Exception):  # noqa: N818 - a result that is counted, not an error of this program
+    """A failed request. `kind` is the category it is counted in; the text has the details."""
 
     def __init__(self, kind: str, detail: str) -> None:
         super().__init__(detail)
@@ -31,7 +32,7 @@ class RequestFailure(Exception):  # noqa: N818 - a finding that is counted, not 
 
 @dataclass(slots=True)
 class Answer:
-    """What came back. Counts are the server's own; None where it gives none. `pieces` is the number of text events."""
+    """The response. Counts are the server's own; None where it gives none. `pieces` is the number of text events."""
 
     text: str = ""
     pieces: int = 0
@@ -42,7 +43,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """Where requests go and what all of them have. `extra_body`: further members of the body, which win."""
+    """The server, and what all requests have in common. `extra_body`: further members of the body, which take precedence."""
 
     base_url: str
     model: str
@@ -53,7 +54,6 @@ class Target:
 
     @property
     def headers(self) -> dict[str, str]:
-        """Headers of every request."""
         return {} if self.api_key is None else {"Authorization": f"Bearer {self.api_key}"}
 
     def sampling(self, output_tokens: int) -> dict[str, Any]:
@@ -78,7 +78,7 @@ class Endpoint(ABC):
 
     @abstractmethod
     async def close(self) -> None:
-        """Give connections back."""
+        """Close all connections."""
 
 
 class HttpEndpoint(Endpoint):
@@ -94,8 +94,8 @@ class HttpEndpoint(Endpoint):
             read_bufsize=READ_BUFFER_BYTES,
         )
 
+    @override
     async def close(self) -> None:
-        """Close the session and its connections."""
         await self._session.close()
 
     @abstractmethod
@@ -104,10 +104,10 @@ class HttpEndpoint(Endpoint):
 
     @abstractmethod
     def take(self, content: dict[str, Any], answer: Answer) -> str:
-        """Note what an event or body says; returns its text."""
+        """Update `answer` from an event or body; returns its text."""
 
+    @override
     async def send(self, prompt: tuple[Content, ...], output_tokens: int, on_piece: Callable[[], None]) -> Answer:
-        """See `Endpoint.send`."""
         path, body = self.request(prompt, output_tokens)
         answer = Answer()
         try:
@@ -124,7 +124,7 @@ class HttpEndpoint(Endpoint):
         except aiohttp.ClientError as error:
             raise RequestFailure("connection lost", f"{type(error).__name__}: {error}") from error
         if not answer.ended:
-            raise RequestFailure("incomplete", "the answer broke off without an end")
+            raise RequestFailure("incomplete", "the response ended without a finish reason")
         return answer
 
     def _take_content(self, content: dict[str, Any], answer: Answer, on_piece: Callable[[], None]) -> None:
@@ -153,13 +153,13 @@ class HttpEndpoint(Endpoint):
 class OpenAICompletions(HttpEndpoint):
     """`/v1/completions`, streamed."""
 
+    @override
     def request(self, prompt: tuple[Content, ...], output_tokens: int) -> tuple[str, dict[str, Any]]:
-        """See `HttpEndpoint.request`."""
         body = {"prompt": joined(prompt), **_streamed(self.target, output_tokens)}
         return "/v1/completions", body
 
+    @override
     def take(self, content: dict[str, Any], answer: Answer) -> str:
-        """See `HttpEndpoint.take`."""
         _take_usage(content, answer)
         text = ""
         for choice in content.get("choices", ()):
@@ -173,15 +173,15 @@ class OpenAIChat(HttpEndpoint):
 
     takes_token_ids = False
 
+    @override
     def request(self, prompt: tuple[Content, ...], output_tokens: int) -> tuple[str, dict[str, Any]]:
-        """See `HttpEndpoint.request`."""
         messages = [
             {"role": "assistant" if number % 2 else "user", "content": text} for number, text in enumerate(prompt)
         ]
         return "/v1/chat/completions", {"messages": messages, **_streamed(self.target, output_tokens)}
 
+    @override
     def take(self, content: dict[str, Any], answer: Answer) -> str:
-        """See `HttpEndpoint.take`."""
         _take_usage(content, answer)
         text = ""
         for choice in content.get("choices", ()):
@@ -194,15 +194,15 @@ class OpenAIChat(HttpEndpoint):
 class V2Generate(HttpEndpoint):
     """`/v2/models/M/generate_stream`, Triton's generate extension."""
 
+    @override
     def request(self, prompt: tuple[Content, ...], output_tokens: int) -> tuple[str, dict[str, Any]]:
-        """See `HttpEndpoint.request`."""
         content = joined(prompt)
         given = {"text_input": content} if isinstance(content, str) else {"input_ids": content}
         parameters = {**self.target.sampling(output_tokens), **self.target.extra_body}
         return f"/v2/models/{self.target.model}/generate_stream", {**given, "parameters": parameters}
 
+    @override
     def take(self, content: dict[str, Any], answer: Answer) -> str:
-        """See `HttpEndpoint.take`."""
         if content.get("finish_reason") is not None:
             answer.ended = True
             answer.prompt_tokens = content.get("num_input_tokens")
@@ -215,8 +215,8 @@ class V2Infer(HttpEndpoint):
 
     streams = False
 
+    @override
     def request(self, prompt: tuple[Content, ...], output_tokens: int) -> tuple[str, dict[str, Any]]:
-        """See `HttpEndpoint.request`."""
         content = joined(prompt)
         if isinstance(content, str):
             tensor = {"name": "text_input", "shape": [1], "datatype": "BYTES", "data": [content]}
@@ -225,8 +225,8 @@ class V2Infer(HttpEndpoint):
         parameters = {**self.target.sampling(output_tokens), **self.target.extra_body}
         return f"/v2/models/{self.target.model}/infer", {"inputs": [tensor], "parameters": parameters}
 
+    @override
     def take(self, content: dict[str, Any], answer: Answer) -> str:
-        """See `HttpEndpoint.take`."""
         outputs = {tensor["name"]: tensor["data"] for tensor in content.get("outputs", ())}
         if "text_output" in outputs:
             answer.ended = True

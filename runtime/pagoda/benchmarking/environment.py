@@ -24,7 +24,7 @@ def environment() -> dict[str, Any]:
 
 
 def source_commit() -> str | None:
-    """The commit of the checkout that this package lies in, `-dirty` if files differ from it; None outside of one."""
+    """The commit of the checkout that contains this package, `-dirty` if files differ from it; None outside of one."""
     folder = Path(__file__).resolve().parent
     commands = (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
     try:

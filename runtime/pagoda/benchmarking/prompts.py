@@ -79,7 +79,7 @@ def _word(rng: random.Random) -> str:
 
 
 def _fitted(words: list[str], num_tokens: int, tokenizer: Tokenizer) -> str:
-    """The longest run of `words` of at most `num_tokens` tokens, filled up with one-syllable words where there is room."""
+    """The longest run of `words` of at most `num_tokens` tokens, filled up to `num_tokens` with one-syllable words."""
     low, high = 0, len(words)
     while low < high:
         middle = (low + high + 1) // 2

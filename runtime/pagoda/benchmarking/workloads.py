@@ -52,7 +52,6 @@ class LengthRange:
             raise InvalidRequestError(f"{text!r} is no length: write 128, or 64:256 for a range") from None
 
     def draw(self, rng: random.Random) -> int:
-        """A length."""
         return rng.randint(self.low, self.high)
 
 

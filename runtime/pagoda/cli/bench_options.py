@@ -23,7 +23,7 @@ _LENGTH = "TOKENS or LOW:HIGH"
 
 
 def length(text: str) -> LengthRange:
-    """`LengthRange.parse` in argparse's manners."""
+    """`LengthRange.parse` with argparse's error type."""
     try:
         return LengthRange.parse(text)
     except InvalidRequestError as error:
@@ -31,7 +31,7 @@ def length(text: str) -> LengthRange:
 
 
 def positive(text: str) -> int:
-    """An integer of 1 or more, in argparse's manners."""
+    """An integer of 1 or more, with argparse's error type."""
     if not text.isascii() or not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} must be an integer of 1 or more")
     return int(text)

@@ -31,6 +31,5 @@ class RequestProgress:
         self._bar.stop()
 
     def __call__(self, record: RequestRecord) -> None:
-        """One more request ended."""
         self._failed += record.error is not None
         self._bar.update(self._task, advance=1, failed=self._failed)

@@ -41,7 +41,7 @@ from pagoda.errors import InvalidRequestError, PagodaError
 from pagoda.text.tokenizer import Tokenizer
 
 DESCRIPTION = (
-    "Puts load on a running server, of any make that speaks OpenAI's protocol or V2. Without --request-rate all prompts are "
+    "Puts load on a running server, any that serves OpenAI's protocol or V2. Without --request-rate all prompts are "
     "sent at once, or, with --max-concurrency, one as soon as another ends (closed loop). With it they arrive at random "
     "moments at that rate and wait for no answer (open loop)."
 )
@@ -131,7 +131,7 @@ async def _served_model(own: argparse.Namespace) -> tuple[str, int | None]:
 
 
 async def _prompt_source(own: argparse.Namespace, target: Target, takes_token_ids: bool) -> PromptSource:
-    """Token ids where the endpoint takes them and somebody can say which there are, else words.
+    """Token ids where the endpoint takes them and the vocabulary is known, else words.
 
     Conversations of several turns are text: the answers in them come back as text.
     """

@@ -17,7 +17,7 @@ REQUEST_SECONDS = 30
 
 
 class ClusterError(PagodaError):
-    """What stands in the way of a deployment, in a sentence."""
+    """A deployment is impossible; the message names the obstacle."""
 
 
 class Cluster:
@@ -153,7 +153,7 @@ def _refusal(status: int | None, body: Any, reason: Any, what: str) -> str:
         return f"{message}: create it, or name another with --namespace"
     if status == 404 and not details.get("name"):
         return (
-            f"KServe is not installed in this cluster: it knows no InferenceService ({API_GROUP}/{API_VERSION}). "
+            f"KServe is not installed in this cluster: there is no InferenceService ({API_GROUP}/{API_VERSION}). "
             "Install KServe, or use the Helm chart, which does not need it"
         )
     if status in (401, 403):

@@ -26,7 +26,7 @@ PATIENCE_SECONDS = 120.0
 _NAME = r"[a-z]([-a-z0-9]*[a-z0-9])?"
 _OWN_SETTINGS = {
     "model_name": "is the InferenceService's name: use --name",
-    "api_keys": "would stand in the InferenceService for everyone to read: use --file, and a Secret",
+    "api_keys": "would be readable in the InferenceService: use --file, and a Secret",
     "host": "cannot be chosen here: probes and the Service need every address",
     "ssl_certfile": "cannot be given here: use --file, and a Secret",
     "ssl_keyfile": "cannot be given here: use --file, and a Secret",
@@ -38,7 +38,7 @@ def run(
     sleep: Callable[[float], None] = time.sleep,
     clock: Callable[[], float] = time.monotonic,
 ) -> int:
-    """Deploy; exit status 0 if the model answered. Raises `ClusterError` or `ConfigError` with what stands in the way."""
+    """Deploy; exit status 0 if the model answered. Raises `ClusterError` or `ConfigError` with the obstacle."""
     line = parse_command_line(arguments)
     own = _parser().parse_args(line.others)
     document = _from_file(own.file, line) if own.file else inference_service(_deployment(own, line))
@@ -176,7 +176,7 @@ def _deployment(own: argparse.Namespace, line: CommandLine) -> Deployment:
 
 
 def _from_file(path: str, line: CommandLine) -> dict[str, Any]:
-    """The InferenceService in a file; settings stand in it, not on the command line."""
+    """The InferenceService in a file; settings are in it, not on the command line."""
     import yaml
 
     if line.given or line.config_file:

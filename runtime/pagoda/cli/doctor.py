@@ -112,7 +112,7 @@ def _settings(loaded: LoadedConfig) -> dict[str, dict[str, str]]:
 def _examine_model(
     report: dict[str, Any], config: PagodaConfig, cpu: CpuReport, memory: MemoryReport, gpus: Sequence[GpuReport]
 ) -> None:
-    """Fill in what depends on the checkpoint, as far as it lies on this machine already."""
+    """Fill in what depends on the checkpoint, if it is on this machine already."""
     is_here = config.model is None or Path(config.model).expanduser().is_dir()
     model = ModelConfig.from_directory(checkpoint_directory(config.model)) if is_here else None
     resolved = resolve(config, checkpoint_dtype=model.dtype if model else None, cpu=cpu, gpus=gpus)

@@ -1,6 +1,6 @@
-"""The InferenceService that `pagoda deploy` makes: a custom predictor, hardened, with probes that tell the engine's state.
+"""The InferenceService that `pagoda deploy` makes: a custom predictor, hardened, with probes of the engine's state.
 
-It says what manifests/base says; docs/deployment.md tells why.
+It is the same as manifests/base; docs/deployment.md explains it.
 """
 
 from __future__ import annotations

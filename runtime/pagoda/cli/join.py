@@ -21,7 +21,7 @@ LOST = 1
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Belong to the cluster until told to stop (exit status 0) or the head is lost for good (1)."""
+    """Run a worker node until SIGTERM (exit status 0) or until the head stays unreachable (1)."""
     from pagoda.distributed.node_state import default_directory
     from pagoda.distributed.ray.node import RayNode
     from pagoda.distributed.ray.worker_node import WorkerNode

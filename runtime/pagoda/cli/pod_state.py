@@ -1,4 +1,4 @@
-"""What a pod is doing, and what stands in its way, read from its status."""
+"""The state of a pod and the reason why it is not ready, from its status."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _CONFIG_REASONS = frozenset({"CreateContainerConfigError", "CreateContainerError
 class PodState:
     """One pod in words.
 
-    `problem` is set where waiting does not help, or (`may_pass`) helps only if somebody adds what is missing. `container`:
+    `problem` is set where waiting does not help, or (`may_pass`) helps only if the missing object is added. `container`:
     whose log tells more; `has_restarted`: the log of its life before does.
     """
 

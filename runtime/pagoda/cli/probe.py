@@ -35,7 +35,7 @@ MAX_ANSWER_BYTES = 65536
 def run(arguments: Sequence[str]) -> int:
     """Print one line with the server's answer; exit status 0 if the probe passes, 1 if not.
 
-    Settings of the server may stand on the command line too (`--http-port`, `--config`); only port and TLS are looked at.
+    Settings of the server may be on the command line too (`--http-port`, `--config`); only port and TLS are looked at.
     """
     line = parse_command_line(arguments)
     parser = argparse.ArgumentParser(
@@ -83,7 +83,7 @@ def probe(name: str, port: int, scheme: str, timeout: float) -> tuple[bool, str]
         return status == 200, f"status {status}{_reason(body)}"
     health = json.loads(body)
     if not isinstance(health, dict) or "state" not in health:
-        raise ValueError(f"status {status}, and the answer tells no state: another server listens there")
+        raise ValueError(f"status {status}, and the response has no state: another server listens there")
     words = [f"state {health['state']}"]
     words += [f"{key} {health[key]}" for key in ("stage", "detail", "cause") if health.get(key)]
     return health.get("started") is True, ", ".join(words)
@@ -99,7 +99,7 @@ def _reason(body: bytes) -> str:
 
 
 def _get(path: str, port: int, scheme: str, timeout: float) -> tuple[int, bytes]:
-    """Status and body of an answer. HTTP/1.0 by hand: `http.client` would take a third of the probe's time to import."""
+    """Status and body of an answer. HTTP/1.0 over a socket: `http.client` would take a third of the probe's time to import."""
     deadline = time.monotonic() + timeout
     plain = socket.create_connection(("127.0.0.1", port), timeout)
     with _over_tls(plain) if scheme == "https" else plain as connection:

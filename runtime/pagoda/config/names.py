@@ -25,13 +25,13 @@ class Given:
 
     @property
     def key(self) -> str:
-        """The setting that `name` stands for."""
+        """The setting with this name or alias."""
         return settings_by_name()[self.name]
 
 
 @cache
 def settings_by_name() -> dict[str, str]:
-    """The setting that each accepted name (with underscores) stands for; a setting's own name comes with its aliases."""
+    """The setting of each accepted name (with underscores): its own name and its aliases."""
     names = {key: key for key in options()}
     for key, info in options().items():
         names.update(dict.fromkeys(info.aliases, key))

@@ -121,7 +121,7 @@ class Rules:
         if values["data_parallel_size"] > 1 and (
             values["distributed_executor_backend"] == "ray" or values["ray_address"] is not None
         ):
-            refuse("data_parallel_size", "must be 1 with Ray: replicas live on one machine")
+            refuse("data_parallel_size", "must be 1 with Ray: replicas run on one machine")
         if values["distributed_executor_backend"] == "mp" and values["ray_address"] is not None:
             refuse(
                 "ray_address",

@@ -1,6 +1,6 @@
 """The one schema: every setting of Pagoda, with its type, default, bounds and help text.
 
-Everything that knows a setting reads it from here: the command line and its `--help`, files, environment variables, the
+Everything that uses the settings reads them from here: the command line and its `--help`, files, environment variables, the
 checks, the JSON schema for the Helm chart, `pagoda doctor`, docs/configuration.md. Needs the standard library only, so
 the engine and `pagoda probe` can use it on a bare machine.
 
@@ -217,7 +217,7 @@ class PagodaConfig:
     rank_heartbeat_timeout_seconds: float = option(
         10.0,
         "parallel",
-        "Longest silence of a rank, or of the engine towards its ranks, before it counts as lost.",
+        "Longest time without a heartbeat of a rank, or of the engine to its ranks, before it counts as dead.",
         gt=0,
         unit="seconds",
     )
@@ -290,10 +290,10 @@ class PagodaConfig:
         unit="seconds",
     )
     on_engine_failure: Literal["restart", "exit"] = option(
-        "restart", "limits", "When the engine is lost: start it anew in place, or exit and leave that to Kubernetes."
+        "restart", "limits", "When the engine dies: restart it in place, or exit and let Kubernetes restart the pod."
     )
     max_engine_restarts: int = option(
-        3, "limits", "Restarts in a row, with growing pauses, before the server exits all the same.", ge=0
+        3, "limits", "Restarts in a row, with exponential backoff, before the server exits.", ge=0
     )
 
     # Tokenizer and chat

@@ -1,1 +1,1 @@
-"""The engine: messages, the core loop, the core's process and the client that speaks to it, health."""
+"""The engine: messages, the core loop, the core's process the client, health."""

@@ -1,13 +1,13 @@
-"""The state machine: one owner, every change with its cause. All doors of a server show this one and no other.
+"""The engine's state machine: one owner, every change with its cause. REST, gRPC, probes and metrics all show this state.
 
     starting ──▶ ready ⇄ degraded ──▶ draining ──▶ dead
        ▲  └────────┼────────┼────────────────────▶ dead
-       └───────────┴────────┘  the core was lost, and is started anew
+       └───────────┴────────┘  the core died and is restarted
 
-Several replicas, all of them lost, go from starting to degraded when the first is back.
+Several replicas, all of them down, go from starting to degraded when the first has restarted.
 
-Ready and live are different questions. A starting or draining engine is live and not ready; a dead one is neither. What else
-must be up before requests can be taken (a server's tokenizers) holds the engine in `starting`.
+Readiness is not liveness. A starting or draining engine is live and not ready; a dead one is neither. Other
+components that must be up before requests are taken (a server's tokenizers) keep the engine in `starting` with `hold`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Listener = Callable[[], None]
 
 
 class EngineState(StrEnum):
-    """What the engine can do for a client. `DEGRADED` serves, with less than it should have."""
+    """What the engine can do for a client. `DEGRADED` serves with reduced capacity."""
 
     STARTING = "starting"
     READY = "ready"
@@ -43,7 +43,7 @@ ALLOWED = {
     EngineState.DEAD: set(),
 }
 
-# A loss is an error, whether the engine comes back or not.
+# An engine failure is an error, also when the engine is restarted.
 _LEVELS = {
     EngineState.STARTING: logging.ERROR,
     EngineState.DEGRADED: logging.WARNING,
@@ -52,9 +52,9 @@ _LEVELS = {
 
 
 class EngineHealth:
-    """The state, since when, and why. `since` is seconds since the epoch; listeners hear of state and stage changes.
+    """The state, since when, and why. `since` is seconds since the epoch; listeners are called on changes of state and stage.
 
-    `name`: what the log calls it.
+    `name`: its name in the log.
     """
 
     def __init__(self, name: str = "engine") -> None:
@@ -66,7 +66,7 @@ class EngineHealth:
         self.since = time.time()
         self.transitions: Counter[tuple[str, str]] = Counter()
         self._held_by: list[str] = []
-        self._held_back: tuple[EngineState, str] | None = None  # where it would be if nothing held it, and why
+        self._held_back: tuple[EngineState, str] | None = None  # the state it enters on release, and the cause
         self._listeners: list[Listener] = []
 
     @property
@@ -80,12 +80,12 @@ class EngineHealth:
         return any(target in SERVING for _, target in self.transitions)
 
     def transition(self, state: EngineState, cause: str, *, is_expected: bool = False) -> None:
-        """Move to `state`; staying is no transition, and a move that the picture does not have is a bug: `ValueError`.
+        """Move to `state`; does nothing if that is the state. Raises `ValueError` for a transition that is not in `ALLOWED`.
 
-        `READY` and `DEGRADED` wait in `STARTING` for whatever was told to `hold` them. `is_expected`: an end that was asked
-        for is no error in the log.
+        `READY` and `DEGRADED` are delayed until every `hold` is released. `is_expected`: a requested shutdown, which is not
+        logged as an error.
         """
-        self._held_back = None  # an engine that is lost while it is held has nothing to be released into
+        self._held_back = None  # an engine that dies while it is held must not become ready on release
         if state is self.state:
             return
         if state not in ALLOWED[self.state]:
@@ -107,7 +107,7 @@ class EngineHealth:
         self._held_by.append(stage)
 
     def release(self, stage: str) -> None:
-        """What held the engine in `STARTING` is up; nothing happens if it did not hold it."""
+        """End a `hold`; does nothing if there is none for `stage`."""
         if stage not in self._held_by:
             return
         self._held_by.remove(stage)
@@ -120,7 +120,7 @@ class EngineHealth:
         self._notify()
 
     def subscribe(self, listener: Listener) -> Callable[[], None]:
-        """Call `listener()` after every change; returns what ends the subscription."""
+        """Call `listener()` after every change; returns a function that unsubscribes it."""
         self._listeners.append(listener)
         return lambda: self._listeners.remove(listener)
 

@@ -1,8 +1,8 @@
-"""One page of shared memory on which the core writes how far it is.
+"""The core's heartbeat: one page of shared memory that the core writes and the API process reads.
 
-Reading it costs the core nothing and needs no answer from it, so a probe can tell a busy core from a stuck or stopped one.
-Each field is 8 aligned bytes, written by one process and read by another; a reader may see fields of two neighbouring
-updates, which no reader minds.
+Reading it needs no response from the core, so a probe can tell a busy core from a stuck or stopped one.
+Each field is 8 aligned bytes, written by one process and read by another; a read may mix the fields of two consecutive
+updates, which is harmless.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ _LAYOUT = struct.Struct("=QQQQ")
 
 @dataclass(frozen=True, slots=True)
 class EngineProgress:
-    """The core's last word: `step` steps are done, the last sign of life came at `time` (monotonic seconds), and since then
-    `scheduled_tokens` tokens are in the works; 0 when the core is idle.
+    """The core's last heartbeat: number of steps done, its `time` (monotonic seconds), and the `scheduled_tokens` in flight
+    since then; 0 when the core is idle.
     """
 
     step: int
@@ -29,12 +29,12 @@ class EngineProgress:
 
     @property
     def is_up(self) -> bool:
-        """Whether the core has given any sign of life, which it does once it has started."""
+        """Whether there was a heartbeat; the first comes when the core has started."""
         return self.time > 0
 
 
 class ProgressBoard:
-    """The page. The parent makes it, the child opens the file descriptor that it inherited."""
+    """The page. The parent creates it, the child opens the inherited file descriptor."""
 
     def __init__(self, fd: int | None = None) -> None:
         if fd is None:
@@ -44,11 +44,11 @@ class ProgressBoard:
         self._page = mmap.mmap(fd, mmap.PAGESIZE)
 
     def write(self, step: int, scheduled_tokens: int, *, is_busy: bool) -> None:
-        """Say that the core is alive now."""
+        """Write a heartbeat with the current time."""
         _LAYOUT.pack_into(self._page, 0, step, time.monotonic_ns(), scheduled_tokens, is_busy)
 
     def read(self) -> EngineProgress:
-        """What the core said last; all zero before it ever did."""
+        """The last heartbeat; all zero before the first."""
         step, nanoseconds, tokens, is_busy = _LAYOUT.unpack_from(self._page, 0)
         return EngineProgress(step, nanoseconds / 1e9, tokens, bool(is_busy))
 

@@ -17,7 +17,7 @@ from pagoda.sampling.output import FinishReason, TokenLogprobs
 
 @dataclass(slots=True, kw_only=True)
 class EngineOutput:
-    """What a step brought for one request.
+    """The output of a step for one request.
 
     `new_token_ids` were appended (the stop token included, if one was hit). `logprobs` has one entry for each of them.
     `prompt_logprobs` comes once, with the output that completes the prompt: one entry a prompt token, the first None.
@@ -43,7 +43,7 @@ class EngineOutput:
 class EngineStats:
     """Gauges as of now, and counts since the core started; the receiver takes differences of the counts.
 
-    `degradation` says what is less than it should be, for people; empty when nothing is.
+    `degradation`: a description of the reduced capacity; empty at full capacity.
     """
 
     step: int = 0
@@ -121,7 +121,7 @@ class EngineRanks:
 
 @dataclass(frozen=True, slots=True)
 class EngineFailed:
-    """The core cannot go on, and why; it exits right after this."""
+    """The core failed, and why; it exits right after this."""
 
     kind: ErrorKind
     message: str
@@ -129,7 +129,7 @@ class EngineFailed:
 
 @dataclass(frozen=True, slots=True)
 class AbortRequests:
-    """The clients of these requests are gone; ids unknown to the core (already ended) are ignored."""
+    """Abort these requests, e.g. after a client disconnect; ids unknown to the core (already ended) are ignored."""
 
     request_ids: list[str]
 

@@ -1,4 +1,4 @@
-"""The messages between client and core as frames (see `pagoda.framing`), over a socket pair that only the two hold."""
+"""The messages between client and core as frames (see `pagoda.framing`), over a private socket pair."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class UnreadableRequestError(Exception):
 
 
 def encode(message: Message) -> bytes:
-    """The frame of a message."""
+    """The frame of a message, header and payload."""
     return _CODEC.encode(message)
 
 

@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 GRAPH_SIZES = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384)
 MAX_GRAPHS = 12
 
-# What the driver keeps of a graph besides the memory of its tensors, with room to spare; to be measured.
+# Memory of the driver for a graph besides that of its tensors, a generous estimate; to be measured.
 BYTES_PER_GRAPH = 32 << 20
 
 
@@ -151,7 +151,7 @@ class DecodeGraphs:
     def tensors_for(self, layout: RowLayout, num_columns: int) -> StepTensors | None:
         """Where the step's inputs must be for `run`; None if it cannot run as a graph.
 
-        What lies to the right of the columns is left from before: no row is long enough to reach it.
+        Columns to the right keep old values: no row is long enough to reach them.
         """
         size = self.size_for(layout)
         return None if size is None else self._inputs.part(size, num_columns)

@@ -1,4 +1,4 @@
-"""How the engine runs steps, whatever the ranks are and wherever they live."""
+"""The interface through which the engine runs steps on its ranks."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from pagoda.parallel.rank_health import RankHealth
 from pagoda.scheduling.plan import StepPlan, StepResult
 
 LoadProgress = Callable[[str, int, int], None]
-"""Told of bytes done and in all, of the rank named first (empty: there is one); from the thread that loads."""
+"""Called with a rank's name (empty: there is only one), bytes loaded and bytes in all, in the thread that loads."""
 
 
 class Stages(Protocol):
-    """The start-up as others see it."""
+    """Reports the stages of the start-up."""
 
     def enter(self, name: str, detail: str = "") -> AbstractContextManager[None]:
         """A stage that lasts as long as the context; `detail` is for people."""
 
     def detail(self, text: str) -> None:
-        """What the present stage is at, for people."""
+        """The detail of the current stage, for people."""
 
 
 @dataclass(frozen=True, slots=True)
 class KVBudget:
-    """Room for KV blocks on the rank that has least of it: bytes of a block in the layers of that rank, and bytes for all.
+    """Memory for KV blocks on the rank that has least of it: bytes of a block in the layers of that rank, and bytes for all.
 
     `note` says which rank that is, for people; empty when there is only one.
     """
@@ -64,7 +64,7 @@ class Executor(Protocol):
         """Set up the devices and load the weights. Raises `CheckpointError`."""
 
     def kv_budget(self, block_size: int) -> KVBudget:
-        """Room for KV blocks of `block_size` tokens, with the weights in place."""
+        """Memory for KV blocks of `block_size` tokens, with the weights in place."""
 
     def initialize_kv_cache(self, num_blocks: int, max_model_len: int | None = None) -> None:
         """Allocate the KV cache, block 0 included, and run a first step. Nothing that grows is allocated after this.
@@ -82,7 +82,7 @@ class Executor(Protocol):
         """The processes of the ranks; empty when there are none but the caller's."""
 
     def shutdown(self) -> None:
-        """Give back what the ranks hold. May be called twice."""
+        """Free the resources of the ranks. May be called twice."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -97,5 +97,4 @@ class FailedStep:
         self._error = error
 
     def result(self) -> StepResult:
-        """Raise what went wrong."""
         raise self._error

@@ -34,7 +34,7 @@ class InProcessExecutor(Executor):
 
     @override
     def connect(self, stages: Stages) -> None:
-        pass  # there is nobody to connect to
+        pass  # a single rank
 
     @override
     def load(self, progress: LoadProgress | None = None) -> None:
@@ -54,7 +54,7 @@ class InProcessExecutor(Executor):
     def submit(self, plan: StepPlan) -> StepHandle:
         try:
             return _InProcessStep(self, self._worker.execute(plan))
-        except Exception as error:  # none is lost: the handle raises it
+        except Exception as error:  # the handle raises it
             self.note_error(error)
             return FailedStep(error)
 

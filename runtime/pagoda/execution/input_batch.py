@@ -1,4 +1,4 @@
-"""What the device knows of the requests in the slots, and the inputs of a step made from it.
+"""The state of the requests in the slots on the device, and the inputs of a step made from it.
 
     token_pool  [max_num_seqs, max_model_len + 1]      block_table  [max_num_seqs, max_blocks]
       slot 0    │ prompt and output of a request …       slot 0     │ its blocks, in order, then 0 …
@@ -114,7 +114,7 @@ class InputBatch:
         self.device = device
         self.token_pool = torch.zeros((max_num_seqs, max_model_len + 1), dtype=torch.int64, device=device)
         self.block_table = torch.zeros((max_num_seqs, self.max_blocks), dtype=torch.int32, device=device)
-        # Tokens that a slot holds, sampled ones that only the device knows included; 0 while it is empty.
+        # Tokens that a slot holds, including sampled ones that are not on the host yet; 0 while it is empty.
         self.num_tokens = np.zeros(max_num_seqs, dtype=np.int64)
         # Slots whose rows fail until they are released, and why. Those that were planned wrongly do not run. The others do,
         # and even sample a token that is dropped: what runs must follow from the plan alone, or ranks would disagree on the
@@ -278,6 +278,6 @@ class InputBatch:
         ids_exist = min(block_ids, default=0) >= 0 and max(block_ids, default=0) < self.num_blocks
         if ids_exist and offset + len(block_ids) <= self.max_blocks:
             return True
-        self.slot_errors.setdefault(slot, f"blocks {block_ids} cannot stand at {offset} of a block table")
+        self.slot_errors.setdefault(slot, f"blocks {block_ids} do not fit at offset {offset} of a block table")
         self._cannot_run.add(slot)
         return False

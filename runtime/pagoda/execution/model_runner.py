@@ -1,4 +1,4 @@
-"""One step on one rank: apply the plan, run the model, sample, and leave the answer on its way to the host."""
+"""One step on one rank: apply the plan, run the model, sample, and start the copy of the result to the host."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class _PromptLogprobs:
 
 
 class PendingStep:
-    """A step given to the device. `result` waits for it; everything before is free of waiting."""
+    """A step that was queued on the device. `result` waits for it; nothing before that blocks."""
 
     def __init__(
         self,
@@ -126,7 +126,7 @@ class PendingMultiStep:
 class ModelRunner:
     """Runs plans. `kv_caches`: one `(k, v)` for each layer of this rank, see `DecoderForCausalLM.forward`.
 
-    Every rank gets every plan and keeps the same account of slots. What a rank exchanges with others follows from the plan.
+    Every rank receives every plan and keeps the same slots. What a rank exchanges with others follows from the plan.
     """
 
     def __init__(
@@ -209,14 +209,14 @@ class ModelRunner:
         try:
             faults.fire("prepare", spec.request_id)
             self.sampler.add(new.slot, spec)
-        except Exception:  # raised on: the row still takes part, since every rank plans its collectives with it
+        except Exception:  # re-raised: the row still takes part, since every rank plans its collectives with it
             self.sampler.add(new.slot, replace(spec, params=_GREEDY, eos_token_ids=()))
             raise
 
     def _sample(self, inputs: StepInputs, hidden: Tensor) -> SamplerOutput | None:
         """Sample the rows that have come to their last token, and put their new tokens into the pool.
 
-        The output rank samples and tells the others of its tensor group; None on those.
+        The output rank samples and broadcasts to its tensor group; returns None on the others.
         """
         if inputs.layout.sampling_tokens is not None:
             hidden = hidden.index_select(0, inputs.layout.sampling_tokens)

@@ -59,7 +59,9 @@ def kernels_compiled_meanwhile(build: ModelBuild) -> Iterator[None]:
     began = time.monotonic()
     try:
         wanted = wanted_kernels(build)
-    except Exception as error:  # whatever it is, of a Triton that has changed for instance: nothing is lost but time
+    except (
+        Exception
+    ) as error:  # any error, e.g. of another version of Triton: kernels are then compiled at their first launch
         logger.warning("every kernel is compiled at its first launch instead: %s: %s", type(error).__name__, error)
         wanted = []
     ranks = build.groups.layout.world_size
@@ -138,7 +140,7 @@ def _sample(logits: torch.Tensor) -> None:
 
 
 class _NoAngles(nn.Module):
-    """Stands in for the rotary embedding: on `meta` torch multiplies in Python, by modules that take seconds to import."""
+    """Replaces the rotary embedding: on `meta` torch multiplies in Python, by modules that take seconds to import."""
 
     def __init__(self, head_dim: int) -> None:
         super().__init__()
@@ -150,7 +152,7 @@ class _NoAngles(nn.Module):
 
 
 class _UnconnectedTensors(TensorGroup):
-    """Stands in for several ranks where nothing is computed: the shapes are right, and nobody waits for anybody."""
+    """Replaces the groups of several ranks where nothing is computed: right shapes, no communication."""
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size = rank, size

@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 _WARM_UP_SAMPLING = SamplingParams(top_p=0.999, min_p=1e-6, repetition_penalty=1.1, frequency_penalty=0.1, logprobs=20)
 _WARM_UP_TOKENS = 8  # on a CPU they take as long as one does: the weights are read once
 
-# What `kv_cache_dtype` stands for; auto, which is not here: the model's.
+# The dtype of each `kv_cache_dtype` but auto, which is the model's.
 _FLOAT8_TYPES = {"fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 
 
@@ -81,7 +81,7 @@ class Worker:
             choose_gpu_kernels()
         quantization = self._quantization()
         if self.config.load_format != "dummy" and self.config.model is not None:
-            # Before memory is taken for what config.json says: it may say anything.
+            # Before memory is allocated for the sizes in config.json, which may be wrong.
             check_weights(self.model_config, quantization, self.config.model)
         with self._compiling_kernels(quantization):
             self.model = build_model(
@@ -186,7 +186,7 @@ class Worker:
         return PendingMultiStep(first, [(rows, self.runner.execute(step)) for rows, step in later])
 
     def shutdown(self) -> None:
-        """Give model and KV cache back."""
+        """Free model and KV cache."""
         self.model = None
         self.runner = None
         if self.device.type == "cuda":

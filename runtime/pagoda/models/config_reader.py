@@ -16,7 +16,7 @@ MAX_TOKEN_IDS = 1024
 class ConfigReader:
     """Reads values of a JSON object by type. A key that is absent takes the default; one without a default is required.
 
-    A key whose value is null counts as absent, except for `optional_*`, which tell the two apart where a family does.
+    A key whose value is null counts as absent, except for `optional_*`, which distinguish the two.
     """
 
     def __init__(self, values: Mapping[str, Any], where: str) -> None:
@@ -75,7 +75,6 @@ class ConfigReader:
         return self.number(key, low=low, high=high, low_allowed=low_allowed)
 
     def flag(self, key: str, default: bool) -> bool:
-        """True or false."""
         value = self.values.get(key)
         if value is None:
             return default
@@ -84,7 +83,6 @@ class ConfigReader:
         return value
 
     def string(self, key: str, default: str | None = None) -> str:
-        """A non-empty string."""
         value = self.values.get(key)
         if value is None and default is not None:
             return default

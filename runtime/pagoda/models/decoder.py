@@ -48,7 +48,6 @@ class DecoderLayer(nn.Module):
         self.mlp = GatedMLP(config, share, group, dtype=dtype, device=device)
 
     def weight_targets(self, prefix: str) -> dict[str, WeightTarget]:
-        """Attention, MLP and both norms."""
         return {
             **self.input_layernorm.weight_targets(f"{prefix}input_layernorm."),
             **self.self_attn.weight_targets(f"{prefix}self_attn."),
@@ -115,7 +114,7 @@ class DecoderForCausalLM(nn.Module):
                 dtype=dtype,
                 device=device,
                 weight=self.embed_tokens.weight if tied and self.embed_tokens is not None else None,
-                # Two tokens are often nearer to each other than half precision can tell.
+                # Two logits are often closer than half precision resolves.
                 out_dtype=torch.float32,
             )
 

@@ -1,4 +1,4 @@
-"""The built-in demo model: a trained checkpoint that lies in the package (docs/demo-model.md tells what it can do)."""
+"""The built-in demo model: a trained checkpoint in the package (docs/demo-model.md describes it)."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ def read_rope_config(model: ConfigReader, max_position_embeddings: int) -> RopeC
             factor=_factor(rope),
             original_max_position_embeddings=max_position_embeddings,
         )
-    # As in transformers, a length beside the rope parameters wins over one among them.
+    # As in transformers, a length beside the rope parameters takes precedence over one among them.
     original = model.integer(
         "original_max_position_embeddings", rope.integer("original_max_position_embeddings", max_position_embeddings)
     )

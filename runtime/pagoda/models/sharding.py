@@ -47,7 +47,7 @@ class Shard:
 
     @property
     def is_whole(self) -> bool:
-        """Whether nothing of the dimension is elsewhere."""
+        """Whether this is all of the dimension."""
         return self.length == self.full_size
 
     @property

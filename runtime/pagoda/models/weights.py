@@ -31,7 +31,7 @@ class WeightTarget:
 
     @property
     def is_whole(self) -> bool:
-        """Whether nothing of the stored tensor belongs to other ranks."""
+        """Whether this is all of the stored tensor."""
         return all(shard.is_whole for shard in self.shards)
 
     @property

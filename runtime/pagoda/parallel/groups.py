@@ -168,7 +168,7 @@ class ParallelGroups:
         self.pipeline.send(self._part(hidden) if self._is_shared(hidden) else hidden)
 
     def take_over(self, into: torch.Tensor) -> torch.Tensor:
-        """What the stage before handed on, of the shape and dtype of `into`, which may be filled with it."""
+        """What the stage before sent, of the shape and dtype of `into`, which may be filled with it."""
         if not self._is_shared(into):
             return self.pipeline.receive(into)
         return self.tensor.all_gather(self.pipeline.receive(self._part(into)), dim=0).view_as(into)
@@ -201,7 +201,7 @@ def connect_groups(
     rendezvous_timeout_seconds: float | None = None,
     listener: socket.socket | None = None,
 ) -> ParallelGroups:
-    """Meet the other ranks at `host`:`port`, where rank 0 listens, and make all groups.
+    """Rendezvous with the other ranks at `host`:`port`, where rank 0 listens, and make all groups.
 
     Args:
         listener: rank 0's, which listens there; it is closed with the groups. None on other ranks.

@@ -127,7 +127,7 @@ def choose_outward_interface(
 
 
 def export_interface(interface: NetworkInterface, environ: MutableMapping[str, str] | None = None) -> None:
-    """Tell gloo and NCCL which interface to use; a variable that is there already was respected by the choice, and stays."""
+    """Set gloo's and NCCL's interface; a variable that is set already was respected by the choice, and stays."""
     variables = os.environ if environ is None else environ
     variables.setdefault(GLOO_VARIABLE, interface.name)
     variables.setdefault(NCCL_VARIABLE, f"={interface.name}")

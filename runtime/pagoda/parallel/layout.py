@@ -1,6 +1,6 @@
-"""Which rank does what.
+"""The layout of ranks.
 
-Ranks stand in stages of the pipeline, each stage a run of layers; the ranks of a stage share its layers by tensors:
+Ranks are grouped in pipeline stages, each a run of layers; the ranks of a stage share its layers by tensors:
 
     tensor_parallel_size 2, pipeline_parallel_size 2
 
@@ -19,7 +19,7 @@ from pagoda.errors import ConfigError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankPlace:
-    """Where one rank stands: `rank = pipeline_stage * tensor_parallel_size + tensor_rank`.
+    """The coordinates of one rank: `rank = pipeline_stage * tensor_parallel_size + tensor_rank`.
 
     `is_output`: this rank samples, and its results are the engine's.
     """
@@ -46,7 +46,6 @@ class ParallelLayout:
 
     @property
     def world_size(self) -> int:
-        """Number of ranks."""
         return self.tensor_parallel_size * self.pipeline_parallel_size
 
     @property
@@ -55,7 +54,7 @@ class ParallelLayout:
         return self.tensor_group(self.pipeline_parallel_size - 1)[0]
 
     def place(self, rank: int) -> RankPlace:
-        """Where `rank` stands. Raises `ValueError` for one that is not there."""
+        """The coordinates of `rank`. Raises `ValueError` for one that does not exist."""
         if not 0 <= rank < self.world_size:
             raise ValueError(f"there is no rank {rank} among {self.world_size}")
         stage, tensor_rank = divmod(rank, self.tensor_parallel_size)

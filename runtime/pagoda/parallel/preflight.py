@@ -1,8 +1,8 @@
-"""The communication check: what the ranks' network does, before weights are loaded over minutes.
+"""The communication check: a test of the ranks' network before weights are loaded.
 
-Every rank runs `check_communication` at the same time, right after rendezvous. It looks at the groups that the model uses: an
-all-reduce in which each rank's contribution can be told apart, messages from stage to stage with known content, and how long
-small and large ones take.
+Every rank runs `check_communication` at the same time, right after rendezvous. It tests the groups that the model uses: an
+all-reduce in which each rank's contribution can be distinguished, messages from stage to stage with known content, and the
+time that small and large ones take.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class LinkReport:
     """One group of this rank: `latency_seconds` of a collective of one element (median), `bytes_per_second` of large ones.
 
     The bandwidth of an all-reduce is that of each rank's link (NCCL's bus bandwidth), that of a pipeline what arrives from the
-    stage before. None: not measured, as on the first stage, to which nobody sends.
+    stage before. None: not measured, as on the first stage, which receives nothing.
     """
 
     size: int

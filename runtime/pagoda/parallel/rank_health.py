@@ -1,4 +1,4 @@
-"""What the driver knows of a rank's health; the server reports it."""
+"""The health of a rank as last reported to the driver; the server exposes it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 class RankHealth:
     """One rank as the driver sees it. `last_heartbeat`: `time.monotonic()` of the driver; it had done `num_steps` by then.
 
-    `is_up`: false once its group is lost, which no rank survives.
+    `is_up`: false once its group has failed, which no rank survives.
     """
 
     rank: int

@@ -1,7 +1,7 @@
 """What each rank is, and what ranks must have in common before they may run one model together.
 
 Every rank describes itself once at rendezvous; the driver compares. Versions are read from the installed packages, and what
-only torch knows (device, dtype, NCCL) is handed in.
+needs torch (device, dtype, NCCL) is passed in.
 """
 
 from __future__ import annotations

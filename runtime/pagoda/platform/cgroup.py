@@ -1,6 +1,6 @@
 """The CPU time and memory that this container may use, from Linux control groups of version 1 and 2.
 
-A container sees the machine's cores and memory in /proc; its limits stand in /sys/fs/cgroup. A group is bound by its own
+A container sees the machine's cores and memory in /proc; its limits are in /sys/fs/cgroup. A group is bound by its own
 limit and by that of every group above it. `root` is the file system's root, another one in tests.
 """
 

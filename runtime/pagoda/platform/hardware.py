@@ -62,7 +62,7 @@ class GpuReport:
 
 
 def cpu_report(root: Path = Path("/"), affinity: frozenset[int] | None = None) -> CpuReport:
-    """The CPU and how much of it is ours; `affinity`: logical cores, those of this process if None."""
+    """The CPU and this process's share of it; `affinity`: logical cores, those of this process if None."""
     cores = _affinity() if affinity is None else affinity
     physical = len({_physical_core(root, core) for core in cores})
     quota = cpu_quota(root)
@@ -140,7 +140,7 @@ def _affinity() -> frozenset[int]:
 
 
 def _physical_core(root: Path, core: int) -> str:
-    """A name of the physical core that logical core `core` is a thread of; its own where the kernel does not tell."""
+    """A name of the physical core that logical core `core` is a thread of; its own where the kernel does not report it."""
     topology = root / f"sys/devices/system/cpu/cpu{core}/topology"
     for name in ("core_cpus_list", "thread_siblings_list"):
         if (topology / name).is_file():

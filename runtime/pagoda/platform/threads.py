@@ -63,7 +63,7 @@ def choose_cpu_sets(
         return _choice(_given_sets(asked, num_ranks, allowed), GIVEN)
     share = len(cores) // num_ranks
     if quota is not None and quota < len(cores):
-        return _choice(None, "a CPU quota is shared with whoever else runs on these cores")
+        return _choice(None, "a CPU quota: other processes may run on these cores")
     if share == 0:
         return _choice(None, f"{num_ranks} ranks take turns on {len(cores)} cores")
     if threads is not None and threads != share:

@@ -164,7 +164,7 @@ class LogitBias(LogitsProcessor[_Bias, tuple[Tensor, Tensor]]):
 
 @dataclass(frozen=True, slots=True)
 class _PreparedWords:
-    """Of all W bad words of some rows: where to forbid, and what must stand before.
+    """Of all W bad words of some rows: the token to forbid, and the tokens that must precede it.
 
     `flat` int64 `[W]` (the last token, in flattened logits), `rows` and `lengths` int64 `[W]` on the host, `prefixes` int64
     `[W, L]` right-aligned behind -1, which matches anything.

@@ -15,7 +15,7 @@ from pagoda.sampling.selection import best_tokens, block_maxima
 class LogprobTensors:
     """Of M positions: `token_ids` int64 and `logprobs` float32 `[M, 1 + K]`, `ranks` int64 `[M]` of the first.
 
-    First is the token that stands at the position, then come the K best.
+    First is the token at the position, then the K best.
     """
 
     token_ids: Tensor

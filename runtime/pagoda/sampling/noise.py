@@ -90,10 +90,10 @@ class SlotNoise:
         return self._seeds[slots].view(np.int64)
 
     def at(self, slots: Int64Array, positions: Int64Array) -> Float64Array:
-        """The number of each slot for the token that will stand at its position: float64 `[len(slots)]` in [0, 1)."""
+        """The number of each slot for the token at its position: float64 `[len(slots)]` in [0, 1)."""
         columns = positions - self._first_drawn_position[slots]
         if ((columns < 0) | (columns >= _DRAWN_AHEAD)).any():
-            # All rows draw anew, not only those that ran out: so their numbers end together, and a step that draws is rare.
+            # All rows draw again, not only those that ran out: so their numbers end together, and steps that draw are rare.
             ahead = positions[:, None] + np.arange(_DRAWN_AHEAD)
             self._drawn[slots] = uniforms(self._seeds[slots][:, None], ahead)
             self._first_drawn_position[slots] = positions

@@ -84,7 +84,7 @@ def sample_from_top_k(
 def to_weights_(logits: Tensor, best: Tensor, inverse_temperature: Tensor | None, min_p: Tensor | None) -> Tensor:
     """Turn logits `[R, V]` in place into probabilities relative to the best token's, 0 for tokens that min-p drops.
 
-    `best`, `inverse_temperature` and `min_p` are float32 `[R, 1]`; None stands for a temperature of 1, and for no min-p.
+    `best`, `inverse_temperature` and `min_p` are float32 `[R, 1]`; None means a temperature of 1, or no min-p.
     """
     weights = logits.sub_(best)
     if inverse_temperature is not None:

@@ -113,7 +113,7 @@ class BlockPool:
 
     @property
     def num_free(self) -> int:
-        """Available blocks that hold nothing of value."""
+        """Available blocks that are not cached."""
         return self._free_list.length - self._num_cached
 
     @property
@@ -163,13 +163,13 @@ class BlockPool:
 
     def publish(self, block: Block, block_hash: bytes) -> None:
         """Let others find `block` by its content. The first block of a hash keeps it: tables are append-only, never merged."""
-        assert block.ref_count > 0, f"{block} is published while nobody holds it"
+        assert block.ref_count > 0, f"{block} is published with a reference count of 0"
         if block.block_hash is None and block_hash not in self._block_of_hash:
             block.block_hash = block_hash
             self._block_of_hash[block_hash] = block
 
     def forget_all(self) -> None:
-        """Drop every hash, for instance when a failed step may have left blocks without the content they announce."""
+        """Drop every hash, for instance when a failed step may have left published blocks without their content."""
         for block in self._block_of_hash.values():
             block.block_hash = None
         self._block_of_hash.clear()
@@ -229,7 +229,7 @@ class BlockLease:
         self.blocks.extend(blocks)
 
     def drop_before(self, count: int) -> None:
-        """Give back the first `count` blocks (outside the sliding window); the null block stands in for them."""
+        """Give back the first `count` blocks (outside the sliding window); the null block replaces them."""
         null_block = self._pool.null_block
         index = count - 1
         dropped = []

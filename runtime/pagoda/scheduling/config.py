@@ -1,4 +1,4 @@
-"""The bounds within which the scheduler decides."""
+"""The limits of the scheduler."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which requests have had all the time that one may have (`max_request_seconds`)."""
+"""Requests that exceed `max_request_seconds`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SWEEP_FROM = 64  # ended requests that are not worth a sweep
 
 
 class Deadlines:
-    """The deadlines of all requests, the next one first. A request that ends before its own is let go of soon after."""
+    """The deadlines of all requests, the next one first. A request that ends before its deadline is removed soon after."""
 
     def __init__(self, max_seconds: float | None, clock: Callable[[], float] = time.monotonic) -> None:
         """`max_seconds`: time from arrival; None: there are no deadlines."""
@@ -31,13 +31,13 @@ class Deadlines:
         deadline = (request.spec.arrival_time or self._clock()) + self._max_seconds
         heapq.heappush(self._heap, (deadline, request.sequence_number, request))
         if len(self._heap) > self._sweep_at:
-            # Otherwise one long request would keep all that came and went after it.
+            # Otherwise one long request would keep all later, ended ones in memory.
             self._heap = [entry for entry in self._heap if not entry[2].is_finished]
             heapq.heapify(self._heap)
             self._sweep_at = _SWEEP_FROM + 2 * len(self._heap)
 
     def take_overdue(self) -> list[Request]:
-        """Requests that have not ended and whose time is up; each is given once. O(1) when there are none."""
+        """Unfinished requests whose deadline has passed; each is returned once. O(1) when there are none."""
         overdue: list[Request] = []
         while self._heap and (self._heap[0][2].is_finished or self._heap[0][0] <= self._clock()):
             request = heapq.heappop(self._heap)[2]

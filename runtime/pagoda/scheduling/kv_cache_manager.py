@@ -76,16 +76,16 @@ class KVCacheManager:
         return True
 
     def extend(self, request: Request, num_tokens: int) -> bool:
-        """Make room for the KV of `num_tokens` tokens in all; False, and no change, when there is none."""
+        """Allocate blocks for `num_tokens` tokens in all; False, and no change, when there are too few."""
         lease = request.lease
         assert lease is not None
         num_held = len(lease.blocks)
         return num_tokens <= num_held * self.block_size or lease.extend(self._blocks_for(num_tokens) - num_held)
 
     def publish(self, requests: Iterable[Request]) -> None:
-        """Announce the full blocks of running requests that are computed once the plans made so far have run.
+        """Add to the prefix cache the full blocks of running requests that are computed once the plans made so far have run.
 
-        Only tokens that are known count, so a block is announced when its last token is, not when its step is planned.
+        Only known tokens count, so a block is published when its last token is known, not when its step is planned.
         """
         if not self.enable_prefix_caching:
             return
@@ -117,7 +117,7 @@ class KVCacheManager:
             request.lease.drop_before(first_visible // self.block_size)
 
     def release(self, request: Request) -> None:
-        """Take all blocks of a request back; published ones stay findable until they are evicted."""
+        """Free all blocks of a request; published ones stay cached until they are evicted."""
         if request.lease is not None:
             request.lease.release()
             request.lease = None
@@ -137,7 +137,6 @@ class KVCacheManager:
         )
 
     def forget_prefixes(self) -> None:
-        """Forget every cached prefix."""
         self.pool.forget_all()
 
     def reset(self) -> None:
@@ -157,8 +156,8 @@ class KVCacheManager:
     def _find_prefix(self, request: Request) -> list[Block]:
         """The blocks of the longest cached prefix; at least one token is left to compute, or there are no logits.
 
-        With a sliding window the blocks that no token still to be computed can see need not be cached: the null block stands
-        in for them.
+        With a sliding window the blocks that no token still to be computed can see need not be cached: the null block
+        replaces them.
         """
         if not self.enable_prefix_caching or request.spec.params.prompt_logprobs is not None:
             return []

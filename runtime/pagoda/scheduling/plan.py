@@ -1,8 +1,8 @@
 """The plan of one step, which the scheduler gives the executor, and its result.
 
 Requests live in slots. The scheduler gives a running request a slot in `[0, max_num_seqs)` and the model runner keeps the
-request's token ids, block table and sampling state in row `slot` of preallocated arrays. So a plan names what changed and
-nothing else, and its size does not grow with context length.
+request's token ids, block table and sampling state in row `slot` of preallocated arrays. So a plan holds only what changed,
+and its size does not grow with context length.
 
     row i of the batch:   slots[i]   num_computed_tokens[i]   num_scheduled_tokens[i]   samples[i]
                              │                │                        │
@@ -47,7 +47,7 @@ class StepPlan:
     `NewRequest.block_ids`). `block_offsets[i]` is the length of that table before they are appended.
 
     Multi-step scheduling (`num_scheduler_steps`): in a plan in which every row samples one token, row i may run `num_steps[i]`
-    steps, each on the token sampled by the one before; its blocks are there. Otherwise `num_steps` is empty.
+    steps, each on the token sampled by the one before; its blocks are allocated. Otherwise `num_steps` is empty.
     """
 
     step_id: int
@@ -101,7 +101,7 @@ NO_SAMPLED_TOKENS = SampledTokensUpdate()
 
 @dataclass(slots=True)
 class StepResult:
-    """What the model runner made of a plan; rows are indices into the plan's parallel lists.
+    """The result of a plan; rows are indices into the plan's parallel lists.
 
     `sampled_token_ids[i]`: the ids sampled for row i (several where it runs several steps), empty where it does not sample or
     has failed. `logprobs[i]`: one entry a sampled id, only for rows that asked. `prompt_logprobs[i]`: for a row that asked,

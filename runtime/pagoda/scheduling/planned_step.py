@@ -21,7 +21,7 @@ class PlannedStep:
     discarded: set[Request] = field(default_factory=set)
 
     def enter(self, request: Request) -> None:
-        """Tell the runner all tokens and blocks of a request that has come into a slot."""
+        """Add a request that entered a slot, with all its tokens and blocks."""
         assert request.lease is not None
         request.num_blocks_sent = len(request.lease)
         self.plan.new_requests.append(
@@ -73,7 +73,7 @@ class PlannedStep:
 
 
 def _take_unsent_blocks(request: Request) -> list[int]:
-    """The blocks that the runner does not know of yet; from here on it does."""
+    """The blocks that were not sent to the runner yet; marks them as sent."""
     assert request.lease is not None
     blocks, num_sent = request.lease.blocks, request.num_blocks_sent
     if len(blocks) == num_sent:

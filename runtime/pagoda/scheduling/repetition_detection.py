@@ -1,4 +1,4 @@
-"""Degenerate loops: an output whose tail repeats one short period over and over.
+"""Repetition detection: an output whose tail repeats one short period.
 
 … x y z  a b c  a b c  a b c  a b c      period 3, repeated over the whole tail
 """

@@ -11,7 +11,7 @@ from pagoda.scheduling.block_pool import BlockLease
 
 
 class RequestStatus(Enum):
-    """Where a request is. There is no prefill or decode status: `num_computed_tokens` says how far it has come."""
+    """The status of a request. There is no prefill or decode status: `num_computed_tokens` is its progress."""
 
     WAITING = auto()
     RUNNING = auto()
@@ -19,7 +19,7 @@ class RequestStatus(Enum):
 
 
 class Request:
-    """Mutable state of one sequence; `spec` is what was asked.
+    """Mutable state of one sequence; `spec` is the request record.
 
     `max_tokens` is `spec.max_tokens`, or less where the KV cache cannot hold that. `token_ids` is the prompt followed by the
     output so far. `num_computed_tokens` counts tokens whose KV is written, or will be when the steps in flight have run: it
@@ -108,7 +108,7 @@ class Request:
     def next_tokens(self) -> int:
         """Tokens that could be computed now.
 
-        0 while all output that is still allowed is on its way, so a length cap never costs a wasted step.
+        0 while all output that is still allowed is in flight, so the length limit never costs a wasted step.
         """
         expected = len(self.token_ids) + self.num_in_flight
         if expected - self.num_prompt_tokens >= self.max_tokens:

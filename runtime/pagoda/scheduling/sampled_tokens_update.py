@@ -1,6 +1,6 @@
 """Which sampled tokens the ranks of a pipeline do not have yet.
 
-The last stage samples, the first one needs the token: it goes by way of the driver, with the next plan. Meanwhile the slot may
+The last stage samples, the first one needs the token: the driver sends it with the next plan. Meanwhile the slot may
 have been given to another request, and then the token must not be written into it:
 
     plan 7   R1 in slot 3 samples      plan 8   slot 3 released, R2 enters      result 7 comes      plan 9: nothing for slot 3

@@ -1,15 +1,15 @@
 """The unified scheduler: which tokens of which requests run in the next step.
 
-There is no prefill and no decode phase. Every request has `num_computed_tokens` chasing its tokens, and a step moves these
-counters forward under one token budget:
+There is no prefill and no decode phase. Every request has `num_computed_tokens`, which catches up with its tokens, and a step
+advances these counters under one token budget:
 
     running:  R1 ▪            R2 ▪            R3 ▪▪▪▪▪▪▪▪ (a chunk of its prompt)
     waiting:  R4 ▪▪▪▪▪▪ …     admitted while budget, slots and blocks last
 
 Running requests come first. One that needs a block when none is left preempts the running request of lowest priority: its
-blocks go back, and it waits at the front to be recomputed (its published blocks usually still hit). A step that preempted
+blocks are freed, and it waits at the front to be recomputed (its published blocks usually still hit). A step that preempted
 admits no request. Plans may be made while earlier ones are in flight: counters advance when a step is planned, and
-`Request.num_in_flight` stands for sampled tokens that are still on the way.
+`Request.num_in_flight` counts the sampled tokens that are not known yet.
 
 With pipeline stages a request can be planned again only when its last sampled token is known. So each plan takes its share
 of the requests that decode, and all stages have a batch to work on:
@@ -48,7 +48,7 @@ class RequestUpdate:
 
 
 class Scheduler:
-    """Owns all requests of an engine from `add` until their one terminal update."""
+    """Owns all requests of an engine from `add` until their one final update."""
 
     def __init__(
         self, limits: SchedulerLimits, kv: KVCacheManager, clock: Callable[[], float] = time.monotonic
@@ -72,7 +72,7 @@ class Scheduler:
         self._num_arrived = 0
         self._num_steps = 0
 
-    # ---- requests come and go -------------------------------------------------------------------------------------
+    # ---- adding and ending requests -------------------------------------------------------------------------------
 
     @property
     def num_running(self) -> int:
@@ -86,19 +86,19 @@ class Scheduler:
 
     @property
     def degradation(self) -> str:
-        """What is less than it should be, in words; empty when nothing is."""
+        """A description of the reduced token budget; empty at the full budget."""
         return self._budget.shortage
 
     @property
     def has_work(self) -> bool:
-        """Whether any request has not had its terminal update yet."""
+        """Whether any request has not had its final update yet."""
         return bool(self._requests) or bool(self._ended)
 
     def add(self, request: Request) -> None:
         """Accept a request.
 
-        Raises `InvalidRequestError` for one that could never run, and would hold up the queue for ever, or whose id is in use,
-        and `QueueFullError` when too many wait; such a request leaves no trace. `max_tokens` is lowered to what
+        Raises `InvalidRequestError` for one that could never run, and would block the queue, or whose id is in use,
+        and `QueueFullError` when too many wait; then nothing is changed. `max_tokens` is lowered to what
         `max_model_len` and the KV cache can hold, so a request that has all blocks to itself always ends by its length before
         it runs out of them.
         """
@@ -127,10 +127,10 @@ class Scheduler:
     def _check_queue(self, tenant: str) -> None:
         """Raise `QueueFullError` where `tenant` may not have one more request wait.
 
-        One tenant may hold at most as many places in the queue as it leaves free, so the others always find some: alone it
-        gets half of them, one of two busy ones a third. A tenant without a name is the only one, and may have all.
+        A tenant may hold at most as many places in the queue as it leaves free, so some are always left for others: a single
+        busy tenant gets half of them, each of two a third. The tenant with an empty name is the only one, and may have all.
         """
-        # Requests for which a slot is free are not in the queue in earnest: the next step may take them.
+        # Requests for which a slot is free do not count: the next step may admit them.
         num_waiting = max(0, len(self._waiting) - len(self._free_slots))
         num_free = self.limits.max_num_waiting - num_waiting
         if num_free <= 0:
@@ -142,7 +142,7 @@ class Scheduler:
             )
 
     def abort(self, request_ids: Iterable[str]) -> None:
-        """End requests whose client is gone, in whatever state they are. Unknown ids have ended already: ignored."""
+        """End requests with ABORT, in any state. Unknown ids (already ended) are ignored."""
         for request_id in request_ids:
             request = self._requests.get(request_id)
             if request is not None:
@@ -161,7 +161,7 @@ class Scheduler:
     def fail_in_flight(self, message: str) -> None:
         """A step raised: the requests of all steps in flight end with an error.
 
-        Blocks published by these steps may lack the content they announce, so every cached prefix is forgotten.
+        Blocks published by these steps may lack their content, so the prefix cache is reset.
         """
         steps, self._in_flight = self._in_flight, {}
         for step in steps.values():
@@ -170,7 +170,7 @@ class Scheduler:
         self.kv.forget_prefixes()
 
     def retry_in_flight(self) -> bool:
-        """The device had no memory for a step: plan its requests anew, under half the token budget.
+        """A step ran out of device memory: halve the token budget and preempt the requests in flight, to plan them again.
 
         They keep their tokens and wait at the front. False, and no change, when the budget cannot shrink any more.
         """
@@ -196,7 +196,7 @@ class Scheduler:
         scheduled, preempted = self._schedule_running()
         gave_way = preempted
         while gave_way and not scheduled:
-            # Of several stages' requests the plan had taken its share, and all of it gave way: the next share's turn.
+            # All requests of this plan's share were preempted: take the next share.
             scheduled, gave_way = self._schedule_running()
         budget = self._budget.tokens - sum(scheduled.values())
         step = PlannedStep(StepPlan(step_id=self._num_steps))
@@ -255,23 +255,22 @@ class Scheduler:
         num_stages = self.limits.pipeline_parallel_size
         if num_stages == 1:
             return running
-        # The last `num_stages` plans are in flight together. A request that one after the other left out for being full would
-        # be one more than there are: none is left out for long.
-        room = -(-len(running) // num_stages)
+        # The last `num_stages` plans are in flight together, and each takes its share: no request is left out by all of them.
+        max_decodes = -(-len(running) // num_stages)
         candidates = []
         for request in running:
             decodes = request.next_tokens() == 1
-            if request.num_in_flight or (decodes and room == 0):
+            if request.num_in_flight or (decodes and max_decodes == 0):
                 continue
-            room -= decodes
+            max_decodes -= decodes
             candidates.append(request)
         return candidates
 
     def _admit_waiting(self, step: PlannedStep, budget: int) -> None:
-        """Admit waiting requests in order while budget, slots and blocks last; none overtakes another."""
+        """Admit waiting requests in order while budget, slots and blocks last; none is skipped."""
         while budget > 0 and self._free_slots and (request := self._waiting.peek()) is not None:
             if request.num_in_flight:
-                break  # preempted while a token of its was on the way, which must be known first
+                break  # preempted with a token in flight, which must be known first
             if not self.kv.allocate_for(request, leave_watermark=bool(self._running)):
                 break
             self._waiting.pop()
@@ -292,14 +291,14 @@ class Scheduler:
         step.enter(request)
 
     def _add_rows(self, step: PlannedStep, requests: list[Request], num_new: list[int]) -> None:
-        """Plan so many tokens of each of these running requests; the blocks that they fill may be found from now on."""
+        """Plan so many tokens of each of these running requests, and publish the blocks that they fill."""
         step.add_rows(requests, num_new)
         self.kv.publish(requests)
 
     def _extend_to_num_steps(self, step: PlannedStep) -> None:
-        """Let every row run on, up to `num_scheduler_steps` steps, its length cap, and the blocks that are free.
+        """Extend every row up to `num_scheduler_steps` steps, its length limit, and the blocks that are free.
 
-        Nothing is preempted for steps to come. What a row samples past its end is dropped when the result is there.
+        Nothing is preempted for later steps. Tokens sampled past the end of a request are dropped by `apply`.
         """
         for row, request in enumerate(step.requests):
             allowed = request.max_tokens - request.num_output_tokens - request.num_in_flight
@@ -309,7 +308,7 @@ class Scheduler:
             step.extend_row(row, extra)
 
     def _priority_key(self, request: Request) -> tuple[int, int]:
-        """The order in which requests deserve to run; the greatest is preempted first."""
+        """Sorts by falling priority; the last is preempted first."""
         priority = request.spec.priority if self.limits.policy == "priority" else 0
         return priority, request.sequence_number
 
@@ -322,7 +321,7 @@ class Scheduler:
         return victim
 
     def _preempt(self, request: Request) -> None:
-        """Take a running request's blocks and slot for others."""
+        """Free a running request's blocks and slot, and return it to the waiting queue."""
         request.num_preemptions += 1
         self.num_preemptions += 1
         self._return_to_waiting(request)
@@ -339,7 +338,7 @@ class Scheduler:
         self.kv.forget_prefixes()
 
     def _return_to_waiting(self, request: Request) -> None:
-        """A running request gives everything back but its tokens, and waits at the front to be recomputed."""
+        """Free everything of a running request but its tokens; it waits at the front to be recomputed."""
         self._free_slot(request)
         self.kv.release(request)
         request.status = RequestStatus.WAITING
@@ -353,7 +352,7 @@ class Scheduler:
         request.slot = -1
 
     def _finish(self, request: Request) -> None:
-        """End a request wherever it is, and take back what it holds."""
+        """End a request in any state, and free its slot and blocks."""
         if request.status is RequestStatus.RUNNING:
             self._free_slot(request)
             request.status = RequestStatus.FINISHED
@@ -366,7 +365,7 @@ class Scheduler:
     # ---- results --------------------------------------------------------------------------------------------------
 
     def apply(self, plan: StepPlan, result: StepResult) -> list[RequestUpdate]:
-        """Take the result of a plan, oldest plan first. Rows of requests that have ended meanwhile are ignored."""
+        """Take the result of a plan, oldest plan first. Rows of requests that have ended are ignored."""
         updates: list[RequestUpdate] = []
         self._budget.count_good_step()
         step = self._in_flight.pop(plan.step_id)
@@ -406,7 +405,7 @@ class Scheduler:
     def _process_output(
         self, request: Request, token_ids: list[int], logprobs: list[TokenLogprobs] | None
     ) -> RequestUpdate:
-        """Append sampled tokens until one ends the request; what was sampled past it is dropped."""
+        """Append sampled tokens until one ends the request; later ones are dropped."""
         for taken, token_id in enumerate(token_ids, start=1):
             request.append_output(token_id)
             self.repetition.check(request)

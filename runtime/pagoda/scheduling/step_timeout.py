@@ -1,6 +1,6 @@
-"""How long a step may take before something must be wrong: a bound that grows with its tokens.
+"""The timeout of a step, which grows with its tokens.
 
-a step of n      bound = timeout * max(1, n / TOKENS_PER_TIMEOUT)      an honest long prefill is given its time
+a step of n      bound = timeout * max(1, n / TOKENS_PER_TIMEOUT)      a long prefill does not time out
 several steps    the same, each of them counted with at least TOKENS_OF_A_STEP tokens (`num_scheduler_steps`)
 """
 
@@ -18,5 +18,5 @@ def tokens_to_wait_for(plan: StepPlan) -> int:
 
 
 def stall_bound(scheduled_tokens: int, timeout: float) -> float:
-    """Seconds that may pass, `timeout` being those of an idle engine or a small step."""
+    """The timeout in seconds of a step; `timeout`: that of an idle engine or a small step."""
     return timeout * max(1.0, scheduled_tokens / TOKENS_PER_TIMEOUT)

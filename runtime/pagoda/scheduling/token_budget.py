@@ -1,4 +1,4 @@
-"""How many tokens a step may have: the configured number, or less for a while after a step did not fit the device."""
+"""The token budget of a step: the configured number, or less for a while after a step ran out of device memory (OOM)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ _REGROW_STEPS = 64  # good steps before a budget that was halved is doubled agai
 
 
 class TokenBudget:
-    """Halved by a step that did not fit, doubled again after many that did. At least 1, at most what was configured."""
+    """Halved after OOM, doubled again after `_REGROW_STEPS` steps without. At least 1, at most what was configured."""
 
     def __init__(self, configured: int) -> None:
         self.tokens = configured
@@ -15,10 +15,10 @@ class TokenBudget:
 
     @property
     def shortage(self) -> str:
-        """How far the budget is below what was configured, in words; empty when it is not."""
+        """A description of the reduced budget; empty at the full budget."""
         if self.tokens == self._configured:
             return ""
-        return f"steps have {self.tokens} tokens of {self._configured} at most since one did not fit the device"
+        return f"out of memory in a step: the token budget is {self.tokens} of {self._configured} tokens"
 
     def shrink(self) -> bool:
         """Halve the budget; False when it cannot be any smaller."""
@@ -29,7 +29,7 @@ class TokenBudget:
         return True
 
     def count_good_step(self) -> None:
-        """A step fitted."""
+        """Count a step that had enough memory; may double the budget."""
         self._good_steps += 1
         if self.tokens < self._configured and self._good_steps >= _REGROW_STEPS:
             self.tokens = min(self._configured, 2 * self.tokens)

@@ -1,7 +1,7 @@
-"""Where requests wait: one interface, two orders. Every operation is O(1) (first come, first served) or O(log n) (priority).
+"""The waiting queue: one interface, two policies. Every operation is O(1) (first come, first served) or O(log n) (priority).
 
-Removing a request from the middle (an abort) only counts it out; its entry is skipped when it reaches the front, and all such
-entries are swept out when they outnumber the living, so a client that sends and aborts cannot make the queue grow.
+Removing a request from the middle (an abort) only decreases the count; its entry is skipped when it reaches the front, and
+such stale entries are removed together when they outnumber the others, so aborts cannot make the queue grow.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 
 from pagoda.scheduling.request import Request, RequestStatus
 
-_SWEEP_FROM = 64  # dead entries that are not worth a sweep
+_SWEEP_FROM = 64  # stale entries that are not worth a sweep
 
 
 class WaitingQueue(ABC):
@@ -91,7 +91,7 @@ class WaitingQueue(ABC):
 
 
 class FirstComeFirstServedQueue(WaitingQueue):
-    """Order of arrival within a tenant; tenants take turns. Preempted requests come before all others.
+    """Order of arrival within a tenant; round-robin over tenants. Preempted requests come before all others.
 
     With one tenant (no API keys, or one) this is the order of arrival.
     """

@@ -20,7 +20,7 @@ from pagoda.text.tokenizer_files import DEFAULT_TEMPLATE
 Message = Mapping[str, Any]
 
 _TOOL_TEMPLATE = "tool_use"
-# Marks the end of the message to be continued; the trailing space tells whether the template trims messages.
+# Marks the end of the message to be continued; the trailing space shows whether the template trims messages.
 _CONTINUE_MARK = "CONTINUE_FINAL_MESSAGE_TAG "
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 _RESERVED_VARIABLES = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
@@ -193,7 +193,7 @@ class _Budget:
 
 def _too_long(characters: int, max_characters: int) -> InvalidRequestError:
     return InvalidRequestError(
-        f"the conversation has at least {characters} characters; the model's context has room for {max_characters} at most",
+        f"the conversation has at least {characters} characters; the model's context holds {max_characters} at most",
         "messages",
     )
 

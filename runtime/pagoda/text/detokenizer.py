@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from pagoda.text.tokenizer import Tokenizer
 
-# A character has at most four bytes, so the last four tokens of a prompt tell how it ends.
+# A character has at most four bytes, so the last four tokens of a prompt determine how it ends.
 _PROMPT_TAIL_TOKENS = 4
 
 
@@ -34,7 +34,7 @@ class IncrementalDetokenizer:
         """The text that one more id settles. An id without a token (a padded vocabulary has some) adds nothing."""
         if token_id in self._skipped:
             return ""
-        if self._is_settled:  # nearly always, and then the stream need not hear of it
+        if self._is_settled:  # nearly always, and then the stream decoder is not needed
             text = self._settled_texts[token_id]
             if text is not None:
                 return text

@@ -33,7 +33,7 @@ class TextGenerator:
 
     `pool` and `client` are public: `await generator.pool.encode(text)`, `.decode(ids)`,
     `.render_chat_and_encode(messages, ...)` serve the routes that need tokens and no generation.
-    `default_max_tokens` stands in for a `max_tokens` that was not given; `default_sampling` holds the sampling defaults of
+    `default_max_tokens` is used when `max_tokens` was not given; `default_sampling` holds the sampling defaults of
     the checkpoint's generation_config.json, `eos_token_ids` the ids that end generation.
     """
 
@@ -70,7 +70,7 @@ class TextGenerator:
         )
 
     def sampling_params(self, given: Mapping[str, Any]) -> SamplingParams:
-        """`SamplingParams` from what the client gave; a field not given takes the checkpoint's default, then ours.
+        """`SamplingParams` from what the client gave; the checkpoint's defaults apply to fields not given.
 
         Raises `InvalidRequestError` naming the field for an unknown name or an impossible value.
         """

@@ -44,11 +44,9 @@ class TextOperations:
             ) from error
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Token ids of a text."""
         return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-        """Text of token ids."""
         return self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
     def render_chat_and_encode(

@@ -24,7 +24,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class PositionLogprobs:
-    """The token that stands at a position, and the most probable ones there by falling log-probability."""
+    """The token at a position, and the most probable ones there by falling log-probability."""
 
     chosen: TokenLogprob
     top: list[TokenLogprob]

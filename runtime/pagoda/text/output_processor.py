@@ -1,4 +1,4 @@
-"""The text side of one running sequence, without any waiting: used by the asynchronous generator and by `LLM` alike."""
+"""Detokenization and stop strings of one running sequence, synchronous: used by `TextGenerator` and by `LLM`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pagoda.text.tokenizer import Tokenizer
 
 
 class RequestTextState:
-    """Turns what the engine says of one sequence into chunks of text.
+    """Turns the engine's outputs for one sequence into chunks of text.
 
     `index` is the choice it is; `echo` is put in front of its text. After `process` has returned a chunk with a finish
     reason, `finished` is True. `must_abort` is True when a stop string ended it and the engine does not know yet.
@@ -55,14 +55,14 @@ class RequestTextState:
         """The chunk that `output` makes.
 
         Raises the error that the engine ended the request with, or `RequestFailedError` when its tokens cannot be
-        turned into text; either way the request is over, and `must_abort` says whether the engine must be told.
+        turned into text; either way the request has ended, and `must_abort` says whether to abort it in the engine.
         """
         if output.finish_reason is FinishReason.ERROR:
             self.finished = True
             raise error_of(output.error_kind or ErrorKind.INTERNAL, output.error or "the engine gave no reason")
         try:
             return self._process(output)
-        except Exception as error:  # of whatever type, it ends this request and no other
+        except Exception as error:  # any error ends this request and no other
             self.finished = True
             self.must_abort = output.finish_reason is None
             raise RequestFailedError(f"the tokens of this request could not be turned into text: {error!r}") from error

@@ -1,4 +1,4 @@
-"""The pool that tokenizes for the server, off its event loop, with a bound on everything."""
+"""The pool that tokenizes for the server, off its event loop, with a timeout for every call."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pagoda.text.tokenizer import Tokenizer
 from pagoda.text.workers import WorkerOptions, Workers
 
 # Handing a text to a thread and back takes 45 us, tokenizing 100 characters 90 us (AMD Zen 5): up to here that is not worth
-# it, and the event loop stands still for about 0.1 ms.
+# it, and the event loop is blocked for about 0.1 ms.
 INLINE_CHARACTERS = 128
 INLINE_TOKENS = 128
 
@@ -81,7 +81,7 @@ class TokenizerPool:
         limit = self.max_characters
         if limit is not None and len(text) > limit:
             raise InvalidRequestError(
-                f"the prompt has {len(text)} characters; the model's context of {self.max_model_len} tokens has room for "
+                f"the prompt has {len(text)} characters; the model's context of {self.max_model_len} tokens holds "
                 f"{limit} at most",
                 "prompt",
             )

@@ -68,7 +68,7 @@ class _Worker:
         return self._process.returncode is None
 
     async def close(self) -> None:
-        """End the process at once, it holds nothing that is worth saving, and wait until it is gone."""
+        """Kill the process, which has no state to save, and wait until it has exited."""
         if self.is_alive:
             self._process.kill()
         if self._process.stdin is not None:
@@ -89,7 +89,6 @@ class ProcessWorkers:
         self._is_closed = False
 
     async def start(self) -> None:
-        """Start all processes at once."""
         results = await asyncio.gather(*(self._add_worker() for _ in range(self._options.size)), return_exceptions=True)
         errors = [result for result in results if isinstance(result, BaseException)]
         if errors:
@@ -151,7 +150,7 @@ class ProcessWorkers:
     def _forget(self, task: asyncio.Task[Any]) -> None:
         self._running.discard(task)
         if not task.cancelled():
-            task.exception()  # its caller may have left; asyncio would call the error lost
+            task.exception()  # retrieved: asyncio would log it if its caller was cancelled
 
     def _release(self, worker: _Worker | None) -> None:
         if worker is not None:

@@ -1,9 +1,9 @@
-"""Streaming twins of the decoders of the `tokenizers` library.
+"""Streaming implementations of the decoders of the `tokenizers` library.
 
 A decoder there is a chain of steps over the whole list of token strings. A stream of tokens cannot be decoded again from
 its start for every token, and decoding a window of it is wrong at the edges (a run of byte tokens is valid or not as a
-whole; a first token loses its leading space). So each kind of step has a twin that takes tokens as they come, keeps the
-little state it needs, and holds back what later tokens may still change:
+whole; a first token loses its leading space). So each kind of step has an implementation that takes tokens one by one, keeps
+the little state it needs, and holds back what later tokens may still change:
 
     token strings ─▶ tokenwise (Replace, Metaspace, WordPiece, Strip) ─▶ ByteFallback ─▶ Fuse ─▶ leading Strip ─▶ text
     token strings ─▶ ByteLevel ─▶ text
@@ -52,7 +52,7 @@ class DecoderStream:
 
     @property
     def is_settled(self) -> bool:
-        """Whether a token for which `DecoderPlan.settled_text` knows a text adds just that, and leaves this so."""
+        """Whether a token in `DecoderPlan.settled_text` adds exactly that text and leaves the state as it is."""
         return all(step.is_settled for step in self._steps)
 
     def feed(self, tokens: list[str]) -> str:
@@ -78,7 +78,7 @@ class DecoderPlan:
     """How a tokenizer's tokens become text; makes a stream for each request. Holds caches, no state of a stream.
 
     `decoder`: the decoder as tokenizer.json describes it, or None (tokens are then joined with spaces, as the library does).
-    Raises `CheckpointError` for a decoder that has no streaming twin.
+    Raises `CheckpointError` for a decoder that has no streaming implementation.
     """
 
     def __init__(self, decoder: Mapping[str, Any] | None) -> None:
@@ -152,7 +152,7 @@ class _ByteLevelTable(dict[str, bytes]):
     """Token string to bytes, filled as tokens occur (so never larger than the vocabulary).
 
     Byte-level vocabularies write each byte as one printable character; a token with any other character (an added token)
-    stands for its own UTF-8 bytes.
+    is decoded as its own UTF-8 bytes.
     """
 
     def __init__(self) -> None:
@@ -251,7 +251,7 @@ def _unfinished_character(data: bytearray) -> bytearray:
 
 
 class _TokenwiseRule:
-    """A step that treats each token by itself and knows only whether it is the first; the library's own code does it."""
+    """A step that treats each token independently, except for the first; the library's own code does it."""
 
     def __init__(self, description: Mapping[str, Any]) -> None:
         decoder = _library_decoder(description)

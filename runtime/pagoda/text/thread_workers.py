@@ -46,7 +46,6 @@ class ThreadWorkers:
         self._abandoned: set[int] = set()
 
     async def start(self) -> None:
-        """Start the threads."""
         for _ in range(self._options.size):
             self._add_worker()
 
@@ -149,7 +148,7 @@ async def load_in_thread(options: WorkerOptions) -> TextOperations:
 def _report(
     loop: asyncio.AbstractEventLoop, future: asyncio.Future[Any], result: object, error: BaseException | None
 ) -> None:
-    """Settle a future of another thread's loop, unless nobody waits for it any more."""
+    """Set the result of a future of another thread's loop, unless it was cancelled."""
 
     def settle() -> None:
         if future.done():

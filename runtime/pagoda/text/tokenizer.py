@@ -41,7 +41,7 @@ class Tokenizer:
 
     `special_tokens`: content by name (`eos_token`, ...). `special_token_ids`: the ids that `skip_special_tokens` drops.
     `chat_templates`: jinja sources by name; empty for a tokenizer without one. `vocab_size`: one more than the largest id.
-    `longest_token_characters`: no token stands for more characters of input, so it bounds a text from its token limit.
+    `longest_token_characters`: the most input characters of one token: bounds a text by its token limit.
     """
 
     def __init__(

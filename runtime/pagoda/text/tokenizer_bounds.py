@@ -130,7 +130,7 @@ def _check_post_processor(steps: list[Mapping[str, Any]]) -> None:
         if step["type"] != "TemplateProcessing":
             continue
         if sum("Sequence" in piece for piece in step["single"]) > 1:
-            raise CheckpointError("the post_processor repeats the text; it may stand in a template once")
+            raise CheckpointError("the post_processor repeats the text; it may be in a template once")
         names = [piece["SpecialToken"]["id"] for piece in step["single"] if "SpecialToken" in piece]
         num_added += sum(len(step["special_tokens"].get(name, {}).get("ids", ())) for name in names)
     if num_added > MAX_ADDED_BY_POST_PROCESSOR:

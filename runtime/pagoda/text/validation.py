@@ -67,7 +67,7 @@ def _check_prompt(prompt_token_ids: Sequence[int], limits: RequestLimits) -> Non
         raise InvalidRequestError("the prompt is empty: at least one token is needed", "prompt")
     if len(prompt_token_ids) >= limits.max_model_len:
         raise InvalidRequestError(
-            f"the prompt has {len(prompt_token_ids)} tokens, which leaves no room for a completion: the model's context "
+            f"the prompt has {len(prompt_token_ids)} tokens, which leaves no token for a completion: the model's context "
             f"has {limits.max_model_len} tokens",
             "prompt",
         )
@@ -75,16 +75,16 @@ def _check_prompt(prompt_token_ids: Sequence[int], limits: RequestLimits) -> Non
 
 
 def _resolve_max_tokens(params: SamplingParams, num_prompt_tokens: int, limits: RequestLimits) -> int:
-    room = limits.max_model_len - num_prompt_tokens
+    remaining = limits.max_model_len - num_prompt_tokens
     if params.max_tokens is not None:
-        if params.max_tokens > room:
+        if params.max_tokens > remaining:
             raise InvalidRequestError(
                 f"max_tokens={params.max_tokens} is too large: the model's context has {limits.max_model_len} tokens and "
-                f"the prompt has {num_prompt_tokens}, so max_tokens may be {room} at most",
+                f"the prompt has {num_prompt_tokens}, so max_tokens may be {remaining} at most",
                 "max_tokens",
             )
         return params.max_tokens
-    max_tokens = room if limits.default_max_tokens is None else min(limits.default_max_tokens, room)
+    max_tokens = remaining if limits.default_max_tokens is None else min(limits.default_max_tokens, remaining)
     if params.min_tokens > max_tokens:
         raise InvalidRequestError(
             f"min_tokens={params.min_tokens} is greater than the {max_tokens} tokens that may be generated",
@@ -114,7 +114,7 @@ def _check_range(param: str, token_ids: Collection[int], vocab_size: int) -> Non
 
 
 def _bad_words_token_ids(bad_words: Sequence[str], encode: Callable[..., list[int]]) -> list[tuple[int, ...]]:
-    """Each word as it stands alone and as it follows a space; the tokens differ in most vocabularies."""
+    """Each word alone and after a space; the tokens differ in most vocabularies."""
     if len(bad_words) > MAX_BAD_WORDS or sum(map(len, bad_words)) > MAX_BAD_WORD_CHARACTERS:
         raise InvalidRequestError(
             f"bad_words has {len(bad_words)} words of {sum(map(len, bad_words))} characters together; at most "

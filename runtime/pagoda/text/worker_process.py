@@ -13,7 +13,7 @@ from pagoda.text.workers import WorkerOptions
 
 
 def serve(source: BinaryIO, sink: BinaryIO) -> None:
-    """Answer the frames of `source` on `sink`; returns when `source` ends, which it does when the server is gone."""
+    """Answer the frames of `source` on `sink`; returns on EOF of `source`, which comes when the server has died."""
     first = _read_frame(source)
     if first is None:
         return

@@ -1,8 +1,8 @@
 """The engine as the server sees it: requests in, streams of outputs out, one health.
 
-`EngineClient` is the seam; `ProcessEngineClient` runs the core in a process of its own and looks after it: it notices at once
-when the core dies, within a bound when it is stuck, ends what was running with an error that invites a retry, and then either
-starts a new core or leaves the engine dead, as `on_engine_failure` says.
+`EngineClient` is the interface; `ProcessEngineClient` runs the core in a process of its own and supervises it: it detects a
+dead core at once and a stuck core by its watchdog, fails the running requests with a retryable error, and then either
+restarts the core or leaves the engine dead, as `on_engine_failure` says.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+
+from typing_extensions import override
 
 from pagoda.config.schema import PagodaConfig
 from pagoda.engine.client.core_handle import CoreChild
@@ -50,9 +52,9 @@ from pagoda.request import EngineRequest
 logger = logging.getLogger(__name__)
 
 _SHUTDOWN_SECONDS = 5.0
-_EXIT_SECONDS = 0.5  # from the end of a lost core's connection to the end of its process; then it is killed
+_EXIT_SECONDS = 0.5  # from EOF on a dead core's connection to the end of its process; then it is killed
 _WATCH_SECONDS = 0.25
-_MAX_UNSENT_BYTES = 64 * 2**20  # requests that a core which does not read has not taken; past that no more are
+_MAX_UNSENT_BYTES = 64 * 2**20  # of requests that the core has not read; past that requests are refused
 
 
 class EngineClient(ABC):
@@ -73,17 +75,17 @@ class EngineClient(ABC):
 
     @property
     def ranks(self) -> list[RankHealth]:
-        """What was last heard of the processes of its ranks; none where the core has no other."""
+        """The last reported health of the rank processes; empty where the core runs the model itself."""
         return []
 
     @property
     def replicas(self) -> Sequence[EngineClient]:
-        """The engines that this one is made of, where it is more than one."""
+        """The replicas, where there are several."""
         return ()
 
     @property
     def progress(self) -> EngineProgress | None:
-        """The core's last sign of life, while there is a core that gives any."""
+        """The core's last heartbeat; None without a core."""
         return None
 
     @abstractmethod
@@ -96,7 +98,7 @@ class EngineClient(ABC):
 
         `request_id` may be that of another request, running or not; outputs have the engine's own, which begins with it.
         Raises `EngineNotReadyError`, `EngineDeadError`, `QueueFullError` or `InvalidRequestError` in place of the first
-        output, and `EngineDeadError` later if the engine is lost. Closing the iterator aborts the request in the engine.
+        output, and `EngineDeadError` later if the engine dies. Closing the iterator aborts the request in the engine.
         """
 
     @abstractmethod
@@ -105,9 +107,9 @@ class EngineClient(ABC):
 
 
 class ProcessEngineClient(EngineClient):
-    """The core in a child process that is watched, and restarted when it fails.
+    """The core in a child process with a watchdog, restarted when it fails.
 
-    `name`: what the log calls it. `environment`: variables that the core gets beside those of this process. `launched`: a
+    `name`: its name in the log. `environment`: variables that the core gets beside those of this process. `launched`: a
     process for the first core.
     """
 
@@ -132,7 +134,7 @@ class ProcessEngineClient(EngineClient):
         self._restarts = RestartPolicy(config.on_engine_failure, config.max_engine_restarts)
         self._pause: float | None = None  # before the next core; None: there will be none
         self._child: CoreChild | None = None
-        self._is_lost = False  # the core is of no use any more, though its process may still be there
+        self._is_lost = False  # the core has failed, though its process may still exist
         self._supervising: asyncio.Task[None] | None = None
         self._started: asyncio.Future[EngineReady] | None = None
         self._ending = asyncio.Event()
@@ -148,8 +150,8 @@ class ProcessEngineClient(EngineClient):
         return len(self._mailboxes)
 
     @property
+    @override
     def progress(self) -> EngineProgress | None:
-        """The core's last sign of life, while there is a core."""
         return None if self._child is None else self._child.progress
 
     def pin_num_blocks(self, num_blocks: int) -> None:
@@ -158,13 +160,12 @@ class ProcessEngineClient(EngineClient):
 
     # ---- requests -------------------------------------------------------------------------------------------------
 
+    @override
     async def submit(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
-        """See `EngineClient.submit`."""
         child = self._check_queue()
         if not self._mailboxes:
             self._service_rate.resume(time.monotonic())
-        # The engine's id is its own and given once: a client may use an id again, and what the core still sends for the first
-        # request does not reach the second.
+        # The engine's id is unique: a client may reuse an id, and outputs of the first request must not reach the second.
         request_id = f"{request.request_id}#{next(self._request_numbers)}"
         mailbox = self._mailboxes[request_id] = Mailbox()
         is_over = False
@@ -177,13 +178,13 @@ class ProcessEngineClient(EngineClient):
                     raise self._error_of(output.error_kind, output.error or "the request failed")
                 yield output
         finally:
-            # The one place where a request leaves: ended, failed, closed by its reader or cancelled.
+            # The one place where a request is removed: finished, failed, closed by its reader or cancelled.
             del self._mailboxes[request_id]
             if not is_over:
                 child.send(AbortRequests([request_id]))
 
     def _check_queue(self) -> CoreChild:
-        """The core that takes one more request, or the error that says why none does."""
+        """The core, if it takes one more request; else raises the reason."""
         if self.health.state is EngineState.DEAD:
             raise EngineDeadError(f"the engine is dead: {self.health.cause}")
         child = self._child
@@ -195,7 +196,9 @@ class ProcessEngineClient(EngineClient):
                 ErrorKind.QUEUE_FULL, f"{waiting} requests are waiting, as many as max_num_waiting allows"
             )
         if child.num_unsent_bytes > _MAX_UNSENT_BYTES:
-            raise self._error_of(ErrorKind.QUEUE_FULL, "the engine is behind with reading its requests")
+            raise self._error_of(
+                ErrorKind.QUEUE_FULL, "the engine core is not reading requests: its socket buffer is full"
+            )
         return child
 
     def _error_of(self, kind: ErrorKind, message: str) -> PagodaError:
@@ -212,18 +215,18 @@ class ProcessEngineClient(EngineClient):
             if output.finish_reason is not None and output.error_kind is None:
                 self._service_rate.count(message.timestamp)
             mailbox = self._mailboxes.get(output.request_id)
-            if mailbox is not None:  # else its reader has left, and the abort is on its way
+            if mailbox is not None:  # else its reader has closed it, and the abort is on its way
                 mailbox.put(output)
 
     def _note_degradation(self, degradation: str) -> None:
         if self.health.accepts_requests:
             state = EngineState.DEGRADED if degradation else EngineState.READY
-            self.health.transition(state, degradation or "nothing is less than it should be any more")
+            self.health.transition(state, degradation or "full capacity again")
 
-    # ---- the core's life ------------------------------------------------------------------------------------------
+    # ---- life cycle ----------------------------------------------------------------------------------------------
 
+    @override
     async def start(self) -> None:
-        """Start the core and wait until it is ready; see `EngineClient.start`."""
         self._started = asyncio.get_running_loop().create_future()
         self._supervising = asyncio.create_task(self._supervise(), name="engine-supervisor")
         await self._started
@@ -235,7 +238,7 @@ class ProcessEngineClient(EngineClient):
             self._restarts.core_started(time.monotonic())
             try:
                 await self._run_core()
-            except Exception as error:  # a fault in here must not leave an engine without supervision
+            except Exception as error:  # an internal error must not leave an engine without supervision
                 logger.exception("the engine process could not be run")
                 self._lose_core(EngineDeadError(f"the engine process could not be run: {error}"))
             if self._ending.is_set() or self._pause is None:
@@ -249,7 +252,7 @@ class ProcessEngineClient(EngineClient):
         self._is_lost = False
         launched, self._launched = self._launched, None
         child = self._child = await CoreChild.start(self._config, self._environment, launched)
-        if self._ending.is_set():  # `shutdown` found no core to tell
+        if self._ending.is_set():  # `shutdown` was called before there was a core
             child.send(Shutdown())
         self.configured.set()
         watching = asyncio.create_task(self._watch(child), name="engine-watchdog")
@@ -260,7 +263,7 @@ class ProcessEngineClient(EngineClient):
                 elif isinstance(message, EngineRanks):
                     self.ranks = message.ranks
                 elif isinstance(message, EngineStage):
-                    if self.health.state is EngineState.STARTING:  # else the server was told to stop meanwhile
+                    if self.health.state is EngineState.STARTING:  # else the server is draining
                         self.health.enter_stage(message.name, message.detail)
                 elif isinstance(message, EngineReady):
                     self._welcome(message)
@@ -274,7 +277,6 @@ class ProcessEngineClient(EngineClient):
         self._lose_core(EngineDeadError(f"the engine process {exit_text}", was_killed=child.was_killed_by_others))
 
     def _welcome(self, ready: EngineReady) -> None:
-        """The core can take requests."""
         assert self._started is not None
         self.ready = ready
         if self.health.state is EngineState.STARTING:
@@ -283,7 +285,7 @@ class ProcessEngineClient(EngineClient):
             self._started.set_result(ready)
 
     def _lose_core(self, cause: PagodaError) -> None:
-        """The core is of no use any more: unready and its requests failed now, not when its process is gone."""
+        """The core has failed: not ready, and its requests fail, now and not when its process has exited."""
         assert self._started is not None
         if self._is_lost or self._ending.is_set():
             return
@@ -303,7 +305,7 @@ class ProcessEngineClient(EngineClient):
             self._started.set_exception(cause)
 
     async def _watch(self, child: CoreChild) -> None:
-        """Kill a core that starts too slowly, or that is stuck; its end is then noticed like any other."""
+        """The watchdog: kill a core that does not start in time, or that is stuck. `_run_core` then handles its exit."""
         start_timeout = self._config.engine_start_timeout_seconds
         deadline = time.monotonic() + start_timeout
         watchdog = Watchdog(self._config.engine_stall_timeout_seconds)
@@ -311,29 +313,29 @@ class ProcessEngineClient(EngineClient):
             await asyncio.sleep(_WATCH_SECONDS)
             now = time.monotonic()
             progress = child.progress
-            trouble: str | None = None
+            failure: str | None = None
             if progress.is_up:
-                trouble = watchdog.check(progress, now)
+                failure = watchdog.check(progress, now)
             elif now > deadline:
-                trouble = (
+                failure = (
                     f"the engine was not ready after engine_start_timeout_seconds={start_timeout:g} "
                     f"(stage: {self.health.stage} {self.health.detail})"
                 )
-            if trouble is not None and not self._ending.is_set():
-                logger.error("%s; killing it", trouble)
-                self._lose_core(EngineDeadError(trouble))
+            if failure is not None and not self._ending.is_set():
+                logger.error("%s; killing it", failure)
+                self._lose_core(EngineDeadError(failure))
                 await child.kill(dump_stacks=True)
                 return
 
     def _fail_requests(self, cause: str, *, was_killed: bool = False) -> None:
         error = EngineDeadError(
-            f"the engine was lost while the request was in it ({cause}); send it again", was_killed=was_killed
+            f"the engine died while the request was in it ({cause}); retry the request", was_killed=was_killed
         )
         for mailbox in self._mailboxes.values():
             mailbox.fail(error)
 
+    @override
     async def shutdown(self) -> None:
-        """End the core's process, by force after a few seconds."""
         self._ending.set()
         if self._supervising is None:
             return

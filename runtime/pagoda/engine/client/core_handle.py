@@ -1,4 +1,4 @@
-"""The core's process as its parent holds it: start, talk, look at, end."""
+"""The core's process as seen by its parent: start, messages, heartbeat, kill, reap."""
 
 from __future__ import annotations
 
@@ -46,12 +46,11 @@ class CoreChild:
 
     @property
     def pid(self) -> int:
-        """Process id."""
         return self.process.pid
 
     @property
     def progress(self) -> EngineProgress:
-        """The core's last sign of life, read from shared memory."""
+        """The core's last heartbeat, read from shared memory."""
         return self._board.read()
 
     @property
@@ -61,11 +60,11 @@ class CoreChild:
 
     @property
     def was_killed_by_others(self) -> bool:
-        """Whether it ended by a SIGKILL that did not come from here: an operator's, or the kernel's for want of memory."""
+        """Whether it ended by a SIGKILL that did not come from here: an operator's, or the kernel's OOM killer's."""
         return self.process.returncode == -signal.SIGKILL and not self._was_told_to_die
 
     def send(self, message: wire.Message) -> None:
-        """Queue a message; one to a core that is gone is dropped, for its end is news enough."""
+        """Queue a message; dropped if the core has died, which `receive` reports."""
         if not self._writer.is_closing():
             self._writer.write(wire.encode(message))
 
@@ -84,12 +83,12 @@ class CoreChild:
         with suppress(ProcessLookupError):
             if dump_stacks:
                 os.kill(self.pid, STACKS_SIGNAL)
-                os.kill(self.pid, signal.SIGCONT)  # a stopped process would keep them to itself
+                os.kill(self.pid, signal.SIGCONT)  # a stopped process would not dump them
                 await asyncio.sleep(_STACKS_SECONDS)
             os.kill(self.pid, signal.SIGKILL)  # ends a stopped process too
 
     async def reap(self, patience: float) -> str:
-        """Wait for the process, by force after `patience` seconds, free what it held, and say how it ended."""
+        """Wait for the process, kill it after `patience` seconds, free its resources, and return how it ended."""
         deadline = time.monotonic() + patience
         while self.process.poll() is None:
             if time.monotonic() > deadline:

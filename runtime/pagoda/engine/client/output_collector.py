@@ -1,6 +1,6 @@
 """The outputs of one request that its reader has not taken yet.
 
-They are merged into one, so a slow reader costs at most the request's own output, however many steps run meanwhile.
+They are merged into one, so the memory for a slow reader is bounded by the request's own output.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Mailbox:
         self._wake()
 
     def fail(self, error: PagodaError) -> None:
-        """The engine is lost: the reader gets `error` after what had arrived before."""
+        """The engine died: the reader gets `error` after the outputs that arrived before."""
         self._failure = error
         self._wake()
 
@@ -56,7 +56,7 @@ class Mailbox:
 
 
 def merge(earlier: EngineOutput, later: EngineOutput) -> EngineOutput:
-    """One output that says what both say."""
+    """Both outputs as one."""
     return replace(
         later,
         new_token_ids=earlier.new_token_ids + later.new_token_ids,
@@ -66,7 +66,7 @@ def merge(earlier: EngineOutput, later: EngineOutput) -> EngineOutput:
 
 
 def _adds_only_tokens(earlier: EngineOutput, later: EngineOutput) -> bool:
-    """Whether `later`, of a step like any other, has nothing else that `earlier` does not say."""
+    """Whether `later` differs from `earlier` in new tokens only."""
     return (
         later.finish_reason is None
         and later.logprobs is None

@@ -1,6 +1,6 @@
-"""The launch of a core's process, before anything is known but that there will be one.
+"""The launch of a core's process, before its configuration is known.
 
-The core imports torch for longer than anything else takes at a start. So `pagoda serve` launches it first, and reads its own
+`import torch` is the longest part of a start. So `pagoda serve` launches the core first, and reads its own
 settings and libraries meanwhile. This file imports little, for the same reason.
 """
 
@@ -16,10 +16,10 @@ from pagoda.engine.heartbeat import ProgressBoard
 
 
 class LaunchedCore:
-    """A core's process that waits for its configuration. As a context, it ends the process that nobody took over.
+    """A core's process that waits for its configuration. As a context manager, it kills the process unless `take` was called.
 
-    They talk over a socket pair that the child inherits: nobody else can connect to it, and when either side dies the other
-    reads its end at once.
+    They talk over a socket pair that the child inherits: no other process can connect to it, and when either side dies the
+    other reads EOF at once.
     """
 
     def __init__(self) -> None:
@@ -34,12 +34,12 @@ class LaunchedCore:
                     pass_fds=(theirs.fileno(), self.board.fd),
                     stdin=subprocess.DEVNULL,
                 )
-        except BaseException:  # raised on: nobody else could close what was opened for the process
+        except BaseException:  # re-raised: only this code can close the socket and the page
             self._close()
             raise
 
     def take(self) -> Self:
-        """Have the process, its socket and its board, and end them oneself."""
+        """Transfer ownership of the process, its socket and its board to the caller."""
         self._is_taken = True
         return self
 

@@ -1,4 +1,4 @@
-"""Whether a core that was lost is replaced, and after which pause."""
+"""Restart of a core that died: whether, and with which exponential backoff."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Literal
 FIRST_PAUSE_SECONDS = 0.5
 LONGEST_PAUSE_SECONDS = 30.0
 HEALTHY_SECONDS = 600.0
-"""A core that lived this long has earned its restarts back."""
+"""After this uptime the failure count starts over."""
 
 
 class RestartPolicy:
@@ -19,11 +19,11 @@ class RestartPolicy:
         self.num_failures = 0
 
     def core_started(self, now: float) -> None:
-        """A core begins its life."""
+        """Note the start of a core, from which its uptime counts."""
         self._started_at = now
 
     def pause_before_restart(self, now: float) -> float | None:
-        """The core is lost: seconds until the next one, or None when there is to be none."""
+        """The backoff in seconds after a failure, or None when no restarts are left."""
         self.num_failures = 1 if now - self._started_at > HEALTHY_SECONDS else self.num_failures + 1
         if self.num_failures > self._max_restarts:
             return None
@@ -31,5 +31,5 @@ class RestartPolicy:
 
     @property
     def attempt(self) -> str:
-        """Which restart this is, for people."""
+        """The number of this restart, for the log."""
         return f"attempt {self.num_failures} of {self._max_restarts}"

@@ -1,4 +1,4 @@
-"""How fast the engine ends requests, for an honest Retry-After."""
+"""The measured rate at which the engine ends requests, for Retry-After."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ _LONGEST_SECONDS = 60
 
 
 class ServiceRate:
-    """Ended requests per busy second, of late: both are sums in which what lies a half-life back counts half.
+    """Ended requests per busy second: both are exponentially decaying sums.
 
-    Time in which there was nothing to do says nothing about how fast the engine is, and is left out. Times are monotonic
+    Idle time is left out. Times are monotonic
     seconds.
     """
 
@@ -25,7 +25,6 @@ class ServiceRate:
         self._last = now
 
     def count(self, now: float) -> None:
-        """One request ended at `now`."""
         elapsed = 0.0 if self._last is None else max(0.0, now - self._last)
         share = 0.5 ** (elapsed / _HALF_LIFE_SECONDS)
         self._num_ended = self._num_ended * share + 1.0

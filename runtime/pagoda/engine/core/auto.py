@@ -1,4 +1,4 @@
-"""The values that `auto` stands for, each with the reason that is printed.
+"""The values that `auto` resolves to, each with the reason that is printed.
 
 Pure functions of the configuration, the checkpoint and the hardware report.
 """
@@ -75,7 +75,7 @@ def resolve(
 
 
 def choose_device(asked: str, gpus: Collection[GpuReport]) -> Choice:
-    """The device: cuda when there is a GPU, unless told otherwise."""
+    """The device: cuda when there is a GPU, unless the setting names another."""
     if asked == "cuda" and not gpus:
         raise ConfigError("device=cuda: torch sees no CUDA GPU here; use cpu or auto")
     if asked != "auto":
@@ -135,7 +135,7 @@ def choose_max_num_batched_tokens(asked: int | None, device: str, sequences: int
 
 
 def choose_kv_cache_dtype(asked: str, capability: tuple[int, int] | None) -> Choice:
-    """The type of keys and values in the cache; `auto` stands for the model's. `capability`: the GPU's, None on CPU.
+    """The type of keys and values in the cache; `auto`: the model's. `capability`: the GPU's, None on CPU.
 
     Not on a CPU: there decoding reads weights, of which a KV cache is a small part, and every number would have to be widened.
     """

@@ -1,4 +1,4 @@
-"""How many KV blocks there are and how long a sequence they carry: plain arithmetic, printed as a sentence.
+"""How many KV blocks there are and how long a sequence they carry: plain arithmetic, printed as an equation.
 
 blocks:    | 0: null | 1 | 2 | … | num_blocks - 1 |      block 0 holds no tokens (docs/architecture.md, invariant 6)
 tokens     = (num_blocks - 1) * block_size
@@ -82,7 +82,7 @@ def _check_length(
         )
         raise ConfigError(
             f"max_model_len={asked} does not fit: it needs {blocks_needed} KV blocks of {block_size} tokens (the null block "
-            f"included) = {format_bytes(blocks_needed * block_bytes)}, and there is room for {usable_tokens} tokens. "
+            f"included) = {format_bytes(blocks_needed * block_bytes)}, and the KV cache holds {usable_tokens} tokens. "
             f"Lower max_model_len to at most {usable_tokens}, or {remedy}"
         )
 

@@ -2,7 +2,7 @@
 
     drain inputs → plan = scheduler.schedule() → handle = executor.submit(plan) → scheduler.apply(plan, handle.result())
 
-It is driven from outside, one `step` at a time: by `LLM` in the caller's process, by `engine.core.process` in one of its own.
+The caller drives it, one `step` at a time: by `LLM` in the caller's process, by `engine.core.process` in one of its own.
 Where the executor can hold several steps (`max_concurrent_batches`), the next plan is made while the last one runs.
 """
 
@@ -38,7 +38,7 @@ class _InFlight(NamedTuple):
 
 
 class EngineCore:
-    """A scheduler and an executor, and nothing that knows text or protocols. Not thread-safe: one thread drives it."""
+    """A scheduler and an executor; independent of text and protocols. Not thread-safe: one thread drives it."""
 
     def __init__(self, scheduler: Scheduler, executor: Executor, ready: EngineReady) -> None:
         """`ready` holds the limits that were found at start-up (see `engine.core.startup.start_core`)."""
@@ -65,10 +65,10 @@ class EngineCore:
         return sum(step.num_tokens for step in self._in_flight)
 
     def add_request(self, request: EngineRequest) -> None:
-        """Accept a request. Raises `InvalidRequestError` or `QueueFullError`, and then it was never there.
+        """Accept a request. Raises `InvalidRequestError` or `QueueFullError`, and then has no effect.
 
-        This is the border of the engine: here, and in `Scheduler.add`, is refused what would harm other requests. What a
-        client may get wrong was found before, by `text.validation`; nothing after this checks a prompt again.
+        This and `Scheduler.add` refuse only what would harm other requests. Client errors were found before, by
+        `text.validation`; nothing after this checks a prompt again.
         """
         prompt, vocab_size = request.prompt_token_ids, self.ready.vocab_size
         if prompt and not 0 <= min(prompt) <= max(prompt) < vocab_size:
@@ -77,7 +77,7 @@ class EngineCore:
         self._scheduler.add(Request(request))
 
     def abort(self, request_ids: Iterable[str]) -> None:
-        """End requests whose client is gone; ids that are not (or no longer) here are ignored."""
+        """Abort requests; unknown ids and those of finished requests are ignored."""
         self._scheduler.abort(request_ids)
 
     def step(self) -> EngineOutputs:
@@ -115,7 +115,7 @@ class EngineCore:
                 self.on_submit(self._num_steps, self.num_tokens_in_flight + num_tokens)
             try:
                 self._in_flight.append(_InFlight(plan, self._executor.submit(plan), num_tokens))
-            except Exception as error:  # whatever it is, it is this step's requests' end and not the engine's
+            except Exception as error:  # any error ends the requests of this step, not the engine
                 self._fail_step(plan, error)
                 return
 
@@ -149,11 +149,11 @@ class EngineCore:
         self._scheduler.fail_in_flight(f"the model step failed: {type(error).__name__}: {error}")
         try:
             self._executor.check_health()
-        except Exception as fault:  # whatever it is, no further step can be trusted
+        except Exception as fault:  # any error: no further step can run
             raise EngineDeadError(f"the executor is unusable after a failed step: {fault}") from error
 
     def check_health(self) -> None:
-        """Raise `EngineDeadError` when no further step can run; for the time in which none does."""
+        """Raise `EngineDeadError` when no further step can run; called while the engine is idle."""
         self._executor.check_health()
 
     def ranks(self) -> list[RankHealth]:
@@ -179,7 +179,6 @@ class EngineCore:
         )
 
     def shutdown(self) -> None:
-        """Free the executor's resources."""
         self._executor.shutdown()
 
 

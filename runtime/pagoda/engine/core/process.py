@@ -2,9 +2,9 @@
 
     reader thread ──inbox──▶ main thread: the loop ──outbox──▶ writer thread
 
-The main thread never waits for the network unless the outbox, which is bounded, is full. When the parent is gone the reader
-reads the end of the socket and ends the process, whatever the main thread does; and where the reader cannot run, because the
-process is stopped or stuck in a call that keeps the interpreter to itself, the kernel ends it.
+The main thread never waits for the network unless the outbox, which is bounded, is full. When the parent has died the reader
+reads EOF and ends the process, whatever the main thread does; where the reader cannot run, because the
+process is stopped or stuck in a call that holds the GIL, the kernel kills it.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_HEARTBEAT_SECONDS = 0.5  # between signs of life of an idle core
+_HEARTBEAT_SECONDS = 0.5  # between heartbeats of an idle core
 _OUTBOX_LENGTH = 256  # messages the parent has not read; past that the loop waits for it
 _INBOX_LENGTH = 4096  # messages the loop has not taken; past that they wait in the parent, which then refuses requests
 _RANKS_SECONDS = 1.0  # between reports of the ranks' health
@@ -60,12 +60,11 @@ class Connection:
         self._writing = threading.Thread(target=self._write, name="engine-writer", daemon=True)
 
     def start(self) -> None:
-        """Start both threads."""
         threading.Thread(target=self._read, name="engine-reader", daemon=True).start()
         self._writing.start()
 
     def receive(self) -> wire.Message:
-        """The next frame, read by the calling thread (before `start` only). `EOFError` when the parent is gone."""
+        """The next frame, read by the calling thread (before `start` only). `EOFError` when the parent has died."""
         header = self._stream.read(wire.HEADER.size)
         if len(header) < wire.HEADER.size:
             raise EOFError
@@ -91,9 +90,7 @@ class Connection:
         except (EOFError, OSError):
             logger.info("the API process closed the connection: the engine core ends")
             os._exit(0)
-        except (
-            Exception
-        ):  # whatever it is: without this thread no request would arrive, nor the end of the parent be noticed
+        except Exception:  # any error: without this thread no request would arrive, nor EOF be read
             logger.exception("invalid frame from the API process: the engine core ends")
             os._exit(_LOST_EXIT_CODE)
 
@@ -102,14 +99,14 @@ class Connection:
             while (message := self._outbox.get()) is not None:
                 self._socket.sendall(wire.encode(message))
         except OSError:
-            return  # the parent is gone; the reader ends the process
-        except Exception:  # whatever it is: without this thread no output would leave the engine
+            return  # the parent has died; the reader ends the process
+        except Exception:  # any error: without this thread no output would be sent
             logger.exception("a message to the API process could not be written: the engine core ends")
             os._exit(_LOST_EXIT_CODE)
 
 
 class CoreProcess:
-    """Drives the core with what comes from the connection."""
+    """Drives the core with the messages of the connection."""
 
     def __init__(self, core: EngineCore, connection: Connection, board: ProgressBoard) -> None:
         self._core = core
@@ -121,7 +118,7 @@ class CoreProcess:
         core.on_submit = lambda step, num_tokens: board.write(step, num_tokens, is_busy=True)
 
     def run(self) -> None:
-        """The loop, until the parent says so."""
+        """The loop, until `Shutdown` is received."""
         while True:
             self._drain_inbox()
             if self._is_ending:
@@ -130,13 +127,13 @@ class CoreProcess:
             message = self._core.step()
             self._last_step = message.stats.step
             if message.outputs or message.stats.step != step_before:
-                # Only a turn that brought something is a sign of life: a core that spins must look stuck.
+                # Only an iteration with progress writes a heartbeat: the watchdog must catch a core that spins.
                 self._board.write(message.stats.step, self._core.num_tokens_in_flight, is_busy=self._core.has_work)
                 self._connection.send(message)
             self._tell_ranks()
 
     def _tell_ranks(self) -> None:
-        """Pass on what is known of the ranks, now and then."""
+        """Report the health of the ranks every `_RANKS_SECONDS`."""
         now = time.monotonic()
         if now - self._ranks_told >= _RANKS_SECONDS:
             self._ranks_told = now
@@ -144,7 +141,7 @@ class CoreProcess:
                 self._connection.send(EngineRanks(ranks))
 
     def _drain_inbox(self) -> None:
-        """Take all messages; wait for one when there is nothing else to do, and see meanwhile whether the ranks are there."""
+        """Take all messages; when idle, wait for one and check the health of the ranks meanwhile."""
         inbox = self._connection.inbox
         while not self._core.has_work and not self._is_ending:
             self._board.write(self._last_step, 0, is_busy=False)
@@ -162,9 +159,7 @@ class CoreProcess:
                 self._core.add_request(message)
             except PagodaError as error:
                 self._refuse(message.request_id, error)
-            except (
-                Exception
-            ) as error:  # a fault that one request brings to light is that request's end, not the engine's
+            except Exception as error:  # an error in one request ends that request, not the engine
                 logger.exception("request %s could not be taken", message.request_id)
                 self._refuse(message.request_id, RequestFailedError(f"the request could not be taken: {error!r}"))
         elif isinstance(message, wire.UnreadableRequestError):
@@ -185,7 +180,7 @@ class CoreProcess:
 
 
 def main(socket_fd: int, board_fd: int) -> int:
-    """Run the core until its parent ends it; the exit code tells a clean end (0) from a lost engine (1)."""
+    """Run the core until its parent ends it; exit code 0 after a shutdown, 1 after a failure."""
     become_child()
     connection = Connection(socket_fd)
     board = ProgressBoard(board_fd)
@@ -200,8 +195,8 @@ def main(socket_fd: int, board_fd: int) -> int:
         if failure is not None:
             raise failure
         _serve(first, connection, board)
-    except Exception as error:  # the parent must be told, whatever it was
-        # A sentence of ours says it all; anything else needs its stack.
+    except Exception as error:  # any error is reported to the parent
+        # A `PagodaError` names its cause; anything else needs its stack.
         logger.error("the engine core failed: %s", error, exc_info=not isinstance(error, PagodaError))
         kind = error.kind if isinstance(error, PagodaError) else ErrorKind.ENGINE_DEAD
         message = str(error) if isinstance(error, PagodaError) else f"{type(error).__name__}: {error}"
@@ -213,7 +208,7 @@ def main(socket_fd: int, board_fd: int) -> int:
 
 
 def _import_engine() -> Exception | None:
-    """Import torch and what needs it, while the parent still reads its settings; the error, which the parent must be told."""
+    """Import torch and what needs it, while the parent still reads its settings; returns the error, for the parent."""
     try:
         with uncollected():
             import pagoda.engine.core.startup  # noqa: F401 (here for the time that it takes)
@@ -231,11 +226,11 @@ def _serve(first: StartCore, connection: Connection, board: ProgressBoard) -> No
     configure_logging(config.log_level, config.log_format, model_name=config.served_model_name)
     core = start_core(config, lambda name, detail: connection.send(EngineStage(name, detail)))
     gc.collect()
-    gc.freeze()  # what start-up made lives for ever: later collections need not walk it
+    gc.freeze()  # objects of the start-up stay: later collections need not walk them
     board.write(0, 0, is_busy=False)
     connection.send(core.ready)
     CoreProcess(core, connection, board).run()
-    core.shutdown()  # after a failure nothing waits for the ranks: they end with their connections
+    core.shutdown()  # not after a failure: ranks end when their connections close
 
 
 if __name__ == "__main__":

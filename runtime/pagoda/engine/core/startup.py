@@ -3,7 +3,7 @@
     config → hardware → [ launch → rendezvous → communication → ] weights → kv → warm-up → ready
                         with more than one rank
 
-The stage is reported as it is entered, so a startup probe, a log and a person see where time goes.
+Each stage is reported when it is entered: in the log, in `/health` and by the startup probe.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def start_core(config: PagodaConfig, on_stage: StageListener | None = None) -> E
         executor = create_executor(config, model_config)
     try:
         fit = _bring_up(executor, config, model_config, stages)
-    except BaseException:  # raised on; its ranks may be processes, on other machines too
+    except BaseException:  # re-raised; its ranks may be processes, also on other machines
         executor.shutdown()
         raise
     scheduler = _make_scheduler(config, settings, model_config, fit)
@@ -72,7 +72,7 @@ def start_core(config: PagodaConfig, on_stage: StageListener | None = None) -> E
 
 
 def _bring_up(executor: Executor, config: PagodaConfig, model_config: ModelConfig, stages: _Stages) -> KVFit:
-    """Take the ranks from nothing to their first step; how many KV blocks there are."""
+    """Start the ranks and run their first step; returns the size of the KV cache."""
     executor.connect(stages)
     with stages.enter("weights", str(config.model)):
         executor.load(stages.weights_progress)
@@ -109,7 +109,7 @@ def _make_scheduler(
         fit.num_blocks,
         config.block_size,
         enable_prefix_caching=config.enable_prefix_caching,
-        # Blocks may leave only when no layer can see them any more.
+        # A block may be freed only when it is outside the window of every layer.
         sliding_window=None if None in windows else max(window for window in windows if window is not None),
         watermark=config.kv_cache_watermark,
     )
@@ -149,7 +149,7 @@ class _Stages:
         self.seconds[name] = time.monotonic() - started
 
     def detail(self, text: str) -> None:
-        """Report what the present stage is at, where that is news."""
+        """Report the detail of the current stage if it has changed."""
         if text != self._last_detail:
             self._last_detail = text
             self._report()

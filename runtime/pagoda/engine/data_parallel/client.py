@@ -3,8 +3,8 @@
     submit ─▶ router ─▶ replica 0: core ─▶ its ranks
                    └──▶ replica 1: core ─▶ its ranks
 
-A replica is a `ProcessEngineClient`: watched, and restarted when it fails, while the others go on. They share what the
-machine has: compute threads, free memory, GPUs in turn; and the places of the waiting queue.
+A replica is a `ProcessEngineClient` with its own watchdog and restarts, independent of the others. They share the
+machine (compute threads, free memory, GPUs) and the limit of the waiting queue.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import TYPE_CHECKING, cast
+
+from typing_extensions import override
 
 from pagoda.config.schema import PagodaConfig
 from pagoda.engine.client.client import EngineClient, ProcessEngineClient
@@ -95,19 +97,20 @@ class DataParallelClient(EngineClient):
         for index, replica in enumerate(self._replicas):
             replica.health.subscribe(lambda index=index: self._on_replica(index))  # type: ignore[misc]
 
-    # ---- what it shows --------------------------------------------------------------------------------------------
+    # ---- status ----------------------------------------------------------------------------------------------------
 
     @property
+    @override
     def replicas(self) -> Sequence[ProcessEngineClient]:
-        """The engines behind this one."""
         return self._replicas
 
     @property
+    @override
     def stats(self) -> EngineStats:
-        """The sum over all replicas."""
         return sum_of([replica.stats for replica in self._replicas])
 
     @property
+    @override
     def ranks(self) -> list[RankHealth]:
         """The ranks of all replicas, numbered through."""
         world_size = self._config.tensor_parallel_size * self._config.pipeline_parallel_size
@@ -118,8 +121,9 @@ class DataParallelClient(EngineClient):
         ]
 
     @property
+    @override
     def progress(self) -> EngineProgress | None:
-        """The steps of all replicas, and the sign of life that is the oldest among those that give any."""
+        """The steps of all replicas, with the time of the oldest heartbeat among those that are up."""
         signs = [sign for replica in self._replicas if (sign := replica.progress) is not None and sign.is_up]
         if not signs:
             return None
@@ -132,11 +136,11 @@ class DataParallelClient(EngineClient):
 
     # ---- requests -------------------------------------------------------------------------------------------------
 
+    @override
     async def submit(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
-        """See `EngineClient.submit`.
+        """A request is rerouted if the replica's queue is full, or if the replica was killed before the first token.
 
-        A request that a replica has no room for goes to the next; so does one whose replica was killed before its first
-        token. One whose replica failed by itself does not: it may be the reason.
+        It is not rerouted if the replica failed by itself: the request may be the cause.
         """
         if self.health.state is EngineState.DEAD:
             raise EngineDeadError(f"the engine is dead: {self.health.cause}")
@@ -183,15 +187,16 @@ class DataParallelClient(EngineClient):
             return refusals[-1]
         return EngineNotReadyError(f"the engine is {self.health.state} (stage: {self.health.stage})")
 
-    # ---- life -----------------------------------------------------------------------------------------------------
+    # ---- life cycle -----------------------------------------------------------------------------------------------
 
+    @override
     async def start(self) -> None:
-        """Start the first replica, which finds out how much memory each may take, then the others at once."""
+        """Start the first replica, which measures how much memory each may take, then the others concurrently."""
         first, *others = self._replicas
         await first.start()
         assert first.ready is not None
         if first.ready.device == "cpu":
-            # Each that looked for itself would count the memory that another is about to take.
+            # If each measured free memory itself, it would count memory that another is about to allocate.
             for replica in self._replicas:
                 replica.pin_num_blocks(first.ready.num_blocks)
         await asyncio.gather(*(replica.start() for replica in others))
@@ -205,15 +210,15 @@ class DataParallelClient(EngineClient):
         self._is_started = True
         self._update_health()
 
+    @override
     async def shutdown(self) -> None:
-        """End all replicas."""
         self._is_ending = True
         await asyncio.gather(*(replica.shutdown() for replica in self._replicas))
         if self.health.state is not EngineState.DEAD:
             self.health.transition(EngineState.DEAD, "shut down", is_expected=True)
 
     def _on_replica(self, index: int) -> None:
-        """A replica has another state or start-up stage."""
+        """Handle a replica's change of state or start-up stage."""
         health = self._replicas[index].health
         before, self._states[index] = self._states[index], health.state
         ready = self._replicas[index].ready
@@ -226,7 +231,7 @@ class DataParallelClient(EngineClient):
         self._update_health()
 
     def _update_health(self) -> None:
-        """Take the state that the replicas' states amount to."""
+        """Derive the state from the replicas' states."""
         if self.health.state is EngineState.DEAD:
             return
         state, cause = overall(self.health.state, [replica.health for replica in self._replicas])
@@ -234,7 +239,7 @@ class DataParallelClient(EngineClient):
             self.health.transition(state, cause)
 
     def _on_own_health(self) -> None:
-        """Draining concerns all replicas: none that fails from now on is restarted."""
+        """Drain all replicas: none is restarted from then on."""
         if self.health.state is EngineState.DRAINING:
             for replica in self._replicas:
                 if replica.health.state not in (EngineState.DRAINING, EngineState.DEAD):
@@ -267,7 +272,7 @@ def sum_of(stats: Sequence[EngineStats]) -> EngineStats:
 
 
 def limits_of(limits: Sequence[EngineReady]) -> EngineReady:
-    """What all replicas together can take: the length of the shortest, places and blocks of all."""
+    """The limits of all replicas: the smallest `max_model_len`, the sums of `max_num_seqs` and `num_blocks`."""
     first = limits[0]
     return replace(
         first,

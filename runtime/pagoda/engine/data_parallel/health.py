@@ -1,12 +1,12 @@
 """One state of several replicas: what the engine as a whole can do for a client.
 
     every replica ready                         ready
-    some take requests, others do not           degraded     and so it is while any of those that do is degraded itself
-    none takes requests, all may come back      starting
-    one will never come back                    dead         for a server at a part of its strength for ever helps nobody
-    draining                                    draining     until none is left that could finish anything
+    some take requests, others do not           degraded     also while one of those that do is degraded itself
+    none takes requests, all may restart        starting
+    one is dead (no restarts left)              dead         a restart of the server restores the full capacity
+    draining                                    draining     until all replicas are dead
 
-The first start ends when all replicas are there.
+The first start ends when all replicas are ready.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pagoda.engine.health import SERVING, EngineHealth, EngineState
 
 
 def overall(current: EngineState, replicas: Sequence[EngineHealth]) -> tuple[EngineState, str]:
-    """The state of the whole, and why: the sentence names the replicas that are to blame."""
+    """The state of the whole, and why: the cause names the replicas."""
     dead = [health for health in replicas if health.state is EngineState.DEAD]
     if current is EngineState.DRAINING:
         return (EngineState.DEAD, _sentence(dead)) if len(dead) == len(replicas) else (current, "")

@@ -1,12 +1,12 @@
-"""Which replica takes a request: the one that is done with it first, as far as can be told from here.
+"""Prefix-aware routing: a request goes to the replica with the lowest estimated cost.
 
     cost of a replica = tokens it still has to compute + tokens of the prompt that it does not have cached
 
-So requests that share a beginning stay together as long as that saves more work than waiting costs; a prompt that nobody has
-goes to whoever has least to do, and among equals to whoever remembers least, which spreads prefixes over all caches.
+So requests with a common prefix stay together as long as that saves more work than waiting costs; a prompt that no replica has
+cached goes to the least loaded replica, and among equals to the one with the fewest cached blocks, which spreads prefixes.
 
-What a replica has cached is remembered here, by the block hashes of the prompts (and their outputs) that were sent to it: an
-LRU list as long as its KV cache has blocks. It is an estimate. A wrong one costs time and never an answer, for each replica
+The router estimates what a replica has cached, by the block hashes of the prompts (and their outputs) that were sent to it: an
+LRU list as long as its KV cache has blocks. A wrong estimate costs time only: each replica
 looks up its own cache.
 """
 
@@ -19,14 +19,14 @@ from dataclasses import dataclass, field
 from pagoda.request import EngineRequest
 from pagoda.scheduling.prefix_hash import extend_hashes, root_hash
 
-# How long an output will be is not known; of late they were so long on average. The first guess, and the weight of each one.
+# The length of an output is unknown; a moving average estimates it. Its first value, and the weight of a new one.
 FIRST_TYPICAL_OUTPUT = 64.0
 _OUTPUT_WEIGHT = 0.05
 
 
 @dataclass(slots=True, eq=False)
 class Placement:
-    """A request on its way through a replica, and the tokens that the replica still has to compute for it."""
+    """A request that was sent to a replica, and the tokens that the replica still has to compute for it."""
 
     replica: int
     token_ids: list[int]
@@ -39,13 +39,13 @@ class Placement:
 
     @property
     def num_tokens_left(self) -> int:
-        """Of prompt and output."""
+        """Tokens of prompt and output that are still to be computed."""
         return self.num_prompt_tokens_left + self.num_output_tokens_left
 
 
 @dataclass(slots=True)
 class _Replica:
-    """What is known of one replica. `prefixes`: block hashes, those that will be forgotten first in front."""
+    """The router's state of one replica. `prefixes`: block hashes in LRU order, the next to be evicted first."""
 
     capacity: int = 0
     num_tokens_left: int = 0
@@ -53,14 +53,14 @@ class _Replica:
     prefixes: OrderedDict[bytes, None] = field(default_factory=OrderedDict)
 
     def num_hits(self, hashes: Sequence[bytes]) -> int:
-        """Leading blocks that it has."""
+        """The number of leading blocks that are cached."""
         for index, block in enumerate(hashes):
             if block not in self.prefixes:
                 return index
         return len(hashes)
 
     def remember(self, hashes: Sequence[bytes]) -> None:
-        """It will have these blocks. The end of a prefix is forgotten before its beginning: without that it is of no use."""
+        """Add blocks. The end of a prefix is evicted before its beginning, without which it could not be found."""
         for block in reversed(hashes):
             self.prefixes[block] = None
             self.prefixes.move_to_end(block)
@@ -69,7 +69,7 @@ class _Replica:
 
 
 class PrefixRouter:
-    """Keeps books on `num_replicas` replicas; knows nothing of processes. `block_size`: tokens; 0: nobody caches prefixes."""
+    """Tracks load and cached prefixes of `num_replicas` replicas. `block_size`: tokens; 0: prefix caching is off."""
 
     def __init__(self, num_replicas: int, block_size: int) -> None:
         self._replicas = [_Replica() for _ in range(num_replicas)]
@@ -77,11 +77,11 @@ class PrefixRouter:
         self.typical_output = FIRST_TYPICAL_OUTPUT  # tokens, a moving average
 
     def num_tokens_left(self, replica: int) -> int:
-        """Tokens that a replica still has to compute, as far as is known."""
+        """The estimated number of tokens that a replica still has to compute."""
         return self._replicas[replica].num_tokens_left
 
     def num_requests(self, replica: int) -> int:
-        """Requests that are placed there."""
+        """Requests that a replica is running."""
         return self._replicas[replica].num_requests
 
     def num_remembered(self, replica: int) -> int:
@@ -94,7 +94,7 @@ class PrefixRouter:
         self._replicas[replica].prefixes.clear()
 
     def place(self, request: EngineRequest, candidates: Collection[int]) -> Placement:
-        """Choose one of `candidates` (at least one) and put the request on its books; `remove` takes it off again."""
+        """Choose one of `candidates` (at least one) and add the request to its load, until `remove`."""
         root = root_hash(request.cache_keys)
         hashes: list[bytes] = []
         num_prompt_tokens = len(request.prompt_token_ids)
@@ -123,16 +123,16 @@ class PrefixRouter:
         """The replica has computed these tokens, so it is done with the prompt too."""
         before = placement.num_tokens_left
         placement.num_prompt_tokens_left = 0
-        # One that goes on beyond what was expected has one more token before it at any time.
+        # An output longer than estimated counts as one more token.
         placement.num_output_tokens_left = max(1, placement.num_output_tokens_left - len(token_ids))
         placement.num_output_tokens += len(token_ids)
         placement.token_ids += token_ids
         self._replicas[placement.replica].num_tokens_left += placement.num_tokens_left - before
 
     def remove(self, placement: Placement, *, has_failed: bool = False) -> None:
-        """The request has left its replica, whoever ended it; its output is in the cache too, where a next turn will find it.
+        """The request has ended; its output is cached too, for the next turn of the conversation.
 
-        `has_failed`: refused, or lost with its replica; nothing is learned from that.
+        `has_failed`: refused, or its replica died; the estimates are not updated.
         """
         replica = self._replicas[placement.replica]
         replica.num_tokens_left -= placement.num_tokens_left

@@ -125,7 +125,7 @@ class Linear(nn.Module):
     Outputs are of `out_dtype`: `dtype` itself, or float32, which leaves sums unrounded.
 
     `inputs` is the share of the input held here; `parts` maps the names the checkpoint gives the layers to the share of
-    their outputs, in output order. Padding of a part is rows that are never filled: nobody may look at their outputs.
+    their outputs, in output order. Padding of a part is rows that are never filled: their outputs must not be used.
     """
 
     weight: nn.Parameter
@@ -152,7 +152,7 @@ class Linear(nn.Module):
         self.method.create_weights(self, bias, weight, dtype, device)
 
     def weight_targets(self, prefix: str) -> dict[str, WeightTarget]:
-        """See `LinearMethod.weight_targets`; `prefix` is that of the module the layer stands in."""
+        """The parameters by checkpoint name. `prefix`: the name of the module that contains the layer."""
         return self.method.weight_targets(self, prefix)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

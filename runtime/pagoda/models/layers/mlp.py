@@ -29,7 +29,6 @@ class GatedMLP(nn.Module):
         )
 
     def weight_targets(self, prefix: str) -> dict[str, WeightTarget]:
-        """Gate, up and down projections."""
         return {**self.gate_up_proj.weight_targets(prefix), **self.down_proj.weight_targets(prefix)}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -32,7 +32,7 @@ MAX_HEADER_BYTES = 16 << 20
 MAX_TENSORS = 1 << 19
 _HEADER_LENGTH_BYTES = 8
 
-# Pages of a mapped file that were read count as this process's memory until the map is gone: after so much, it is made anew.
+# Pages of a mapped file that were read count as this process's memory while it is mapped: after so much, it is mapped again.
 _MAPPED_BYTES = 16 << 20
 _PIECE_BYTES = 8 << 20
 

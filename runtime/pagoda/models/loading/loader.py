@@ -49,7 +49,7 @@ _NARROW_TYPES = {"BF16": torch.bfloat16, "F16": torch.float16}
 
 
 class Progress(Protocol):
-    """Told after each tensor, from the thread that loaded it (one call at a time)."""
+    """Called after each tensor, in the thread that loaded it (one call at a time)."""
 
     def __call__(self, name: str, bytes_done: int, bytes_total: int) -> None:
         """`name` is loaded; the bytes are those of the model's own dtype."""
@@ -159,7 +159,7 @@ def _narrow_embedding(model: DecoderForCausalLM, stored: Mapping[str, StoredTens
 
 
 def _with_second_names(stored: Mapping[str, StoredTensor], tied: Mapping[str, str]) -> dict[str, StoredTensor]:
-    """The tensors under the model's names; `tied`: second names, and what they stand for."""
+    """The tensors under the model's names; `tied`: first name by second name."""
     second_names = {first: second for second, first in tied.items() if first not in stored and second in stored}
     return {**stored, **{first: stored[second] for first, second in second_names.items()}}
 

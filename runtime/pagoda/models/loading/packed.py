@@ -107,7 +107,7 @@ class AwaitedFloatMethod(AwaitedLinearMethod):
         }
 
     def read(self, layer: Linear, source: TensorSource) -> PackedWeight:
-        """In bfloat16, until a value is met that it does not hold; then all of it anew, in float32."""
+        """In bfloat16; if a value is not exact in bfloat16, the whole weight is read again in float32."""
         weight = self._read_as(torch.bfloat16, layer, source)
         if weight is None:
             weight = self._read_as(torch.float32, layer, source)

@@ -158,7 +158,7 @@ def _bits(reader: ConfigReader, key: str, *allowed: Literal[4, 8]) -> Literal[4,
 
 
 def _group_size(reader: ConfigReader) -> int | None:
-    """-1 stands for all inputs."""
+    """-1 means all inputs."""
     value = reader.integer("group_size", low=-1)
     if value == -1:
         return None

@@ -9,7 +9,7 @@
     pack-quantized   weight_packed  int32 [N, ceil(K / F)]  [N, G]    int32 [ceil(N / F), G]     weight_g_idx int32 [K]
     int-quantized    weight         int8 [N, K]             [N, G]    int8 [N, G]                -
 
-In the words of AWQ the values stand in the order 0 2 4 6 1 3 5 7. The signed values of the last two formats are stored with
+In AWQ's int32 words the values are in the order 0 2 4 6 1 3 5 7. The signed values of the last two formats are stored with
 2^(bits - 1) added where they are packed. GPTQ's first version stores zeros with 1 subtracted.
 """
 

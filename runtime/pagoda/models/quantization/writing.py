@@ -98,7 +98,7 @@ def _write_weights(source: Path, whole: Path, schemes: dict[str, WeightScheme], 
     def flush() -> None:
         file = whole / f"part-{len(shards)}"
         save_file(pending, file, {"format": "pt"})
-        file.chmod(0o644)  # as the other files: whoever serves the model need not be who wrote it
+        file.chmod(0o644)  # as the other files: the model may be served by another user
         shards.append(file)
         names_of.append(list(pending))
         pending.clear()
