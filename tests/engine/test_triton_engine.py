@@ -13,11 +13,11 @@ from pagoda.sampling.params import SamplingParams
 from pagoda_kernels import backend
 from tests.support.plan_driver import PlanDriver, make_executor
 from tests.support.recording import Recording
-from tests.support.triton_kernels import float8_as_on_a_gpu, require_interpreter, triton_backend
+from tests.support.triton_kernels import float8_as_on_a_gpu, kernels, require_interpreter
 
 require_interpreter()
 
-__all__ = ["float8_as_on_a_gpu", "triton_backend"]
+__all__ = ["float8_as_on_a_gpu", "kernels"]
 
 PROMPTS = {"short": [5, 6, 7], "long": [(13 * n + 5) % 500 for n in range(21)]}
 
@@ -34,7 +34,7 @@ def generated(checkpoint: Path, name: str, *, graphs: bool, kv_cache_dtype: str 
     return [sequence.output for sequence in sequences]
 
 
-@pytest.mark.usefixtures("triton_backend")
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize(
     "spec",
     [
@@ -49,7 +49,7 @@ def test_same_tokens_as_on_the_torch_kernels(tmp_path: Path, spec: DummySpec) ->
     assert generated(checkpoint, "triton", graphs=True) == expected
 
 
-@pytest.mark.usefixtures("triton_backend", "float8_as_on_a_gpu")
+@pytest.mark.usefixtures("kernels", "float8_as_on_a_gpu")
 def test_same_tokens_from_a_float8_kv_cache(tmp_path: Path) -> None:
     """Through the setting: half-sized blocks, scales of the checkpoint, and both kernels that know float8."""
     checkpoint = write_dummy_checkpoint(tmp_path / "model", DummySpec(family="qwen3", num_layers=2, num_kv_heads=1))

@@ -27,8 +27,7 @@ from pagoda.errors import ConfigError
 from pagoda.execution.input_batch import RowLayout
 from pagoda.models.decoder import DecoderForCausalLM, KVCache
 from pagoda.parallel.layout import ParallelLayout
-from pagoda_kernels.attention import AttentionMetadata
-from pagoda_kernels.step import StepTensors
+from pagoda_kernels.types import AttentionMetadata, StepTensors
 
 # Powers of two up to 32, then steps that pad by a third at most.
 GRAPH_SIZES = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384)
