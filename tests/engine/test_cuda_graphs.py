@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -40,8 +39,7 @@ def outputs(checkpoint: Path, recording: Recording | None) -> tuple[list[Sequenc
     executor = make_executor(checkpoint)
     runner = executor.runner
     if recording is not None:
-        with torch.inference_mode():
-            runner.capture_graphs(partial(DecodeGraphs, capture=recording))
+        runner.capture_graphs(recording)
     driver = PlanDriver(executor)
     sequences = [driver.add(name, prompt, SamplingParams(temperature=0.0)) for name, prompt in PROMPTS.items()]
     # One after the other they begin, so that batches of one to four rows decode, and mixed ones are between.

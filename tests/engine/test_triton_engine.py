@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pagoda.execution.cuda_graphs import DecodeGraphs
 from pagoda.models.dummy import DummySpec, write_dummy_checkpoint
 from pagoda.sampling.params import SamplingParams
 from pagoda_kernels import backend
@@ -29,8 +27,7 @@ def generated(checkpoint: Path, name: str, *, graphs: bool, kv_cache_dtype: str 
     backend.use_backend(name)
     runner = executor.runner
     if graphs:
-        with torch.inference_mode():
-            runner.capture_graphs(partial(DecodeGraphs, capture=Recording()))
+        runner.capture_graphs(Recording())
     driver = PlanDriver(executor, max_num_seqs=3)
     sequences = [driver.add(name, prompt, SamplingParams(temperature=0.0)) for name, prompt in PROMPTS.items()]
     driver.run_to(4, sequences, chunk=16)

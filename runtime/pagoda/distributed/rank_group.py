@@ -15,6 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from typing_extensions import override
+
 from pagoda.config.schema import PagodaConfig
 from pagoda.distributed.rank_launcher import RankConnection, RankLauncher
 from pagoda.distributed.rank_links import CAUSE_SECONDS, CHECK_SECONDS, RankLinks
@@ -38,7 +40,7 @@ from pagoda.distributed.rank_messages import (
     WeightsProgress,
 )
 from pagoda.errors import ConfigError, EngineDeadError, PagodaError
-from pagoda.execution.executor import FailedStep, KVBudget, LoadProgress, Stages, StepHandle
+from pagoda.execution.executor import Executor, FailedStep, KVBudget, LoadProgress, Stages, StepHandle
 from pagoda.models.config import ModelConfig
 from pagoda.parallel.layout import ParallelLayout
 from pagoda.parallel.preflight import communication_table
@@ -74,8 +76,8 @@ class _FailedStep:
         return CAUSE_SECONDS if is_communication else _ALIKE_SECONDS
 
 
-class RankGroup:
-    """See `Executor`. `launcher` brings the ranks up and is used once.
+class RankGroup(Executor):
+    """The ranks of one model. `launcher` brings them up and is used once.
 
     Called in this order: `connect`, `load`, `kv_budget`, `initialize_kv_cache`, then steps. Whatever raises a `PagodaError` on
     the way leaves a group that is dead, with all its ranks gone.
@@ -105,8 +107,8 @@ class RankGroup:
 
     # ---- start-up -------------------------------------------------------------------------------------------------
 
+    @override
     def connect(self, stages: Stages) -> None:
-        """See `Executor`: launch the ranks, compare them, let them meet and try their network."""
         timeout = self._config.rendezvous_timeout_seconds
         try:
             with stages.enter("launch", f"{self._layout.world_size} rank(s)"):
@@ -124,8 +126,9 @@ class RankGroup:
         for line in communication_table([answer.report for answer in checked]):
             logger.info("%s", line)
 
+    @override
     def load(self, progress: LoadProgress | None = None) -> None:
-        """See `Executor`. Progress is that of the rank with the smallest share done."""
+        # The progress reported is that of the rank with the smallest share done.
         shares: dict[int, WeightsProgress] = {}
 
         def note(rank: int, message: Message) -> None:
@@ -138,8 +141,8 @@ class RankGroup:
 
         self._ask(LoadWeights(), StageDone, "did not load the weights", on_other=note)
 
+    @override
     def kv_budget(self, block_size: int) -> KVBudget:
-        """See `Executor`: that of the rank which has room for the fewest blocks."""
         measured: list[KVMeasured] = self._ask(MeasureKV(block_size), KVMeasured, "did not measure its memory")
         blocks = [answer.available_bytes // answer.block_bytes for answer in measured]
         smallest = blocks.index(min(blocks))
@@ -150,8 +153,8 @@ class RankGroup:
             note = f"{limit} (blocks that fit: {listed})"
         return KVBudget(measured[smallest].block_bytes, measured[smallest].available_bytes, note)
 
+    @override
     def initialize_kv_cache(self, num_blocks: int, max_model_len: int | None = None) -> None:
-        """See `Executor`."""
         self._ask(InitializeKV(num_blocks, max_model_len), StageDone, "did not finish its first step")
         self._alive_links().settle()
 
@@ -224,8 +227,8 @@ class RankGroup:
 
     # ---- steps ----------------------------------------------------------------------------------------------------
 
+    @override
     def submit(self, plan: StepPlan) -> StepHandle:
-        """See `Executor`."""
         if self._lost is not None or self._links is None:
             return FailedStep(EngineDeadError(self._lost or "the ranks are not connected"))
         update = NO_SAMPLED_TOKENS if self._sampled_tokens is None else self._sampled_tokens.update_for(plan)
@@ -330,8 +333,9 @@ class RankGroup:
 
     # ---- life and death -------------------------------------------------------------------------------------------
 
+    @override
     def check_health(self) -> None:
-        """See `Executor`: takes what the ranks have said in the meantime, so that the death of an idle one shows."""
+        # Messages are read here too, so that the death of an idle rank is noticed.
         if self._lost is None and self._links is not None:
             try:
                 while (received := self._links.receive(0)) is not None:
@@ -341,12 +345,12 @@ class RankGroup:
         if self._lost is not None:
             raise EngineDeadError(self._lost)
 
+    @override
     def ranks(self) -> list[RankHealth]:
-        """See `Executor`."""
         return [] if self._links is None else self._links.health()
 
+    @override
     def shutdown(self) -> None:
-        """See `Executor`."""
         self._end("the executor was shut down", _SHUTDOWN_SECONDS)
 
     def _lose(self, cause: str) -> None:
@@ -374,13 +378,13 @@ class RankGroup:
         return self._links
 
 
-class _RankStep:
+class _RankStep(StepHandle):
     """A step under way on all ranks."""
 
     def __init__(self, group: RankGroup, plan: StepPlan) -> None:
         self._group = group
         self._plan = plan
 
+    @override
     def result(self) -> StepResult:
-        """See `StepHandle`."""
         return self._group.wait_for(self._plan)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pagoda import faults
-from pagoda.execution.cuda_graphs import DecodeGraphs, GraphCapture
+from pagoda.execution.cuda_graphs import Capture, DecodeGraphs
 from pagoda.execution.input_batch import InputBatch, StepInputs
 from pagoda.models.decoder import DecoderForCausalLM, KVCache
 from pagoda.sampling.logprobs import LogprobTensors, RawDistribution
@@ -145,15 +145,17 @@ class ModelRunner:
         self._prompt_logprobs: dict[int, tuple[int, int]] = {}
         self.graphs: DecodeGraphs | None = None
 
-    def capture_graphs(self, capture: GraphCapture) -> None:
+    @torch.inference_mode()
+    def capture_graphs(self, capture: Capture) -> None:
         """Let decode steps run as graphs from now on; to be called once, before the first request."""
         batch = self.batch
-        self.graphs = capture(
+        self.graphs = DecodeGraphs(
             self.model,
             self.kv_caches,
             max_num_seqs=len(batch.num_tokens),
             max_model_len=batch.max_model_len,
             max_blocks=batch.max_blocks,
+            capture=capture,
         )
 
     @torch.inference_mode()

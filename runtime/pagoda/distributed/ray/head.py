@@ -9,7 +9,6 @@ the head by the file that this process keeps.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import logging
@@ -35,7 +34,7 @@ from pagoda.distributed.node_state import (
 from pagoda.distributed.ray.node import HEAD_PORT, RayNode, ray_environment, split_address, trouble_with
 from pagoda.errors import CommunicationError, ConfigError
 from pagoda.parallel.interfaces import listen_on
-from pagoda.process_control import become_subreaper, reap_orphans
+from pagoda.process_control import become_subreaper, end_with_parent, reap_orphans
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +42,6 @@ _LOOK_SECONDS = 0.25
 _MAX_FAILURES = 3
 _PATIENCE_SECONDS = 5.0
 STARTED = "Ray runtime started"
-_SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 
 def ensure_head(
@@ -187,7 +185,7 @@ def main(owner: int, address: str, log: Path, command: list[str]) -> int:
     become_subreaper()
     state = StateFile(_directory(), _name(owner), timeout=_PATIENCE_SECONDS)
     state.enter("starting", address)
-    ray = subprocess.Popen(command, preexec_fn=_end_with_parent)
+    ray = subprocess.Popen(command, preexec_fn=lambda: end_with_parent(signal.SIGTERM))
     is_up = False
     while ray.poll() is None and is_alive(owner) and not told_to_stop:
         if not is_up and STARTED in _text(log):
@@ -213,10 +211,6 @@ def end_ray(ray: subprocess.Popen[bytes], patience_seconds: float) -> int:
 
 def _text(log: Path) -> str:
     return log.read_text(encoding="utf-8", errors="replace")
-
-
-def _end_with_parent() -> None:
-    ctypes.CDLL(None, use_errno=True).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
 
 
 if __name__ == "__main__":
