@@ -6,15 +6,15 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 from pagoda.errors import DeadlineExceededError, EngineNotReadyError, InvalidRequestError
 from pagoda.request import GenerationRequest
-from pagoda.sampling.output import FinishReason
 from pagoda.serving.auth import tenant_var
 from pagoda.serving.interruptible_wait import BoundedWait
-from pagoda.text.output import GenerationChunk, PositionLogprobs
+from pagoda.text.output import CompletionOutput, GenerationChunk
+from pagoda.text.streams import cancelling, merge_streams
 
 if TYPE_CHECKING:
     from pagoda.serving.health import ServerHealth
@@ -22,42 +22,6 @@ if TYPE_CHECKING:
 
 MAX_SEQUENCES_PER_REQUEST = 512
 STOPPED = "the server shut down before the request was finished; send it to another replica"
-
-
-@dataclass(slots=True, kw_only=True)
-class SequenceResult:
-    """One sequence: its chunks joined. `logprobs` has one entry a token if they were asked for."""
-
-    pieces: list[str] = field(default_factory=list)
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[PositionLogprobs] | None = None
-    finish_reason: FinishReason | None = None
-    stop_reason: int | str | None = None
-    num_prompt_tokens: int = 0
-    prompt_token_ids: list[int] = field(default_factory=list)
-    prompt_logprobs: list[PositionLogprobs | None] | None = None
-    num_cached_tokens: int = 0
-
-    @property
-    def text(self) -> str:
-        """The whole text so far."""
-        return "".join(self.pieces)
-
-    def add(self, chunk: GenerationChunk) -> None:
-        """Append what `chunk` brings."""
-        self.pieces.append(chunk.text)
-        self.token_ids += chunk.token_ids
-        if chunk.logprobs is not None:
-            self.logprobs = self.logprobs or []
-            self.logprobs += chunk.logprobs
-        if chunk.num_prompt_tokens is not None:
-            self.num_prompt_tokens = chunk.num_prompt_tokens
-            self.prompt_token_ids = chunk.prompt_token_ids or []
-            self.prompt_logprobs = chunk.prompt_logprobs
-            self.num_cached_tokens = chunk.num_cached_tokens or 0
-        if chunk.finish_reason is not None:
-            self.finish_reason = chunk.finish_reason
-            self.stop_reason = chunk.stop_reason
 
 
 class RequestObserver(Protocol):
@@ -177,26 +141,22 @@ class GenerationRunner:
                 self._idle.set()
             observer.on_end(error)
 
-    async def collect(self, job: GenerationRequest, request_id: str) -> list[SequenceResult]:
+    async def collect(self, job: GenerationRequest, request_id: str) -> list[CompletionOutput]:
         """The `params.n` finished sequences of a job, in order of their index."""
-        results = [SequenceResult() for _ in range(job.params.n)]
+        results = [CompletionOutput(index=index) for index in range(job.params.n)]
         async with aclosing(self.stream(job, request_id)) as chunks:
             async for chunk in chunks:
                 results[chunk.index].add(chunk)
         return results
 
-    async def collect_all(self, jobs: Sequence[GenerationRequest], request_id: str) -> list[list[SequenceResult]]:
+    async def collect_all(self, jobs: Sequence[GenerationRequest], request_id: str) -> list[list[CompletionOutput]]:
         """The results of all jobs, side by side; the first error aborts the others and is raised."""
         names = [request_id if len(jobs) == 1 else f"{request_id}-{index}" for index in range(len(jobs))]
         tasks = [asyncio.create_task(self.collect(job, name)) for job, name in zip(jobs, names, strict=True)]
-        try:
+        async with cancelling(tasks):
             return await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def stream_all(
+    def stream_all(
         self, jobs: Sequence[GenerationRequest], request_id: str
     ) -> AsyncGenerator[tuple[int, GenerationChunk], None]:
         """`(job index, chunk)` of all jobs as they come; the first error aborts the others and is raised.
@@ -204,37 +164,15 @@ class GenerationRunner:
         Each job is read one chunk ahead at most, so that a slow reader holds back what is buffered here.
         """
         if len(jobs) == 1:
-            async with aclosing(self.stream(jobs[0], request_id)) as chunks:
-                async for chunk in chunks:
-                    yield 0, chunk
-            return
-        queue: asyncio.Queue[tuple[int, GenerationChunk | Exception | None]] = asyncio.Queue(maxsize=len(jobs))
+            return self._stream_only(jobs[0], request_id)
+        return merge_streams([self.stream(job, f"{request_id}-{index}") for index, job in enumerate(jobs)])
 
-        async def pump(index: int, job: GenerationRequest) -> None:
-            end: Exception | None = None
-            try:
-                async with aclosing(self.stream(job, f"{request_id}-{index}")) as chunks:
-                    async for chunk in chunks:
-                        await queue.put((index, chunk))
-            except Exception as error:  # handed to the reader of the queue, who raises it
-                end = error
-            await queue.put((index, end))
-
-        tasks = [asyncio.create_task(pump(index, job)) for index, job in enumerate(jobs)]
-        num_open = len(tasks)
-        try:
-            while num_open:
-                index, item = await queue.get()
-                if isinstance(item, GenerationChunk):
-                    yield index, item
-                elif item is None:
-                    num_open -= 1
-                else:
-                    raise item
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+    async def _stream_only(
+        self, job: GenerationRequest, request_id: str
+    ) -> AsyncGenerator[tuple[int, GenerationChunk], None]:
+        async with aclosing(self.stream(job, request_id)) as chunks:
+            async for chunk in chunks:
+                yield 0, chunk
 
     def _deadline(self, job: GenerationRequest, arrival: float) -> float | None:
         limits = [seconds for seconds in (self._request_timeout_seconds, job.timeout_seconds) if seconds]

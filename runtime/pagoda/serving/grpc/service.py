@@ -17,7 +17,7 @@ from pagoda import __version__
 from pagoda.errors import InvalidRequestError, ModelNotFoundError, NotSupportedError, PagodaError
 from pagoda.logs import request_id_var
 from pagoda.serving.context import ServingContext
-from pagoda.serving.generation import SequenceResult, limit_time
+from pagoda.serving.generation import limit_time
 from pagoda.serving.grpc.codec import PieceEncoder, decode_request, encode_response
 from pagoda.serving.grpc.messages import (
     ModelConfigResponse,
@@ -43,6 +43,7 @@ from pagoda.serving.v2.inference import (
     parse_infer,
 )
 from pagoda.serving.v2.tensors import shown
+from pagoda.text.output import CompletionOutput
 
 EXTENSIONS = (
     "model_repository",
@@ -225,7 +226,7 @@ class InferenceService:
                 if sequence in encoders and chunk.finish_reason is None and chunk.logprobs is None:
                     yield encoders[sequence].encode(chunk.text, chunk.token_ids, num_output_tokens[sequence])
                     continue
-                piece = SequenceResult()
+                piece = CompletionOutput()
                 piece.add(chunk)
                 num_input_tokens[sequence] += piece.num_prompt_tokens
                 piece.num_prompt_tokens = num_input_tokens[sequence]

@@ -12,14 +12,14 @@ from pagoda.errors import InvalidRequestError, NotSupportedError
 from pagoda.request import GenerationRequest
 from pagoda.sampling.params import MAX_LOGPROBS
 from pagoda.serving.context import ServingContext
-from pagoda.serving.generation import SequenceResult, limit_time
+from pagoda.serving.generation import limit_time
 from pagoda.serving.http.event_stream import DONE, Events, EventTemplate, event
 from pagoda.serving.openai.finish import finish_fields
 from pagoda.serving.openai.logprobs import chat_logprobs, prompt_logprobs
 from pagoda.serving.openai.requests import check_stream_options, generation_request, template_messages
 from pagoda.serving.openai.types import ChatCompletionRequest, TokenizeRequest
 from pagoda.serving.openai.usage import UsageCounter
-from pagoda.text.output import GenerationChunk
+from pagoda.text.output import CompletionOutput, GenerationChunk
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +98,7 @@ class ChatCall:
             "choices": choices,
         }
 
-    def _choice(self, index: int, result: SequenceResult) -> dict[str, Any]:
+    def _choice(self, index: int, result: CompletionOutput) -> dict[str, Any]:
         return {
             "index": index,
             "message": {"role": "assistant", "content": result.text},
@@ -153,7 +153,7 @@ def _num_logprobs(request: ChatCompletionRequest) -> int | None:
     return (top or 0) if request.logprobs else None
 
 
-def _counts(result: SequenceResult) -> GenerationChunk:
+def _counts(result: CompletionOutput) -> GenerationChunk:
     """What the usage of a finished sequence is counted from."""
     return GenerationChunk(
         token_ids=result.token_ids,

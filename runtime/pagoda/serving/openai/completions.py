@@ -13,14 +13,14 @@ from typing import Any
 from pagoda.errors import InvalidRequestError, NotSupportedError
 from pagoda.request import GenerationRequest
 from pagoda.serving.context import ServingContext
-from pagoda.serving.generation import SequenceResult, check_job_count, limit_time
+from pagoda.serving.generation import check_job_count, limit_time
 from pagoda.serving.http.event_stream import DONE, Events, EventTemplate, event
 from pagoda.serving.openai.finish import finish_fields
 from pagoda.serving.openai.logprobs import CompletionLogprobs, joined, prompt_logprobs
 from pagoda.serving.openai.requests import PROMPT_FORMS, check_stream_options, generation_request
 from pagoda.serving.openai.types import CompletionRequest
 from pagoda.serving.openai.usage import UsageCounter
-from pagoda.text.output import GenerationChunk
+from pagoda.text.output import CompletionOutput, GenerationChunk
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +172,7 @@ def _ids(entry: object) -> list[int]:
     return entry
 
 
-def _as_chunk(result: SequenceResult) -> GenerationChunk:
+def _as_chunk(result: CompletionOutput) -> GenerationChunk:
     """A finished sequence as the one chunk it could have been."""
     return GenerationChunk(
         text=result.text,

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from pagoda.errors import InvalidRequestError
 from pagoda.request import GenerationRequest
 from pagoda.serving.context import ServingContext
-from pagoda.serving.generation import SequenceResult, limit_time
+from pagoda.serving.generation import limit_time
 from pagoda.serving.http.bodies import read_object
 from pagoda.serving.http.disconnect import until_disconnect
 from pagoda.serving.http.documentation import event_stream, request_body, v2_errors
@@ -24,6 +24,7 @@ from pagoda.serving.v2.inference import MODEL_VERSION, logprobs_json, parse_gene
 from pagoda.serving.v2.routes import MODEL, VERSION
 from pagoda.serving.v2.schemas import GenerateRequest, GenerateResponse
 from pagoda.serving.v2.tensors import shown
+from pagoda.text.output import CompletionOutput
 
 
 def generate_router(context: ServingContext, plane: EngineDataPlane) -> APIRouter:
@@ -66,7 +67,7 @@ def generate_router(context: ServingContext, plane: EngineDataPlane) -> APIRoute
         return {**head, "model_name": model_name, "model_version": MODEL_VERSION}, job
 
     async def _events(head: dict[str, Any], job: GenerationRequest) -> Events:
-        so_far = SequenceResult()
+        so_far = CompletionOutput()
         piece = EventTemplate(lambda text: {**head, "text_output": text})
         async with aclosing(context.runner.stream(job, f"generate-{uuid.uuid4().hex}")) as chunks:
             async for chunk in chunks:
@@ -79,7 +80,7 @@ def generate_router(context: ServingContext, plane: EngineDataPlane) -> APIRoute
     return router
 
 
-def _whole(job: GenerationRequest, result: SequenceResult) -> dict[str, Any]:
+def _whole(job: GenerationRequest, result: CompletionOutput) -> dict[str, Any]:
     """The members of an answer that describe a finished sequence."""
     content: dict[str, Any] = {
         "text_output": result.text,

@@ -17,7 +17,7 @@ import orjson
 
 from pagoda.errors import InvalidRequestError, NotSupportedError
 from pagoda.request import GenerationRequest
-from pagoda.serving.generation import SequenceResult, check_job_count
+from pagoda.serving.generation import check_job_count
 from pagoda.serving.parameters import FIELDS, LIST_FIELDS, MakeSampling, parse_parameters
 from pagoda.serving.v2.tensors import (
     BYTES,
@@ -28,7 +28,7 @@ from pagoda.serving.v2.tensors import (
     tensor_from_values,
     text_of,
 )
-from pagoda.text.output import PositionLogprobs, TokenLogprob
+from pagoda.text.output import CompletionOutput, PositionLogprobs, TokenLogprob
 
 MODEL_VERSION = "1"
 PLATFORM = "pagoda"
@@ -191,7 +191,7 @@ def parse_generate(body: Mapping[str, object], make_sampling: MakeSampling) -> G
     return job
 
 
-def output_tensors(results: Sequence[Sequence[SequenceResult]], names: Iterable[str]) -> list[Tensor]:
+def output_tensors(results: Sequence[Sequence[CompletionOutput]], names: Iterable[str]) -> list[Tensor]:
     """The named outputs of finished prompts, in the order asked for: `results[prompt][sequence]`."""
     flat = [sequence for sequences in results for sequence in sequences]
     num_sequences = len(results[0])
@@ -306,7 +306,7 @@ def _shared(job: GenerationRequest) -> tuple[object, ...]:
     return job.stream, job.timeout_seconds
 
 
-def _output_tensor(name: str, results: list[SequenceResult], shape: tuple[int, ...]) -> Tensor:
+def _output_tensor(name: str, results: list[CompletionOutput], shape: tuple[int, ...]) -> Tensor:
     datatype = next(output["datatype"] for output in OUTPUTS if output["name"] == name)
     data: list[Any]
     if name == "output_ids":
