@@ -209,8 +209,9 @@ def run_core(rate: str, socket_fd: str, board_fd: str) -> None:
     """Speaks the protocol of `pagoda.engine.core.process` and computes nothing."""
     from pagoda.engine import wire
     from pagoda.engine.heartbeat import ProgressBoard
-    from pagoda.engine.messages import AbortRequests, EngineReady, EngineRequest, Shutdown
+    from pagoda.engine.messages import AbortRequests, EngineReady, Shutdown
     from pagoda.models.checkpoint_source import checkpoint_directory
+    from pagoda.request import EngineRequest
     from pagoda.text.tokenizer import Tokenizer
 
     connection, board = socket.socket(fileno=int(socket_fd)), ProgressBoard(int(board_fd))

@@ -22,9 +22,9 @@ from typing import Any
 from pagoda.config.schema import PagodaConfig
 from pagoda.engine.core.loop import EngineCore
 from pagoda.engine.core.startup import start_core
-from pagoda.engine.messages import EngineRequest
 from pagoda.models.dummy import DummySpec, write_dummy_checkpoint
 from pagoda.platform.hardware import cpu_report, versions
+from pagoda.request import EngineRequest
 from pagoda.sampling.params import SamplingParams
 
 EXECUTORS: dict[str, dict[str, Any]] = {
@@ -115,7 +115,7 @@ def generate(core: EngineCore, batch: int, num_tokens: int) -> list[float]:
             EngineRequest(
                 request_id=f"{index}",
                 prompt_token_ids=[3 + (7 * index + place) % 400 for place in range(PROMPT_TOKENS)],
-                sampling=sampling,
+                params=sampling,
                 max_tokens=num_tokens,
             )
         )

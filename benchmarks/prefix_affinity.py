@@ -24,9 +24,9 @@ from typing import Any
 from pagoda.config.schema import PagodaConfig
 from pagoda.engine.data_parallel.client import DataParallelClient
 from pagoda.engine.data_parallel.router import Placement, PrefixRouter
-from pagoda.engine.messages import EngineRequest
 from pagoda.models.dummy import DummySpec, write_dummy_checkpoint
 from pagoda.platform.hardware import cpu_report, versions
+from pagoda.request import EngineRequest
 from pagoda.sampling.params import SamplingParams
 
 BLOCK_SIZE = 16
@@ -90,7 +90,7 @@ def requests_of(round_number: int, options: argparse.Namespace) -> list[EngineRe
             prompt = prefix + rng.choices(range(3, 500), k=OWN_TOKENS)
             name = f"{round_number}-{group}-{member}"
             requests.append(
-                EngineRequest(request_id=name, prompt_token_ids=prompt, sampling=sampling, max_tokens=OUTPUT_TOKENS)
+                EngineRequest(request_id=name, prompt_token_ids=prompt, params=sampling, max_tokens=OUTPUT_TOKENS)
             )
     rng.shuffle(requests)
     return requests

@@ -51,14 +51,7 @@ def simulate(router: PrefixRouter, *, clients: int, cached_groups: int) -> str:
             while pending and len(placed) < clients:
                 request = pending.pop()
                 placement = placed[request.request_id] = router.place(request, [0, 1])
-                cores[placement.replica].add(
-                    Request(
-                        request_id=request.request_id,
-                        prompt_token_ids=request.prompt_token_ids,
-                        sampling=request.sampling,
-                        max_tokens=request.max_tokens,
-                    )
-                )
+                cores[placement.replica].add(Request(request))
             turn = min((index for index in range(2) if cores[index].has_work), key=lambda index: clocks[index])
             if not cores[1 - turn].has_work:
                 clocks[1 - turn] = max(clocks)
@@ -67,10 +60,10 @@ def simulate(router: PrefixRouter, *, clients: int, cached_groups: int) -> str:
             num_tokens += plan.total_tokens
             clocks[turn] += 1 + plan.total_tokens / 64
             sampled = [[rng.randrange(3, 500)] if samples else [] for samples in plan.samples]
-            for news in cores[turn].apply(plan, StepResult(plan.step_id, sampled)):
-                router.note_output(placed[news.request.request_id], news.new_token_ids)
-                if news.request.is_finished:
-                    router.remove(placed.pop(news.request.request_id), is_finished=True)
+            for update in cores[turn].apply(plan, StepResult(plan.step_id, sampled)):
+                router.note_output(placed[update.request.spec.request_id], update.new_token_ids)
+                if update.request.is_finished:
+                    router.remove(placed.pop(update.request.spec.request_id), is_finished=True)
                     num_ended += 1
     queries = sum(core.kv.num_prefix_queries for core in cores)
     hits = sum(core.kv.num_prefix_hits for core in cores)

@@ -27,11 +27,11 @@ from pagoda.config.schema import PagodaConfig
 from pagoda.engine import wire
 from pagoda.engine.core.loop import EngineCore
 from pagoda.engine.core.startup import start_core
-from pagoda.engine.messages import EngineRequest
 from pagoda.execution.executor import InProcessExecutor
 from pagoda.models.decoder import DecoderForCausalLM
 from pagoda.models.dummy import DummySpec, write_dummy_checkpoint
 from pagoda.platform.hardware import cpu_report, versions
+from pagoda.request import EngineRequest
 from pagoda.sampling.params import SamplingParams
 
 PROMPT_TOKENS = 32
@@ -90,7 +90,7 @@ def measure(checkpoint: Path, batch: int, options: argparse.Namespace) -> tuple[
                 EngineRequest(
                     request_id=f"{rng.getrandbits(128):032x}",
                     prompt_token_ids=rng.choices(range(SPEC.vocab_size), k=PROMPT_TOKENS + index % 16),
-                    sampling=SamplingParams(temperature=0.0, ignore_eos=True),
+                    params=SamplingParams(temperature=0.0, ignore_eos=True),
                     max_tokens=MAX_MODEL_LEN - 2 * PROMPT_TOKENS,
                 )
             )

@@ -17,9 +17,9 @@ from benchmarks.gpu.context import Context
 from pagoda.config.sources import from_kwargs
 from pagoda.engine.core.loop import EngineCore
 from pagoda.engine.core.startup import start_core
-from pagoda.engine.messages import EngineRequest
 from pagoda.execution.executor import Executor, StepHandle
 from pagoda.models.dummy import DummySpec, write_dummy_checkpoint
+from pagoda.request import EngineRequest
 from pagoda.sampling.params import SamplingParams
 from pagoda.scheduling.plan import StepPlan, StepResult
 
@@ -81,7 +81,7 @@ def workload(context: Context, count: int, vocab_size: int) -> list[EngineReques
         EngineRequest(
             request_id=f"request-{number}",
             prompt_token_ids=rng.choices(range(vocab_size), k=rng.randint(low, high)),
-            sampling=SamplingParams(temperature=0.6, seed=number, ignore_eos=True, max_tokens=length),
+            params=SamplingParams(temperature=0.6, seed=number, ignore_eos=True, max_tokens=length),
             max_tokens=length,
             arrival_time=time.monotonic(),
         )

@@ -12,7 +12,7 @@ import numpy as np
 from benchmarks.gpu.context import Context
 from benchmarks.gpu.engines import engine, keep_account, run_all, workload
 from pagoda.engine.core.loop import EngineCore
-from pagoda.engine.messages import EngineRequest
+from pagoda.request import EngineRequest
 
 MODEL = "Qwen3-8B"
 SHARES = (0.5, 0.8, 0.95)

@@ -13,8 +13,8 @@ import torch
 from benchmarks.gpu.context import Context
 from benchmarks.gpu.engines import configuration, run_all
 from pagoda.engine.core.startup import start_core
-from pagoda.engine.messages import EngineRequest
 from pagoda.models.dummy import DummySpec, write_dummy_checkpoint
+from pagoda.request import EngineRequest
 from pagoda.sampling.params import SamplingParams
 
 SPECS = {
@@ -85,7 +85,7 @@ def _generate(core: Any, prompts: list[list[int]], num_tokens: int) -> list[list
         EngineRequest(
             request_id=str(number),
             prompt_token_ids=prompt,
-            sampling=SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=num_tokens),
+            params=SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=num_tokens),
             max_tokens=num_tokens,
         )
         for number, prompt in enumerate(prompts)

@@ -1,4 +1,4 @@
-"""Frames on a stream socket between processes of one server: typed messages, nothing pickled, nothing guessed from content.
+"""Frames on a stream socket between processes of one server: typed messages, nothing pickled.
 
     frame = uint32 length of what follows | uint8 kind | MessagePack of the message's dataclass
 
@@ -13,14 +13,14 @@ from typing import Any
 
 import msgspec
 
-from pagoda.errors import InvalidRequestError
+from pagoda.errors import PagodaError
 
 HEADER = struct.Struct("<IB")
 MAX_PAYLOAD_BYTES = 2**30
 
 
 class FrameError(Exception):
-    """A frame that the other side cannot have meant: of a kind there is not, too long, or not what its kind says."""
+    """An invalid frame: of an unknown kind, too long, or with a payload that is not what its kind says."""
 
 
 class FrameCodec:
@@ -41,7 +41,9 @@ class FrameCodec:
         """Bytes that follow a header. Raises `FrameError`."""
         length, kind = HEADER.unpack(header)
         if not 1 <= length <= MAX_PAYLOAD_BYTES or kind >= len(self.kinds):
-            raise FrameError(f"a frame of kind {kind} and length {length} means nothing here")
+            raise FrameError(
+                f"invalid frame header: kind {kind} (0 to {len(self.kinds) - 1}), length {length} (1 to {MAX_PAYLOAD_BYTES})"
+            )
         return int(length) - 1
 
     def kind_of(self, header: bytes) -> type[Any]:
@@ -50,10 +52,10 @@ class FrameCodec:
         return self.kinds[kind]
 
     def decode(self, header: bytes, payload: bytes) -> Any:
-        """The message of a frame whose header `payload_size` has accepted. Raises `FrameError`."""
+        """The message of a frame whose header `payload_size` has accepted. Raises `FrameError` from the reason."""
         kind = HEADER.unpack(header)[1]
         try:
             return self._decoders[kind].decode(payload)
-        except (msgspec.DecodeError, UnicodeDecodeError, InvalidRequestError) as error:
-            # Text that is no UTF-8 and sampling parameters that cannot be come as errors of their own.
-            raise FrameError(f"a {self.kinds[kind].__name__} cannot be read: {error}") from error
+        except (msgspec.DecodeError, UnicodeDecodeError, PagodaError) as error:
+            # Text that is no UTF-8, and values that a class refuses (`SamplingParams`), come as errors of their own.
+            raise FrameError(f"invalid {self.kinds[kind].__name__} message: {error}") from error

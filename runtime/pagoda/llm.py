@@ -23,9 +23,9 @@ from pagoda.config.schema import PagodaConfig
 from pagoda.config.sources import from_kwargs
 from pagoda.engine.core.loop import EngineCore
 from pagoda.engine.core.startup import StageListener, start_core
-from pagoda.engine.messages import EngineRequest
 from pagoda.errors import ConfigError, InvalidRequestError, PagodaError, QueueFullError
 from pagoda.models.checkpoint_source import checkpoint_directory
+from pagoda.request import EngineRequest, GenerationRequest
 from pagoda.sampling.output import FinishReason
 from pagoda.sampling.params import SamplingParams
 from pagoda.text.chat_template import Message
@@ -35,14 +35,14 @@ from pagoda.text.output import CompletionOutput, GenerationChunk, RequestOutput
 from pagoda.text.output_processor import RequestTextState
 from pagoda.text.progress import TokenProgress
 from pagoda.text.tokenizer import Tokenizer
-from pagoda.text.validation import AdmissionLimits, admit
+from pagoda.text.validation import RequestLimits, validate_request
 
 Prompt = str | list[int]
 
 
 @dataclass(eq=False, slots=True)
 class _Sequence:
-    """One sequence on its way through the engine, and the chunks of it that nobody has taken yet."""
+    """One sequence on its way through the engine, and its chunks that were not taken yet."""
 
     request: EngineRequest
     state: RequestTextState
@@ -81,7 +81,7 @@ class LLM:
         )
         self._default_sampling = defaults.sampling
         self._core: EngineCore = start_core(config, on_stage)
-        self._limits = AdmissionLimits(
+        self._limits = RequestLimits(
             max_model_len=self._core.ready.max_model_len,
             vocab_size=self._core.ready.vocab_size,
             eos_token_ids=defaults.eos_token_ids(self._text.tokenizer),
@@ -195,7 +195,8 @@ class LLM:
         text = prompt if isinstance(prompt, str) else None
         prompt_token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         request_id = str(next(self._request_numbers))
-        requests = admit(prompt_token_ids, sampling, self.tokenizer, self._limits, request_id=request_id)
+        request = GenerationRequest(request_id=request_id, params=sampling, prompt=prompt)
+        requests = validate_request(request, prompt_token_ids, self.tokenizer, self._limits)
         output = RequestOutput(
             request_id=request_id,
             prompt=text,
@@ -203,8 +204,8 @@ class LLM:
             outputs=[CompletionOutput(index=index) for index in range(sampling.n)],
         )
         sequences = [
-            _Sequence(request, RequestTextState(self.tokenizer, prompt_token_ids, sampling, index=index))
-            for index, request in enumerate(requests)
+            _Sequence(engine_request, RequestTextState(self.tokenizer, prompt_token_ids, sampling, index=index))
+            for index, engine_request in enumerate(requests)
         ]
         return output, sequences
 
@@ -218,7 +219,7 @@ class LLM:
             for output, sequence in running:
                 while sequence.chunks:
                     chunk = sequence.chunks.popleft()
-                    output.add(chunk)
+                    output.outputs[chunk.index].add(chunk)
                     bar.count_tokens(len(chunk.token_ids))
                 if not sequence.state.finished:
                     still_running.append((output, sequence))
@@ -246,7 +247,7 @@ class LLM:
             waiting.popleft()
 
     def _step(self) -> None:
-        """Run one step of the engine and hand its news to the sequences they concern."""
+        """Run one step of the engine and hand its outputs to their sequences."""
         with _interrupts_deferred():
             outputs = self._core.step().outputs
             for output in outputs:

@@ -19,9 +19,9 @@ from pagoda.engine.core.startup import start_core
 from pagoda.engine.data_parallel.client import DataParallelClient
 from pagoda.engine.data_parallel.router import Placement, PrefixRouter
 from pagoda.engine.health import EngineState
-from pagoda.engine.messages import EngineRequest
 from pagoda.errors import EngineDeadError
 from pagoda.models.dummy import DummySpec, write_dummy_checkpoint
+from pagoda.request import EngineRequest
 from pagoda.sampling.params import SamplingParams
 
 SETTINGS = {
@@ -62,7 +62,7 @@ def requests_of(num: int, length: int = 12, max_tokens: int = 12) -> list[Engine
         EngineRequest(
             request_id=f"r{number}",
             prompt_token_ids=[3 + (number * 31 + position * 7) % 400 for position in range(length)],
-            sampling=sampling,
+            params=sampling,
             max_tokens=max_tokens,
         )
         for number in range(num)
@@ -76,7 +76,7 @@ def grouped_requests() -> list[EngineRequest]:
         EngineRequest(
             request_id=f"g{group}-{member}",
             prompt_token_ids=[3 + (group * 37 + position * 5) % 400 for position in range(PREFIX_TOKENS)] + [9, member],
-            sampling=sampling,
+            params=sampling,
             max_tokens=4,
         )
         for group in range(NUM_GROUPS)

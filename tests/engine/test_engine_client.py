@@ -14,9 +14,9 @@ import pytest
 from pagoda.config.schema import PagodaConfig
 from pagoda.engine.client.client import ProcessEngineClient
 from pagoda.engine.health import EngineState
-from pagoda.engine.messages import EngineRequest
 from pagoda.errors import EngineDeadError, EngineNotReadyError, InvalidRequestError, PagodaError, QueueFullError
 from pagoda.models.dummy import DummySpec, write_dummy_checkpoint
+from pagoda.request import EngineRequest
 from pagoda.sampling.output import FinishReason
 from pagoda.sampling.params import SamplingParams
 
@@ -44,7 +44,7 @@ def request(request_id: str, num_tokens: int = 5, max_tokens: int = 12, **fields
     seed = sum(map(ord, request_id))
     prompt = [3 + (seed * (index + 7)) % 400 for index in range(num_tokens)]
     return EngineRequest(
-        request_id=request_id, prompt_token_ids=prompt, sampling=sampling, max_tokens=max_tokens, **fields
+        request_id=request_id, prompt_token_ids=prompt, params=sampling, max_tokens=max_tokens, **fields
     )
 
 

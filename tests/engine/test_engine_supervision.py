@@ -17,9 +17,9 @@ from pagoda.engine.client.client import ProcessEngineClient
 from pagoda.engine.client.core_handle import CoreChild
 from pagoda.engine.client.prelaunch import LaunchedCore
 from pagoda.engine.health import EngineState
-from pagoda.engine.messages import EngineRequest
 from pagoda.errors import EngineDeadError, QueueFullError, RequestFailedError
 from pagoda.models.dummy import DummySpec, write_dummy_checkpoint
+from pagoda.request import EngineRequest
 from pagoda.sampling.output import FinishReason
 from pagoda.sampling.params import SamplingParams
 
@@ -46,7 +46,7 @@ async def engine(
 def request(request_id: str, num_tokens: int = 5, max_tokens: int = 4) -> EngineRequest:
     prompt = [3 + (len(request_id) * (index + 7)) % 400 for index in range(num_tokens)]
     sampling = SamplingParams(temperature=0.0, ignore_eos=True)
-    return EngineRequest(request_id=request_id, prompt_token_ids=prompt, sampling=sampling, max_tokens=max_tokens)
+    return EngineRequest(request_id=request_id, prompt_token_ids=prompt, params=sampling, max_tokens=max_tokens)
 
 
 async def run(client: ProcessEngineClient, what: EngineRequest) -> FinishReason | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,13 @@ from pagoda import faults
 from pagoda.config.schema import PagodaConfig
 from pagoda.engine.core.loop import EngineCore
 from pagoda.engine.core.startup import start_core
-from pagoda.engine.messages import EngineOutput, EngineRequest
-from pagoda.errors import ConfigError, EngineDeadError, ErrorKind
+from pagoda.engine.messages import EngineOutput
+from pagoda.errors import ConfigError, EngineDeadError, ErrorKind, InvalidRequestError
 from pagoda.models.dummy import DummySpec, write_dummy_checkpoint
+from pagoda.request import EngineRequest
 from pagoda.sampling.output import FinishReason
 from pagoda.sampling.params import SamplingParams
+from pagoda.scheduling.plan import NewRequest
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +43,7 @@ def run(core: EngineCore, names: list[str], max_tokens: int | None = 20) -> dict
         prompt = [5 + (index * 31 + position * 17) % 400 for position in range(10 + 7 * index)]
         sampling = SamplingParams(temperature=0.0, ignore_eos=True)
         limit = max_tokens or 200 - len(prompt)
-        core.add_request(EngineRequest(request_id=name, prompt_token_ids=prompt, sampling=sampling, max_tokens=limit))
+        core.add_request(EngineRequest(request_id=name, prompt_token_ids=prompt, params=sampling, max_tokens=limit))
     while core.has_work:
         for output in core.step().outputs:
             tokens[output.request_id] += output.new_token_ids
@@ -70,7 +73,7 @@ def test_request_that_shares_blocks_with_a_failed_one_still_gets_its_own_tokens(
     core = make_core(checkpoint)
     prompt = list(range(50, 90))
     sampling = SamplingParams(temperature=0.0, ignore_eos=True)
-    request = EngineRequest(request_id="alone", prompt_token_ids=prompt, sampling=sampling, max_tokens=8)
+    request = EngineRequest(request_id="alone", prompt_token_ids=prompt, params=sampling, max_tokens=8)
 
     def answer(request_id: str) -> list[int]:
         found: list[int] = []
@@ -83,7 +86,7 @@ def test_request_that_shares_blocks_with_a_failed_one_still_gets_its_own_tokens(
     alone = answer("alone")
     core = make_core(checkpoint, max_num_batched_tokens=128, fault_injection="prepare@bad=raise")
     for name in ("bad", "good"):
-        core.add_request(EngineRequest(request_id=name, prompt_token_ids=prompt, sampling=sampling, max_tokens=8))
+        core.add_request(EngineRequest(request_id=name, prompt_token_ids=prompt, params=sampling, max_tokens=8))
     assert answer("good") == alone
 
 
@@ -100,6 +103,39 @@ def test_failed_step_ends_its_requests_and_the_engine_goes_on(checkpoint: Path) 
     }
 
 
+def test_no_memory_for_a_request_that_enters_is_no_memory_for_the_step(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others may have been admitted with the blocks that it should fill, so the step is planned again."""
+    core = make_core(checkpoint, enable_prefix_caching=True, max_num_batched_tokens=64)
+    undisturbed = run(core, NAMES)
+    batch = core._executor._worker.runner.batch  # type: ignore[attr-defined]
+    write, calls = batch._write_request, []
+
+    def fail_once(new: NewRequest) -> None:
+        calls.append(new)
+        if len(calls) == 2:
+            raise MemoryError("no memory for the tokens of a request")
+        write(new)
+
+    monkeypatch.setattr(batch, "_write_request", fail_once)
+    disturbed = run(core, NAMES)
+    assert len(calls) > len(NAMES)
+    for name in NAMES:
+        assert disturbed[name][0] == undisturbed[name][0]
+        assert disturbed[name][1].finish_reason is FinishReason.LENGTH
+
+
+@pytest.mark.parametrize("prompt", [[], [5, -1], [5, 100_000], [5] * 200])
+def test_a_prompt_that_would_harm_others_is_refused_at_the_border_of_the_engine(
+    checkpoint: Path, prompt: list[int]
+) -> None:
+    core = make_core(checkpoint)
+    with pytest.raises(InvalidRequestError):
+        core.add_request(EngineRequest(params=SamplingParams(), prompt_token_ids=prompt, max_tokens=1))
+    assert not core.has_work
+
+
 def test_failed_step_on_a_device_that_is_not_sane_is_the_end_of_the_engine(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,17 +146,24 @@ def test_failed_step_on_a_device_that_is_not_sane_is_the_end_of_the_engine(
         raise EngineDeadError("the device is lost")
 
     monkeypatch.setattr(core._executor, "check_health", insane)
-    with pytest.raises(EngineDeadError, match=r"did not survive a failed step: the device is lost"):
+    with pytest.raises(EngineDeadError, match=r"unusable after a failed step: the device is lost"):
         run(core, NAMES)
 
 
-def test_an_engine_that_holds_a_block_when_it_is_idle_does_not_go_on(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+def test_blocks_that_an_idle_engine_still_holds_are_taken_back(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     core = make_core(checkpoint)
-    monkeypatch.setattr(core._scheduler.kv, "release", lambda request: None)
-    with pytest.raises(AssertionError, match="KV blocks are held by nobody"):
+    undisturbed = run(core, NAMES)
+    with monkeypatch.context() as patched:
+        patched.setattr(core._scheduler.kv, "release", lambda request: None)
         run(core, NAMES)
+    (record,) = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert re.search(r"leak in an idle engine: \d+ KV blocks", record.getMessage())
+    assert core.stats().num_blocks_in_use == 0
+    assert {name: tokens for name, (tokens, _) in run(core, NAMES).items()} == {
+        name: tokens for name, (tokens, _) in undisturbed.items()
+    }
 
 
 def test_step_that_does_not_fit_is_run_in_smaller_ones_with_the_same_tokens(checkpoint: Path) -> None:
@@ -134,13 +177,15 @@ def test_step_that_does_not_fit_is_run_in_smaller_ones_with_the_same_tokens(chec
 
 @pytest.mark.parametrize("max_tokens", [1, 7, 20, None])
 @pytest.mark.parametrize("steps", [2, 8])
-def test_bursts_give_the_same_tokens_as_single_steps(checkpoint: Path, steps: int, max_tokens: int | None) -> None:
+def test_multi_step_plans_give_the_same_tokens_as_single_steps(
+    checkpoint: Path, steps: int, max_tokens: int | None
+) -> None:
     single = run(make_core(checkpoint), NAMES, max_tokens)
-    # Few blocks: some bursts are cut, and some requests are preempted in between.
-    bursts = run(make_core(checkpoint, num_scheduler_steps=steps, num_gpu_blocks_override=30), NAMES, max_tokens)
+    # Few blocks: some plans are cut short, and some requests are preempted in between.
+    several = run(make_core(checkpoint, num_scheduler_steps=steps, num_gpu_blocks_override=30), NAMES, max_tokens)
     for name in NAMES:
-        assert bursts[name][0] == single[name][0]
-        assert bursts[name][1].finish_reason is FinishReason.LENGTH
+        assert several[name][0] == single[name][0]
+        assert several[name][1].finish_reason is FinishReason.LENGTH
 
 
 @pytest.mark.parametrize("specification", ["nowhere=raise", "step=explode", "step#x=raise", "step=sleep:long"])

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pagoda.execution.input_batch import InputBatch
+from pagoda.request import EngineRequest
 from pagoda.sampling.params import SamplingParams
 from pagoda.scheduling.plan import NewRequest, StepPlan
 
@@ -23,6 +24,12 @@ class Held:
     tokens: list[int]
     blocks: list[int] = field(default_factory=list)
     num_computed: int = 0
+
+
+def spec_of(slot: int, prompt_token_ids: list[int]) -> EngineRequest:
+    return EngineRequest(
+        request_id=str(slot), params=SamplingParams(), prompt_token_ids=prompt_token_ids, max_tokens=MAX_MODEL_LEN
+    )
 
 
 def make_batch(block_size: int) -> InputBatch:
@@ -58,7 +65,7 @@ def random_plan(random: np.random.Generator, step_id: int, slots: dict[int, Held
         held.blocks += new_blocks
         if is_new:
             plan.new_requests.append(
-                NewRequest(slot, str(slot), list(held.tokens), 1, SamplingParams(), (), list(held.blocks), 0)
+                NewRequest(slot, spec_of(slot, held.tokens[:1]), held.tokens[1:], list(held.blocks), 0)
             )
             offset, new_blocks = len(held.blocks), []
         plan.request_ids.append(str(slot))
@@ -140,8 +147,7 @@ def test_layout_is_kept_while_the_same_rows_decode_and_made_again_when_they_chan
         0, slots=[0, 1, 2], num_computed_tokens=[0] * 3, num_scheduled_tokens=[3] * 3, samples=[True] * 3
     )
     prefill.new_requests = [
-        NewRequest(slot, str(slot), held.tokens, 3, SamplingParams(), (), [slot + 1, slot + 9], 0)
-        for slot, held in slots.items()
+        NewRequest(slot, spec_of(slot, held.tokens), [], [slot + 1, slot + 9], 0) for slot, held in slots.items()
     ]
     prefill.new_block_ids, prefill.block_offsets = [[], [], []], [2, 2, 2]
     for new in prefill.new_requests:

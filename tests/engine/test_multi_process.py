@@ -16,9 +16,9 @@ from pagoda.config.schema import PagodaConfig
 from pagoda.distributed.multi_process import ProcessLauncher
 from pagoda.engine.core.loop import EngineCore
 from pagoda.engine.core.startup import start_core
-from pagoda.engine.messages import EngineRequest
 from pagoda.errors import EngineDeadError, PagodaError
 from pagoda.models.dummy import DummySpec, write_dummy_checkpoint
+from pagoda.request import EngineRequest
 from pagoda.sampling.params import SamplingParams
 from tests.support.observer import is_there
 
@@ -65,7 +65,7 @@ def submit(core: EngineCore, max_tokens: int = 40) -> None:
             EngineRequest(
                 request_id=f"r{index}",
                 prompt_token_ids=prompt,
-                sampling=sampling,
+                params=sampling,
                 max_tokens=max_tokens,
                 arrival_time=index,
             )

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from pagoda.config.schema import PagodaConfig
-from pagoda.engine.core.loop import startup
+from pagoda.engine.core import startup
 from pagoda.engine.core.startup import start_core
-from pagoda.engine.messages import EngineRequest
 from pagoda.models.dummy import DummySpec
+from pagoda.request import EngineRequest
 from pagoda.sampling.params import SamplingParams
 from tests.support.parity import ParityCase, make_parity_case, run_greedily
 from tests.support.rank_pool import PooledExecutor, RankPool
@@ -158,7 +158,7 @@ def mixed_requests() -> list[EngineRequest]:
         SamplingParams(temperature=0.0, logit_bias={3: 4.0}, min_tokens=4, ignore_eos=True),
     ]
     return [
-        EngineRequest(request_id=f"r{index}", prompt_token_ids=prompt, sampling=sampling, max_tokens=12)
+        EngineRequest(request_id=f"r{index}", prompt_token_ids=prompt, params=sampling, max_tokens=12)
         for index, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True))
     ]
 
@@ -174,10 +174,10 @@ def test_sampling_and_logprobs_are_those_of_one_rank(layout, case_of, start) -> 
         assert together["r2"][index] == pytest.approx(alone["r2"][index], abs=2e-3)
 
 
-def test_burst_of_steps_on_one_plan_gives_the_same_tokens(case_of, start) -> None:
+def test_several_steps_on_one_plan_give_the_same_tokens(case_of, start) -> None:
     case = case_of("qwen2")
     core, _ = start(config_of(case.directory, (2, 1), 256, num_scheduler_steps=4))
-    assert run_greedily(core, case, "burst-") == case.expected
+    assert run_greedily(core, case, "multi-step-") == case.expected
 
 
 @pytest.mark.parametrize("layout", [(2, 1), (1, 2)], ids=["tp2", "pp2"])
@@ -189,7 +189,7 @@ def test_request_that_cannot_be_prepared_fails_alone(layout, case_of, start) -> 
     executor.pool.take(executor.layout.output_rank)
     sampling = SamplingParams(temperature=0.0, ignore_eos=True)
     requests = [
-        EngineRequest(request_id=name, prompt_token_ids=case.prompts[3], sampling=sampling, max_tokens=NEW_TOKENS)
+        EngineRequest(request_id=name, prompt_token_ids=case.prompts[3], params=sampling, max_tokens=NEW_TOKENS)
         for name in ("bad", "good", "bad-too")
     ]
     found = outputs_of(core, requests)
@@ -214,7 +214,7 @@ def test_dummy_weights_are_the_same_model_at_every_layout(layout, case_of, start
         EngineRequest(
             request_id="a",
             prompt_token_ids=[5, 6, 7, 8],
-            sampling=SamplingParams(temperature=0.0, ignore_eos=True),
+            params=SamplingParams(temperature=0.0, ignore_eos=True),
             max_tokens=12,
         )
     ]

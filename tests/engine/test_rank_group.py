@@ -195,9 +195,9 @@ def test_pipeline_stages_hear_of_sampled_tokens_with_the_next_plan() -> None:
         # The last stage has answered; the first one may not have looked yet.
         group.shutdown()
         assert launcher.ranks[0].is_over.wait(10)
-        landed = [m.landed for m in launcher.ranks[0].received if isinstance(m, RunStep)]
-    assert landed[0].slots == []
-    assert (landed[1].slots, landed[1].positions, landed[1].token_ids) == ([0], [6], [1005])
+        updates = [m.update for m in launcher.ranks[0].received if isinstance(m, RunStep)]
+    assert updates[0].slots == []
+    assert (updates[1].slots, updates[1].positions, updates[1].token_ids) == ([0], [6], [1005])
 
 
 def test_a_step_that_fails_alike_on_all_ranks_fails_alone() -> None:

@@ -9,8 +9,8 @@ import torch
 from pagoda.sampling import sampler as sampler_module
 from pagoda.sampling.noise import SlotNoise
 from pagoda.sampling.params import SamplingParams
-from pagoda.sampling.rows import SlotRequest
 from pagoda.sampling.sampler import Sampler
+from tests.support.sampler_rows import request_of
 from tests.support.triton_kernels import require_interpreter
 
 require_interpreter()
@@ -70,7 +70,7 @@ def sampled(
     sampler = Sampler(vocab_size=VOCABULARY, token_pool=torch.zeros(len(params), 4, dtype=torch.int64), seed=0)
     sampler._draws_on_device = sampler._has_greedy_kernel = on_device
     for slot, p in enumerate(params):
-        sampler.add(slot, SlotRequest(p, 1, ()))
+        sampler.add(slot, request_of(p))
     return sampler.sample(logits.clone(), np.arange(len(params)), np.array(positions)).token_ids.tolist()
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from pagoda.engine.data_parallel.router import Placement, PrefixRouter
-from pagoda.engine.messages import EngineRequest
+from pagoda.request import EngineRequest
 from pagoda.sampling.params import SamplingParams
 
 BLOCK_SIZE = 4
@@ -24,7 +24,11 @@ salts = st.sampled_from([None, "a", "b"])
 
 def request(prompt: list[int], salt: str | None = None, max_tokens: int = 8) -> EngineRequest:
     return EngineRequest(
-        request_id="r", prompt_token_ids=prompt, sampling=SamplingParams(), max_tokens=max_tokens, cache_salt=salt
+        request_id="r",
+        prompt_token_ids=prompt,
+        params=SamplingParams(),
+        max_tokens=max_tokens,
+        cache_keys=() if salt is None else (salt,),
     )
 
 
@@ -149,7 +153,7 @@ def test_the_output_of_a_finished_request_is_found_by_its_next_turn() -> None:
 def test_a_prompt_whose_log_probabilities_are_wanted_is_computed_whole() -> None:
     router = make_router(num_replicas=1)
     asked = EngineRequest(
-        request_id="r", prompt_token_ids=[1] * 9, sampling=SamplingParams(prompt_logprobs=1), max_tokens=1
+        request_id="r", prompt_token_ids=[1] * 9, params=SamplingParams(prompt_logprobs=1), max_tokens=1
     )
     for _ in range(2):
         assert router.place(asked, [0]).num_cached_tokens == 0

@@ -24,15 +24,17 @@ from pagoda.distributed.rank_messages import (
     WeightsProgress,
 )
 from pagoda.framing import HEADER, MAX_PAYLOAD_BYTES
+from pagoda.request import EngineRequest
 from pagoda.sampling.output import TokenLogprobs
 from pagoda.sampling.params import SamplingParams
-from pagoda.scheduling.plan import LandedTokens, NewRequest, StepPlan, StepResult
+from pagoda.scheduling.plan import NewRequest, SampledTokensUpdate, StepPlan, StepResult
 
 SECONDS = 20.0
 NUMBERS = st.integers(0, 2**31)
 
 SAMPLING = SamplingParams(temperature=0.5, logit_bias={3: 1.5}, stop=("a",), seed=7)
-NEW_REQUEST = NewRequest(0, "a", [1], 1, SAMPLING, (2,), [1], 0)
+SPEC = EngineRequest(request_id="a", params=SAMPLING, prompt_token_ids=[1], max_tokens=1, eos_token_ids=(2,))
+NEW_REQUEST = NewRequest(0, SPEC, [], [1], 0)
 PLANS = st.builds(
     StepPlan,
     step_id=NUMBERS,
@@ -41,11 +43,16 @@ PLANS = st.builds(
         st.builds(
             NewRequest,
             slot=NUMBERS,
-            request_id=st.text(max_size=8),
-            token_ids=st.lists(NUMBERS, max_size=5),
-            num_prompt_tokens=NUMBERS,
-            sampling=st.just(SAMPLING),
-            eos_token_ids=st.just((1, 2)),
+            spec=st.builds(
+                EngineRequest,
+                request_id=st.text(max_size=8),
+                params=st.just(SAMPLING),
+                cache_keys=st.sampled_from([(), ("salt=x", "y")]),
+                prompt_token_ids=st.lists(NUMBERS, max_size=5),
+                max_tokens=NUMBERS,
+                eos_token_ids=st.just((1, 2)),
+            ),
+            output_token_ids=st.lists(NUMBERS, max_size=5),
             block_ids=st.lists(NUMBERS, max_size=3),
             num_computed_tokens=NUMBERS,
         ),
@@ -63,7 +70,7 @@ RESULTS = st.builds(
     errors=st.dictionaries(NUMBERS, st.text(max_size=20), max_size=2),
 )
 MESSAGES = st.one_of(
-    st.builds(RunStep, PLANS, st.builds(LandedTokens, slots=st.lists(NUMBERS, max_size=3))),
+    st.builds(RunStep, PLANS, st.builds(SampledTokensUpdate, slots=st.lists(NUMBERS, max_size=3))),
     st.builds(StepDone, RESULTS),
     st.builds(StageDone, st.text(max_size=10)),
     st.builds(WeightsProgress, NUMBERS, NUMBERS),
@@ -138,7 +145,7 @@ def test_a_changed_byte_is_a_message_or_the_end_but_never_an_exception(message: 
     ("message", "part", "wrong"),
     [
         (StageDone("weights"), b"weights", b"weigh\xe1s"),
-        (RunStep(StepPlan(1, new_requests=[NEW_REQUEST]), LandedTokens()), b"\xa1n\x01", b"\xa1n\x00"),
+        (RunStep(StepPlan(1, new_requests=[NEW_REQUEST]), SampledTokensUpdate()), b"\xa1n\x01", b"\xa1n\x00"),
     ],
     ids=["text that is no UTF-8", "parameters that cannot be"],
 )
@@ -148,14 +155,14 @@ def test_content_that_cannot_be_meant_ends_the_channel(message: Any, part: bytes
     with listening() as (theirs, delivered, _):
         theirs.sendall(frame.replace(part, wrong))
         (end,) = all_delivered(delivered)
-    assert f"a {type(message).__name__} cannot be read" in end.reason
+    assert f"invalid {type(message).__name__} message" in end.reason
 
 
 def test_a_length_beyond_all_bounds_is_refused_before_anything_is_read() -> None:
     with listening() as (theirs, delivered, _):
         theirs.sendall(HEADER.pack(MAX_PAYLOAD_BYTES + 1, 0))
         (end,) = all_delivered(delivered)
-    assert "means nothing here" in end.reason
+    assert "invalid frame header" in end.reason
 
 
 def test_heartbeats_are_noted_and_not_delivered() -> None:

@@ -10,14 +10,15 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from pagoda.errors import InvalidRequestError, QueueFullError
+from pagoda.request import EngineRequest
 from pagoda.sampling.output import FinishReason
 from pagoda.sampling.params import SamplingParams
 from pagoda.scheduling.config import SchedulerLimits
 from pagoda.scheduling.kv_cache_manager import KVCacheManager
 from pagoda.scheduling.plan import StepPlan, StepResult
 from pagoda.scheduling.request import Request
-from pagoda.scheduling.sampled_tokens_update import LandedTokensTracker
-from pagoda.scheduling.scheduler import Progress, Scheduler
+from pagoda.scheduling.sampled_tokens_update import SampledTokensTracker
+from pagoda.scheduling.scheduler import RequestUpdate, Scheduler
 from tests.support.simulated_runner import SimulatedFirstStage, SimulatedRunner, simulated_token
 
 EOS = 7
@@ -32,6 +33,8 @@ PROMPTS = st.one_of(
     ),
     st.lists(st.integers(0, 2), max_size=4),
 )
+# Some full blocks of the beginning, and room for an output.
+SHARED_PROMPTS = st.integers(4, 20).map(lambda length: SHARED[:length])
 OPTIONS = st.fixed_dictionaries(
     {
         "max_tokens": st.integers(1, 40),
@@ -67,7 +70,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         caching=st.booleans(),
         window=st.sampled_from([None, None, 1, 3]),
         watermark=st.sampled_from([0.0, 0.2]),
-        burst=st.sampled_from([1, 1, 4]),
+        num_steps=st.sampled_from([1, 1, 4]),
         stages=st.sampled_from([1, 1, 2, 3]),
     )
     def build(
@@ -82,7 +85,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         caching,
         window,
         watermark,
-        burst,
+        num_steps,
         stages,
     ) -> None:
         self.kv = KVCacheManager(
@@ -97,7 +100,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 long_prefill_token_threshold=threshold,
                 max_preemptions=2,
                 policy=policy,
-                num_scheduler_steps=burst if stages == 1 else 1,
+                num_scheduler_steps=num_steps if stages == 1 else 1,
                 pipeline_parallel_size=stages,
             ),
             self.kv,
@@ -105,7 +108,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.runner = SimulatedRunner(block_size, window)
         self.depth = depth if stages == 1 else stages
         self.first_stage = SimulatedFirstStage()
-        self.landed_tokens = LandedTokensTracker()
+        self.sampled_tokens = SampledTokensTracker()
         self.in_flight: deque[tuple[StepPlan, StepResult]] = deque()
         self.requests: dict[str, Request] = {}
         self.outputs: dict[str, list[int]] = {}
@@ -118,15 +121,16 @@ class SchedulerMachine(RuleBasedStateMachine):
             self._arrive(prompt, **options)
 
     def _arrive(self, prompt, max_tokens, min_tokens, ignore_eos, priority, salt) -> None:
-        sampling = SamplingParams(min_tokens=min(min_tokens, max_tokens), ignore_eos=ignore_eos)
         request = Request(
-            request_id=str(self.counter),
-            prompt_token_ids=prompt,
-            sampling=sampling,
-            max_tokens=max_tokens,
-            eos_token_ids=(EOS,),
-            priority=priority,
-            cache_salt=salt,
+            EngineRequest(
+                request_id=str(self.counter),
+                prompt_token_ids=prompt,
+                params=SamplingParams(min_tokens=min(min_tokens, max_tokens), ignore_eos=ignore_eos),
+                max_tokens=max_tokens,
+                eos_token_ids=(EOS,),
+                priority=priority,
+                cache_keys=() if salt is None else (salt,),
+            )
         )
         self.counter += 1
         fits = 0 < len(prompt) < min(30, self.kv.pool.num_usable * self.kv.block_size + 1)
@@ -138,8 +142,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             return
         assert fits
         assert room
-        self.requests[request.request_id] = request
-        self.outputs[request.request_id] = []
+        self.requests[request.spec.request_id] = request
+        self.outputs[request.spec.request_id] = []
 
     @rule()
     def step(self) -> None:
@@ -148,33 +152,34 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.in_flight.append((plan, self._execute(plan)))
         had_work = bool(self.in_flight)
         if had_work:
-            self._land(*self.in_flight.popleft())
+            self._apply(*self.in_flight.popleft())
         self._record(self.scheduler.take_ended())
         assert had_work or not self.scheduler.has_work, "requests wait, and nothing can run"
 
-    def _execute(self, plan: StepPlan) -> StepResult:
+    def _execute(self, plan: StepPlan, failed_row: int | None = None) -> StepResult:
         """Run a plan. With stages, the first one must know every token of it: none may still be on the way."""
         if self.scheduler.limits.pipeline_parallel_size == 1:
-            return self.runner.execute(plan)
+            return self.runner.execute(plan, failed_row)
         on_the_way = {
-            request_id
+            request.spec.request_id
             for earlier, _ in self.in_flight
-            for request_id, samples in zip(earlier.request_ids, earlier.samples, strict=True)
-            if samples
+            for row, request in self.scheduler._in_flight[earlier.step_id].rows()  # others' tokens will not be taken
+            if earlier.samples[row]
         }
         assert not on_the_way & set(plan.request_ids)
         inputs = self._inputs_of_first_stage(plan)
-        result = self.runner.execute(plan)
+        result = self.runner.execute(plan, failed_row)
         for slot, computed, tokens in zip(plan.slots, plan.num_computed_tokens, inputs, strict=True):
-            assert tokens == self.runner.token_pool[slot][computed : computed + len(tokens)]
+            if slot not in self.runner.failed_slots:
+                assert tokens == self.runner.token_pool[slot][computed : computed + len(tokens)]
         return result
 
     def _inputs_of_first_stage(self, plan: StepPlan) -> list[list[int | None]]:
-        return self.first_stage.inputs(plan, self.landed_tokens.submitted(plan))
+        return self.first_stage.inputs(plan, self.sampled_tokens.update_for(plan))
 
-    def _land(self, plan: StepPlan, result: StepResult) -> None:
+    def _apply(self, plan: StepPlan, result: StepResult) -> None:
         if self.scheduler.limits.pipeline_parallel_size > 1:
-            self.landed_tokens.landed(result)
+            self.sampled_tokens.record(result)
         self._record(self.scheduler.apply(plan, result))
 
     @rule(count=st.integers(5, 40))
@@ -191,12 +196,26 @@ class SchedulerMachine(RuleBasedStateMachine):
         if request_id in self.requests and not ended_before:
             assert self.ends[request_id] is FinishReason.ABORT
 
+    @precondition(lambda self: hasattr(self, "depth") and len(self.in_flight) < self.depth)
+    @rule(index=st.integers(0, 4), prompt=SHARED_PROMPTS, options=OPTIONS, count=st.sampled_from([0, 2, 3]))
+    def a_row_does_not_run(self, index: int, prompt, options, count: int) -> None:
+        """It writes no KV, which the scheduler learns with the result; requests with the same prompt come with it.
+
+        A row of a request that enters, where there is one.
+        """
+        self.arrive([(prompt, options)] * count)
+        plan = self.scheduler.schedule()
+        if plan is not None:
+            entering = {new.slot for new in plan.new_requests}
+            rows = [row for row, slot in enumerate(plan.slots) if slot in entering] or range(len(plan.slots))
+            self.in_flight.append((plan, self._execute(plan, failed_row=rows[index % len(rows)])))
+
     @precondition(lambda self: self.in_flight)
     @rule()
-    def a_row_fails(self) -> None:
+    def a_row_fails_that_ran(self) -> None:
         plan, result = self.in_flight.popleft()
         result.errors[0] = "row fault"
-        self._land(plan, result)
+        self._apply(plan, result)
         self._record(self.scheduler.take_ended())
 
     @rule()
@@ -205,11 +224,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         plan = self.scheduler.schedule()
         if plan is not None:
             self._execute(plan)
-            for slot, computed, scheduled in zip(
-                plan.slots, plan.num_computed_tokens, plan.num_scheduled_tokens, strict=True
-            ):
-                for position in range(computed, computed + scheduled):
-                    self.runner.kv[self.runner.place(slot, position)] = (-1,)
+            rows = zip(plan.slots, plan.num_computed_tokens, plan.num_scheduled_tokens, strict=True)
+            for slot, computed, scheduled in rows:
+                self.runner.invalidate(slot, computed, scheduled)
         self.in_flight.clear()
         self.scheduler.fail_in_flight("step fault")
         self._record(self.scheduler.take_ended())
@@ -239,28 +256,28 @@ class SchedulerMachine(RuleBasedStateMachine):
                 break
             self.step()
         assert set(self.ends) == set(self.requests), "a request never ended"
-        self.scheduler.check_idle()
+        assert not self.scheduler.find_leak()
 
-    def _record(self, news: list[Progress]) -> None:
-        for item in news:
-            request_id = item.request.request_id
-            assert request_id not in self.ends, "news of a request that had ended"
-            self.outputs[request_id] += item.new_token_ids
-            if item.request.finish_reason is not None:
-                self.ends[request_id] = item.request.finish_reason
-            self._check_output(item.request)
+    def _record(self, updates: list[RequestUpdate]) -> None:
+        for update in updates:
+            request_id = update.request.spec.request_id
+            assert request_id not in self.ends, "an update of a request that had ended"
+            self.outputs[request_id] += update.new_token_ids
+            if update.request.finish_reason is not None:
+                self.ends[request_id] = update.request.finish_reason
+            self._check_output(update.request)
 
     def _check_output(self, request: Request) -> None:
         prompt = request.token_ids[: request.num_prompt_tokens]
-        sampling = request.sampling
-        expected = undisturbed(prompt, request.max_tokens, sampling.ignore_eos, sampling.min_tokens)
-        output = self.outputs[request.request_id]
+        params = request.spec.params
+        expected = undisturbed(prompt, request.max_tokens, params.ignore_eos, params.min_tokens)
+        output = self.outputs[request.spec.request_id]
         assert output == expected[: len(output)]
-        reason = self.ends.get(request.request_id)
+        reason = self.ends.get(request.spec.request_id)
         if reason in (FinishReason.STOP, FinishReason.LENGTH):
             assert output == expected
             assert (reason is FinishReason.STOP) == (
-                output[-1] == EOS and not sampling.ignore_eos and len(output) >= sampling.min_tokens
+                output[-1] == EOS and not params.ignore_eos and len(output) >= params.min_tokens
             )
 
 

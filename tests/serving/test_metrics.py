@@ -252,7 +252,7 @@ def test_gauges_follow_the_engine_and_are_zero_when_it_is_dead(metrics: Metrics)
 def test_counts_of_the_engine_keep_rising_over_a_restart(metrics: Metrics) -> None:
     engine = Engine()
     metrics.watch(engine)
-    engine.stats = EngineStats(prefix_cache_queries=10, prefix_cache_hits=4, num_preemptions=2, num_runaways=1)
+    engine.stats = EngineStats(prefix_cache_queries=10, prefix_cache_hits=4, num_preemptions=2, num_repetitions=1)
     engine.health.transitions = {("starting", "ready"): 2, ("ready", "starting"): 1}
     assert samples(metrics)["pagoda_prefix_cache_queries_total"] == 10
     engine.stats = EngineStats(prefix_cache_queries=3, prefix_cache_hits=1, num_preemptions=0)

@@ -12,10 +12,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from pagoda.config.schema import PagodaConfig
 from pagoda.errors import ErrorKind, InvalidRequestError, QueueFullError
+from pagoda.request import GenerationRequest
 from pagoda.serving.build import make_context
 from pagoda.serving.context import ServingContext
-from pagoda.serving.generation import GenerationJob
-from pagoda.serving.parameters import RequestOptions
 from pagoda.text.generation import TextGenerator
 from pagoda.text.pool import TokenizerPool
 from tests.support.fake_engine import FakeEngineClient
@@ -47,7 +46,7 @@ def engine_of(context: ServingContext) -> FakeEngineClient:
 async def run(context: ServingContext, prompt: str | list[int] = PROMPT, **options: Any) -> None:
     timeout = options.pop("timeout_seconds", None)
     sampling = context.generator.sampling_params(options)
-    job = GenerationJob(prompt=prompt, sampling=sampling, options=RequestOptions(timeout_seconds=timeout))
+    job = GenerationRequest(prompt=prompt, params=sampling, timeout_seconds=timeout)
     await context.runner.collect(job, f"r-{id(job)}")
 
 
@@ -119,7 +118,7 @@ async def test_every_way_to_end_is_counted_once_and_nothing_is_left(context: Ser
 
 
 async def test_a_slow_reader_that_closes_early_is_one_abort(context: ServingContext) -> None:
-    job = GenerationJob(prompt=PROMPT, sampling=context.generator.sampling_params({"max_tokens": 9}))
+    job = GenerationRequest(prompt=PROMPT, params=context.generator.sampling_params({"max_tokens": 9}))
     async with aclosing(context.runner.stream(job, "r")) as chunks:
         async for _ in chunks:
             break

@@ -189,7 +189,7 @@ def test_sampling_fields_reach_the_engine(harness: RestHarness, client: openai.O
         },
     )
     request = harness.engine.submitted[-1]
-    sampling = request.sampling
+    sampling = request.params
     assert (sampling.temperature, sampling.top_p, sampling.seed) == (0.25, 0.5, 7)
     assert (sampling.presence_penalty, sampling.frequency_penalty) == (0.5, -0.5)
     assert sampling.logit_bias == {5: -10}
@@ -198,7 +198,7 @@ def test_sampling_fields_reach_the_engine(harness: RestHarness, client: openai.O
     assert sampling.ignore_eos
     assert sampling.stop_token_ids == (9,)
     assert sampling.allowed_token_ids == (66,)
-    assert (request.priority, request.cache_salt, request.max_tokens) == (3, "salt", 2)
+    assert (request.priority, request.cache_keys, request.max_tokens) == (3, ("salt=salt",), 2)
 
 
 def test_without_max_tokens_the_models_limit_ends_the_answer(client: openai.OpenAI) -> None:

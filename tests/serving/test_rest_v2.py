@@ -138,14 +138,14 @@ def test_sampling_tensors_apply_to_all_prompts_or_to_each(harness: RestHarness) 
         ],
         parameters={"max_tokens": 1, "seed": 3, "cache_salt": "tenant", "priority": -2},
     )
-    first, second = sorted(harness.engine.submitted[num_before:], key=lambda request: request.sampling.temperature)
-    assert (first.sampling.temperature, second.sampling.temperature) == (0.25, 0.5)
-    assert (first.sampling.top_k, second.sampling.top_k) == (7, 7)
-    assert first.sampling.stop == second.sampling.stop == ("x", "y")
-    assert (first.sampling.stop_token_ids, second.sampling.stop_token_ids) == ((100,), (101,))
-    assert first.sampling.logit_bias == {5: 1.5}
-    assert first.sampling.ignore_eos
-    assert (first.cache_salt, first.priority, first.sampling.seed) == ("tenant", -2, 3)
+    first, second = sorted(harness.engine.submitted[num_before:], key=lambda request: request.params.temperature)
+    assert (first.params.temperature, second.params.temperature) == (0.25, 0.5)
+    assert (first.params.top_k, second.params.top_k) == (7, 7)
+    assert first.params.stop == second.params.stop == ("x", "y")
+    assert (first.params.stop_token_ids, second.params.stop_token_ids) == ((100,), (101,))
+    assert first.params.logit_bias == {5: 1.5}
+    assert first.params.ignore_eos
+    assert (first.cache_keys, first.priority, first.params.seed) == (("salt=tenant",), -2, 3)
 
 
 def test_several_sequences_a_prompt_are_a_second_dimension(harness: RestHarness) -> None:

@@ -8,8 +8,9 @@ from collections.abc import AsyncIterator
 from pagoda.distributed.rank_health import RankHealth
 from pagoda.engine.client.client import EngineClient
 from pagoda.engine.health import EngineState
-from pagoda.engine.messages import EngineOutput, EngineReady, EngineRequest, EngineStats
+from pagoda.engine.messages import EngineOutput, EngineReady, EngineStats
 from pagoda.errors import EngineDeadError, EngineNotReadyError, ErrorKind, QueueFullError, error_of
+from pagoda.request import EngineRequest
 from pagoda.sampling.output import FinishReason, TokenLogprobs
 
 
@@ -100,20 +101,20 @@ class FakeEngineClient(EngineClient):
     def _reason(request: EngineRequest, position: int, token_id: int) -> tuple[FinishReason | None, int | None]:
         if position + 1 >= request.max_tokens:
             return FinishReason.LENGTH, None
-        if token_id in request.sampling.stop_token_ids:
+        if token_id in request.params.stop_token_ids:
             return FinishReason.STOP, token_id
-        if token_id in request.eos_token_ids and not request.sampling.ignore_eos:
+        if token_id in request.eos_token_ids and not request.params.ignore_eos:
             return FinishReason.STOP, None
         return None, None
 
     @staticmethod
     def _logprobs(request: EngineRequest, token_id: int) -> list[TokenLogprobs] | None:
-        count = request.sampling.logprobs
+        count = request.params.logprobs
         return None if count is None else [_position(token_id, count)]
 
     @staticmethod
     def _prompt_logprobs(request: EngineRequest) -> list[TokenLogprobs | None] | None:
-        count = request.sampling.prompt_logprobs
+        count = request.params.prompt_logprobs
         if count is None:
             return None
         return [None, *(_position(token_id, count) for token_id in request.prompt_token_ids[1:])]

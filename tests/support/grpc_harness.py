@@ -12,6 +12,7 @@ import grpc
 from pagoda.config.schema import PagodaConfig
 from pagoda.engine.health import EngineState
 from pagoda.errors import ErrorKind, InvalidRequestError, error_of
+from pagoda.request import GenerationRequest
 from pagoda.sampling.output import FinishReason
 from pagoda.sampling.params import SamplingParams
 from pagoda.serving.build import make_context
@@ -45,28 +46,21 @@ class FakeGenerator:
     def sampling_params(self, given: Mapping[str, Any]) -> SamplingParams:
         return SamplingParams(**given)
 
-    async def generate(
-        self,
-        prompt: str | list[int],
-        sampling: SamplingParams,
-        *,
-        request_id: str,
-        tenant: str = "",
-        **options: Any,
-    ) -> AsyncGenerator[GenerationChunk, None]:
-        self.tenants.append(tenant)
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationChunk, None]:
+        prompt, params = request.prompt, request.params
+        self.tenants.append(request.tenant)
         text = prompt if isinstance(prompt, str) else "".join(chr(97 + token_id % 26) for token_id in prompt)
         if not text or len(text) >= MAX_MODEL_LEN:
             raise InvalidRequestError(f"the prompt has {len(text)} tokens; 1 to {MAX_MODEL_LEN - 1} are allowed")
-        self.started.append(request_id)
+        self.started.append(request.request_id)
         is_over = False
         try:
             if text == WAIT:
                 await asyncio.Event().wait()
-            limit = sampling.max_tokens or MAX_MODEL_LEN - len(text)
+            limit = params.max_tokens or MAX_MODEL_LEN - len(text)
             for position, character in enumerate(text[:limit]):
                 is_last = position == min(len(text), limit) - 1
-                for index in range(sampling.n):
+                for index in range(params.n):
                     yield GenerationChunk(
                         index=index,
                         text=character.upper(),
@@ -84,7 +78,7 @@ class FakeGenerator:
             is_over = True
         except (asyncio.CancelledError, GeneratorExit):
             if not is_over:
-                self.left.append(request_id)
+                self.left.append(request.request_id)
             raise
 
     @staticmethod

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+from pagoda.request import GenerationRequest
 from pagoda.sampling.params import SamplingParams
-from pagoda.serving.generation import GenerationJob, GenerationRunner
+from pagoda.serving.generation import GenerationRunner
 from pagoda.serving.health import ServerHealth
-from pagoda.serving.parameters import RequestOptions
 from pagoda.text.generation import TextGenerator
 from pagoda.text.output import GenerationChunk
 
@@ -35,6 +35,6 @@ def runner_of(generator: Any) -> GenerationRunner:
     )
 
 
-def job(seconds: float | None = None) -> GenerationJob:
+def job(seconds: float | None = None) -> GenerationRequest:
     """A job that has `seconds` to live."""
-    return GenerationJob(prompt="x", sampling=SamplingParams(), options=RequestOptions(timeout_seconds=seconds))
+    return GenerationRequest(prompt="x", params=SamplingParams(), timeout_seconds=seconds)

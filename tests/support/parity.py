@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pagoda.engine.core.loop import EngineCore
-from pagoda.engine.messages import EngineRequest
 from pagoda.models.dummy import DummySpec, write_dummy_checkpoint
+from pagoda.request import EngineRequest
 from pagoda.sampling.output import FinishReason
 from pagoda.sampling.params import SamplingParams
 
@@ -69,7 +69,7 @@ def run_greedily(core: EngineCore, case: ParityCase, name: str) -> list[list[int
             EngineRequest(
                 request_id=f"{name}{index}",
                 prompt_token_ids=prompt,
-                sampling=SamplingParams(temperature=0.0, ignore_eos=True),
+                params=SamplingParams(temperature=0.0, ignore_eos=True),
                 max_tokens=case.new_tokens,
             )
         )

@@ -9,6 +9,7 @@ from typing import Any
 from pagoda.config.schema import PagodaConfig
 from pagoda.execution.executor import InProcessExecutor, StepHandle
 from pagoda.models.config import ModelConfig
+from pagoda.request import EngineRequest
 from pagoda.sampling.output import TokenLogprobs
 from pagoda.sampling.params import SamplingParams
 from pagoda.scheduling.plan import NewRequest, StepPlan, StepResult
@@ -140,11 +141,14 @@ class PlanDriver:
     def _new_request(sequence: Sequence) -> NewRequest:
         return NewRequest(
             slot=sequence.slot,
-            request_id=sequence.name,
-            token_ids=sequence.tokens,
-            num_prompt_tokens=len(sequence.prompt),
-            sampling=sequence.sampling,
-            eos_token_ids=sequence.eos_token_ids,
+            spec=EngineRequest(
+                request_id=sequence.name,
+                params=sequence.sampling,
+                prompt_token_ids=sequence.prompt,
+                max_tokens=1,
+                eos_token_ids=sequence.eos_token_ids,
+            ),
+            output_token_ids=list(sequence.output),
             block_ids=list(sequence.blocks),
             num_computed_tokens=sequence.num_computed,
         )

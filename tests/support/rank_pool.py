@@ -21,7 +21,7 @@ from pagoda.execution.executor import KVBudget, LoadProgress, StepHandle
 from pagoda.models.config import ModelConfig
 from pagoda.parallel.layout import ParallelLayout
 from pagoda.scheduling.plan import StepPlan, StepResult
-from pagoda.scheduling.sampled_tokens_update import LandedTokensTracker
+from pagoda.scheduling.sampled_tokens_update import SampledTokensTracker
 
 TIMEOUT_SECONDS = 150.0
 
@@ -125,8 +125,8 @@ class _Rank:
         assert self.worker.runner is not None
         return [tuple(keys.shape) for keys, _ in self.worker.runner.kv_caches]
 
-    def execute(self, plan: StepPlan, landed: Any) -> StepResult:
-        return self.worker.execute(plan, landed).result()
+    def execute(self, plan: StepPlan, update: Any) -> StepResult:
+        return self.worker.execute(plan, update).result()
 
     def run(self, function: Callable[..., Any], *args: Any) -> Any:
         """`function(worker, *args)`; a function of a module that can be imported here."""
@@ -146,7 +146,7 @@ class PooledExecutor:
         self.max_concurrent_batches = config.pipeline_parallel_size
         self.kv_shapes: list[list[tuple[int, ...]]] = []
         self._config, self._model_config = config, model_config
-        self._landed = LandedTokensTracker()
+        self._sampled_tokens = SampledTokensTracker()
         self._is_up = False
 
     def connect(self, stages: Any = None) -> None:
@@ -174,9 +174,9 @@ class PooledExecutor:
 
     def submit(self, plan: StepPlan) -> StepHandle:
         """See `Executor`."""
-        landed = self._landed.submitted(plan)
+        update = self._sampled_tokens.update_for(plan)
         for rank in range(self.layout.world_size):
-            self.pool.send(rank, "execute", plan, landed)
+            self.pool.send(rank, "execute", plan, update)
         return _PooledStep(self)
 
     def take_result(self) -> StepResult:
@@ -186,7 +186,7 @@ class PooledExecutor:
             assert rank == self.layout.output_rank or not any(result.sampled_token_ids)
         result = results[self.layout.output_rank]
         if self.layout.pipeline_parallel_size > 1:
-            self._landed.landed(result)
+            self._sampled_tokens.record(result)
         return result
 
     def call_all(self, name: str, *args: Any) -> list[Any]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
-from pagoda.sampling.rows import SlotRequest
+from pagoda.request import EngineRequest
+from pagoda.sampling.params import SamplingParams
 from pagoda.sampling.sampler import Sampler, SamplerOutput
 from tests.support.naive_sampler import Row
 
@@ -20,7 +23,16 @@ def make_sampler(vocab_size: int, max_num_seqs: int, seed: int | None = 0) -> tu
 
 def enter(sampler: Sampler, pool: torch.Tensor, slot: int, row: Row) -> None:
     pool[slot, : len(row.tokens)] = torch.tensor(row.tokens)
-    sampler.add(slot, SlotRequest(row.params, len(row.prompt), row.eos_token_ids))
+    sampler.add(slot, request_of(row.params, row.prompt, row.eos_token_ids))
+
+
+def request_of(
+    params: SamplingParams, prompt_token_ids: Sequence[int] = (0,), eos_token_ids: Sequence[int] = ()
+) -> EngineRequest:
+    """A request as the sampler gets it."""
+    return EngineRequest(
+        params=params, prompt_token_ids=list(prompt_token_ids), max_tokens=1, eos_token_ids=tuple(eos_token_ids)
+    )
 
 
 def run(sampler: Sampler, rows: list[Row], slots: list[int]) -> SamplerOutput:

@@ -3,13 +3,18 @@
 The KV of a position is represented by the whole token prefix that led to it. So a block that is shared wrongly, evicted while
 in use, or read before it was written shows up as a wrong prefix. The "model" is a pure function of the prefix, so the tokens
 of a request must not depend on how it was scheduled.
+
+A row in one of `failed_slots` does not run: it has an error, and where its KV should be is `INVALID`. What reads that computes
+nonsense, as a model would: `INVALID` KV and a token that is not the request's.
 """
 
 from __future__ import annotations
 
 from hashlib import blake2b
 
-from pagoda.scheduling.plan import LandedTokens, NewRequest, StepPlan, StepResult
+from pagoda.scheduling.plan import NewRequest, SampledTokensUpdate, StepPlan, StepResult
+
+INVALID = (-1,)
 
 
 def simulated_token(prefix: tuple[int, ...], vocab_size: int = 50) -> int:
@@ -24,17 +29,22 @@ class SimulatedRunner:
         self.kv: dict[tuple[int, int], tuple[int, ...]] = {}
         self.token_pool: dict[int, list[int]] = {}
         self.block_table: dict[int, list[int]] = {}
+        self.failed_slots: set[int] = set()
         self.num_tokens_run = 0
 
     def enter_only(self, plan: StepPlan) -> None:
         """What is left of a plan whose step failed before it computed anything."""
         for slot in plan.released_slots:
             del self.token_pool[slot], self.block_table[slot]
+            self.failed_slots.discard(slot)
         for new in plan.new_requests:
             self._enter(new)
 
-    def execute(self, plan: StepPlan) -> StepResult:
+    def execute(self, plan: StepPlan, failed_row: int | None = None) -> StepResult:
+        """Run a plan. The row `failed_row` does not run, nor does its request in later plans."""
         self.enter_only(plan)
+        if failed_row is not None:
+            self.failed_slots.add(plan.slots[failed_row])
         rows = list(
             zip(
                 plan.slots,
@@ -51,19 +61,24 @@ class SimulatedRunner:
             self.block_table[slot].extend(new_blocks)
             self._write(slot, computed, scheduled)  # all rows write before any reads, as in a layer
         sampled: list[list[int]] = []
-        for (slot, computed, scheduled, _, _), samples in zip(rows, plan.samples, strict=True):
-            self._read(slot, computed, scheduled)
+        errors: dict[int, str] = {}
+        for row, ((slot, computed, scheduled, _, _), samples) in enumerate(zip(rows, plan.samples, strict=True)):
+            if slot in self.failed_slots:
+                errors[row] = "the row did not run"
+                sampled.append([])
+                continue
+            is_valid = self._read(slot, computed, scheduled)
             tokens = self.token_pool[slot]
             if samples:
                 assert len(tokens) == computed + scheduled
-                tokens.append(simulated_token(tuple(tokens)))
+                tokens.append(simulated_token(tuple(tokens)) if is_valid else simulated_token(INVALID, 1000) + 1000)
             sampled.append(tokens[-1:] if samples else [])
         self.num_tokens_run += sum(plan.num_scheduled_tokens)
-        for index in range(1, max(plan.bursts, default=1)):
-            rows, step = plan.continuation(index)
+        for index in range(1, max(plan.num_steps, default=1)):
+            rows, step = plan.nth_step(index)
             for row, tokens in zip(rows, self.execute(step).sampled_token_ids, strict=True):
                 sampled[row] += tokens
-        return StepResult(plan.step_id, sampled)
+        return StepResult(plan.step_id, sampled, errors=errors)
 
     def _enter(self, new: NewRequest) -> None:
         assert new.slot not in self.token_pool, "a slot was given away while it was held"
@@ -72,17 +87,35 @@ class SimulatedRunner:
 
     def _write(self, slot: int, computed: int, scheduled: int) -> None:
         assert scheduled >= 1
+        if slot in self.failed_slots:
+            self.invalidate(slot, computed, scheduled)
+            return
         tokens = self.token_pool[slot]
         assert computed + scheduled <= len(tokens), "tokens were planned that nobody knows"
         for position in range(computed, computed + scheduled):
             self.kv[self.place(slot, position)] = tuple(tokens[: position + 1])
 
-    def _read(self, slot: int, computed: int, scheduled: int) -> None:
+    def _read(self, slot: int, computed: int, scheduled: int) -> bool:
+        """Whether what the row computes is right: not if it read KV that a failed row should have written."""
         tokens = self.token_pool[slot]
         first = 0 if self.sliding_window is None else max(0, computed - self.sliding_window + 1)
+        is_valid = True
         for position in range(first, computed + scheduled):
             held = self.kv.get(self.place(slot, position))
-            assert held == tuple(tokens[: position + 1]), f"position {position} of slot {slot} holds the KV of {held}"
+            if held == INVALID:
+                is_valid = False
+            else:
+                assert held == tuple(tokens[: position + 1]), (
+                    f"position {position} of slot {slot} holds the KV of {held}"
+                )
+        if not is_valid:
+            self.invalidate(slot, computed, scheduled)
+        return is_valid
+
+    def invalidate(self, slot: int, computed: int, scheduled: int) -> None:
+        """What these positions hold is the KV of nothing."""
+        for position in range(computed, computed + scheduled):
+            self.kv[self.place(slot, position)] = INVALID
 
     def place(self, slot: int, position: int) -> tuple[int, int]:
         block_id = self.block_table[slot][position // self.block_size]
@@ -91,14 +124,14 @@ class SimulatedRunner:
 
 
 class SimulatedFirstStage:
-    """The token pool of a pipeline's first stage: it knows what plans bring and what has landed, never what is sampled."""
+    """The token pool of a pipeline's first stage: it gets sampled tokens with a later plan only."""
 
     def __init__(self) -> None:
         self.token_pool: dict[int, dict[int, int]] = {}
 
-    def inputs(self, plan: StepPlan, landed: LandedTokens) -> list[list[int | None]]:
+    def inputs(self, plan: StepPlan, update: SampledTokensUpdate) -> list[list[int | None]]:
         """The tokens of each row of `plan` as this stage knows them; None for one that it does not."""
-        for slot, position, token_id in zip(landed.slots, landed.positions, landed.token_ids, strict=True):
+        for slot, position, token_id in zip(update.slots, update.positions, update.token_ids, strict=True):
             self.token_pool[slot][position] = token_id
         for slot in plan.released_slots:
             del self.token_pool[slot]

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from pagoda.benchmarking.workloads import Conversation
 from pagoda.engine.core.loop import EngineCore
-from pagoda.engine.messages import EngineRequest
 from pagoda.errors import InvalidRequestError, RequestFailedError
+from pagoda.request import EngineRequest
 from pagoda.sampling.output import FinishReason
 from pagoda.sampling.params import SamplingParams
 
@@ -59,7 +59,7 @@ def time_batch(
         EngineRequest(
             request_id=f"{rng.getrandbits(48):x}-{number}",
             prompt_token_ids=rng.choices(range(core.ready.vocab_size), k=input_tokens),
-            sampling=SamplingParams(temperature=0, ignore_eos=True, max_tokens=output_tokens),
+            params=SamplingParams(temperature=0, ignore_eos=True, max_tokens=output_tokens),
             max_tokens=output_tokens,
             arrival_time=time.monotonic(),
         )

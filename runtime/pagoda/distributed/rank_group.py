@@ -46,8 +46,8 @@ from pagoda.models.config import ModelConfig
 from pagoda.parallel.layout import ParallelLayout
 from pagoda.parallel.preflight import communication_table
 from pagoda.parallel.rank_info import compare_facts, facts_table
-from pagoda.scheduling.plan import NO_LANDED_TOKENS, StepPlan, StepResult
-from pagoda.scheduling.sampled_tokens_update import LandedTokensTracker
+from pagoda.scheduling.plan import NO_SAMPLED_TOKENS, StepPlan, StepResult
+from pagoda.scheduling.sampled_tokens_update import SampledTokensTracker
 from pagoda.scheduling.step_timeout import stall_bound, tokens_to_wait_for
 
 logger = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ class RankGroup:
         self._results: dict[int, StepResult] = {}
         self._failures: dict[int, _FailedStep] = {}
         self._in_flight: set[int] = set()
-        self._landed = LandedTokensTracker() if config.pipeline_parallel_size > 1 else None
+        self._sampled_tokens = SampledTokensTracker() if config.pipeline_parallel_size > 1 else None
         self._deadline = time.monotonic() + config.engine_start_timeout_seconds
         # On a GPU a rank only queues a step, so the next one can be sent meanwhile; stages work on different ones.
         on_device = 2 if config.device == "cuda" else 1
@@ -221,9 +221,9 @@ class RankGroup:
         """See `Executor`."""
         if self._lost is not None or self._links is None:
             return FailedStep(EngineDeadError(self._lost or "the ranks are not connected"))
-        landed = NO_LANDED_TOKENS if self._landed is None else self._landed.submitted(plan)
+        update = NO_SAMPLED_TOKENS if self._sampled_tokens is None else self._sampled_tokens.update_for(plan)
         self._in_flight.add(plan.step_id)
-        self._links.send_all(RunStep(plan, landed))
+        self._links.send_all(RunStep(plan, update))
         return _RankStep(self, plan)
 
     def wait_for(self, plan: StepPlan) -> StepResult:
@@ -237,8 +237,8 @@ class RankGroup:
             self._forget_in_flight()
             raise
         self._in_flight.discard(plan.step_id)
-        if self._landed is not None:
-            self._landed.landed(result)
+        if self._sampled_tokens is not None:
+            self._sampled_tokens.record(result)
         return result
 
     def _take_result(self, plan: StepPlan) -> StepResult:
@@ -275,8 +275,8 @@ class RankGroup:
         """A step failed: the engine plans those after it anew, and takes no result of theirs."""
         for step_id in self._in_flight:
             self._results.pop(step_id, None)
-            if self._landed is not None:
-                self._landed.forget(step_id)
+            if self._sampled_tokens is not None:
+                self._sampled_tokens.forget(step_id)
         self._in_flight.clear()
 
     # ---- failed steps ---------------------------------------------------------------------------------------------

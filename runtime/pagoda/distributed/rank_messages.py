@@ -22,7 +22,7 @@ from typing import Any
 from pagoda.errors import ErrorKind
 from pagoda.parallel.preflight import CommunicationReport
 from pagoda.parallel.rank_info import RankFacts
-from pagoda.scheduling.plan import NO_LANDED_TOKENS, LandedTokens, StepPlan, StepResult
+from pagoda.scheduling.plan import NO_SAMPLED_TOKENS, SampledTokensUpdate, StepPlan, StepResult
 
 PROTOCOL_VERSION = 1
 """Of these messages. Ranks of another one are refused by name before anything else of theirs is read."""
@@ -128,10 +128,10 @@ class StageDone:
 
 @dataclass(frozen=True, slots=True)
 class RunStep:
-    """Run a plan, after writing what has landed."""
+    """Run a plan, after writing the tokens that earlier steps sampled."""
 
     plan: StepPlan
-    landed: LandedTokens = NO_LANDED_TOKENS
+    update: SampledTokensUpdate = NO_SAMPLED_TOKENS
 
 
 @dataclass(frozen=True, slots=True)

@@ -209,7 +209,7 @@ class RankService:
     def _run_step(self, command: RunStep) -> None:
         plan, before = command.plan, self._groups.num_operations
         try:
-            handle = self._worker.execute(plan, command.landed)
+            handle = self._worker.execute(plan, command.update)
         except Exception as error:  # of model, kernels or device: the driver is told, and decides
             self._fail_step(plan, error, before)
         else:

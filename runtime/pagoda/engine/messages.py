@@ -1,4 +1,4 @@
-"""What travels between the engine client and the engine core.
+"""What travels between the engine client and the engine core, beside `EngineRequest`.
 
 Dataclasses, so that the in-process engine needs nothing but the standard library; `engine.wire` encodes the same classes with
 msgspec when core and client are two processes. All are frozen but `EngineOutput`: one is made for every token, and Python
@@ -13,33 +13,11 @@ from typing import Any
 from pagoda.distributed.rank_health import RankHealth
 from pagoda.errors import ErrorKind
 from pagoda.sampling.output import FinishReason, TokenLogprobs
-from pagoda.sampling.params import SamplingParams
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineRequest:
-    """One sequence to generate (`n > 1` is fanned out before this point).
-
-    `prompt_token_ids`: at least one id below the vocabulary size. `max_tokens`: resolved, at least 1, and
-    `len(prompt_token_ids) + max_tokens <= max_model_len`. `eos_token_ids` end generation unless `sampling.ignore_eos`.
-    `priority`: lower is served first. `cache_salt` separates tenants in the prefix cache. `tenant`: whose turn in the waiting
-    queue it takes; tenants take turns.
-    """
-
-    request_id: str
-    prompt_token_ids: list[int]
-    sampling: SamplingParams
-    max_tokens: int
-    eos_token_ids: tuple[int, ...] = ()
-    arrival_time: float = 0.0
-    priority: int = 0
-    cache_salt: str | None = None
-    tenant: str = ""
 
 
 @dataclass(slots=True, kw_only=True)
 class EngineOutput:
-    """News of one request after a step.
+    """What a step brought for one request.
 
     `new_token_ids` were appended (the stop token included, if one was hit). `logprobs` has one entry for each of them.
     `prompt_logprobs` comes once, with the output that completes the prompt: one entry a prompt token, the first None.
@@ -76,7 +54,7 @@ class EngineStats:
     prefix_cache_queries: int = 0
     prefix_cache_hits: int = 0
     num_preemptions: int = 0
-    num_runaways: int = 0
+    num_repetitions: int = 0
     num_scheduled_tokens: int = 0
     step_seconds: float = 0.0
     degradation: str = ""
@@ -89,7 +67,7 @@ class EngineStats:
 
 @dataclass(frozen=True, slots=True)
 class EngineOutputs:
-    """All news of one step, and the engine's figures after it."""
+    """The outputs of one step, and the engine's figures after it."""
 
     outputs: list[EngineOutput]
     stats: EngineStats

@@ -10,12 +10,13 @@ from pagoda.engine.messages import (
     EngineOutputs,
     EngineRanks,
     EngineReady,
-    EngineRequest,
     EngineStage,
     Shutdown,
     StartCore,
 )
+from pagoda.errors import PagodaError, RequestFailedError
 from pagoda.framing import HEADER, FrameCodec, FrameError
+from pagoda.request import EngineRequest
 
 Message = (
     StartCore
@@ -47,11 +48,12 @@ __all__ = ["HEADER", "FrameError", "Message", "UnreadableRequestError", "decode"
 
 
 class UnreadableRequestError(Exception):
-    """A frame that should be a request and is not one; `request_id` is whose it is, where that much can be read."""
+    """A frame that should be the request `request_id` and is not; `reason` is what that request ends with."""
 
-    def __init__(self, request_id: str, message: str) -> None:
-        super().__init__(message)
+    def __init__(self, request_id: str, reason: PagodaError) -> None:
+        super().__init__(str(reason))
         self.request_id = request_id
+        self.reason = reason
 
 
 def encode(message: Message) -> bytes:
@@ -65,11 +67,30 @@ def payload_size(header: bytes) -> int:
 
 
 def decode(header: bytes, payload: bytes) -> Message:
-    """The message of a frame. Raises `UnreadableRequestError`, and `FrameError` for other kinds of message."""
+    """The message of a frame.
+
+    Raises `UnreadableRequestError` for a request that is wrong in its types or refused for its values, which concerns that
+    request only, and `FrameError` for one whose id cannot be read and for other kinds of message.
+    """
     try:
         message: Message = _CODEC.decode(header, payload)
     except FrameError as error:
-        if _CODEC.kind_of(header) is not EngineRequest or not isinstance(error.__cause__, msgspec.ValidationError):
+        request_id = _request_id(payload) if _CODEC.kind_of(header) is EngineRequest else None
+        if request_id is None:
             raise
-        raise UnreadableRequestError(str(msgspec.msgpack.decode(payload).get("request_id")), str(error)) from error
+        cause = error.__cause__
+        reason = (
+            cause if isinstance(cause, PagodaError) else RequestFailedError(f"the request could not be read: {error}")
+        )
+        raise UnreadableRequestError(request_id, reason) from error
     return message
+
+
+def _request_id(payload: bytes) -> str | None:
+    """The id of a request that cannot be read otherwise."""
+    try:
+        fields = msgspec.msgpack.decode(payload)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
+    request_id = fields.get("request_id") if isinstance(fields, dict) else None
+    return request_id if isinstance(request_id, str) else None

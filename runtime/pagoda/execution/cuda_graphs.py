@@ -149,7 +149,7 @@ class DecodeGraphs:
             return None
         return self._sizes[bisect_left(self._sizes, num_rows)]
 
-    def room_for(self, layout: RowLayout, num_columns: int) -> StepTensors | None:
+    def tensors_for(self, layout: RowLayout, num_columns: int) -> StepTensors | None:
         """Where the step's inputs must be for `run`; None if it cannot run as a graph.
 
         What lies to the right of the columns is left from before: no row is long enough to reach it.
@@ -158,7 +158,7 @@ class DecodeGraphs:
         return None if size is None else self._inputs.part(size, num_columns)
 
     def run(self, size: int) -> Tensor:
-        """Hidden states `[size, hidden_size]` of a step whose inputs are where `room_for` said; overwritten by the next."""
+        """Hidden states `[size, hidden_size]` of a step whose inputs are where `tensors_for` said; overwritten by the next."""
         replay, hidden = self._steps[size]
         self._group.count_replayed(self._num_collectives)
         replay()

@@ -14,15 +14,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pagoda.errors import InvalidRequestError, PagodaError
+from pagoda.errors import PagodaError
 from pagoda.sampling.rows import Int64Array
 from pagoda.sampling.transfer import upload, upload_all
-from pagoda.scheduling.plan import LandedTokens, NewRequest, StepPlan
+from pagoda.scheduling.plan import NewRequest, SampledTokensUpdate, StepPlan
 from pagoda_kernels.attention import AttentionMetadata
 from pagoda_kernels.step import StepTensors, gather_step
 
@@ -61,8 +62,8 @@ class StepInputs:
     """The batch of one step, in the order of its layout.
 
     `num_computed_tokens` int64 `[R]` and `sampled_positions` int64 `[S]` are on the host. On the device: `tensors`, with
-    padding behind the rows where they were given by somebody who wanted it; `sampled_pool_index` int64 `[S]`, where sampled
-    tokens belong in the flattened token pool.
+    padding behind the rows where `StepBuffers` have it; `sampled_pool_index` int64 `[S]`, where sampled tokens
+    belong in the flattened token pool.
     """
 
     layout: RowLayout
@@ -85,12 +86,11 @@ class StepInputs:
         )
 
 
-RoomForStep = Callable[[RowLayout, int], StepTensors | None]
-"""Tensors to put such rows with so many columns of block table into, or None for new ones."""
+class StepBuffers(Protocol):
+    """Tensors at fixed addresses for the inputs of some steps."""
 
-
-def new_room(layout: RowLayout, num_columns: int) -> None:
-    """A `RoomForStep` that has none."""
+    def tensors_for(self, layout: RowLayout, num_columns: int) -> StepTensors | None:
+        """Where the inputs of such rows with so many columns of block table go; None: into new tensors."""
 
 
 class InputBatch:
@@ -116,9 +116,9 @@ class InputBatch:
         self.block_table = torch.zeros((max_num_seqs, self.max_blocks), dtype=torch.int32, device=device)
         # Tokens that a slot holds, sampled ones that only the device knows included; 0 while it is empty.
         self.num_tokens = np.zeros(max_num_seqs, dtype=np.int64)
-        # Slots whose rows fail until they are released, and why. Those that hold no sound request, or were planned wrongly, do
-        # not run. The others do: in the same step, rows may share blocks that they write. They even sample, for nobody: what
-        # runs must follow from the plan alone, or ranks would disagree on the shapes that they exchange.
+        # Slots whose rows fail until they are released, and why. Those that were planned wrongly do not run. The others do,
+        # and even sample a token that is dropped: what runs must follow from the plan alone, or ranks would disagree on the
+        # shapes that they exchange.
         self.slot_errors: dict[int, str] = {}
         self._cannot_run: set[int] = set()
         self._layout: RowLayout | None = None
@@ -133,26 +133,30 @@ class InputBatch:
     def enter(self, new: NewRequest, prepare: Callable[[NewRequest], None]) -> None:
         """Let a request enter its slot; `prepare` does what else must be done before it can sample.
 
-        Whatever goes wrong fails this request alone: the reason is kept in `slot_errors`.
+        Whatever goes wrong with it in `prepare` fails this request alone: the reason is kept in `slot_errors`. What goes wrong
+        while its tokens and blocks are written, such as that there is no memory, is not about this request and is raised: the
+        row runs on the other ranks, and others share the blocks that it fills.
         """
         self.release(new.slot)
-        self._cannot_run.add(new.slot)
+        self._cannot_run.add(new.slot)  # until it is written, and if it cannot be
+        if not self._check_blocks(new.slot, 0, new.block_ids):
+            return
+        self._write_request(new)
+        self._cannot_run.discard(new.slot)
         try:
-            self._write_request(new)
-            self._cannot_run.discard(new.slot)
             prepare(new)
         except PagodaError as error:
             self.slot_errors[new.slot] = str(error)
         except Exception as error:  # a fault that one request brings to light is its own, not the step's
-            logger.exception("request %s could not be prepared", new.request_id)
+            logger.exception("request %s could not be prepared", new.spec.request_id)
             self.slot_errors[new.slot] = f"the request could not be prepared: {type(error).__name__}: {error}"
 
-    def write_landed(self, landed: LandedTokens) -> None:
+    def apply_update(self, update: SampledTokensUpdate) -> None:
         """Write tokens that another rank sampled into the pool. Slots and positions were planned, so they are there."""
-        if landed.slots:
+        if update.slots:
             slots, positions, token_ids = (
                 upload(np.array(values, dtype=np.int64), self.device)
-                for values in (landed.slots, landed.positions, landed.token_ids)
+                for values in (update.slots, update.positions, update.token_ids)
             )
             self.token_pool[slots, positions] = token_ids
 
@@ -170,8 +174,8 @@ class InputBatch:
             block_ids_on_device = upload(np.array(values, dtype=np.int32), self.device)
             self.block_table.view(-1).index_copy_(0, table_index, block_ids_on_device)
 
-    def build(self, plan: StepPlan, room_for: RoomForStep = new_room) -> StepInputs | None:
-        """The inputs of the plan's rows, or None if no row can run."""
+    def build(self, plan: StepPlan, buffers: StepBuffers | None = None) -> StepInputs | None:
+        """The inputs of the plan's rows, in `buffers` where these have a place for them; None if no row can run."""
         computed = np.array(plan.num_computed_tokens, dtype=np.int64)
         layout = self._layout_of(plan)
         if layout is not None and self._fail_wrong_rows(layout, computed):
@@ -185,7 +189,7 @@ class InputBatch:
         max_seq_len = int(seq_lens.max())
         num_columns = -(-max_seq_len // self.block_size)
         computed_, sampled_pool_index = upload_all((computed, layout.sampled_offsets + sampled_positions), self.device)
-        tensors = room_for(layout, num_columns)
+        tensors = buffers.tensors_for(layout, num_columns) if buffers is not None else None
         if tensors is None:
             tensors = StepTensors.allocate(layout.num_tokens, len(layout.slots), num_columns, self.device)
         gather_step(
@@ -259,25 +263,18 @@ class InputBatch:
         return True
 
     def _write_request(self, new: NewRequest) -> None:
-        """Write a request's tokens and blocks into its slot; `InvalidRequestError` says what cannot be right."""
+        """Write a request's tokens and blocks into its slot. Its prompt was checked at the border of the engine."""
         token_ids = np.array(new.token_ids, dtype=np.int64)
         block_ids = np.array(new.block_ids, dtype=np.int32)
-        if not 0 < token_ids.size <= self.max_model_len:
-            raise InvalidRequestError(f"a request has {token_ids.size} tokens; 1 to {self.max_model_len} are possible")
-        if token_ids.min() < 0 or token_ids.max() >= self.vocab_size:
-            outside = token_ids[(token_ids < 0) | (token_ids >= self.vocab_size)][0]
-            raise InvalidRequestError(f"token id {outside} is not between 0 and {self.vocab_size - 1}")
-        if block_ids.size > self.max_blocks or (
-            block_ids.size and not 0 <= block_ids.min() <= block_ids.max() < self.num_blocks
-        ):
-            raise InvalidRequestError(f"blocks {new.block_ids} are not at most {self.max_blocks} of {self.num_blocks}")
         self.token_pool[new.slot, : token_ids.size] = upload(token_ids, self.device)
         self.block_table[new.slot, : block_ids.size] = upload(block_ids, self.device)
         self.block_table[new.slot, block_ids.size :] = 0
         self.num_tokens[new.slot] = token_ids.size
 
     def _check_blocks(self, slot: int, offset: int, block_ids: list[int]) -> bool:
-        if offset + len(block_ids) <= self.max_blocks and min(block_ids) >= 0 and max(block_ids) < self.num_blocks:
+        """Whether these blocks exist and fit there; if not, the row does not run, on any rank."""
+        ids_exist = min(block_ids, default=0) >= 0 and max(block_ids, default=0) < self.num_blocks
+        if ids_exist and offset + len(block_ids) <= self.max_blocks:
             return True
         self.slot_errors.setdefault(slot, f"blocks {block_ids} cannot stand at {offset} of a block table")
         self._cannot_run.add(slot)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,16 +15,15 @@ from pagoda.models.decoder import DecoderForCausalLM, KVCache
 from pagoda.sampling.logprobs import LogprobTensors, RawDistribution
 from pagoda.sampling.output import TokenLogprobs
 from pagoda.sampling.params import SamplingParams
-from pagoda.sampling.rows import SlotRequest
 from pagoda.sampling.sampler import Sampler, SamplerOutput, row_error
 from pagoda.sampling.selection import pad_to_blocks
 from pagoda.sampling.transfer import DeviceMark, download
-from pagoda.scheduling.plan import NO_LANDED_TOKENS, LandedTokens, NewRequest, StepPlan, StepResult
+from pagoda.scheduling.plan import NO_SAMPLED_TOKENS, NewRequest, SampledTokensUpdate, StepPlan, StepResult
 
 # Logits computed at once for prompt logprobs: 32 MiB of float32, whatever the prompt's length.
 _MAX_PROMPT_LOGITS = 1 << 23
 
-_PLAINEST_SAMPLING = SamplingParams(temperature=0.0)
+_GREEDY = SamplingParams(temperature=0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +99,8 @@ class PendingStep:
             result.prompt_logprobs[row.plan_row] = entries
 
 
-class PendingBurst:
-    """All steps of a burst; `later` holds, for each step after the first, its rows in the plan and the step."""
+class PendingMultiStep:
+    """All steps of a multi-step plan; `later` holds, for each step after the first, its rows in the plan and the step."""
 
     def __init__(self, first: PendingStep, later: list[tuple[list[int], PendingStep]]) -> None:
         self._first = first
@@ -155,21 +154,21 @@ class ModelRunner:
         )
 
     @torch.inference_mode()
-    def execute(self, plan: StepPlan, landed: LandedTokens = NO_LANDED_TOKENS) -> PendingStep:
+    def execute(self, plan: StepPlan, update: SampledTokensUpdate = NO_SAMPLED_TOKENS) -> PendingStep:
         """Run a plan. Returns when the device has been given the work, which on a CPU is when it is done.
 
-        `landed`: sampled tokens that have come with the plan. Only the output rank's result has samples.
+        `update`: tokens that earlier steps sampled on another rank. Only the output rank's result has samples.
 
         A fault of one request is in `StepResult.errors`. Anything that is raised here concerns the whole step; the slots
         stay consistent, and the next plan, which releases those of the failed step, can be run.
         """
-        self.batch.write_landed(landed)
+        self.batch.apply_update(update)
         for slot in plan.released_slots:
             self._release(slot)
         for new in plan.new_requests:
             self.batch.enter(new, self._prepare)
         self.batch.append_blocks(plan)
-        inputs = self.batch.build(plan, self.graphs.room_for) if self.graphs is not None else self.batch.build(plan)
+        inputs = self.batch.build(plan, self.graphs)
         errors = {
             row: self.batch.slot_errors[slot] for row, slot in enumerate(plan.slots) if slot in self.batch.slot_errors
         }
@@ -199,15 +198,16 @@ class ModelRunner:
         self._prompt_logprobs.pop(slot, None)
 
     def _prepare(self, new: NewRequest) -> None:
-        """Tell the sampler of a request that enters. One that it cannot take is sampled in the plainest way, for nobody."""
-        if new.sampling.prompt_logprobs is not None:
-            count = min(new.sampling.prompt_logprobs, self.batch.vocab_size)
-            self._prompt_logprobs[new.slot] = (count, new.num_prompt_tokens)
+        """Give the sampler a request that enters. One that it refuses is sampled greedily, and the token is dropped."""
+        spec = new.spec
+        if spec.params.prompt_logprobs is not None:
+            count = min(spec.params.prompt_logprobs, self.batch.vocab_size)
+            self._prompt_logprobs[new.slot] = (count, spec.num_prompt_tokens)
         try:
-            faults.fire("prepare", new.request_id)
-            self.sampler.add(new.slot, SlotRequest(new.sampling, new.num_prompt_tokens, new.eos_token_ids))
+            faults.fire("prepare", spec.request_id)
+            self.sampler.add(new.slot, spec)
         except Exception:  # raised on: the row still takes part, since every rank plans its collectives with it
-            self.sampler.add(new.slot, SlotRequest(_PLAINEST_SAMPLING, new.num_prompt_tokens, ()))
+            self.sampler.add(new.slot, replace(spec, params=_GREEDY, eos_token_ids=()))
             raise
 
     def _sample(self, inputs: StepInputs, hidden: Tensor) -> SamplerOutput | None:

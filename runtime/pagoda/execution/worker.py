@@ -20,7 +20,7 @@ from pagoda.execution.kernel_choice import (
     packs_weights,
     reserve_decode_workspace,
 )
-from pagoda.execution.model_runner import ModelRunner, PendingBurst, PendingStep
+from pagoda.execution.model_runner import ModelRunner, PendingMultiStep, PendingStep
 from pagoda.execution.precompile import ModelBuild, kernels_compiled_meanwhile
 from pagoda.models.build import build_model
 from pagoda.models.config import ModelConfig
@@ -33,8 +33,9 @@ from pagoda.models.quantization.schemes import QuantizationConfig, check_device,
 from pagoda.models.sharding import ModelShare, check_layout
 from pagoda.parallel.groups import SINGLE_RANK, ParallelGroups
 from pagoda.platform.hardware import memory_report
+from pagoda.request import EngineRequest
 from pagoda.sampling.params import SamplingParams
-from pagoda.scheduling.plan import NO_LANDED_TOKENS, LandedTokens, NewRequest, StepPlan
+from pagoda.scheduling.plan import NO_SAMPLED_TOKENS, NewRequest, SampledTokensUpdate, StepPlan
 from pagoda_kernels.huge_pages import zeros_on_huge_pages
 
 logger = logging.getLogger(__name__)
@@ -169,15 +170,17 @@ class Worker:
             # The memory of the greatest step is taken now, and not from the driver while requests run.
             self._run_largest(self.runner, **self._largest_step(self.runner.batch.max_model_len))
 
-    def execute(self, plan: StepPlan, landed: LandedTokens = NO_LANDED_TOKENS) -> PendingStep | PendingBurst:
-        """Run a plan, see `ModelRunner.execute`; all steps of a burst, each on what the one before sampled."""
+    def execute(
+        self, plan: StepPlan, update: SampledTokensUpdate = NO_SAMPLED_TOKENS
+    ) -> PendingStep | PendingMultiStep:
+        """Run a plan, see `ModelRunner.execute`; all steps of a multi-step plan, each on what the one before sampled."""
         if self.runner is None:
             raise RuntimeError("the KV cache is not initialized: no step can run")
-        first = self.runner.execute(plan, landed)
-        if not plan.bursts:
+        first = self.runner.execute(plan, update)
+        if not plan.num_steps:
             return first
-        later = [plan.continuation(index) for index in range(1, max(plan.bursts))]
-        return PendingBurst(first, [(rows, self.runner.execute(step)) for rows, step in later])
+        later = [plan.nth_step(index) for index in range(1, max(plan.num_steps))]
+        return PendingMultiStep(first, [(rows, self.runner.execute(step)) for rows, step in later])
 
     def shutdown(self) -> None:
         """Give model and KV cache back."""
@@ -243,11 +246,13 @@ class Worker:
             new_requests=[
                 NewRequest(
                     slot=slot,
-                    request_id=f"warm-up-{slot}",
-                    token_ids=[0] * tokens_per_row,
-                    num_prompt_tokens=tokens_per_row,
-                    sampling=_WARM_UP_SAMPLING,
-                    eos_token_ids=(),
+                    spec=EngineRequest(
+                        request_id=f"warm-up-{slot}",
+                        params=_WARM_UP_SAMPLING,
+                        prompt_token_ids=[0] * tokens_per_row,
+                        max_tokens=1,
+                    ),
+                    output_token_ids=[],
                     block_ids=blocks,
                     num_computed_tokens=0,
                 )

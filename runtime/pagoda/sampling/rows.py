@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -15,13 +16,20 @@ from pagoda.sampling.transfer import upload
 Int64Array = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True, slots=True)
-class SlotRequest:
-    """A request as it enters a slot; its tokens are in the token pool."""
+class SlotRequest(Protocol):
+    """What the sampler reads of a request (`pagoda.request.EngineRequest`) in a slot; its tokens are in the token pool."""
 
-    params: SamplingParams
-    num_prompt_tokens: int
-    eos_token_ids: tuple[int, ...]
+    @property
+    def params(self) -> SamplingParams:
+        """How to sample."""
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Where the output begins in the slot's tokens."""
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Ids that are masked until `min_tokens`."""
 
 
 @dataclass(frozen=True, slots=True)

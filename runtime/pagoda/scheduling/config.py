@@ -11,9 +11,9 @@ class SchedulerLimits:
 
     A request preempted `max_preemptions` times is protected: others are chosen as victims while there are any.
     `num_scheduler_steps` above 1 lets a batch that only decodes run so many steps on one plan. `max_request_seconds`, from
-    arrival, ends a request with what it has. `runaway_detection` (off, warn, stop) looks for an output that repeats a period
-    of at most `runaway_max_period` tokens over its last `runaway_min_tokens`. With `pipeline_parallel_size` above 1 so many
-    plans are in flight at once, and the first stage learns a sampled token only when its step has landed.
+    arrival, ends a request with what it has. `repetition_detection` (off, warn, stop) looks for an output whose last
+    `repetition_min_tokens` tokens repeat a period of at most `repetition_max_period`. With `pipeline_parallel_size` above 1 so
+    many plans are in flight at once, and the first stage has a sampled token only when the result of its step is there.
     """
 
     max_num_seqs: int
@@ -26,6 +26,6 @@ class SchedulerLimits:
     num_scheduler_steps: int = 1
     pipeline_parallel_size: int = 1
     max_request_seconds: float | None = None
-    runaway_detection: str = "off"
-    runaway_max_period: int = 64
-    runaway_min_tokens: int = 256
+    repetition_detection: str = "off"
+    repetition_max_period: int = 64
+    repetition_min_tokens: int = 256

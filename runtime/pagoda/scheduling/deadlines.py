@@ -26,7 +26,7 @@ class Deadlines:
         """Watch a request that was accepted. Amortized O(log n)."""
         if self._max_seconds is None:
             return
-        deadline = (request.arrival_time or time.monotonic()) + self._max_seconds
+        deadline = (request.spec.arrival_time or time.monotonic()) + self._max_seconds
         heapq.heappush(self._heap, (deadline, request.sequence_number, request))
         if len(self._heap) > self._sweep_at:
             # Otherwise one long request would keep all that came and went after it.

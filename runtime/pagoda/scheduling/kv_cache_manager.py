@@ -48,11 +48,11 @@ class KVCacheManager:
         """Tokens that fit when a request has all blocks to itself; its last sampled token needs no KV."""
         return self.pool.num_usable * self.block_size + 1
 
-    def admit(self, request: Request, *, leave_watermark: bool) -> bool:
+    def allocate_for(self, request: Request, *, leave_watermark: bool) -> bool:
         """Give a waiting request a lease on blocks for all its tokens, beginning with those of a cached prefix.
 
-        Sets `lease` and `num_computed_tokens`. False, and no change, when the blocks are not there (or, with
-        `leave_watermark`, when too few would be left for those that run).
+        Sets `lease`, `num_computed_tokens` and `num_shared_blocks`. False, and no change, when the blocks are not there (or,
+        with `leave_watermark`, when too few would be left for those that run).
         """
         assert request.lease is None
         hits = self._find_prefix(request)
@@ -68,7 +68,7 @@ class KVCacheManager:
         assert extended
         request.lease = lease
         request.num_computed_tokens = len(hits) * self.block_size
-        request.num_published_blocks = len(hits)
+        request.num_published_blocks = request.num_shared_blocks = len(hits)
         if self.enable_prefix_caching and request.num_preemptions == 0:
             request.num_cached_tokens = request.num_computed_tokens
             self.num_prefix_queries += request.num_tokens
@@ -123,15 +123,26 @@ class KVCacheManager:
             request.lease = None
         request.num_published_blocks = 0
 
+    def shares_blocks_from(self, request: Request, writer: Request, position: int) -> bool:
+        """Whether a request may have found blocks in the prefix cache that `writer` was to compute from `position` on.
+
+        A block's hash covers all tokens before it, so it is enough to compare the first one. One that another request wrote
+        with the same content counts as well.
+        """
+        index = position // self.block_size
+        return (
+            request.num_shared_blocks > index
+            and len(writer.block_hashes) > index
+            and request.block_hashes[index] == writer.block_hashes[index]
+        )
+
     def forget_prefixes(self) -> None:
         """Forget every cached prefix."""
         self.pool.forget_all()
 
-    def check_idle(self) -> None:
-        """Assert that nothing is held: free + cached == total."""
-        assert self.pool.num_free + self.pool.num_cached == self.pool.num_usable, (
-            f"{self.pool.num_in_use} of {self.pool.num_usable} KV blocks are held by nobody"
-        )
+    def reset(self) -> None:
+        """Make all blocks free, whoever holds them, and forget every cached prefix. Leases given before are of no use."""
+        self.pool = BlockPool(len(self.pool.blocks))
 
     def check_integrity(self, requests: Iterable[Request]) -> None:
         """Assert that the leases of `requests` are all there are. O(num_blocks); for tests."""
@@ -141,7 +152,7 @@ class KVCacheManager:
         return -(-num_tokens // self.block_size)
 
     def _hash_blocks(self, request: Request) -> None:
-        extend_hashes(request.block_hashes, root_hash(request.cache_salt), request.token_ids, self.block_size)
+        extend_hashes(request.block_hashes, root_hash(request.spec.cache_keys), request.token_ids, self.block_size)
 
     def _find_prefix(self, request: Request) -> list[Block]:
         """The blocks of the longest cached prefix; at least one token is left to compute, or there are no logits.
@@ -149,7 +160,7 @@ class KVCacheManager:
         With a sliding window the blocks that no token still to be computed can see need not be cached: the null block stands
         in for them.
         """
-        if not self.enable_prefix_caching or request.sampling.prompt_logprobs is not None:
+        if not self.enable_prefix_caching or request.spec.params.prompt_logprobs is not None:
             return []
         self._hash_blocks(request)
         hashes = request.block_hashes[: (request.num_tokens - 1) // self.block_size]

@@ -1,4 +1,4 @@
-"""The plan of one step: what the scheduler tells the executor, and what it hears back. Imports no torch.
+"""The plan of one step, which the scheduler gives the executor, and its result. Imports no torch.
 
 Requests live in slots. The scheduler gives a running request a slot in `[0, max_num_seqs)` and the model runner keeps the
 request's token ids, block table and sampling state in row `slot` of preallocated arrays. So a plan names what changed and
@@ -15,25 +15,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from pagoda.request import EngineRequest
 from pagoda.sampling.output import TokenLogprobs
-from pagoda.sampling.params import SamplingParams
 
 
 @dataclass(slots=True)
 class NewRequest:
-    """A request that enters a slot: new, or resumed after preemption (then `token_ids` holds its output so far too).
+    """A request that enters a slot: new, or resumed after preemption (then `output_token_ids` is its output so far).
 
     `block_ids` are all blocks it holds, in order; `num_computed_tokens` of its tokens are already in them (prefix hit).
     """
 
     slot: int
-    request_id: str
-    token_ids: list[int]
-    num_prompt_tokens: int
-    sampling: SamplingParams
-    eos_token_ids: tuple[int, ...]
+    spec: EngineRequest
+    output_token_ids: list[int]
     block_ids: list[int]
     num_computed_tokens: int
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Prompt and output so far."""
+        return self.spec.prompt_token_ids + self.output_token_ids
 
 
 @dataclass(slots=True)
@@ -44,8 +46,8 @@ class StepPlan:
     `new_block_ids[i]` are appended to the block table of `slots[i]` (empty for a row that enters: its blocks are in
     `NewRequest.block_ids`). `block_offsets[i]` is the length of that table before they are appended.
 
-    A burst (`num_scheduler_steps`) is a plan in which every row samples one token: row i then runs `bursts[i]` steps, each on
-    the token sampled by the one before; its blocks are there. Outside of a burst `bursts` is empty.
+    Multi-step scheduling (`num_scheduler_steps`): in a plan in which every row samples one token, row i may run `num_steps[i]`
+    steps, each on the token sampled by the one before; its blocks are there. Otherwise `num_steps` is empty.
     """
 
     step_id: int
@@ -58,16 +60,16 @@ class StepPlan:
     new_block_ids: list[list[int]] = field(default_factory=list)
     block_offsets: list[int] = field(default_factory=list)
     samples: list[bool] = field(default_factory=list)
-    bursts: list[int] = field(default_factory=list)
+    num_steps: list[int] = field(default_factory=list)
 
     @property
     def total_tokens(self) -> int:
         """Tokens that run through the model in this step."""
-        return sum(self.bursts) if self.bursts else sum(self.num_scheduled_tokens)
+        return sum(self.num_steps) if self.num_steps else sum(self.num_scheduled_tokens)
 
-    def continuation(self, index: int) -> tuple[list[int], StepPlan]:
-        """The rows of a burst that run a step number `index` (the plan itself is number 0), and the plan of that step."""
-        rows = [row for row, length in enumerate(self.bursts) if length > index]
+    def nth_step(self, index: int) -> tuple[list[int], StepPlan]:
+        """The rows that run a step number `index` (the plan itself is number 0), and the plan of that step."""
+        rows = [row for row, length in enumerate(self.num_steps) if length > index]
         plan = StepPlan(
             step_id=self.step_id,
             request_ids=[self.request_ids[row] for row in rows],
@@ -82,7 +84,7 @@ class StepPlan:
 
 
 @dataclass(frozen=True, slots=True)
-class LandedTokens:
+class SampledTokensUpdate:
     """Tokens that the last pipeline stage sampled, on their way to the token pools of all ranks.
 
     Token `token_ids[i]` is at position `positions[i]` of the request in `slots[i]`. They go with a plan and are written before
@@ -94,17 +96,17 @@ class LandedTokens:
     token_ids: list[int] = field(default_factory=list)
 
 
-NO_LANDED_TOKENS = LandedTokens()
+NO_SAMPLED_TOKENS = SampledTokensUpdate()
 
 
 @dataclass(slots=True)
 class StepResult:
     """What the model runner made of a plan; rows are indices into the plan's parallel lists.
 
-    `sampled_token_ids[i]`: the ids sampled for row i (several in a burst), empty where it does not sample or has failed.
-    `logprobs[i]`: one entry a sampled id, only for rows that asked. `prompt_logprobs[i]`: for a row that asked, entries for
-    the prompt positions `computed+1 .. computed+scheduled` that this step predicted (the first prompt token has none).
-    `errors[i]`: the row failed alone, and why.
+    `sampled_token_ids[i]`: the ids sampled for row i (several where it runs several steps), empty where it does not sample or
+    has failed. `logprobs[i]`: one entry a sampled id, only for rows that asked. `prompt_logprobs[i]`: for a row that asked,
+    entries for the prompt positions `computed+1 .. computed+scheduled` that this step predicted (the first prompt token has
+    none). `errors[i]`: the row failed alone, and why.
     """
 
     step_id: int

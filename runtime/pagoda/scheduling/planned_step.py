@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from pagoda.scheduling.plan import NewRequest, StepPlan
@@ -11,10 +11,14 @@ from pagoda.scheduling.request import Request
 
 @dataclass(slots=True)
 class PlannedStep:
-    """`requests[i]` is the request of row i of `plan`. Writing a row moves the counters of its request forward."""
+    """`requests[i]` is the request of row i of `plan`. Writing a row moves the counters of its request forward.
+
+    The rows of `discarded` requests count for nothing: they are computed again, in a later plan.
+    """
 
     plan: StepPlan
     requests: list[Request] = field(default_factory=list)
+    discarded: set[Request] = field(default_factory=set)
 
     def enter(self, request: Request) -> None:
         """Tell the runner all tokens and blocks of a request that has come into a slot."""
@@ -23,11 +27,8 @@ class PlannedStep:
         self.plan.new_requests.append(
             NewRequest(
                 slot=request.slot,
-                request_id=request.request_id,
-                token_ids=list(request.token_ids),
-                num_prompt_tokens=request.num_prompt_tokens,
-                sampling=request.sampling,
-                eos_token_ids=request.eos_token_ids,
+                spec=request.spec,
+                output_token_ids=request.token_ids[request.num_prompt_tokens :],
                 block_ids=request.lease.block_ids,
                 num_computed_tokens=request.num_computed_tokens,
             )
@@ -37,7 +38,7 @@ class PlannedStep:
         """Let each request compute so many tokens more, and sample if these are all that it has."""
         plan = self.plan
         self.requests += requests
-        plan.request_ids += [request.request_id for request in requests]
+        plan.request_ids += [request.spec.request_id for request in requests]
         plan.slots += [request.slot for request in requests]
         plan.num_computed_tokens += [request.num_computed_tokens for request in requests]
         plan.num_scheduled_tokens += num_tokens
@@ -49,13 +50,20 @@ class PlannedStep:
             request.num_in_flight += samples
             plan.samples.append(samples)
 
-    def lengthen_row(self, row: int, num_steps: int) -> None:
+    def extend_row(self, row: int, num_steps: int) -> None:
         """Let a row that samples one token run `num_steps` more steps, each on the token of the one before."""
         request = self.requests[row]
         self.plan.new_block_ids[row] += _take_unsent_blocks(request)
-        self.plan.bursts.append(1 + num_steps)
+        self.plan.num_steps.append(1 + num_steps)
         request.num_computed_tokens += num_steps
         request.num_in_flight += num_steps
+
+    def rows(self) -> Iterable[tuple[int, Request]]:
+        """The rows whose results count, by their place in the plan."""
+        rows = enumerate(self.requests)
+        if not self.discarded:
+            return rows
+        return ((row, request) for row, request in rows if request not in self.discarded)
 
     @property
     def only_decodes(self) -> bool:

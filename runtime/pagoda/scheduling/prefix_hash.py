@@ -1,10 +1,11 @@
 """Content hashes of full blocks. A block's hash covers its tokens and, through its parent's hash, all tokens before it.
 
-    H(0) = blake2b(root(salt)  | tokens of block 0)
-    H(i) = blake2b(H(i - 1)    | tokens of block i)
+    H(0) = blake2b(root(cache keys) | tokens of block 0)
+    H(i) = blake2b(H(i - 1)         | tokens of block i)
 
-The root holds a tenant's salt, so tenants with different salts never share a block, and cannot probe each other's prompts by
-timing. 128 bits: a collision would serve one prompt's KV to another, so the hash is cryptographic.
+The root holds the request's cache keys, a tenant's salt among them, so requests with different keys never share a block, and
+tenants cannot probe each other's prompts by timing. 128 bits: a collision would serve one prompt's KV to another, so the hash
+is cryptographic.
 """
 
 from __future__ import annotations
@@ -16,9 +17,13 @@ from hashlib import blake2b
 _DIGEST_SIZE = 16
 
 
-def root_hash(salt: str | None) -> bytes:
-    """The parent of every first block of a tenant."""
-    return blake2b((salt or "").encode(), digest_size=_DIGEST_SIZE, person=b"pagoda-prefix").digest()
+def root_hash(cache_keys: Sequence[str]) -> bytes:
+    """The parent of every first block of requests with these cache keys."""
+    root = blake2b(digest_size=_DIGEST_SIZE, person=b"pagoda-prefix")
+    for key in cache_keys:
+        encoded = key.encode()
+        root.update(len(encoded).to_bytes(8, "little") + encoded)  # with its length: ("a", "b") is not ("ab",)
+    return root.digest()
 
 
 def extend_hashes(hashes: list[bytes], root: bytes, token_ids: Sequence[int], block_size: int) -> None:

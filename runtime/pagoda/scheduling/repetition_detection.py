@@ -14,7 +14,7 @@ from pagoda.scheduling.request import Request
 
 logger = logging.getLogger(__name__)
 
-# How many new tokens pass between two looks; makes the cost per token a fraction of a microsecond.
+# How many new tokens pass between two checks; makes the cost per token a fraction of a microsecond.
 _CHECK_INTERVAL = 32
 
 
@@ -33,34 +33,34 @@ def repeated_period(token_ids: Sequence[int], max_period: int, min_tokens: int) 
     return None
 
 
-class RunawayDetector:
-    """Looks at outputs as they grow and, where `runaway_detection` says so, warns of repetition or ends it.
+class RepetitionDetector:
+    """Checks outputs as they grow and, where `repetition_detection` says so, warns of repetition or ends the request.
 
     `num_found` counts the requests in which it was found.
     """
 
     def __init__(self, limits: SchedulerLimits) -> None:
         self.num_found = 0
-        self._mode = limits.runaway_detection
-        self._max_period = limits.runaway_max_period
-        self._min_tokens = limits.runaway_min_tokens
+        self._mode = limits.repetition_detection
+        self._max_period = limits.repetition_max_period
+        self._min_tokens = limits.repetition_min_tokens
 
-    def look_at(self, request: Request) -> None:
-        """Look at a request that has just got a token; may set its `finish_reason`."""
+    def check(self, request: Request) -> None:
+        """Check a request that has just got a token; may set its `finish_reason`."""
         if (len(request.token_ids) - request.num_prompt_tokens) % _CHECK_INTERVAL or self._mode == "off":
             return
-        if request.is_runaway or request.finish_reason is not None:
+        if request.is_repetitive or request.finish_reason is not None:
             return
         output = request.token_ids[max(request.num_prompt_tokens, request.num_tokens - self._min_tokens) :]
         period = repeated_period(output, self._max_period, self._min_tokens)
         if period is None:
             return
-        request.is_runaway = True
+        request.is_repetitive = True
         self.num_found += 1
         stops = self._mode == "stop"
         logger.warning(
             "request %s repeats %d tokens over its last %d%s",
-            *(request.request_id, period, self._min_tokens, ": it is ended" if stops else ""),
+            *(request.spec.request_id, period, self._min_tokens, ": it is ended" if stops else ""),
         )
         if stops:
             request.finish_reason = FinishReason.REPETITION

@@ -1,12 +1,12 @@
-"""A request as the scheduler sees it: tokens, how far they are computed, where they lie, and how it ended."""
+"""A request as the scheduler sees it: what was asked, its tokens, how far they are computed, where they lie, how it ended."""
 
 from __future__ import annotations
 
 from enum import Enum, auto
 
 from pagoda.errors import ErrorKind
+from pagoda.request import EngineRequest
 from pagoda.sampling.output import FinishReason, TokenLogprobs
-from pagoda.sampling.params import SamplingParams
 from pagoda.scheduling.block_pool import BlockLease
 
 
@@ -19,11 +19,12 @@ class RequestStatus(Enum):
 
 
 class Request:
-    """Mutable state of one sequence.
+    """Mutable state of one sequence; `spec` is what was asked.
 
-    `token_ids` is the prompt followed by the output so far. `num_computed_tokens` counts tokens whose KV is written, or will
-    be when the steps in flight have run: it advances when a step is planned. `num_in_flight` counts sampled tokens that a
-    planned step will deliver but that are not yet known:
+    `max_tokens` is `spec.max_tokens`, or less where the KV cache cannot hold that. `token_ids` is the prompt followed by the
+    output so far. `num_computed_tokens` counts tokens whose KV is written, or will be when the steps in flight have run: it
+    advances when a step is planned. `num_in_flight` counts sampled tokens that a planned step will deliver but that are not
+    yet known:
 
         token_ids:          [ prompt …………… | output … ] [ in flight ]
         computed:           ────────────────────────────────▶
@@ -31,14 +32,11 @@ class Request:
     """
 
     __slots__ = (
-        "arrival_time",
         "block_hashes",
-        "cache_salt",
-        "eos_token_ids",
         "error",
         "error_kind",
         "finish_reason",
-        "is_runaway",
+        "is_repetitive",
         "lease",
         "max_tokens",
         "num_blocks_sent",
@@ -48,43 +46,23 @@ class Request:
         "num_preemptions",
         "num_prompt_tokens",
         "num_published_blocks",
-        "priority",
+        "num_shared_blocks",
         "prompt_logprobs",
-        "request_id",
-        "sampling",
         "scheduled_time",
         "sequence_number",
         "slot",
+        "spec",
         "status",
         "stop_ids",
         "stop_reason",
-        "tenant",
         "token_ids",
     )
 
-    def __init__(
-        self,
-        *,
-        request_id: str,
-        prompt_token_ids: list[int],
-        sampling: SamplingParams,
-        max_tokens: int,
-        eos_token_ids: tuple[int, ...] = (),
-        arrival_time: float = 0.0,
-        priority: int = 0,
-        cache_salt: str | None = None,
-        tenant: str = "",
-    ) -> None:
-        self.request_id = request_id
-        self.token_ids = list(prompt_token_ids)
-        self.num_prompt_tokens = len(prompt_token_ids)
-        self.sampling = sampling
-        self.max_tokens = max_tokens
-        self.eos_token_ids = eos_token_ids
-        self.arrival_time = arrival_time
-        self.priority = priority
-        self.cache_salt = cache_salt
-        self.tenant = tenant
+    def __init__(self, spec: EngineRequest) -> None:
+        self.spec = spec
+        self.max_tokens = spec.max_tokens
+        self.token_ids = list(spec.prompt_token_ids)
+        self.num_prompt_tokens = len(spec.prompt_token_ids)
         self.sequence_number = -1  # order of arrival, given by the scheduler
 
         self.status = RequestStatus.WAITING
@@ -94,16 +72,18 @@ class Request:
         self.num_in_flight = 0
         self.num_blocks_sent = 0
         self.num_published_blocks = 0
+        self.num_shared_blocks = 0  # found in the prefix cache at its last admission
         self.block_hashes: list[bytes] = []
         self.num_preemptions = 0
-        self.is_runaway = False
+        self.is_repetitive = False
         self.num_cached_tokens = 0
         self.scheduled_time: float | None = None
-        self.prompt_logprobs: list[TokenLogprobs | None] | None = None if sampling.prompt_logprobs is None else [None]
+        params = spec.params
+        self.prompt_logprobs: list[TokenLogprobs | None] | None = None if params.prompt_logprobs is None else [None]
 
         # The ids that end generation, and which of them the client named (those are reported as `stop_reason`).
-        self.stop_ids = frozenset(sampling.stop_token_ids) | (
-            frozenset() if sampling.ignore_eos else frozenset(eos_token_ids)
+        self.stop_ids = frozenset(params.stop_token_ids) | (
+            frozenset() if params.ignore_eos else frozenset(spec.eos_token_ids)
         )
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
@@ -145,10 +125,10 @@ class Request:
         num_output = len(self.token_ids) - self.num_prompt_tokens
         if num_output >= self.max_tokens:
             self.finish_reason = FinishReason.LENGTH
-        if token_id in self.stop_ids and num_output >= self.sampling.min_tokens:
+        if token_id in self.stop_ids and num_output >= self.spec.params.min_tokens:
             # A stop token at the very last position is still a stop: the text is complete.
             self.finish_reason = FinishReason.STOP
-            if token_id in self.sampling.stop_token_ids:
+            if token_id in self.spec.params.stop_token_ids:
                 self.stop_reason = token_id
 
     def collect_prompt_logprobs(self, num_computed: int, entries: list[TokenLogprobs]) -> None:
@@ -158,4 +138,4 @@ class Request:
         self.prompt_logprobs.extend(entries[max(0, known - num_computed - 1) :])
 
     def __repr__(self) -> str:
-        return f"Request({self.request_id}, {self.status.name}, {self.num_computed_tokens}/{self.num_tokens})"
+        return f"Request({self.spec.request_id}, {self.status.name}, {self.num_computed_tokens}/{self.num_tokens})"

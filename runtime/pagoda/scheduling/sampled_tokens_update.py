@@ -1,30 +1,30 @@
-"""Which sampled tokens the ranks of a pipeline have yet to hear of. Imports no torch.
+"""Which sampled tokens the ranks of a pipeline do not have yet. Imports no torch.
 
 The last stage samples, the first one needs the token: it goes by way of the driver, with the next plan. Meanwhile the slot may
-have changed hands, and then the token must not be written into it:
+have been given to another request, and then the token must not be written into it:
 
-    plan 7   R1 in slot 3 samples      plan 8   slot 3 released, R2 enters      result 7 lands      plan 9: nothing for slot 3
+    plan 7   R1 in slot 3 samples      plan 8   slot 3 released, R2 enters      result 7 comes      plan 9: nothing for slot 3
 """
 
 from __future__ import annotations
 
 from collections import Counter
 
-from pagoda.scheduling.plan import LandedTokens, StepPlan, StepResult
+from pagoda.scheduling.plan import SampledTokensUpdate, StepPlan, StepResult
 
 
-class LandedTokensTracker:
-    """The driver's account. Call `submitted` for every plan, `landed` for its result, both in the order of plans."""
+class SampledTokensTracker:
+    """The driver's side. Call `update_for` for every plan and `record` for its result, both in the order of plans."""
 
     def __init__(self) -> None:
         self._num_releases: Counter[int] = Counter()
         # By step: of each row that samples its index, slot, position, and the releases of the slot up to then.
         self._in_flight: dict[int, list[tuple[int, int, int, int]]] = {}
-        self._next = LandedTokens()
+        self._next = SampledTokensUpdate()
 
-    def submitted(self, plan: StepPlan) -> LandedTokens:
+    def update_for(self, plan: StepPlan) -> SampledTokensUpdate:
         """What goes with `plan`, which is about to be submitted."""
-        landed, self._next = self._next, LandedTokens()
+        update, self._next = self._next, SampledTokensUpdate()
         self._num_releases.update(plan.released_slots)
         rows = zip(plan.slots, plan.num_computed_tokens, plan.num_scheduled_tokens, plan.samples, strict=True)
         self._in_flight[plan.step_id] = [
@@ -32,10 +32,10 @@ class LandedTokensTracker:
             for row, (slot, computed, scheduled, samples) in enumerate(rows)
             if samples
         ]
-        return landed
+        return update
 
-    def landed(self, result: StepResult) -> None:
-        """Take the tokens of a result; those of slots that have changed hands are dropped."""
+    def record(self, result: StepResult) -> None:
+        """Take the tokens of a result; those of slots that were released meanwhile are dropped."""
         for row, slot, position, num_releases in self._in_flight.pop(result.step_id):
             if self._num_releases[slot] == num_releases and result.sampled_token_ids[row]:
                 self._next.slots.append(slot)
@@ -43,5 +43,5 @@ class LandedTokensTracker:
                 self._next.token_ids.append(result.sampled_token_ids[row][0])
 
     def forget(self, step_id: int) -> None:
-        """The step failed: nothing of it will land."""
+        """The step failed: it has no tokens."""
         self._in_flight.pop(step_id, None)

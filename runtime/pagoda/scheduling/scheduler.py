@@ -6,12 +6,12 @@ counters forward under one token budget:
     running:  R1 ▪            R2 ▪            R3 ▪▪▪▪▪▪▪▪ (a chunk of its prompt)
     waiting:  R4 ▪▪▪▪▪▪ …     admitted while budget, slots and blocks last
 
-Running requests come first. One that needs a block when none is left preempts the running request of least standing: its
-blocks go back, and it waits at the front to be recomputed (its published blocks usually still hit). In a step that preempted,
-nobody is admitted. Plans may be made while earlier ones are in flight: counters advance when a step is planned, and
+Running requests come first. One that needs a block when none is left preempts the running request of lowest priority: its
+blocks go back, and it waits at the front to be recomputed (its published blocks usually still hit). A step that preempted
+admits no request. Plans may be made while earlier ones are in flight: counters advance when a step is planned, and
 `Request.num_in_flight` stands for sampled tokens that are still on the way.
 
-With pipeline stages a request can be planned again only when its last sampled token has landed. So each plan takes its share
+With pipeline stages a request can be planned again only when its last sampled token is known. So each plan takes its share
 of the requests that decode, and all stages have a batch to work on:
 
     stage 0:  plan 0 (R1 R2)   plan 1 (R3 R4)   plan 2 (R1 R2)   plan 3 (R3 R4) …
@@ -31,15 +31,15 @@ from pagoda.scheduling.deadlines import Deadlines
 from pagoda.scheduling.kv_cache_manager import KVCacheManager
 from pagoda.scheduling.plan import StepPlan, StepResult
 from pagoda.scheduling.planned_step import PlannedStep
-from pagoda.scheduling.repetition_detection import RunawayDetector
+from pagoda.scheduling.repetition_detection import RepetitionDetector
 from pagoda.scheduling.request import Request, RequestStatus
 from pagoda.scheduling.token_budget import TokenBudget
 from pagoda.scheduling.waiting_queue import make_waiting_queue
 
 
 @dataclass(slots=True)
-class Progress:
-    """News of one request: tokens that landed, and (on the request itself) whether and why it ended."""
+class RequestUpdate:
+    """New tokens of one request, and (on the request itself) whether and why it ended."""
 
     request: Request
     new_token_ids: list[int]
@@ -48,23 +48,24 @@ class Progress:
 
 
 class Scheduler:
-    """Owns all requests of an engine from `add` until their one terminal `Progress`."""
+    """Owns all requests of an engine from `add` until their one terminal update."""
 
     def __init__(self, limits: SchedulerLimits, kv: KVCacheManager) -> None:
         self.limits = limits
         self.kv = kv
         self.num_preemptions = 0
-        self.runaway = RunawayDetector(limits)
+        self.repetition = RepetitionDetector(limits)
         self._budget = TokenBudget(limits.max_num_batched_tokens)
         self._longest_chunk = limits.long_prefill_token_threshold or limits.max_num_batched_tokens
         self._deadlines = Deadlines(limits.max_request_seconds)
         self._requests: dict[str, Request] = {}
         self._waiting = make_waiting_queue(limits.policy)
         self._running: dict[str, Request] = {}
-        self._free_slots = list(range(limits.max_num_seqs - 1, -1, -1))
+        self._free_slots = _all_slots(limits)
         self._released_slots: list[int] = []
         self._in_flight: dict[int, PlannedStep] = {}  # by step id
-        self._ended: list[Progress] = []
+        self._first_left_out: Request | None = None  # by the budget of the last plan
+        self._ended: list[RequestUpdate] = []
         self._num_arrived = 0
         self._num_steps = 0
 
@@ -87,19 +88,20 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """Whether any request has not had its terminal progress yet."""
+        """Whether any request has not had its terminal update yet."""
         return bool(self._requests) or bool(self._ended)
 
     def add(self, request: Request) -> None:
         """Accept a request.
 
-        Raises `InvalidRequestError` for one that could never run and `QueueFullError` when too many wait; such a request
-        leaves no trace. `max_tokens` is lowered to what `max_model_len` and the KV cache can hold, so a request that has all
-        blocks to itself always ends by its length before it runs out of them.
+        Raises `InvalidRequestError` for one that could never run, and would hold up the queue for ever, or whose id is in use,
+        and `QueueFullError` when too many wait; such a request leaves no trace. `max_tokens` is lowered to what
+        `max_model_len` and the KV cache can hold, so a request that has all blocks to itself always ends by its length before
+        it runs out of them.
         """
-        if request.request_id in self._requests:
+        if request.spec.request_id in self._requests:
             raise InvalidRequestError(
-                f"a request with id {request.request_id!r} is in the engine already", "request_id"
+                f"a request with id {request.spec.request_id!r} is in the engine already", "request_id"
             )
         if request.num_prompt_tokens == 0:
             raise InvalidRequestError("the prompt is empty: at least one token is needed", "prompt")
@@ -111,15 +113,15 @@ class Scheduler:
                 f"(max_model_len is {limits.max_model_len}, the KV cache holds {self.kv.max_tokens_of_a_request - 1})",
                 "prompt",
             )
-        self._check_room(request.tenant)
+        self._check_queue(request.spec.tenant)
         request.max_tokens = min(request.max_tokens, longest - request.num_prompt_tokens)
         request.sequence_number = self._num_arrived
         self._num_arrived += 1
-        self._requests[request.request_id] = request
+        self._requests[request.spec.request_id] = request
         self._waiting.push(request)
         self._deadlines.add(request)
 
-    def _check_room(self, tenant: str) -> None:
+    def _check_queue(self, tenant: str) -> None:
         """Raise `QueueFullError` where `tenant` may not have one more request wait.
 
         One tenant may hold at most as many places in the queue as it leaves free, so the others always find some: alone it
@@ -132,7 +134,9 @@ class Scheduler:
             raise QueueFullError(f"{num_waiting} requests are waiting, as many as max_num_waiting allows")
         num_own = min(num_waiting, self._waiting.num_of(tenant))
         if tenant and num_own >= num_free:
-            raise QueueFullError(f"{num_own} requests of this API key are waiting; the other places are for other keys")
+            raise QueueFullError(
+                f"per-key queue limit reached: {num_own} requests of this API key are waiting, and {num_free} places are free"
+            )
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """End requests whose client is gone, in whatever state they are. Unknown ids have ended already: ignored."""
@@ -140,16 +144,16 @@ class Scheduler:
             request = self._requests.get(request_id)
             if request is not None:
                 request.finish_reason = FinishReason.ABORT
-                self._retire(request)
-                self._ended.append(Progress(request, []))
+                self._finish(request)
+                self._ended.append(RequestUpdate(request, []))
 
     def fail(self, request: Request, kind: ErrorKind, message: str) -> None:
         """End one request with an error; nothing happens if it has ended already."""
         if not request.is_finished:
             request.finish_reason = FinishReason.ERROR
             request.error_kind, request.error = kind, message
-            self._retire(request)
-            self._ended.append(Progress(request, []))
+            self._finish(request)
+            self._ended.append(RequestUpdate(request, []))
 
     def fail_in_flight(self, message: str) -> None:
         """A step raised: the requests of all steps in flight end with an error.
@@ -158,7 +162,7 @@ class Scheduler:
         """
         steps, self._in_flight = self._in_flight, {}
         for step in steps.values():
-            for request in step.requests:
+            for _, request in step.rows():
                 self.fail(request, ErrorKind.INTERNAL, message)
         self.kv.forget_prefixes()
 
@@ -170,15 +174,10 @@ class Scheduler:
         if not self._budget.shrink():
             return False
         steps, self._in_flight = self._in_flight, {}
-        concerned = {request for step in steps.values() for request in step.requests if not request.is_finished}
-        for request in sorted(concerned, key=self._standing, reverse=True):
-            request.num_in_flight = 0  # these tokens will never land
-            if request.status is RequestStatus.RUNNING:
-                self._return_to_waiting(request)
-        self.kv.forget_prefixes()
+        self._recompute({request for step in steps.values() for _, request in step.rows() if not request.is_finished})
         return True
 
-    def take_ended(self) -> list[Progress]:
+    def take_ended(self) -> list[RequestUpdate]:
         """Requests that ended outside of a step's result (aborted or failed) since the last call."""
         ended, self._ended = self._ended, []
         return ended
@@ -189,8 +188,8 @@ class Scheduler:
         """Plan the next step, or None when nothing can run: idle, or everything waits for steps in flight."""
         for request in self._deadlines.take_overdue():
             request.finish_reason, request.stop_reason = FinishReason.LENGTH, "max_request_seconds"
-            self._retire(request)
-            self._ended.append(Progress(request, []))
+            self._finish(request)
+            self._ended.append(RequestUpdate(request, []))
         scheduled, preempted = self._schedule_running()
         gave_way = preempted
         while gave_way and not scheduled:
@@ -204,23 +203,27 @@ class Scheduler:
         if not step.requests:
             return None
         if self.limits.num_scheduler_steps > 1 and step.only_decodes:
-            self._lengthen_to_burst(step)
+            self._extend_to_num_steps(step)
         step.plan.released_slots, self._released_slots = self._released_slots, []
         self._in_flight[self._num_steps] = step
         self._num_steps += 1
         return step.plan
 
     def _schedule_running(self) -> tuple[dict[Request, int], bool]:
-        """How many tokens each running request moves forward, and whether somebody was preempted for it."""
+        """How many tokens each running request moves forward, and whether any was preempted for it."""
         scheduled: dict[Request, int] = {}
         budget = self._budget.tokens
         longest_chunk = self._longest_chunk
         slides = self.kv.sliding_window is not None
         preempted = False
+        first_left_out: Request | None = None
         for request in self._candidates():
             num_new = min(request.next_tokens(), budget, longest_chunk)
             if num_new == 0 or request.slot < 0:
-                continue  # nothing to do, no budget, or preempted a moment ago for one before it
+                # Nothing to do, no budget, or preempted a moment ago for one before it.
+                if budget == 0 and first_left_out is None and request.slot >= 0 and request.next_tokens():
+                    first_left_out = request
+                continue
             if slides:
                 self.kv.drop_out_of_window(request)
             while not self.kv.extend(request, request.num_computed_tokens + num_new):
@@ -233,16 +236,24 @@ class Scheduler:
             else:
                 scheduled[request] = num_new
                 budget -= num_new
+        self._first_left_out = first_left_out
         return scheduled, preempted
 
     def _candidates(self) -> list[Request]:
-        """The running requests that this plan may move forward."""
+        """The running requests that this plan may move forward, the oldest first.
+
+        Where the budget is smaller than their number, which it may be after out-of-memory, they take turns: it begins with the
+        first that the last plan left out.
+        """
         running = list(self._running.values())
+        if self._budget.tokens < len(running) and self._first_left_out in running:
+            first = running.index(self._first_left_out)
+            running = running[first:] + running[:first]
         num_stages = self.limits.pipeline_parallel_size
         if num_stages == 1:
             return running
         # The last `num_stages` plans are in flight together. A request that one after the other left out for being full would
-        # be one more than there are: nobody is left out for long.
+        # be one more than there are: none is left out for long.
         room = -(-len(running) // num_stages)
         candidates = []
         for request in running:
@@ -254,27 +265,27 @@ class Scheduler:
         return candidates
 
     def _admit_waiting(self, step: PlannedStep, budget: int) -> None:
-        """Admit waiting requests in order while budget, slots and blocks last. Nobody is overtaken."""
+        """Admit waiting requests in order while budget, slots and blocks last; none overtakes another."""
         while budget > 0 and self._free_slots and (request := self._waiting.peek()) is not None:
             if request.num_in_flight:
-                break  # preempted while a token of its was on the way: it must land first
-            if not self.kv.admit(request, leave_watermark=bool(self._running)):
+                break  # preempted while a token of its was on the way, which must be known first
+            if not self.kv.allocate_for(request, leave_watermark=bool(self._running)):
                 break
             self._waiting.pop()
-            self._enter(step, request)
+            self._assign_slot(step, request)
             num_new = min(request.next_tokens(), budget, self._longest_chunk)
             budget -= num_new
             # The row publishes its blocks at once, so the next in line with the same prompt shares them within this very
             # step: in every layer all KV is written before any of it is read.
             self._add_rows(step, [request], [num_new])
 
-    def _enter(self, step: PlannedStep, request: Request) -> None:
+    def _assign_slot(self, step: PlannedStep, request: Request) -> None:
         """Move an admitted request into a slot."""
         request.status = RequestStatus.RUNNING
         request.slot = self._free_slots.pop()
         if request.scheduled_time is None:
             request.scheduled_time = time.monotonic()
-        self._running[request.request_id] = request
+        self._running[request.spec.request_id] = request
         step.enter(request)
 
     def _add_rows(self, step: PlannedStep, requests: list[Request], num_new: list[int]) -> None:
@@ -282,28 +293,28 @@ class Scheduler:
         step.add_rows(requests, num_new)
         self.kv.publish(requests)
 
-    def _lengthen_to_burst(self, step: PlannedStep) -> None:
+    def _extend_to_num_steps(self, step: PlannedStep) -> None:
         """Let every row run on, up to `num_scheduler_steps` steps, its length cap, and the blocks that are free.
 
-        Nobody is preempted for steps to come. What a row samples past its end is dropped when it lands.
+        Nothing is preempted for steps to come. What a row samples past its end is dropped when the result is there.
         """
         for row, request in enumerate(step.requests):
             allowed = request.max_tokens - request.num_output_tokens - request.num_in_flight
             extra = min(self.limits.num_scheduler_steps - 1, allowed)
             if not self.kv.extend(request, request.num_computed_tokens + extra):
                 extra = 0
-            step.lengthen_row(row, extra)
+            step.extend_row(row, extra)
 
-    def _standing(self, request: Request) -> tuple[int, int]:
+    def _priority_key(self, request: Request) -> tuple[int, int]:
         """The order in which requests deserve to run; the greatest is preempted first."""
-        priority = request.priority if self.limits.policy == "priority" else 0
+        priority = request.spec.priority if self.limits.policy == "priority" else 0
         return priority, request.sequence_number
 
     def _choose_victim(self) -> Request:
-        """The running request to preempt: least standing, among those not preempted too often while there are any."""
+        """The running request to preempt: lowest priority, among those not preempted too often while there are any."""
         protected_from = self.limits.max_preemptions
         candidates = [request for request in self._running.values() if request.num_preemptions < protected_from]
-        victim = max(candidates or self._running.values(), key=self._standing)
+        victim = max(candidates or self._running.values(), key=self._priority_key)
         assert len(self._running) > 1, "a request that has all blocks to itself ends by its length, never here"
         return victim
 
@@ -313,64 +324,96 @@ class Scheduler:
         self.num_preemptions += 1
         self._return_to_waiting(request)
 
+    def _recompute(self, requests: set[Request]) -> None:
+        """Compute requests anew, from the tokens that are known; those still in flight will not be taken.
+
+        Cached prefixes are forgotten: what made this necessary may be in them.
+        """
+        for request in sorted(requests, key=self._priority_key, reverse=True):
+            request.num_in_flight = 0
+            if request.status is RequestStatus.RUNNING:
+                self._return_to_waiting(request)
+        self.kv.forget_prefixes()
+
     def _return_to_waiting(self, request: Request) -> None:
         """A running request gives everything back but its tokens, and waits at the front to be recomputed."""
-        self._leave_slot(request)
+        self._free_slot(request)
         self.kv.release(request)
         request.status = RequestStatus.WAITING
         request.num_computed_tokens = 0
         self._waiting.push_preempted(request)
 
-    def _leave_slot(self, request: Request) -> None:
-        del self._running[request.request_id]
+    def _free_slot(self, request: Request) -> None:
+        del self._running[request.spec.request_id]
         self._free_slots.append(request.slot)
         self._released_slots.append(request.slot)
         request.slot = -1
 
-    def _retire(self, request: Request) -> None:
+    def _finish(self, request: Request) -> None:
         """End a request wherever it is, and take back what it holds."""
         if request.status is RequestStatus.RUNNING:
-            self._leave_slot(request)
+            self._free_slot(request)
             request.status = RequestStatus.FINISHED
         else:
             request.status = RequestStatus.FINISHED
             self._waiting.discard(request)
         self.kv.release(request)
-        del self._requests[request.request_id]
+        del self._requests[request.spec.request_id]
 
     # ---- results --------------------------------------------------------------------------------------------------
 
-    def apply(self, plan: StepPlan, result: StepResult) -> list[Progress]:
+    def apply(self, plan: StepPlan, result: StepResult) -> list[RequestUpdate]:
         """Take the result of a plan, oldest plan first. Rows of requests that have ended meanwhile are ignored."""
-        progress: list[Progress] = []
+        updates: list[RequestUpdate] = []
         self._budget.count_good_step()
-        for row, request in enumerate(self._in_flight.pop(plan.step_id).requests):
+        step = self._in_flight.pop(plan.step_id)
+        if result.errors:
+            self._fail_rows(step, result.errors)
+        for row, request in step.rows():
             if request.status is RequestStatus.FINISHED:
                 continue
-            request.num_in_flight -= plan.bursts[row] if plan.bursts else plan.samples[row]
-            if row in result.errors:
-                self.fail(request, ErrorKind.INTERNAL, result.errors[row])
-                self.kv.forget_prefixes()  # what it announced may hold what made it fail
-                continue
+            request.num_in_flight -= plan.num_steps[row] if plan.num_steps else plan.samples[row]
             if request.prompt_logprobs is not None:
                 entries = result.prompt_logprobs.get(row, [])
                 request.collect_prompt_logprobs(plan.num_computed_tokens[row], entries)
             if plan.samples[row]:
-                progress.append(self._land(request, result.sampled_token_ids[row], result.logprobs.get(row)))
-        return progress
+                updates.append(self._process_output(request, result.sampled_token_ids[row], result.logprobs.get(row)))
+        return updates
 
-    def _land(self, request: Request, token_ids: list[int], logprobs: list[TokenLogprobs] | None) -> Progress:
+    def _fail_rows(self, step: PlannedStep, errors: dict[int, str]) -> None:
+        """End the requests of rows that failed, and compute anew those that share blocks which these should have written.
+
+        A row that failed may not have run: its KV is not there, or holds what made it fail. But its blocks could be found from
+        the moment it was planned, and others may have been admitted with them, in this step or in those planned since.
+        """
+        in_flight = (step, *self._in_flight.values())
+        candidates = {request for planned in in_flight for _, request in planned.rows()}  # some are preempted by now
+        affected: set[Request] = set()
+        for row, error in errors.items():
+            writer, position = step.requests[row], step.plan.num_computed_tokens[row]
+            if writer not in step.discarded:
+                self.fail(writer, ErrorKind.INTERNAL, error)
+                affected.add(writer)
+                affected |= {other for other in candidates if self.kv.shares_blocks_from(other, writer, position)}
+        for planned in in_flight:
+            # Later rows of a request that ended here have nothing new to say.
+            planned.discarded |= affected.intersection(planned.requests)
+        self._recompute({request for request in affected if not request.is_finished})
+
+    def _process_output(
+        self, request: Request, token_ids: list[int], logprobs: list[TokenLogprobs] | None
+    ) -> RequestUpdate:
         """Append sampled tokens until one ends the request; what was sampled past it is dropped."""
         for taken, token_id in enumerate(token_ids, start=1):
             request.append_output(token_id)
-            self.runaway.look_at(request)
+            self.repetition.check(request)
             if request.finish_reason is not None:
-                self._retire(request)
+                self._finish(request)
                 token_ids = token_ids[:taken]
                 logprobs = logprobs[:taken] if logprobs is not None else None
                 break
         prompt_logprobs, request.prompt_logprobs = request.prompt_logprobs, None
-        return Progress(request, token_ids, logprobs, prompt_logprobs)
+        return RequestUpdate(request, token_ids, logprobs, prompt_logprobs)
 
     def check_integrity(self) -> None:
         """Assert every invariant between requests, slots and blocks. O(everything); for tests."""
@@ -380,7 +423,7 @@ class Scheduler:
         assert sorted(slots + self._free_slots) == list(range(self.limits.max_num_seqs))
         for request in self._requests.values():
             running = request.status is RequestStatus.RUNNING
-            assert running == (request.request_id in self._running)
+            assert running == (request.spec.request_id in self._running)
             assert running == (request.lease is not None), (
                 f"{request} holds blocks while it waits, or none while it runs"
             )
@@ -388,10 +431,26 @@ class Scheduler:
             assert request.num_output_tokens + request.num_in_flight <= request.max_tokens
             assert request.num_in_flight <= 1 or self.limits.pipeline_parallel_size == 1
 
-    def check_idle(self) -> None:
-        """Assert, cheaply, that an engine without requests holds nothing."""
-        assert not self._requests
-        assert not self._running
-        assert len(self._waiting) == 0
-        assert len(self._free_slots) == self.limits.max_num_seqs
-        self.kv.check_idle()
+    def find_leak(self) -> str:
+        """What an engine without requests holds all the same, for the log; empty when nothing. O(1)."""
+        leaks = {
+            "request slots": self.limits.max_num_seqs - len(self._free_slots),
+            "running requests": len(self._running),
+            "waiting requests": len(self._waiting),
+            "KV blocks": self.kv.pool.num_in_use,
+        }
+        return ", ".join(f"{count} {what}" for what, count in leaks.items() if count)
+
+    def reset(self) -> None:
+        """Take back what has leaked, in an engine without requests: it would be missing for as long as the engine runs."""
+        leaked_slots = set(range(self.limits.max_num_seqs)).difference(self._free_slots)
+        self._released_slots += sorted(leaked_slots.difference(self._released_slots))
+        self._free_slots = _all_slots(self.limits)
+        self._waiting = make_waiting_queue(self.limits.policy)
+        self._running.clear()
+        self.kv.reset()
+
+
+def _all_slots(limits: SchedulerLimits) -> list[int]:
+    """The request slots, of which the last is given away first."""
+    return list(range(limits.max_num_seqs - 1, -1, -1))

@@ -1,7 +1,7 @@
 """How long a step may take before something must be wrong: a bound that grows with its tokens. Imports no torch.
 
 a step of n      bound = timeout * max(1, n / TOKENS_PER_TIMEOUT)      an honest long prefill is given its time
-a burst          the same, each of its steps counted with at least TOKENS_OF_A_STEP tokens
+several steps    the same, each of them counted with at least TOKENS_OF_A_STEP tokens (`num_scheduler_steps`)
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ TOKENS_OF_A_STEP = 32
 
 def tokens_to_wait_for(plan: StepPlan) -> int:
     """The tokens of a plan as the bound counts them."""
-    return max(plan.total_tokens, TOKENS_OF_A_STEP * max(plan.bursts, default=0))
+    return max(plan.total_tokens, TOKENS_OF_A_STEP * max(plan.num_steps, default=0))
 
 
 def stall_bound(scheduled_tokens: int, timeout: float) -> float:

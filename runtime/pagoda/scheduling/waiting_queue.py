@@ -66,13 +66,13 @@ class WaitingQueue(ABC):
 
     def _count_in(self, request: Request) -> None:
         self._length += 1
-        self._num_of[request.tenant] += 1
+        self._num_of[request.spec.tenant] += 1
 
     def _count_out(self, request: Request) -> None:
         self._length -= 1
-        self._num_of[request.tenant] -= 1
-        if not self._num_of[request.tenant]:
-            del self._num_of[request.tenant]
+        self._num_of[request.spec.tenant] -= 1
+        if not self._num_of[request.spec.tenant]:
+            del self._num_of[request.spec.tenant]
 
     @abstractmethod
     def _insert(self, request: Request) -> None: ...
@@ -103,10 +103,10 @@ class FirstComeFirstServedQueue(WaitingQueue):
         self._turns: deque[str] = deque()  # tenants with entries, whose turn is next first
 
     def _insert(self, request: Request) -> None:
-        entries = self._tenants.get(request.tenant)
+        entries = self._tenants.get(request.spec.tenant)
         if entries is None:
-            entries = self._tenants[request.tenant] = deque()
-            self._turns.append(request.tenant)
+            entries = self._tenants[request.spec.tenant] = deque()
+            self._turns.append(request.spec.tenant)
         entries.append(request)
 
     def _insert_preempted(self, request: Request) -> None:
@@ -144,7 +144,7 @@ class PriorityQueue(WaitingQueue):
         self._heap: list[tuple[int, int, Request]] = []
 
     def _insert(self, request: Request) -> None:
-        heapq.heappush(self._heap, (request.priority, request.sequence_number, request))
+        heapq.heappush(self._heap, (request.spec.priority, request.sequence_number, request))
 
     _insert_preempted = _insert
 

@@ -7,12 +7,12 @@ error: a misspelt `max_token` must not silently generate to the model's limit.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import orjson
 
 from pagoda.errors import InvalidRequestError
+from pagoda.request import GenerationRequest
 from pagoda.sampling.params import SamplingParams
 from pagoda.serving.json_values import shown
 
@@ -21,22 +21,6 @@ MICROSECONDS = 1_000_000
 TIMEOUT_HEADER = "x-request-timeout-seconds"
 MAX_CACHE_SALT_CHARACTERS = 256
 MAX_TIMEOUT_SECONDS = 7 * 24 * 3600.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RequestOptions:
-    """What a request asks beside sampling.
-
-    `priority`: lower is served first. `timeout_seconds`: from arrival; None leaves the server's own limit. `details`: the
-    generate routes add ids and log-probabilities. `echo`: the prompt stands before the generated text.
-    """
-
-    stream: bool = False
-    echo: bool = False
-    details: bool = False
-    priority: int = 0
-    cache_salt: str | None = None
-    timeout_seconds: float | None = None
 
 
 def as_integer(name: str, value: object) -> int:
@@ -152,10 +136,8 @@ PROTOCOL_PARAMETERS = frozenset(
 )
 
 
-def parse_parameters(
-    parameters: Mapping[str, object], make_sampling: MakeSampling
-) -> tuple[SamplingParams, RequestOptions]:
-    """Sampling and options from names and values; `make_sampling` is `TextGenerator.sampling_params`.
+def parse_parameters(parameters: Mapping[str, object], make_sampling: MakeSampling) -> GenerationRequest:
+    """The request, but for its prompt, from names and values; `make_sampling` is `TextGenerator.sampling_params`.
 
     A value of None counts as not given. Raises `InvalidRequestError` that names the parameter and what is allowed.
     """
@@ -172,11 +154,11 @@ def parse_parameters(
             raise InvalidRequestError(
                 f"unknown parameter {shown(name)}; known are {', '.join(sorted(FIELDS))}", name[:80]
             )
-    return make_sampling(sampling), make_options(options)
+    return GenerationRequest(params=make_sampling(sampling), **_request_fields(options))
 
 
-def make_options(options: dict[str, Any]) -> RequestOptions:
-    """Options from converted values, ranges checked."""
+def _request_fields(options: dict[str, Any]) -> dict[str, Any]:
+    """Fields of a request from converted values, ranges checked."""
     microseconds = options.pop("timeout", 0)
     if microseconds < 0:
         raise InvalidRequestError(f"timeout must be at least 0 microseconds, got {microseconds}", "timeout")
@@ -184,12 +166,14 @@ def make_options(options: dict[str, Any]) -> RequestOptions:
         options["timeout_seconds"] = microseconds / MICROSECONDS
     if options.get("timeout_seconds") is not None:
         _check_seconds("timeout_seconds", options["timeout_seconds"])
-    salt = options.get("cache_salt")
-    if salt is not None and not 0 < len(salt) <= MAX_CACHE_SALT_CHARACTERS:
-        raise InvalidRequestError(
-            f"cache_salt must have 1 to {MAX_CACHE_SALT_CHARACTERS} characters, got {len(salt)}", "cache_salt"
-        )
-    return RequestOptions(**options)
+    salt = options.pop("cache_salt", None)
+    if salt is not None:
+        if not 0 < len(salt) <= MAX_CACHE_SALT_CHARACTERS:
+            raise InvalidRequestError(
+                f"cache_salt must have 1 to {MAX_CACHE_SALT_CHARACTERS} characters, got {len(salt)}", "cache_salt"
+            )
+        options["cache_keys"] = (f"salt={salt}",)
+    return options
 
 
 def parse_timeout_header(value: str | None) -> float | None:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, cast
 
 from pagoda.config.schema import PagodaConfig
-from pagoda.engine.messages import EngineOutput, EngineRequest
+from pagoda.engine.messages import EngineOutput
 from pagoda.errors import EngineNotReadyError, InvalidRequestError, RequestFailedError
+from pagoda.request import EngineRequest, GenerationRequest
 from pagoda.sampling.params import SamplingParams
 from pagoda.text.checkpoint_defaults import read_checkpoint_defaults
 from pagoda.text.output import GenerationChunk, PositionLogprobs, TokenLogprob
 from pagoda.text.output_processor import RequestTextState
-from pagoda.text.validation import AdmissionLimits, admit
+from pagoda.text.streams import merge_streams
+from pagoda.text.validation import RequestLimits, validate_request
 
 if TYPE_CHECKING:
     from pagoda.engine.client.client import EngineClient
@@ -28,7 +29,7 @@ _SAMPLING_NAMES = frozenset(field.name for field in fields(SamplingParams))
 
 
 class TextGenerator:
-    """Tokenizes, admits, fans out, detokenizes and cuts at stop strings; one for each served model.
+    """Tokenizes, validates, fans out, detokenizes and cuts at stop strings; one for each served model.
 
     `pool` and `client` are public: `await generator.pool.encode(text)`, `.decode(ids)`,
     `.render_chat_and_encode(messages, ...)` serve the routes that need tokens and no generation.
@@ -78,109 +79,65 @@ class TextGenerator:
                 raise InvalidRequestError(f"there is no sampling parameter {name!r}", name)
         return SamplingParams(**{**self.default_sampling, **given})
 
-    async def generate(
-        self,
-        prompt: str | list[int],
-        sampling: SamplingParams,
-        *,
-        request_id: str,
-        priority: int = 0,
-        cache_salt: str | None = None,
-        tenant: str = "",
-        echo: bool = False,
-        add_special_tokens: bool = True,
-    ) -> AsyncGenerator[GenerationChunk, None]:
-        """Stream the completion(s) of `prompt`: text, or token ids taken as they are.
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationChunk, None]:
+        """Stream the completion(s) of a request.
 
-        Chunks of the `sampling.n` choices come interleaved in the order they are made. With `echo` the first chunk of each
-        choice begins with the prompt's text. `tenant`: tenants take turns in the waiting queue. `add_special_tokens` concerns
-        a text prompt only. Closing the iterator, cancelling the task that reads it, or any error aborts what is still running.
+        Chunks of the `params.n` choices come interleaved in the order they are made. With `echo` the first chunk of each
+        choice begins with the prompt's text. Closing the iterator, cancelling the task that reads it, or any error aborts what
+        is still running.
 
         Raises, before the first chunk: `InvalidRequestError`, `QueueFullError`, `EngineNotReadyError`; at any time:
         `EngineDeadError`, `RequestFailedError`.
         """
         limits = self._limits()
+        params, prompt = request.params, request.prompt
         if isinstance(prompt, str):
-            prompt_token_ids = await self.pool.encode(prompt, add_special_tokens=add_special_tokens)
-            echoed = prompt if echo else ""
+            prompt_token_ids = await self.pool.encode(prompt, add_special_tokens=request.add_special_tokens)
+            echoed = prompt if request.echo else ""
         else:
             prompt_token_ids = prompt
-            echoed = await self._decode_prompt(prompt, sampling) if echo else ""
-        requests = admit(
-            prompt_token_ids,
-            sampling,
-            self.pool.tokenizer,
-            limits,
-            request_id=request_id,
-            priority=priority,
-            cache_salt=cache_salt,
-            tenant=tenant,
-        )
+            echoed = await self._decode_prompt(prompt, params) if request.echo else ""
+        requests = validate_request(request, prompt_token_ids, self.pool.tokenizer, limits)
         states = [
-            RequestTextState(self.pool.tokenizer, prompt_token_ids, sampling, index=index, echo=echoed)
-            for index in range(sampling.n)
+            RequestTextState(self.pool.tokenizer, prompt_token_ids, params, index=index, echo=echoed)
+            for index in range(params.n)
         ]
-        if sampling.n == 1:
+        if params.n == 1:  # read right here: each generator in between would cost every token a third of a microsecond
             async with self._outputs(requests[0]) as outputs:
                 async for output in outputs:
                     yield states[0].process(output)
                     if states[0].finished:
                         return
             raise RequestFailedError(UNFINISHED)
-        async with aclosing(self._run_all(requests, states)) as chunks:
-            async for chunk in chunks:
+        sequences = [self._chunks(*pair) for pair in zip(requests, states, strict=True)]
+        async with aclosing(merge_streams(sequences)) as chunks:
+            async for _, chunk in chunks:
                 yield chunk
 
-    def _limits(self) -> AdmissionLimits:
+    def _limits(self) -> RequestLimits:
         ready = self.client.ready
         if ready is None:
             raise EngineNotReadyError("the model is still loading")
         self.pool.max_model_len = ready.max_model_len
-        return AdmissionLimits(
+        return RequestLimits(
             max_model_len=ready.max_model_len,
             vocab_size=ready.vocab_size,
             eos_token_ids=self.eos_token_ids,
             default_max_tokens=self.default_max_tokens,
         )
 
-    async def _decode_prompt(self, prompt: list[int], sampling: SamplingParams) -> str:
-        return await self.pool.decode(prompt, skip_special_tokens=sampling.skip_special_tokens)
+    async def _decode_prompt(self, prompt: list[int], params: SamplingParams) -> str:
+        return await self.pool.decode(prompt, skip_special_tokens=params.skip_special_tokens)
 
     def _outputs(self, request: EngineRequest) -> aclosing[AsyncGenerator[EngineOutput, None]]:
-        """What the engine says of one sequence. However this is left, after a stop string too, the request is aborted."""
+        """The engine's outputs of one sequence. However this is left, after a stop string too, the request is aborted."""
         return aclosing(cast("AsyncGenerator[EngineOutput, None]", self.client.submit(request)))
 
-    async def _run_all(
-        self, requests: list[EngineRequest], states: list[RequestTextState]
-    ) -> AsyncGenerator[GenerationChunk, None]:
-        """All sequences of one request; the first error of any ends them all. Each is read one chunk ahead at most."""
-        queue: asyncio.Queue[GenerationChunk | Exception | None] = asyncio.Queue(maxsize=len(requests))
-
-        async def forward(request: EngineRequest, state: RequestTextState) -> None:
-            try:
-                async with self._outputs(request) as outputs:
-                    async for output in outputs:
-                        await queue.put(state.process(output))
-                        if state.finished:
-                            break
-                    else:
-                        raise RequestFailedError(UNFINISHED)
-                await queue.put(None)
-            except Exception as error:  # handed to the reader of the queue, who raises it
-                await queue.put(error)
-
-        tasks = [asyncio.create_task(forward(*pair)) for pair in zip(requests, states, strict=True)]
-        try:
-            num_running = len(tasks)
-            while num_running:
-                item = await queue.get()
-                if isinstance(item, Exception):
-                    raise item
-                if item is None:
-                    num_running -= 1
-                else:
-                    yield item
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+    async def _chunks(self, request: EngineRequest, state: RequestTextState) -> AsyncGenerator[GenerationChunk, None]:
+        """The chunks of one of several sequences."""
+        async with self._outputs(request) as outputs:
+            async for output in outputs:
+                yield state.process(output)
+                if state.finished:
+                    return
+        raise RequestFailedError(UNFINISHED)

@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
-from pagoda.engine.messages import EngineRequest
 from pagoda.errors import InvalidRequestError
+from pagoda.request import EngineRequest, GenerationRequest
 from pagoda.sampling.params import MAX_SEED, SamplingParams
 from pagoda.text.tokenizer import Tokenizer
 
@@ -16,7 +16,7 @@ MAX_BAD_WORD_CHARACTERS = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AdmissionLimits:
+class RequestLimits:
     """What a request must fit into. `max_model_len`: tokens of prompt and completion. `vocab_size`: the model's."""
 
     max_model_len: int
@@ -25,51 +25,44 @@ class AdmissionLimits:
     default_max_tokens: int | None = None
 
 
-def admit(
-    prompt_token_ids: list[int],
-    sampling: SamplingParams,
-    tokenizer: Tokenizer,
-    limits: AdmissionLimits,
-    *,
-    request_id: str,
-    priority: int = 0,
-    cache_salt: str | None = None,
-    tenant: str = "",
+def validate_request(
+    request: GenerationRequest, prompt_token_ids: list[int], tokenizer: Tokenizer, limits: RequestLimits
 ) -> list[EngineRequest]:
-    """The `sampling.n` engine requests of one request, with `max_tokens` resolved and `bad_words` as ids.
+    """The `params.n` engine requests of one request, with `max_tokens` resolved and `bad_words` as ids.
 
-    With `n > 1` the requests are named `request_id-0`, ... and, when seeded, have the seeds `seed`, `seed + 1`, ...; prompt
-    log-probabilities are asked of the first alone, as all share the prompt.
-    Raises `InvalidRequestError` naming the field and the numbers that do not fit.
+    `prompt_token_ids`: the prompt as tokens. With `n > 1` the requests are named `request_id-0`, ... and, when seeded, have
+    the seeds `seed`, `seed + 1`, ...; prompt log-probabilities are asked of the first alone, as all share the prompt.
+    Raises `InvalidRequestError` naming the field and the numbers that do not fit: this is where a client's mistake is found.
     """
+    params = request.params
     _check_prompt(prompt_token_ids, limits)
-    max_tokens = _resolve_max_tokens(sampling, len(prompt_token_ids), limits)
-    _check_ids(sampling, limits.vocab_size)
-    bad_words_token_ids = (*sampling.bad_words_token_ids, *_bad_words_token_ids(sampling.bad_words, tokenizer.encode))
-    arrival_time = time.monotonic()
+    max_tokens = _resolve_max_tokens(params, len(prompt_token_ids), limits)
+    _check_ids(params, limits.vocab_size)
+    bad_words_token_ids = (*params.bad_words_token_ids, *_bad_words_token_ids(params.bad_words, tokenizer.encode))
+    whole = EngineRequest.of(
+        request,
+        prompt_token_ids=prompt_token_ids,
+        max_tokens=max_tokens,
+        eos_token_ids=limits.eos_token_ids,
+        arrival_time=time.monotonic(),
+    )
     return [
-        EngineRequest(
-            request_id=request_id if sampling.n == 1 else f"{request_id}-{index}",
-            prompt_token_ids=prompt_token_ids,
-            sampling=replace(
-                sampling,
+        replace(
+            whole,
+            request_id=request.request_id if params.n == 1 else f"{request.request_id}-{index}",
+            params=replace(
+                params,
                 n=1,
-                seed=None if sampling.seed is None else _nth_seed(sampling.seed, index),
+                seed=None if params.seed is None else _nth_seed(params.seed, index),
                 bad_words_token_ids=bad_words_token_ids,
-                prompt_logprobs=sampling.prompt_logprobs if index == 0 else None,
+                prompt_logprobs=params.prompt_logprobs if index == 0 else None,
             ),
-            max_tokens=max_tokens,
-            eos_token_ids=limits.eos_token_ids,
-            arrival_time=arrival_time,
-            priority=priority,
-            cache_salt=cache_salt,
-            tenant=tenant,
         )
-        for index in range(sampling.n)
+        for index in range(params.n)
     ]
 
 
-def _check_prompt(prompt_token_ids: Sequence[int], limits: AdmissionLimits) -> None:
+def _check_prompt(prompt_token_ids: Sequence[int], limits: RequestLimits) -> None:
     if not prompt_token_ids:
         raise InvalidRequestError("the prompt is empty: at least one token is needed", "prompt")
     if len(prompt_token_ids) >= limits.max_model_len:
@@ -81,30 +74,30 @@ def _check_prompt(prompt_token_ids: Sequence[int], limits: AdmissionLimits) -> N
     _check_range("prompt", prompt_token_ids, limits.vocab_size)
 
 
-def _resolve_max_tokens(sampling: SamplingParams, num_prompt_tokens: int, limits: AdmissionLimits) -> int:
+def _resolve_max_tokens(params: SamplingParams, num_prompt_tokens: int, limits: RequestLimits) -> int:
     room = limits.max_model_len - num_prompt_tokens
-    if sampling.max_tokens is not None:
-        if sampling.max_tokens > room:
+    if params.max_tokens is not None:
+        if params.max_tokens > room:
             raise InvalidRequestError(
-                f"max_tokens={sampling.max_tokens} is too large: the model's context has {limits.max_model_len} tokens and "
+                f"max_tokens={params.max_tokens} is too large: the model's context has {limits.max_model_len} tokens and "
                 f"the prompt has {num_prompt_tokens}, so max_tokens may be {room} at most",
                 "max_tokens",
             )
-        return sampling.max_tokens
+        return params.max_tokens
     max_tokens = room if limits.default_max_tokens is None else min(limits.default_max_tokens, room)
-    if sampling.min_tokens > max_tokens:
+    if params.min_tokens > max_tokens:
         raise InvalidRequestError(
-            f"min_tokens={sampling.min_tokens} is greater than the {max_tokens} tokens that may be generated",
+            f"min_tokens={params.min_tokens} is greater than the {max_tokens} tokens that may be generated",
             "min_tokens",
         )
     return max_tokens
 
 
-def _check_ids(sampling: SamplingParams, vocab_size: int) -> None:
-    _check_range("allowed_token_ids", sampling.allowed_token_ids or (), vocab_size)
-    _check_range("logit_bias", sampling.logit_bias or (), vocab_size)
-    _check_range("stop_token_ids", sampling.stop_token_ids, vocab_size)
-    for token_ids in sampling.bad_words_token_ids:
+def _check_ids(params: SamplingParams, vocab_size: int) -> None:
+    _check_range("allowed_token_ids", params.allowed_token_ids or (), vocab_size)
+    _check_range("logit_bias", params.logit_bias or (), vocab_size)
+    _check_range("stop_token_ids", params.stop_token_ids, vocab_size)
+    for token_ids in params.bad_words_token_ids:
         _check_range("bad_words_token_ids", token_ids, vocab_size)
 
 

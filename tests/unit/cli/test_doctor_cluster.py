@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from pagoda.cli.main import main
+from pagoda.distributed.ray import cluster_check
 from pagoda.distributed.ray.cluster_check import ClusterSurvey, NodeSurvey
 from pagoda.errors import CommunicationError
-from pagoda.execution import ray_survey
 
 VERSIONS = {"pagoda": "0.1.0", "python": "3.11", "torch": "2.13.0", "ray": "2.60.0"}
 FIRST = NodeSurvey(
@@ -39,7 +39,7 @@ SILENT = NodeSurvey(
 
 def found(monkeypatch: pytest.MonkeyPatch, *nodes: NodeSurvey, problems: tuple[str, ...] = ()) -> None:
     report = ClusterSurvey(address="10.0.0.1:6379", nodes=nodes, problems=problems)
-    monkeypatch.setattr(ray_survey, "survey", lambda config, on_progress: report)
+    monkeypatch.setattr(cluster_check, "survey", lambda config, on_progress: report)
 
 
 def test_nodes_their_interfaces_and_the_network_between_them(
@@ -90,6 +90,6 @@ def test_a_cluster_that_does_not_answer_is_one_too(
     def unreachable(*_: object) -> None:
         raise CommunicationError("the Ray head at h:6379 cannot be reached")
 
-    monkeypatch.setattr(ray_survey, "survey", unreachable)
+    monkeypatch.setattr(cluster_check, "survey", unreachable)
     assert main(["doctor", "--cluster"]) == 1
     assert "PROBLEM: the Ray head at h:6379 cannot be reached" in capsys.readouterr().out

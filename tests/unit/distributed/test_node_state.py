@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from pagoda.cli.main import main
+from pagoda.distributed import node_state
 from pagoda.distributed.node_state import JOINED, READY, judge, node_file, prepare_directory, published, rank_file
-from pagoda.parallel import node_state
 
 
 def ask(probe: str, directory: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from pagoda.distributed.ray import head as ray_head
 from pagoda.distributed.ray.head import ensure_head, last_words
 from pagoda.distributed.ray.node import RayNode
 from pagoda.errors import CommunicationError, ConfigError
-from pagoda.execution import ray_head
 
 HEAD = """
 import socket, sys, time

@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import pytest
 
+from pagoda.distributed.ray import listener as ray_listener
 from pagoda.distributed.ray.listener import RankListener, connect_to_driver
 from pagoda.errors import CommunicationError
-from pagoda.execution import ray_listener
 
 
 def come(listener: RankListener, rank: int, secret: bytes | None = None) -> threading.Thread:

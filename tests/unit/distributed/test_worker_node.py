@@ -14,10 +14,10 @@ import pytest
 from pagoda.cli.main import main
 from pagoda.config.schema import PagodaConfig
 from pagoda.distributed.node_state import JOINED, published
+from pagoda.distributed.ray import worker_node
 from pagoda.distributed.ray.node import RayNode
 from pagoda.distributed.ray.worker_node import WorkerNode
 from pagoda.errors import CommunicationError, ConfigError
-from pagoda.execution import ray_join
 
 STARTED = "print('Ray runtime started.', flush=True)"
 
@@ -31,7 +31,7 @@ def head() -> Iterator[str]:
 
 def ray_that(monkeypatch: pytest.MonkeyPatch, script: str) -> None:
     monkeypatch.setattr(RayNode, "command", lambda self: [sys.executable, "-c", script])
-    monkeypatch.setattr(ray_join, "_PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr(worker_node, "_PAUSE_SECONDS", 0.05)
 
 
 def until(condition: object, seconds: float = 30.0) -> None:

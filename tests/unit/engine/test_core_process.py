@@ -6,28 +6,38 @@ import os
 import queue
 import socket
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Never
 
 import pytest
 
-from pagoda.engine import process, wire
+from pagoda.engine import wire
 from pagoda.engine.client.prelaunch import LaunchedCore
+from pagoda.engine.core import process
+from pagoda.engine.core.loop import EngineCore
 from pagoda.engine.core.process import CoreProcess
 from pagoda.engine.heartbeat import ProgressBoard
 from pagoda.engine.messages import (
     EngineFailed,
     EngineOutput,
     EngineOutputs,
-    EngineRequest,
+    EngineReady,
     EngineStats,
     Shutdown,
     StartCore,
 )
-from pagoda.errors import ErrorKind, QueueFullError
+from pagoda.errors import ErrorKind, InvalidRequestError, QueueFullError
+from pagoda.execution.executor import StepHandle
+from pagoda.request import EngineRequest
 from pagoda.sampling.output import FinishReason
 from pagoda.sampling.params import SamplingParams
+from pagoda.scheduling.config import SchedulerLimits
+from pagoda.scheduling.kv_cache_manager import KVCacheManager
+from pagoda.scheduling.plan import StepPlan, StepResult
+from pagoda.scheduling.scheduler import Scheduler
 
-REQUEST = EngineRequest(request_id="r", prompt_token_ids=[1], sampling=SamplingParams(), max_tokens=1)
+REQUEST = EngineRequest(request_id="r", prompt_token_ids=[1], params=SamplingParams(), max_tokens=1)
 
 
 class Connection:
@@ -43,6 +53,7 @@ class Core:
     """A core that always has work; each turn brings what `turn` says."""
 
     has_work = True
+    num_tokens_in_flight = 0
     on_submit = None
 
     def __init__(self, turn: Callable[[], EngineOutputs]) -> None:
@@ -81,6 +92,21 @@ def test_only_a_turn_that_brings_something_is_a_sign_of_life(board: ProgressBoar
     assert len(connection.sent) == (0 if brings == "nothing" else 5)
 
 
+def test_a_request_that_could_not_be_read_gets_its_one_end_and_the_core_goes_on(board: ProgressBoard) -> None:
+    connection = Connection()
+    core = Core(lambda: pytest.fail("there is nothing to run"))
+    error = wire.UnreadableRequestError("r", InvalidRequestError("top_p must be at most 1", "top_p"))
+    for message in (error, Shutdown()):
+        connection.inbox.put(message)
+    CoreProcess(core, connection, board).run()  # type: ignore[arg-type]
+    ((output,),) = (message.outputs for message in connection.sent)
+    assert (output.request_id, output.error_kind, output.error) == (
+        "r",
+        ErrorKind.INVALID_REQUEST,
+        "top_p must be at most 1",
+    )
+
+
 @pytest.mark.parametrize(
     ("error", "kind"), [(QueueFullError("full", 3), ErrorKind.QUEUE_FULL), (KeyError("x"), ErrorKind.INTERNAL)]
 )
@@ -100,15 +126,53 @@ def test_a_request_that_is_not_taken_gets_its_one_end(board: ProgressBoard, erro
     assert (output.request_id, output.finish_reason, output.error_kind) == ("r", FinishReason.ERROR, kind)
 
 
-def test_what_the_step_holds_stands_on_the_board_while_it_runs(board: ProgressBoard) -> None:
-    core = Core(lambda: pytest.fail("not run"))
-    CoreProcess(core, Connection(), board)  # type: ignore[arg-type]
-    plan = type("Plan", (), {"total_tokens": 700, "bursts": []})()
-    assert core.on_submit is not None
-    core.on_submit(7, plan)
-    progress = board.read()
-    assert (progress.step, progress.scheduled_tokens, progress.is_busy) == (7, 700, True)
-    assert progress.time > 0
+class PipelineExecutor:
+    """Holds two plans; `on_wait` is called with the number of tokens of a plan whose result is waited for."""
+
+    max_concurrent_batches = 2
+
+    def __init__(self, on_wait: Callable[[int], None]) -> None:
+        self.on_wait = on_wait
+
+    def submit(self, plan: StepPlan) -> StepHandle:
+        def result() -> StepResult:
+            self.on_wait(plan.total_tokens)
+            return StepResult(plan.step_id, [[1] if samples else [] for samples in plan.samples])
+
+        return SimpleNamespace(result=result)
+
+    def ranks(self) -> list[Never]:
+        return []
+
+
+def test_the_tokens_of_all_plans_in_flight_stand_on_the_board_while_any_of_them_runs(board: ProgressBoard) -> None:
+    """The stall bound grows with them: a long prompt has its time, whatever short step was submitted after it."""
+    connection, seen = Connection(), []
+
+    def on_wait(num_tokens: int) -> None:
+        progress = board.read()
+        seen.append((num_tokens, progress.scheduled_tokens, progress.is_busy))
+
+    limits = SchedulerLimits(
+        max_num_seqs=4, max_num_batched_tokens=64, max_model_len=200, max_num_waiting=4, pipeline_parallel_size=2
+    )
+    ready = EngineReady(
+        max_model_len=200, max_num_seqs=4, max_num_batched_tokens=64, num_blocks=63, block_size=4, vocab_size=99
+    )
+    core = EngineCore(Scheduler(limits, KVCacheManager(64, 4)), PipelineExecutor(on_wait), ready)  # type: ignore[arg-type]
+    for name, length in (("long", 64), ("short", 1)):
+        connection.inbox.put(replace(REQUEST, request_id=name, prompt_token_ids=[1] * length))
+
+    def send(message: EngineOutputs) -> None:
+        connection.sent.append(message)
+        if not core.has_work:
+            connection.inbox.put(Shutdown())
+
+    connection.send = send
+    CoreProcess(core, connection, board).run()  # type: ignore[arg-type]
+    assert [output.request_id for message in connection.sent for output in message.outputs] == ["long", "short"]
+    assert seen == [(64, 65, True), (1, 1, True)]
+    assert (board.read().scheduled_tokens, board.read().is_busy) == (0, False)
 
 
 def start(monkeypatch: pytest.MonkeyPatch, board: ProgressBoard, first: StartCore) -> wire.Message:

@@ -9,22 +9,22 @@ from collections.abc import AsyncIterator, Mapping
 import pytest
 
 from pagoda.config.schema import PagodaConfig
-from pagoda.engine import data_parallel
 from pagoda.engine.client.client import ProcessEngineClient
 from pagoda.engine.client.prelaunch import LaunchedCore
+from pagoda.engine.data_parallel import client as data_parallel
 from pagoda.engine.data_parallel.client import DataParallelClient, create_engine_client, devices_of
 from pagoda.engine.data_parallel.health import overall
 from pagoda.engine.health import EngineHealth, EngineState
 from pagoda.engine.heartbeat import EngineProgress
-from pagoda.engine.messages import EngineOutput, EngineReady, EngineRequest, EngineStats
+from pagoda.engine.messages import EngineOutput, EngineReady, EngineStats
 from pagoda.errors import (
     ConfigError,
     EngineDeadError,
     EngineNotReadyError,
-    InvalidRequestError,
     PagodaError,
     QueueFullError,
 )
+from pagoda.request import EngineRequest
 from pagoda.sampling.output import FinishReason
 from pagoda.sampling.params import SamplingParams
 from tests.support.fake_engine import FakeEngineClient
@@ -110,7 +110,7 @@ def request(request_id: str = "r", prompt: list[int] | None = None, max_tokens: 
     return EngineRequest(
         request_id=request_id,
         prompt_token_ids=prompt or [1, 2, 3],
-        sampling=SamplingParams(ignore_eos=True),
+        params=SamplingParams(ignore_eos=True),
         max_tokens=max_tokens,
     )
 
@@ -245,16 +245,15 @@ async def test_requests_without_any_replica_are_told_to_come_back() -> None:
         await run(client, request())
 
 
-async def test_one_id_cannot_run_twice_at_once_on_different_replicas() -> None:
-    client, (left, _) = await started()
+async def test_one_id_may_run_twice_at_once() -> None:
+    client, (left, right) = await started()
     left.hold.clear()
-    task = asyncio.create_task(run(client, request("a")))
-    await until(lambda: left.num_running == 1)
-    with pytest.raises(InvalidRequestError, match="running already"):
-        await run(client, request("a"))
+    right.hold.clear()
+    tasks = [asyncio.create_task(run(client, request("a", prompt))) for prompt in ([1] * 3, [2] * 3)]
+    await until(lambda: left.num_running + right.num_running == 2)
     left.hold.set()
-    await task
-    assert await run(client, request("a")) == [1, 2, 3]
+    right.hold.set()
+    assert await asyncio.gather(*tasks) == [[1] * 3, [2] * 3]
 
 
 async def test_the_whole_follows_its_parts() -> None:

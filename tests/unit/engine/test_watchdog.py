@@ -41,9 +41,9 @@ def test_a_core_that_goes_on_giving_signs_is_never_stuck() -> None:
     assert seconds_until_stuck(1, signs=[100.0 + 9.5 * index for index in range(60)]) is None
 
 
-def test_a_burst_has_time_for_all_its_steps() -> None:
-    burst = StepPlan(step_id=0, num_scheduled_tokens=[1, 1], bursts=[64, 30])
-    assert tokens_to_wait_for(burst) == 64 * 32
+def test_a_multi_step_plan_has_time_for_all_its_steps() -> None:
+    plan = StepPlan(step_id=0, num_scheduled_tokens=[1, 1], num_steps=[64, 30])
+    assert tokens_to_wait_for(plan) == 64 * 32
     assert tokens_to_wait_for(StepPlan(step_id=0, num_scheduled_tokens=[700, 1])) == 701
 
 

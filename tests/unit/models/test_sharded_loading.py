@@ -12,10 +12,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from pagoda.errors import CheckpointError
-from pagoda.models import checkpoint
 from pagoda.models.build import build_model
 from pagoda.models.config import ModelConfig
 from pagoda.models.decoder import DecoderForCausalLM
+from pagoda.models.loading import checkpoint
 from pagoda.models.loading.loader import initialize_dummy_weights, load_weights
 from pagoda.parallel.groups import ParallelGroups, PipelineLink, TensorGroup
 from pagoda.parallel.layout import ParallelLayout

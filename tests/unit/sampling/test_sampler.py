@@ -7,10 +7,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pagoda.errors import InvalidRequestError
 from pagoda.sampling.params import SamplingParams
-from pagoda.sampling.rows import SlotRequest
 from pagoda.sampling.sampler import row_error
 from tests.support.naive_sampler import Row, ranked
-from tests.support.sampler_rows import enter, make_sampler, run, sample_rows
+from tests.support.sampler_rows import enter, make_sampler, request_of, run, sample_rows
 
 
 def greedy(**changes) -> SamplingParams:
@@ -259,7 +258,7 @@ def test_a_row_without_usable_logits_is_told_apart_and_does_not_touch_the_others
 def test_ids_outside_the_vocabulary_are_refused_and_leave_the_slot_empty(changes):
     sampler, pool = make_sampler(5, 1)
     with pytest.raises(InvalidRequestError, match=r"between 0 and 4|1 to 256 tokens"):
-        sampler.add(0, SlotRequest(SamplingParams(repetition_penalty=1.5, **changes), 1, ()))
+        sampler.add(0, request_of(SamplingParams(repetition_penalty=1.5, **changes)))
     row = Row([0.0, 1.0, 0.9, 0.0, 0.0], [1], [], greedy())
     enter(sampler, pool, 0, row)
     assert run(sampler, [row], [0]).token_ids.tolist() == [1]

@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 
 from pagoda.errors import QueueFullError
+from pagoda.request import EngineRequest
 from pagoda.sampling.params import SamplingParams
 from pagoda.scheduling.config import SchedulerLimits
 from pagoda.scheduling.deadlines import Deadlines
@@ -24,8 +25,10 @@ def make_scheduler(max_num_waiting: int, max_num_seqs: int = 2) -> Scheduler:
 
 
 def make_request(request_id: str, tenant: str = "") -> Request:
-    sampling = SamplingParams(ignore_eos=True)
-    return Request(request_id=request_id, prompt_token_ids=[1, 2, 3], sampling=sampling, max_tokens=2, tenant=tenant)
+    params = SamplingParams(ignore_eos=True)
+    return Request(
+        EngineRequest(request_id=request_id, prompt_token_ids=[1, 2, 3], params=params, max_tokens=2, tenant=tenant)
+    )
 
 
 def fill(scheduler: Scheduler, tenant: str, prefix: str = "") -> int:
@@ -44,7 +47,7 @@ def step(scheduler: Scheduler) -> list[str]:
     assert plan is not None
     scheduler.apply(plan, StepResult(plan.step_id, [[1] for _ in plan.slots]))
     scheduler.check_integrity()
-    return [new.request_id[0] for new in plan.new_requests]
+    return [new.spec.request_id[0] for new in plan.new_requests]
 
 
 def test_tenants_take_turns_however_much_one_of_them_sends() -> None:

@@ -7,14 +7,16 @@ import time
 import pytest
 
 from pagoda.errors import InvalidRequestError, QueueFullError
+from pagoda.request import EngineRequest
 from pagoda.sampling.output import FinishReason, TokenLogprobs
 from pagoda.sampling.params import SamplingParams
+from pagoda.scheduling.block_pool import BlockLease
 from pagoda.scheduling.config import SchedulerLimits
 from pagoda.scheduling.kv_cache_manager import KVCacheManager
-from pagoda.scheduling.plan import LandedTokens, StepPlan, StepResult
+from pagoda.scheduling.plan import SampledTokensUpdate, StepPlan, StepResult
 from pagoda.scheduling.request import Request
-from pagoda.scheduling.sampled_tokens_update import LandedTokensTracker
-from pagoda.scheduling.scheduler import Progress, Scheduler
+from pagoda.scheduling.sampled_tokens_update import SampledTokensTracker
+from pagoda.scheduling.scheduler import RequestUpdate, Scheduler
 
 
 def make_scheduler(num_usable: int = 64, block_size: int = 4, watermark: float = 0.0, **limits) -> Scheduler:
@@ -26,19 +28,21 @@ def make_request(
     request_id: str, num_tokens: int = 4, first: int | None = None, max_tokens: int = 8, **fields
 ) -> Request:
     start = 1000 * sum(map(ord, request_id)) if first is None else first
-    sampling = fields.pop("sampling", SamplingParams(ignore_eos=True))
+    params = fields.pop("params", SamplingParams(ignore_eos=True))
     prompt = list(range(start, start + num_tokens))
-    return Request(request_id=request_id, prompt_token_ids=prompt, sampling=sampling, max_tokens=max_tokens, **fields)
+    return Request(
+        EngineRequest(request_id=request_id, prompt_token_ids=prompt, params=params, max_tokens=max_tokens, **fields)
+    )
 
 
-def land(scheduler: Scheduler, plan: StepPlan, token_id: int = 1) -> list[Progress]:
+def finish(scheduler: Scheduler, plan: StepPlan, token_id: int = 1) -> list[RequestUpdate]:
     return scheduler.apply(plan, StepResult(plan.step_id, [[token_id] if samples else [] for samples in plan.samples]))
 
 
 def step(scheduler: Scheduler, token_id: int = 1) -> StepPlan:
     plan = scheduler.schedule()
     assert plan is not None
-    land(scheduler, plan, token_id)
+    finish(scheduler, plan, token_id)
     scheduler.check_integrity()
     return plan
 
@@ -94,7 +98,7 @@ def test_a_cached_prompt_still_computes_its_last_token() -> None:
 def test_tenants_with_different_salts_share_nothing() -> None:
     scheduler = make_scheduler()
     for name in ("a", "b"):
-        scheduler.add(make_request(name, 10, first=5, cache_salt=name))
+        scheduler.add(make_request(name, 10, first=5, cache_keys=(name,)))
     assert scheduled(step(scheduler)) == {"a": 10, "b": 10}
 
 
@@ -106,7 +110,7 @@ def test_newest_request_is_preempted_and_returns_before_those_that_never_ran() -
     plan = step(scheduler)  # a needs a third: b gives way, and nobody is admitted in this step
     assert scheduled(plan) == {"a": 1}
     assert scheduler.num_preemptions == 1
-    order = [new.request_id for _ in range(30) if scheduler.has_work for new in step(scheduler).new_requests]
+    order = [new.spec.request_id for _ in range(30) if scheduler.has_work for new in step(scheduler).new_requests]
     assert order == ["b", "c"]
 
 
@@ -162,8 +166,8 @@ def test_length_is_capped_by_the_model_and_by_the_whole_cache() -> None:
 
 def test_length_cap_beats_min_tokens_and_stop_beats_length_at_the_same_token() -> None:
     scheduler = make_scheduler()
-    capped = make_request("a", 4, max_tokens=2, sampling=SamplingParams(min_tokens=50), eos_token_ids=(1,))
-    stopped = make_request("b", 4, max_tokens=1, sampling=SamplingParams(stop_token_ids=(1,)))
+    capped = make_request("a", 4, max_tokens=2, params=SamplingParams(min_tokens=50), eos_token_ids=(1,))
+    stopped = make_request("b", 4, max_tokens=1, params=SamplingParams(stop_token_ids=(1,)))
     scheduler.add(capped)
     scheduler.add(stopped)
     step(scheduler)
@@ -175,8 +179,8 @@ def test_length_cap_beats_min_tokens_and_stop_beats_length_at_the_same_token() -
 
 def test_end_of_sequence_gives_no_stop_reason_and_can_be_ignored() -> None:
     scheduler = make_scheduler()
-    ends = make_request("a", sampling=SamplingParams(), eos_token_ids=(1,))
-    goes_on = make_request("b", sampling=SamplingParams(ignore_eos=True), eos_token_ids=(1,))
+    ends = make_request("a", params=SamplingParams(), eos_token_ids=(1,))
+    goes_on = make_request("b", params=SamplingParams(ignore_eos=True), eos_token_ids=(1,))
     scheduler.add(ends)
     scheduler.add(goes_on)
     step(scheduler)
@@ -221,9 +225,70 @@ def test_result_of_a_request_aborted_in_flight_is_dropped() -> None:
     plan = scheduler.schedule()
     assert plan is not None
     scheduler.abort(["a"])
-    assert land(scheduler, plan) == []
-    assert [item.request.request_id for item in scheduler.take_ended()] == ["a"]
-    scheduler.check_idle()
+    assert finish(scheduler, plan) == []
+    assert [item.request.spec.request_id for item in scheduler.take_ended()] == ["a"]
+    assert not scheduler.find_leak()
+
+
+@pytest.mark.parametrize("is_aborted", [False, True])
+def test_request_admitted_with_blocks_of_a_row_that_failed_is_computed_again(is_aborted: bool) -> None:
+    """In the same step, when the client of the failed request has left before its result."""
+    scheduler = make_scheduler()
+    for name in "ab":
+        scheduler.add(make_request(name, 10, first=5))
+    plan = scheduler.schedule()
+    assert plan is not None
+    assert scheduled(plan) == {"a": 10, "b": 2}
+    if is_aborted:
+        scheduler.abort(["a"])
+    assert scheduler.apply(plan, StepResult(plan.step_id, [[], [1]], errors={0: "it did not run"})) == []
+    (ended,) = scheduler.take_ended()
+    assert (ended.request.spec.request_id, ended.request.error) == ("a", None if is_aborted else "it did not run")
+    assert scheduled(step(scheduler)) == {"b": 10}
+
+
+def test_what_is_in_flight_of_a_request_with_blocks_of_a_row_that_failed_is_not_taken() -> None:
+    scheduler = make_scheduler(num_usable=7)
+    scheduler.add(make_request("a", 10, first=5))
+    first = scheduler.schedule()
+    scheduler.add(make_request("b", 16, first=5))
+    scheduler.add(make_request("c", 3))
+    second, third = scheduler.schedule(), scheduler.schedule()
+    assert first is not None
+    assert second is not None
+    assert third is not None
+    assert scheduled(second) == {"a": 1, "b": 8, "c": 3}
+    assert "b" in scheduled(third)
+    scheduler.apply(first, StepResult(first.step_id, [[]], errors={0: "it did not run"}))
+    (failed,) = scheduler.take_ended()
+    assert failed.request.spec.request_id == "a"
+    for plan in (second, third):
+        result = StepResult(plan.step_id, [[index] for index in range(len(plan.slots))], errors={0: "it did not run"})
+        assert [update.request.spec.request_id for update in scheduler.apply(plan, result)] == ["c"]
+    assert scheduler.take_ended() == []
+    assert scheduled(step(scheduler)) == {"b": 16, "c": 1}
+
+
+def test_leaked_slots_and_blocks_are_found_when_idle_and_can_be_used_again_after_a_reset() -> None:
+    scheduler = make_scheduler(num_usable=4, max_num_seqs=2)
+    request = make_request("a", 8, max_tokens=1)
+    scheduler.add(request)
+    leaked = BlockLease(scheduler.kv.pool)
+    plan = scheduler.schedule()
+    assert plan is not None
+    leaked.adopt(request.lease.blocks)
+    finish(scheduler, plan)
+    slot = scheduler._free_slots.pop()
+    assert scheduler.find_leak() == "1 request slots, 2 KV blocks"
+    scheduler.reset()
+    assert scheduler.find_leak() == ""
+    for name in "bc":
+        scheduler.add(make_request(name, 8, max_tokens=1))
+    plan = step(scheduler)
+    assert scheduled(plan) == {"b": 8, "c": 8}
+    assert plan.released_slots.count(slot) == 1
+    leaked.release()  # into the pool of before
+    scheduler.check_integrity()
 
 
 def test_plan_names_only_what_changed() -> None:
@@ -239,7 +304,7 @@ def test_plan_names_only_what_changed() -> None:
 
 def test_prompt_logprobs_come_once_even_when_the_prompt_is_computed_twice() -> None:
     scheduler = make_scheduler(num_usable=5, max_num_batched_tokens=16)
-    wanted = make_request("b", 8, sampling=SamplingParams(prompt_logprobs=0, ignore_eos=True))
+    wanted = make_request("b", 8, params=SamplingParams(prompt_logprobs=0, ignore_eos=True))
     scheduler.add(make_request("a", 8))
     scheduler.add(wanted)
     seen = []
@@ -266,32 +331,32 @@ def test_tenants_take_turns_and_keep_their_own_order() -> None:
     assert [step(scheduler).request_ids[0] for _ in range(6)] == ["a1", "b1", "c1", "a2", "b2", "a3"]
 
 
-def test_burst_runs_several_steps_on_one_plan_and_ends_at_the_length_cap() -> None:
+def test_several_steps_run_on_one_plan_and_end_at_the_length_cap() -> None:
     scheduler = make_scheduler(num_scheduler_steps=4)
     request = make_request("a", 4, max_tokens=7)
     scheduler.add(request)
-    assert step(scheduler).bursts == []  # the prompt
+    assert step(scheduler).num_steps == []  # the prompt
     plan = scheduler.schedule()
     assert plan is not None
-    assert plan.bursts == [4]
+    assert plan.num_steps == [4]
     scheduler.apply(plan, StepResult(plan.step_id, [[1, 2, 3, 4]]))
     plan = scheduler.schedule()
     assert plan is not None
-    assert plan.bursts == [2]
+    assert plan.num_steps == [2]
     scheduler.apply(plan, StepResult(plan.step_id, [[5, 6]]))
     assert (request.num_output_tokens, request.finish_reason) == (7, FinishReason.LENGTH)
-    scheduler.check_idle()
+    assert not scheduler.find_leak()
 
 
-def test_tokens_sampled_past_a_stop_in_a_burst_are_dropped() -> None:
+def test_tokens_sampled_past_a_stop_in_a_multi_step_plan_are_dropped() -> None:
     scheduler = make_scheduler(num_scheduler_steps=4)
-    scheduler.add(make_request("a", sampling=SamplingParams(stop_token_ids=(9,)), max_tokens=20))
+    scheduler.add(make_request("a", params=SamplingParams(stop_token_ids=(9,)), max_tokens=20))
     step(scheduler)
     plan = scheduler.schedule()
     assert plan is not None
-    (news,) = scheduler.apply(plan, StepResult(plan.step_id, [[1, 9, 3, 4]]))
-    assert (news.new_token_ids, news.request.finish_reason) == ([1, 9], FinishReason.STOP)
-    scheduler.check_idle()
+    (update,) = scheduler.apply(plan, StepResult(plan.step_id, [[1, 9, 3, 4]]))
+    assert (update.new_token_ids, update.request.finish_reason) == ([1, 9], FinishReason.STOP)
+    assert not scheduler.find_leak()
 
 
 def test_a_step_that_does_not_fit_is_planned_again_under_half_the_budget() -> None:
@@ -306,10 +371,36 @@ def test_a_step_that_does_not_fit_is_planned_again_under_half_the_budget() -> No
     assert request.num_output_tokens == 1
 
 
+@pytest.mark.parametrize("num_stages", [1, 2])
+def test_all_running_requests_go_on_when_the_budget_has_become_smaller_than_their_number(num_stages: int) -> None:
+    scheduler = make_scheduler(max_num_batched_tokens=8, pipeline_parallel_size=num_stages)
+    names = "abcdefgh"
+    for name in names:
+        scheduler.add(make_request(name, 1, max_tokens=100))
+    step(scheduler)
+    for _ in range(2):  # as after two steps, of other requests, that ran out of memory
+        assert scheduler._budget.shrink()
+    in_flight: list[StepPlan] = []
+    last_seen = dict.fromkeys(names, 0)
+    for turn in range(1, 40):
+        while len(in_flight) < num_stages and (plan := scheduler.schedule()) is not None:
+            in_flight.append(plan)
+        plan = in_flight.pop(0)
+        assert plan.total_tokens <= 2
+        last_seen.update(dict.fromkeys(plan.request_ids, turn))
+        finish(scheduler, plan)
+    assert scheduler.num_running == 8
+    assert min(last_seen.values()) > 40 - 12
+
+
 def test_repetition_is_stopped_where_it_is_asked_for() -> None:
     def run(mode: str) -> Request:
         scheduler = make_scheduler(
-            runaway_detection=mode, runaway_min_tokens=40, runaway_max_period=5, max_model_len=300, num_usable=100
+            repetition_detection=mode,
+            repetition_min_tokens=40,
+            repetition_max_period=5,
+            max_model_len=300,
+            num_usable=100,
         )
         request = make_request("a", 4, max_tokens=200)
         scheduler.add(request)
@@ -371,7 +462,7 @@ def test_stages_of_a_pipeline_all_have_requests_to_decode() -> None:
     first, second, third = (scheduler.schedule() for _ in range(3))
     assert [plan.request_ids for plan in (first, second, third)] == [["a", "b", "c"], ["d", "e", "f"], ["g"]]
     assert scheduler.schedule() is None, "every request waits for a token"
-    land(scheduler, first)
+    finish(scheduler, first)
     assert scheduler.schedule().request_ids == ["a", "b", "c"]
     scheduler.check_integrity()
 
@@ -393,7 +484,7 @@ def test_request_left_out_of_a_full_batch_is_in_the_next() -> None:
     scheduler.add(make_request("e", max_tokens=50))
     last_seen = dict.fromkeys("abcde", 0)
     for turn in range(1, 20):
-        land(scheduler, in_flight.pop(0))
+        finish(scheduler, in_flight.pop(0))
         in_flight.append(scheduler.schedule())
         last_seen.update(dict.fromkeys(in_flight[-1].request_ids, turn))
         assert min(last_seen.values()) >= turn - 3
@@ -411,25 +502,25 @@ def test_where_a_whole_share_gives_way_the_other_share_runs() -> None:
             in_flight.append(plan)
         # "b" was preempted twice and is spared: "a", which is the whole share, gives way to itself.
         assert in_flight, "requests wait, and nothing runs"
-        land(scheduler, in_flight.pop(0))
+        finish(scheduler, in_flight.pop(0))
     assert scheduler.num_preemptions >= 3
 
 
-def test_landed_token_of_a_slot_that_has_changed_hands_is_dropped() -> None:
-    scheduler, tracker = make_scheduler(pipeline_parallel_size=2), LandedTokensTracker()
+def test_sampled_token_of_a_slot_that_was_released_meanwhile_is_dropped() -> None:
+    scheduler, tracker = make_scheduler(pipeline_parallel_size=2), SampledTokensTracker()
     for name in "ab":
         scheduler.add(make_request(name))
     first = scheduler.schedule()
-    assert tracker.submitted(first) == LandedTokens()
+    assert tracker.update_for(first) == SampledTokensUpdate()
     scheduler.abort(["a"])
     scheduler.add(make_request("c"))
     second = scheduler.schedule()
-    assert tracker.submitted(second) == LandedTokens()
+    assert tracker.update_for(second) == SampledTokensUpdate()
     assert second.new_requests[0].slot == first.slots[0], "the newcomer was meant to take the slot"
     result = StepResult(first.step_id, [[41], [42]])
-    tracker.landed(result)
+    tracker.record(result)
     scheduler.apply(first, result)
-    assert tracker.submitted(scheduler.schedule()) == LandedTokens([first.slots[1]], [4], [42])
+    assert tracker.update_for(scheduler.schedule()) == SampledTokensUpdate([first.slots[1]], [4], [42])
 
 
 def test_what_a_failed_step_announced_is_no_prefix_for_anybody() -> None:

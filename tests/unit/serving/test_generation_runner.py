@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator
-from typing import Any
 
 import pytest
 
 from pagoda.errors import DeadlineExceededError, EngineNotReadyError
+from pagoda.request import GenerationRequest
 from pagoda.serving.interruptible_wait import InterruptibleWait
 from pagoda.text.output import GenerationChunk
 from tests.support.jobs import job, runner_of
@@ -22,7 +22,7 @@ class Endless:
         self.seconds = seconds
         self.num_started = self.num_closed = 0
 
-    async def generate(self, *prompt: Any, **options: Any) -> AsyncGenerator[GenerationChunk, None]:
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationChunk, None]:
         self.num_started += 1
         try:
             while True:

@@ -11,6 +11,7 @@ import pytest
 from pagoda import faults
 from pagoda.config.schema import PagodaConfig
 from pagoda.errors import RequestFailedError
+from pagoda.request import GenerationRequest
 from pagoda.sampling.params import SamplingParams
 from pagoda.text.generation import TextGenerator
 from pagoda.text.pool import TokenizerPool
@@ -36,12 +37,9 @@ async def generator() -> AsyncIterator[TextGenerator]:
 
 
 async def run(generator: TextGenerator, request_id: str) -> list[int]:
-    sampling = SamplingParams(max_tokens=8, ignore_eos=True)
-    return [
-        token_id
-        async for chunk in generator.generate([20, 21, 22], sampling, request_id=request_id)
-        for token_id in chunk.token_ids
-    ]
+    params = SamplingParams(max_tokens=8, ignore_eos=True)
+    request = GenerationRequest(request_id=request_id, prompt=[20, 21, 22], params=params)
+    return [token_id async for chunk in generator.generate(request) for token_id in chunk.token_ids]
 
 
 @pytest.mark.parametrize("action", ["raise", "oom"])
@@ -63,8 +61,8 @@ async def test_sequences_wait_for_a_reader_who_takes_his_time(generator: TextGen
             yield output
 
     generator.client.submit = counted  # type: ignore[method-assign]
-    sampling = SamplingParams(max_tokens=100, n=3, ignore_eos=True)
-    async with aclosing(generator.generate([20, 21], sampling, request_id="r")) as chunks:
+    params = SamplingParams(max_tokens=100, n=3, ignore_eos=True)
+    async with aclosing(generator.generate(GenerationRequest(prompt=[20, 21], params=params))) as chunks:
         await anext(chunks)
         for _ in range(200):
             await asyncio.sleep(0)

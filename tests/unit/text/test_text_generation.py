@@ -8,7 +8,7 @@ from contextlib import aclosing
 import pytest
 
 from pagoda.config.schema import PagodaConfig
-from pagoda.engine.messages import EngineOutput, EngineReady, EngineRequest
+from pagoda.engine.messages import EngineOutput, EngineReady
 from pagoda.errors import (
     EngineDeadError,
     EngineNotReadyError,
@@ -16,6 +16,7 @@ from pagoda.errors import (
     QueueFullError,
     RequestFailedError,
 )
+from pagoda.request import EngineRequest, GenerationRequest
 from pagoda.sampling.output import FinishReason
 from pagoda.sampling.params import SamplingParams
 from pagoda.text.generation import TextGenerator
@@ -24,6 +25,10 @@ from pagoda.text.workers import WorkerOptions
 from tests.support.tokenizers import save_tokenizer
 
 Script = Callable[[EngineRequest], AsyncIterator[EngineOutput]]
+
+
+def asked(prompt: str | list[int], params: SamplingParams, **fields) -> GenerationRequest:
+    return GenerationRequest(prompt=prompt, params=params, **fields)
 
 
 class ScriptedClient:
@@ -79,7 +84,9 @@ async def collect(stream) -> dict[int, str]:
 async def test_text_goes_in_and_text_comes_out(pool):
     client = ScriptedClient(says(lambda request: " there was 塔", pool))
     generator = TextGenerator(client, pool, eos_token_ids=(452,), default_max_tokens=9)
-    assert await collect(generator.generate("Once upon", SamplingParams(), request_id="r")) == {0: " there was 塔"}
+    assert await collect(generator.generate(asked("Once upon", SamplingParams(), request_id="r"))) == {
+        0: " there was 塔"
+    }
     (request,) = client.requests
     assert request.prompt_token_ids == pool.tokenizer.encode("Once upon")
     assert (request.max_tokens, request.eos_token_ids) == (9, (452,))
@@ -90,7 +97,7 @@ async def test_prompt_ids_are_taken_as_they_are_and_echoed_as_text(pool):
     client = ScriptedClient(says(lambda request: " there", pool))
     generator = TextGenerator(client, pool)
     ids = pool.tokenizer.encode("Once upon")
-    texts = await collect(generator.generate(ids, SamplingParams(n=2), request_id="r", echo=True))
+    texts = await collect(generator.generate(asked(ids, SamplingParams(n=2), request_id="r", echo=True)))
     assert texts == {0: "Once upon there", 1: "Once upon there"}
     assert client.requests[0].prompt_token_ids == ids
 
@@ -98,7 +105,7 @@ async def test_prompt_ids_are_taken_as_they_are_and_echoed_as_text(pool):
 async def test_choices_run_at_once_and_come_interleaved(pool):
     client = ScriptedClient(says(lambda request: f" number {request.request_id} is here", pool, 0.001))
     generator = TextGenerator(client, pool)
-    stream = generator.generate("x", SamplingParams(n=3), request_id="r")
+    stream = generator.generate(asked("x", SamplingParams(n=3), request_id="r"))
     chunks = [chunk async for chunk in stream]
     order = [chunk.index for chunk in chunks]
     assert order != sorted(order)
@@ -113,7 +120,7 @@ async def test_choices_run_at_once_and_come_interleaved(pool):
 async def test_stop_string_ends_the_stream_and_aborts_the_request(pool):
     client = ScriptedClient(says(lambda request: "one two three", pool))
     generator = TextGenerator(client, pool)
-    chunks = [chunk async for chunk in generator.generate("x", SamplingParams(stop=("two",)), request_id="r")]
+    chunks = [chunk async for chunk in generator.generate(asked("x", SamplingParams(stop=("two",)), request_id="r"))]
     assert "".join(chunk.text for chunk in chunks) == "one "
     assert chunks[-1].finish_reason is FinishReason.STOP
     assert chunks[-1].stop_reason == "two"
@@ -123,7 +130,7 @@ async def test_stop_string_ends_the_stream_and_aborts_the_request(pool):
 async def test_a_choice_that_stops_leaves_the_others_running(pool):
     client = ScriptedClient(says(lambda r: "stop it" if r.request_id.endswith("0") else "go on and on", pool, 0.001))
     generator = TextGenerator(client, pool)
-    texts = await collect(generator.generate("x", SamplingParams(n=2, stop=("stop",)), request_id="r"))
+    texts = await collect(generator.generate(asked("x", SamplingParams(n=2, stop=("stop",)), request_id="r")))
     assert texts == {0: "", 1: "go on and on"}
     assert client.aborted == ["r-0"]
 
@@ -132,7 +139,7 @@ async def test_a_choice_that_stops_leaves_the_others_running(pool):
 async def test_closing_the_stream_aborts_what_still_runs(pool, n):
     client = ScriptedClient(says(lambda request: "on and on", pool, 0.005))
     generator = TextGenerator(client, pool)
-    async with aclosing(generator.generate("x", SamplingParams(n=n), request_id="r")) as stream:
+    async with aclosing(generator.generate(asked("x", SamplingParams(n=n), request_id="r"))) as stream:
         await anext(stream)
     assert sorted(client.aborted) == sorted(request.request_id for request in client.requests)
     assert len(client.requests) == n
@@ -142,7 +149,7 @@ async def test_closing_the_stream_aborts_what_still_runs(pool, n):
 async def test_cancelling_the_reader_aborts_what_still_runs(pool, n):
     client = ScriptedClient(says(lambda request: "on and on", pool, 0.05))
     generator = TextGenerator(client, pool)
-    task = asyncio.create_task(collect(generator.generate("x", SamplingParams(n=n), request_id="r")))
+    task = asyncio.create_task(collect(generator.generate(asked("x", SamplingParams(n=n), request_id="r"))))
     await asyncio.sleep(0.07)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -162,7 +169,7 @@ async def test_error_of_one_choice_ends_the_request_and_aborts_the_others(pool, 
     client = ScriptedClient(script)
     generator = TextGenerator(client, pool)
     with pytest.raises(type(error)) as caught:
-        await collect(generator.generate("x", SamplingParams(n=3), request_id="r"))
+        await collect(generator.generate(asked("x", SamplingParams(n=3), request_id="r")))
     assert caught.value is error
     assert sorted(client.aborted) == ["r-0", "r-1", "r-2"]
 
@@ -173,7 +180,7 @@ async def test_engine_that_leaves_a_request_unfinished_is_an_error(pool):
 
     generator = TextGenerator(ScriptedClient(script), pool)
     with pytest.raises(RequestFailedError, match="without finishing"):
-        await collect(generator.generate("x", SamplingParams(), request_id="r"))
+        await collect(generator.generate(asked("x", SamplingParams(), request_id="r")))
 
 
 async def test_failure_to_make_text_of_one_request_leaves_others_alone(pool):
@@ -186,9 +193,9 @@ async def test_failure_to_make_text_of_one_request_leaves_others_alone(pool):
 
     client = ScriptedClient(script)
     generator = TextGenerator(client, pool)
-    good = asyncio.create_task(collect(generator.generate("x", SamplingParams(), request_id="good")))
+    good = asyncio.create_task(collect(generator.generate(asked("x", SamplingParams(), request_id="good"))))
     with pytest.raises(RequestFailedError):
-        await collect(generator.generate("x", SamplingParams(), request_id="bad"))
+        await collect(generator.generate(asked("x", SamplingParams(), request_id="bad")))
     assert await good == {0: pool.tokenizer.decode([65] * 5)}
     assert client.aborted == ["bad"]
 
@@ -197,7 +204,7 @@ async def test_engine_that_is_not_ready_takes_no_request(pool):
     client = ScriptedClient(says(lambda request: "x", pool))
     client.ready = None
     with pytest.raises(EngineNotReadyError):
-        await collect(TextGenerator(client, pool).generate("x", SamplingParams(), request_id="r"))
+        await collect(TextGenerator(client, pool).generate(asked("x", SamplingParams(), request_id="r")))
 
 
 async def test_text_that_cannot_fit_is_refused_before_it_is_tokenized(pool, monkeypatch):
@@ -205,7 +212,7 @@ async def test_text_that_cannot_fit_is_refused_before_it_is_tokenized(pool, monk
     generator = TextGenerator(client, pool)
     monkeypatch.setattr(type(pool.tokenizer), "encode", lambda *_args, **_kwargs: pytest.fail("was tokenized"))
     with pytest.raises(InvalidRequestError, match="200 tokens"):
-        await collect(generator.generate("x" * 1_000_000, SamplingParams(), request_id="r"))
+        await collect(generator.generate(asked("x" * 1_000_000, SamplingParams(), request_id="r")))
 
 
 def test_sampling_takes_the_clients_values_then_the_checkpoints_then_ours():

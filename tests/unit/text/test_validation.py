@@ -6,20 +6,22 @@ from tempfile import TemporaryDirectory
 import pytest
 
 from pagoda.errors import InvalidRequestError
+from pagoda.request import GenerationRequest
 from pagoda.sampling.params import MAX_SEED, SamplingParams
 from pagoda.text.tokenizer import Tokenizer
-from pagoda.text.validation import MAX_BAD_WORDS, AdmissionLimits, admit
+from pagoda.text.validation import MAX_BAD_WORDS, RequestLimits, validate_request
 from tests.support.tokenizers import save_tokenizer
 
 with TemporaryDirectory() as directory:
     TOKENIZER = Tokenizer.from_directory(save_tokenizer(Path(directory), "byte_level_bpe"))
 
 
-def admitted(prompt, sampling: SamplingParams, default_max_tokens: int | None = None, **options):
-    limits = AdmissionLimits(
+def validated(prompt, params: SamplingParams, default_max_tokens: int | None = None, **fields):
+    limits = RequestLimits(
         max_model_len=100, vocab_size=400, eos_token_ids=(7, 8), default_max_tokens=default_max_tokens
     )
-    return admit(prompt, sampling, TOKENIZER, limits, request_id="r", **options)
+    request = GenerationRequest(request_id="r", params=params, prompt=prompt, **fields)
+    return validate_request(request, prompt, TOKENIZER, limits)
 
 
 @pytest.mark.parametrize(
@@ -27,27 +29,27 @@ def admitted(prompt, sampling: SamplingParams, default_max_tokens: int | None = 
     [(None, None, 90), (None, 16, 16), (None, 1000, 90), (5, 16, 5), (90, None, 90), (90, 16, 90)],
 )
 def test_max_tokens_is_what_was_given_else_the_default_else_what_fits(given, default, resolved):
-    (request,) = admitted([1] * 10, SamplingParams(max_tokens=given), default)
+    (request,) = validated([1] * 10, SamplingParams(max_tokens=given), default)
     assert request.max_tokens == resolved
 
 
 def test_one_request_becomes_one_for_the_engine_with_everything_that_was_asked():
     sampling = SamplingParams(temperature=0.5, stop=("x",), seed=3, prompt_logprobs=2)
-    (request,) = admitted([1, 2], sampling, priority=4, cache_salt="tenant")
+    (request,) = validated([1, 2], sampling, priority=4, cache_keys=("salt=x",))
     assert request.request_id == "r"
     assert request.prompt_token_ids == [1, 2]
-    assert request.sampling == sampling
-    assert (request.priority, request.cache_salt, request.eos_token_ids) == (4, "tenant", (7, 8))
+    assert request.params == sampling
+    assert (request.priority, request.cache_keys, request.eos_token_ids) == (4, ("salt=x",), (7, 8))
     assert request.arrival_time > 0
 
 
 def test_choices_become_requests_of_their_own_with_seeds_of_their_own():
-    requests = admitted([1], SamplingParams(n=3, seed=MAX_SEED - 1, prompt_logprobs=0))
+    requests = validated([1], SamplingParams(n=3, seed=MAX_SEED - 1, prompt_logprobs=0))
     assert [request.request_id for request in requests] == ["r-0", "r-1", "r-2"]
-    assert [request.sampling.seed for request in requests] == [MAX_SEED - 1, MAX_SEED, -MAX_SEED - 1]
-    assert [request.sampling.n for request in requests] == [1, 1, 1]
-    assert [request.sampling.prompt_logprobs for request in requests] == [0, None, None]
-    assert [request.sampling.seed for request in admitted([1], SamplingParams(n=2))] == [None, None]
+    assert [request.params.seed for request in requests] == [MAX_SEED - 1, MAX_SEED, -MAX_SEED - 1]
+    assert [request.params.n for request in requests] == [1, 1, 1]
+    assert [request.params.prompt_logprobs for request in requests] == [0, None, None]
+    assert [request.params.seed for request in validated([1], SamplingParams(n=2))] == [None, None]
 
 
 BAD = {
@@ -71,12 +73,12 @@ BAD = {
 @pytest.mark.parametrize(("prompt", "sampling", "named", "param"), BAD.values(), ids=BAD.keys())
 def test_what_cannot_be_served_is_refused_with_the_numbers(prompt, sampling, named, param):
     with pytest.raises(InvalidRequestError, match=named) as caught:
-        admitted(prompt, SamplingParams(**sampling))
+        validated(prompt, SamplingParams(**sampling))
     assert caught.value.param == param
 
 
 def test_bad_words_become_ids_as_they_stand_alone_and_after_a_space():
-    (request,) = admitted([1], SamplingParams(bad_words=("the", " lazy"), bad_words_token_ids=((3, 4),)))
-    spelled = {TOKENIZER.decode(ids) for ids in request.sampling.bad_words_token_ids[1:]}
-    assert request.sampling.bad_words_token_ids[0] == (3, 4)
+    (request,) = validated([1], SamplingParams(bad_words=("the", " lazy"), bad_words_token_ids=((3, 4),)))
+    spelled = {TOKENIZER.decode(ids) for ids in request.params.bad_words_token_ids[1:]}
+    assert request.params.bad_words_token_ids[0] == (3, 4)
     assert spelled == {"the", " the", "lazy", " lazy"}

@@ -7,7 +7,7 @@ import time
 from harness.engine import Engine, EngineSettings, Tokens
 from pagoda.config.sources import from_kwargs
 from pagoda.engine.core.startup import start_core
-from pagoda.engine.messages import EngineRequest
+from pagoda.request import EngineRequest
 from pagoda.sampling.params import SamplingParams
 
 DTYPES = {"bf16": "bfloat16", "fp32": "float32", "int8": "bfloat16"}
@@ -37,7 +37,7 @@ class PagodaEngine(Engine):
         request = EngineRequest(
             request_id=str(request_id),
             prompt_token_ids=prompt,
-            sampling=SamplingParams(temperature=0, ignore_eos=True, max_tokens=output_tokens),
+            params=SamplingParams(temperature=0, ignore_eos=True, max_tokens=output_tokens),
             max_tokens=output_tokens,
             arrival_time=time.monotonic(),
         )

@@ -8,6 +8,7 @@ starts a new core or leaves the engine dead, as `on_engine_failure` says.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import time
 from abc import ABC, abstractmethod
@@ -32,7 +33,6 @@ from pagoda.engine.messages import (
     EngineOutputs,
     EngineRanks,
     EngineReady,
-    EngineRequest,
     EngineStage,
     EngineStats,
     Shutdown,
@@ -41,11 +41,11 @@ from pagoda.errors import (
     EngineDeadError,
     EngineNotReadyError,
     ErrorKind,
-    InvalidRequestError,
     PagodaError,
     QueueFullError,
     error_of,
 )
+from pagoda.request import EngineRequest
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +94,7 @@ class EngineClient(ABC):
     def submit(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
         """Run a request; its outputs as they come, the last one with a `finish_reason`.
 
+        `request_id` may be that of another request, running or not; outputs have the engine's own, which begins with it.
         Raises `EngineNotReadyError`, `EngineDeadError`, `QueueFullError` or `InvalidRequestError` in place of the first
         output, and `EngineDeadError` later if the engine is lost. Closing the iterator aborts the request in the engine.
         """
@@ -104,7 +105,7 @@ class EngineClient(ABC):
 
 
 class ProcessEngineClient(EngineClient):
-    """The core in a child process that is watched, and started anew when it fails.
+    """The core in a child process that is watched, and restarted when it fails.
 
     `name`: what the log calls it. `environment`: variables that the core gets beside those of this process. `launched`: a
     process for the first core.
@@ -125,7 +126,8 @@ class ProcessEngineClient(EngineClient):
         self._config = config
         self._environment = environment
         self._launched = launched
-        self._mailboxes: dict[str, Mailbox] = {}
+        self._request_numbers = itertools.count()
+        self._mailboxes: dict[str, Mailbox] = {}  # by the engine's request id
         self._service_rate = ServiceRate()
         self._restarts = RestartPolicy(config.on_engine_failure, config.max_engine_restarts)
         self._pause: float | None = None  # before the next core; None: there will be none
@@ -158,13 +160,16 @@ class ProcessEngineClient(EngineClient):
 
     async def submit(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
         """See `EngineClient.submit`."""
-        child = self._admit(request)
+        child = self._check_queue()
         if not self._mailboxes:
             self._service_rate.resume(time.monotonic())
-        mailbox = self._mailboxes[request.request_id] = Mailbox()
+        # The engine's id is its own and given once: a client may use an id again, and what the core still sends for the first
+        # request does not reach the second.
+        request_id = f"{request.request_id}#{next(self._request_numbers)}"
+        mailbox = self._mailboxes[request_id] = Mailbox()
         is_over = False
         try:
-            child.send(request)
+            child.send(replace(request, request_id=request_id))
             while not is_over:
                 output = await mailbox.get()
                 is_over = output.finish_reason is not None
@@ -173,19 +178,17 @@ class ProcessEngineClient(EngineClient):
                 yield output
         finally:
             # The one place where a request leaves: ended, failed, closed by its reader or cancelled.
-            del self._mailboxes[request.request_id]
+            del self._mailboxes[request_id]
             if not is_over:
-                child.send(AbortRequests([request.request_id]))
+                child.send(AbortRequests([request_id]))
 
-    def _admit(self, request: EngineRequest) -> CoreChild:
-        """The core that takes the request, or the error that says why none does."""
+    def _check_queue(self) -> CoreChild:
+        """The core that takes one more request, or the error that says why none does."""
         if self.health.state is EngineState.DEAD:
             raise EngineDeadError(f"the engine is dead: {self.health.cause}")
         child = self._child
         if not self.health.accepts_requests or self.ready is None or child is None or not child.is_connected:
             raise EngineNotReadyError(f"the engine is {self.health.state} (stage: {self.health.stage})")
-        if request.request_id in self._mailboxes:
-            raise InvalidRequestError(f"a request with id {request.request_id!r} is running already", "request_id")
         waiting = len(self._mailboxes) - self.ready.max_num_seqs
         if waiting >= self._config.max_num_waiting:
             raise self._error_of(
@@ -201,13 +204,13 @@ class ProcessEngineClient(EngineClient):
             return QueueFullError(message, self._service_rate.seconds_until_served(waiting))
         return error_of(kind, message)
 
-    def _deliver(self, news: EngineOutputs) -> None:
-        if news.stats.degradation != self.stats.degradation:
-            self._note_degradation(news.stats.degradation)
-        self.stats = news.stats
-        for output in news.outputs:
+    def _deliver(self, message: EngineOutputs) -> None:
+        if message.stats.degradation != self.stats.degradation:
+            self._note_degradation(message.stats.degradation)
+        self.stats = message.stats
+        for output in message.outputs:
             if output.finish_reason is not None and output.error_kind is None:
-                self._service_rate.count(news.timestamp)
+                self._service_rate.count(message.timestamp)
             mailbox = self._mailboxes.get(output.request_id)
             if mailbox is not None:  # else its reader has left, and the abort is on its way
                 mailbox.put(output)
@@ -232,7 +235,7 @@ class ProcessEngineClient(EngineClient):
             self._restarts.core_started(time.monotonic())
             try:
                 await self._run_core()
-            except Exception as error:  # a fault in here must not leave an engine that nobody looks after
+            except Exception as error:  # a fault in here must not leave an engine without supervision
                 logger.exception("the engine process could not be run")
                 self._lose_core(EngineDeadError(f"the engine process could not be run: {error}"))
             if self._is_ending or self._pause is None:
@@ -290,7 +293,7 @@ class ProcessEngineClient(EngineClient):
             when = f"{self._restarts.attempt}, in {self._pause:g} s"
             self.health.transition(EngineState.STARTING, str(cause))
             self.health.enter_stage("restart", when)
-            logger.warning("the %s is started anew: %s", self.health.name, when)
+            logger.warning("restarting the %s: %s", self.health.name, when)
         self._fail_requests(str(cause), was_killed=isinstance(cause, EngineDeadError) and cause.was_killed)
         if not self._started.done():
             self._started.set_exception(cause)

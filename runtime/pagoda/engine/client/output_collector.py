@@ -1,7 +1,6 @@
-"""What the engine has said about one request and its reader has not taken yet.
+"""The outputs of one request that its reader has not taken yet.
 
-News that the reader did not take is merged with later news, so a slow reader costs at most the request's own output, however
-many steps run meanwhile.
+They are merged into one, so a slow reader costs at most the request's own output, however many steps run meanwhile.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ class Mailbox:
 
     def __init__(self) -> None:
         self._pending: EngineOutput | None = None
-        self._is_merged = False  # `_pending` was made here: its `new_token_ids` are nobody else's
+        self._is_merged = False  # `_pending` was made here: its `new_token_ids` are its own
         self._failure: PagodaError | None = None
         self._waiting: asyncio.Future[None] | None = None  # the reader, while there is nothing for it
 
     def put(self, output: EngineOutput) -> None:
-        """Add news."""
+        """Add an output of a step."""
         pending = self._pending
         if pending is None:
             self._pending, self._is_merged = output, False
@@ -42,7 +41,7 @@ class Mailbox:
         self._wake()
 
     async def get(self) -> EngineOutput:
-        """The news since the last call; waits for some. Raises what `fail` was given."""
+        """What came since the last call, merged; waits for it. Raises what `fail` was given."""
         while self._pending is None:
             if self._failure is not None:
                 raise self._failure
@@ -67,7 +66,7 @@ def merge(earlier: EngineOutput, later: EngineOutput) -> EngineOutput:
 
 
 def _adds_only_tokens(earlier: EngineOutput, later: EngineOutput) -> bool:
-    """Whether `later`, the news of a step like any other, has nothing else that `earlier` does not say."""
+    """Whether `later`, of a step like any other, has nothing else that `earlier` does not say."""
     return (
         later.finish_reason is None
         and later.logprobs is None

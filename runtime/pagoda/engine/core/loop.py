@@ -12,18 +12,29 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 from pagoda.distributed.rank_health import RankHealth
-from pagoda.engine.messages import EngineOutput, EngineOutputs, EngineReady, EngineRequest, EngineStats
+from pagoda.engine.messages import EngineOutput, EngineOutputs, EngineReady, EngineStats
 from pagoda.errors import EngineDeadError, InvalidRequestError
 from pagoda.execution.executor import Executor, StepHandle, is_out_of_memory
+from pagoda.request import EngineRequest
 from pagoda.scheduling.plan import StepPlan
 from pagoda.scheduling.request import Request
-from pagoda.scheduling.scheduler import Progress, Scheduler
+from pagoda.scheduling.scheduler import RequestUpdate, Scheduler
+from pagoda.scheduling.step_timeout import tokens_to_wait_for
 
 logger = logging.getLogger(__name__)
 
-PlanListener = Callable[[int, StepPlan], None]
+SubmitListener = Callable[[int, int], None]
+
+
+class _InFlight(NamedTuple):
+    """A step that was submitted; `num_tokens`: see `tokens_to_wait_for`."""
+
+    plan: StepPlan
+    handle: StepHandle
+    num_tokens: int
 
 
 class EngineCore:
@@ -34,60 +45,64 @@ class EngineCore:
         self.ready = ready
         self._scheduler = scheduler
         self._executor = executor
-        self._in_flight: deque[tuple[StepPlan, StepHandle]] = deque()
+        self._in_flight: deque[_InFlight] = deque()
         self._num_steps = 0
         self._num_scheduled_tokens = 0
         self._step_seconds = 0.0
         self._was_idle = True
-        self.on_submit: PlanListener | None = None
+        # Called with the number of steps done and of tokens in flight, those of the step that is about to be submitted
+        # included: on a CPU a step is over when it is submitted.
+        self.on_submit: SubmitListener | None = None
 
     @property
     def has_work(self) -> bool:
         """Whether a `step` would do anything."""
         return self._scheduler.has_work or bool(self._in_flight)
 
+    @property
+    def num_tokens_in_flight(self) -> int:
+        """Tokens of all steps in flight, as the stall bound counts them."""
+        return sum(step.num_tokens for step in self._in_flight)
+
     def add_request(self, request: EngineRequest) -> None:
-        """Accept a request. Raises `InvalidRequestError` or `QueueFullError`, and then it was never there."""
-        vocab_size = self.ready.vocab_size
-        if (
-            request.prompt_token_ids
-            and not 0 <= min(request.prompt_token_ids) <= max(request.prompt_token_ids) < vocab_size
-        ):
+        """Accept a request. Raises `InvalidRequestError` or `QueueFullError`, and then it was never there.
+
+        This is the border of the engine: here, and in `Scheduler.add`, is refused what would harm other requests. What a
+        client may get wrong was found before, by `text.validation`; nothing after this checks a prompt again.
+        """
+        prompt, vocab_size = request.prompt_token_ids, self.ready.vocab_size
+        if prompt and not 0 <= min(prompt) <= max(prompt) < vocab_size:
+            # The embedding would be read out of bounds, which on a GPU is the end of the process.
             raise InvalidRequestError(f"the prompt has token ids outside of 0 to {vocab_size - 1}", "prompt")
-        self._scheduler.add(
-            Request(
-                request_id=request.request_id,
-                prompt_token_ids=request.prompt_token_ids,
-                sampling=request.sampling,
-                max_tokens=request.max_tokens,
-                eos_token_ids=request.eos_token_ids,
-                arrival_time=request.arrival_time,
-                priority=request.priority,
-                cache_salt=request.cache_salt,
-                tenant=request.tenant,
-            )
-        )
+        self._scheduler.add(Request(request))
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """End requests whose client is gone; ids that are not (or no longer) here are ignored."""
         self._scheduler.abort(request_ids)
 
     def step(self) -> EngineOutputs:
-        """Run one turn of the loop and return the news of every request that has any.
+        """Run one turn of the loop and return the output of every request that has any.
 
         A step that raises ends the requests in it, with its error; the engine goes on. Raises `EngineDeadError` only when the
         executor says that it cannot.
         """
         started = time.monotonic()
         self._plan_ahead()
-        progress = self._land_oldest()
-        progress += self._scheduler.take_ended()
+        updates = self._collect_oldest()
+        updates += self._scheduler.take_ended()
         if not self.has_work and not self._was_idle:
-            self._scheduler.check_idle()
+            self._check_idle()
         self._was_idle = not self.has_work
         now = time.monotonic()
         self._step_seconds = now - started
-        return EngineOutputs([_output(item) for item in progress], self.stats(), now)
+        return EngineOutputs([_output(update) for update in updates], self.stats(), now)
+
+    def _check_idle(self) -> None:
+        """Mend a leak: it is an error, but no reason to end the engine, and without requests everything can be taken back."""
+        leak = self._scheduler.find_leak()
+        if leak:
+            logger.error("leak in an idle engine: %s; request slots and KV cache are reset", leak)
+            self._scheduler.reset()
 
     def _plan_ahead(self) -> None:
         while len(self._in_flight) < self._executor.max_concurrent_batches:
@@ -95,18 +110,19 @@ class EngineCore:
             if plan is None:
                 return
             self._num_scheduled_tokens += plan.total_tokens
+            num_tokens = tokens_to_wait_for(plan)
             if self.on_submit is not None:
-                self.on_submit(self._num_steps, plan)
+                self.on_submit(self._num_steps, self.num_tokens_in_flight + num_tokens)
             try:
-                self._in_flight.append((plan, self._executor.submit(plan)))
+                self._in_flight.append(_InFlight(plan, self._executor.submit(plan), num_tokens))
             except Exception as error:  # whatever it is, it is this step's requests' end and not the engine's
                 self._fail_step(plan, error)
                 return
 
-    def _land_oldest(self) -> list[Progress]:
+    def _collect_oldest(self) -> list[RequestUpdate]:
         if not self._in_flight:
             return []
-        plan, handle = self._in_flight.popleft()
+        plan, handle, _ = self._in_flight.popleft()
         try:
             result = handle.result()
         except Exception as error:  # as above: a step may fail in any way
@@ -116,12 +132,16 @@ class EngineCore:
         return self._scheduler.apply(plan, result)
 
     def _fail_step(self, plan: StepPlan, error: Exception) -> None:
-        """Plan a step that did not fit again, smaller; end the requests of one that failed otherwise.
+        """Out of memory: plan the step again, smaller. Any other error ends the requests of the step.
 
-        Steps that were planned on top of it share its fate. Then see whether the device is sane.
+        Steps planned after it are dropped with it. Then the executor is checked: it may be unusable.
         """
         if is_out_of_memory(error) and self._scheduler.retry_in_flight():
-            logger.warning("a step of %d tokens did not fit (%s): smaller steps from here on", plan.total_tokens, error)
+            logger.warning(
+                "out of memory in a step of %d tokens (%s): the token budget of a step is halved",
+                plan.total_tokens,
+                error,
+            )
             self._in_flight.clear()
             return
         logger.exception("step %d with %d tokens failed", plan.step_id, plan.total_tokens, exc_info=error)
@@ -130,7 +150,7 @@ class EngineCore:
         try:
             self._executor.check_health()
         except Exception as fault:  # whatever it is, no further step can be trusted
-            raise EngineDeadError(f"the executor did not survive a failed step: {fault}") from error
+            raise EngineDeadError(f"the executor is unusable after a failed step: {fault}") from error
 
     def check_health(self) -> None:
         """Raise `EngineDeadError` when no further step can run; for the time in which none does."""
@@ -152,7 +172,7 @@ class EngineCore:
             prefix_cache_queries=kv.num_prefix_queries,
             prefix_cache_hits=kv.num_prefix_hits,
             num_preemptions=self._scheduler.num_preemptions,
-            num_runaways=self._scheduler.runaway.num_found,
+            num_repetitions=self._scheduler.repetition.num_found,
             num_scheduled_tokens=self._num_scheduled_tokens,
             step_seconds=self._step_seconds,
             degradation=self._scheduler.degradation,
@@ -163,13 +183,13 @@ class EngineCore:
         self._executor.shutdown()
 
 
-def _output(item: Progress) -> EngineOutput:
-    request = item.request
+def _output(update: RequestUpdate) -> EngineOutput:
+    request = update.request
     return EngineOutput(
-        request_id=request.request_id,
-        new_token_ids=item.new_token_ids,
-        logprobs=item.logprobs,
-        prompt_logprobs=item.prompt_logprobs,
+        request_id=request.spec.request_id,
+        new_token_ids=update.new_token_ids,
+        logprobs=update.logprobs,
+        prompt_logprobs=update.prompt_logprobs,
         finish_reason=request.finish_reason,
         stop_reason=request.stop_reason,
         error_kind=request.error_kind,

@@ -28,15 +28,14 @@ from pagoda.engine.messages import (
     EngineOutput,
     EngineOutputs,
     EngineRanks,
-    EngineRequest,
     EngineStage,
     Shutdown,
     StartCore,
 )
 from pagoda.errors import ErrorKind, PagodaError, RequestFailedError
 from pagoda.process_control import become_child, uncollected
+from pagoda.request import EngineRequest
 from pagoda.sampling.output import FinishReason
-from pagoda.scheduling.step_timeout import tokens_to_wait_for
 
 if TYPE_CHECKING:
     from pagoda.engine.core.loop import EngineCore
@@ -46,7 +45,7 @@ logger = logging.getLogger(__name__)
 _HEARTBEAT_SECONDS = 0.5  # between signs of life of an idle core
 _OUTBOX_LENGTH = 256  # messages the parent has not read; past that the loop waits for it
 _INBOX_LENGTH = 4096  # messages the loop has not taken; past that they wait in the parent, which then refuses requests
-_RANKS_SECONDS = 1.0  # between news of the ranks' health
+_RANKS_SECONDS = 1.0  # between reports of the ranks' health
 _LOST_EXIT_CODE = 1
 
 
@@ -90,10 +89,12 @@ class Connection:
                 except wire.UnreadableRequestError as error:
                     self.inbox.put(error)
         except (EOFError, OSError):
-            logger.info("the parent process is gone: the engine core ends")
+            logger.info("the API process closed the connection: the engine core ends")
             os._exit(0)
-        except Exception:  # without this thread nobody would hear the parent, nor notice its end
-            logger.exception("the parent process cannot be understood")
+        except (
+            Exception
+        ):  # whatever it is: without this thread no request would arrive, nor the end of the parent be noticed
+            logger.exception("invalid frame from the API process: the engine core ends")
             os._exit(_LOST_EXIT_CODE)
 
     def _write(self) -> None:
@@ -102,8 +103,8 @@ class Connection:
                 self._socket.sendall(wire.encode(message))
         except OSError:
             return  # the parent is gone; the reader ends the process
-        except Exception:  # without this thread nobody would hear of the engine again
-            logger.exception("a message to the parent process could not be written")
+        except Exception:  # whatever it is: without this thread no output would leave the engine
+            logger.exception("a message to the API process could not be written: the engine core ends")
             os._exit(_LOST_EXIT_CODE)
 
 
@@ -117,7 +118,7 @@ class CoreProcess:
         self._is_ending = False
         self._last_step = 0
         self._ranks_told = 0.0
-        core.on_submit = lambda step, plan: board.write(step, tokens_to_wait_for(plan), is_busy=True)
+        core.on_submit = lambda step, num_tokens: board.write(step, num_tokens, is_busy=True)
 
     def run(self) -> None:
         """The loop, until the parent says so."""
@@ -126,12 +127,12 @@ class CoreProcess:
             if self._is_ending:
                 return
             step_before = self._last_step
-            news = self._core.step()
-            self._last_step = news.stats.step
-            if news.outputs or news.stats.step != step_before:
+            message = self._core.step()
+            self._last_step = message.stats.step
+            if message.outputs or message.stats.step != step_before:
                 # Only a turn that brought something is a sign of life: a core that spins must look stuck.
-                self._board.write(news.stats.step, 0, is_busy=self._core.has_work)
-                self._connection.send(news)
+                self._board.write(message.stats.step, self._core.num_tokens_in_flight, is_busy=self._core.has_work)
+                self._connection.send(message)
             self._tell_ranks()
 
     def _tell_ranks(self) -> None:
@@ -168,7 +169,7 @@ class CoreProcess:
                 self._refuse(message.request_id, RequestFailedError(f"the request could not be taken: {error!r}"))
         elif isinstance(message, wire.UnreadableRequestError):
             logger.error("request %s could not be read: %s", message.request_id, message)
-            self._refuse(message.request_id, RequestFailedError(f"the request could not be read: {message}"))
+            self._refuse(message.request_id, message.reason)
         elif isinstance(message, AbortRequests):
             self._core.abort(message.request_ids)
         elif isinstance(message, Shutdown):

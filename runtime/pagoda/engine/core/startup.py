@@ -123,9 +123,9 @@ def _make_scheduler(
         num_scheduler_steps=config.num_scheduler_steps,
         pipeline_parallel_size=config.pipeline_parallel_size,
         max_request_seconds=config.max_request_seconds,
-        runaway_detection=config.runaway_detection,
-        runaway_max_period=config.runaway_max_period,
-        runaway_min_tokens=config.runaway_min_tokens,
+        repetition_detection=config.runaway_detection,
+        repetition_max_period=config.runaway_max_period,
+        repetition_min_tokens=config.runaway_min_tokens,
     )
     return Scheduler(limits, kv)
 

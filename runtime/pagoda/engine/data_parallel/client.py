@@ -3,7 +3,7 @@
     submit ─▶ router ─▶ replica 0: core ─▶ its ranks
                    └──▶ replica 1: core ─▶ its ranks
 
-A replica is a `ProcessEngineClient`: watched, and started anew when it fails, while the others go on. They share what the
+A replica is a `ProcessEngineClient`: watched, and restarted when it fails, while the others go on. They share what the
 machine has: compute threads, free memory, GPUs in turn; and the places of the waiting queue.
 """
 
@@ -25,16 +25,16 @@ from pagoda.engine.data_parallel.health import overall
 from pagoda.engine.data_parallel.router import PrefixRouter
 from pagoda.engine.health import EngineState
 from pagoda.engine.heartbeat import EngineProgress
-from pagoda.engine.messages import EngineOutput, EngineReady, EngineRequest, EngineStats
+from pagoda.engine.messages import EngineOutput, EngineReady, EngineStats
 from pagoda.errors import (
     ConfigError,
     EngineDeadError,
     EngineNotReadyError,
-    InvalidRequestError,
     PagodaError,
     QueueFullError,
 )
 from pagoda.platform.thread_affinity import affinities_of_replicas
+from pagoda.request import EngineRequest
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -84,7 +84,6 @@ class DataParallelClient(EngineClient):
         ]
         self.configured = self._replicas[0].configured
         self._router = router or PrefixRouter(num_replicas, config.block_size if config.enable_prefix_caching else 0)
-        self._requests: set[str] = set()
         self._is_started = False
         self._is_ending = False
         self._states = [replica.health.state for replica in self._replicas]
@@ -137,41 +136,31 @@ class DataParallelClient(EngineClient):
         """
         if self.health.state is EngineState.DEAD:
             raise EngineDeadError(f"the engine is dead: {self.health.cause}")
-        if request.request_id in self._requests:
-            raise InvalidRequestError(f"a request with id {request.request_id!r} is running already", "request_id")
-        self._requests.add(request.request_id)
         refusals: list[PagodaError] = []
         tried: set[int] = set()
-        try:
-            while candidates := self._candidates(tried):
-                placement = self._router.place(request, candidates)
-                tried.add(placement.replica)
-                if refusals:
-                    logger.info(
-                        "request %s goes to replica %d: %s", request.request_id, placement.replica, refusals[-1]
-                    )
-                is_finished = False
-                try:
-                    outputs = cast(
-                        "AsyncGenerator[EngineOutput, None]", self._replicas[placement.replica].submit(request)
-                    )
-                    async with aclosing(outputs):
-                        async for output in outputs:
-                            self._router.note_output(placement, output.new_token_ids)
-                            is_finished = output.finish_reason is not None
-                            yield output
-                    return
-                except (QueueFullError, EngineNotReadyError) as error:
-                    refusals.append(error)
-                except EngineDeadError as error:
-                    if placement.num_output_tokens or not error.was_killed:
-                        raise
-                    refusals.append(error)
-                finally:
-                    self._router.remove(placement, is_finished=is_finished)
-            raise self._refusal(refusals)
-        finally:
-            self._requests.discard(request.request_id)
+        while candidates := self._candidates(tried):
+            placement = self._router.place(request, candidates)
+            tried.add(placement.replica)
+            if refusals:
+                logger.info("request %s goes to replica %d: %s", request.request_id, placement.replica, refusals[-1])
+            is_finished = False
+            try:
+                outputs = cast("AsyncGenerator[EngineOutput, None]", self._replicas[placement.replica].submit(request))
+                async with aclosing(outputs):
+                    async for output in outputs:
+                        self._router.note_output(placement, output.new_token_ids)
+                        is_finished = output.finish_reason is not None
+                        yield output
+                return
+            except (QueueFullError, EngineNotReadyError) as error:
+                refusals.append(error)
+            except EngineDeadError as error:
+                if placement.num_output_tokens or not error.was_killed:
+                    raise
+                refusals.append(error)
+            finally:
+                self._router.remove(placement, is_finished=is_finished)
+        raise self._refusal(refusals)
 
     def _candidates(self, tried: set[int]) -> list[int]:
         """Replicas that a request may be sent to."""
@@ -184,7 +173,7 @@ class DataParallelClient(EngineClient):
         ]
 
     def _refusal(self, refusals: Sequence[PagodaError]) -> PagodaError:
-        """What to tell a request that no replica takes: the best news among those that it was given."""
+        """The error of a request that no replica takes: the one with the shortest wait, else the last."""
         full = [error for error in refusals if isinstance(error, QueueFullError)]
         if full:
             return min(full, key=lambda error: error.retry_after_seconds)
@@ -243,7 +232,7 @@ class DataParallelClient(EngineClient):
             self.health.transition(state, cause)
 
     def _on_own_health(self) -> None:
-        """Draining concerns all replicas: none that is lost from now on is started anew."""
+        """Draining concerns all replicas: none that fails from now on is restarted."""
         if self.health.state is EngineState.DRAINING:
             for replica in self._replicas:
                 if replica.health.state not in (EngineState.DRAINING, EngineState.DEAD):
@@ -261,7 +250,7 @@ def sum_of(stats: Sequence[EngineStats]) -> EngineStats:
         prefix_cache_queries=sum(one.prefix_cache_queries for one in stats),
         prefix_cache_hits=sum(one.prefix_cache_hits for one in stats),
         num_preemptions=sum(one.num_preemptions for one in stats),
-        num_runaways=sum(one.num_runaways for one in stats),
+        num_repetitions=sum(one.num_repetitions for one in stats),
         num_scheduled_tokens=sum(one.num_scheduled_tokens for one in stats),
         step_seconds=max(one.step_seconds for one in stats),
         degradation="; ".join(one.degradation for one in stats if one.degradation),

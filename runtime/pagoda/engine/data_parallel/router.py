@@ -16,7 +16,7 @@ from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
-from pagoda.engine.messages import EngineRequest
+from pagoda.request import EngineRequest
 from pagoda.scheduling.prefix_hash import extend_hashes, root_hash
 
 # How long an output will be is not known; of late they were so long on average. The first guess, and the weight of each end.
@@ -95,10 +95,10 @@ class PrefixRouter:
 
     def place(self, request: EngineRequest, candidates: Collection[int]) -> Placement:
         """Choose one of `candidates` (at least one) and put the request on its books; `remove` takes it off again."""
-        root = root_hash(request.cache_salt)
+        root = root_hash(request.cache_keys)
         hashes: list[bytes] = []
         num_prompt_tokens = len(request.prompt_token_ids)
-        if self._block_size and request.sampling.prompt_logprobs is None:  # those need every position computed
+        if self._block_size and request.params.prompt_logprobs is None:  # those need every position computed
             extend_hashes(hashes, root, request.prompt_token_ids, self._block_size)
         # The last token is computed in any case, for what comes after it.
         findable = hashes[: (num_prompt_tokens - 1) // self._block_size] if hashes else hashes

@@ -54,7 +54,7 @@ class ObservedStats(Protocol):
         """Times a running request was sent back to wait."""
 
     @property
-    def num_runaways(self) -> int:
+    def num_repetitions(self) -> int:
         """Outputs found to repeat themselves without end."""
 
 
@@ -302,7 +302,7 @@ class _Part:
         return self._preemptions(self.stats.num_preemptions)
 
     def runaways(self) -> int:
-        return self._runaways(self.stats.num_runaways)
+        return self._runaways(self.stats.num_repetitions)
 
     def restarts(self) -> int:
         return sum(times for (_, to), times in self._engine.health.transitions.items() if to == STARTING)

@@ -40,10 +40,10 @@ class MeteredSampling(Protocol):
 
 
 class MeteredJob(Protocol):
-    """What is read of `serving.generation.GenerationJob`."""
+    """What is read of `pagoda.request.GenerationRequest`."""
 
     @property
-    def sampling(self) -> MeteredSampling:
+    def params(self) -> MeteredSampling:
         """How the job's sequences are generated."""
 
 
@@ -87,7 +87,7 @@ class RequestMeter:
 
     def __init__(self, metrics: Metrics, job: MeteredJob, arrival_time: float, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._timers = [RequestTimer(metrics, arrival_time, job.sampling.max_tokens) for _ in range(job.sampling.n)]
+        self._timers = [RequestTimer(metrics, arrival_time, job.params.max_tokens) for _ in range(job.params.n)]
         self._metrics = metrics
         self._is_accepted = False
 

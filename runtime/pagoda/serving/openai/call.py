@@ -11,12 +11,12 @@ from abc import ABC, abstractmethod
 from contextlib import aclosing
 from typing import Any, ClassVar
 
+from pagoda.request import GenerationRequest
 from pagoda.serving.context import ServingContext
-from pagoda.serving.generation import GenerationJob, SequenceResult
 from pagoda.serving.http.event_stream import DONE, Events, EventTemplate, event
 from pagoda.serving.openai.types import SamplingFields
 from pagoda.serving.openai.usage import UsageCounter
-from pagoda.text.output import GenerationChunk
+from pagoda.text.output import CompletionOutput, GenerationChunk
 
 
 class Choice(ABC):
@@ -26,7 +26,7 @@ class Choice(ABC):
         self.index = index
 
     @abstractmethod
-    async def whole(self, result: SequenceResult) -> dict[str, Any]:
+    async def whole(self, result: CompletionOutput) -> dict[str, Any]:
         """The choice of a finished sequence."""
 
     @abstractmethod
@@ -54,14 +54,14 @@ class Call(ABC):
         self._is_usage_continuous = bool(self._includes_usage and options and options.continuous_usage_stats)
 
     @abstractmethod
-    async def jobs(self) -> list[GenerationJob]:
+    async def jobs(self) -> list[GenerationRequest]:
         """One job a prompt, all with the same number of sequences."""
 
     @abstractmethod
     def choice(self, index: int) -> Choice:
         """The choice of that number, before its first chunk; choices are numbered through all prompts."""
 
-    def members_of(self, results: list[list[SequenceResult]]) -> dict[str, Any]:
+    def members_of(self, results: list[list[CompletionOutput]]) -> dict[str, Any]:
         """What a whole response has beside its choices and usage; `results[prompt][sequence]`."""
         return {}
 
@@ -90,7 +90,7 @@ class Call(ABC):
                 key = (prompt_index, chunk.index)
                 known = choices.get(key)
                 if known is None:
-                    choice = self.choice(prompt_index * jobs[prompt_index].sampling.n + chunk.index)
+                    choice = self.choice(prompt_index * jobs[prompt_index].params.n + chunk.index)
                     choices[key] = choice, self._text_template(choice)
                 else:
                     choice, text_event = known

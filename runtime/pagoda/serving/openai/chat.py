@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from typing_extensions import override
 
 from pagoda.errors import InvalidRequestError, NotSupportedError
+from pagoda.request import GenerationRequest
 from pagoda.sampling.params import MAX_LOGPROBS
 from pagoda.serving.context import ServingContext
-from pagoda.serving.generation import GenerationJob, SequenceResult, limit_time
+from pagoda.serving.generation import limit_time
 from pagoda.serving.openai.call import Call, Choice
 from pagoda.serving.openai.finish import finish_fields
 from pagoda.serving.openai.logprobs import chat_logprobs, prompt_logprobs
-from pagoda.serving.openai.requests import check_stream_options, sampling_and_options, template_messages
+from pagoda.serving.openai.requests import check_stream_options, generation_request, template_messages
 from pagoda.serving.openai.types import ChatCompletionRequest, TokenizeRequest
-from pagoda.text.output import GenerationChunk
+from pagoda.text.output import CompletionOutput, GenerationChunk
 
 
 class ChatCall(Call):
@@ -37,21 +39,18 @@ class ChatCall(Call):
             overrides["max_tokens"] = request.max_completion_tokens
         super().__init__(context, request)
         self._request = request
-        self._seconds = seconds
-        self._sampling, self._options = sampling_and_options(request, context.generator.sampling_params, overrides)
+        self._job = limit_time(generation_request(request, context.generator.sampling_params, overrides), seconds)
 
     @override
-    async def jobs(self) -> list[GenerationJob]:
-        token_ids = await encode_chat(self._context, self._request)
-        job = GenerationJob(prompt=token_ids, sampling=self._sampling, options=self._options)
-        return [limit_time(job, self._seconds)]
+    async def jobs(self) -> list[GenerationRequest]:
+        return [replace(self._job, prompt=await encode_chat(self._context, self._request))]
 
     @override
     def choice(self, index: int) -> Choice:
         return _ChatChoice(index, has_logprobs=bool(self._request.logprobs))
 
     @override
-    def members_of(self, results: list[list[SequenceResult]]) -> dict[str, Any]:
+    def members_of(self, results: list[list[CompletionOutput]]) -> dict[str, Any]:
         ((first, *_),) = results
         return {} if first.prompt_logprobs is None else {"prompt_logprobs": prompt_logprobs(first.prompt_logprobs)}
 
@@ -63,7 +62,7 @@ class _ChatChoice(Choice):
         self._has_begun = False
 
     @override
-    async def whole(self, result: SequenceResult) -> dict[str, Any]:
+    async def whole(self, result: CompletionOutput) -> dict[str, Any]:
         return {
             "index": self.index,
             "message": {"role": "assistant", "content": result.text},

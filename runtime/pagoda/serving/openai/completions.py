@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 from typing_extensions import override
 
 from pagoda.errors import InvalidRequestError, NotSupportedError
+from pagoda.request import GenerationRequest
 from pagoda.serving.context import ServingContext
-from pagoda.serving.generation import GenerationJob, SequenceResult, check_job_count, limit_time
+from pagoda.serving.generation import check_job_count, limit_time
 from pagoda.serving.openai.call import Call, Choice
 from pagoda.serving.openai.finish import finish_fields
 from pagoda.serving.openai.logprobs import CompletionLogprobs, joined, prompt_logprobs
-from pagoda.serving.openai.requests import PROMPT_FORMS, check_stream_options, sampling_and_options
+from pagoda.serving.openai.requests import PROMPT_FORMS, check_stream_options, generation_request
 from pagoda.serving.openai.types import CompletionRequest
-from pagoda.text.output import GenerationChunk
+from pagoda.text.output import CompletionOutput, GenerationChunk
 from pagoda.text.pool import TokenizerPool
 
 
@@ -31,23 +33,20 @@ class CompletionCall(Call):
         check_stream_options(request)
         # An echoed prompt has log-probabilities too.
         overrides = {"prompt_logprobs": request.logprobs} if request.echo and request.logprobs is not None else {}
-        sampling, options = sampling_and_options(request, context.generator.sampling_params, overrides)
-        if request.stream and overrides and sampling.n > 1:
+        job = limit_time(generation_request(request, context.generator.sampling_params, overrides), seconds)
+        if request.stream and overrides and job.params.n > 1:
             raise NotSupportedError("echo with logprobs and n > 1 cannot be streamed; leave stream out, or n")
         super().__init__(context, request)
         self._request = request
         add_special_tokens = request.add_special_tokens is not False
         self._jobs = [
-            limit_time(
-                GenerationJob(prompt=prompt, sampling=sampling, options=options, add_special_tokens=add_special_tokens),
-                seconds,
-            )
+            replace(job, prompt=prompt, add_special_tokens=add_special_tokens)
             for prompt in split_prompt(request.prompt)
         ]
         check_job_count(self._jobs)
 
     @override
-    async def jobs(self) -> list[GenerationJob]:
+    async def jobs(self) -> list[GenerationRequest]:
         return self._jobs
 
     @override
@@ -63,7 +62,7 @@ class _CompletionChoice(Choice):
         self._logprobs = CompletionLogprobs()
 
     @override
-    async def whole(self, result: SequenceResult) -> dict[str, Any]:
+    async def whole(self, result: CompletionOutput) -> dict[str, Any]:
         return await self._choice(result)
 
     @override
@@ -76,7 +75,7 @@ class _CompletionChoice(Choice):
     def text_delta(self, text: str) -> dict[str, Any]:
         return {"index": self.index, "text": text, "logprobs": None, **finish_fields(None, None)}
 
-    async def _choice(self, part: GenerationChunk | SequenceResult) -> dict[str, Any]:
+    async def _choice(self, part: GenerationChunk | CompletionOutput) -> dict[str, Any]:
         """The choice that shows `part`, a chunk or a whole sequence."""
         choice: dict[str, Any] = {
             "index": self.index,
@@ -88,7 +87,7 @@ class _CompletionChoice(Choice):
             choice["prompt_logprobs"] = prompt_logprobs(part.prompt_logprobs)
         return choice
 
-    async def _logprobs_of(self, part: GenerationChunk | SequenceResult) -> dict[str, Any] | None:
+    async def _logprobs_of(self, part: GenerationChunk | CompletionOutput) -> dict[str, Any] | None:
         if self._request.logprobs is None:
             return None
         parts = []

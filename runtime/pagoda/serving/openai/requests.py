@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from pagoda.errors import InvalidRequestError, NotSupportedError
-from pagoda.sampling.params import SamplingParams
+from pagoda.request import GenerationRequest
 from pagoda.serving.json_values import shown
 from pagoda.serving.openai.types import Message, RequestModel, SamplingFields
-from pagoda.serving.parameters import FIELDS, MakeSampling, RequestOptions, parse_parameters
+from pagoda.serving.parameters import FIELDS, MakeSampling, parse_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -76,10 +76,10 @@ def parse_request(kind: type[Request], content: Mapping[str, Any]) -> Request:
     return request
 
 
-def sampling_and_options(
+def generation_request(
     request: SamplingFields, make_sampling: MakeSampling, overrides: Mapping[str, Any]
-) -> tuple[SamplingParams, RequestOptions]:
-    """Sampling and options from the fields that are given; `overrides` replace or add fields, None removes one."""
+) -> GenerationRequest:
+    """What the given fields ask for, but for the prompt; `overrides` replace or add fields, None removes one."""
     given = request.model_dump(exclude_none=True, include=set(FIELDS) & set(type(request).model_fields))
     return parse_parameters({**given, **overrides}, make_sampling)
 

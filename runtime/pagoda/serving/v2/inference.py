@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import orjson
 
 from pagoda.errors import InvalidRequestError, NotSupportedError
-from pagoda.serving.generation import GenerationJob, SequenceResult, check_job_count, limit_time
+from pagoda.request import GenerationRequest
+from pagoda.serving.generation import check_job_count, limit_time
 from pagoda.serving.json_values import finite_logprob, shown
-from pagoda.serving.parameters import FIELDS, LIST_FIELDS, MakeSampling, RequestOptions, parse_parameters
+from pagoda.serving.parameters import FIELDS, LIST_FIELDS, MakeSampling, parse_parameters
 from pagoda.serving.v2.tensors import BYTES, INTEGER_DATATYPES, Tensor, text_of
-from pagoda.text.output import PositionLogprobs, TokenLogprob
+from pagoda.text.output import CompletionOutput, PositionLogprobs, TokenLogprob
 
 TEXT_INPUT = "text_input"
 INPUT_IDS = "input_ids"
@@ -86,13 +87,13 @@ class V2Response:
 class V2Batch:
     """What a V2 request asks for: one job a prompt. `stream` and `output_names` hold for the whole request."""
 
-    jobs: list[GenerationJob]
+    jobs: list[GenerationRequest]
     output_names: tuple[str, ...]
 
     @property
     def stream(self) -> bool:
         """Whether the client asked for chunks as they come."""
-        return self.jobs[0].options.stream
+        return self.jobs[0].stream
 
 
 def requested_output(name: str, parameters: Mapping[str, object]) -> RequestedOutput:
@@ -143,7 +144,7 @@ def parse_infer(request: V2Request, make_sampling: MakeSampling) -> V2Batch:
     return V2Batch([limit_time(job, request.timeout_seconds) for job in jobs], output_names)
 
 
-def output_tensors(results: Sequence[Sequence[SequenceResult]], names: Iterable[str]) -> list[Tensor]:
+def output_tensors(results: Sequence[Sequence[CompletionOutput]], names: Iterable[str]) -> list[Tensor]:
     """The named outputs of finished prompts, in the order asked for: `results[prompt][sequence]`."""
     flat = [sequence for sequences in results for sequence in sequences]
     num_sequences = len(results[0])
@@ -222,16 +223,16 @@ def _column(tensor: Tensor, num_prompts: int) -> list[Any]:
     )
 
 
-def _job(prompt: str | list[int], parameters: Mapping[str, object], make_sampling: MakeSampling) -> GenerationJob:
-    sampling, options = parse_parameters(parameters, make_sampling)
-    if sampling.prompt_logprobs is not None:
+def _job(prompt: str | list[int], parameters: Mapping[str, object], make_sampling: MakeSampling) -> GenerationRequest:
+    job = parse_parameters(parameters, make_sampling)
+    if job.params.prompt_logprobs is not None:
         raise InvalidRequestError("prompt_logprobs is available on /v1/completions only", "prompt_logprobs")
-    return GenerationJob(prompt=prompt, sampling=sampling, options=options)
+    return replace(job, prompt=prompt)
 
 
-def _output_names(outputs: tuple[RequestedOutput, ...], jobs: list[GenerationJob]) -> tuple[str, ...]:
+def _output_names(outputs: tuple[RequestedOutput, ...], jobs: list[GenerationRequest]) -> tuple[str, ...]:
     if not outputs:
-        wants_logprobs = any(job.sampling.logprobs is not None for job in jobs)
+        wants_logprobs = any(job.params.logprobs is not None for job in jobs)
         return OUTPUT_NAMES if wants_logprobs else OUTPUT_NAMES[:-1]
     names = tuple(output.name for output in outputs)
     if len(set(names)) != len(names):
@@ -239,21 +240,21 @@ def _output_names(outputs: tuple[RequestedOutput, ...], jobs: list[GenerationJob
     return names
 
 
-def _check_together(jobs: list[GenerationJob]) -> None:
+def _check_together(jobs: list[GenerationRequest]) -> None:
     """What must hold for all prompts of a request together."""
     first, *others = jobs
-    if any(job.sampling.n != first.sampling.n for job in others):
+    if any(job.params.n != first.params.n for job in others):
         raise InvalidRequestError("n must be the same for all prompts of a request", "n")
-    if any(_shared(job.options) != _shared(first.options) for job in others):
+    if any(_shared(job) != _shared(first) for job in others):
         raise InvalidRequestError("stream and timeout must be the same for all prompts of a request", "stream")
     check_job_count(jobs)
 
 
-def _shared(options: RequestOptions) -> tuple[object, ...]:
-    return options.stream, options.timeout_seconds
+def _shared(job: GenerationRequest) -> tuple[object, ...]:
+    return job.stream, job.timeout_seconds
 
 
-def _output_tensor(name: str, results: list[SequenceResult], shape: tuple[int, ...]) -> Tensor:
+def _output_tensor(name: str, results: list[CompletionOutput], shape: tuple[int, ...]) -> Tensor:
     datatype = next(output["datatype"] for output in OUTPUTS if output["name"] == name)
     data: list[Any]
     if name == "output_ids":

@@ -1,0 +1,90 @@
+"""One request, from the parser of whichever protocol to the model runner. Imports no torch.
+
+    GenerationRequest ────────────▶ EngineRequest, one a sequence ──▶ scheduling.Request.spec ──▶ plan.NewRequest.spec
+    made by serving or `LLM`        made by the text layer            beside its state            beside its blocks
+
+Every layer passes the record on whole and keeps its own state beside it. What a client may ask of the scheduler or the runner
+is a field of `BaseRequest`: the parser sets it and its consumer reads it, and nothing in between names it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from pagoda.sampling.params import SamplingParams
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaseRequest:
+    """What all forms of a request have.
+
+    `request_id`: shown in logs and answers; may be used again. `params`: what to compute. `priority`: lower is served first.
+    `tenant`: whose turn in the waiting queue the request takes; tenants take turns. `cache_keys`: only requests for which they
+    are equal share cached prefixes. Each begins with its kind (`salt=…`), so that keys of two kinds are never equal.
+    """
+
+    request_id: str = ""
+    params: SamplingParams
+    priority: int = 0
+    tenant: str = ""
+    cache_keys: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRequest(BaseRequest):
+    """One prompt to complete, `params.n` times: text, or token ids that are taken as they are.
+
+    `prompt` is empty, which is refused, until it is known. `add_special_tokens` concerns a text prompt only. `echo`: the
+    prompt stands before the generated text. `stream`: the client asked for chunks as they come. `details`: the generate routes
+    add ids and log-probabilities. `timeout_seconds`: from arrival; None leaves the server's own limit.
+    """
+
+    prompt: str | list[int] = ""
+    add_special_tokens: bool = True
+    echo: bool = False
+    stream: bool = False
+    details: bool = False
+    timeout_seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineRequest(BaseRequest):
+    """One sequence to generate (`n > 1` is fanned out before this point).
+
+    `request_id` is unique in an engine core; `EngineClient.submit` sees to that. `prompt_token_ids`: at least one id below the
+    vocabulary size; the list is shared and never changed. `max_tokens`:
+    resolved, at least 1, and `len(prompt_token_ids) + max_tokens <= max_model_len`. `eos_token_ids` end generation unless
+    `params.ignore_eos`. `arrival_time`: `time.monotonic()` seconds.
+    """
+
+    prompt_token_ids: list[int]
+    max_tokens: int
+    eos_token_ids: tuple[int, ...] = ()
+    arrival_time: float = 0.0
+
+    @classmethod
+    def of(
+        cls,
+        request: BaseRequest,
+        *,
+        prompt_token_ids: list[int],
+        max_tokens: int,
+        eos_token_ids: tuple[int, ...],
+        arrival_time: float,
+    ) -> EngineRequest:
+        """The engine's form of `request`: all of `BaseRequest` as it is, whatever fields that has."""
+        return cls(
+            **{name: getattr(request, name) for name in _BASE_FIELDS},
+            prompt_token_ids=prompt_token_ids,
+            max_tokens=max_tokens,
+            eos_token_ids=eos_token_ids,
+            arrival_time=arrival_time,
+        )
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Length of the prompt."""
+        return len(self.prompt_token_ids)
+
+
+_BASE_FIELDS = tuple(field.name for field in fields(BaseRequest))
