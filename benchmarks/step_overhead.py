@@ -27,7 +27,7 @@ from pagoda.config.schema import PagodaConfig
 from pagoda.engine import wire
 from pagoda.engine.core.loop import EngineCore
 from pagoda.engine.core.startup import start_core
-from pagoda.execution.executor import InProcessExecutor
+from pagoda.execution.in_process import InProcessExecutor
 from pagoda.models.decoder import DecoderForCausalLM
 from pagoda.models.dummy import DummySpec, write_dummy_checkpoint
 from pagoda.platform.hardware import cpu_report, versions

@@ -37,7 +37,7 @@ class Part(NamedTuple):
 
 # In order of importance: first whether it is right, then how fast it is.
 PARTS = {
-    "kernels": Part("kernels against float64 twins, with poisoned outputs", 20),
+    "kernels": Part("kernels against a float64 computation, with poisoned outputs", 20),
     "parity": Part("the engine against transformers, four families", 30),
     "allocation": Part("no allocation on the device after ready", 20),
     "decode": Part("decode attention over the copy bandwidth", 15),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from pagoda_kernels import backend
-from pagoda_kernels.attention import AttentionMetadata
+from pagoda_kernels.types import AttentionMetadata
 
 
 @dataclass(frozen=True, slots=True)

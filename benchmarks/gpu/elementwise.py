@@ -34,8 +34,6 @@ def run(context: Context) -> dict[str, Any]:
 
 def _launches(context: Context, tokens: int) -> list[tuple[str, int, Callable[[], object]]]:
     """Name, bytes read and written, and the launch."""
-    from pagoda_kernels.gpu.sampling import choose_greedy, choose_open
-
     hidden, inner, vocabulary = context.choose((4096, 12288, 151_936), (64, 96, 300))
     heads, kv_heads, head_dim = context.choose((32, 8, 128), (4, 2, 16))
     device, dtype = context.device, context.dtype
@@ -61,7 +59,9 @@ def _launches(context: Context, tokens: int) -> list[tuple[str, int, Callable[[]
     ones = torch.ones(rows, device=device)
 
     def draw(top_p: float) -> Callable[[], object]:
-        return lambda: choose_open(logits, best, index, index, index, ones, ones * 0, ones.double() * top_p)
+        return lambda: kernels.sample_top_p_by_rejection(
+            logits, best, index, index, index, ones, ones * 0, ones.double() * top_p
+        )
 
     kernels = backend.active
     return [
@@ -74,7 +74,7 @@ def _launches(context: Context, tokens: int) -> list[tuple[str, int, Callable[[]
                 query, key, value, cos, sin, head_norm, head_norm, 1e-6, caches[0], caches[1], slots
             ),
         ),
-        ("choose_greedy", logits.nbytes, lambda: choose_greedy(logits)),
-        ("choose_open", logits.nbytes, draw(1.0)),
-        ("choose_open top_p", logits.nbytes, draw(0.95)),
+        ("greedy_sample", logits.nbytes, lambda: kernels.greedy_sample(logits)),
+        ("sample_top_p_by_rejection", logits.nbytes, draw(1.0)),
+        ("sample_top_p_by_rejection top_p", logits.nbytes, draw(0.95)),
     ]

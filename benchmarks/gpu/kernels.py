@@ -209,13 +209,11 @@ def _turned(heads: torch.Tensor, norm: torch.Tensor | None, angles: torch.Tensor
 
 def _sampling(context: Context) -> Iterator[Check]:
     """Greedy ids exactly; draws over many positions against the distribution they must follow."""
-    from pagoda_kernels.gpu.sampling import choose_greedy, choose_open
-
     vocabulary, rows = context.choose((151_936, 64), (300, 2))
     logits = torch.randn(rows, vocabulary, device=context.device)
 
     def greedy() -> tuple[torch.Tensor, torch.Tensor]:
-        token_ids, best = choose_greedy(logits)
+        token_ids, best = backend.active.greedy_sample(logits)
         expected = torch.cat((logits.argmax(-1).double(), logits.amax(-1).double()))
         return torch.cat((token_ids.double(), best.double())), expected
 
@@ -226,7 +224,7 @@ def _sampling(context: Context) -> Iterator[Check]:
         row = torch.full((1, vocabulary), -torch.inf, device=context.device)
         row[0, :5] = probabilities.log()
         ones = torch.ones(draws, device=context.device)
-        ids = choose_open(
+        ids = backend.active.sample_top_p_by_rejection(
             row,
             row.amax(-1),
             torch.zeros(draws, dtype=torch.int64, device=context.device),
@@ -241,8 +239,8 @@ def _sampling(context: Context) -> Iterator[Check]:
         close = (counts - expected / expected.sum()).abs().max() < context.choose(0.015, 1.0)
         return torch.ones(1) if close else torch.zeros(1), torch.ones(1).double()
 
-    yield f"choose_greedy {rows}x{vocabulary}", torch.float32, greedy
-    yield "choose_open top_p=0.94", torch.float32, nucleus
+    yield f"greedy_sample {rows}x{vocabulary}", torch.float32, greedy
+    yield "sample_top_p_by_rejection top_p=0.94", torch.float32, nucleus
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ arithmetic does not rule out, by the weighted geometric mean of times over shape
     compile        9 to 27 candidates, 3 to 5 s each, in a process for every core but two: 10 s with 16 cores
     round 1        all of them on one shape; the best third goes on
     round 2        on four shapes, of two ratios of heads; the best three go on
-    round 3        on all shapes; the best is checked against the float64 twin, with a window and a soft cap too
+    round 3        on all shapes; the best is checked against a float64 computation, with a window and a soft cap too
 
 That is some 70 timings of 0.1 s an entry, so 20 to 30 s; eighteen entries and the rule for segments are predicted to take 8 to
 9 minutes on an H200 with 16 cores, with some 600 compilations. The most valuable come first (128 numbers of bfloat16, decode
@@ -265,7 +265,7 @@ class Search:
         return 2 * shape.rows * shape.seq_len * shape.kv_heads * self.head_dim * self.entry.element_bytes
 
     def _is_right(self, choice: Candidate) -> bool:
-        """Whether the float64 twin agrees, on ragged rows among poisoned slots; with a window and a soft cap too."""
+        """Whether a float64 computation agrees, on ragged rows among poisoned slots; with a window and a soft cap too."""
         self._require_time()
         lengths = self.context.choose((1, 15, 17, 257, 2064, 9000), (1, 17, 40))
         chunks = self.context.choose([(3, 3), (130, 1000), (1, 77), (700, 700)], [(3, 3), (5, 30)])

@@ -32,7 +32,7 @@ def become_child() -> None:
     # The terminal's Ctrl-C and the pod's SIGTERM are the parent's business; it tells us when to go.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    _end_with_parent()
+    end_with_parent(signal.SIGKILL)
     faulthandler.enable()
     faulthandler.register(STACKS_SIGNAL, all_threads=True)
 
@@ -51,10 +51,10 @@ def uncollected() -> Iterator[None]:
         gc.enable()
 
 
-def _end_with_parent() -> None:
-    """Let the kernel kill this process when its parent ends. Elsewhere than on Linux the end of their connection must do."""
+def end_with_parent(signal_number: int) -> None:
+    """Have the kernel send this process a signal when its parent ends. Elsewhere than on Linux nothing happens."""
     if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+        ctypes.CDLL(None, use_errno=True).prctl(_SET_PARENT_DEATH_SIGNAL, signal_number)
 
 
 def become_subreaper() -> None:

@@ -1,4 +1,4 @@
-"""One request, from the parser of whichever protocol to the model runner. Imports no torch.
+"""One request, from the parser of whichever protocol to the model runner.
 
     GenerationRequest ────────────▶ EngineRequest, one a sequence ──▶ scheduling.Request.spec ──▶ plan.NewRequest.spec
     made by serving or `LLM`        made by the text layer            beside its state            beside its blocks

@@ -12,9 +12,10 @@ import time
 import pytest
 
 from tests.support.chaos import BUSY_SECONDS, SETTINGS, asks_of, watched
-from tests.support.load import DOORS, Answer, Ask, Clients, until
+from tests.support.load import DOORS, Answer, Ask, Clients
 from tests.support.observer import NOT_SERVING, SERVING, Observer
 from tests.support.server import ServerProcess
+from tests.support.waiting import wait_until_async
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
 PROMPT = "Once upon a time"
@@ -34,7 +35,7 @@ async def begin(clients: Clients, observer: Observer, asks: list[Ask]) -> list[a
 
 async def exit_status(server: ServerProcess, seconds: float = 60.0) -> int:
     """The exit status, once there is one."""
-    await until(lambda: server.process.poll() is not None, seconds)
+    await wait_until_async(lambda: server.process.poll() is not None, seconds=seconds)
     status = server.process.poll()
     assert status is not None
     return status

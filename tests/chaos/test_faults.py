@@ -15,9 +15,10 @@ from tests.support.chaos import (
     references_of,
     watched,
 )
-from tests.support.load import Ask, Books, load, run_all, until
+from tests.support.load import Ask, Books, load, run_all
 from tests.support.notes import Note
 from tests.support.server import ServerProcess
+from tests.support.waiting import wait_until_async
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
 
@@ -64,9 +65,9 @@ async def test_a_step_that_does_not_fit_costs_nobody_anything_and_one_that_fails
         async with watched(server) as (clients, observer):
             references = await references_of(clients, asks)
             async with load(clients, asks, num_clients=8) as books:
-                await until(lambda: bool(books.of("failed", "refused")), seconds=400)  # 1600 steps
+                await wait_until_async(lambda: bool(books.of("failed", "refused")), seconds=400)  # 1600 steps
                 so_far = len(books.answers)
-                await until(lambda: len(books.answers) > so_far + 30)
+                await wait_until_async(lambda: len(books.answers) > so_far + 30)
             books.check(references)
             failed = books.of("failed", "refused")
             note(f"two steps that do not fit, one that fails: {books.summary}")
@@ -91,7 +92,7 @@ async def test_a_request_that_brings_the_engine_down_does_so_for_a_moment(fault:
             references = await references_of(clients, good)
             poisoned: list[asyncio.Task] = []
             async with load(clients, good, num_clients=8) as books:
-                await until(lambda: len(books.answers) > 10)
+                await wait_until_async(lambda: len(books.answers) > 10)
                 recovery = await disturb_and_recover(
                     observer,
                     lambda: poisoned.append(asyncio.create_task(clients.run(Ask("completions", "poison", 5)))),

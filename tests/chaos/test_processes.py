@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from tests.support.chaos import SETTINGS, STALL_SECONDS, asks_of, check_same_answers, references_of, watched
-from tests.support.load import load, run_all, until
+from tests.support.load import load, run_all
 from tests.support.notes import Note
 from tests.support.observer import is_there
 from tests.support.server import ServerProcess
+from tests.support.waiting import wait_until_async
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
 ASKS = asks_of()
@@ -62,10 +63,10 @@ async def test_an_engine_that_is_killed_again_and_again_comes_back_each_time(not
     async with running_server() as server, watched(server) as (clients, observer):
         references = await references_of(clients, ASKS)
         async with load(clients, ASKS, num_clients=8) as books:
-            await until(lambda: len(books.answers) > 8)
+            await wait_until_async(lambda: len(books.answers) > 8)
             os.kill(server.engine_pid(), signal.SIGKILL)
             await observer.until_state("starting")
-            await until(lambda: bool(children_of(server, "pagoda.engine.core.process")))
+            await wait_until_async(lambda: bool(children_of(server, "pagoda.engine.core.process")))
             os.kill(server.engine_pid(), signal.SIGKILL)  # while it starts
             await observer.until_state("ready", seconds=150)
             os.kill(server.engine_pid(), signal.SIGKILL)
@@ -88,11 +89,11 @@ async def test_tokenizer_processes_that_are_killed_or_stopped_are_replaced(note:
         references = await references_of(clients, asks)
         async with load(clients, asks, num_clients=8) as books:
             for number in (signal.SIGKILL, signal.SIGSTOP):
-                await until(lambda: len(children_of(server, "pagoda.text.worker_process")) == 2)
+                await wait_until_async(lambda: len(children_of(server, "pagoda.text.worker_process")) == 2)
                 for worker in children_of(server, "pagoda.text.worker_process"):
                     os.kill(worker, number)
                 so_far = len(books.of("finished"))
-                await until(lambda so_far=so_far: len(books.of("finished")) > so_far + 30, seconds=150)
+                await wait_until_async(lambda so_far=so_far: len(books.of("finished")) > so_far + 30, seconds=150)
         books.check(references)
         note(f"SIGKILL and SIGSTOP of both tokenizer processes: {books.summary}")
         # Nothing but what a lost worker had in its hands.
@@ -103,4 +104,4 @@ async def test_tokenizer_processes_that_are_killed_or_stopped_are_replaced(note:
         engine = server.engine_pid()
         server.send_signal(signal.SIGKILL)
         server.wait()
-        await until(lambda: not any(map(is_there, [engine, *workers])), seconds=30)
+        await wait_until_async(lambda: not any(map(is_there, [engine, *workers])), seconds=30)

@@ -20,10 +20,11 @@ from tests.support.chaos import (
     references_of,
     watched,
 )
-from tests.support.load import Clients, load, until
+from tests.support.load import Clients, load
 from tests.support.notes import Note
 from tests.support.observer import Observer, is_there
 from tests.support.server import ServerProcess
+from tests.support.waiting import wait_until_async
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
 ASKS = asks_of(("generate", "generate_stream", "completions", "grpc_stream"))
@@ -67,7 +68,7 @@ async def disturb(
     assert cause in (await observer.health())["cause"]
     await observer.until_state("ready", seconds=240)
     after = await ranks_of(observer)
-    await until(lambda: not any(is_there(rank["pid"]) for rank in before), seconds=30)
+    await wait_until_async(lambda: not any(is_there(rank["pid"]) for rank in before), seconds=30)
     assert not {rank["pid"] for rank in before} & {rank["pid"] for rank in after}
     return after
 
@@ -83,7 +84,7 @@ async def test_a_killed_or_stopped_rank_is_replaced_with_all_others_and_answers_
         ranks = await ranks_of(observer)
         async with load(clients, ASKS, num_clients=8) as books:
             for number in (0, 1):
-                await until(lambda: len(books.of("finished")) > 8, seconds=120)
+                await wait_until_async(lambda: len(books.of("finished")) > 8, seconds=120)
                 ranks = await disturb(
                     observer, ranks[number]["pid"], signal.SIGKILL, ranks, within=1.0, cause=f"rank {number} of 2"
                 )
@@ -119,14 +120,14 @@ async def test_the_engine_that_drives_the_ranks_takes_them_with_it_when_it_is_ki
                 observer, server.engine_pid(), signal.SIGKILL, ranks, within=1.0, cause="was killed by SIGKILL"
             )
             ranks = await disturb(
-                observer, server.engine_pid(), signal.SIGSTOP, ranks, within=STALL_SECONDS, cause="no sign of life"
+                observer, server.engine_pid(), signal.SIGSTOP, ranks, within=STALL_SECONDS, cause="no heartbeat"
             )
         books.check(references)
         note(f"SIGKILL and SIGSTOP of the engine of two ranks: {books.summary}")
         assert not [answer for answer in books.of("failed", "refused") if not answer.is_retriable]
         server.send_signal(signal.SIGKILL)
         server.wait()
-        await until(lambda: not any(is_there(rank["pid"]) for rank in ranks), seconds=30)
+        await wait_until_async(lambda: not any(is_there(rank["pid"]) for rank in ranks), seconds=30)
 
 
 @pytest.mark.parametrize(("fault", "cause"), [("oom", "lack of memory"), ("sleep:600", "step")], ids=["memory", "hang"])

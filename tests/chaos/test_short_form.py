@@ -24,10 +24,11 @@ from tests.support.chaos import (
     references_of,
     watched,
 )
-from tests.support.load import load, run_all, until
+from tests.support.load import load, run_all
 from tests.support.notes import Note
 from tests.support.observer import is_there
 from tests.support.server import ServerProcess
+from tests.support.waiting import wait_until_async
 
 ASKS = asks_of()
 
@@ -62,12 +63,12 @@ async def test_nobody_notices_when_others_leave_when_the_queue_is_full_or_when_t
         for number in (signal.SIGKILL, signal.SIGSTOP):
             bound = 0.5 if number is signal.SIGKILL else STALL_SECONDS + 1
             async with load(clients, ASKS, num_clients=16, seed=number) as books:
-                await until(lambda books=books: len(books.answers) > 16)
+                await wait_until_async(lambda books=books: len(books.answers) > 16)
                 recovery = await disturb_and_recover(
                     observer, lambda number=number: os.kill(server.engine_pid(), number), unready_within=bound
                 )
                 num_before = len(books.answers)
-                await until(lambda books=books, so_far=num_before: len(books.answers) > so_far + 30)
+                await wait_until_async(lambda books=books, so_far=num_before: len(books.answers) > so_far + 30)
             books.check(references)
             note(f"{signal.Signals(number).name} of the engine: {recovery}; {books.summary}")
             lost = books.of("failed", "refused")
@@ -89,5 +90,5 @@ async def test_an_engine_does_not_outlive_its_server_not_even_a_stopped_one(serv
     server.send_signal(signal.SIGKILL)
     server.wait()
     killed = time.monotonic()
-    await until(lambda: not is_there(engine), seconds=30)
+    await wait_until_async(lambda: not is_there(engine), seconds=30)
     assert time.monotonic() - killed < 10

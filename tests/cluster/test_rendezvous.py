@@ -19,7 +19,8 @@ import pagoda
 from pagoda.distributed.ray.node import RayNode, ray_environment
 from tests.support.network_nodes import NetworkNode
 from tests.support.notes import Note
-from tests.support.two_nodes import PAGODA, Answers, TwoNodes, two_nodes, wait_for
+from tests.support.two_nodes import PAGODA, Answers, TwoNodes, two_nodes
+from tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1200)]
 DEMO_MODEL = Path(pagoda.__file__).parent / "demo_model"
@@ -39,7 +40,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoNodes]:
     with two_nodes(tmp_path_factory.mktemp("nodes"), number=2) as nodes:
         head = RayNode(address=nodes.head.address, head_port=6379, num_cpus=1)
         nodes.head.start(*head.command(), log="ray.log", environ=ray_environment(os.environ))
-        wait_for(lambda: "Ray runtime started" in nodes.head.log("ray.log"), 200, "the Ray head")
+        wait_until(lambda: "Ray runtime started" in nodes.head.log("ray.log"), "the Ray head", seconds=200)
         yield nodes
 
 
@@ -64,7 +65,7 @@ def failure_of(pair: TwoNodes, model: Path, *settings: str, seconds: int = 30) -
 
 def join(pair: TwoNodes) -> None:
     pair.join()
-    wait_for(lambda: pair.probe_worker("startup")[0] == 0, 200, "the worker in the cluster")
+    wait_until(lambda: pair.probe_worker("startup")[0] == 0, "the worker in the cluster", seconds=200)
 
 
 def leave(pair: TwoNodes) -> None:
@@ -190,7 +191,7 @@ def test_a_token_that_the_head_does_not_know(tmp_path: Path) -> None:
     with two_nodes(tmp_path, number=3) as nodes:
         head = RayNode(address=nodes.head.address, head_port=6379, num_cpus=1)
         nodes.head.start(*head.command(), log="ray.log", environ=ray_environment({**os.environ, **token}))
-        wait_for(lambda: "Ray runtime started" in nodes.head.log("ray.log"), 300, "the Ray head")
+        wait_until(lambda: "Ray runtime started" in nodes.head.log("ray.log"), "the Ray head", seconds=300)
         for environ in ({}, {"RAY_AUTH_TOKEN": "b" * 32}):
             words = [f"{nodes.head.name}:6379", "--rendezvous-timeout-seconds=120"]
             status, text = nodes.worker.run(PAGODA, "join", *words, timeout=300, environ=environ)
@@ -198,4 +199,4 @@ def test_a_token_that_the_head_does_not_know(tmp_path: Path) -> None:
             assert status == 2
         words = [f"{nodes.head.name}:6379", f"--state-directory={nodes.state_directory}"]
         nodes.worker.start(PAGODA, "join", *words, log="join.log", environ=token)
-        wait_for(lambda: nodes.probe_worker("startup")[0] == 0, 300, "the worker that has the token")
+        wait_until(lambda: nodes.probe_worker("startup")[0] == 0, "the worker that has the token", seconds=300)

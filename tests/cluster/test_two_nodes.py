@@ -26,8 +26,8 @@ from tests.support.two_nodes import (
     TwoNodes,
     lines_with,
     two_nodes,
-    wait_for,
 )
+from tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1200)]
 
@@ -72,17 +72,17 @@ def disturb(
 ) -> None:
     """Disturb a pair under load: it is noticed, nobody gets a wrong answer, and afterwards all is as before."""
     with pair.load() as answers:
-        wait_for(lambda: len(answers.finished) > 3, 120, "answers before the disturbance")
+        wait_until(lambda: len(answers.finished) > 3, "answers before the disturbance", seconds=120)
         do()
         noticed = pair.until_unready()
         mend()
         ready = pair.until_ready()
         finished = len(answers.finished)
-        wait_for(lambda: len(answers.finished) > finished + 3, 120, "answers after the disturbance")
+        wait_until(lambda: len(answers.finished) > finished + 3, "answers after the disturbance", seconds=120)
     answers.check(references)
     note(f"{what}: unready after {noticed:.1f} s, ready again {ready:.1f} s later; {answers.summary}")
     check_answers(pair, references)
-    wait_for(lambda: pair.probe_worker("ready")[0] == 0, 60, "the worker's readiness")
+    wait_until(lambda: pair.probe_worker("ready")[0] == 0, "the worker's readiness", seconds=60)
 
 
 def test_answers_are_those_of_one_process_and_the_interface_on_the_route_carries_the_traffic(
@@ -113,10 +113,12 @@ def test_probes_of_the_worker_tell_its_own_rank(pair: TwoNodes) -> None:
     assert pair.probe_worker("live")[0] == 0
     (rank,) = pair.ranks_on(pair.worker)
     os.kill(rank, signal.SIGKILL)
-    wait_for(lambda: pair.probe_worker("ready")[0] == 1, NOTICE_SECONDS, "the lost rank in the worker's readiness")
+    wait_until(
+        lambda: pair.probe_worker("ready")[0] == 1, "the lost rank in the worker's readiness", seconds=NOTICE_SECONDS
+    )
     assert pair.probe_worker("live")[0] == 0
     pair.until_ready()
-    wait_for(lambda: pair.probe_worker("ready")[0] == 0, START_SECONDS, "the worker's readiness")
+    wait_until(lambda: pair.probe_worker("ready")[0] == 0, "the worker's readiness", seconds=START_SECONDS)
 
 
 @pytest.mark.parametrize("side", ["head", "worker"])

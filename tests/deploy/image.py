@@ -15,7 +15,6 @@ import json
 import os
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -32,17 +31,11 @@ import httpx
 from pagoda.serving.grpc.messages import SERVICE_NAME, ModelInferResponse
 from tests.support.chart import config_file, render, server_container, server_pod
 from tests.support.grpc_harness import infer_request, texts_of
+from tests.support.ports import free_port
 
 REPOSITORY = Path(__file__).parents[2]
 START_SECONDS = 180
 PROMPT = "Once upon a time"
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Container:

@@ -9,8 +9,8 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from pagoda.config.schema import option_defaults
-from pagoda.distributed.rank_health import RankHealth
-from pagoda.serving.metrics.engine_collector import ENGINE_STATES
+from pagoda.engine.health import EngineState
+from pagoda.parallel.rank_health import RankHealth
 from pagoda.serving.metrics.prometheus import Metrics
 from tests.support.chart import CHART, VALUE_SETS, render, server_container
 from tests.support.fake_engine import FakeEngineClient
@@ -63,7 +63,7 @@ def test_states_that_alerts_name_are_states_of_the_engine() -> None:
     text = json.dumps(render(FULL)["PrometheusRule"])
     states = [state for group in re.findall(r'state=~?\\"([a-z|]+)\\"', text) for state in group.split("|")]
     assert states
-    assert set(states) <= set(ENGINE_STATES)
+    assert set(states) <= set(EngineState)
 
 
 def test_expressions_have_balanced_brackets_and_only_this_release_s_pods() -> None:

@@ -13,6 +13,7 @@ from pagoda.errors import PagodaError
 from tests.support.fake_cluster import FakeCluster, Scene, pod, ready_conditions, running_pod, status
 from tests.support.kserve_objects import CRDS_VARIABLE, REPOSITORY, build_model, crd_errors, crds
 from tests.support.rest_harness import RestHarness
+from tests.support.virtual_time import Clock
 
 BLOCKED: list[tuple[str, dict[str, Any], str]] = [
     (
@@ -72,10 +73,17 @@ def ready_cluster(server: RestHarness) -> FakeCluster:
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Callable[..., int]:
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def run(tmp_path: Path, clock: Clock) -> Callable[..., int]:
+    """The command, for which time passes while it sleeps only."""
+
     def call(cluster: FakeCluster, *arguments: str, namespace: str | None = "tales") -> int:
         kubeconfig = cluster.write_kubeconfig(tmp_path / "kubeconfig", namespace)
-        return deploy.run([f"--kubeconfig={kubeconfig}", *arguments], sleep=lambda seconds: None)
+        return deploy.run([f"--kubeconfig={kubeconfig}", *arguments], clock.advance, clock)
 
     return call
 
@@ -190,12 +198,14 @@ def test_the_log_of_a_restarted_container_is_that_of_its_life_before(run: Any) -
     assert request["container"] == ["kserve-container"]
 
 
-def test_no_gpu_is_an_error_once_the_cluster_had_time_to_grow(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deploy, "PATIENCE_SECONDS", 0.05)
-    with FakeCluster([Scene(pods=[unschedulable("0/2 nodes: 2 Insufficient nvidia.com/gpu.")])]) as cluster:
-        with pytest.raises(PagodaError, match=r"no node has a free GPU: 0/2 nodes: 2 Insufficient nvidia.com/gpu"):
-            run(cluster, "--gpus=1")
-        assert cluster._shown >= 0
+def test_no_gpu_is_an_error_once_the_cluster_had_time_to_grow(run: Any, clock: Clock) -> None:
+    began = clock()
+    with (
+        FakeCluster([Scene(pods=[unschedulable("0/2 nodes: 2 Insufficient nvidia.com/gpu.")])]) as cluster,
+        pytest.raises(PagodaError, match=r"no node has a free GPU: 0/2 nodes: 2 Insufficient nvidia.com/gpu"),
+    ):
+        run(cluster, "--gpus=1")
+    assert clock() - began > deploy.PATIENCE_SECONDS
 
 
 def test_a_server_that_never_gets_ready_is_an_error_with_probe_and_log(run: Any) -> None:

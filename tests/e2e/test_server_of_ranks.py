@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
-from collections.abc import Callable
 
 import pytest
 
@@ -13,18 +11,9 @@ from pagoda.models.demo import demo_checkpoint
 from tests.support.demo_questions import FactSheet
 from tests.support.observer import is_there
 from tests.support.server import ServerProcess
-
-SECONDS = 150.0  # two processes import torch, on a machine that may be busy
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.timeout(600)
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
 
 SETTINGS = {"kv_cache_memory_bytes": "64MiB", "dtype": "float32", "max_num_batched_tokens": 256}
 SHEET = FactSheet.draw(seed=4, count=60)
@@ -45,24 +34,24 @@ def health(server: ServerProcess) -> dict:
 
 def test_a_server_of_two_ranks_answers_right_and_replaces_both_when_one_is_killed() -> None:
     with ServerProcess(model=demo_checkpoint(), tensor_parallel_size=2, **SETTINGS) as server:
-        until(lambda: health(server)["state"] == "ready")
+        wait_until(lambda: health(server)["state"] == "ready")
         check_answer(server)
-        until(lambda: len(health(server)["ranks"]) == 2)
+        wait_until(lambda: len(health(server)["ranks"]) == 2)
         ranks = health(server)["ranks"]
         assert [(rank["rank"], rank["up"]) for rank in ranks] == [(0, True), (1, True)]
         assert 'pagoda_rank_up{host="' in server.client.get("/metrics").text
 
         os.kill(ranks[1]["pid"], signal.SIGKILL)
-        until(lambda: health(server)["state"] == "starting")
+        wait_until(lambda: health(server)["state"] == "starting")
         report = health(server)
         assert f"rank 1 of 2 (host {ranks[1]['host']}, pid {ranks[1]['pid']}) was killed by SIGKILL" in report["cause"]
         assert server.client.get("/v2/health/ready").status_code == 503
         assert server.client.get("/v2/health/live").status_code == 200
-        until(lambda: not any(is_there(rank["pid"]) for rank in ranks))
-        until(lambda: health(server)["state"] == "ready")
+        wait_until(lambda: not any(is_there(rank["pid"]) for rank in ranks))
+        wait_until(lambda: health(server)["state"] == "ready")
         check_answer(server)
 
-        until(lambda: len(health(server)["ranks"]) == 2)
+        wait_until(lambda: len(health(server)["ranks"]) == 2)
         ranks = health(server)["ranks"]
         server.send_signal(signal.SIGTERM)
         assert server.wait(60) == 0

@@ -7,12 +7,21 @@ import json
 import pytest
 
 from pagoda.cli.main import main
-from tests.support.server import checkpoint
+from tests.support.checkpoints import shared_checkpoint
 
 
 @pytest.fixture
 def engine() -> list[str]:
-    return ["--model", str(checkpoint()), "--threads", "1", "--dtype", "float32", "--kv-cache-memory-bytes", "4MiB"]
+    return [
+        "--model",
+        str(shared_checkpoint()),
+        "--threads",
+        "1",
+        "--dtype",
+        "float32",
+        "--kv-cache-memory-bytes",
+        "4MiB",
+    ]
 
 
 def test_latency_times_prefill_and_each_step_for_every_batch_size(engine, tmp_path, capsys):

@@ -16,13 +16,14 @@ from pagoda.cli import chat, generate
 from pagoda.cli.main import main
 from pagoda.errors import ConfigError, InvalidRequestError
 from pagoda.models.dummy import DummySpec, write_dummy_checkpoint
+from tests.support.checkpoints import shared_checkpoint
 
 GREEDY = ["--temperature", "0", "--ignore-eos"]
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> list[str]:
-    directory = write_dummy_checkpoint(tmp_path_factory.mktemp("cli") / "model", DummySpec())
+def model() -> list[str]:
+    directory = shared_checkpoint()
     return [
         "--model",
         str(directory),

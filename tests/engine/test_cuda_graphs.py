@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,10 +18,11 @@ from pagoda.execution.cuda_graphs import (
     reserved_bytes,
     uses_cuda_graphs,
 )
-from pagoda.models.dummy import DummySpec, write_dummy_checkpoint
+from pagoda.models.dummy import DummySpec
 from pagoda.parallel.groups import TensorGroup
 from pagoda.parallel.layout import ParallelLayout
 from pagoda.sampling.params import SamplingParams
+from tests.support.checkpoints import shared_checkpoint
 from tests.support.plan_driver import PlanDriver, Sequence, make_executor
 from tests.support.recording import Recording
 
@@ -31,19 +31,15 @@ NUM_OUTPUT = 12
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_dummy_checkpoint(
-        tmp_path_factory.mktemp("graphs") / "model", DummySpec(num_layers=2, sliding_window=16)
-    )
+def checkpoint() -> Path:
+    return shared_checkpoint(DummySpec(num_layers=2, sliding_window=16))
 
 
 def outputs(checkpoint: Path, recording: Recording | None) -> tuple[list[Sequence], torch.Tensor]:
     executor = make_executor(checkpoint)
-    runner = executor._worker.runner
-    assert runner is not None
+    runner = executor.runner
     if recording is not None:
-        with torch.inference_mode():
-            runner.capture_graphs(partial(DecodeGraphs, capture=recording))
+        runner.capture_graphs(recording)
     driver = PlanDriver(executor)
     sequences = [driver.add(name, prompt, SamplingParams(temperature=0.0)) for name, prompt in PROMPTS.items()]
     # One after the other they begin, so that batches of one to four rows decode, and mixed ones are between.
@@ -68,8 +64,7 @@ def test_captured_steps_give_the_same_tokens_and_keys(checkpoint: Path) -> None:
 
 def test_batches_that_are_no_decode_or_too_large_run_without_a_graph(checkpoint: Path) -> None:
     executor = make_executor(checkpoint, max_num_seqs=8)
-    runner = executor._worker.runner
-    assert runner is not None
+    runner = executor.runner
     recording = Recording()
     with torch.inference_mode():
         runner.graphs = DecodeGraphs(

@@ -20,9 +20,9 @@ from pagoda.engine.data_parallel.client import DataParallelClient
 from pagoda.engine.data_parallel.router import Placement, PrefixRouter
 from pagoda.engine.health import EngineState
 from pagoda.errors import EngineDeadError
-from pagoda.models.dummy import DummySpec, write_dummy_checkpoint
 from pagoda.request import EngineRequest
 from pagoda.sampling.params import SamplingParams
+from tests.support.waiting import wait_until_async
 
 SETTINGS = {
     "device": "cpu",
@@ -36,11 +36,6 @@ SETTINGS = {
 NUM_GROUPS, GROUP_SIZE, PREFIX_TOKENS = 6, 8, 160
 
 pytestmark = pytest.mark.timeout(600)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_dummy_checkpoint(tmp_path_factory.mktemp("replicas") / "model", DummySpec(num_layers=2))
 
 
 @asynccontextmanager
@@ -114,12 +109,6 @@ async def run_all(client: EngineClient, requests: list[EngineRequest], at_once: 
     return dict(await asyncio.gather(*map(one, requests)))
 
 
-async def until(condition, seconds: float = 200.0) -> None:
-    async with asyncio.timeout(seconds):
-        while not condition():
-            await asyncio.sleep(0.02)
-
-
 class RoundRobin(PrefixRouter):
     """Every replica in turn."""
 
@@ -133,12 +122,12 @@ async def test_replicas_answer_as_one_engine_does_and_keep_prefixes_together(che
     expected = answers_of_one(checkpoint, requests)
     async with two_replicas(checkpoint) as client:
         assert await run_all(client, requests, at_once=4) == expected
-        await until(lambda: client.stats.num_running == 0)
+        await wait_until_async(lambda: client.stats.num_running == 0)
         assert all(replica.stats.num_scheduled_tokens for replica in client.replicas)
         hits = client.stats.prefix_cache_hits
     async with two_replicas(checkpoint, RoundRobin(2, 16)) as client:
         assert await run_all(client, requests, at_once=4) == expected
-        await until(lambda: client.stats.num_running == 0)
+        await wait_until_async(lambda: client.stats.num_running == 0)
         assert hits > client.stats.prefix_cache_hits
 
 
@@ -158,14 +147,14 @@ async def test_a_killed_replica_disturbs_nobody_but_those_who_had_its_tokens_and
             return tokens
 
         tasks = {request.request_id: asyncio.create_task(one(request)) for request in requests}
-        await until(lambda: sum(map(bool, seen.values())) == len(requests))
+        await wait_until_async(lambda: sum(map(bool, seen.values())) == len(requests))
         survivors = set(client.replicas[0]._mailboxes)
         assert 0 < len(survivors) < len(requests)
         late = requests_of(16, max_tokens=20)[14:]
         killed = client.replicas[1].pid
         assert killed is not None
         os.kill(killed, signal.SIGKILL)
-        await until(lambda: client.health.state is EngineState.DEGRADED)
+        await wait_until_async(lambda: client.health.state is EngineState.DEGRADED)
         assert "engine replica 1" in str(client.health.cause)
         # Whoever comes now is served by the other.
         assert [len(await run(client, request)) for request in late] == [20, 20]
@@ -173,7 +162,7 @@ async def test_a_killed_replica_disturbs_nobody_but_those_who_had_its_tokens_and
             answer = await task
             assert seen[name] == expected[name][: len(seen[name])]
             assert (answer == expected[name]) == (name in survivors)
-        await until(lambda: client.health.state is EngineState.READY)
+        await wait_until_async(lambda: client.health.state is EngineState.READY)
         assert client.replicas[1].pid not in (None, killed)
         again = await run_all(client, requests, at_once=14)
         assert again == expected
@@ -190,6 +179,6 @@ async def test_requests_that_waited_in_a_killed_replica_are_served_by_the_other(
         assert victim.pid is not None
         os.kill(victim.pid, signal.SIGSTOP)  # so that nothing of what it is sent gets a token
         tasks = {request.request_id: asyncio.create_task(run(client, request)) for request in requests}
-        await until(lambda: victim.num_requests > 0 and len(client._requests) == victim.num_requests)
+        await wait_until_async(lambda: victim.num_requests > 0 and len(client._requests) == victim.num_requests)
         os.kill(victim.pid, signal.SIGKILL)
         assert {name: await task for name, task in tasks.items()} == expected

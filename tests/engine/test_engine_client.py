@@ -15,17 +15,12 @@ from pagoda.config.schema import PagodaConfig
 from pagoda.engine.client.client import ProcessEngineClient
 from pagoda.engine.health import EngineState
 from pagoda.errors import EngineDeadError, EngineNotReadyError, InvalidRequestError, PagodaError, QueueFullError
-from pagoda.models.dummy import DummySpec, write_dummy_checkpoint
 from pagoda.request import EngineRequest
 from pagoda.sampling.output import FinishReason
 from pagoda.sampling.params import SamplingParams
+from tests.support.waiting import wait_until_async
 
 MAX_MODEL_LEN = 200
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_dummy_checkpoint(tmp_path_factory.mktemp("client") / "model", DummySpec(num_layers=2))
 
 
 @asynccontextmanager
@@ -58,12 +53,6 @@ async def run(client: ProcessEngineClient, what: EngineRequest) -> tuple[list[in
     return tokens, reasons[-1]
 
 
-async def until(condition, seconds: float = 60.0) -> None:
-    async with asyncio.timeout(seconds):
-        while not condition():
-            await asyncio.sleep(0.02)
-
-
 async def test_three_hundred_requests_each_end_once_in_order_of_arrival(checkpoint: Path) -> None:
     # 24 blocks for up to 16 requests of up to 5 blocks: they queue, and they are preempted.
     async with engine(checkpoint, num_gpu_blocks_override=25, max_model_len=120) as client:
@@ -81,7 +70,7 @@ async def test_three_hundred_requests_each_end_once_in_order_of_arrival(checkpoi
         assert results[0] == alone["r0"]
         # All have equal lengths of output, so nobody may be overtaken by more than a batch.
         assert max(abs(position - index) for position, index in enumerate(ended)) <= 32
-        await until(lambda: client.stats.num_running == 0)
+        await wait_until_async(lambda: client.stats.num_running == 0)
         assert (client.stats.num_waiting, client.stats.num_blocks_in_use, client.num_requests) == (0, 0, 0)
 
 
@@ -95,7 +84,7 @@ async def test_closing_a_stream_frees_its_blocks_and_disturbs_nobody(checkpoint:
         await asyncio.sleep(0)
         waiting.cancel()
         assert await other == undisturbed
-        await until(lambda: client.stats.num_blocks_in_use == 0 and client.num_requests == 0)
+        await wait_until_async(lambda: client.stats.num_blocks_in_use == 0 and client.num_requests == 0)
         # Nothing was computed for those who left that they might have had in the end: 155 tokens each.
         assert client.stats.num_scheduled_tokens < 2 * 104 + 155
 
@@ -116,7 +105,7 @@ async def test_max_tokens_beyond_the_model_ends_with_length(checkpoint: Path) ->
 async def test_full_queue_refuses_with_a_time_to_retry(checkpoint: Path) -> None:
     async with engine(checkpoint, max_num_seqs=1, max_num_waiting=2) as client:
         tasks = [asyncio.create_task(run(client, request(f"r{index}", max_tokens=60))) for index in range(3)]
-        await until(lambda: client.num_requests == 3)
+        await wait_until_async(lambda: client.num_requests == 3)
         with pytest.raises(QueueFullError) as refused:
             await run(client, request("more"))
         assert refused.value.retry_after_seconds >= 1
@@ -129,7 +118,7 @@ async def test_a_core_that_does_not_look_at_its_queue_does_not_make_it_longer(ch
         assert client.pid is not None
         os.kill(client.pid, signal.SIGSTOP)
         tasks = [asyncio.create_task(run(client, request(f"r{index}"))) for index in range(3)]
-        await until(lambda: client.num_requests == 3)
+        await wait_until_async(lambda: client.num_requests == 3)
         with pytest.raises(QueueFullError):
             await run(client, request("more"))
         os.kill(client.pid, signal.SIGCONT)
@@ -140,7 +129,7 @@ async def test_killed_core_fails_its_requests_and_a_new_one_gives_the_same_answe
     async with engine(checkpoint) as client:
         before = await run(client, request("a"))
         running = asyncio.create_task(run(client, request("long", max_tokens=190)))
-        await until(lambda: client.stats.num_running == 1)
+        await wait_until_async(lambda: client.stats.num_running == 1)
         killed = client.pid
         os.kill(killed, signal.SIGKILL)
         with pytest.raises(EngineDeadError, match="send it again"):
@@ -148,7 +137,7 @@ async def test_killed_core_fails_its_requests_and_a_new_one_gives_the_same_answe
         assert not client.health.accepts_requests
         with pytest.raises(EngineNotReadyError):
             await run(client, request("too early"))
-        await until(lambda: client.health.accepts_requests)
+        await wait_until_async(lambda: client.health.accepts_requests)
         assert client.pid != killed
         assert await run(client, request("a")) == before
 
@@ -158,21 +147,21 @@ async def test_stopped_core_is_noticed_within_its_bound_busy_or_idle(checkpoint:
     async with engine(checkpoint, engine_stall_timeout_seconds=3) as client:
         running = asyncio.create_task(run(client, request("long", max_tokens=190))) if is_busy else None
         if is_busy:
-            await until(lambda: client.stats.num_running == 1)
+            await wait_until_async(lambda: client.stats.num_running == 1)
         os.kill(client.pid, signal.SIGSTOP)
-        await until(lambda: not client.health.accepts_requests, seconds=10)
-        assert "no sign of life" in str(client.health.cause)
+        await wait_until_async(lambda: not client.health.accepts_requests, seconds=10)
+        assert "no heartbeat" in str(client.health.cause)
         if running is not None:
             with pytest.raises(EngineDeadError):
                 await running
-        await until(lambda: client.health.accepts_requests)
+        await wait_until_async(lambda: client.health.accepts_requests)
         assert (await run(client, request("a")))[1] is FinishReason.LENGTH
 
 
 async def test_policy_exit_leaves_the_engine_dead(checkpoint: Path) -> None:
     async with engine(checkpoint, on_engine_failure="exit") as client:
         os.kill(client.pid, signal.SIGKILL)
-        await until(lambda: client.health.state is EngineState.DEAD)
+        await wait_until_async(lambda: client.health.state is EngineState.DEAD)
         assert "SIGKILL" in str(client.health.cause)
         with pytest.raises(EngineDeadError):
             await run(client, request("a"))

@@ -18,16 +18,17 @@ from pagoda.engine.client.core_handle import CoreChild
 from pagoda.engine.client.prelaunch import LaunchedCore
 from pagoda.engine.health import EngineState
 from pagoda.errors import EngineDeadError, QueueFullError, RequestFailedError
-from pagoda.models.dummy import DummySpec, write_dummy_checkpoint
+from pagoda.models.dummy import DummySpec
 from pagoda.request import EngineRequest
 from pagoda.sampling.output import FinishReason
 from pagoda.sampling.params import SamplingParams
+from tests.support.checkpoints import shared_checkpoint
+from tests.support.waiting import wait_until_async
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    spec = DummySpec(num_layers=2, max_position_embeddings=2048)
-    return write_dummy_checkpoint(tmp_path_factory.mktemp("supervision") / "model", spec)
+def checkpoint() -> Path:
+    return shared_checkpoint(DummySpec(num_layers=2, max_position_embeddings=2048))
 
 
 @asynccontextmanager
@@ -56,12 +57,6 @@ async def run(client: ProcessEngineClient, what: EngineRequest) -> FinishReason 
     return reason
 
 
-async def until(condition, seconds: float = 60.0) -> None:
-    async with asyncio.timeout(seconds):
-        while not condition():
-            await asyncio.sleep(0.02)
-
-
 async def test_an_honest_long_step_is_given_its_time(checkpoint: Path) -> None:
     # 1536 tokens in one step have 2 s * 1536 / 512.
     faults = "prepare@long=sleep:4"
@@ -78,7 +73,7 @@ async def test_a_process_that_was_launched_before_is_the_first_core_and_no_later
             assert client.pid == launched.process.pid
             assert await run(client, request("first")) is FinishReason.LENGTH
             os.kill(launched.process.pid, signal.SIGKILL)
-            await until(lambda: client.health.transitions.get(("starting", "ready")) == 2)
+            await wait_until_async(lambda: client.health.transitions.get(("starting", "ready")) == 2)
             assert client.pid != launched.process.pid
 
 
@@ -103,7 +98,7 @@ async def test_a_core_that_cannot_be_started_again_leaves_the_engine_dead(
         monkeypatch.setattr(CoreChild, "start", out_of_processes)
         assert client.pid is not None
         os.kill(client.pid, signal.SIGKILL)
-        await until(lambda: client.health.state is EngineState.DEAD)
+        await wait_until_async(lambda: client.health.state is EngineState.DEAD)
         assert "no more processes" in str(client.health.cause)
         with pytest.raises(EngineDeadError):
             await run(client, request("late"))
@@ -112,13 +107,13 @@ async def test_a_core_that_cannot_be_started_again_leaves_the_engine_dead(
 async def test_an_engine_that_is_lost_while_it_drains_is_dead_and_its_requests_end(checkpoint: Path) -> None:
     async with engine(checkpoint, fault_injection="step=sleep:0.05") as client:
         running = asyncio.create_task(run(client, request("r", max_tokens=190)))
-        await until(lambda: client.stats.num_running == 1)
+        await wait_until_async(lambda: client.stats.num_running == 1)
         client.health.transition(EngineState.DRAINING, "a test")
         assert client.pid is not None
         os.kill(client.pid, signal.SIGKILL)
         with pytest.raises(EngineDeadError):
             await running
-        await until(lambda: client.health.state is EngineState.DEAD)
+        await wait_until_async(lambda: client.health.state is EngineState.DEAD)
         assert client.pid is None
 
 
@@ -139,7 +134,7 @@ async def test_the_time_to_retry_is_what_the_queue_takes_at_the_measured_pace(ch
     async with engine(checkpoint, **settings) as client:
         await run(client, request("first", max_tokens=20))
         tasks = [asyncio.create_task(run(client, request("r" * n, max_tokens=20))) for n in range(1, 5)]
-        await until(lambda: client.num_requests == 4)
+        await wait_until_async(lambda: client.num_requests == 4)
         with pytest.raises(QueueFullError) as refused:
             await run(client, request("more"))
         assert refused.value.retry_after_seconds >= 2

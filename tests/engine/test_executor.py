@@ -6,20 +6,16 @@ import pytest
 import torch
 
 from pagoda.config.schema import PagodaConfig
+from pagoda.engine.core.executors import create_executor
 from pagoda.errors import CheckpointError, ConfigError, EngineDeadError
-from pagoda.execution.executor import InProcessExecutor, create_executor
+from pagoda.execution.in_process import InProcessExecutor
+from pagoda.execution.worker import Worker
 from pagoda.models.config import ModelConfig
-from pagoda.models.dummy import DummySpec, write_dummy_checkpoint
 from pagoda.sampling.params import SamplingParams
 from tests.support.plan_driver import PlanDriver, make_executor
 
 GREEDY = SamplingParams(temperature=0.0)
 RESOLVED = {"device": "cpu", "dtype": "float32", "threads": 1, "max_num_seqs": 4, "max_num_batched_tokens": 64}
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_dummy_checkpoint(tmp_path_factory.mktemp("executor") / "model", DummySpec(num_layers=2))
 
 
 def config_of(checkpoint: Path, **settings) -> PagodaConfig:
@@ -36,7 +32,7 @@ def test_step_that_raises_fails_in_result_and_the_next_plan_works(checkpoint, mo
     expected.run_to(6, [alone])
 
     victim = driver.add("victim", [1, 2, 3], SamplingParams(repetition_penalty=1.2))
-    model = executor._worker.runner.model
+    model = executor.runner.model
 
     def broken(*args):
         raise RuntimeError("the kernel fell over")
@@ -64,7 +60,7 @@ def test_device_error_makes_the_executor_unhealthy(checkpoint, monkeypatch):
     def broken(*args):
         raise torch.AcceleratorError("an illegal memory access was encountered")
 
-    monkeypatch.setattr(executor._worker.runner.model, "forward", broken)
+    monkeypatch.setattr(executor.runner.model, "forward", broken)
     with pytest.raises(torch.AcceleratorError):
         executor.submit(driver.plan({"a": 1}, [driver.add("a", [1], GREEDY)])).result()
     with pytest.raises(EngineDeadError, match="illegal memory access"):
@@ -88,7 +84,7 @@ def test_blocks_are_as_large_as_keys_and_values_of_all_layers(checkpoint):
     assert block_bytes == 2 * 2 * 2 * 16 * 16 * 2  # k and v, layers, KV heads, head_dim, tokens, bytes
     executor.load()
     executor.initialize_kv_cache(7)
-    caches = executor._worker.runner.kv_caches
+    caches = executor.runner.kv_caches
     assert sum(cache.nbytes for layer in caches for cache in layer) == 7 * block_bytes
 
 
@@ -107,7 +103,7 @@ def test_longest_sequence_is_the_fitted_one_else_the_configured_else_the_models(
         executor = InProcessExecutor(config_of(checkpoint, max_model_len=configured), model_config)
         executor.load()
         executor.initialize_kv_cache(5, fitted)
-        assert executor._worker.runner.batch.max_model_len == expected
+        assert executor.runner.batch.max_model_len == expected
 
 
 @pytest.mark.parametrize(("max_model_len", "num_blocks"), [(1, 2), (2, 2), (40, 2)])
@@ -120,7 +116,7 @@ def test_smallest_caches_and_lengths_come_up(checkpoint, max_model_len, num_bloc
 
 def test_warm_up_leaves_the_slots_empty_and_writes_the_null_block_only(checkpoint):
     executor = make_executor(checkpoint)
-    runner = executor._worker.runner
+    runner = executor.runner
     assert not runner.sampler._requests
     assert not runner.batch.num_tokens.any()
     for key_cache, value_cache in runner.kv_caches:
@@ -170,9 +166,8 @@ def test_low_precision_models_run(checkpoint):
 def test_kv_memory_on_a_gpu_is_its_share_less_use_step_and_tables(checkpoint, monkeypatch):
     """The arithmetic, with a GPU that only says what it holds; the largest step is really run."""
     config = config_of(checkpoint, gpu_memory_utilization=0.5, max_model_len=63)
-    executor = InProcessExecutor(config, ModelConfig.from_directory(checkpoint))
-    executor.load()
-    worker = executor._worker
+    worker = Worker(config, ModelConfig.from_directory(checkpoint))
+    worker.load()
     sizes: list[int] = []
     forward = worker.model.forward
 

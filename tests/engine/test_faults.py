@@ -13,16 +13,10 @@ from pagoda.engine.core.loop import EngineCore
 from pagoda.engine.core.startup import start_core
 from pagoda.engine.messages import EngineOutput
 from pagoda.errors import ConfigError, EngineDeadError, ErrorKind, InvalidRequestError
-from pagoda.models.dummy import DummySpec, write_dummy_checkpoint
 from pagoda.request import EngineRequest
 from pagoda.sampling.output import FinishReason
 from pagoda.sampling.params import SamplingParams
 from pagoda.scheduling.plan import NewRequest
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_dummy_checkpoint(tmp_path_factory.mktemp("faults") / "model", DummySpec(num_layers=2))
 
 
 @pytest.fixture(autouse=True)

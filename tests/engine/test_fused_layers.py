@@ -1,8 +1,7 @@
-"""A packed model, layer by layer and as one operator, against the torch twins."""
+"""A packed model, layer by layer and as one operator, against the reference."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,9 +16,13 @@ from pagoda.models.loading.loader import load_weights
 from pagoda.models.loading.packed import PackedLinearMethod
 from pagoda_kernels import backend
 from tests.support.cpu_kernels import require_cpu_kernels
+from tests.support.kernel_backends import reference_kernels
 from tests.support.model_harness import PagedModel
 
 require_cpu_kernels()
+
+__all__ = ["reference_kernels"]
+pytestmark = pytest.mark.usefixtures("reference_kernels")
 
 SPECS = {
     "qwen3": DummySpec(family="qwen3"),
@@ -27,13 +30,6 @@ SPECS = {
     "mistral window": DummySpec(family="mistral", sliding_window=20),
 }
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 0.15}
-
-
-@pytest.fixture(autouse=True)
-def keep_backend() -> Iterator[None]:
-    before = backend.active
-    yield
-    backend.active = before
 
 
 def load(directory: Path, dtype: torch.dtype, *, packed: bool, fused: bool) -> DecoderForCausalLM:
@@ -59,7 +55,7 @@ def logits_of(model: DecoderForCausalLM) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("name", SPECS)
-def test_fused_layers_have_the_bits_of_single_ones_and_are_near_the_twins(
+def test_fused_layers_have_the_bits_of_single_ones_and_are_near_the_reference(
     name: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     directory = write_dummy_checkpoint(tmp_path / "model", SPECS[name])
@@ -67,9 +63,9 @@ def test_fused_layers_have_the_bits_of_single_ones_and_are_near_the_twins(
     single = logits_of(load(directory, dtype, packed=True, fused=False))
     model = load(directory, dtype, packed=True, fused=True)
     assert model.fused_layers is not None
-    for fused, one_by_one, twin in zip(logits_of(model), single, expected, strict=True):
+    for fused, one_by_one, reference in zip(logits_of(model), single, expected, strict=True):
         assert torch.equal(fused, one_by_one)
-        torch.testing.assert_close(fused, twin, rtol=0, atol=TOLERANCE[dtype])
+        torch.testing.assert_close(fused, reference, rtol=0, atol=TOLERANCE[dtype])
 
 
 def test_bfloat16_checkpoint_in_float32_keeps_its_weights_in_two_bytes(tmp_path: Path) -> None:

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from pagoda import LLM, SamplingParams
 from pagoda.errors import CheckpointError, ConfigError, InvalidRequestError, RequestFailedError
-from pagoda.models.dummy import DummySpec, write_dummy_checkpoint
+from pagoda.models.dummy import DummySpec
 from pagoda.sampling.output import FinishReason
+from tests.support.checkpoints import shared_checkpoint
 
 SMALL = {"device": "cpu", "kv_cache_memory_bytes": "4MiB", "dtype": "float32", "threads": 1}
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
@@ -22,9 +23,8 @@ PROMPTS = ["Once upon a time", "The first thing", "a", "Où est la gare? 塔 �
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> str:
-    spec = DummySpec(family="llama", generation_config={"temperature": 0.5, "top_k": 7})
-    return str(write_dummy_checkpoint(tmp_path_factory.mktemp("llm") / "llama", spec))
+def checkpoint() -> str:
+    return str(shared_checkpoint(DummySpec(family="llama", generation_config={"temperature": 0.5, "top_k": 7})))
 
 
 @pytest.fixture(scope="module")

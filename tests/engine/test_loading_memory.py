@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from pagoda.models.dummy import DummySpec, write_dummy_checkpoint
+from pagoda.models.dummy import DummySpec
+from tests.support.checkpoints import shared_checkpoint
 from tests.support.cpu_kernels import require_cpu_kernels
 
 require_cpu_kernels()
@@ -57,8 +58,8 @@ print(json.dumps({"weights": weight_bytes(model), "growth": resident_bytes("VmHW
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_dummy_checkpoint(tmp_path_factory.mktemp("loading") / "model", SPEC)
+def checkpoint() -> Path:
+    return shared_checkpoint(SPEC)
 
 
 @pytest.mark.parametrize(

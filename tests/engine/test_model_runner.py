@@ -11,8 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pagoda.execution.executor import InProcessExecutor
-from pagoda.models.dummy import DummySpec, write_dummy_checkpoint
+from pagoda.execution.in_process import InProcessExecutor
 from pagoda.sampling.params import SamplingParams
 from pagoda.scheduling.plan import StepPlan
 from tests.support.plan_driver import PlanDriver, Sequence, make_executor
@@ -25,11 +24,6 @@ PROMPTS = {
     "long": [(13 * n + 5) % 500 for n in range(61)],
     "longer": [(7 * n + 11) % 500 for n in range(90)],
 }
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_dummy_checkpoint(tmp_path_factory.mktemp("runner") / "model", DummySpec(num_layers=2))
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +194,7 @@ def test_step_in_which_no_row_can_run_still_has_a_result(driver):
 
 
 def test_row_with_nan_logits_fails_alone(driver, reference, monkeypatch):
-    model = driver.executor._worker.runner.model
+    model = driver.executor.runner.model
     compute = model.compute_logits
 
     def poisoned(hidden: torch.Tensor) -> torch.Tensor:
@@ -251,14 +245,14 @@ def test_stale_block_table_entries_of_a_slot_are_wiped_when_it_is_taken_again(dr
     driver.release(long)
     short = driver.add("short", PROMPTS["short"], GREEDY)
     driver.run_to(1, [short])
-    table = driver.executor._worker.runner.batch.block_table[slot]
+    table = driver.executor.runner.batch.block_table[slot]
     assert short.slot == slot
     assert table[0] == short.blocks[0]
     assert not table[1:].any()
 
 
 def test_nothing_that_grows_is_kept_while_requests_come_and_go(driver):
-    runner = driver.executor._worker.runner
+    runner = driver.executor.runner
     before = (
         runner.batch.token_pool.data_ptr(),
         runner.batch.block_table.data_ptr(),

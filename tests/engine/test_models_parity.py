@@ -9,7 +9,11 @@ import pytest
 import torch
 from transformers import AutoConfig, DynamicCache
 
+from tests.support.kernel_backends import reference_kernels
 from tests.support.model_harness import PagedModel, load_model, run_in_chunks, save_random_checkpoint
+
+__all__ = ["reference_kernels"]
+pytestmark = pytest.mark.usefixtures("reference_kernels")
 
 VOCAB_SIZE = 160
 PROMPT_LENGTHS = (1, 8, 40, 97)

@@ -6,7 +6,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,20 +14,23 @@ import pytest
 
 from pagoda.config.schema import PagodaConfig
 from pagoda.distributed.multi_process import ProcessLauncher
+from pagoda.distributed.rank_links import RankLinks
+from pagoda.distributed.rank_messages import RankHello, RankPrepared, StartRank
 from pagoda.engine.core.loop import EngineCore
 from pagoda.engine.core.startup import start_core
 from pagoda.errors import EngineDeadError, PagodaError
-from pagoda.models.dummy import DummySpec, write_dummy_checkpoint
 from pagoda.request import EngineRequest
 from pagoda.sampling.params import SamplingParams
+from tests.support.checkpoints import shared_checkpoint
 from tests.support.observer import is_there
+from tests.support.waiting import wait_until
 
 NUM_REQUESTS = 6
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_dummy_checkpoint(tmp_path_factory.mktemp("ranks") / "model", DummySpec())
+def checkpoint() -> Path:
+    return shared_checkpoint()
 
 
 def core_of(checkpoint: Path, stages: list[str] | None = None, **settings) -> EngineCore:
@@ -96,13 +99,6 @@ def expected(checkpoint: Path) -> dict[str, list[int]]:
     return tokens
 
 
-def within(seconds: float, condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 def test_two_tensor_ranks_give_the_same_tokens_and_survive_a_step_that_fails_on_both(checkpoint, expected) -> None:
     stages: list[str] = []
     settings = {"tensor_parallel_size": 2, "fault_injection": "step#30=raise,step#50=oom"}
@@ -133,7 +129,7 @@ def test_two_pipeline_stages_give_the_same_tokens_and_a_killed_one_is_noticed_at
         os.kill(pids[0], signal.SIGKILL)
         with pytest.raises(EngineDeadError, match=rf"rank 0 of 2 \(host .*, pid {pids[0]}\) was killed by SIGKILL"):
             drain(core)
-        within(10, lambda: not any(map(is_there, pids)))  # the other one ends with it, before anybody asks it to
+        wait_until(lambda: not any(map(is_there, pids)))  # the other one ends with it, before anybody asks it to
         with pytest.raises(EngineDeadError, match="rank 0"):
             core.check_health()
 
@@ -166,3 +162,31 @@ def test_what_a_rank_cannot_do_is_told_with_its_name_and_leaves_nothing_behind(c
         core_of(checkpoint, distributed_executor_backend="mp", network_interface="nic7")
     assert len(pids) == 1
     assert not is_there(pids[0])
+
+
+def test_the_first_rank_listens_at_the_rendezvous_from_the_moment_it_names_the_port(checkpoint) -> None:
+    config = PagodaConfig(
+        model=str(checkpoint),
+        device="cpu",
+        dtype="float32",
+        threads=1,
+        max_num_seqs=4,
+        max_num_batched_tokens=24,
+        tensor_parallel_size=2,
+    )
+    launcher = ProcessLauncher()
+    deadline = time.monotonic() + 150
+    links = RankLinks(launcher.launch(1, 0.0, lambda _: None), launcher.death_of)
+    try:
+        links.collect(RankHello, deadline=deadline, otherwise="did not start")
+        start = StartRank(
+            config=config.without_secrets(), rank=0, ranks_on_host=2, device_index=0, route_to=None, uses_ray=False
+        )
+        links.send_each([start])
+        (prepared,) = links.collect(RankPrepared, deadline=deadline, otherwise="did not take its configuration")
+        with pytest.raises(OSError, match="in use"):
+            socket.create_server((prepared.facts.address, prepared.port))
+    finally:
+        links.end("the test is over")
+        launcher.terminate(5.0)
+        links.close()

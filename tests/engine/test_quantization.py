@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from pagoda.models.config import ModelConfig
 from pagoda.models.demo import demo_checkpoint
 from pagoda.models.dummy import DummySpec, write_dummy_checkpoint
 from pagoda.models.quantization.writing import write_quantized_checkpoint
-from pagoda_kernels import backend
 from tests.support.demo_questions import FactSheet, ask
 from tests.support.quantized_checkpoints import METHODS, write_quantized
 
@@ -28,13 +26,6 @@ SKILLS = [
     *(FactSheet.draw(3, 60).ask(position) for position in (5, 30, 55)),
 ]
 PROMPTS = [[5, 9, 400, 33], [7], list(range(20, 90))]
-
-
-@pytest.fixture(autouse=True)
-def kernels_as_before() -> Iterator[None]:
-    before = backend.active
-    yield
-    backend.active = before
 
 
 def engine(model: Path, **settings: Any) -> LLM:

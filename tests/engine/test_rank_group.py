@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
 import pytest
@@ -27,6 +28,8 @@ from pagoda.distributed.rank_messages import (
 from pagoda.errors import ConfigError, EngineDeadError, ErrorKind, InvalidRequestError
 from pagoda.execution.executor import is_out_of_memory
 from tests.support.fake_ranks import (
+    SECONDS,
+    FakeLauncher,
     FakeStages,
     facts_of,
     hang_up,
@@ -36,6 +39,8 @@ from tests.support.fake_ranks import (
     result_of,
     running_group,
 )
+from tests.support.virtual_time import Clock
+from tests.support.waiting import wait_until
 
 
 def failed(step_id: int, **changes) -> StepFailed:
@@ -48,11 +53,26 @@ def failing(at: int, **changes):
     return {RunStep: lambda rank, run: failed(at, **changes) if run.plan.step_id == at else rank.right_answer(run)}
 
 
-def look_for(seconds: float, group: RankGroup) -> None:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        group.check_health()
-        time.sleep(0.05)
+def too_late(clock: Clock, answer=nothing):
+    """Do that, after more time than anything may take."""
+
+    def behaviour(rank, command):
+        clock.advance(1e6)
+        return answer(rank, command)
+
+    return behaviour
+
+
+def time_passes_with_a_heartbeat_of(rank: int, clock: Clock, group: RankGroup, launcher: FakeLauncher) -> None:
+    """From now on each reading of the clock finds that one rank has given a sign of life, and that a second has passed."""
+
+    def beat() -> None:
+        before = group.ranks()[rank].last_heartbeat
+        launcher.ranks[rank].channel.send(RankHeartbeat(0, 0))
+        wait_until(lambda: group.ranks()[rank].last_heartbeat != before)
+        clock.advance(1.0)
+
+    clock.on_read = beat
 
 
 # ---- start-up -----------------------------------------------------------------------------------------------------
@@ -71,13 +91,13 @@ def test_start_up_goes_through_its_stages_and_tells_every_rank_its_place() -> No
 
 
 def test_weights_progress_is_that_of_the_slowest_rank() -> None:
+    told = []
+
     def load(rank, _):
         rank.channel.send(WeightsProgress(10 if rank.rank else 90, 100))
-        if rank.rank:
-            time.sleep(0.2)  # so that the driver has heard of both shares before the first answer
+        wait_until(lambda: told)  # the driver has both shares before the first answer
         return StageDone("weights")
 
-    told = []
     group, _ = make_group({0: {LoadWeights: load}, 1: {LoadWeights: load}})
     group.connect(FakeStages())
     group.load(lambda *news: told.append(news))
@@ -96,18 +116,36 @@ def test_the_rank_with_room_for_the_fewest_blocks_limits_all_and_is_named() -> N
 
 
 @pytest.mark.parametrize(
-    ("behaviour", "message"),
+    ("command", "message"),
     [
-        ({RankHello: nothing}, r"rank 1 of 2 \(host node-1\) did not connect within rendezvous_timeout_seconds=1"),
-        ({StartRank: nothing}, r"rank 1 of 2 \(host node-1, pid 101\) did not take its configuration within rend"),
-        ({JoinGroup: nothing}, r"rank 1 .* did not meet the others at 10.0.0.1 \(network_interface\) within"),
-        ({CheckCommunication: nothing}, r"rank 1 .* did not get through the communication check within"),
-        ({JoinGroup: hang_up}, r"rank 1 of 2 \(host node-1, pid 101\) was killed by SIGKILL"),
+        (StartRank, r"rank 1 of 2 \(host node-1, pid 101\) did not take its configuration within rend"),
+        (JoinGroup, r"rank 1 .* did not meet the others at 10.0.0.1 \(network_interface\) within"),
+        (CheckCommunication, r"rank 1 .* did not get through the communication check within"),
     ],
 )
-def test_a_rank_that_does_not_come_along_ends_the_start_within_its_bound(behaviour, message) -> None:
-    group, launcher = make_group({1: behaviour}, rendezvous_timeout_seconds=1)
+def test_a_rank_that_does_not_come_along_ends_the_start_within_its_bound(command, message) -> None:
+    clock = Clock()
+    group, launcher = make_group({1: {command: too_late(clock)}}, clock=clock)
     with pytest.raises(EngineDeadError, match=message):
+        group.connect(FakeStages())
+    assert launcher.is_terminated
+    with pytest.raises(EngineDeadError, match="rank 1"):
+        group.check_health()
+
+
+def test_a_rank_that_never_connects_ends_the_start_within_its_bound() -> None:
+    clock = Clock()
+    group, launcher = make_group({1: {RankHello: nothing}}, clock=clock, rendezvous_timeout_seconds=60)
+    clock.on_read = lambda: clock.advance(7.0)
+    message = r"rank 1 of 2 \(host node-1\) did not connect within rendezvous_timeout_seconds=60"
+    with pytest.raises(EngineDeadError, match=message):
+        group.connect(FakeStages())
+    assert launcher.is_terminated
+
+
+def test_a_rank_that_is_killed_while_it_joins_ends_the_start() -> None:
+    group, launcher = make_group({1: {JoinGroup: hang_up}})
+    with pytest.raises(EngineDeadError, match=r"rank 1 of 2 \(host node-1, pid 101\) was killed by SIGKILL"):
         group.connect(FakeStages())
     assert launcher.is_terminated
     with pytest.raises(EngineDeadError, match="rank 1"):
@@ -116,8 +154,8 @@ def test_a_rank_that_does_not_come_along_ends_the_start_within_its_bound(behavio
 
 @pytest.mark.parametrize("command", [LoadWeights, MeasureKV, InitializeKV])
 def test_a_later_stage_is_bounded_by_the_start_timeout(command) -> None:
-    # The timeout has to hold the stages before as well.
-    group, launcher = make_group({1: {command: nothing}}, engine_start_timeout_seconds=2)
+    clock = Clock()
+    group, launcher = make_group({1: {command: too_late(clock)}}, clock=clock, engine_start_timeout_seconds=2)
     group.connect(FakeStages())
 
     def bring_up() -> None:
@@ -164,14 +202,18 @@ def test_what_a_rank_says_of_its_own_end_is_passed_on_with_its_name() -> None:
 
 
 def test_the_rank_that_could_not_reach_another_is_not_blamed_for_its_death() -> None:
+    has_failed = threading.Event()
+
     def unreachable(rank, _):
-        return RankFailed(ErrorKind.INTERNAL, "connection reset by peer", True)
+        rank.channel.send(RankFailed(ErrorKind.INTERNAL, "connection reset by peer", True))
+        has_failed.set()
 
     def dies_later(rank, _):
-        time.sleep(0.3)
+        has_failed.wait(SECONDS)
         rank.channel.close()
 
-    group, _ = make_group({0: {InitializeKV: unreachable}, 1: {InitializeKV: dies_later}})
+    # The clock stands still: however late the death shows, it comes within the time that it has.
+    group, _ = make_group({0: {InitializeKV: unreachable}, 1: {InitializeKV: dies_later}}, clock=Clock())
     group.connect(FakeStages())
     with pytest.raises(EngineDeadError, match=r"rank 1 of 2 .* was killed by SIGKILL"):
         group.initialize_kv_cache(10)
@@ -218,8 +260,10 @@ def test_a_step_for_which_no_rank_has_memory_may_be_tried_smaller() -> None:
 
 
 def test_a_step_that_fails_on_one_rank_only_loses_the_group_and_names_the_rank() -> None:
-    with running_group({1: failing(1, error="MemoryError: none left", is_out_of_memory=True)}) as (group, launcher):
+    behaviours, clock = {1: failing(1, error="MemoryError: none left", is_out_of_memory=True)}, Clock()
+    with running_group(behaviours, clock=clock) as (group, launcher):
         launcher.ranks[0].is_output = False  # it waits in a collective for the rank that failed
+        clock.on_read = lambda: clock.advance(1.0)
         with pytest.raises(EngineDeadError, match=r"rank 1 of 2 \(host node-1.* failed step 1.*MemoryError: none left"):
             group.submit(plan_of(1)).result()
         assert launcher.is_terminated
@@ -236,31 +280,44 @@ def test_ranks_that_failed_in_the_middle_of_their_collectives_are_lost_even_if_a
 
 
 def test_a_killed_rank_is_blamed_before_those_that_missed_it() -> None:
+    has_failed = threading.Event()
+
+    def missed(rank, _):
+        rank.channel.send(failed(1, error="CommunicationError: reset", is_communication=True, is_out_of_step=True))
+        has_failed.set()
+
     def killed(rank, _):
-        time.sleep(0.3)
+        has_failed.wait(SECONDS)
         rank.channel.close()
 
-    missed = failing(1, error="CommunicationError: reset", is_communication=True, is_out_of_step=True)
     blamed = r"rank 1 of 2 \(host node-1, pid 101\) was killed by SIGKILL"
-    with running_group({0: missed, 1: {RunStep: killed}}) as (group, _), pytest.raises(EngineDeadError, match=blamed):
+    with (
+        running_group({0: {RunStep: missed}, 1: {RunStep: killed}}, clock=Clock()) as (group, _),
+        pytest.raises(EngineDeadError, match=blamed),
+    ):
         group.submit(plan_of(1)).result()
 
 
 def test_a_stopped_rank_is_lost_after_the_heartbeat_timeout() -> None:
-    with running_group({1: {RunStep: nothing}}, rank_heartbeat_timeout_seconds=1) as (group, launcher):
+    clock = Clock()
+    with running_group({1: {RunStep: nothing}}, clock=clock, rank_heartbeat_timeout_seconds=3) as (group, launcher):
         launcher.ranks[0].is_output = False
         launcher.ranks[1].heartbeats.stop()
+        time_passes_with_a_heartbeat_of(0, clock, group, launcher)
         with pytest.raises(
-            EngineDeadError, match=r"rank 1 .* no sign of life .*bound 1 s by rank_heartbeat_timeout_seconds"
+            EngineDeadError, match=r"no heartbeat from rank 1 .*timeout 3 s by rank_heartbeat_timeout_seconds"
         ):
             group.submit(plan_of(1)).result()
 
 
 def test_a_step_that_hangs_is_lost_after_the_collective_timeout_and_names_who_is_behind() -> None:
-    with running_group(collective_timeout_seconds=1, rank_heartbeat_timeout_seconds=2) as (group, launcher):
+    clock = Clock()
+    with running_group(clock=clock, collective_timeout_seconds=3) as (group, launcher):
         launcher.ranks[0].is_output = False
-        launcher.ranks[0].progress = RankHeartbeat(0, 7)
-        launcher.ranks[1].progress = RankHeartbeat(0, 6)
+        launcher.ranks[0].progress = RankHeartbeat(7, 0)
+        launcher.ranks[1].progress = RankHeartbeat(6, 0)
+        wait_until(lambda: [rank.num_steps for rank in group.ranks()] == [7, 6])
+        clock.on_read = lambda: clock.advance(1.0)
         with pytest.raises(EngineDeadError, match=r"step 1 with 1 tokens was not done .*: the others wait for rank 1"):
             group.submit(plan_of(1)).result()
 
@@ -270,7 +327,7 @@ def test_the_death_of_an_idle_rank_shows_at_the_next_look() -> None:
         group.check_health()
         launcher.ranks[1].channel.close()
         with pytest.raises(EngineDeadError, match=r"rank 1 .* was killed"):
-            look_for(30, group)
+            wait_until(group.check_health)
 
 
 def test_results_of_steps_that_were_given_up_are_not_mixed_up_with_later_ones() -> None:

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pagoda.execution.cuda_graphs import DecodeGraphs
 from pagoda.models.dummy import DummySpec, write_dummy_checkpoint
 from pagoda.sampling.params import SamplingParams
 from pagoda_kernels import backend
 from tests.support.plan_driver import PlanDriver, make_executor
 from tests.support.recording import Recording
-from tests.support.triton_kernels import float8_as_on_a_gpu, require_interpreter, triton_backend
+from tests.support.triton_kernels import float8_as_on_a_gpu, kernels, require_interpreter
 
 require_interpreter()
 
-__all__ = ["float8_as_on_a_gpu", "triton_backend"]
+__all__ = ["float8_as_on_a_gpu", "kernels"]
 
 PROMPTS = {"short": [5, 6, 7], "long": [(13 * n + 5) % 500 for n in range(21)]}
 
@@ -27,18 +25,16 @@ PROMPTS = {"short": [5, 6, 7], "long": [(13 * n + 5) % 500 for n in range(21)]}
 def generated(checkpoint: Path, name: str, *, graphs: bool, kv_cache_dtype: str = "auto") -> list[list[int]]:
     executor = make_executor(checkpoint, cpu_kernels="reference", max_num_seqs=3, kv_cache_dtype=kv_cache_dtype)
     backend.use_backend(name)
-    runner = executor._worker.runner
-    assert runner is not None
+    runner = executor.runner
     if graphs:
-        with torch.inference_mode():
-            runner.capture_graphs(partial(DecodeGraphs, capture=Recording()))
+        runner.capture_graphs(Recording())
     driver = PlanDriver(executor, max_num_seqs=3)
     sequences = [driver.add(name, prompt, SamplingParams(temperature=0.0)) for name, prompt in PROMPTS.items()]
     driver.run_to(4, sequences, chunk=16)
     return [sequence.output for sequence in sequences]
 
 
-@pytest.mark.usefixtures("triton_backend")
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize(
     "spec",
     [
@@ -53,7 +49,7 @@ def test_same_tokens_as_on_the_torch_kernels(tmp_path: Path, spec: DummySpec) ->
     assert generated(checkpoint, "triton", graphs=True) == expected
 
 
-@pytest.mark.usefixtures("triton_backend", "float8_as_on_a_gpu")
+@pytest.mark.usefixtures("kernels", "float8_as_on_a_gpu")
 def test_same_tokens_from_a_float8_kv_cache(tmp_path: Path) -> None:
     """Through the setting: half-sized blocks, scales of the checkpoint, and both kernels that know float8."""
     checkpoint = write_dummy_checkpoint(tmp_path / "model", DummySpec(family="qwen3", num_layers=2, num_kv_heads=1))
@@ -66,8 +62,8 @@ def test_same_tokens_from_a_float8_kv_cache(tmp_path: Path) -> None:
 
 def test_blocks_of_a_float8_kv_cache_cost_a_byte_a_number(tmp_path: Path) -> None:
     checkpoint = write_dummy_checkpoint(tmp_path / "model", DummySpec(num_layers=2))
-    worker = make_executor(checkpoint, cpu_kernels="reference", kv_cache_dtype="fp8_e5m2", num_blocks=9)._worker
-    assert worker.runner is not None
-    assert worker.kv_block_bytes(8) == sum(cache[0].nbytes for pair in worker.runner.kv_caches for cache in pair)
-    assert {cache.dtype for pair in worker.runner.kv_caches for cache in pair} == {torch.float8_e5m2}
-    assert [layer.self_attn.kv_scales for layer in worker.runner.model.layers] == [(1.0, 1.0)] * 2
+    executor = make_executor(checkpoint, cpu_kernels="reference", kv_cache_dtype="fp8_e5m2", num_blocks=9)
+    caches = [cache for pair in executor.runner.kv_caches for cache in pair]
+    assert executor.kv_budget(8).block_bytes == sum(cache[0].nbytes for cache in caches)
+    assert {cache.dtype for cache in caches} == {torch.float8_e5m2}
+    assert [layer.self_attn.kv_scales for layer in executor.runner.model.layers] == [(1.0, 1.0)] * 2

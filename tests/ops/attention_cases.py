@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from pagoda_kernels.attention import AttentionMetadata, paged_attention
+from pagoda_kernels import backend
+from pagoda_kernels.types import AttentionMetadata
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class AttentionCase:
         return self.query.shape[-1] ** -0.5
 
     def run(self, sliding_window: int | None = None, soft_cap: float | None = None) -> torch.Tensor:
-        return paged_attention(
+        """On the active backend."""
+        return backend.active.paged_attention(
             self.query,
             self.k_cache,
             self.v_cache,

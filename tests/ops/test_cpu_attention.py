@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from pagoda_kernels import reference
-from pagoda_kernels.attention import AttentionMetadata, paged_attention, rotate_and_store
+from pagoda_kernels.interface import KernelBackend
+from pagoda_kernels.types import AttentionMetadata
 from tests.ops.attention_cases import AttentionCase, make_case
-from tests.support.cpu_kernels import cpu_backend, require_cpu_kernels
+from tests.support.cpu_kernels import kernels, require_cpu_kernels
 
 require_cpu_kernels()
 
-__all__ = ["cpu_backend"]
-pytestmark = pytest.mark.usefixtures("cpu_backend")
+__all__ = ["kernels"]
 
 DTYPES = [torch.float32, torch.bfloat16]
 WINDOWS = [None, 100]
@@ -39,7 +39,7 @@ def alone(case: AttentionCase, row: int, first: int, last: int) -> AttentionMeta
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sliding_window", WINDOWS)
 def test_a_query_has_the_same_bits_alone_in_a_batch_and_in_any_chunks(
-    dtype: torch.dtype, sliding_window: int | None
+    kernels: KernelBackend, dtype: torch.dtype, sliding_window: int | None
 ) -> None:
     case = make_case([(1, 700), (1, 5), (90, 640), (300, 300)], dtype=dtype, block_size=16, head_dim=32)
     batched = case.run(sliding_window)
@@ -49,7 +49,7 @@ def test_a_query_has_the_same_bits_alone_in_a_batch_and_in_any_chunks(
         for first, last in {(0, query_len), (0, 1), (query_len // 3, query_len // 2 + 1), (query_len - 1, query_len)}:
             query = case.query[starts[row] + first : starts[row] + last]
             metadata = alone(case, row, first, last)
-            chunk = paged_attention(query, case.k_cache, case.v_cache, metadata, case.scale, sliding_window)
+            chunk = kernels.paged_attention(query, case.k_cache, case.v_cache, metadata, case.scale, sliding_window)
             assert torch.equal(chunk, batched[starts[row] + first : starts[row] + last])
 
 
@@ -95,14 +95,14 @@ def test_a_nan_in_a_row_stays_in_it() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("has_norm", [False, True])
-def test_rotate_and_store_equals_its_parts(dtype: torch.dtype, has_norm: bool) -> None:
+def test_rotate_and_store_equals_its_parts(kernels: KernelBackend, dtype: torch.dtype, has_norm: bool) -> None:
     fused = torch.randn(6, 8, 24).to(dtype)
     query, key, value = fused.split((4, 2, 2), dim=1)
     angles = torch.randn(6, 12)
     weights = [torch.rand(24).to(dtype) + 0.5 for _ in range(2)] if has_norm else [None, None]
     slots = torch.tensor([17, 4, 0, 0, 5, 30])
     results = []
-    for run in (rotate_and_store, reference.BACKEND.rotate_and_store):
+    for run in (kernels.rotate_and_store, reference.BACKEND.rotate_and_store):
         caches = torch.zeros(4, 2, 8, 24, dtype=dtype), torch.zeros(4, 2, 8, 24, dtype=dtype)
         turned = run(query, key, value, angles.cos(), angles.sin(), *weights, 1e-6, *caches, slots)
         for cache in caches:
@@ -113,9 +113,9 @@ def test_rotate_and_store_equals_its_parts(dtype: torch.dtype, has_norm: bool) -
         torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
-def test_wrong_shapes_are_refused_by_name() -> None:
+def test_wrong_shapes_are_refused_by_name(kernels: KernelBackend) -> None:
     case = make_case([(1, 9)])
     with pytest.raises(RuntimeError, match="v_cache has shape"):
-        paged_attention(case.query, case.k_cache, case.v_cache[:, :, :4], case.metadata, case.scale)
+        kernels.paged_attention(case.query, case.k_cache, case.v_cache[:, :, :4], case.metadata, case.scale)
     with pytest.raises(RuntimeError, match="query is Double"):
-        paged_attention(case.query.double(), case.k_cache, case.v_cache, case.metadata, case.scale)
+        kernels.paged_attention(case.query.double(), case.k_cache, case.v_cache, case.metadata, case.scale)

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ from pagoda.execution.kernel_choice import choose_cpu_kernels
 from pagoda_kernels import backend
 from pagoda_kernels.cpu import build
 from pagoda_kernels.cpu.build import BuildError
+from tests.support.cpu_kernels import require_cpu_kernels
 
 
 @pytest.fixture
@@ -36,13 +36,6 @@ def fake_compiler(no_library: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("CXX", str(compiler))
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     return no_library / "calls"
-
-
-@pytest.fixture
-def keep_backend() -> Iterator[None]:
-    before = backend.active
-    yield
-    backend.active = before
 
 
 def test_library_is_compiled_once_into_the_cache(fake_compiler: Path) -> None:
@@ -114,8 +107,7 @@ def test_without_a_writable_home_the_cache_is_private_and_temporary(
     assert directory.stat().st_mode & 0o077 == 0
 
 
-@pytest.mark.usefixtures("keep_backend")
-def test_without_a_compiler_the_torch_kernels_run_and_one_line_says_so(
+def test_without_a_compiler_the_reference_kernels_run_and_a_warning_says_why(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def missing(name: str) -> None:
@@ -127,10 +119,19 @@ def test_without_a_compiler_the_torch_kernels_run_and_one_line_says_so(
         choose_cpu_kernels("auto")
     assert used == ["reference"]
     assert [record.getMessage() for record in caplog.records] == [
-        "the compiled CPU kernels are missing (there is no C++ compiler): torch's own take their place, at half the speed "
-        "or less"
+        "the compiled CPU kernels are not available (there is no C++ compiler): falling back to the reference kernels in "
+        "torch, at half the speed or less"
     ]
     with pytest.raises(ConfigError, match=r"cpu_kernels=compiled: there is no C\+\+ compiler"):
+        choose_cpu_kernels("compiled")
+
+
+def test_a_processor_without_avx2_runs_the_reference_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    require_cpu_kernels()
+    monkeypatch.setattr("pagoda_kernels.cpu.operators.available_levels", list)
+    choose_cpu_kernels("auto")
+    assert backend.active.name == "reference"
+    with pytest.raises(ConfigError, match="cpu_kernels=compiled: this processor has no AVX2"):
         choose_cpu_kernels("compiled")
 
 

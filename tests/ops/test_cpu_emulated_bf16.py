@@ -30,7 +30,7 @@ sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *("tests/ops/" + name for 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_bfloat16_products_in_pairs_match_the_twins() -> None:
+def test_bfloat16_products_in_pairs_match_the_reference() -> None:
     done = subprocess.run([sys.executable, "-c", SCRIPT], cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode == 77:
         pytest.skip("emulation needs AVX-512 with VNNI")

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pagoda_kernels.step import StepTensors, gather_step
+from pagoda_kernels.interface import KernelBackend
+from pagoda_kernels.types import StepTensors
 
 NUM_SLOTS, LENGTH, NULL = 6, 50, -7
 
@@ -29,7 +30,7 @@ def expected(
     return found
 
 
-def check(rows: list[tuple[int, int, int]], block_size: int, padding: int, seed: int) -> None:
+def check(kernels: KernelBackend, rows: list[tuple[int, int, int]], block_size: int, padding: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     num_blocks = -(-LENGTH // block_size)
     pool = torch.randint(0, 1000, (NUM_SLOTS, LENGTH), generator=generator)
@@ -49,7 +50,7 @@ def check(rows: list[tuple[int, int, int]], block_size: int, padding: int, seed:
     )
     slots = torch.tensor([slot for slot, _, _ in rows])
     computed_tokens = torch.tensor([computed for _, computed, _ in rows])
-    gather_step(pool, table, block_size, slots, starts, computed_tokens, max(counts), into)
+    kernels.gather_step(pool, table, block_size, slots, starts, computed_tokens, max(counts), into)
     for name, values in expected(pool, table, block_size, rows, padding).items():
         assert getattr(into, name).tolist() == values, name
     assert torch.equal(into.block_table[: len(rows)], table[slots, :columns])
@@ -69,22 +70,24 @@ def batches(draw: st.DrawFn) -> list[tuple[int, int, int]]:
 
 @settings(max_examples=30, deadline=None)
 @given(batches(), st.sampled_from([1, 4, 16]), st.integers(0, 3), st.integers(0, 2**16))
-def test_every_row_gets_its_own_tokens_places_and_blocks(rows, block_size, padding, seed) -> None:
-    check(rows, block_size, padding, seed)
+def test_every_row_gets_its_own_tokens_places_and_blocks(kernels, rows, block_size, padding, seed) -> None:
+    check(kernels, rows, block_size, padding, seed)
 
 
 @pytest.mark.parametrize("padding", [0, 1, 5])
-def test_decode_rows_take_their_last_token_and_padding_is_nobody(padding: int) -> None:
-    check([(slot, 7 * slot + 3, 1) for slot in (4, 0, 2)], 4, padding, seed=1)
+def test_decode_rows_take_their_last_token_and_padding_has_only_the_null_block(
+    kernels: KernelBackend, padding: int
+) -> None:
+    check(kernels, [(slot, 7 * slot + 3, 1) for slot in (4, 0, 2)], 4, padding, seed=1)
 
 
-def test_prompts_longer_than_a_tile() -> None:
+def test_prompts_longer_than_a_tile(kernels: KernelBackend) -> None:
     """A launch on a GPU looks at 1024 tokens at a time."""
     pool = torch.arange(2 * 3000).view(2, 3000)
     table = torch.arange(2 * 188, dtype=torch.int32).view(2, 188) + 1
     into = StepTensors.allocate(2500 + 1, 2, 188, pool.device)
     starts = torch.tensor([0, 2500, 2501], dtype=torch.int32)
-    gather_step(pool, table, 16, torch.tensor([1, 0]), starts, torch.tensor([400, 2999]), 2500, into)
+    kernels.gather_step(pool, table, 16, torch.tensor([1, 0]), starts, torch.tensor([400, 2999]), 2500, into)
     assert torch.equal(into.input_ids, torch.cat([pool[1, 400:2900], pool[0, 2999:]]))
     assert torch.equal(into.positions, torch.cat([torch.arange(400, 2900), torch.tensor([2999])]))
     assert into.seq_lens.tolist() == [2900, 3000]

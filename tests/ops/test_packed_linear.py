@@ -1,21 +1,14 @@
-"""Packed weights and their torch twins; test_cpu_linear.py runs the same over the compiled kernels."""
+"""Packed weights on the reference backend; test_cpu_linear.py runs the same over the compiled kernels."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from pagoda_kernels.linear import (
-    pack,
-    pack_int4,
-    pack_int8,
-    packed_linear,
-    packed_rows,
-    quantize_int4,
-    quantize_int8,
-)
+from pagoda_kernels.interface import KernelBackend
 from pagoda_kernels.reference.linear import unpack
 from tests.ops.packed_cases import ROWS, SHAPES, make_inputs, make_weight
+from tests.support.packed_weights import pack, pack_int4, pack_int8, quantize_int4, quantize_int8
 
 FLOAT_TYPES = [torch.float32, torch.bfloat16]
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-2}
@@ -41,16 +34,16 @@ def test_odd_number_of_inputs_is_packed_as_float32() -> None:
 @pytest.mark.parametrize("weight_dtype", FLOAT_TYPES)
 @pytest.mark.parametrize("dtype", FLOAT_TYPES)
 def test_product_matches_float64(
-    shape: tuple[int, int], rows: int, weight_dtype: torch.dtype, dtype: torch.dtype
+    kernels: KernelBackend, shape: tuple[int, int], rows: int, weight_dtype: torch.dtype, dtype: torch.dtype
 ) -> None:
     weight, x = make_weight(*shape, weight_dtype), make_inputs(rows, shape[1], dtype)
     bias = make_inputs(1, shape[0], dtype)[0]
     expected = x.double() @ weight.double().T
     scale = max(1.0, shape[1] ** 0.5)
-    product = packed_linear(x, pack(weight))
+    product = kernels.packed_linear(x, pack(weight))
     assert product.dtype == dtype
     torch.testing.assert_close(product.double(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * scale)
-    with_bias = packed_linear(x, pack(weight), bias)
+    with_bias = kernels.packed_linear(x, pack(weight), bias)
     torch.testing.assert_close(
         with_bias.double(), expected + bias.double(), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * scale
     )
@@ -58,10 +51,10 @@ def test_product_matches_float64(
 
 @pytest.mark.parametrize("weight_dtype", FLOAT_TYPES)
 @pytest.mark.parametrize("dtype", FLOAT_TYPES)
-def test_rows_are_those_of_the_weight(weight_dtype: torch.dtype, dtype: torch.dtype) -> None:
+def test_rows_are_those_of_the_weight(kernels: KernelBackend, weight_dtype: torch.dtype, dtype: torch.dtype) -> None:
     weight = make_weight(70, 40, weight_dtype)
     ids = torch.tensor([0, 69, 31, 32, 33, 0])
-    assert torch.equal(packed_rows(pack(weight), ids, dtype), weight[ids].to(dtype))
+    assert torch.equal(kernels.packed_rows(pack(weight), ids, dtype), weight[ids].to(dtype))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -88,7 +81,7 @@ def test_int4_is_within_a_step_of_the_weight_and_holds_zero(group_size: int) -> 
 @pytest.mark.parametrize("dtype", FLOAT_TYPES)
 @pytest.mark.parametrize("kind", ["int8", "int4", "int4 without zeros"])
 def test_quantized_product_is_that_of_quantized_inputs(
-    shape: tuple[int, int], rows: int, dtype: torch.dtype, kind: str
+    kernels: KernelBackend, shape: tuple[int, int], rows: int, dtype: torch.dtype, kind: str
 ) -> None:
     out_features, in_features = shape
     weight, x = make_weight(*shape), make_inputs(rows, in_features, dtype)
@@ -105,7 +98,7 @@ def test_quantized_product_is_that_of_quantized_inputs(
     rounded = ((groups / scales).round() * scales).view(rows, in_features)
     expected = rounded @ unpack(packed).double().T
     bias = make_inputs(1, out_features, dtype)[0]
-    product = packed_linear(x, packed, bias)
+    product = kernels.packed_linear(x, packed, bias)
     assert product.dtype == dtype
     # A value that lies on the edge of two steps may be rounded either way.
     edge = float(scales.max() * unpack(packed).abs().max())
@@ -113,25 +106,16 @@ def test_quantized_product_is_that_of_quantized_inputs(
     torch.testing.assert_close(product.double(), expected + bias.double(), rtol=0, atol=tolerance)
 
 
-def test_inputs_of_zero_give_the_bias() -> None:
+def test_inputs_of_zero_give_the_bias(kernels: KernelBackend) -> None:
     bias = make_inputs(1, 40)[0]
     for packed in (quantize_int8(make_weight(40, 16)), quantize_int4(make_weight(40, 16), 8)):
-        assert torch.equal(packed_linear(torch.zeros(3, 16), packed, bias), bias.expand(3, 40))
+        assert torch.equal(kernels.packed_linear(torch.zeros(3, 16), packed, bias), bias.expand(3, 40))
 
 
-def test_extreme_int8_values_do_not_saturate() -> None:
+def test_extreme_int8_values_do_not_saturate(kernels: KernelBackend) -> None:
     values = torch.full((32, 256), -128, dtype=torch.int8)
     values[1] = 127
     x = torch.ones(2, 256)
     x[1] = -1.0
-    product = packed_linear(x, pack_int8(values, torch.ones(32)))
+    product = kernels.packed_linear(x, pack_int8(values, torch.ones(32)))
     torch.testing.assert_close(product[:, :2], torch.tensor([[-128.0, 127.0], [128.0, -127.0]]) * 256)
-
-
-def test_impossible_sizes_are_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="in_features=10 must be a multiple of 4"):
-        quantize_int8(make_weight(4, 10))
-    with pytest.raises(ValueError, match="in_features=16 must be a multiple of 12"):
-        quantize_int4(make_weight(4, 16), 12)
-    with pytest.raises(TypeError, match=r"not torch\.float16"):
-        pack(make_weight(4, 16, torch.float16))

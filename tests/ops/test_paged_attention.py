@@ -16,7 +16,7 @@ RAGGED = [(1, 1), (1, 8), (1, 17), (1, 64), (3, 3), (5, 30), (1, 9), (20, 20), (
 
 @pytest.mark.parametrize("block_size", [8, 16, 32])
 @pytest.mark.parametrize("head_dim", [16, 64, 128])
-def test_ragged_batch_matches_the_float64_twin(block_size: int, head_dim: int) -> None:
+def test_ragged_batch_matches_the_float64_reference(block_size: int, head_dim: int) -> None:
     make_case(RAGGED, block_size=block_size, head_dim=head_dim).assert_matches()
 
 
@@ -135,7 +135,7 @@ def ragged_batches(draw: st.DrawFn) -> tuple[list[tuple[int, int]], int]:
     sliding_window=st.one_of(st.none(), st.integers(1, 40)),
     seed=st.integers(0, 2**31),
 )
-def test_any_batch_matches_the_float64_twin(
+def test_any_batch_matches_the_float64_reference(
     batch: tuple[list[tuple[int, int]], int],
     block_size: int,
     heads: tuple[int, int],

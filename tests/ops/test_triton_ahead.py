@@ -48,16 +48,15 @@ def outcome_of(tmp_path: Path, program: str, *arguments: str) -> Any:
 
 
 COMPILED_AND_FOUND = """
-from pagoda_kernels.gpu.elementwise import rms_norm, silu_and_mul
-from pagoda_kernels.gpu.sampling import choose_greedy
+from pagoda_kernels.gpu.operators import BACKEND as kernels
 
 def launches(device):
     x = torch.empty(3, 256, dtype=torch.bfloat16, device=device)
-    rms_norm(x, x[0], 1e-6, x)
-    rms_norm(x.view(3, 2, 128)[:, :1], x[0, :128], 1e-6, None)
-    rms_norm(x, x[0], 1e-6, x)
-    silu_and_mul(x)
-    choose_greedy(torch.empty(3, 1000, device=device))
+    kernels.rms_norm(x, x[0], 1e-6, x)
+    kernels.rms_norm(x.view(3, 2, 128)[:, :1], x[0, :128], 1e-6, None)
+    kernels.rms_norm(x, x[0], 1e-6, x)
+    kernels.silu_and_mul(x)
+    kernels.greedy_sample(torch.empty(3, 1000, device=device))
 
 with recorded_launches() as wanted:
     launches("meta")
@@ -101,10 +100,10 @@ def test_what_was_compiled_ahead_is_what_a_launch_finds(tmp_path: Path) -> None:
 
 FAILURES = """
 from dataclasses import replace
-from pagoda_kernels.gpu.elementwise import silu_and_mul
+from pagoda_kernels.gpu.operators import BACKEND as kernels
 
 with recorded_launches() as wanted:
-    silu_and_mul(torch.empty(3, 256, dtype=torch.bfloat16, device="meta"))
+    kernels.silu_and_mul(torch.empty(3, 256, dtype=torch.bfloat16, device="meta"))
 bad = replace(wanted[0], data=wanted[0].data.replace('"gelu', '"').replace("pagoda_kernels", "elsewhere"))
 with CompilingAhead([bad], processes=4) as compiling:
     refused = list(compiling.wait().values())
@@ -118,7 +117,7 @@ OUT.write_text(json.dumps({"refused": refused[0].error, "ended": ended[0].error,
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_kernel_that_does_not_compile_is_told_of_and_compilers_end_with_their_context(tmp_path: Path) -> None:
+def test_a_kernel_that_does_not_compile_is_reported_and_compilers_end_with_their_context(tmp_path: Path) -> None:
     found = outcome_of(tmp_path, FAILURES)
     assert "RuntimeError" in found["refused"]
     assert "no_such_module" in found["ended"]
@@ -182,15 +181,11 @@ from pagoda.models.build import build_model
 from pagoda.parallel.groups import SINGLE_RANK, ParallelGroups, PipelineLink, TensorGroup
 from pagoda.parallel.layout import ParallelLayout
 from pagoda_kernels import backend
-from pagoda_kernels.attention import AttentionMetadata
-from pagoda_kernels.gpu import attention
 from pagoda_kernels.gpu.tuning import load_table
-from pagoda_kernels.sampling import choose_open
-from pagoda_kernels.gpu.sampling import choose_greedy
-from pagoda_kernels.step import StepTensors, gather_step
+from pagoda_kernels.types import AttentionMetadata, StepTensors
 from pagoda.sampling.selection import pad_to_blocks
 
-backend.use_backend("triton")
+kernels = backend.use_backend("triton")
 # As on the GPU that is not here.
 import pagoda_kernels.gpu.tuning as tuning
 tuning._table_of_gpu = lambda index: load_table("sm_90")
@@ -210,10 +205,10 @@ share = model.share
 shape = (9, share.kv_heads.size, 16, config.head_dim)
 caches = [(torch.zeros(shape, dtype=torch.bfloat16), torch.zeros(shape, dtype=torch.bfloat16)) for _ in share.layers]
 def step(query_lens):
-    # What is cut from one upload, or from one allocation of three, begins anywhere.
+    # What is cut from one copy, or from one allocation of three, begins anywhere.
     count = len(query_lens)
     slots, computed = torch.zeros(2 * count + 1, dtype=torch.int64).split([count, count + 1])
-    gather_step(
+    kernels.gather_step(
         torch.zeros(5, 9, dtype=torch.int64), torch.zeros(5, 41, dtype=torch.int32), 16, slots,
         torch.zeros(count + 1, dtype=torch.int32), computed, max(query_lens),
         StepTensors.allocate(sum(query_lens), count, 38, torch.device("cpu")),
@@ -232,11 +227,11 @@ def step(query_lens):
     ids = torch.zeros(tokens, dtype=torch.int64)
     hidden = model.forward(ids, ids, caches, metadata)
     logits = pad_to_blocks(model.compute_logits(hidden[: len(query_lens)]))
-    _, best = choose_greedy(logits)
+    _, best = kernels.greedy_sample(logits)
     together = torch.zeros(2 * count, dtype=torch.int64)
     rows, seeds = together.split([count, count])  # the second begins anywhere
     one = torch.zeros(count)
-    choose_open(logits, best, rows, seeds, rows, one, one, one.double())
+    kernels.sample_top_p_by_rejection(logits, best, rows, seeds, rows, one, one, one.double())
 
 with tuning.table_in_use(load_table("sm_90")), torch.inference_mode(), recorded_launches() as launched:
     step([1, 1, 1])
@@ -278,7 +273,7 @@ def test_a_models_steps_launch_nothing_that_was_not_to_be_compiled(tmp_path: Pat
         "gated_activation_kernel",
     }
     # Windows of 64 tokens are never cut into segments.
-    sampling, reduction = {"greedy_kernel", "open_kernel"}, {"reduce_segments_kernel"}
+    sampling, reduction = {"greedy_kernel", "sample_top_p_kernel"}, {"reduce_segments_kernel"}
     assert set(found["launched"]) - reduction == layers | sampling
     assert reduction <= set(found["launched"]) or family == "mistral"
     assert found["missed"] == [], "the first step would wait for these"

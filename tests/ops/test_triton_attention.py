@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from pagoda_kernels.composed import to_float8
+from pagoda_kernels.reference.attention import to_float8
 from tests.ops.attention_cases import AttentionCase, make_case
-from tests.support.triton_kernels import require_interpreter, triton_backend
+from tests.support.triton_kernels import kernels, require_interpreter
 
 require_interpreter()
 
@@ -18,8 +18,7 @@ from pagoda_kernels.gpu.attention import AttentionGeometry  # noqa: E402
 from pagoda_kernels.gpu.tuning import AttentionTiles, SegmentRule, TuningTable  # noqa: E402
 from pagoda_kernels.gpu.workspace import DecodeWorkspace  # noqa: E402
 
-__all__ = ["triton_backend"]
-pytestmark = pytest.mark.usefixtures("triton_backend")
+__all__ = ["kernels"]
 
 DECODE = [(1, 1), (1, 8), (1, 17), (1, 64)]
 CHUNKS = [(3, 3), (5, 30), (2, 33)]
@@ -173,7 +172,7 @@ def test_upper_bounds_of_lengths_change_nothing(small_tiles: TuningTable) -> Non
     assert torch.equal(dataclasses.replace(case, metadata=loose).run(), case.run())
 
 
-def test_rows_of_padding_disturb_nobody() -> None:
+def test_rows_of_padding_change_no_other_row() -> None:
     """As a CUDA graph pads its batch: rows of the null block, of one token, and rows that hold none at all."""
     case = make_case([(1, 21), (1, 40)], num_kv_heads=1)
     expected = case.run()

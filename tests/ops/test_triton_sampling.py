@@ -6,17 +6,31 @@ import numpy as np
 import pytest
 import torch
 
-from pagoda.sampling import sampler as sampler_module
 from pagoda.sampling.noise import SlotNoise
 from pagoda.sampling.params import SamplingParams
 from pagoda.sampling.sampler import Sampler
+from pagoda_kernels import reference
+from pagoda_kernels.interface import KernelBackend
+from tests.ops.test_greedy_sample import (
+    test_a_row_with_nan_says_so_and_its_neighbours_do_not,
+    test_greatest_logit_and_its_id,
+    test_infinite_logits,
+    test_lowest_id_of_equals,
+)
 from tests.support.sampler_rows import request_of
-from tests.support.triton_kernels import require_interpreter
+from tests.support.triton_kernels import kernels, require_interpreter
 
 require_interpreter()
 
 from pagoda_kernels.gpu import sampling as launchers  # noqa: E402
-from pagoda_kernels.gpu.sampling import choose_greedy, choose_open  # noqa: E402
+
+__all__ = [
+    "kernels",
+    "test_greatest_logit_and_its_id",
+    "test_lowest_id_of_equals",
+    "test_a_row_with_nan_says_so_and_its_neighbours_do_not",
+    "test_infinite_logits",
+]
 
 VOCABULARY = 300
 
@@ -27,32 +41,12 @@ def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launchers, "SAMPLING_TILE", 64)
 
 
-def test_greedy_takes_the_lowest_of_the_best() -> None:
-    logits = torch.randn(4, VOCABULARY).round(decimals=1)
-    logits[1, [7, 130, 131, 299]] = 9.0
-    logits[2, 299] = 9.0
-    token_ids, best = choose_greedy(logits)
-    assert torch.equal(token_ids, logits.argmax(-1))
-    assert torch.equal(best, logits.amax(-1))
-
-
-def test_greedy_tells_of_nan_and_infinity() -> None:
-    logits = torch.randn(3, VOCABULARY)
-    logits[0, 200] = math.nan
-    logits[1] = -math.inf
-    logits[2, 5] = math.inf
-    token_ids, best = choose_greedy(logits)
-    assert bool(best[0].isnan())
-    assert best[1:].tolist() == [-math.inf, math.inf]
-    assert int(token_ids.min()) >= 0
-    assert int(token_ids.max()) < VOCABULARY
-    assert int(token_ids[2]) == 5
-
-
-def drawn(logits: torch.Tensor, params: list[SamplingParams], positions: list[int]) -> list[int]:
-    best = choose_greedy(logits)[1]
+def drawn(
+    kernels: KernelBackend, logits: torch.Tensor, params: list[SamplingParams], positions: list[int]
+) -> list[int]:
+    best = kernels.greedy_sample(logits)[1]
     seeds = np.array([(p.seed or 0) % 2**64 for p in params], dtype=np.uint64).view(np.int64)
-    return choose_open(
+    return kernels.sample_top_p_by_rejection(
         logits,
         best,
         torch.arange(len(params)),
@@ -65,17 +59,20 @@ def drawn(logits: torch.Tensor, params: list[SamplingParams], positions: list[in
 
 
 def sampled(
-    logits: torch.Tensor, params: list[SamplingParams], positions: list[int], *, on_device: bool = False
+    logits: torch.Tensor,
+    params: list[SamplingParams],
+    positions: list[int],
+    kernels: KernelBackend = reference.BACKEND,
 ) -> list[int]:
-    sampler = Sampler(vocab_size=VOCABULARY, token_pool=torch.zeros(len(params), 4, dtype=torch.int64), seed=0)
-    sampler._draws_on_device = sampler._has_greedy_kernel = on_device
+    pool = torch.zeros(len(params), 4, dtype=torch.int64)
+    sampler = Sampler(vocab_size=VOCABULARY, token_pool=pool, kernels=kernels, seed=0)
     for slot, p in enumerate(params):
         sampler.add(slot, request_of(p))
     return sampler.sample(logits.clone(), np.arange(len(params)), np.array(positions)).token_ids.tolist()
 
 
 @pytest.mark.parametrize(("top_p", "min_p"), [(1.0, 0.0), (1.0, 0.05), (0.9, 0.05), (0.3, 0.0), (1e-6, 0.0)])
-def test_draws_are_those_of_the_torch_sampler(top_p: float, min_p: float) -> None:
+def test_draws_are_those_of_the_torch_sampler(kernels: KernelBackend, top_p: float, min_p: float) -> None:
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(4, VOCABULARY, generator=generator) * 2
     logits[3] = logits[3].round()  # many equals
@@ -85,25 +82,25 @@ def test_draws_are_those_of_the_torch_sampler(top_p: float, min_p: float) -> Non
     ]
     for position in (1, 2**40 + 1):
         positions = [position + row for row in range(len(params))]
-        assert drawn(logits, params, positions) == sampled(logits, params, positions)
+        assert drawn(kernels, logits, params, positions) == sampled(logits, params, positions)
 
 
-def test_rejected_draws_go_on_with_further_numbers() -> None:
+def test_rejected_draws_go_on_with_further_numbers(kernels: KernelBackend) -> None:
     logits = torch.zeros(1, VOCABULARY)
     logits[0, 250] = 0.01
     params = [SamplingParams(temperature=1.0, top_p=0.02, seed=3)]
     for position in (1, 2):
-        token = drawn(logits, params, [position])
+        token = drawn(kernels, logits, params, [position])
         assert token == sampled(logits, params, [position])
         assert token[0] in {250, 0, 1, 2, 3, 4, 5}  # the shortest beginning of the order that weighs 2 %
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered")
-def test_a_row_that_cannot_be_sampled_ends_the_search() -> None:
+def test_a_row_that_cannot_be_sampled_ends_the_search(kernels: KernelBackend) -> None:
     logits = torch.full((2, VOCABULARY), -math.inf)
     logits[1, 3] = math.nan
     params = [SamplingParams(temperature=1.0, seed=0)] * 2
-    assert all(0 <= token < VOCABULARY for token in drawn(logits, params, [1, 1]))
+    assert all(0 <= token < VOCABULARY for token in drawn(kernels, logits, params, [1, 1]))
 
 
 def test_seeds_of_slots_are_the_bits_that_the_kernel_takes() -> None:
@@ -114,8 +111,7 @@ def test_seeds_of_slots_are_the_bits_that_the_kernel_takes() -> None:
 
 
 @pytest.mark.parametrize("has_top_k", [True, False])
-def test_sampler_on_a_gpu_draws_as_on_a_cpu(monkeypatch: pytest.MonkeyPatch, has_top_k: bool) -> None:
-    monkeypatch.setattr(sampler_module, "choose_greedy", choose_greedy)
+def test_sampler_on_a_gpu_draws_as_on_a_cpu(kernels: KernelBackend, has_top_k: bool) -> None:
     logits = torch.randn(5, VOCABULARY, generator=torch.Generator().manual_seed(2)) * 2
     params = [
         SamplingParams(temperature=0.0),
@@ -125,4 +121,4 @@ def test_sampler_on_a_gpu_draws_as_on_a_cpu(monkeypatch: pytest.MonkeyPatch, has
         SamplingParams(temperature=1.0, seed=4),
     ]
     positions = [5, 6, 7, 8, 9]
-    assert sampled(logits, params, positions, on_device=True) == sampled(logits, params, positions)
+    assert sampled(logits, params, positions, kernels) == sampled(logits, params, positions)

@@ -23,7 +23,7 @@ from pagoda.benchmarking.workloads import (
 )
 from pagoda.errors import InvalidRequestError
 from pagoda.text.tokenizer import Tokenizer
-from tests.support.server import checkpoint
+from tests.support.checkpoints import shared_checkpoint
 
 IDS = TokenIdSource(range(100, 600))
 ranges = st.tuples(st.integers(1, 40), st.integers(0, 40)).map(lambda pair: LengthRange(pair[0], pair[0] + pair[1]))
@@ -76,7 +76,7 @@ def test_another_seed_makes_another_workload():
 @settings(max_examples=20, deadline=None)
 @given(st.integers(1, 60), seeds)
 def test_words_are_cut_to_the_number_of_tokens_that_the_tokenizer_counts(num_tokens, seed):
-    tokenizer = Tokenizer.from_directory(checkpoint())
+    tokenizer = Tokenizer.from_directory(shared_checkpoint())
     text = WordSource(tokenizer).make(random.Random(seed), num_tokens)
     counted = len(tokenizer.encode(text, add_special_tokens=False))
     assert abs(counted - num_tokens) <= max(8, num_tokens // 5)  # one word at most is over or missing
@@ -84,7 +84,7 @@ def test_words_are_cut_to_the_number_of_tokens_that_the_tokenizer_counts(num_tok
 
 
 def test_plain_token_ids_leave_special_tokens_out():
-    tokenizer = Tokenizer.from_directory(checkpoint())
+    tokenizer = Tokenizer.from_directory(shared_checkpoint())
     ids = plain_token_ids(tokenizer)
     assert not tokenizer.special_token_ids & set(ids)
     assert len(ids) + len(tokenizer.special_token_ids) == tokenizer.vocab_size

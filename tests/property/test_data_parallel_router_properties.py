@@ -64,11 +64,11 @@ class Router(RuleBasedStateMachine):
         if self.placed:
             self.router.note_output(data.draw(st.sampled_from(self.placed)), token_ids)
 
-    @rule(data=st.data(), is_finished=st.booleans())
-    def end(self, data: st.DataObject, is_finished: bool) -> None:
+    @rule(data=st.data(), has_failed=st.booleans())
+    def end(self, data: st.DataObject, has_failed: bool) -> None:
         if self.placed:
             placement = self.placed.pop(data.draw(st.integers(0, len(self.placed) - 1)))
-            self.router.remove(placement, is_finished=is_finished)
+            self.router.remove(placement, has_failed=has_failed)
 
     @rule(replica=st.integers(0, NUM_REPLICAS - 1))
     def lose(self, replica: int) -> None:
@@ -98,9 +98,9 @@ def test_an_idle_engine_sends_a_prompt_to_where_its_beginning_is(
 ) -> None:
     router = make_router(capacity=100)
     for other in others:
-        router.remove(router.place(request(other), range(NUM_REPLICAS)), is_finished=True)
+        router.remove(router.place(request(other), range(NUM_REPLICAS)))
     first = router.place(request(prompt), range(NUM_REPLICAS))
-    router.remove(first, is_finished=True)
+    router.remove(first)
     again = router.place(request(prompt + end), range(NUM_REPLICAS))
     # Somebody may have it as long as the first has, but nobody has it longer.
     assert again.num_cached_tokens >= len(prompt) // BLOCK_SIZE * BLOCK_SIZE or again.replica == first.replica
@@ -122,7 +122,7 @@ def test_prompts_that_share_nothing_go_to_whoever_has_least_to_do(lengths: list[
 def test_a_salt_hides_prefixes_from_other_salts(prompt: list[int], salts: tuple[str | None, str | None]) -> None:
     router = make_router(num_replicas=1)
     mine, yours = salts
-    router.remove(router.place(request(prompt, mine), [0]), is_finished=True)
+    router.remove(router.place(request(prompt, mine), [0]))
     found = router.place(request(prompt, yours), [0]).num_cached_tokens
     assert (found > 0) == (mine == yours)
 
@@ -146,7 +146,7 @@ def test_the_output_of_a_finished_request_is_found_by_its_next_turn() -> None:
     router = make_router(num_replicas=1, capacity=100)
     placement = router.place(request([1] * 8), [0])
     router.note_output(placement, [2] * 9)
-    router.remove(placement, is_finished=True)
+    router.remove(placement)
     assert router.place(request([1] * 8 + [2] * 9 + [3]), [0]).num_cached_tokens == 16
 
 

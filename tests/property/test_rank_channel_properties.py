@@ -167,11 +167,11 @@ def test_a_length_beyond_all_bounds_is_refused_before_anything_is_read() -> None
 
 def test_heartbeats_are_noted_and_not_delivered() -> None:
     with listening() as (theirs, delivered, channel):
-        heard = channel.last_heard
+        heard = channel.last_received
         theirs.sendall(CODEC.encode(Heartbeat()) + CODEC.encode(RankHeartbeat(3, 4)))
         theirs.shutdown(socket.SHUT_WR)
         assert all_delivered(delivered) == [ChannelEnded("the connection was closed")]
-        assert channel.last_heard > heard
+        assert channel.last_received > heard
         assert channel.progress == RankHeartbeat(3, 4)
 
 

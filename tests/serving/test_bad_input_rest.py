@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.support.rest_harness import RestHarness
+from tests.support.waiting import wait_until
 
 INFER = "/v2/models/demo/infer"
 GENERATE = "/v2/models/demo/generate"
@@ -31,7 +32,7 @@ def is_served_afterwards(harness: RestHarness) -> Iterator[None]:
     yield
     answer = harness.client.post(GENERATE, json={"text_input": "a", "max_tokens": 2})
     assert (answer.status_code, answer.json()["text_output"]) == (200, "aa")
-    assert harness.eventually(lambda: harness.engine.num_running == 0)
+    wait_until(lambda: harness.engine.num_running == 0)
 
 
 def message_of(answer: Any) -> str:

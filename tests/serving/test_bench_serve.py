@@ -147,7 +147,7 @@ class Misbehaving(BaseHTTPRequestHandler):
 def misbehaving_server():
     with ThreadingHTTPServer(("127.0.0.1", 0), Misbehaving) as running:
         running.numbers = iter(range(100))
-        thread = threading.Thread(target=running.serve_forever)
+        thread = threading.Thread(target=running.serve_forever, args=(0.01,))
         thread.start()
         try:
             yield f"http://127.0.0.1:{running.server_port}"

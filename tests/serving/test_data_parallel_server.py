@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import httpx
 import pytest
 
 from tests.support.server import ServerProcess
+from tests.support.waiting import wait_until
 
 BODY = {"text_input": "Once upon a time", "parameters": {"max_tokens": 8, "temperature": 0}}
 
@@ -22,12 +22,9 @@ def engine_pids(server: ServerProcess) -> list[int]:
     return [child for child in children if b"pagoda.engine.core.process" in Path(f"/proc/{child}/cmdline").read_bytes()]
 
 
-def until_state(server: ServerProcess, state: str) -> dict:
-    deadline = time.monotonic() + 200
-    while (report := server.client.get("/health").json())["state"] != state:
-        assert time.monotonic() < deadline, report
-        time.sleep(0.02)
-    return report
+def health_in_state(server: ServerProcess, state: str) -> dict | None:
+    report = server.client.get("/health").json()
+    return report if report["state"] == state else None
 
 
 @pytest.mark.timeout(500)
@@ -44,13 +41,13 @@ def test_two_replicas_behind_one_endpoint() -> None:
             texts = {answer.json()["text_output"] for answer in pool.map(ask, range(24))}
             assert len(texts) == 1
             os.kill(engine_pids(server)[0], signal.SIGKILL)
-            report = until_state(server, "degraded")
+            report = wait_until(lambda: health_in_state(server, "degraded"), seconds=200)
             assert "engine replica" in report["cause"]
             assert server.client.get("/v2/health/ready").status_code == 200
             answers = list(pool.map(ask, range(24)))
         assert {answer.status_code for answer in answers} == {200}
         assert {answer.json()["text_output"] for answer in answers} == texts
-        until_state(server, "ready")
+        wait_until(lambda: health_in_state(server, "ready"), seconds=200)
         metrics = server.client.get("/metrics").text
         assert 'pagoda_engine_restarts_total{model_name="demo"} 1.0' in metrics
         assert 'pagoda_replica_up{model_name="demo",replica="1"} 1.0' in metrics

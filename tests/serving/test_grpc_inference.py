@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,6 +14,7 @@ from pagoda.errors import ErrorKind
 from pagoda.serving.grpc.messages import message_class
 from pagoda.serving.status import STATUS_BY_KIND
 from tests.support.grpc_harness import HANG, WAIT, GrpcHarness, infer_request, texts_of
+from tests.support.waiting import wait_until
 
 
 @pytest.fixture(scope="module")
@@ -32,15 +32,6 @@ def raw_request(*texts: str, **fields: Any) -> Any:
     request.inputs.add(name="text_input", datatype="BYTES", shape=[len(texts)])
     request.raw_input_contents.append(raw_bytes(*texts))
     return request
-
-
-def eventually(condition: Callable[[], object], seconds: float = 5.0) -> bool:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if condition():
-            return True
-        time.sleep(0.01)
-    return False
 
 
 def status_of(call: Callable[[], object]) -> tuple[grpc.StatusCode, str]:
@@ -107,7 +98,7 @@ def test_several_sequences_add_a_dimension(harness: GrpcHarness) -> None:
 
 def test_deadline_of_the_call_ends_its_request_alone(harness: GrpcHarness) -> None:
     num_started, num_left = len(harness.generator.started), len(harness.generator.left)
-    code, _ = status_of(lambda: harness.infer(infer_request(WAIT), timeout=0.3))
+    code, _ = status_of(lambda: harness.infer(infer_request(WAIT), timeout=1.0))
     assert code is grpc.StatusCode.DEADLINE_EXCEEDED
     assert texts_of(harness.infer(infer_request(["hi"]))) == ["HI"]
     assert harness.generator.left[num_left:] == [harness.generator.started[num_started]]
@@ -117,22 +108,20 @@ def test_deadline_of_the_call_ends_its_request_alone(harness: GrpcHarness) -> No
 def test_timeout_parameter_ends_the_request_before_the_call_does(
     harness: GrpcHarness, parameters: dict[str, float]
 ) -> None:
-    started = time.monotonic()
     code, message = status_of(lambda: harness.infer(infer_request(WAIT, parameters=parameters)))
     assert code is grpc.StatusCode.DEADLINE_EXCEEDED
-    assert "deadline" in message
-    assert time.monotonic() - started < 5
+    assert "the request's deadline passed" in message  # words of the server, not of the client
 
 
 @pytest.mark.parametrize("prompt", [WAIT, HANG])
 @pytest.mark.parametrize("how", ["cancel", "deadline"])
 def test_a_client_that_leaves_aborts_its_request_in_the_engine(harness: GrpcHarness, prompt: str, how: str) -> None:
     num_started, num_left = len(harness.generator.started), len(harness.generator.left)
-    call = harness.stub("ModelInfer").future(infer_request(prompt), timeout=0.3 if how == "deadline" else 20)
-    assert eventually(lambda: len(harness.generator.started) > num_started)
+    call = harness.stub("ModelInfer").future(infer_request(prompt), timeout=1.0 if how == "deadline" else 20)
+    wait_until(lambda: len(harness.generator.started) > num_started)
     if how == "cancel":
         call.cancel()
-    assert eventually(lambda: len(harness.generator.left) > num_left)
+    wait_until(lambda: len(harness.generator.left) > num_left)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in ErrorKind if kind is not ErrorKind.INTERNAL])
@@ -162,7 +151,7 @@ def test_error_answers_are_counted_and_requests_are_counted_once() -> None:
         status_of(lambda: harness.infer(infer_request("x", model_name="other")))
         status_of(lambda: harness.infer(infer_request("x" * 100)))
         status_of(lambda: harness.infer(infer_request(WAIT), timeout=0.2))
-        assert eventually(lambda: harness.generator.left)
+        wait_until(lambda: harness.generator.left)
         body = harness.metrics.render()[0].decode()
     lines = dict(line.rsplit(" ", 1) for line in body.splitlines() if not line.startswith("#"))
     assert lines['pagoda_request_success_total{finished_reason="stop",model_name="demo"}'] == "4.0"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import grpc
@@ -12,19 +12,11 @@ import pytest
 
 from pagoda.serving.grpc import handlers
 from tests.support.grpc_harness import GrpcHarness, infer_request
+from tests.support.waiting import wait_until
 
 # Small windows, so that a stream is full after 64 KiB and not after some megabytes.
 NARROW = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1024)]
 MUCH = infer_request("x" * 60, parameters={"n": 64, "max_tokens": 60})
-
-
-def eventually(condition: Callable[[], bool], seconds: float = 20.0) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.01)
-    return True
 
 
 @pytest.mark.parametrize("is_half_closed", [True, False])
@@ -43,7 +35,7 @@ def test_a_stream_that_nobody_reads_ends_and_so_do_its_requests(
     with GrpcHarness() as harness, grpc.insecure_channel(harness.address, options=NARROW) as channel:
         responses = harness.stub("ModelStreamInfer", channel)(requests())
         next(responses)
-        assert eventually(lambda: bool(harness.generator.left))
+        wait_until(lambda: bool(harness.generator.left))
         # Whoever comes back to it hears why; and the server has kept nothing but what was on its way.
         with pytest.raises(grpc.RpcError) as caught:
             list(responses)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import queue
 import threading
-import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -15,6 +14,7 @@ import pytest
 
 from pagoda.serving.grpc.service import MAX_REQUESTS_PER_STREAM
 from tests.support.grpc_harness import HANG, WAIT, GrpcHarness, infer_request, texts_of
+from tests.support.waiting import wait_until
 
 FINAL = "triton_final_response"
 
@@ -48,14 +48,6 @@ class OpenStream:
 
     def close(self) -> None:
         self._requests.put(None)
-
-    def wait_for(self, condition: Callable[[], object], seconds: float = 5.0) -> bool:
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            if condition():
-                return True
-            time.sleep(0.01)
-        return False
 
     def join(self) -> None:
         self._thread.join(timeout=10)
@@ -112,7 +104,7 @@ def test_requests_of_one_stream_run_side_by_side(harness: GrpcHarness) -> None:
     opened = OpenStream(harness)
     opened.send(infer_request(WAIT, id="slow"))
     opened.send(infer_request("quick", id="quick"))
-    assert opened.wait_for(lambda: len(opened.responses) == 5)
+    wait_until(lambda: len(opened.responses) == 5)
     assert {response.infer_response.id for response in opened.responses} == {"quick"}
     opened.call.cancel()
     opened.join()
@@ -141,7 +133,7 @@ def test_several_sequences_of_a_request_say_whose_a_piece_is(harness: GrpcHarnes
 def test_an_error_is_a_message_with_the_requests_id_and_the_stream_goes_on(harness: GrpcHarness) -> None:
     opened = OpenStream(harness)
     opened.send(infer_request("hi", id="bad", parameters={"max_tokens": 0}))
-    assert opened.wait_for(lambda: opened.responses)
+    wait_until(lambda: opened.responses)
     opened.send(infer_request("hi", id="good"))
     opened.close()
     opened.join()
@@ -166,9 +158,9 @@ def test_cancelling_the_stream_aborts_everything_in_it(harness: GrpcHarness) -> 
     opened = OpenStream(harness)
     for prompt in (HANG, WAIT, HANG):
         opened.send(infer_request(prompt))
-    assert opened.wait_for(lambda: len(opened.responses) == 2)
+    wait_until(lambda: len(opened.responses) == 2)
     opened.call.cancel()
-    assert opened.wait_for(lambda: len(harness.generator.left) == num_left + 3)
+    wait_until(lambda: len(harness.generator.left) == num_left + 3)
     opened.join()
 
 
@@ -179,7 +171,7 @@ def test_a_lost_connection_aborts_everything_in_it(harness: GrpcHarness) -> None
     next(call)
     channel.close()
     opened = OpenStream(harness)
-    assert opened.wait_for(lambda: len(harness.generator.left) == num_left + 1)
+    wait_until(lambda: len(harness.generator.left) == num_left + 1)
     opened.close()
     opened.join()
 
@@ -206,7 +198,7 @@ def test_clients_that_vanish_in_the_middle_leave_no_request_and_no_error_behind(
         opened.send(infer_request("ok"))
         opened.close()
         opened.join()
-        assert opened.wait_for(lambda: len(harness.generator.left) == len(harness.generator.started) - 1)
+        wait_until(lambda: len(harness.generator.left) == len(harness.generator.started) - 1)
     assert 'request_errors_total{kind="internal",model_name="demo"} 0.0' in metrics(harness)
 
 
@@ -217,7 +209,7 @@ def test_deadline_of_the_stream_ends_what_runs_in_it(harness: GrpcHarness) -> No
     opened.join()
     assert opened.error is not None
     assert opened.error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-    assert opened.wait_for(lambda: len(harness.generator.left) == num_left + 1)
+    wait_until(lambda: len(harness.generator.left) == num_left + 1)
 
 
 def test_raw_input_is_answered_raw_in_a_stream_too(harness: GrpcHarness) -> None:

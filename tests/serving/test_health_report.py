@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from pagoda.distributed.rank_health import RankHealth
 from pagoda.engine.health import EngineState
 from pagoda.engine.heartbeat import EngineProgress
 from pagoda.engine.messages import EngineStats
+from pagoda.parallel.rank_health import RankHealth
 from pagoda.serving.health import ServerHealth
 from tests.support.fake_engine import FakeEngineClient
 from tests.support.rest_harness import RestHarness

@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from pagoda.distributed.rank_health import RankHealth
-from pagoda.engine.health import EngineState
 from pagoda.engine.heartbeat import EngineProgress
 from pagoda.engine.messages import EngineStats
 from pagoda.errors import (
@@ -21,11 +19,11 @@ from pagoda.errors import (
     InvalidRequestError,
     QueueFullError,
 )
+from pagoda.parallel.rank_health import RankHealth
 from pagoda.sampling.output import FinishReason
 from pagoda.sampling.params import SamplingParams
-from pagoda.serving.metrics.engine_collector import ENGINE_STATES
-from pagoda.serving.metrics.prometheus import FINISHED_REASONS, Metrics
-from pagoda.serving.metrics.request_meter import RequestMeter, request_meters
+from pagoda.serving.metrics.prometheus import Metrics
+from pagoda.serving.metrics.request_meter import RequestMeter
 from pagoda.text.output import GenerationChunk
 
 NAMES_READ_BY_AUTOSCALERS_AND_DASHBOARDS = {
@@ -82,11 +80,6 @@ class Engine:
     replicas: tuple[Engine, ...] = ()
 
 
-@dataclass
-class Job:
-    sampling: SamplingParams
-
-
 def samples(metrics: Metrics) -> dict[str, float]:
     """Every sample of the exposition, `name{label=value,...}` without `model_name`."""
     found: dict[str, float] = {}
@@ -109,7 +102,7 @@ def metrics() -> Metrics:
 
 
 def begin(metrics: Metrics, clock: Clock, arrival: float = 100.0, **sampling: int) -> RequestMeter:
-    return request_meters(metrics, clock)(Job(SamplingParams(**sampling)), arrival)
+    return RequestMeter(metrics, SamplingParams(**sampling), arrival, clock)
 
 
 def first_chunk(ids: list[int], index: int = 0, scheduled: float = 100.5, **more: object) -> GenerationChunk:
@@ -129,10 +122,22 @@ def test_all_names_are_there_from_the_start_with_the_prefix_and_the_model(prefix
     assert names >= NAMES_READ_BY_AUTOSCALERS_AND_DASHBOARDS
 
 
-def test_label_values_are_those_of_the_enums() -> None:
-    assert set(FINISHED_REASONS) == set(FinishReason)
-    assert tuple(ENGINE_STATES) == tuple(EngineState)
-    assert set(Metrics("demo").request_errors) == set(ErrorKind)
+def test_label_values_are_fixed_lists() -> None:
+    metrics = Metrics("demo")
+    metrics.watch(Engine())
+    values: dict[str, set[str]] = {}
+    for family in text_string_to_metric_families(metrics.render()[0].decode()):
+        for sample in family.samples:
+            for label in ("finished_reason", "kind", "state", "from", "to"):
+                values.setdefault(label, set()).update({sample.labels[label]} if label in sample.labels else ())
+    states = {"starting", "ready", "degraded", "draining", "dead"}
+    assert values == {
+        "finished_reason": {"stop", "length", "repetition", "abort", "error"},
+        "kind": set(ErrorKind),
+        "state": states,
+        "from": states,
+        "to": states,
+    }
 
 
 def test_times_and_tokens_of_one_request_are_exact(metrics: Metrics, clock: Clock) -> None:

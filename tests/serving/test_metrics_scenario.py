@@ -17,8 +17,8 @@ from pagoda.serving.build import make_context
 from pagoda.serving.context import ServingContext
 from pagoda.text.generation import TextGenerator
 from pagoda.text.pool import TokenizerPool
+from tests.support.checkpoints import shared_checkpoint
 from tests.support.fake_engine import FakeEngineClient
-from tests.support.rest_harness import checkpoint
 
 PROMPT = [5, 6, 7]
 MAX_MODEL_LEN = 20
@@ -26,7 +26,7 @@ MAX_MODEL_LEN = 20
 
 @pytest.fixture
 async def context() -> AsyncIterator[ServingContext]:
-    config = PagodaConfig(model=str(checkpoint()), model_name="demo", tokenizer_pool_size=1)
+    config = PagodaConfig(model=str(shared_checkpoint()), model_name="demo", tokenizer_pool_size=1)
     engine = FakeEngineClient(max_model_len=MAX_MODEL_LEN)
     made = make_context(config, engine)
     pool = TokenizerPool.from_config(config)

@@ -35,10 +35,10 @@ class BothHarness(RestHarness):
         await self.grpc.start()
         self.channel = grpc.insecure_channel(f"127.0.0.1:{self.grpc.port}")
 
-    async def _stop(self) -> None:
+    async def stop(self) -> None:
         self.channel.close()
         await self.grpc.stop(0)
-        await super()._stop()
+        await super().stop()
 
     def rest_error(self, path: str, body: Any = None) -> str:
         answer = self.client.get(path) if body is None else self.client.post(path, json=body)

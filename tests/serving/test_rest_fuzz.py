@@ -15,6 +15,7 @@ from pagoda.serving.parameters import FIELDS
 from pagoda.serving.v2.inference import OUTPUT_NAMES
 from pagoda.serving.v2.tensors import DATATYPES
 from tests.support.rest_harness import RestHarness
+from tests.support.waiting import wait_until
 
 SCALARS = st.one_of(
     st.none(),
@@ -100,4 +101,4 @@ def test_no_body_is_answered_with_a_fault_of_ours(harness: RestHarness, path: st
         assert answer.status_code < 500 or answer.status_code in (501, 504), (answer.status_code, answer.text, body)
 
     ask()
-    assert harness.eventually(lambda: harness.engine.num_running == 0)
+    wait_until(lambda: harness.engine.num_running == 0)

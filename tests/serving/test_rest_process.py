@@ -8,7 +8,6 @@ import re
 import signal
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +16,7 @@ import openai
 import pytest
 
 from tests.support.server import ServerProcess
+from tests.support.waiting import wait_until
 
 PROMPT = "Once upon a time"
 GREEDY = {"max_tokens": 24, "temperature": 0}
@@ -63,18 +63,11 @@ def test_a_client_that_leaves_frees_the_engine(server: ServerProcess) -> None:
     connection = socket.create_connection(("127.0.0.1", server.port))
     head = f"POST /v2/models/demo/generate HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n"
     connection.sendall(head.encode() + content)
-    wait_for(lambda: server.client.get("/health").json()["running"] > 0)
+    wait_until(lambda: server.client.get("/health").json()["running"] > 0)
     connection.close()
-    wait_for(lambda: server.client.get("/health").json()["running"] == 0, seconds=2)
+    wait_until(lambda: server.client.get("/health").json()["running"] == 0)
     metrics = server.client.get("/metrics").text
     assert 'pagoda_request_aborts_total{cause="client",model_name="demo"} 1.0' in metrics
-
-
-def wait_for(condition: Any, seconds: float = 10.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come true in time"
-        time.sleep(0.01)
 
 
 def num_requests(server: ServerProcess) -> int:
@@ -96,9 +89,9 @@ def test_sigterm_lets_running_requests_end_and_exits_with_0() -> None:
         assert server.client.get("/health").json()["state"] == "starting"
         server.wait_until_ready()
         thread, answers = in_background(lambda: generate(server, max_tokens=300, ignore_eos=True))
-        wait_for(lambda: server.client.get("/health").json()["running"] == 1)
+        wait_until(lambda: server.client.get("/health").json()["running"] == 1)
         server.send_signal(signal.SIGTERM)
-        wait_for(lambda: server.client.get("/v2/health/ready").status_code == 503)
+        wait_until(lambda: server.client.get("/v2/health/ready").status_code == 503)
         assert server.client.get("/v2/health/live").status_code == 200
         assert generate(server, max_tokens=1).status_code == 503
         thread.join(30)
@@ -117,7 +110,7 @@ def test_a_second_signal_ends_what_still_runs() -> None:
             )
             for _ in range(8)
         ]
-        wait_for(lambda: num_requests(server) == len(threads))
+        wait_until(lambda: num_requests(server) == len(threads))
         server.send_signal(signal.SIGTERM)
         server.wait_for_log("draining")
         server.send_signal(signal.SIGTERM)
@@ -132,7 +125,7 @@ def test_a_server_that_loses_its_engine_says_so_and_exits_with_1_if_told_to() ->
     with ServerProcess(on_engine_failure="exit") as server:
         server.wait_until_ready()
         thread, answers = in_background(lambda: generate(server, max_tokens=450, ignore_eos=True))
-        wait_for(lambda: server.client.get("/health").json()["running"] == 1)
+        wait_until(lambda: server.client.get("/health").json()["running"] == 1)
         os.kill(server.engine_pid(), signal.SIGKILL)
         assert server.wait() == 1
         thread.join(10)
@@ -145,7 +138,7 @@ def test_a_server_that_loses_its_engine_is_unready_until_the_next_one_is_up() ->
         server.wait_until_ready()
         text = generate(server, **GREEDY).json()["text_output"]
         thread, answers = in_background(lambda: generate(server, max_tokens=450, ignore_eos=True))
-        wait_for(lambda: server.client.get("/health").json()["running"] == 1)
+        wait_until(lambda: server.client.get("/health").json()["running"] == 1)
         os.kill(server.engine_pid(), signal.SIGKILL)
         thread.join(10)
         assert answers[0].status_code == 503

@@ -2,11 +2,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-import signal
 import subprocess
 import sys
 import threading
-import time
 from dataclasses import asdict
 
 import psutil
@@ -26,11 +24,15 @@ from pagoda.text.operations import TextOperations
 from pagoda.text.pool import INLINE_CHARACTERS, TokenizerPool
 from pagoda.text.workers import WorkerOptions
 from tests.support.tokenizers import CORPUS, save_tokenizer
+from tests.support.virtual_time import turn_clock_of_loop
+from tests.support.waiting import wait_until_async
 
 LONG = " ".join(CORPUS)
 assert len(LONG) > INLINE_CHARACTERS
 CHAT = [{"role": "user", "content": "Hi"}]
 KINDS = ["thread", "process"]
+CALL_TIMEOUT = 1000.0
+"""Longer than a test takes: where it passes, the test has turned the clock."""
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +45,7 @@ async def make_pool(directory):
     pools = []
 
     async def make(kind: str, **options: object) -> TokenizerPool:
-        values = {"directory": directory, "size": 1, "start_timeout": 60.0, "call_timeout": 60.0, **options}
+        values = {"directory": directory, "size": 1, "start_timeout": 60.0, "call_timeout": CALL_TIMEOUT, **options}
         pool = TokenizerPool(WorkerOptions(**values), kind)
         pools.append(pool)
         await pool.start()
@@ -104,83 +106,122 @@ async def test_a_fault_of_ours_fails_the_call_and_not_the_worker(make_pool, kind
     assert await pool.encode(LONG)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-async def test_a_long_text_does_not_stop_the_event_loop(make_pool, kind):
-    pool = await make_pool(kind)
-    task = asyncio.create_task(pool.encode(LONG * 400))
-    ticks = 0
-    while not task.done():
-        await asyncio.sleep(0.001)
-        ticks += 1
-    assert await task
-    assert ticks > 20  # one or two if the loop had stood still
+class Stuck:
+    """Threads hang on texts that begin with `stuck` until `end` is set. `texts`: those of all calls that have begun."""
+
+    def __init__(self) -> None:
+        self.end = threading.Event()
+        self.texts: list[str] = []
+
+    def num_begun(self) -> int:
+        return sum(text.startswith("stuck") for text in self.texts)
+
+    def note(self, text: str) -> None:
+        self.texts.append(text)
+        if text.startswith("stuck"):
+            self.end.wait(170)
 
 
 @pytest.fixture
-def stuck_until(monkeypatch):
-    """Makes threads hang on texts that begin with `stuck` until the event is set."""
-    release = threading.Event()
+def stuck(monkeypatch):
+    stuck = Stuck()
     original = TextOperations.call
 
     def call(self, operation, arguments):
-        if str(arguments.get("text", "")).startswith("stuck"):
-            release.wait(30)
+        stuck.note(str(arguments.get("text", "")))
         return original(self, operation, arguments)
 
     monkeypatch.setattr(TextOperations, "call", call)
-    yield release
-    release.set()
+    yield stuck
+    stuck.end.set()
 
 
-async def test_a_stuck_thread_is_given_up_and_replaced(make_pool, stuck_until):
-    pool = await make_pool("thread", call_timeout=0.2)
-    with pytest.raises(DeadlineExceededError, match="tokenizer_timeout_seconds"):
-        await pool.encode("stuck " + LONG)
-    assert await pool.encode(LONG)  # another thread has taken its place
-    with pytest.raises(DeadlineExceededError):
-        await pool.encode("stuck again " + LONG)
-    # One thread was replaced, as many as the pool has; now it says at once that none is left.
-    started = time.monotonic()
-    with pytest.raises(EngineNotReadyError, match="stuck"):
-        await pool.encode(LONG)
-    assert time.monotonic() - started < 0.2
-    stuck_until.set()
-    for _ in range(200):
+async def encode_when_a_thread_is_back(pool: TokenizerPool, text: str) -> list[int]:
+    while True:
         try:
-            assert await pool.encode(LONG) == pool.tokenizer.encode(LONG)  # a thread that comes back works again
-            break
+            return await pool.encode(text)
         except EngineNotReadyError:
             await asyncio.sleep(0.01)
-    else:
-        pytest.fail("no thread came back")
 
 
-async def test_a_call_behind_a_stuck_one_is_served_by_the_thread_that_takes_its_place(make_pool, stuck_until):
-    pool = await make_pool("thread", call_timeout=1.0)
-    stuck = asyncio.create_task(pool.encode("stuck " + LONG))
-    await asyncio.sleep(0.5)
+async def test_the_event_loop_runs_while_a_thread_tokenizes(make_pool, stuck):
+    pool = await make_pool("thread")
+    task = asyncio.create_task(pool.encode("stuck " + LONG))
+    await wait_until_async(stuck.num_begun)
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert not task.done()
+    stuck.end.set()
+    assert await task == pool.tokenizer.encode("stuck " + LONG)
+
+
+async def test_the_event_loop_runs_while_a_process_tokenizes(make_pool):
+    pool = await make_pool("process")
+    (worker,) = workers()
+    worker.suspend()
+    task = asyncio.create_task(pool.encode(LONG))
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert not task.done()
+    worker.resume()
+    assert await task == pool.tokenizer.encode(LONG)
+
+
+async def test_a_stuck_thread_is_given_up_and_replaced(make_pool, stuck):
+    pool = await make_pool("thread")
+    for number in (1, 2):
+        assert await pool.encode(LONG)  # another thread has taken the place of the stuck one
+        task = asyncio.create_task(pool.encode("stuck " + LONG))
+        await wait_until_async(lambda number=number: stuck.num_begun() == number)
+        turn_clock_of_loop(CALL_TIMEOUT)
+        with pytest.raises(DeadlineExceededError, match="tokenizer_timeout_seconds"):
+            await task
+    # One thread was replaced, as many as the pool has; now it says, before any time has passed, that none is left.
+    with pytest.raises(EngineNotReadyError, match="stuck"):
+        await pool.encode(LONG)
+    stuck.end.set()
+    assert await encode_when_a_thread_is_back(pool, LONG) == pool.tokenizer.encode(LONG)
+
+
+async def test_a_call_behind_a_stuck_one_is_served_by_the_thread_that_takes_its_place(make_pool, stuck):
+    pool = await make_pool("thread")
+    first = asyncio.create_task(pool.encode("stuck " + LONG))
+    await wait_until_async(stuck.num_begun)
+    turn_clock_of_loop(CALL_TIMEOUT / 2)
     behind = asyncio.create_task(pool.encode(LONG))
+    await asyncio.sleep(0)
+    turn_clock_of_loop(CALL_TIMEOUT / 2)
     with pytest.raises(DeadlineExceededError):
-        await stuck
+        await first
     assert await behind
 
 
-async def test_a_call_that_no_thread_took_in_time_ends_with_an_error_and_is_not_done_later(make_pool, stuck_until):
-    pool = await make_pool("thread", call_timeout=0.3)
-    with pytest.raises(DeadlineExceededError):
-        await pool.encode("stuck " + LONG)
-    results = await asyncio.gather(
-        *(pool.encode(text) for text in ("stuck " + LONG, LONG, LONG)), return_exceptions=True
-    )
-    assert [type(result) for result in results] == [DeadlineExceededError] * 3
+async def test_a_call_that_no_thread_took_in_time_ends_with_an_error_and_is_not_done_later(make_pool, stuck):
+    pool = await make_pool("thread")
+    texts = ["stuck 1 " + LONG, "stuck 2 " + LONG, "3 " + LONG, "4 " + LONG]
+    tasks = [asyncio.create_task(pool.encode(text)) for text in texts[:1]]
+    await wait_until_async(lambda: stuck.num_begun() == 1)
+    turn_clock_of_loop(CALL_TIMEOUT)
+    await asyncio.wait(tasks)
+    tasks += [asyncio.create_task(pool.encode(text)) for text in texts[1:]]
+    await wait_until_async(lambda: stuck.num_begun() == 2)
+    turn_clock_of_loop(CALL_TIMEOUT)
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [type(result) for result in results] == [DeadlineExceededError] * 4
+    stuck.end.set()
+    await encode_when_a_thread_is_back(pool, LONG)
+    assert stuck.texts == [*texts[:2], LONG]
 
 
 async def test_a_stuck_process_is_killed_and_replaced(make_pool):
-    pool = await make_pool("process", call_timeout=4.0)
+    pool = await make_pool("process")
     (worker,) = workers()
-    worker.send_signal(signal.SIGSTOP)
+    worker.suspend()
+    task = asyncio.create_task(pool.encode(LONG))
+    await asyncio.sleep(0.01)
+    turn_clock_of_loop(CALL_TIMEOUT)
     with pytest.raises(DeadlineExceededError):
-        await pool.encode(LONG)
+        await task
     assert await pool.encode(LONG) == pool.tokenizer.encode(LONG)
     assert [process.pid for process in workers()] != [worker.pid]
     assert len(workers()) == 1
@@ -214,8 +255,7 @@ async def test_processes_that_do_not_come_up_in_time_are_named_and_leave_nothing
     monkeypatch.setattr("sys.executable", str(sleeper))
     with pytest.raises(EngineNotReadyError, match=r"tokenizer process \d did not load .* in 0.5 s"):
         await make_pool("process", size=2, start_timeout=0.5)
-    await asyncio.sleep(0.05)
-    assert [child for child in psutil.Process().children() if child.name() == "sleep"] == []
+    await wait_until_async(lambda: not [child for child in psutil.Process().children() if child.name() == "sleep"])
 
 
 async def test_process_that_ends_while_it_starts_is_named(make_pool, monkeypatch):

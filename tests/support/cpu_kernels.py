@@ -6,31 +6,31 @@ from collections.abc import Iterator
 
 import pytest
 
-from pagoda_kernels import backend
 from pagoda_kernels.cpu.build import BuildError
+from pagoda_kernels.interface import KernelBackend
+from tests.support.kernel_backends import using_backend
 
 LEVELS = ("avx2", "fastest")
 
 
-def require_cpu_kernels() -> None:
-    """Skip the module where the kernels are not compiled and cannot be, or this processor cannot run them."""
+def require_cpu_kernels() -> KernelBackend:
+    """The compiled kernels. Skips the module where there are none and none can be built, or the processor cannot run them."""
     try:
         from pagoda_kernels.cpu import operators
     except BuildError as error:
         pytest.skip(f"no compiled kernels: {error}", allow_module_level=True)
     if not operators.available_levels():
         pytest.skip("this processor has no AVX2", allow_module_level=True)
+    return operators.BACKEND
 
 
-@pytest.fixture(params=LEVELS)
-def cpu_backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Let the public operations call the compiled kernels during a test; gives the level."""
+@pytest.fixture(scope="module", params=LEVELS)
+def kernels(request: pytest.FixtureRequest) -> Iterator[KernelBackend]:
+    """The compiled kernels at one level, active while a module's tests run."""
     from pagoda_kernels.cpu import operators
 
-    before, level_before = backend.active, operators.active_level()
-    level = operators.available_levels()[-1] if request.param == "fastest" else request.param
-    backend.use_backend("cpu")
-    operators.use_level(level)
-    yield level
-    operators.use_level(level_before)
-    backend.active = before
+    level_before = operators.active_level()
+    with using_backend("cpu") as active:
+        operators.use_level(operators.available_levels()[-1] if request.param == "fastest" else request.param)
+        yield active
+        operators.use_level(level_before)

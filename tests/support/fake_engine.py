@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 
-from pagoda.distributed.rank_health import RankHealth
 from pagoda.engine.client.client import EngineClient
 from pagoda.engine.health import EngineState
 from pagoda.engine.messages import EngineOutput, EngineReady, EngineStats
 from pagoda.errors import EngineDeadError, EngineNotReadyError, ErrorKind, QueueFullError, error_of
+from pagoda.parallel.rank_health import RankHealth
 from pagoda.request import EngineRequest
 from pagoda.sampling.output import FinishReason, TokenLogprobs
 

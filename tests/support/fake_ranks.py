@@ -200,9 +200,13 @@ class FakeStages:
 
 
 def make_group(
-    behaviours: dict[int, dict[type, Behaviour]] | None = None, *, hello: dict[str, Any] | None = None, **settings: Any
+    behaviours: dict[int, dict[type, Behaviour]] | None = None,
+    *,
+    hello: dict[str, Any] | None = None,
+    clock: Callable[[], float] = time.monotonic,
+    **settings: Any,
 ) -> tuple[RankGroup, FakeLauncher]:
-    """A group of two fake ranks that is not connected yet."""
+    """A group of two fake ranks that is not connected yet. `clock`: that of the driver."""
     config = PagodaConfig(
         **{
             "tensor_parallel_size": 2,
@@ -215,7 +219,7 @@ def make_group(
         }
     )
     launcher = FakeLauncher(config, behaviours or {}, **(hello or {}))
-    return RankGroup(config, None, launcher), launcher  # type: ignore[arg-type]  # fake ranks read no model
+    return RankGroup(config, None, launcher, clock), launcher  # type: ignore[arg-type]  # fake ranks read no model
 
 
 @contextmanager

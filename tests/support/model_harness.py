@@ -13,7 +13,7 @@ from pagoda.models.build import build_model
 from pagoda.models.config import ModelConfig
 from pagoda.models.decoder import DecoderForCausalLM
 from pagoda.models.loading.loader import load_weights
-from pagoda_kernels.attention import AttentionMetadata
+from pagoda_kernels.types import AttentionMetadata
 
 CHUNKS = (1, 7, 1, 40)
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from pagoda.config.schema import PagodaConfig
-from pagoda.execution.executor import InProcessExecutor, StepHandle
+from pagoda.execution.executor import StepHandle
+from pagoda.execution.in_process import InProcessExecutor
 from pagoda.models.config import ModelConfig
 from pagoda.request import EngineRequest
 from pagoda.sampling.output import TokenLogprobs

@@ -93,6 +93,14 @@ class _Rank:
         import torch
 
         torch.set_num_threads(1)
+        self.listener: socket.socket | None = None
+
+    def listen(self) -> int:
+        """Open the port at which ranks meet; only rank 0 does."""
+        from pagoda.parallel.interfaces import listen_on
+
+        self.listener = listen_on("127.0.0.1")
+        return int(self.listener.getsockname()[1])
 
     def start(
         self, config: PagodaConfig, model_config: ModelConfig, layout: ParallelLayout, port: int, rank: int
@@ -111,6 +119,7 @@ class _Rank:
             backend="gloo",
             timeout_seconds=TIMEOUT_SECONDS,
             device=torch.device("cpu"),
+            listener=self.listener,
         )
         self.worker = Worker(config, model_config, self.groups)
 
@@ -151,8 +160,8 @@ class PooledExecutor:
 
     def connect(self, stages: Any = None) -> None:
         """See `Executor`."""
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            port = server.getsockname()[1]
+        self.pool.send(0, "listen")
+        port = self.pool.take(0)
         for rank in range(self.layout.world_size):
             self.pool.send(rank, "start", self._config, self._model_config, self.layout, port, rank)
         self._is_up = True

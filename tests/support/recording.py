@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 
-from pagoda.execution.cuda_graphs import DecodeGraphs
 from pagoda.execution.worker import Worker
 
 
@@ -37,8 +35,7 @@ def record_decode_steps(worker: Worker) -> None:
     """Let the decode steps of a worker run as recordings, as those of a GPU run as graphs."""
     assert worker.runner is not None
     recording = _RECORDINGS[id(worker)] = Recording()
-    with torch.inference_mode():
-        worker.runner.capture_graphs(partial(DecodeGraphs, capture=recording))
+    worker.runner.capture_graphs(recording)
 
 
 def num_replayed(worker: Worker) -> int:

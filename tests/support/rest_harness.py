@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import sys
-import tempfile
 import threading
-import time
 from collections.abc import Awaitable, Callable
-from functools import cache
-from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
+import uvloop
 
 from pagoda.config.schema import PagodaConfig
-from pagoda.models.dummy import DummySpec, write_dummy_checkpoint
 from pagoda.serving.app import create_app
 from pagoda.serving.build import make_context
 from pagoda.serving.context import ServingContext
@@ -24,6 +20,7 @@ from pagoda.serving.http.server import HttpServer
 from pagoda.serving.v2.service import V2Service
 from pagoda.text.generation import TextGenerator
 from pagoda.text.pool import TokenizerPool
+from tests.support.checkpoints import shared_checkpoint
 from tests.support.fake_engine import FakeEngineClient
 
 T = TypeVar("T")
@@ -39,22 +36,21 @@ def import_kserve() -> Any:
     return kserve
 
 
-@cache
-def checkpoint() -> Path:
-    """A tiny checkpoint, of which the fake engine needs the tokenizer only."""
-    return write_dummy_checkpoint(Path(tempfile.mkdtemp()) / "tiny", DummySpec(num_layers=1))
-
-
 class RestHarness:
     """The server and its parts; use as a context. `client` talks to it; `engine` can be told what to do."""
 
     def __init__(self, *, is_ready: bool = True, max_model_len: int = 128, **settings: Any) -> None:
         self.config = PagodaConfig(
-            model=str(checkpoint()), model_name="demo", host="127.0.0.1", http_port=0, tokenizer_pool_size=1, **settings
+            model=str(shared_checkpoint()),  # the fake engine needs its tokenizer only
+            model_name="demo",
+            host="127.0.0.1",
+            http_port=0,
+            tokenizer_pool_size=1,
+            **settings,
         )
         self._is_ready = is_ready
         self._max_model_len = max_model_len
-        self._loop = asyncio.new_event_loop()
+        self._loop = uvloop.new_event_loop()  # as the server does; with asyncio each answer waits for a delayed ACK
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self.engine: FakeEngineClient
         self.context: ServingContext
@@ -68,7 +64,7 @@ class RestHarness:
 
     def __exit__(self, *exception: object) -> None:
         self.client.close()
-        self.run(self._stop)
+        self.run(self.stop)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(5)
 
@@ -92,15 +88,6 @@ class RestHarness:
             function(*arguments)
 
         self.run(call)
-
-    def eventually(self, condition: Callable[[], bool], seconds: float = 10.0) -> bool:
-        """Whether `condition` comes true within `seconds`."""
-        deadline = time.monotonic() + seconds
-        while not condition():
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.005)
-        return True
 
     async def _start(self) -> None:
         self.engine = FakeEngineClient(max_model_len=self._max_model_len)
@@ -126,7 +113,8 @@ class RestHarness:
         self.context.runner.attach(TextGenerator.from_config(self.engine, self.pool, self.config))
         self.context.health.text_is_ready()
 
-    async def _stop(self) -> None:
+    async def stop(self) -> None:
+        """End the server as it ends by itself, which may come twice."""
         self.server.close()
         await self._serving
         await self.pool.shutdown()

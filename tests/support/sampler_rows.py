@@ -10,15 +10,19 @@ import torch
 from pagoda.request import EngineRequest
 from pagoda.sampling.params import SamplingParams
 from pagoda.sampling.sampler import Sampler, SamplerOutput
+from pagoda_kernels import reference
+from pagoda_kernels.interface import KernelBackend
 from tests.support.naive_sampler import Row
 
 MAX_TOKENS = 64
 
 
-def make_sampler(vocab_size: int, max_num_seqs: int, seed: int | None = 0) -> tuple[Sampler, torch.Tensor]:
+def make_sampler(
+    vocab_size: int, max_num_seqs: int, kernels: KernelBackend = reference.BACKEND
+) -> tuple[Sampler, torch.Tensor]:
     """A sampler and the token pool that it reads."""
     pool = torch.full((max_num_seqs, MAX_TOKENS + 1), 0, dtype=torch.int64)
-    return Sampler(vocab_size=vocab_size, token_pool=pool, seed=seed), pool
+    return Sampler(vocab_size=vocab_size, token_pool=pool, kernels=kernels, seed=0), pool
 
 
 def enter(sampler: Sampler, pool: torch.Tensor, slot: int, row: Row) -> None:
@@ -42,10 +46,15 @@ def run(sampler: Sampler, rows: list[Row], slots: list[int]) -> SamplerOutput:
     return sampler.sample(logits, np.array(slots, dtype=np.int64), positions)
 
 
-def sample_rows(rows: list[Row], slots: list[int] | None = None, max_num_seqs: int | None = None) -> SamplerOutput:
+def sample_rows(
+    rows: list[Row],
+    slots: list[int] | None = None,
+    max_num_seqs: int | None = None,
+    kernels: KernelBackend = reference.BACKEND,
+) -> SamplerOutput:
     """Sample rows in a sampler of their own."""
     slots = list(range(len(rows))) if slots is None else slots
-    sampler, pool = make_sampler(len(rows[0].logits), max_num_seqs or len(rows))
+    sampler, pool = make_sampler(len(rows[0].logits), max_num_seqs or len(rows), kernels)
     for slot, row in zip(slots, rows, strict=True):
         enter(sampler, pool, slot, row)
     return run(sampler, rows, slots)

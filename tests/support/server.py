@@ -9,22 +9,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import httpx
 
-from pagoda.models.dummy import DummySpec, write_dummy_checkpoint
+from tests.support.checkpoints import shared_checkpoint
 
 START_SECONDS = 120.0
-
-
-@cache
-def checkpoint() -> Path:
-    """A small checkpoint with random weights and a tokenizer; the same for every server of a test run."""
-    return write_dummy_checkpoint(Path(tempfile.mkdtemp()) / "small", DummySpec())
 
 
 class ServerProcess:
@@ -36,7 +29,7 @@ class ServerProcess:
 
     def __init__(self, *, model: Path | None = None, model_name: str = "demo", **settings: Any) -> None:
         values = {
-            "model": model or checkpoint(),
+            "model": model or shared_checkpoint(),
             "model_name": model_name,
             "host": "127.0.0.1",
             "http_port": 0,

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from pagoda_kernels import backend
+from pagoda_kernels.interface import KernelBackend
+from tests.support.kernel_backends import using_backend
 
 
 def require_interpreter() -> None:
@@ -19,13 +20,11 @@ def require_interpreter() -> None:
         pytest.skip("Triton compiles for a GPU here (TRITON_INTERPRET=0)", allow_module_level=True)
 
 
-@pytest.fixture
-def triton_backend() -> Iterator[None]:
-    """Let the public operations call the Triton kernels during a test."""
-    before = backend.active
-    backend.use_backend("triton")
-    yield
-    backend.active = before
+@pytest.fixture(scope="module")
+def kernels() -> Iterator[KernelBackend]:
+    """The Triton kernels, active while a module's tests run."""
+    with using_backend("triton") as active:
+        yield active
 
 
 @pytest.fixture

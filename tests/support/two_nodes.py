@@ -143,14 +143,6 @@ def two_nodes(directory: Path, number: int) -> Iterator[TwoNodes]:
         yield TwoNodes(*network.nodes)
 
 
-def wait_for(condition: Callable[[], bool], seconds: float, what: str) -> None:
-    """Look again and again until `condition` holds."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"{what}: not within {seconds:g} s"
-        time.sleep(0.2)
-
-
 def lines_with(log: str, words: Sequence[str]) -> list[str]:
     """The lines of a log that hold all of `words`."""
     return [line for line in log.splitlines() if all(word in line for word in words)]

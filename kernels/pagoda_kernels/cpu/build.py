@@ -142,7 +142,7 @@ def _cache_directory() -> Path:
     for directory in (*(home / "pagoda" / "kernels" for home in homes), private):
         try:
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-            # What is loaded from here runs as this user: nobody else may have put it there.
+            # What is loaded from here runs as this user, so no other user may be able to write it.
             if directory.stat().st_uid != os.getuid() or directory.stat().st_mode & 0o022:
                 raise PermissionError(f"{directory} can be written by others")
             with tempfile.TemporaryFile(dir=directory):

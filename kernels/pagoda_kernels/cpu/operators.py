@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
+from typing_extensions import override
 
 from pagoda_kernels.cpu.build import library
-from pagoda_kernels.interface import KernelBackend
-from pagoda_kernels.metadata import AttentionMetadata
-
-if TYPE_CHECKING:
-    from pagoda_kernels.linear import PackedWeight
-    from pagoda_kernels.step import StepTensors
+from pagoda_kernels.interface import FusedDecoder, KernelBackend
+from pagoda_kernels.types import AttentionMetadata, PackedWeight, StepTensors
 
 torch.ops.load_library(str(library()))  # type: ignore[no-untyped-call]
 
+# Looked up once: `torch.ops.pagoda_cpu.x` itself would choose an overload at every call.
 _gather_step = torch.ops.pagoda_cpu.gather_step.default
-_attention = torch.ops.pagoda_cpu.paged_attention.default
-_rotate = torch.ops.pagoda_cpu.rotate_and_store.default
-_norm = torch.ops.pagoda_cpu.rms_norm.default
-_add_norm = torch.ops.pagoda_cpu.add_rms_norm.default
+_paged_attention = torch.ops.pagoda_cpu.paged_attention.default
+_write_kv = torch.ops.pagoda_cpu.write_kv.default
+_rotate_and_store = torch.ops.pagoda_cpu.rotate_and_store.default
+_rms_norm = torch.ops.pagoda_cpu.rms_norm.default
+_add_rms_norm = torch.ops.pagoda_cpu.add_rms_norm.default
+_apply_rotary = torch.ops.pagoda_cpu.apply_rotary.default
+_silu_and_mul = torch.ops.pagoda_cpu.silu_and_mul.default
+_gelu_and_mul = torch.ops.pagoda_cpu.gelu_and_mul.default
 _linear = torch.ops.pagoda_cpu.linear.default
 _linear_quantized = torch.ops.pagoda_cpu.linear_quantized.default
 _packed_rows = torch.ops.pagoda_cpu.packed_rows.default
-_choose_greedy = torch.ops.pagoda_cpu.choose_greedy.default
-_pack_into = torch.ops.pagoda_cpu.pack.default
+_pack = torch.ops.pagoda_cpu.pack.default
+_greedy_sample = torch.ops.pagoda_cpu.greedy_sample.default
 
 
 def available_levels() -> list[str]:
@@ -45,126 +45,171 @@ def use_level(level: str) -> None:
     torch.ops.pagoda_cpu.use_level(level)
 
 
-def _gather(
-    token_pool: torch.Tensor,
-    block_table: torch.Tensor,
-    block_size: int,
-    slots: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    num_computed_tokens: torch.Tensor,
-    max_query_len: int,
-    into: StepTensors,
-) -> None:
-    _gather_step(
-        token_pool,
-        block_table,
-        block_size,
-        slots,
-        query_start_loc,
-        num_computed_tokens,
-        into.input_ids,
-        into.positions,
-        into.slot_mapping,
-        into.seq_lens,
-        into.block_table,
-    )
+class CpuBackend(KernelBackend):
+    """Everything but `sample_top_p_by_rejection`: the sampler draws by torch, which on a CPU waits for no device."""
 
+    name = "cpu"
+    packed_dtypes = frozenset({torch.float32, torch.bfloat16})  # float16 has no product of packed weights
 
-def _paged_attention(
-    query: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    metadata: AttentionMetadata,
-    scale: float,
-    sliding_window: int | None,
-    soft_cap: float | None,
-    kv_scales: tuple[float, float] | None = None,
-) -> torch.Tensor:
-    assert kv_scales is None, "float8 caches are for GPUs"
-    attended: torch.Tensor = _attention(
-        query,
-        k_cache,
-        v_cache,
-        metadata.query_start_loc,
-        metadata.seq_lens,
-        metadata.block_table,
-        scale,
-        sliding_window or 0,
-        soft_cap or 0.0,
-    )
-    return attended
-
-
-def _rotate_and_store(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    query_norm: torch.Tensor | None,
-    key_norm: torch.Tensor | None,
-    eps: float,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    slot_mapping: torch.Tensor,
-    kv_scales: tuple[float, float] | None = None,
-) -> torch.Tensor:
-    assert kv_scales is None, "float8 caches are for GPUs"
-    rotated: torch.Tensor = _rotate(
-        query, key, value, cos, sin, query_norm, key_norm, eps, k_cache, v_cache, slot_mapping
-    )
-    return rotated
-
-
-def _rms_norm(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    if residual is None:
-        return _norm(x, weight, eps), x
-    normed, stream = _add_norm(x, residual, weight, eps)
-    return normed, stream
-
-
-def _packed_linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
-    output: torch.Tensor
-    if weight.scales is None:
-        output = _linear(x, weight.values, bias, weight.out_features)
-    else:
-        output = _linear_quantized(
-            x,
-            weight.values,
-            weight.scales,
-            weight.zeros,
-            bias,
-            weight.out_features,
-            weight.group_size,
-            weight.bits == 4,
+    @override
+    def gather_step(
+        self,
+        token_pool: torch.Tensor,
+        block_table: torch.Tensor,
+        block_size: int,
+        slots: torch.Tensor,
+        query_start_loc: torch.Tensor,
+        num_computed_tokens: torch.Tensor,
+        max_query_len: int,
+        into: StepTensors,
+    ) -> None:
+        _gather_step(
+            token_pool,
+            block_table,
+            block_size,
+            slots,
+            query_start_loc,
+            num_computed_tokens,
+            into.input_ids,
+            into.positions,
+            into.slot_mapping,
+            into.seq_lens,
+            into.block_table,
         )
-    return output
+
+    @override
+    def paged_attention(
+        self,
+        query: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        metadata: AttentionMetadata,
+        scale: float,
+        sliding_window: int | None = None,
+        soft_cap: float | None = None,
+        kv_scales: tuple[float, float] | None = None,
+    ) -> torch.Tensor:
+        if kv_scales is not None:
+            raise self._not_implemented("paged_attention over a float8 KV cache")
+        attended: torch.Tensor = _paged_attention(
+            query,
+            k_cache,
+            v_cache,
+            metadata.query_start_loc,
+            metadata.seq_lens,
+            metadata.block_table,
+            scale,
+            sliding_window or 0,
+            soft_cap or 0.0,
+        )
+        return attended
+
+    @override
+    def write_kv(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        _write_kv(key, value, k_cache, v_cache, slot_mapping)
+
+    @override
+    def rotate_and_store(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        query_norm: torch.Tensor | None,
+        key_norm: torch.Tensor | None,
+        eps: float,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        kv_scales: tuple[float, float] | None = None,
+    ) -> torch.Tensor:
+        if kv_scales is not None:
+            raise self._not_implemented("rotate_and_store into a float8 KV cache")
+        rotated: torch.Tensor = _rotate_and_store(
+            query, key, value, cos, sin, query_norm, key_norm, eps, k_cache, v_cache, slot_mapping
+        )
+        return rotated
+
+    @override
+    def rms_norm(
+        self, x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if residual is None:
+            return _rms_norm(x, weight, eps), x
+        normed, stream = _add_rms_norm(x, residual, weight, eps)
+        return normed, stream
+
+    @override
+    def apply_rotary(
+        self, query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        rotated_query, rotated_key = _apply_rotary(query, key, cos, sin)
+        return rotated_query, rotated_key
+
+    @override
+    def silu_and_mul(self, x: torch.Tensor) -> torch.Tensor:
+        activated: torch.Tensor = _silu_and_mul(x)
+        return activated
+
+    @override
+    def gelu_and_mul(self, x: torch.Tensor) -> torch.Tensor:
+        activated: torch.Tensor = _gelu_and_mul(x)
+        return activated
+
+    @override
+    def packed_linear(self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
+        output: torch.Tensor
+        if weight.scales is None:
+            output = _linear(x, weight.values, bias, weight.out_features)
+        else:
+            output = _linear_quantized(
+                x,
+                weight.values,
+                weight.scales,
+                weight.zeros,
+                bias,
+                weight.out_features,
+                weight.group_size,
+                weight.bits == 4,
+            )
+        return output
+
+    @override
+    def packed_rows(self, weight: PackedWeight, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        rows: torch.Tensor = _packed_rows(weight.values, ids, weight.out_features, dtype == torch.float32)
+        return rows if rows.dtype == dtype else rows.to(dtype)
+
+    @override
+    def pack(self, weight: torch.Tensor, panels: torch.Tensor) -> None:
+        _pack(weight, panels)
+
+    @override
+    def fused_decoder(
+        self,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        intermediate_size: int,
+        eps: float,
+        final_norm: torch.Tensor,
+    ) -> FusedDecoder:
+        decoder: FusedDecoder = torch.classes.pagoda_cpu.Decoder(
+            num_heads, num_kv_heads, head_dim, intermediate_size, eps, final_norm
+        )
+        return decoder
+
+    @override
+    def greedy_sample(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        token_ids, best_logits = _greedy_sample(logits)
+        return token_ids, best_logits
 
 
-def choose_greedy(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `pagoda_kernels.sampling.choose_greedy`."""
-    token_ids, best_logits = _choose_greedy(logits)
-    return token_ids, best_logits
-
-
-def _rows(weight: PackedWeight, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    rows: torch.Tensor = _packed_rows(weight.values, ids, weight.out_features, dtype == torch.float32)
-    return rows if rows.dtype == dtype else rows.to(dtype)
-
-
-BACKEND = KernelBackend(
-    name="cpu",
-    gather_step=_gather,
-    paged_attention=_paged_attention,
-    write_kv=torch.ops.pagoda_cpu.write_kv.default,
-    rotate_and_store=_rotate_and_store,
-    rms_norm=_rms_norm,
-    apply_rotary=torch.ops.pagoda_cpu.apply_rotary.default,
-    silu_and_mul=torch.ops.pagoda_cpu.silu_and_mul.default,
-    gelu_and_mul=torch.ops.pagoda_cpu.gelu_and_mul.default,
-    packed_linear=_packed_linear,
-    packed_rows=_rows,
-    pack=_pack_into,
-)
+BACKEND = CpuBackend()

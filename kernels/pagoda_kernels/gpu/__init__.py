@@ -1,1 +1,1 @@
-"""The Triton kernels: what runs on NVIDIA GPUs. Each has a torch twin in `pagoda_kernels.reference`."""
+"""The Triton kernels: what runs on NVIDIA GPUs. Each is tested against `pagoda_kernels.reference`."""

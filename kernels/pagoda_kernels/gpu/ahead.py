@@ -202,7 +202,7 @@ def compile_one(wanted: Specialization) -> Compiled:
     try:
         compiled = kernel.preload(wanted.data)
         usage = resource_usage(compiled.asm["cubin"])
-    except Exception as error:  # of many kinds; whoever launches this kernel meets it again
+    except Exception as error:  # of many kinds; the first launch of the kernel raises it again
         said = f"{type(error).__name__}: {str(error).strip()[:300]}"
         return Compiled(wanted.name, time.perf_counter() - began, error=said)
     return Compiled(

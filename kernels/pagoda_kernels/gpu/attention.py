@@ -6,11 +6,13 @@ from dataclasses import dataclass
 
 import torch
 import triton
+from typing_extensions import override
 
 from pagoda_kernels.gpu.attention_kernels import paged_attention_kernel, reduce_segments_kernel
 from pagoda_kernels.gpu.tuning import AttentionTiles, SegmentRule, element_bytes, table_of_device
 from pagoda_kernels.gpu.workspace import DECODE_WORKSPACE
-from pagoda_kernels.metadata import AttentionMetadata
+from pagoda_kernels.interface import KernelBackend
+from pagoda_kernels.types import AttentionMetadata
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,30 +82,38 @@ class AttentionGeometry:
         return min(num_segments, max(1, segments.programs // (num_rows * self.num_kv_heads)))
 
 
-def paged_attention(
-    query: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    metadata: AttentionMetadata,
-    scale: float,
-    sliding_window: int | None,
-    soft_cap: float | None,
-    kv_scales: tuple[float, float] | None = None,
-) -> torch.Tensor:
-    """See `pagoda_kernels.attention.paged_attention`.
+class TritonAttention(KernelBackend):
+    """Attention in two launches, for decode rows and for the others; no length is read from the device.
 
-    The order in which a decode row's sums are taken depends on its own length only; `metadata.max_seq_len` and
+    The order in which a decode row's sums are taken depends on its own length only; `AttentionMetadata.max_seq_len` and
     `max_query_len` may be any upper bounds.
     """
-    output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    geometry = AttentionGeometry.of(query, k_cache, sliding_window, soft_cap)
-    tensors = (query, k_cache, v_cache, metadata.block_table, metadata.seq_lens, metadata.query_start_loc)
-    scales = (scale, soft_cap or 0.0, *(kv_scales or (1.0, 1.0)))
-    if metadata.num_decode_rows:
-        _decode(output, tensors, scales, metadata, geometry)
-    if metadata.num_decode_rows < metadata.seq_lens.numel():
-        _prefill(output, tensors, scales, metadata, geometry)
-    return output
+
+    @override
+    def paged_attention(
+        self,
+        query: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        metadata: AttentionMetadata,
+        scale: float,
+        sliding_window: int | None = None,
+        soft_cap: float | None = None,
+        kv_scales: tuple[float, float] | None = None,
+    ) -> torch.Tensor:
+        output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        geometry = AttentionGeometry.of(query, k_cache, sliding_window, soft_cap)
+        tensors = (query, k_cache, v_cache, metadata.block_table, metadata.seq_lens, metadata.query_start_loc)
+        scales = (scale, soft_cap or 0.0, *(kv_scales or (1.0, 1.0)))
+        if metadata.num_decode_rows:
+            _decode(output, tensors, scales, metadata, geometry)
+        if metadata.num_decode_rows < metadata.seq_lens.numel():
+            _prefill(output, tensors, scales, metadata, geometry)
+        return output
+
+    @override
+    def reserve_workspace(self, max_num_seqs: int, num_heads: int, head_dim: int, device: torch.device) -> int:
+        return DECODE_WORKSPACE.reserve(max_num_seqs, num_heads, table_of_device(device).segments, head_dim, device)
 
 
 def _decode(

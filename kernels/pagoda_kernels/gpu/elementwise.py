@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 import triton
+from typing_extensions import override
 
 from pagoda_kernels.gpu.elementwise_kernels import gated_activation_kernel, rms_norm_kernel, rotate_and_store_kernel
+from pagoda_kernels.interface import KernelBackend
 
 ACTIVATION_TILE = 1024
 ACTIVATION_WARPS = 4
@@ -16,26 +18,95 @@ _ELEMENTS_PER_WARP = 512
 _MAX_WARPS = 16
 
 
-def rms_norm(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `pagoda_kernels.norm.rms_norm`."""
-    size = x.shape[-1]
-    heads = x.shape[1] if x.dim() == 3 else 1
-    normed = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    stream = x if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    rms_norm_kernel[(x.numel() // size,)](
-        normed,
-        stream,
-        x,
-        x if residual is None else residual,
-        weight,
-        eps,
-        x.stride(0),
-        **rms_norm_constants(size, heads, has_residual=residual is not None),
-        num_warps=rms_norm_warps(size),
-    )
-    return normed, stream
+class TritonElementwise(KernelBackend):
+    """Norm, gated activations, and the way from the projection into the KV cache, each in one launch."""
+
+    @override
+    def rms_norm(
+        self, x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        size = x.shape[-1]
+        heads = x.shape[1] if x.dim() == 3 else 1
+        normed = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        stream = x if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        rms_norm_kernel[(x.numel() // size,)](
+            normed,
+            stream,
+            x,
+            x if residual is None else residual,
+            weight,
+            eps,
+            x.stride(0),
+            **rms_norm_constants(size, heads, has_residual=residual is not None),
+            num_warps=rms_norm_warps(size),
+        )
+        return normed, stream
+
+    @override
+    def silu_and_mul(self, x: torch.Tensor) -> torch.Tensor:
+        return _gated_activation(x, gelu=False)
+
+    @override
+    def gelu_and_mul(self, x: torch.Tensor) -> torch.Tensor:
+        return _gated_activation(x, gelu=True)
+
+    @override
+    def rotate_and_store(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        query_norm: torch.Tensor | None,
+        key_norm: torch.Tensor | None,
+        eps: float,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        kv_scales: tuple[float, float] | None = None,
+    ) -> torch.Tensor:
+        k_scale, v_scale = kv_scales or (1.0, 1.0)
+        num_tokens, num_heads, head_dim = query.shape
+        rotated = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        rotate_and_store_kernel[(num_tokens, 3)](
+            rotated,
+            query,
+            key,
+            value,
+            cos,
+            sin,
+            query if query_norm is None else query_norm,
+            key if key_norm is None else key_norm,
+            k_cache,
+            v_cache,
+            slot_mapping,
+            eps,
+            1.0 / k_scale,
+            1.0 / v_scale,
+            query.stride(0),
+            key.stride(0),
+            value.stride(0),
+            **rotate_constants(
+                num_heads,
+                key.shape[1],
+                head_dim,
+                k_cache.shape[2],
+                has_norm=query_norm is not None,
+                cache_dtype=k_cache.dtype,
+            ),
+            num_warps=ROTATE_WARPS,
+        )
+        return rotated
+
+
+def _gated_activation(x: torch.Tensor, *, gelu: bool) -> torch.Tensor:
+    x = x.contiguous()
+    size = x.shape[-1] // 2
+    output = torch.empty((*x.shape[:-1], size), dtype=x.dtype, device=x.device)
+    grid = (output.numel() // size, -(-size // ACTIVATION_TILE))
+    gated_activation_kernel[grid](output, x, size, ACTIVATION_TILE, gelu, num_warps=ACTIVATION_WARPS)
+    return output
 
 
 def rms_norm_constants(size: int, heads: int, *, has_residual: bool) -> dict[str, Any]:
@@ -48,74 +119,6 @@ def rms_norm_warps(size: int) -> int:
     """Warps for vectors of `size` numbers: 16 numbers a thread, so that loads are whole sectors."""
     padded: int = triton.next_power_of_2(size)
     return min(_MAX_WARPS, max(1, padded // _ELEMENTS_PER_WARP))
-
-
-def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
-    """See `pagoda_kernels.activation.silu_and_mul`."""
-    return _gated_activation(x, gelu=False)
-
-
-def gelu_and_mul(x: torch.Tensor) -> torch.Tensor:
-    """See `pagoda_kernels.activation.gelu_and_mul`."""
-    return _gated_activation(x, gelu=True)
-
-
-def _gated_activation(x: torch.Tensor, *, gelu: bool) -> torch.Tensor:
-    x = x.contiguous()
-    size = x.shape[-1] // 2
-    output = torch.empty((*x.shape[:-1], size), dtype=x.dtype, device=x.device)
-    grid = (output.numel() // size, -(-size // ACTIVATION_TILE))
-    gated_activation_kernel[grid](output, x, size, ACTIVATION_TILE, gelu, num_warps=ACTIVATION_WARPS)
-    return output
-
-
-def rotate_and_store(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    query_norm: torch.Tensor | None,
-    key_norm: torch.Tensor | None,
-    eps: float,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    slot_mapping: torch.Tensor,
-    kv_scales: tuple[float, float] | None = None,
-) -> torch.Tensor:
-    """See `pagoda_kernels.attention.rotate_and_store`."""
-    k_scale, v_scale = kv_scales or (1.0, 1.0)
-    num_tokens, num_heads, head_dim = query.shape
-    rotated = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    rotate_and_store_kernel[(num_tokens, 3)](
-        rotated,
-        query,
-        key,
-        value,
-        cos,
-        sin,
-        query if query_norm is None else query_norm,
-        key if key_norm is None else key_norm,
-        k_cache,
-        v_cache,
-        slot_mapping,
-        eps,
-        1.0 / k_scale,
-        1.0 / v_scale,
-        query.stride(0),
-        key.stride(0),
-        value.stride(0),
-        **rotate_constants(
-            num_heads,
-            key.shape[1],
-            head_dim,
-            k_cache.shape[2],
-            has_norm=query_norm is not None,
-            cache_dtype=k_cache.dtype,
-        ),
-        num_warps=ROTATE_WARPS,
-    )
-    return rotated
 
 
 def rotate_constants(

@@ -1,6 +1,6 @@
 """Norm, gated activation, and everything between the projection and attention, in Triton.
 
-Numbers are rounded to the tensors' type exactly where the torch twins round them.
+Numbers are rounded to the tensors' type exactly where the reference rounds them.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from pagoda_kernels.gpu.elementwise import (
 )
 from pagoda_kernels.gpu.elementwise_kernels import gated_activation_kernel, rms_norm_kernel, rotate_and_store_kernel
 from pagoda_kernels.gpu.sampling import SAMPLING_TILE, SAMPLING_WARPS, num_tiles
-from pagoda_kernels.gpu.sampling_kernels import greedy_kernel, open_kernel
+from pagoda_kernels.gpu.sampling_kernels import greedy_kernel, sample_top_p_kernel
 from pagoda_kernels.gpu.step import GATHER_TILE, GATHER_WARPS
 from pagoda_kernels.gpu.step_kernels import gather_step_kernel
 from pagoda_kernels.gpu.tuning import AttentionTiles, TuningTable, load_table, table_name
@@ -217,7 +217,7 @@ def _step_build() -> KernelBuild:
 def _sampling_builds() -> Iterator[KernelBuild]:
     constants = {"VOCABULARY": 152_064, "TILE": SAMPLING_TILE}
     yield KernelBuild(
-        name="choose_greedy",
+        name="greedy_sample",
         kernel=greedy_kernel,
         types={"token_ids": "*i64", "best_logits": "*fp32", "logits": "*fp32", "row_stride": "i32"},
         constants=constants,
@@ -226,8 +226,8 @@ def _sampling_builds() -> Iterator[KernelBuild]:
         is_decode=True,
     )
     yield KernelBuild(
-        name="choose_open",
-        kernel=open_kernel,
+        name="sample_top_p_by_rejection",
+        kernel=sample_top_p_kernel,
         types={
             **dict.fromkeys(("token_ids", "rows", "seeds", "positions"), "*i64"),
             **dict.fromkeys(("logits", "best_logits", "inverse_temperatures", "min_ps"), "*fp32"),

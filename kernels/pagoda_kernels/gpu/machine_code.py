@@ -1,4 +1,4 @@
-"""What a compiled kernel says of itself. Imports no torch: compiler processes use it, and start quickly."""
+"""What a compiled kernel says of itself."""
 
 from __future__ import annotations
 

@@ -4,54 +4,59 @@ from __future__ import annotations
 
 import torch
 import triton
+from typing_extensions import override
 
-from pagoda_kernels.gpu.sampling_kernels import greedy_kernel, open_kernel
+from pagoda_kernels.gpu.sampling_kernels import greedy_kernel, sample_top_p_kernel
+from pagoda_kernels.interface import KernelBackend
 
 # Logits a program looks at together, and its warps: 4 numbers a thread, so that two programs fit a multiprocessor.
 SAMPLING_TILE = 2048
 SAMPLING_WARPS = 16
 
 
-def choose_greedy(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `pagoda_kernels.sampling.choose_greedy`."""
-    num_rows, vocabulary = logits.shape
-    token_ids = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
-    best_logits = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
-    greedy_kernel[(num_rows,)](
-        token_ids, best_logits, logits, logits.stride(0), vocabulary, SAMPLING_TILE, num_warps=SAMPLING_WARPS
-    )
-    return token_ids, best_logits
+class TritonSampling(KernelBackend):
+    """One launch for the best tokens of all rows, another for all rows that draw from the whole vocabulary."""
 
+    @override
+    def greedy_sample(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        num_rows, vocabulary = logits.shape
+        token_ids = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
+        best_logits = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
+        greedy_kernel[(num_rows,)](
+            token_ids, best_logits, logits, logits.stride(0), vocabulary, SAMPLING_TILE, num_warps=SAMPLING_WARPS
+        )
+        return token_ids, best_logits
 
-def choose_open(
-    logits: torch.Tensor,
-    best_logits: torch.Tensor,
-    rows: torch.Tensor,
-    seeds: torch.Tensor,
-    positions: torch.Tensor,
-    inverse_temperature: torch.Tensor,
-    min_p: torch.Tensor,
-    top_p: torch.Tensor,
-) -> torch.Tensor:
-    """See `pagoda_kernels.sampling.choose_open`."""
-    token_ids = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
-    open_kernel[(len(rows),)](
-        token_ids,
-        rows,
-        logits,
-        best_logits,
-        seeds,
-        positions,
-        inverse_temperature,
-        min_p,
-        top_p,
-        logits.stride(0),
-        logits.shape[1],
-        SAMPLING_TILE,
-        num_tiles(logits.shape[1]),
-        num_warps=SAMPLING_WARPS,
-    )
-    return token_ids
+    @override
+    def sample_top_p_by_rejection(
+        self,
+        logits: torch.Tensor,
+        best_logits: torch.Tensor,
+        rows: torch.Tensor,
+        seeds: torch.Tensor,
+        positions: torch.Tensor,
+        inverse_temperature: torch.Tensor,
+        min_p: torch.Tensor,
+        top_p: torch.Tensor,
+    ) -> torch.Tensor:
+        token_ids = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
+        sample_top_p_kernel[(len(rows),)](
+            token_ids,
+            rows,
+            logits,
+            best_logits,
+            seeds,
+            positions,
+            inverse_temperature,
+            min_p,
+            top_p,
+            logits.stride(0),
+            logits.shape[1],
+            SAMPLING_TILE,
+            num_tiles(logits.shape[1]),
+            num_warps=SAMPLING_WARPS,
+        )
+        return token_ids
 
 
 def num_tiles(vocabulary: int) -> int:

@@ -123,7 +123,7 @@ def _draw(
         "rows", "best_logits", "seeds", "positions", "inverse_temperatures", "min_ps", "top_ps",
     ]
 )  # fmt: skip
-def open_kernel(
+def sample_top_p_kernel(
     token_ids,
     rows,
     logits,

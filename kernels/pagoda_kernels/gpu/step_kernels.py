@@ -31,7 +31,7 @@ def gather_step_kernel(
 ):
     """Grid (rows with padding, tiles of TILE): one tile of a row's tokens, and one of its block table.
 
-    Pointers as in `pagoda_kernels.step.gather_step`, with `pool_stride`, `table_stride` and `row_stride` elements from row to
+    Pointers as in `KernelBackend.gather_step`, with `pool_stride`, `table_stride` and `row_stride` elements from row to
     row of token_pool, block_table and row_table, of which `num_columns` are written.
     """
     row = tl.program_id(0)

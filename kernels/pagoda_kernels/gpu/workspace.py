@@ -36,7 +36,7 @@ class DecodeWorkspace:
         return weighted.view(*shape, head_dim), maxima.view(shape), sums.view(shape)
 
     def unused(self, device: torch.device) -> Partials:
-        """Stand-ins where the kernel writes no partial results."""
+        """Placeholders where the kernel writes no partial results."""
         buffer = self._buffer(1, device)
         return buffer, buffer, buffer
 

@@ -1,59 +1,101 @@
-"""Torch twin of `pagoda_kernels.attention`."""
+"""Attention over paged keys and values in torch."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from typing_extensions import override
 
-from pagoda_kernels.metadata import AttentionMetadata
+from pagoda_kernels.interface import KernelBackend
 from pagoda_kernels.reference.attention_plan import CacheGeometry, DecodeGroup, PrefillRow, plan_attention
+from pagoda_kernels.types import AttentionMetadata
 
 
-def write_kv(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    slot_mapping: torch.Tensor,
-) -> None:
-    """See `pagoda_kernels.attention.write_kv`."""
-    block_size = k_cache.shape[2]
-    blocks = slot_mapping // block_size
-    offsets = slot_mapping - blocks * block_size
-    k_cache[blocks, :, offsets] = key
-    v_cache[blocks, :, offsets] = value
+class ReferenceAttention(KernelBackend):
+    """What reads and writes the KV cache."""
+
+    @override
+    def paged_attention(
+        self,
+        query: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        metadata: AttentionMetadata,
+        scale: float,
+        sliding_window: int | None = None,
+        soft_cap: float | None = None,
+        kv_scales: tuple[float, float] | None = None,
+    ) -> torch.Tensor:
+        if kv_scales is not None:
+            # The types of queries hold every number of a float8 type.
+            keys, values = k_cache.to(query.dtype), v_cache.to(query.dtype)
+            k_scale, v_scale = kv_scales
+            attended = self.paged_attention(query, keys, values, metadata, scale * k_scale, sliding_window, soft_cap)
+            return attended.mul_(v_scale)
+        geometry = CacheGeometry.of(k_cache)
+        plan = plan_attention(metadata, geometry, sliding_window)
+        k_pages = k_cache.view(-1, geometry.block_size * geometry.head_dim)
+        v_pages = v_cache.view(-1, geometry.block_size * geometry.head_dim)
+        output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        for group in plan.decode:
+            keys, values = _gather_group(k_pages, v_pages, group, geometry, plan.workspace)
+            # The query heads of a KV head become its query positions, so that keys and values are read once for all of them.
+            grouped = query[group.rows].view(group.num_rows, geometry.num_kv_heads, -1, geometry.head_dim)
+            attended = _attend(grouped, keys, values, group.mask, scale, soft_cap)
+            output[group.rows] = attended.flatten(1, 2)
+        for row in plan.prefill:
+            _prefill(query, k_pages, v_pages, row, geometry, scale, soft_cap, output)
+        return output
+
+    @override
+    def write_kv(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        block_size = k_cache.shape[2]
+        blocks = slot_mapping // block_size
+        offsets = slot_mapping - blocks * block_size
+        k_cache[blocks, :, offsets] = key
+        v_cache[blocks, :, offsets] = value
+
+    @override
+    def rotate_and_store(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        query_norm: torch.Tensor | None,
+        key_norm: torch.Tensor | None,
+        eps: float,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        kv_scales: tuple[float, float] | None = None,
+    ) -> torch.Tensor:
+        if query_norm is not None and key_norm is not None:
+            query, key = self.rms_norm(query, query_norm, eps)[0], self.rms_norm(key, key_norm, eps)[0]
+        query, key = self.apply_rotary(query, key, cos, sin)
+        if kv_scales is not None:
+            # As bytes, which every torch operation can move.
+            key, value = (
+                to_float8(x, cache_scale, k_cache.dtype).view(torch.uint8)
+                for x, cache_scale in zip((key, value), kv_scales, strict=True)
+            )
+            k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
+        self.write_kv(key, value, k_cache, v_cache, slot_mapping)
+        return query
 
 
-def paged_attention(
-    query: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    metadata: AttentionMetadata,
-    scale: float,
-    sliding_window: int | None,
-    soft_cap: float | None,
-    kv_scales: tuple[float, float] | None = None,
-) -> torch.Tensor:
-    """See `pagoda_kernels.attention.paged_attention`."""
-    if kv_scales is not None:
-        # The types of queries hold every number of a float8 type.
-        keys, values = k_cache.to(query.dtype), v_cache.to(query.dtype)
-        k_scale, v_scale = kv_scales
-        return paged_attention(query, keys, values, metadata, scale * k_scale, sliding_window, soft_cap).mul_(v_scale)
-    geometry = CacheGeometry.of(k_cache)
-    plan = plan_attention(metadata, geometry, sliding_window)
-    k_pages = k_cache.view(-1, geometry.block_size * geometry.head_dim)
-    v_pages = v_cache.view(-1, geometry.block_size * geometry.head_dim)
-    output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    for group in plan.decode:
-        keys, values = _gather_group(k_pages, v_pages, group, geometry, plan.workspace)
-        # The query heads of a KV head become its query positions, so that keys and values are read once for all of them.
-        grouped = query[group.rows].view(group.num_rows, geometry.num_kv_heads, -1, geometry.head_dim)
-        attended = _attend(grouped, keys, values, group.mask, scale, soft_cap)
-        output[group.rows] = attended.flatten(1, 2)
-    for row in plan.prefill:
-        _prefill(query, k_pages, v_pages, row, geometry, scale, soft_cap, output)
-    return output
+def to_float8(x: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
+    """`x / scale` in the float8 type `dtype`: beyond its range its greatest number, else the nearest, of two the even one."""
+    largest = torch.finfo(dtype).max
+    return (x.float() * (1.0 / scale)).clamp(-largest, largest).to(dtype)
 
 
 def _gather_group(

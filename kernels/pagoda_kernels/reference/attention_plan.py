@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pagoda_kernels.metadata import AttentionMetadata
+from pagoda_kernels.types import AttentionMetadata
 
 # Keys and values that a group of decode rows gathers at a time. Small enough to stay in a CPU's cache between the gather
 # and the attention that reads it, large enough that the calls around it do not count.

@@ -1,21 +1,38 @@
-"""Torch twin of `pagoda_kernels.linear`."""
+"""Packed linear layers in torch."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
+from typing_extensions import override
 
-if TYPE_CHECKING:
-    from pagoda_kernels.linear import PackedWeight
+from pagoda_kernels.interface import KernelBackend
+from pagoda_kernels.types import PANEL, PackedWeight
 
 
-def pack(weight: torch.Tensor, packed: torch.Tensor) -> None:
-    """See `pagoda_kernels.linear.pack_into`."""
-    rows = F.pad(weight, (0, 0, 0, -weight.shape[0] % 32))
-    inputs = (weight.shape[1],) if weight.dtype == torch.float32 else (weight.shape[1] // 2, 2)
-    packed.copy_(rows.view(-1, 32, *inputs).transpose(1, 2))
+class ReferenceLinear(KernelBackend):
+    """Products with packed weights, and packing."""
+
+    @override
+    def packed_linear(self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
+        wide = x.float()
+        if weight.scales is not None:
+            wide = _quantized_and_back(wide, weight.group_size)
+        product = wide @ unpack(weight).float().T
+        return (product if bias is None else product + bias.float()).to(x.dtype)
+
+    @override
+    def packed_rows(self, weight: PackedWeight, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        chosen = weight.values[ids // PANEL]  # [T, K, 32] or [T, K / 2, 32, 2]
+        index = (ids % PANEL).view(-1, *(1,) * (chosen.dim() - 1))
+        rows = torch.take_along_dim(chosen, index, dim=2)
+        return rows.reshape(len(ids), weight.in_features).to(dtype)
+
+    @override
+    def pack(self, weight: torch.Tensor, panels: torch.Tensor) -> None:
+        rows = F.pad(weight, (0, 0, 0, -weight.shape[0] % PANEL))
+        inputs = (weight.shape[1],) if weight.dtype == torch.float32 else (weight.shape[1] // 2, 2)
+        panels.copy_(rows.view(-1, PANEL, *inputs).transpose(1, 2))
 
 
 def unpack(weight: PackedWeight) -> torch.Tensor:
@@ -29,23 +46,6 @@ def unpack(weight: PackedWeight) -> torch.Tensor:
         return rows
     per_input = torch.arange(weight.in_features) // weight.group_size
     return (rows.float() - _zeros(weight)[:, per_input]) * _scales(weight)[:, per_input]
-
-
-def packed_linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
-    """See `pagoda_kernels.linear.packed_linear`."""
-    wide = x.float()
-    if weight.scales is not None:
-        wide = _quantized_and_back(wide, weight.group_size)
-    product = wide @ unpack(weight).float().T
-    return (product if bias is None else product + bias.float()).to(x.dtype)
-
-
-def packed_rows(weight: PackedWeight, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """See `pagoda_kernels.linear.packed_rows`."""
-    chosen = weight.values[ids // 32]  # [T, K, 32] or [T, K / 2, 32, 2]
-    index = (ids % 32).view(-1, *(1,) * (chosen.dim() - 1))
-    rows = torch.take_along_dim(chosen, index, dim=2)
-    return rows.reshape(len(ids), weight.in_features).to(dtype)
 
 
 def _quantized_and_back(x: torch.Tensor, group_size: int) -> torch.Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 
 import aiohttp
 import orjson
+from typing_extensions import override
 
 from pagoda.benchmarking.prompts import Content
 
@@ -106,8 +107,8 @@ class HttpEndpoint(Endpoint):
     def take(self, content: dict[str, Any], answer: Answer) -> str:
         """Note what an event or body says; returns its text."""
 
+    @override
     async def send(self, prompt: tuple[Content, ...], output_tokens: int, on_piece: Callable[[], None]) -> Answer:
-        """See `Endpoint.send`."""
         path, body = self.request(prompt, output_tokens)
         answer = Answer()
         try:
@@ -153,13 +154,13 @@ class HttpEndpoint(Endpoint):
 class OpenAICompletions(HttpEndpoint):
     """`/v1/completions`, streamed."""
 
+    @override
     def request(self, prompt: tuple[Content, ...], output_tokens: int) -> tuple[str, dict[str, Any]]:
-        """See `HttpEndpoint.request`."""
         body = {"prompt": joined(prompt), **_streamed(self.target, output_tokens)}
         return "/v1/completions", body
 
+    @override
     def take(self, content: dict[str, Any], answer: Answer) -> str:
-        """See `HttpEndpoint.take`."""
         _take_usage(content, answer)
         text = ""
         for choice in content.get("choices", ()):
@@ -173,15 +174,15 @@ class OpenAIChat(HttpEndpoint):
 
     takes_token_ids = False
 
+    @override
     def request(self, prompt: tuple[Content, ...], output_tokens: int) -> tuple[str, dict[str, Any]]:
-        """See `HttpEndpoint.request`."""
         messages = [
             {"role": "assistant" if number % 2 else "user", "content": text} for number, text in enumerate(prompt)
         ]
         return "/v1/chat/completions", {"messages": messages, **_streamed(self.target, output_tokens)}
 
+    @override
     def take(self, content: dict[str, Any], answer: Answer) -> str:
-        """See `HttpEndpoint.take`."""
         _take_usage(content, answer)
         text = ""
         for choice in content.get("choices", ()):
@@ -194,15 +195,15 @@ class OpenAIChat(HttpEndpoint):
 class V2Generate(HttpEndpoint):
     """`/v2/models/M/generate_stream`, Triton's generate extension."""
 
+    @override
     def request(self, prompt: tuple[Content, ...], output_tokens: int) -> tuple[str, dict[str, Any]]:
-        """See `HttpEndpoint.request`."""
         content = joined(prompt)
         given = {"text_input": content} if isinstance(content, str) else {"input_ids": content}
         parameters = {**self.target.sampling(output_tokens), **self.target.extra_body}
         return f"/v2/models/{self.target.model}/generate_stream", {**given, "parameters": parameters}
 
+    @override
     def take(self, content: dict[str, Any], answer: Answer) -> str:
-        """See `HttpEndpoint.take`."""
         if content.get("finish_reason") is not None:
             answer.ended = True
             answer.prompt_tokens = content.get("num_input_tokens")
@@ -215,8 +216,8 @@ class V2Infer(HttpEndpoint):
 
     streams = False
 
+    @override
     def request(self, prompt: tuple[Content, ...], output_tokens: int) -> tuple[str, dict[str, Any]]:
-        """See `HttpEndpoint.request`."""
         content = joined(prompt)
         if isinstance(content, str):
             tensor = {"name": "text_input", "shape": [1], "datatype": "BYTES", "data": [content]}
@@ -225,8 +226,8 @@ class V2Infer(HttpEndpoint):
         parameters = {**self.target.sampling(output_tokens), **self.target.extra_body}
         return f"/v2/models/{self.target.model}/infer", {"inputs": [tensor], "parameters": parameters}
 
+    @override
     def take(self, content: dict[str, Any], answer: Answer) -> str:
-        """See `HttpEndpoint.take`."""
         outputs = {tensor["name"]: tensor["data"] for tensor in content.get("outputs", ())}
         if "text_output" in outputs:
             answer.ended = True

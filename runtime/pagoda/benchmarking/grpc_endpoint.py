@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
+from typing_extensions import override
 
 from pagoda.benchmarking.endpoints import Answer, Endpoint, RequestFailure, Target, joined
 from pagoda.benchmarking.prompts import Content
@@ -32,8 +33,8 @@ class V2Grpc(Endpoint):
         """Close the channel."""
         await self._channel.close()
 
+    @override
     async def send(self, prompt: tuple[Content, ...], output_tokens: int, on_piece: Callable[[], None]) -> Answer:
-        """See `Endpoint.send`."""
         request = self._request(joined(prompt), output_tokens)
 
         async def requests() -> AsyncIterator[Any]:

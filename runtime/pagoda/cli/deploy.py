@@ -14,8 +14,8 @@ from pagoda import __version__
 from pagoda.cli.cluster import Cluster, ClusterError
 from pagoda.cli.inference_service import API_GROUP, CONTAINER, Deployment, inference_service
 from pagoda.cli.pod_state import PodState, pod_state
-from pagoda.config.checks import Problem, raise_problems
 from pagoda.config.command_line import CommandLine, parse_command_line
+from pagoda.config.rules import Problem, raise_problems
 from pagoda.config.schema import PagodaConfig, option_defaults
 from pagoda.config.sources import load
 from pagoda.errors import ConfigError
@@ -33,7 +33,11 @@ _OWN_SETTINGS = {
 }
 
 
-def run(arguments: Sequence[str], sleep: Callable[[float], None] = time.sleep) -> int:
+def run(
+    arguments: Sequence[str],
+    sleep: Callable[[float], None] = time.sleep,
+    clock: Callable[[], float] = time.monotonic,
+) -> int:
     """Deploy; exit status 0 if the model answered. Raises `ClusterError` or `ConfigError` with what stands in the way."""
     line = parse_command_line(arguments)
     own = _parser().parse_args(line.others)
@@ -46,7 +50,7 @@ def run(arguments: Sequence[str], sleep: Callable[[float], None] = time.sleep) -
     cluster = Cluster(kubeconfig=own.kubeconfig, context=own.context, namespace=own.namespace)
     cluster.apply(document)
     print(f"applied InferenceService {cluster.namespace}/{name}")
-    pod = _Wait(cluster, name, port, sleep).until_ready(own.timeout)
+    pod = _Wait(cluster, name, port, sleep, clock).until_ready(own.timeout)
     print(f"{own.question!r}\n-> {_ask(cluster, pod, port, name, own.question)!r}")
     print(f"\nAsk on:\n  kubectl -n {cluster.namespace} port-forward pod/{pod} {port} &")
     print(
@@ -58,12 +62,15 @@ def run(arguments: Sequence[str], sleep: Callable[[float], None] = time.sleep) -
 class _Wait:
     """Follows an InferenceService until it is ready, saying each stage once."""
 
-    def __init__(self, cluster: Cluster, name: str, port: int, sleep: Callable[[float], None]) -> None:
+    def __init__(
+        self, cluster: Cluster, name: str, port: int, sleep: Callable[[float], None], clock: Callable[[], float]
+    ) -> None:
         self._cluster = cluster
         self._name = name
         self._port = port
         self._sleep = sleep
-        self._started = time.monotonic()
+        self._clock = clock
+        self._started = clock()
         self._said = ""
 
     def until_ready(self, timeout: float) -> str:
@@ -78,7 +85,7 @@ class _Wait:
                 return ready[0]
             name, state = states[0] if states else ("", PodState(_service_stage(service)))
             self._say(self._stage(name, state))
-            waited = time.monotonic() - self._started
+            waited = self._clock() - self._started
             if state.problem and (not state.may_pass or waited > min(PATIENCE_SECONDS, timeout)):
                 raise ClusterError(self._with_log(name, state, state.problem))
             if waited > timeout:
@@ -98,7 +105,7 @@ class _Wait:
 
     def _say(self, stage: str) -> None:
         if stage != self._said:
-            print(f"{time.monotonic() - self._started:6.1f} s  {stage}", flush=True)
+            print(f"{self._clock() - self._started:6.1f} s  {stage}", flush=True)
             self._said = stage
 
     def _last_warning(self, pod: str) -> str:

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from pagoda.cli.doctor_cluster import cluster_as_text, examine_cluster
-from pagoda.config.auto import ResolvedSettings, choose_cpu_kv_cache_bytes, kv_cache_element_bytes, resolve
-from pagoda.config.checks import shown
 from pagoda.config.command_line import parse_command_line
-from pagoda.config.schema import PagodaConfig, options
+from pagoda.config.schema import PagodaConfig, options, rules
 from pagoda.config.sources import LoadedConfig, load
 from pagoda.config.values import format_bytes
+from pagoda.engine.core.auto import ResolvedSettings, kv_cache_element_bytes, resolve
 from pagoda.engine.core.kv_sizing import fit_max_model_len
 from pagoda.errors import PagodaError
+from pagoda.execution.kv_memory import choose_cpu_kv_cache_bytes
 from pagoda.models.checkpoint_source import checkpoint_directory
 from pagoda.models.config import ModelConfig
 from pagoda.models.quantization.schemes import choose_quantization
@@ -104,7 +104,7 @@ def _settings(loaded: LoadedConfig) -> dict[str, dict[str, str]]:
     settings = {}
     for key, info in options().items():
         value = getattr(loaded.config, key)
-        text = ("auto" if info.auto else "none") if value is None else shown(key, value)
+        text = ("auto" if info.auto else "none") if value is None else rules().shown(key, value)
         settings[key] = {"value": text, "source": loaded.sources[key], "help": info.help}
     return settings
 

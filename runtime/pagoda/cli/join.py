@@ -12,8 +12,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pagoda.config.checks import raise_problems
 from pagoda.config.command_line import parse_command_line
+from pagoda.config.rules import raise_problems
 from pagoda.config.sources import load
 from pagoda.errors import CommunicationError, ConfigError
 

@@ -63,7 +63,7 @@ def _loaded(directory: Path) -> DecoderForCausalLM:
     """The model in a directory on the CPU, as `pagoda serve` would run it there."""
     import torch
 
-    from pagoda.config.auto import choose_dtype
+    from pagoda.engine.core.auto import choose_dtype
     from pagoda.execution.kernel_choice import choose_cpu_kernels, packs_weights
     from pagoda.models.build import build_model
     from pagoda.models.config import ModelConfig

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from pagoda.config.checks import raise_problems
 from pagoda.config.command_line import CONFIG_FILE, options_help, parse_command_line
+from pagoda.config.rules import raise_problems
 from pagoda.config.schema import PagodaConfig
 from pagoda.config.sources import load
 from pagoda.errors import InvalidRequestError

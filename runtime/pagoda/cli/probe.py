@@ -21,10 +21,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from pagoda.config.checks import Problem, allowed_values, raise_problems, value_problems
 from pagoda.config.command_line import parse_command_line
 from pagoda.config.names import Given
-from pagoda.config.schema import option_defaults
+from pagoda.config.rules import Problem, raise_problems
+from pagoda.config.schema import option_defaults, rules
 from pagoda.config.sources import gather
 
 PATHS = {"startup": "/health", "ready": "/v2/health/ready", "live": "/v2/health/live"}
@@ -140,7 +140,7 @@ def _port(given: dict[str, Given]) -> int:
     values = {**option_defaults(), "http_port": port, "grpc_port": 0}
     if port == 0:
         raise_problems([Problem("http_port", "0", "a probe needs the port that the server listens on", value.source)])
-    if value_problems(values):
-        allowed = f"must be {allowed_values('http_port')}"
+    if rules().value_problems(values):
+        allowed = f"must be {rules().allowed_values('http_port')}"
         raise_problems([Problem("http_port", str(value.raw), allowed, value.source)])
     return port

@@ -11,10 +11,10 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from pagoda.config.checks import Problem, choices
 from pagoda.config.names import Given, nearest, normalized, settings_by_name
 from pagoda.config.option import GROUPS
-from pagoda.config.schema import option_defaults, options
+from pagoda.config.rules import Problem
+from pagoda.config.schema import option_defaults, options, rules
 from pagoda.config.values import format_bytes, is_boolean, is_list
 
 CONFIG_FILE = "config"
@@ -140,7 +140,7 @@ def _option_help(key: str) -> str:
 
 
 def _placeholder(key: str) -> str:
-    names = choices(key)
+    names = rules().choices(key)
     if names:
         return "{" + ",".join(names) + "}"
     return {"bytes": "BYTES", "seconds": "SECONDS", "tokens": "TOKENS", "": "VALUE"}[options()[key].unit] + (

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pagoda.config.checks import allowed_values
 from pagoda.config.command_line import default_text
 from pagoda.config.environment import PREFIX
 from pagoda.config.option import GROUPS
-from pagoda.config.schema import options
+from pagoda.config.schema import options, rules
 
 INTRODUCTION = """\
 # Configuration
@@ -54,7 +53,7 @@ def _setting(key: str) -> str:
     names = [f"`--{key.replace('_', '-')}`", f"`{PREFIX}{key.upper()}`"]
     names += [f"also `--{alias.replace('_', '-')}`" for alias in info.aliases]
     unit = f" ({info.unit})" if info.unit else ""
-    return f"### {key}\n\n{info.help}\n\n{', '.join(names)}; {default}; {allowed_values(key)}{unit}.\n"
+    return f"### {key}\n\n{info.help}\n\n{', '.join(names)}; {default}; {rules().allowed_values(key)}{unit}.\n"
 
 
 if __name__ == "__main__":

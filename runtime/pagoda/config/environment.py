@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from pagoda.config.checks import Problem
 from pagoda.config.names import Given, nearest, settings_by_name
+from pagoda.config.rules import Problem
 
 PREFIX = "PAGODA_"
 CONFIG_FILE_VARIABLE = "PAGODA_CONFIG"

@@ -6,8 +6,8 @@ from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
-from pagoda.config.checks import Problem
 from pagoda.config.names import Given, nearest, normalized, settings_by_name
+from pagoda.config.rules import Problem
 from pagoda.errors import ConfigError
 
 

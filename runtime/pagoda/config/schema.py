@@ -11,11 +11,12 @@ sources write `auto` and `none`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from functools import cache
 from typing import Any, Literal, get_type_hints
 
 from pagoda.config.option import OptionInfo, option, option_of
+from pagoda.config.rules import Rules, raise_problems
 from pagoda.platform.cpu_sets import CPU_SETS_PATTERN
 
 
@@ -325,14 +326,16 @@ class PagodaConfig:
     log_format: Literal["text", "json"] = option("text", "observability", "Log lines for people, or one JSON each.")
 
     def __post_init__(self) -> None:
-        from pagoda.config.checks import raise_problems, value_problems
-
-        raise_problems(value_problems({name: getattr(self, name) for name in options()}))
+        raise_problems(rules().value_problems({name: getattr(self, name) for name in options()}))
 
     @property
     def served_model_name(self) -> str:
         """`model_name`, or the last part of the model's path or id, or `demo` without a model."""
         return self.model_name or default_model_name(self.model)
+
+    def without_secrets(self) -> dict[str, Any]:
+        """Every setting by its name but the secret ones: what an engine core and its ranks may know."""
+        return {name: value for name, value in asdict(self).items() if not options()[name].secret}
 
 
 def default_model_name(model: str | None) -> str:
@@ -357,3 +360,9 @@ def option_types() -> dict[str, Any]:
 def option_defaults() -> dict[str, Any]:
     """Every setting's default by its name."""
     return {f.name: f.default for f in fields(PagodaConfig)}
+
+
+@cache
+def rules() -> Rules:
+    """What every setting must be, and what must hold between them."""
+    return Rules(option_types(), options(), option_defaults())

@@ -10,20 +10,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pagoda.config.checks import (
-    Problem,
-    allowed_values,
-    path_problems,
-    raise_problems,
-    relation_problems,
-    shown,
-    value_problems,
-)
 from pagoda.config.command_line import CommandLine, parse_command_line, unknown_arguments
 from pagoda.config.environment import CONFIG_FILE_VARIABLE, read_environment
 from pagoda.config.file import read_file
 from pagoda.config.names import Given, nearest, normalized, settings_by_name
-from pagoda.config.schema import PagodaConfig, default_model_name, option_defaults
+from pagoda.config.rules import Problem, raise_problems
+from pagoda.config.schema import PagodaConfig, default_model_name, option_defaults, rules
 from pagoda.config.values import is_list, plain_value
 
 
@@ -58,7 +50,7 @@ def load(arguments: Sequence[str] = (), environ: Mapping[str, str] | None = None
             sources[key] = value.source
         except ValueError:
             problems.append(_wrong(value))
-    between = relation_problems(values) + path_problems(values)
+    between = rules().relation_problems(values) + rules().path_problems(values)
     problems.extend(replace(problem, source=sources[problem.key]) for problem in between)
     raise_problems(problems)
     if values["model_name"] is None:
@@ -88,8 +80,8 @@ def from_kwargs(arguments: Mapping[str, Any]) -> PagodaConfig:
             values[key] = plain_value(key, value.raw)
         except ValueError:
             problems.append(_wrong(value))
-    problems += contradictions + value_problems(values)
-    raise_problems(problems or path_problems(values))
+    problems += contradictions + rules().value_problems(values)
+    raise_problems(problems or rules().path_problems(values))
     return _with_name(values)
 
 
@@ -116,8 +108,10 @@ def _by_setting(pairs: Iterable[Given]) -> tuple[dict[str, Given], list[Problem]
     for value in pairs:
         earlier = given.get(value.key)
         if earlier is not None and earlier.name != value.name and earlier.raw != value.raw:
-            other = f"contradicts {earlier.name}={shown(value.key, earlier.raw)}, another name of the same setting"
-            problems.append(Problem(value.name, shown(value.key, value.raw), other, value.source))
+            other = (
+                f"contradicts {earlier.name}={rules().shown(value.key, earlier.raw)}, another name of the same setting"
+            )
+            problems.append(Problem(value.name, rules().shown(value.key, value.raw), other, value.source))
         elif earlier is not None and is_list(value.key):
             value = _joined(earlier, value)
         given[value.key] = value
@@ -136,7 +130,9 @@ def _joined(earlier: Given, later: Given) -> Given:
 
 
 def _wrong(value: Given) -> Problem:
-    return Problem(value.name, shown(value.key, value.raw), f"must be {allowed_values(value.key)}", value.source)
+    return Problem(
+        value.name, rules().shown(value.key, value.raw), f"must be {rules().allowed_values(value.key)}", value.source
+    )
 
 
 def _with_name(values: dict[str, Any]) -> PagodaConfig:

@@ -13,10 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import torch
+from typing_extensions import override
 
 from pagoda.config.schema import PagodaConfig
 from pagoda.distributed.rank_group import RankGroup
-from pagoda.distributed.rank_launcher import RankConnection
+from pagoda.distributed.rank_launcher import RankConnection, RankLauncher
 from pagoda.errors import ConfigError
 from pagoda.models.config import ModelConfig
 from pagoda.platform.hardware import cpu_report
@@ -42,8 +43,8 @@ def multi_process_executor(config: PagodaConfig, model_config: ModelConfig) -> R
     return RankGroup(config, model_config, ProcessLauncher())
 
 
-class ProcessLauncher:
-    """See `RankLauncher`."""
+class ProcessLauncher(RankLauncher):
+    """Ranks as child processes of this one."""
 
     uses_ray = False
 
@@ -52,10 +53,11 @@ class ProcessLauncher:
         # The kernel ends a rank with the thread that started it, so that is one which lasts as long as this process.
         self._starter = ThreadPoolExecutor(1, "rank-starter")
 
+    @override
     def launch(
         self, num_ranks: int, timeout_seconds: float, on_progress: Callable[[str], None]
     ) -> list[RankConnection]:
-        """See `RankLauncher`; a process that does not come up is noticed by what it does not say."""
+        # A process that does not come up is noticed later, by the hello that does not come.
         host = socket.gethostname()
         return [
             RankConnection(self._starter.submit(self._start, rank).result(), host, None, device_index=rank)
@@ -69,16 +71,16 @@ class ProcessLauncher:
             self._processes.append(subprocess.Popen(command, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL))
         return ours
 
+    @override
     def death_of(self, rank: int) -> str | None:
-        """See `RankLauncher`."""
         try:
             code = self._processes[rank].wait(_DEATH_SECONDS)
         except subprocess.TimeoutExpired:
             return None
         return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
 
+    @override
     def terminate(self, patience_seconds: float) -> None:
-        """See `RankLauncher`."""
         deadline = time.monotonic() + patience_seconds
         for process in self._processes:
             with suppress(subprocess.TimeoutExpired):

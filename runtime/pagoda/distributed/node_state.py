@@ -3,8 +3,8 @@
     <directory>/node.json      written by `pagoda join`
     <directory>/rank-3.json    written by rank 3
 
-A file holds a stage, when its process last gave a sign of life, and who that process is: if that is gone, the file counts
-for nothing. Imports the standard library only, for a probe has a fraction of a second.
+A file holds a stage, the time of the last heartbeat, and the process that writes it: if that is gone, the file counts for
+nothing. Imports the standard library only, for a probe has a fraction of a second.
 """
 
 from __future__ import annotations
@@ -34,32 +34,32 @@ _START_TIME_FIELD = 19  # of /proc/PID/stat, counted from the field after the co
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PublishedState:
-    """`name`: `node` or `rank 3`. `beat`: `time.monotonic()` of the last sign of life; it may be `bound` seconds old."""
+    """`name`: `node` or `rank 3`. `heartbeat`: `time.monotonic()` of the last one; it may be `timeout` seconds old."""
 
     name: str
     stage: str
     detail: str
-    beat: float
-    bound: float
+    heartbeat: float
+    timeout: float
     pid: int
     process_start: int
 
     @property
     def silent_seconds(self) -> float:
-        """Seconds since the last sign of life."""
-        return time.monotonic() - self.beat
+        """Seconds since the last heartbeat."""
+        return time.monotonic() - self.heartbeat
 
     def __str__(self) -> str:
         return f"{self.name} {self.stage}" + (f", {self.detail}" if self.detail else "")
 
 
 class StateFile:
-    """The file of the calling process, for all its threads. `bound`: seconds of silence after which it counts as stuck."""
+    """The file of the calling process, for all its threads. `timeout`: seconds until a heartbeat is overdue."""
 
-    def __init__(self, directory: Path, name: str, bound: float) -> None:
+    def __init__(self, directory: Path, name: str, timeout: float) -> None:
         self._path = directory / f"{name.replace(' ', '-')}.json"
         self._name = name
-        self._bound = bound
+        self._timeout = timeout
         self._stage = "starting"
         self._detail = ""
         self._lock = threading.Lock()
@@ -71,13 +71,13 @@ class StateFile:
         self.beat()
 
     def beat(self) -> None:
-        """Say that the process is alive."""
+        """Write a heartbeat."""
         state = PublishedState(
             name=self._name,
             stage=self._stage,
             detail=self._detail,
-            beat=time.monotonic(),
-            bound=self._bound,
+            heartbeat=time.monotonic(),
+            timeout=self._timeout,
             pid=os.getpid(),
             process_start=self._process_start,
         )
@@ -115,14 +115,14 @@ def judge(probe: str, node: PublishedState | None, ranks: list[PublishedState]) 
 
     startup  passes once the node belongs to the cluster
     ready    passes while it does, has ranks, and all of them are ready and alive
-    live     fails when only a restart can help: `pagoda join` or a rank that exists gives no sign of life
+    live     fails when only a restart can help: no heartbeat of `pagoda join`, or of a rank that exists
     """
     if node is None:
         return False, "no `pagoda join` runs on this node"
-    silent = [state for state in (node, *ranks) if state.silent_seconds > state.bound]
+    silent = [state for state in (node, *ranks) if state.silent_seconds > state.timeout]
     if silent:
         worst = silent[0]
-        return False, f"{worst} gave no sign of life for {worst.silent_seconds:.1f} s (bound {worst.bound:g} s)"
+        return False, f"{worst}: no heartbeat for {worst.silent_seconds:.1f} s (timeout {worst.timeout:g} s)"
     words = "; ".join(map(str, (node, *ranks)))
     if probe == "live":
         return True, words
@@ -135,14 +135,14 @@ def judge(probe: str, node: PublishedState | None, ranks: list[PublishedState]) 
     return all(state.stage == READY for state in ranks), words
 
 
-def node_file(directory: Path, bound: float) -> StateFile:
+def node_file(directory: Path, timeout: float) -> StateFile:
     """The file of the node itself."""
-    return StateFile(directory, _NODE, bound)
+    return StateFile(directory, _NODE, timeout)
 
 
-def rank_file(directory: Path, rank: int, bound: float) -> StateFile:
+def rank_file(directory: Path, rank: int, timeout: float) -> StateFile:
     """The file of a rank."""
-    return StateFile(directory, f"rank {rank}", bound)
+    return StateFile(directory, f"rank {rank}", timeout)
 
 
 def is_alive(pid: int) -> bool:

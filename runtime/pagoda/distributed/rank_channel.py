@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pagoda.distributed.rank_messages import KINDS, Heartbeat, Message, RankHeartbeat
 from pagoda.framing import HEADER, FrameCodec, FrameError
 
-LONGEST_LOOK_SECONDS = 1.0
 _BEATS_PER_TIMEOUT = 5
 _LONGEST_PAUSE_SECONDS = 1.0
 
@@ -44,7 +43,7 @@ class RankChannel:
         self._unsent: deque[memoryview] = deque()
         self._changed = threading.Condition()
         self._is_closing = False
-        self.last_heard = time.monotonic()
+        self.last_received = time.monotonic()
         self.progress = RankHeartbeat(0, 0)
 
     def start(self, deliver: Callable[[Message | ChannelEnded], None]) -> None:
@@ -104,7 +103,7 @@ class RankChannel:
             try:
                 while True:
                     message = self._receive()
-                    self.last_heard = time.monotonic()
+                    self.last_received = time.monotonic()
                     if isinstance(message, RankHeartbeat):
                         self.progress = message
                     elif not isinstance(message, Heartbeat):
@@ -176,26 +175,3 @@ class HeartbeatThread:
                 channel.send_heartbeat(heartbeat)
             if self._on_beat is not None:
                 self._on_beat()
-
-
-class SilenceWatch:
-    """How long the other side has been silent, counted in looks: each for the time since the one before, at most a second.
-
-    So a process that was itself stopped, or starved of CPU, does not blame the other for the time in which it did not listen.
-    """
-
-    def __init__(self, channel: RankChannel) -> None:
-        self._channel = channel
-        self._last_heard = channel.last_heard
-        self._last_look = time.monotonic()
-        self._silent = 0.0
-
-    def look(self) -> float:
-        """Seconds of silence up to now."""
-        now = time.monotonic()
-        if self._channel.last_heard != self._last_heard:
-            self._last_heard, self._silent = self._channel.last_heard, 0.0
-        else:
-            self._silent += min(now - self._last_look, LONGEST_LOOK_SECONDS)
-        self._last_look = now
-        return self._silent

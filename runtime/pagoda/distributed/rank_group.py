@@ -12,15 +12,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
-from pagoda import __version__
+from typing_extensions import override
+
 from pagoda.config.schema import PagodaConfig
-from pagoda.distributed.rank_channel import LONGEST_LOOK_SECONDS
-from pagoda.distributed.rank_health import RankHealth
 from pagoda.distributed.rank_launcher import RankConnection, RankLauncher
-from pagoda.distributed.rank_links import CAUSE_SECONDS, LOOK_SECONDS, RankLinks
+from pagoda.distributed.rank_links import CAUSE_SECONDS, CHECK_SECONDS, RankLinks
 from pagoda.distributed.rank_messages import (
     PROTOCOL_VERSION,
     CheckCommunication,
@@ -41,14 +40,17 @@ from pagoda.distributed.rank_messages import (
     WeightsProgress,
 )
 from pagoda.errors import ConfigError, EngineDeadError, PagodaError
-from pagoda.execution.executor import FailedStep, KVBudget, LoadProgress, Stages, StepHandle
+from pagoda.execution.executor import Executor, FailedStep, KVBudget, LoadProgress, Stages, StepHandle
 from pagoda.models.config import ModelConfig
 from pagoda.parallel.layout import ParallelLayout
 from pagoda.parallel.preflight import communication_table
+from pagoda.parallel.rank_health import RankHealth
 from pagoda.parallel.rank_info import compare_facts, facts_table
 from pagoda.scheduling.plan import NO_SAMPLED_TOKENS, StepPlan, StepResult
 from pagoda.scheduling.sampled_tokens_update import SampledTokensTracker
 from pagoda.scheduling.step_timeout import stall_bound, tokens_to_wait_for
+from pagoda.timers import SuspendSafeTimer
+from pagoda.version import __version__
 
 logger = logging.getLogger(__name__)
 
@@ -61,11 +63,11 @@ _OWN_WORD_SECONDS = 2.0
 
 @dataclass(slots=True)
 class _FailedStep:
-    """A step that failed on some ranks, or on all; `waited` seconds for the rest."""
+    """A step that failed on some ranks, or on all; `timer`: since the first of them."""
 
     step_id: int
+    timer: SuspendSafeTimer
     by_rank: dict[int, StepFailed] = field(default_factory=dict)
-    waited: float = 0.0
 
     @property
     def patience(self) -> float:
@@ -74,15 +76,22 @@ class _FailedStep:
         return CAUSE_SECONDS if is_communication else _ALIKE_SECONDS
 
 
-class RankGroup:
-    """See `Executor`. `launcher` brings the ranks up and is used once.
+class RankGroup(Executor):
+    """The ranks of one model. `launcher` brings them up and is used once.
 
     Called in this order: `connect`, `load`, `kv_budget`, `initialize_kv_cache`, then steps. Whatever raises a `PagodaError` on
     the way leaves a group that is dead, with all its ranks gone.
     """
 
-    def __init__(self, config: PagodaConfig, model_config: ModelConfig, launcher: RankLauncher) -> None:
+    def __init__(
+        self,
+        config: PagodaConfig,
+        model_config: ModelConfig,
+        launcher: RankLauncher,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._config = config
+        self._clock = clock
         self._layout = ParallelLayout(config.tensor_parallel_size, config.pipeline_parallel_size)
         self._launcher = launcher
         self._links: RankLinks | None = None
@@ -91,20 +100,20 @@ class RankGroup:
         self._failures: dict[int, _FailedStep] = {}
         self._in_flight: set[int] = set()
         self._sampled_tokens = SampledTokensTracker() if config.pipeline_parallel_size > 1 else None
-        self._deadline = time.monotonic() + config.engine_start_timeout_seconds
+        self._deadline = clock() + config.engine_start_timeout_seconds
         # On a GPU a rank only queues a step, so the next one can be sent meanwhile; stages work on different ones.
         on_device = 2 if config.device == "cuda" else 1
         self.max_concurrent_batches = max(on_device, config.pipeline_parallel_size)
 
     # ---- start-up -------------------------------------------------------------------------------------------------
 
+    @override
     def connect(self, stages: Stages) -> None:
-        """See `Executor`: launch the ranks, compare them, let them meet and try their network."""
         timeout = self._config.rendezvous_timeout_seconds
         try:
             with stages.enter("launch", f"{self._layout.world_size} rank(s)"):
                 connections = self._launcher.launch(self._layout.world_size, timeout, stages.detail)
-                self._links = RankLinks(connections, self._launcher.death_of)
+                self._links = RankLinks(connections, self._launcher.death_of, self._clock)
                 self._greet(self._links, timeout)
             with stages.enter("rendezvous"):
                 self._meet(self._links, connections, timeout)
@@ -117,8 +126,9 @@ class RankGroup:
         for line in communication_table([answer.report for answer in checked]):
             logger.info("%s", line)
 
+    @override
     def load(self, progress: LoadProgress | None = None) -> None:
-        """See `Executor`. Progress is that of the rank with the smallest share done."""
+        # The progress reported is that of the rank with the smallest share done.
         shares: dict[int, WeightsProgress] = {}
 
         def note(rank: int, message: Message) -> None:
@@ -131,8 +141,8 @@ class RankGroup:
 
         self._ask(LoadWeights(), StageDone, "did not load the weights", on_other=note)
 
+    @override
     def kv_budget(self, block_size: int) -> KVBudget:
-        """See `Executor`: that of the rank which has room for the fewest blocks."""
         measured: list[KVMeasured] = self._ask(MeasureKV(block_size), KVMeasured, "did not measure its memory")
         blocks = [answer.available_bytes // answer.block_bytes for answer in measured]
         smallest = blocks.index(min(blocks))
@@ -143,8 +153,8 @@ class RankGroup:
             note = f"{limit} (blocks that fit: {listed})"
         return KVBudget(measured[smallest].block_bytes, measured[smallest].available_bytes, note)
 
+    @override
     def initialize_kv_cache(self, num_blocks: int, max_model_len: int | None = None) -> None:
-        """See `Executor`."""
         self._ask(InitializeKV(num_blocks, max_model_len), StageDone, "did not finish its first step")
         self._alive_links().settle()
 
@@ -163,7 +173,7 @@ class RankGroup:
 
     def _meet(self, links: RankLinks, connections: list[RankConnection], timeout: float) -> None:
         """Configure the ranks, compare what they are, and bring them together at rank 0."""
-        fields = _rank_fields(self._config)
+        fields = self._config.without_secrets()
         hosts = [connection.host for connection in connections]
         links.watch(self._config.rank_heartbeat_timeout_seconds)
         links.send_each(
@@ -195,7 +205,7 @@ class RankGroup:
         """Send all ranks a command of the start-up and wait for their answers; what goes wrong ends the group."""
         try:
             self._alive_links().send_all(command)
-            left = self._deadline - time.monotonic()
+            left = self._deadline - self._clock()
             return self._collect(answer, otherwise, left, "engine_start_timeout_seconds", on_other)
         except PagodaError as error:
             self._lose(str(error))
@@ -213,12 +223,12 @@ class RankGroup:
         return self._alive_links().collect(answer, deadline=self._by(timeout), otherwise=text, on_other=on_other)
 
     def _by(self, timeout: float) -> float:
-        return min(time.monotonic() + timeout, self._deadline)
+        return min(self._clock() + timeout, self._deadline)
 
     # ---- steps ----------------------------------------------------------------------------------------------------
 
+    @override
     def submit(self, plan: StepPlan) -> StepHandle:
-        """See `Executor`."""
         if self._lost is not None or self._links is None:
             return FailedStep(EngineDeadError(self._lost or "the ranks are not connected"))
         update = NO_SAMPLED_TOKENS if self._sampled_tokens is None else self._sampled_tokens.update_for(plan)
@@ -243,19 +253,17 @@ class RankGroup:
 
     def _take_result(self, plan: StepPlan) -> StepResult:
         bound = stall_bound(tokens_to_wait_for(plan), self._config.collective_timeout_seconds)
-        links, waited, last_look = self._alive_links(), 0.0, time.monotonic()
+        links, timer = self._alive_links(), SuspendSafeTimer(self._clock())
         while plan.step_id not in self._results:
             failure = self._failures.get(plan.step_id)
             if failure is not None and len(failure.by_rank) == self._layout.world_size:
                 raise self._common_error(self._failures.pop(plan.step_id))
-            if waited > bound:
-                raise EngineDeadError(self._hung(plan, waited, bound))
-            self._note(links.receive(LOOK_SECONDS))
-            # Counted in looks, like silence: time in which this process was stopped is nobody's fault.
-            now = time.monotonic()
-            look = min(now - last_look, LONGEST_LOOK_SECONDS)
-            waited, last_look = waited + look, now
-            self._look_at_failures(look)
+            if timer.seconds > bound:
+                raise EngineDeadError(self._hung(plan, timer.seconds, bound))
+            self._note(links.receive(CHECK_SECONDS))
+            now = self._clock()
+            timer.check(now)
+            self._check_failures(now)
         return self._results.pop(plan.step_id)
 
     def _note(self, received: tuple[int, Message] | None) -> None:
@@ -267,7 +275,8 @@ class RankGroup:
             if message.result.step_id in self._in_flight:  # else an earlier step failed, and nobody waits for this one
                 self._results[message.result.step_id] = message.result
         elif isinstance(message, StepFailed):
-            self._failures.setdefault(message.step_id, _FailedStep(message.step_id)).by_rank[rank] = message
+            failed = _FailedStep(message.step_id, SuspendSafeTimer(self._clock()))
+            self._failures.setdefault(message.step_id, failed).by_rank[rank] = message
         else:
             raise EngineDeadError(f"{self._named(rank)} sent {type(message).__name__} in the middle of a step")
 
@@ -281,12 +290,11 @@ class RankGroup:
 
     # ---- failed steps ---------------------------------------------------------------------------------------------
 
-    def _look_at_failures(self, look: float) -> None:
+    def _check_failures(self, now: float) -> None:
         """Raise `EngineDeadError` when a step has failed for some ranks, and the others had time to fail likewise."""
         for failure in list(self._failures.values()):
             if len(failure.by_rank) < self._layout.world_size:
-                failure.waited += look
-                if failure.waited > failure.patience:
+                if failure.timer.check(now) > failure.patience:
                     raise EngineDeadError(self._blame(failure))
             elif failure.step_id not in self._in_flight:
                 del self._failures[failure.step_id]
@@ -325,8 +333,9 @@ class RankGroup:
 
     # ---- life and death -------------------------------------------------------------------------------------------
 
+    @override
     def check_health(self) -> None:
-        """See `Executor`: takes what the ranks have said in the meantime, so that the death of an idle one shows."""
+        # Messages are read here too, so that the death of an idle rank is noticed.
         if self._lost is None and self._links is not None:
             try:
                 while (received := self._links.receive(0)) is not None:
@@ -336,12 +345,12 @@ class RankGroup:
         if self._lost is not None:
             raise EngineDeadError(self._lost)
 
+    @override
     def ranks(self) -> list[RankHealth]:
-        """See `Executor`."""
         return [] if self._links is None else self._links.health()
 
+    @override
     def shutdown(self) -> None:
-        """See `Executor`."""
         self._end("the executor was shut down", _SHUTDOWN_SECONDS)
 
     def _lose(self, cause: str) -> None:
@@ -369,20 +378,13 @@ class RankGroup:
         return self._links
 
 
-class _RankStep:
+class _RankStep(StepHandle):
     """A step under way on all ranks."""
 
     def __init__(self, group: RankGroup, plan: StepPlan) -> None:
         self._group = group
         self._plan = plan
 
+    @override
     def result(self) -> StepResult:
-        """See `StepHandle`."""
         return self._group.wait_for(self._plan)
-
-
-def _rank_fields(config: PagodaConfig) -> dict[str, Any]:
-    """The configuration for ranks, without what only the server may know."""
-    fields = asdict(config)
-    del fields["api_keys"]
-    return fields

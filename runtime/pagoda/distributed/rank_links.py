@@ -13,13 +13,14 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeVar
 
-from pagoda.distributed.rank_channel import CODEC, ChannelEnded, HeartbeatThread, RankChannel, SilenceWatch
-from pagoda.distributed.rank_health import RankHealth
+from pagoda.distributed.rank_channel import CODEC, ChannelEnded, HeartbeatThread, RankChannel
 from pagoda.distributed.rank_launcher import RankConnection
 from pagoda.distributed.rank_messages import Command, EndRank, Heartbeat, Message, RankFailed, RankHello
 from pagoda.errors import EngineDeadError, PagodaError, error_of
+from pagoda.parallel.rank_health import RankHealth
+from pagoda.timers import HeartbeatTimer
 
-LOOK_SECONDS = 0.25
+CHECK_SECONDS = 0.25
 START_SLACK = 3.0
 # A rank that dies takes others with it, which then cannot reach it: their word may come before the news of its death.
 CAUSE_SECONDS = 1.0
@@ -30,14 +31,20 @@ Answer = TypeVar("Answer")
 class RankLinks:
     """`death_of(rank)`: how a rank's process ended, where its launcher knows."""
 
-    def __init__(self, connections: Sequence[RankConnection], death_of: Callable[[int], str | None]) -> None:
+    def __init__(
+        self,
+        connections: Sequence[RankConnection],
+        death_of: Callable[[int], str | None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._hosts = [connection.host for connection in connections]
         self._pids = [0] * len(connections)
         self._death_of = death_of
+        self._clock = clock
         self._inbox: queue.SimpleQueue[tuple[int, Message | ChannelEnded]] = queue.SimpleQueue()
         self._channels = [RankChannel(connection.socket) for connection in connections]
-        self._watches: list[SilenceWatch] = []
-        self._last_look = 0.0
+        self._timers: list[HeartbeatTimer] = []
+        self._last_check = 0.0
         self._heartbeat_timeout = 0.0
         self._bound = 0.0
         self._heartbeats: HeartbeatThread | None = None
@@ -61,7 +68,7 @@ class RankLinks:
         """
         self._heartbeat_timeout = heartbeat_timeout
         self._bound = START_SLACK * heartbeat_timeout
-        self._watches = [SilenceWatch(channel) for channel in self._channels]
+        self._timers = [HeartbeatTimer() for _ in self._channels]
         self._heartbeats = HeartbeatThread(self._channels, Heartbeat, heartbeat_timeout)
         self._heartbeats.start()
 
@@ -76,7 +83,7 @@ class RankLinks:
                 rank=rank,
                 host=self._hosts[rank],
                 pid=self._pids[rank],
-                last_heartbeat=channel.last_heard,
+                last_heartbeat=channel.last_received,
                 num_steps=channel.progress.num_steps,
             )
             for rank, channel in enumerate(self._channels)
@@ -112,11 +119,11 @@ class RankLinks:
         try:
             rank, message = self._inbox.get(timeout > 0, timeout or None)
         except queue.Empty:
-            self._look()
+            self._check_heartbeats()
             return None
         if isinstance(message, ChannelEnded | RankFailed):
             raise self._cause(rank, message)
-        self._look()
+        self._check_heartbeats()
         return rank, message
 
     def collect(
@@ -129,13 +136,13 @@ class RankLinks:
     ) -> list[Answer]:
         """One `answer` of each rank, in their order; `on_other` is told of messages of another kind.
 
-        Raises what `receive` does, and `EngineDeadError` after `deadline` (monotonic seconds), with the names of those that
+        Raises what `receive` does, and `EngineDeadError` after `deadline` (seconds of the clock), with the names of those that
         did not answer and what `otherwise` says.
         """
         answers: dict[int, Answer] = {}
         while len(answers) < len(self._channels):
-            left = deadline - time.monotonic()
-            received = self.receive(min(LOOK_SECONDS, left)) if left > 0 else None
+            left = deadline - self._clock()
+            received = self.receive(min(CHECK_SECONDS, max(0.0, left)))  # late or not: what has arrived counts
             if received is not None:
                 rank, message = received
                 if isinstance(message, answer):
@@ -163,28 +170,28 @@ class RankLinks:
 
     # ---- lost ranks -----------------------------------------------------------------------------------------------
 
-    def _look(self) -> None:
-        """Raise `EngineDeadError` for a rank that has been silent for too long."""
-        now = time.monotonic()
-        if now - self._last_look < LOOK_SECONDS:
+    def _check_heartbeats(self) -> None:
+        """Raise `EngineDeadError` for a rank whose heartbeat is overdue."""
+        now = self._clock()
+        if now - self._last_check < CHECK_SECONDS:
             return
-        self._last_look = now
-        for rank, watch in enumerate(self._watches):
-            silent = watch.look()
+        self._last_check = now
+        for rank, timer in enumerate(self._timers):
+            silent = timer.check(self._channels[rank].last_received, now)
             if silent > self._bound:
                 raise EngineDeadError(
-                    f"{self.name(rank)} gave no sign of life for {silent:.1f} s (bound {self._bound:g} s by "
+                    f"no heartbeat from {self.name(rank)} for {silent:.1f} s (timeout {self._bound:g} s by "
                     "rank_heartbeat_timeout_seconds): its process is stopped, or the network to its host is cut"
                 )
 
     def _cause(self, rank: int, news: ChannelEnded | RankFailed) -> PagodaError:
         """The error for a rank's end. One that only could not reach others gives these time to say why."""
-        until = time.monotonic() + CAUSE_SECONDS
-        while isinstance(news, RankFailed) and news.is_communication and (left := until - time.monotonic()) > 0:
+        until = self._clock() + CAUSE_SECONDS
+        while isinstance(news, RankFailed) and news.is_communication and (left := until - self._clock()) > 0:
             try:
-                other, message = self._inbox.get(timeout=left)
+                other, message = self._inbox.get(timeout=min(CHECK_SECONDS, left))
             except queue.Empty:
-                break
+                continue
             if isinstance(message, ChannelEnded) and other == rank:
                 continue  # that it ends was said
             if isinstance(message, ChannelEnded | RankFailed):

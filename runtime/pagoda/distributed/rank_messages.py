@@ -24,7 +24,7 @@ from pagoda.parallel.preflight import CommunicationReport
 from pagoda.parallel.rank_info import RankFacts
 from pagoda.scheduling.plan import NO_SAMPLED_TOKENS, SampledTokensUpdate, StepPlan, StepResult
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 """Of these messages. Ranks of another one are refused by name before anything else of theirs is read."""
 
 
@@ -56,7 +56,10 @@ class StartRank:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankPrepared:
-    """The rank understood. `port` is free on `facts.address`: rank 0's is where all meet. `threads`: its compute threads."""
+    """The configuration was taken. `port`: where rank 0 listens on `facts.address`, for all to meet; 0 from the others.
+
+    `threads`: compute threads of the rank.
+    """
 
     facts: RankFacts
     port: int

@@ -15,6 +15,7 @@ import logging
 import os
 import queue
 import socket
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -23,11 +24,10 @@ from typing import Any
 
 import torch
 
-from pagoda import __version__, faults
-from pagoda.config.auto import choose_threads
+from pagoda import faults
 from pagoda.config.schema import PagodaConfig
 from pagoda.distributed.node_state import READY, StateFile, rank_file
-from pagoda.distributed.rank_channel import ChannelEnded, HeartbeatThread, RankChannel, SilenceWatch
+from pagoda.distributed.rank_channel import ChannelEnded, HeartbeatThread, RankChannel
 from pagoda.distributed.rank_messages import (
     PROTOCOL_VERSION,
     CheckCommunication,
@@ -58,14 +58,16 @@ from pagoda.logs import configure_logging
 from pagoda.models.config import ModelConfig
 from pagoda.models.loading.loader import Progress
 from pagoda.parallel.groups import SINGLE_RANK, ParallelGroups, connect_groups
-from pagoda.parallel.interfaces import NetworkInterface, choose_interface, export_interface
+from pagoda.parallel.interfaces import NetworkInterface, choose_interface, export_interface, listen_on
 from pagoda.parallel.layout import ParallelLayout
 from pagoda.parallel.preflight import check_communication
 from pagoda.parallel.rank_info import RankFacts, describe_rank
 from pagoda.platform.hardware import cpu_report, memory_report
-from pagoda.platform.thread_binding import bind_compute_threads
+from pagoda.platform.threads import bind_compute_threads, choose_threads
 from pagoda.scheduling.plan import StepPlan
 from pagoda.scheduling.step_timeout import stall_bound
+from pagoda.timers import HeartbeatTimer
+from pagoda.version import __version__
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +88,7 @@ class RankService:
         self._state: StateFile | None = None
         self._channel = RankChannel(connected)
         self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._listener: socket.socket | None = None  # rank 0's, where all ranks meet
         self._groups: ParallelGroups = SINGLE_RANK
         self._start: StartRank
         self._config: PagodaConfig
@@ -179,11 +182,13 @@ class RankService:
             index=index,
         )
         if config.device == "cpu":
-            bind_compute_threads(config, index=index, num_ranks=start.ranks_on_host)
+            bind_compute_threads(config.cpu_thread_affinity, config.threads, index=index, num_ranks=start.ranks_on_host)
         logger.info("%s; interface %s", threads, interface)
         self._config = replace(config, threads=threads.value)
         self._model_config = ModelConfig.from_directory(str(config.model))
-        port = _free_port(interface.address)
+        if self._rank == 0 and config.tensor_parallel_size * config.pipeline_parallel_size > 1:
+            self._listener = listen_on(interface.address)
+        port = 0 if self._listener is None else int(self._listener.getsockname()[1])
         self._channel.send(RankPrepared(facts=self._facts(config, interface), port=port, threads=threads.value))
 
     def _join(self, command: JoinGroup) -> None:
@@ -200,6 +205,7 @@ class RankService:
             timeout_seconds=stall_bound(config.max_num_batched_tokens, config.collective_timeout_seconds),
             device=torch.device(config.device),
             rendezvous_timeout_seconds=config.rendezvous_timeout_seconds,
+            listener=self._listener,
         )
         self._worker = Worker(config, self._model_config, self._groups)
         self._channel.send(StageDone("rendezvous"))
@@ -260,18 +266,20 @@ class RankService:
 
     def _watch_driver(self, timeout: float) -> None:
         """Send heartbeats, and end the process when there are none from the driver."""
-        silence = SilenceWatch(self._channel)
+        timer = HeartbeatTimer()
 
-        def listen() -> None:
-            silent = silence.look()
+        def check() -> None:
+            silent = timer.check(self._channel.last_received, time.monotonic())
             if silent > timeout:
-                logger.error("the engine core has been silent for %.1f s (bound %g s): this rank ends", silent, timeout)
+                logger.error(
+                    "no heartbeat of the engine core for %.1f s (timeout %g s): this rank ends", silent, timeout
+                )
                 os._exit(_LOST_EXIT_CODE)
             if self._state is not None:
                 self._state.beat()
 
         HeartbeatThread(
-            [self._channel], lambda: RankHeartbeat(self._num_steps, self._groups.num_operations), timeout, listen
+            [self._channel], lambda: RankHeartbeat(self._num_steps, self._groups.num_operations), timeout, check
         ).start()
 
     def _publish(self, stage: str) -> None:
@@ -312,10 +320,3 @@ class RankService:
             interface=interface.name,
             address=interface.address,
         )
-
-
-def _free_port(address: str) -> int:
-    """A port that nobody listens on at `address`, as of now."""
-    family = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0][0]
-    with socket.create_server((address, 0), family=family) as server:
-        return int(server.getsockname()[1])

@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from pagoda.distributed.rank_health import RankHealth
 from pagoda.errors import ErrorKind
+from pagoda.parallel.rank_health import RankHealth
 from pagoda.sampling.output import FinishReason, TokenLogprobs
 
 

@@ -16,24 +16,18 @@ and received by the host, so several stages run without graphs.
 
 from __future__ import annotations
 
-import logging
-import time
 from bisect import bisect_left
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pagoda.config.values import format_bytes
 from pagoda.errors import ConfigError
 from pagoda.execution.input_batch import RowLayout
 from pagoda.models.decoder import DecoderForCausalLM, KVCache
 from pagoda.parallel.layout import ParallelLayout
-from pagoda_kernels.attention import AttentionMetadata
-from pagoda_kernels.step import StepTensors
-
-logger = logging.getLogger(__name__)
+from pagoda_kernels.types import AttentionMetadata, StepTensors
 
 # Powers of two up to 32, then steps that pad by a third at most.
 GRAPH_SIZES = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384)
@@ -43,18 +37,11 @@ MAX_GRAPHS = 12
 BYTES_PER_GRAPH = 32 << 20
 
 
-class Replay(Protocol):
-    """Runs what was captured again, over the same memory."""
+Replay = Callable[[], None]
+"""Queues what was captured on the current stream, over the same memory."""
 
-    def __call__(self) -> None:
-        """Queue the work on the current stream."""
-
-
-class Capture(Protocol):
-    """Records what a function does to the device; returns the means to run it again and the function's result."""
-
-    def __call__(self, step: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
-        """Record `step`."""
+Capture = Callable[[Callable[[], Tensor]], tuple[Replay, Tensor]]
+"""Records what a function does to the device; returns what runs it again, and the function's result."""
 
 
 def uses_cuda_graphs(device_type: str, layout: ParallelLayout, *, enforce_eager: bool) -> bool:
@@ -94,7 +81,7 @@ class DecodeGraphs:
     ) -> None:
         """Capture every size, the largest first: the smaller ones then fit into the memory it took.
 
-        Raises `ConfigError` where one cannot be captured.
+        `capture`: `CudaCapture()`. Raises `ConfigError` where a size cannot be captured.
         """
         self._group = model.groups.tensor
         self._sizes = graph_sizes(max_num_seqs)
@@ -166,7 +153,7 @@ class DecodeGraphs:
 
 
 class CudaCapture:
-    """`Capture` by CUDA graphs that share one pool of memory."""
+    """A `Capture` by CUDA graphs that share one pool of memory."""
 
     def __init__(self) -> None:
         self._pool: Any = None  # a handle that torch gives and takes
@@ -185,44 +172,3 @@ class CudaCapture:
             hidden = step()
         self._pool = graph.pool()
         return graph.replay, hidden
-
-
-class GraphCapture(Protocol):
-    """How `DecodeGraphs` come about; see `capture_cuda_graphs`."""
-
-    def __call__(
-        self,
-        model: DecoderForCausalLM,
-        kv_caches: list[KVCache],
-        *,
-        max_num_seqs: int,
-        max_model_len: int,
-        max_blocks: int,
-    ) -> DecodeGraphs:
-        """Capture."""
-
-
-@torch.inference_mode()
-def capture_cuda_graphs(
-    model: DecoderForCausalLM, kv_caches: list[KVCache], *, max_num_seqs: int, max_model_len: int, max_blocks: int
-) -> DecodeGraphs:
-    """Capture on the model's GPU; logs what it took."""
-    torch.cuda.synchronize()
-    started, free_before = time.perf_counter(), torch.cuda.mem_get_info()[0]
-    graphs = DecodeGraphs(
-        model,
-        kv_caches,
-        max_num_seqs=max_num_seqs,
-        max_model_len=max_model_len,
-        max_blocks=max_blocks,
-        capture=CudaCapture(),
-    )
-    torch.cuda.synchronize()
-    logger.info(
-        "CUDA graphs: %d, for up to %d rows, captured in %.1f s, %s",
-        len(graph_sizes(max_num_seqs)),
-        graph_sizes(max_num_seqs)[-1],
-        time.perf_counter() - started,
-        format_bytes(max(0, free_before - torch.cuda.mem_get_info()[0])),
-    )
-    return graphs

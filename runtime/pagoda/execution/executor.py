@@ -9,12 +9,7 @@ from typing import Protocol
 
 import torch
 
-from pagoda.config.schema import PagodaConfig
-from pagoda.distributed.rank_health import RankHealth
-from pagoda.errors import EngineDeadError
-from pagoda.execution.worker import Worker
-from pagoda.models.config import ModelConfig
-from pagoda.platform.thread_binding import bind_compute_threads
+from pagoda.parallel.rank_health import RankHealth
 from pagoda.scheduling.plan import StepPlan, StepResult
 
 LoadProgress = Callable[[str, int, int], None]
@@ -104,91 +99,3 @@ class FailedStep:
     def result(self) -> StepResult:
         """Raise what went wrong."""
         raise self._error
-
-
-class InProcessExecutor:
-    """The executor of a single rank, in the calling process."""
-
-    def __init__(self, config: PagodaConfig, model_config: ModelConfig) -> None:
-        self._worker = Worker(config, model_config)
-        self._dead: str | None = None
-        # On a GPU a step is only queued by `submit`, so the next one is made meanwhile. On a CPU it is done by then.
-        self.max_concurrent_batches = 2 if self._worker.device.type == "cuda" else 1
-
-    def connect(self, stages: Stages) -> None:
-        """See `Executor`."""
-
-    def load(self, progress: LoadProgress | None = None) -> None:
-        """See `Executor`."""
-        if self._worker.device.type == "cpu":
-            bind_compute_threads(self._worker.config)
-        self._worker.load(None if progress is None else lambda _, done, total: progress("", done, total))
-
-    def kv_budget(self, block_size: int) -> KVBudget:
-        """See `Executor`."""
-        return KVBudget(self._worker.kv_block_bytes(block_size), self._worker.available_kv_bytes())
-
-    def initialize_kv_cache(self, num_blocks: int, max_model_len: int | None = None) -> None:
-        """See `Executor`."""
-        self._worker.initialize_kv_cache(num_blocks, max_model_len)
-
-    def submit(self, plan: StepPlan) -> StepHandle:
-        """See `Executor`."""
-        try:
-            return _InProcessStep(self, self._worker.execute(plan))
-        except Exception as error:  # none is lost: the handle raises it
-            self.note_error(error)
-            return FailedStep(error)
-
-    def check_health(self) -> None:
-        """See `Executor`."""
-        if self._dead is not None:
-            raise EngineDeadError(self._dead)
-
-    def ranks(self) -> list[RankHealth]:
-        """See `Executor`."""
-        return []
-
-    def shutdown(self) -> None:
-        """See `Executor`."""
-        self._dead = self._dead or "the executor was shut down"
-        self._worker.shutdown()
-
-    def note_error(self, error: Exception) -> None:
-        """Remember an error after which the device does nothing more: CUDA keeps its context broken."""
-        if isinstance(error, torch.AcceleratorError):
-            self._dead = f"the device failed: {error}"
-
-
-class _InProcessStep:
-    """A step on its way; the result is there when the device is done."""
-
-    def __init__(self, executor: InProcessExecutor, pending: StepHandle) -> None:
-        self._executor = executor
-        self._pending = pending
-
-    def result(self) -> StepResult:
-        try:
-            return self._pending.result()
-        except Exception as error:  # raised on, once it is known whether the device survived it
-            self._executor.note_error(error)
-            raise
-
-
-def create_executor(config: PagodaConfig, model_config: ModelConfig) -> Executor:
-    """The executor that the configuration asks for. Raises `ConfigError` for one that this machine cannot have."""
-    backend = config.distributed_executor_backend
-    if backend == "auto" and config.ray_address is not None:
-        backend = "ray"
-    if backend == "auto" and config.tensor_parallel_size * config.pipeline_parallel_size > 1:
-        backend = "mp"
-    if backend == "auto":
-        return InProcessExecutor(config, model_config)
-    if backend == "mp":
-        # Imported here: it needs msgspec, which a single rank does without.
-        from pagoda.distributed.multi_process import multi_process_executor
-
-        return multi_process_executor(config, model_config)
-    from pagoda.distributed.ray.executor import ray_executor
-
-    return ray_executor(config, model_config)

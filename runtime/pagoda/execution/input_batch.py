@@ -22,10 +22,10 @@ from torch import Tensor
 
 from pagoda.errors import PagodaError
 from pagoda.sampling.rows import Int64Array
-from pagoda.sampling.transfer import upload, upload_all
+from pagoda.sampling.transfer import all_to_device, to_device
 from pagoda.scheduling.plan import NewRequest, SampledTokensUpdate, StepPlan
-from pagoda_kernels.attention import AttentionMetadata
-from pagoda_kernels.step import StepTensors, gather_step
+from pagoda_kernels import backend
+from pagoda_kernels.types import AttentionMetadata, StepTensors
 
 logger = logging.getLogger(__name__)
 
@@ -155,7 +155,7 @@ class InputBatch:
         """Write tokens that another rank sampled into the pool. Slots and positions were planned, so they are there."""
         if update.slots:
             slots, positions, token_ids = (
-                upload(np.array(values, dtype=np.int64), self.device)
+                to_device(np.array(values, dtype=np.int64), self.device)
                 for values in (update.slots, update.positions, update.token_ids)
             )
             self.token_pool[slots, positions] = token_ids
@@ -170,8 +170,8 @@ class InputBatch:
                 index.extend(range(first, first + len(block_ids)))
                 values.extend(block_ids)
         if index:
-            table_index = upload(np.array(index, dtype=np.int64), self.device)
-            block_ids_on_device = upload(np.array(values, dtype=np.int32), self.device)
+            table_index = to_device(np.array(index, dtype=np.int64), self.device)
+            block_ids_on_device = to_device(np.array(values, dtype=np.int32), self.device)
             self.block_table.view(-1).index_copy_(0, table_index, block_ids_on_device)
 
     def build(self, plan: StepPlan, buffers: StepBuffers | None = None) -> StepInputs | None:
@@ -188,11 +188,13 @@ class InputBatch:
         self.num_tokens[layout.sampling_slots] = sampled_positions + 1
         max_seq_len = int(seq_lens.max())
         num_columns = -(-max_seq_len // self.block_size)
-        computed_, sampled_pool_index = upload_all((computed, layout.sampled_offsets + sampled_positions), self.device)
+        computed_, sampled_pool_index = all_to_device(
+            (computed, layout.sampled_offsets + sampled_positions), self.device
+        )
         tensors = buffers.tensors_for(layout, num_columns) if buffers is not None else None
         if tensors is None:
             tensors = StepTensors.allocate(layout.num_tokens, len(layout.slots), num_columns, self.device)
-        gather_step(
+        backend.active.gather_step(
             self.token_pool,
             self.block_table,
             self.block_size,
@@ -241,9 +243,9 @@ class InputBatch:
             sampling_plan_rows=[rows[index] for index in sampling_rows],
             sampling_slots=slots[sampling_rows],
             sampled_offsets=slots[sampling_rows] * self.token_pool.shape[1],
-            query_start_loc=upload(query_start_loc.astype(np.int32), self.device),
-            slot_index=upload(slots, self.device),
-            sampling_tokens=None if len(sampling_rows) == num_tokens else upload(sampling_tokens, self.device),
+            query_start_loc=to_device(query_start_loc.astype(np.int32), self.device),
+            slot_index=to_device(slots, self.device),
+            sampling_tokens=None if len(sampling_rows) == num_tokens else to_device(sampling_tokens, self.device),
             num_tokens=num_tokens,
             max_query_len=int(scheduled.max()),
             num_decode_rows=int((scheduled == 1).sum()),
@@ -266,8 +268,8 @@ class InputBatch:
         """Write a request's tokens and blocks into its slot. Its prompt was checked at the border of the engine."""
         token_ids = np.array(new.token_ids, dtype=np.int64)
         block_ids = np.array(new.block_ids, dtype=np.int32)
-        self.token_pool[new.slot, : token_ids.size] = upload(token_ids, self.device)
-        self.block_table[new.slot, : block_ids.size] = upload(block_ids, self.device)
+        self.token_pool[new.slot, : token_ids.size] = to_device(token_ids, self.device)
+        self.block_table[new.slot, : block_ids.size] = to_device(block_ids, self.device)
         self.block_table[new.slot, block_ids.size :] = 0
         self.num_tokens[new.slot] = token_ids.size
 

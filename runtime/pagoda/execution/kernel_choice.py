@@ -1,4 +1,4 @@
-"""Which kernels a rank runs on, the form in which they want weights, and the memory they need besides."""
+"""Which kernels a rank runs on, whether they take packed weights, and the workspace that they need."""
 
 from __future__ import annotations
 
@@ -14,40 +14,44 @@ from pagoda_kernels.cpu.build import BuildError
 logger = logging.getLogger(__name__)
 
 
-def choose_cpu_kernels(asked: str) -> None:
-    """Let this process's operations run on the compiled kernels (`asked` = auto, compiled) or the torch ones (reference).
+def choose_cpu_kernels(setting: str) -> None:
+    """Make the backend that `cpu_kernels` names the active one: compiled, reference, or auto.
 
-    Where the compiled ones are not there and cannot be built, `auto` takes the torch ones and says in one line what is lost.
+    auto: the compiled kernels, or the reference, with a warning, where they cannot be built or run.
 
     Raises:
-        ConfigError: they were asked for and are not to be had.
+        ConfigError: `compiled` where they cannot be built or run.
     """
-    if asked == "reference":
+    if setting == "reference":
         backend.use_backend("reference")
         return
     try:
         backend.use_backend("cpu")
+        level = _compiled_level()
     except (BuildError, OSError) as error:
-        if asked == "compiled":
+        if setting == "compiled":
             raise ConfigError(f"cpu_kernels=compiled: {error}") from error
         backend.use_backend("reference")
         logger.warning(
-            "the compiled CPU kernels are missing (%s): torch's own take their place, at half the speed or less", error
+            "the compiled CPU kernels are not available (%s): falling back to the reference kernels in torch, at half the "
+            "speed or less",
+            error,
         )
         return
+    logger.info("CPU kernels: compiled, for %s", level)
+
+
+def _compiled_level() -> str:
+    """The instruction set that the compiled kernels run on; `BuildError` where this processor has none of theirs."""
     from pagoda_kernels.cpu.operators import active_level, available_levels
 
     if not available_levels():
-        if asked == "compiled":
-            raise ConfigError("cpu_kernels=compiled: this processor has no AVX2")
-        backend.use_backend("reference")
-        logger.warning("this processor has no AVX2: torch's own kernels take the compiled ones' place, more slowly")
-        return
-    logger.info("CPU kernels: compiled, for %s", active_level())
+        raise BuildError("this processor has no AVX2")
+    return active_level()
 
 
 def choose_gpu_kernels() -> None:
-    """Let this process's operations run on the Triton kernels.
+    """Make the Triton backend the active one.
 
     Raises:
         ConfigError: Triton is not installed.
@@ -61,14 +65,11 @@ def choose_gpu_kernels() -> None:
 
 
 def reserve_decode_workspace(max_num_seqs: int, num_heads: int, head_dim: int, device: torch.device) -> None:
-    """Take the memory that attention needs for batches of decode rows, before the KV cache takes what is left."""
-    from pagoda_kernels.gpu.tuning import table_of_device
-    from pagoda_kernels.gpu.workspace import DECODE_WORKSPACE
-
-    held = DECODE_WORKSPACE.reserve(max_num_seqs, num_heads, table_of_device(device).segments, head_dim, device)
+    """Allocate what attention needs for batches of decode rows, before the KV cache is sized."""
+    held = backend.active.reserve_workspace(max_num_seqs, num_heads, head_dim, device)
     logger.info("workspace of decode attention: %s", format_bytes(held))
 
 
 def packs_weights(dtype: torch.dtype) -> bool:
-    """Whether linear layers are packed as they are read: on the compiled CPU kernels, which have none for float16."""
-    return backend.active.name == "cpu" and dtype != torch.float16
+    """Whether linear layers of a model in `dtype` are packed as they are read."""
+    return dtype in backend.active.packed_dtypes

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pagoda import faults
-from pagoda.execution.cuda_graphs import DecodeGraphs, GraphCapture
+from pagoda.execution.cuda_graphs import Capture, DecodeGraphs
 from pagoda.execution.input_batch import InputBatch, StepInputs
 from pagoda.models.decoder import DecoderForCausalLM, KVCache
 from pagoda.sampling.logprobs import LogprobTensors, RawDistribution
@@ -17,8 +17,9 @@ from pagoda.sampling.output import TokenLogprobs
 from pagoda.sampling.params import SamplingParams
 from pagoda.sampling.sampler import Sampler, SamplerOutput, row_error
 from pagoda.sampling.selection import pad_to_blocks
-from pagoda.sampling.transfer import DeviceMark, download
+from pagoda.sampling.transfer import DeviceEvent, to_host
 from pagoda.scheduling.plan import NO_SAMPLED_TOKENS, NewRequest, SampledTokensUpdate, StepPlan, StepResult
+from pagoda_kernels import backend
 
 # Logits computed at once for prompt logprobs: 32 MiB of float32, whatever the prompt's length.
 _MAX_PROMPT_LOGITS = 1 << 23
@@ -51,16 +52,16 @@ class PendingStep:
         self._num_rows = len(plan.slots)
         self._errors = errors
         self._sampling_plan_rows = inputs.layout.sampling_plan_rows if inputs is not None else []
-        self._sampled = _downloaded(sampled) if sampled is not None else None
+        self._sampled = _sampled_to_host(sampled) if sampled is not None else None
         self._prompt_logprobs = [
-            _PromptLogprobs(row.plan_row, row.count, [_downloaded_logprobs(piece) for piece in row.pieces])
+            _PromptLogprobs(row.plan_row, row.count, [_logprobs_to_host(piece) for piece in row.pieces])
             for row in prompt_logprobs or []
         ]
-        self._mark = DeviceMark(device)
+        self._event = DeviceEvent(device)
 
     def result(self) -> StepResult:
         """Wait for the device and return what it made of the plan. To be called once."""
-        self._mark.wait()
+        self._event.wait()
         result = StepResult(self._step_id, [[] for _ in range(self._num_rows)], errors=self._errors)
         if self._sampled is not None:
             self._take_sampled(self._sampled, result)
@@ -137,20 +138,24 @@ class ModelRunner:
         self._shares_samples = self.groups.layout.pipeline_parallel_size == 1
         self.kv_caches = kv_caches
         self.batch = batch
-        self.sampler = Sampler(vocab_size=batch.vocab_size, token_pool=batch.token_pool, seed=seed)
+        self.sampler = Sampler(
+            vocab_size=batch.vocab_size, token_pool=batch.token_pool, kernels=backend.active, seed=seed
+        )
         # Slots whose requests want prompt logprobs: how many best tokens, and the length of the prompt.
         self._prompt_logprobs: dict[int, tuple[int, int]] = {}
         self.graphs: DecodeGraphs | None = None
 
-    def capture_graphs(self, capture: GraphCapture) -> None:
+    @torch.inference_mode()
+    def capture_graphs(self, capture: Capture) -> None:
         """Let decode steps run as graphs from now on; to be called once, before the first request."""
         batch = self.batch
-        self.graphs = capture(
+        self.graphs = DecodeGraphs(
             self.model,
             self.kv_caches,
             max_num_seqs=len(batch.num_tokens),
             max_model_len=batch.max_model_len,
             max_blocks=batch.max_blocks,
+            capture=capture,
         )
 
     @torch.inference_mode()
@@ -268,16 +273,16 @@ def _fire_sample_faults(plan: StepPlan, errors: dict[int, str]) -> None:
                 errors.setdefault(row, f"the request could not be sampled: {error}")
 
 
-def _downloaded(sampled: SamplerOutput) -> SamplerOutput:
+def _sampled_to_host(sampled: SamplerOutput) -> SamplerOutput:
     logprobs = sampled.logprobs
     return SamplerOutput(
-        token_ids=download(sampled.token_ids),
-        best_logits=download(sampled.best_logits),
-        logprobs=_downloaded_logprobs(logprobs) if logprobs is not None else None,
+        token_ids=to_host(sampled.token_ids),
+        best_logits=to_host(sampled.best_logits),
+        logprobs=_logprobs_to_host(logprobs) if logprobs is not None else None,
         logprob_rows=sampled.logprob_rows,
         logprob_counts=sampled.logprob_counts,
     )
 
 
-def _downloaded_logprobs(logprobs: LogprobTensors) -> LogprobTensors:
-    return LogprobTensors(download(logprobs.token_ids), download(logprobs.logprobs), download(logprobs.ranks))
+def _logprobs_to_host(logprobs: LogprobTensors) -> LogprobTensors:
+    return LogprobTensors(to_host(logprobs.token_ids), to_host(logprobs.logprobs), to_host(logprobs.ranks))

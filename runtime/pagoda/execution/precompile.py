@@ -23,9 +23,8 @@ from pagoda.models.quantization.schemes import QuantizationConfig
 from pagoda.parallel.groups import ParallelGroups, PipelineLink, TensorGroup
 from pagoda.platform.hardware import cpu_report
 from pagoda.sampling.selection import pad_to_blocks
-from pagoda_kernels.attention import AttentionMetadata
-from pagoda_kernels.sampling import choose_greedy, choose_open
-from pagoda_kernels.step import StepTensors, gather_step
+from pagoda_kernels import backend
+from pagoda_kernels.types import AttentionMetadata, StepTensors
 
 if TYPE_CHECKING:
     from pagoda_kernels.gpu.ahead import Specialization
@@ -126,15 +125,16 @@ def _gather(block_size: int) -> None:
     meta = torch.device("meta")
     pool = torch.empty((2, 2), dtype=torch.int64, device=meta)
     table = torch.empty((2, 2), dtype=torch.int32, device=meta)
-    gather_step(pool, table, block_size, pool[0], table[0], pool[0], 1, StepTensors.allocate(2, 2, 2, meta))
+    into = StepTensors.allocate(2, 2, 2, meta)
+    backend.active.gather_step(pool, table, block_size, pool[0], table[0], pool[0], 1, into)
 
 
 def _sample(logits: torch.Tensor) -> None:
-    """The two ways of choosing that are kernels."""
-    _, best_logits = choose_greedy(logits)
+    """The operations that sample."""
+    _, best_logits = backend.active.greedy_sample(logits)
     rows = torch.empty(1, dtype=torch.int64, device="meta")
     one = torch.empty(1, dtype=torch.float32, device="meta")
-    choose_open(logits, best_logits, rows, rows, rows, one, one, one.double())
+    backend.active.sample_top_p_by_rejection(logits, best_logits, rows, rows, rows, one, one, one.double())
 
 
 class _NoAngles(nn.Module):

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from pagoda.config.auto import choose_cpu_kv_cache_bytes
 from pagoda.config.schema import PagodaConfig
 from pagoda.config.values import format_bytes
 from pagoda.errors import ConfigError
-from pagoda.execution.cuda_graphs import capture_cuda_graphs, reserved_bytes, uses_cuda_graphs
+from pagoda.execution.cuda_graphs import CudaCapture, graph_sizes, reserved_bytes, uses_cuda_graphs
 from pagoda.execution.input_batch import InputBatch
 from pagoda.execution.kernel_choice import (
     choose_cpu_kernels,
@@ -20,6 +20,7 @@ from pagoda.execution.kernel_choice import (
     packs_weights,
     reserve_decode_workspace,
 )
+from pagoda.execution.kv_memory import choose_cpu_kv_cache_bytes
 from pagoda.execution.model_runner import ModelRunner, PendingMultiStep, PendingStep
 from pagoda.execution.precompile import ModelBuild, kernels_compiled_meanwhile
 from pagoda.models.build import build_model
@@ -165,7 +166,7 @@ class Worker:
         self.runner = self._make_runner(num_blocks, max_model_len or self._longest_sequence(), self._max_num_seqs())
         self._run_largest(self.runner, num_rows=1, num_tokens=min(_WARM_UP_TOKENS, self.runner.batch.max_model_len - 1))
         if self._uses_cuda_graphs():
-            self.runner.capture_graphs(capture_cuda_graphs)
+            self._capture_cuda_graphs(self.runner)
         if self.device.type == "cuda":
             # The memory of the greatest step is taken now, and not from the driver while requests run.
             self._run_largest(self.runner, **self._largest_step(self.runner.batch.max_model_len))
@@ -229,6 +230,20 @@ class Worker:
             device=self.device,
         )
         return ModelRunner(self.model, kv_caches, batch, seed=config.seed)
+
+    def _capture_cuda_graphs(self, runner: ModelRunner) -> None:
+        torch.cuda.synchronize()
+        started, free_before = time.perf_counter(), torch.cuda.mem_get_info()[0]
+        runner.capture_graphs(CudaCapture())
+        torch.cuda.synchronize()
+        sizes = graph_sizes(self._max_num_seqs())
+        logger.info(
+            "CUDA graphs: %d, for up to %d rows, captured in %.1f s, %s",
+            len(sizes),
+            sizes[-1],
+            time.perf_counter() - started,
+            format_bytes(max(0, free_before - torch.cuda.mem_get_info()[0])),
+        )
 
     def _zeros(self, num_tensors: int, shape: tuple[int, ...]) -> Sequence[torch.Tensor]:
         """Keys and values of all layers. On a CPU, all of their memory is taken now, on huge pages where there are any."""

@@ -18,7 +18,7 @@ from pagoda.models.quantization.schemes import QuantizationConfig
 from pagoda.models.sharding import ModelShare, Shard
 from pagoda.models.weights import WeightTarget
 from pagoda.parallel.groups import ParallelGroups, TensorGroup
-from pagoda_kernels.attention import AttentionMetadata
+from pagoda_kernels.types import AttentionMetadata
 
 KVCache = tuple[torch.Tensor, torch.Tensor]
 

@@ -1,4 +1,4 @@
-"""What a model family says about itself, and what all families read alike. Imports no torch."""
+"""What a model family says about itself, and what all families read alike."""
 
 from __future__ import annotations
 

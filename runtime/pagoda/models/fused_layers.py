@@ -1,8 +1,6 @@
-"""A single CPU rank's stack of layers as one operator: no Python, and no torch dispatch, between two layers."""
+"""A single rank's stack of layers as one operator: no Python, and no torch dispatch, between two layers."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 
@@ -12,7 +10,8 @@ from pagoda.models.layers.linear import Linear
 from pagoda.models.layers.mlp import GatedMLP
 from pagoda.models.loading.packed import PackedLinearMethod
 from pagoda_kernels import backend
-from pagoda_kernels.attention import AttentionMetadata
+from pagoda_kernels.interface import FusedDecoder, PackedLinear
+from pagoda_kernels.types import AttentionMetadata
 
 
 class FusedLayers:
@@ -21,7 +20,7 @@ class FusedLayers:
     def __init__(self, model: DecoderForCausalLM) -> None:
         assert model.norm is not None
         config = model.config
-        self._operator: Any = torch.classes.pagoda_cpu.Decoder(
+        self._decoder: FusedDecoder = backend.active.fused_decoder(
             model.share.heads.size,
             model.share.kv_heads.size,
             config.head_dim,
@@ -32,7 +31,7 @@ class FusedLayers:
         for layer in model.layers:
             assert isinstance(layer, DecoderLayer)
             attention, mlp = layer.self_attn, layer.mlp
-            self._operator.add_layer(
+            self._decoder.add_layer(
                 layer.input_layernorm.weight.data,
                 layer.post_attention_layernorm.weight.data,
                 attention.q_norm.weight.data if attention.q_norm is not None else None,
@@ -58,7 +57,7 @@ class FusedLayers:
         if kv_caches is not self._kv_caches:
             self._kv_caches = kv_caches
             self._k_caches, self._v_caches = [k for k, _ in kv_caches], [v for _, v in kv_caches]
-        hidden: torch.Tensor = self._operator.forward(
+        return self._decoder.forward(
             embedded,
             *rotary,
             self._k_caches,
@@ -68,7 +67,6 @@ class FusedLayers:
             metadata.block_table,
             metadata.slot_mapping,
         )
-        return hidden
 
 
 def fuse_layers(model: DecoderForCausalLM) -> None:
@@ -77,7 +75,7 @@ def fuse_layers(model: DecoderForCausalLM) -> None:
     This is the one place that decides between the two ways; where it cannot, the model keeps running layer by layer.
     """
     can_fuse = (
-        backend.active.name == "cpu"
+        backend.active.implements("fused_decoder")
         and model.groups.layout.world_size == 1
         and model.config.hidden_act == "silu"
         and all(_is_plain(layer) for layer in model.layers)
@@ -92,8 +90,7 @@ def _is_plain(layer: torch.nn.Module) -> bool:
     return all(isinstance(linear.method, PackedLinearMethod) for linear in linears)
 
 
-def _parts_of(layer: Linear) -> tuple[Any, ...]:
-    """What the operator takes of a packed layer."""
+def _parts_of(layer: Linear) -> PackedLinear:
     assert isinstance(layer.method, PackedLinearMethod)
     weight = layer.method.weight
     bias = None if layer.bias is None else layer.bias.data

@@ -1,4 +1,4 @@
-"""How a checkpoint describes its rotary position embedding. Imports no torch."""
+"""How a checkpoint describes its rotary position embedding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What of a model each rank holds. Imports no torch.
+"""What of a model each rank holds.
 
 tensor_parallel_size 2         rank 0                     rank 1
 q_proj  [heads × d, hidden]    rows of the first heads    rows of the others         nothing to exchange

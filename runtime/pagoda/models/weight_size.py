@@ -1,4 +1,4 @@
-"""How much memory a model's weights will take, before any of them is read. Imports no torch."""
+"""How much memory a model's weights will take, before any of them is read."""
 
 from __future__ import annotations
 

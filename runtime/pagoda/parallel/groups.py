@@ -199,23 +199,25 @@ def connect_groups(
     timeout_seconds: float,
     device: torch.device,
     rendezvous_timeout_seconds: float | None = None,
+    listener: socket.socket | None = None,
 ) -> ParallelGroups:
-    """Meet the other ranks at `host`:`port`, where rank 0 listens (on that address only), and make all groups.
+    """Meet the other ranks at `host`:`port`, where rank 0 listens, and make all groups.
 
     Args:
+        listener: rank 0's, which listens there; it is closed with the groups. None on other ranks.
         backend: "gloo" or "nccl".
         timeout_seconds: bound of every collective and every message.
         rendezvous_timeout_seconds: bound of the meeting itself; None: `timeout_seconds`.
 
     Raises:
-        CommunicationError: a rank did not come in time, the address is taken or cannot be reached.
+        CommunicationError: a rank did not come in time, the address cannot be reached.
     """
     if layout.world_size == 1:
         return SINGLE_RANK
     meeting = timedelta(seconds=rendezvous_timeout_seconds or timeout_seconds)
     timeout = timedelta(seconds=timeout_seconds)
     what = f"rank {rank} of {layout.world_size} at the rendezvous on {host}:{port}"
-    store = _checked(what, _open_store, layout, rank, host, port, meeting)
+    store = _checked(what, _open_store, layout, host, port, listener, meeting)
     _checked(
         what,
         dist.init_process_group,
@@ -233,15 +235,13 @@ def connect_groups(
         raise
 
 
-def _open_store(layout: ParallelLayout, rank: int, host: str, port: int, timeout: timedelta) -> Any:
-    """A `TCPStore`, which torch does not export to type checkers."""
-    listener: dict[str, Any] = {}
-    if rank == 0:
-        # Given a socket of ours the store listens on this address; left to itself it would on every one there is.
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        listener["master_listen_fd"] = socket.create_server((host, port), family=family, backlog=1024).detach()
+def _open_store(
+    layout: ParallelLayout, host: str, port: int, listener: socket.socket | None, timeout: timedelta
+) -> Any:
+    """A `TCPStore`, which torch does not export to type checkers. Rank 0's takes the listening socket over."""
+    own: dict[str, Any] = {} if listener is None else {"master_listen_fd": listener.detach()}
     return dist.TCPStore(  # type: ignore[attr-defined]
-        host, port, layout.world_size, is_master=rank == 0, timeout=timeout, **listener
+        host, port, layout.world_size, is_master=listener is not None, timeout=timeout, **own
     )
 
 

@@ -21,6 +21,7 @@ GLOO_VARIABLE = "GLOO_SOCKET_IFNAME"
 NCCL_VARIABLE = "NCCL_SOCKET_IFNAME"
 
 _ELSEWHERE = "198.51.100.1"  # reserved for documentation: any address that is not of this network will do
+_BACKLOG = 1024  # ranks may all connect at once
 _ANY_PORT = 9  # nothing is sent: connecting a datagram socket only looks up the route
 
 
@@ -48,6 +49,12 @@ class HostInterface:
         if not self.is_up:
             return f"{self.name} (down)"
         return f"{self.name} ({', '.join(self.addresses) or 'no address'})"
+
+
+def listen_on(address: str, port: int = 0) -> socket.socket:
+    """A socket that listens on this IP address alone; port 0: at any free port. Raises `OSError` where that cannot be had."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    return socket.create_server((address, port), family=family, backlog=_BACKLOG)
 
 
 def host_interfaces() -> list[HostInterface]:

@@ -1,4 +1,4 @@
-"""Which rank does what. Imports no torch.
+"""Which rank does what.
 
 Ranks stand in stages of the pipeline, each stage a run of layers; the ranks of a stage share its layers by tensors:
 

@@ -1,7 +1,7 @@
 """What each rank is, and what ranks must have in common before they may run one model together.
 
-Every rank describes itself once at rendezvous; the driver compares. Imports no torch: a version is read from the installed
-package, and what only torch knows (device, dtype, NCCL) is handed in.
+Every rank describes itself once at rendezvous; the driver compares. Versions are read from the installed packages, and what
+only torch knows (device, dtype, NCCL) is handed in.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from pagoda import __version__
 from pagoda.config.schema import PagodaConfig
+from pagoda.version import __version__
 
 # Settings that say nothing about what the ranks compute, or may differ from node to node.
 _LOCAL_SETTINGS = frozenset({"model", "threads", "network_interface", "host", "http_port", "grpc_port", "api_keys"})

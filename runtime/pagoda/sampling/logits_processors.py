@@ -91,7 +91,7 @@ class LogitsProcessor(ABC, Generic[State, Prepared]):
     def _flat(self, rows: Int64Array, ids: list[Int64Array]) -> Tensor:
         """Indices into flattened logits: of `ids[i]` in `rows[i]`, for all i in a row. Int64, on the device."""
         lengths = [len(array) for array in ids]
-        return self.context.upload(np.repeat(rows * self.context.padded_vocab_size, lengths) + np.concatenate(ids))
+        return self.context.to_device(np.repeat(rows * self.context.padded_vocab_size, lengths) + np.concatenate(ids))
 
 
 class AllowedTokens(LogitsProcessor[Int64Array, tuple[Tensor, Tensor]]):
@@ -102,7 +102,7 @@ class AllowedTokens(LogitsProcessor[Int64Array, tuple[Tensor, Tensor]]):
         return None if allowed is None else self._check_ids("allowed_token_ids", allowed)
 
     def _prepare(self, rows: Int64Array, states: list[Int64Array]) -> tuple[Tensor, Tensor]:
-        return self.context.upload(rows), self._flat(rows, states)
+        return self.context.to_device(rows), self._flat(rows, states)
 
     def _change(self, logits: Tensor, rows: SampledRows, prepared: tuple[Tensor, Tensor]) -> None:
         changed_rows, flat = prepared
@@ -155,7 +155,7 @@ class LogitBias(LogitsProcessor[_Bias, tuple[Tensor, Tensor]]):
 
     def _prepare(self, rows: Int64Array, states: list[_Bias]) -> tuple[Tensor, Tensor]:
         values = np.concatenate([state.values for state in states])
-        return self._flat(rows, [state.ids for state in states]), self.context.upload(values)
+        return self._flat(rows, [state.ids for state in states]), self.context.to_device(values)
 
     def _change(self, logits: Tensor, rows: SampledRows, prepared: tuple[Tensor, Tensor]) -> None:
         flat, values = prepared
@@ -201,15 +201,15 @@ class BadWords(LogitsProcessor[tuple[Int64Array, ...], _PreparedWords]):
             flat=self._flat(row_of_word, [word[-1:] for word in words]),
             rows=row_of_word,
             lengths=np.array([len(word) for word in words], dtype=np.int64),
-            prefixes=self.context.upload(prefixes),
+            prefixes=self.context.to_device(prefixes),
         )
 
     def _change(self, logits: Tensor, rows: SampledRows, prepared: _PreparedWords) -> None:
         positions = rows.positions[prepared.rows]
-        long_enough = self.context.upload(positions >= prepared.lengths - 1)
+        long_enough = self.context.to_device(positions >= prepared.lengths - 1)
         width = prepared.prefixes.shape[1]
         before = np.maximum(positions[:, None] - width + np.arange(width), 0)
         flat = rows.slots[prepared.rows][:, None] * self.context.token_pool.shape[1] + before
-        tokens = self.context.token_pool.view(-1)[self.context.upload(flat)]
+        tokens = self.context.token_pool.view(-1)[self.context.to_device(flat)]
         matches = ((tokens == prepared.prefixes) | (prepared.prefixes < 0)).all(-1) & long_enough
         logits.view(-1).index_add_(0, prepared.flat, torch.where(matches, float("-inf"), 0.0))

@@ -1,4 +1,4 @@
-"""What generation gives back for a token and at its end. Imports no torch."""
+"""What generation gives back for a token and at its end."""
 
 from __future__ import annotations
 

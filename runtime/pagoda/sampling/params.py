@@ -1,4 +1,4 @@
-"""What a client may ask of generation. Imports no torch: the API process and the scheduler read it too."""
+"""What a client may ask of generation."""
 
 from __future__ import annotations
 

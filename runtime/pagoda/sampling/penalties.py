@@ -45,13 +45,13 @@ class RepetitionPenalty(LogitsProcessor[_Repetition, _PreparedRows]):
 
     def _prepare(self, rows: Int64Array, states: list[_Repetition]) -> _PreparedRows:
         factors = np.array([[state.factor] for state in states], dtype=np.float32)
-        return _PreparedRows(rows, np.zeros_like(rows), (self.context.upload(factors),))
+        return _PreparedRows(rows, np.zeros_like(rows), (self.context.to_device(factors),))
 
     def _change(self, logits: Tensor, rows: SampledRows, prepared: _PreparedRows) -> None:
         (factors,) = prepared.strengths
         flat_logits = logits.view(-1)
-        for piece, flat, _ in _history(self, rows, prepared):
-            factor = factors[piece]
+        for chunk, flat, _ in _history(self, rows, prepared):
+            factor = factors[chunk]
             old = flat_logits[flat]
             flat_logits[flat] = torch.where(
                 old > 0, old / factor, old * factor
@@ -81,14 +81,14 @@ class OutputPenalties(LogitsProcessor[_OutputPenalties, _PreparedRows]):
         presence = np.array([[state.presence] for state in states], dtype=np.float32)
         frequency = np.array([[state.frequency] for state in states], dtype=np.float32)
         starts = np.array([state.num_prompt_tokens for state in states], dtype=np.int64)
-        return _PreparedRows(rows, starts, (self.context.upload(presence), self.context.upload(frequency)))
+        return _PreparedRows(rows, starts, (self.context.to_device(presence), self.context.to_device(frequency)))
 
     def _change(self, logits: Tensor, rows: SampledRows, prepared: _PreparedRows) -> None:
         presence, frequency = prepared.strengths
         flat_logits = logits.view(-1)
-        for piece, flat, is_token in _history(self, rows, prepared):
-            flat_logits[flat] = flat_logits[flat] - presence[piece]
-            each_time = torch.where(is_token, -frequency[piece], 0.0)
+        for chunk, flat, is_token in _history(self, rows, prepared):
+            flat_logits[flat] = flat_logits[flat] - presence[chunk]
+            each_time = torch.where(is_token, -frequency[chunk], 0.0)
             flat_logits.index_add_(0, flat.view(-1), each_time.view(-1))
 
 
@@ -97,7 +97,7 @@ def _history(
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Where in the flattened logits the tokens of some rows are, from their start to their position, some rows at a time.
 
-    Yields the piece of the prepared rows, `flat` int64 `[p, L]` and `is_token` bool `[p, L]`. Rows shorter than L repeat
+    Yields the chunk of the prepared rows, `flat` int64 `[p, L]` and `is_token` bool `[p, L]`. Rows shorter than L repeat
     their first token, where `is_token` is False: harmless where a second time changes nothing.
     """
     context = processor.context
@@ -106,9 +106,9 @@ def _history(
     offsets = prepared.rows * context.padded_vocab_size
     num_rows = max(1, _MAX_GATHERED // int(lengths.max()))
     for first in range(0, len(lengths), num_rows):
-        piece = slice(first, first + num_rows)
-        columns = torch.arange(int(lengths[piece].max()), device=context.device)
-        is_token = columns < context.upload(lengths[piece]).unsqueeze(1)
-        index = context.upload(begins[piece]).unsqueeze(1) + columns * is_token
+        chunk = slice(first, first + num_rows)
+        columns = torch.arange(int(lengths[chunk].max()), device=context.device)
+        is_token = columns < context.to_device(lengths[chunk]).unsqueeze(1)
+        index = context.to_device(begins[chunk]).unsqueeze(1) + columns * is_token
         tokens = context.token_pool.view(-1)[index]
-        yield piece, tokens + context.upload(offsets[piece]).unsqueeze(1), is_token
+        yield chunk, tokens + context.to_device(offsets[chunk]).unsqueeze(1), is_token

@@ -1,17 +1,22 @@
-"""Rows of a step sorted by what it takes to choose their token. Made once for a set of rows, kept while it stays the same."""
+"""Rows of a step sorted by how their token is sampled. Made once for a set of rows, kept while it stays the same."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
+from typing_extensions import override
 
+from pagoda.sampling import selection
+from pagoda.sampling.noise import Float64Array, SlotNoise
 from pagoda.sampling.params import SamplingParams
-from pagoda.sampling.rows import Int64Array, SamplingContext
-from pagoda.sampling.selection import BLOCK
+from pagoda.sampling.rows import Int64Array, SampledRows, SamplingContext
 
 # Rows whose top_k differ at most by this factor share a group, for all pay for the greatest.
 _TOP_K_CLASS_BITS = 2
@@ -20,156 +25,252 @@ _SMALLEST_TOP_K_CLASS = 6
 _MAX_ELEMENTS = 1 << 23
 
 
+@dataclass(frozen=True)
+class SamplingStep:
+    """The processed logits of a step's N rows, and the random numbers of their requests.
+
+    `logits` float32 `[N, padded vocabulary]`; `best_logits` float32 `[N]`, the greatest of each row.
+    """
+
+    logits: Tensor
+    best_logits: Tensor
+    rows: SampledRows
+    noise: SlotNoise
+    context: SamplingContext
+
+    @cached_property
+    def block_maxima(self) -> Tensor:
+        """The greatest logit of each block, found once for all groups with top-k; see `selection.block_maxima`."""
+        return selection.block_maxima(self.logits)
+
+    def uniforms(self, rows: Int64Array, attempt: int = 0) -> Tensor:
+        """For each of `rows` a number in [0, 1), float64 `[len(rows), 1]` on the device; a new one for each attempt."""
+        slots, positions = self.rows.slots[rows], self.rows.positions[rows]
+        numbers = self.noise.at(slots, positions) if attempt == 0 else self.noise.again(slots, positions, attempt)
+        return self.context.to_device(numbers).unsqueeze(1)
+
+
 @dataclass(frozen=True, slots=True)
-class RankedGroup:
-    """Rows with top-k: chosen among their `count` best tokens. Tensors are `[R]` (`rows`) and `[R, 1]`."""
+class RowParameters:
+    """What sampling needs of R rows with random numbers, `[R]` on the host. `top_k` is 0 for rows without."""
+
+    rows: Int64Array
+    slots: Int64Array
+    temperature: Float64Array
+    top_k: Int64Array
+    top_p: Float64Array
+    min_p: Float64Array
+
+    @classmethod
+    def of(cls, rows: list[int], slots: Int64Array, params: Sequence[SamplingParams], vocab_size: int) -> RowParameters:
+        """Of `rows` of a step, of all of whose rows there are the slots and the parameters."""
+        chosen = [params[row] for row in rows]
+        return cls(
+            rows=np.array(rows, dtype=np.int64),
+            slots=slots[rows],
+            temperature=np.array([p.temperature for p in chosen], dtype=np.float64),
+            top_k=np.array([p.top_k if 0 < p.top_k < vocab_size else 0 for p in chosen], dtype=np.int64),
+            top_p=np.array([p.top_p for p in chosen], dtype=np.float64),
+            min_p=np.array([p.min_p for p in chosen], dtype=np.float64),
+        )
+
+    def take(self, index: slice | npt.NDArray[np.bool_]) -> RowParameters:
+        """Some of the rows."""
+        return RowParameters(
+            self.rows[index],
+            self.slots[index],
+            self.temperature[index],
+            self.top_k[index],
+            self.top_p[index],
+            self.min_p[index],
+        )
+
+    def chunks(self, elements_per_row: int) -> Iterator[RowParameters]:
+        """The rows, as many at a time as have at most `_MAX_ELEMENTS`, and at least one."""
+        size = max(1, _MAX_ELEMENTS // elements_per_row)
+        return (self.take(slice(first, first + size)) for first in range(0, len(self.rows), size))
+
+
+@dataclass(frozen=True, slots=True)
+class RandomRows(ABC):
+    """R rows of a step whose tokens are drawn in one way. `rows` int64 `[R]` on the device, `host_rows` on the host."""
 
     rows: Tensor
+    host_rows: Int64Array
+
+    @abstractmethod
+    def sample(self, step: SamplingStep) -> Tensor:
+        """Token ids int64 `[R]`. A group of all rows of the step may change its logits."""
+
+
+@dataclass(frozen=True, slots=True)
+class TopKRows(RandomRows):
+    """Rows with top-k: drawn from the `count` best tokens of each. Parameters are `[R, 1]`."""
+
     count: int
     top_k: Tensor
     inverse_temperature: Tensor
     min_p: Tensor
     top_p: Tensor
 
+    @classmethod
+    def of(cls, params: RowParameters, context: SamplingContext) -> TopKRows:
+        """The group of these rows."""
+        return cls(
+            rows=context.to_device(params.rows),
+            host_rows=params.rows,
+            count=int(params.top_k.max()),
+            top_k=context.to_device(params.top_k[:, None]),
+            inverse_temperature=context.to_device(1.0 / params.temperature[:, None]),
+            min_p=context.to_device(params.min_p[:, None]),
+            top_p=context.to_device(params.top_p[:, None]),
+        )
+
+    @override
+    def sample(self, step: SamplingStep) -> Tensor:
+        values, ids = selection.best_tokens(step.logits, step.block_maxima, self.rows, self.count)
+        return selection.sample_from_top_k(
+            values,
+            ids,
+            top_k=self.top_k,
+            inverse_temperature=self.inverse_temperature,
+            min_p=self.min_p,
+            top_p=self.top_p,
+            uniform=step.uniforms(self.host_rows),
+        )
+
 
 @dataclass(frozen=True, slots=True)
-class OpenGroup:
-    """Rows without top-k: their probabilities must be known as a whole. Tensors are `[R]` (`rows`) and `[R, 1]`.
+class FullVocabRows(RandomRows):
+    """Rows without top-k, drawn by torch from the probabilities of the whole vocabulary. Parameters are `[R, 1]`.
 
-    `host_rows` int64 `[R]` is `rows` on the host.
     `inverse_temperature` is None where all are 1, `min_p` where no row has one. Either all rows have a `top_p` or none.
     """
 
-    rows: Tensor
-    host_rows: Int64Array
     inverse_temperature: Tensor | None
     min_p: Tensor | None
     top_p: Tensor | None
 
+    @classmethod
+    def of(cls, params: RowParameters, context: SamplingContext) -> FullVocabRows:
+        """The group of these rows, all with top-p or all without."""
+        inverse_temperature = (1.0 / params.temperature[:, None]).astype(np.float32)
+        min_p = params.min_p[:, None].astype(np.float32)
+        return cls(
+            rows=context.to_device(params.rows),
+            host_rows=params.rows,
+            inverse_temperature=context.to_device(inverse_temperature) if (inverse_temperature != 1.0).any() else None,
+            min_p=context.to_device(min_p) if min_p.any() else None,
+            top_p=context.to_device(params.top_p[:, None]) if (params.top_p < 1.0).all() else None,
+        )
+
+    @override
+    def sample(self, step: SamplingStep) -> Tensor:
+        is_whole = len(self.rows) == len(step.logits)
+        weights = selection.to_weights_(
+            step.logits if is_whole else step.logits.index_select(0, self.rows),
+            step.best_logits.index_select(0, self.rows).unsqueeze(1),
+            self.inverse_temperature,
+            self.min_p,
+        )
+        if self.top_p is None:
+            every = torch.arange(len(weights), device=weights.device)
+            sums = selection.block_sums(weights)
+            return selection.sample_by_weight(weights, sums, every, step.uniforms(self.host_rows))
+        return selection.sample_top_p_by_rejection(
+            weights, self.top_p, lambda attempt, indices: step.uniforms(self.host_rows[indices], attempt)
+        )
+
 
 @dataclass(frozen=True, slots=True)
-class DrawnGroup:
-    """Rows without top-k on a GPU, where one kernel draws for all of them (`pagoda_kernels.sampling.choose_open`).
+class DeviceSampledRows(RandomRows):
+    """Rows without top-k, drawn by one operation of the backend, which does not wait for the host. Parameters are `[R]`."""
 
-    Its arguments, `[R]`, and `host_rows` int64 `[R]`, which are `rows` on the host.
-    """
-
-    rows: Tensor
-    host_rows: Int64Array
     seeds: Tensor
     inverse_temperature: Tensor
     min_p: Tensor
     top_p: Tensor
 
+    @classmethod
+    def of(cls, params: RowParameters, context: SamplingContext, seeds: Int64Array) -> DeviceSampledRows:
+        """The group of these rows, whose requests have `seeds` int64 `[R]`, as bits."""
+        return cls(
+            rows=context.to_device(params.rows),
+            host_rows=params.rows,
+            seeds=context.to_device(seeds),
+            inverse_temperature=context.to_device((1.0 / params.temperature).astype(np.float32)),
+            min_p=context.to_device(params.min_p.astype(np.float32)),
+            top_p=context.to_device(params.top_p),
+        )
+
+    @override
+    def sample(self, step: SamplingStep) -> Tensor:
+        return step.context.kernels.sample_top_p_by_rejection(
+            step.logits,
+            step.best_logits,
+            self.rows,
+            seeds=self.seeds,
+            positions=step.context.to_device(step.rows.positions[self.host_rows]),
+            inverse_temperature=self.inverse_temperature,
+            min_p=self.min_p,
+            top_p=self.top_p,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class RowGroups:
-    """All rows of a step: greedy ones (int64 `[R]`, None if there are none), those with top-k, and the others.
+    """How the rows of a step are sampled: those in no group are greedy.
 
-    These are `drawn` on a GPU, `open` elsewhere.
     `logprob_rows` int64 on the host: rows that ask for log-probabilities, of `logprob_counts` best tokens each.
     """
 
-    greedy: Tensor | None
-    ranked: list[RankedGroup]
-    open: list[OpenGroup]
-    drawn: DrawnGroup | None
+    random: list[RandomRows]
     logprob_rows: Int64Array
     logprob_counts: list[int]
 
-    @property
-    def has_random_rows(self) -> bool:
-        """Whether any row needs a random number."""
-        return bool(self.ranked or self.open or self.drawn)
 
+class RowGrouper:
+    """Sorts rows into groups. Rows without top-k are sampled by the backend where it implements that, else by torch."""
 
-def make_row_groups(
-    params: Sequence[SamplingParams], context: SamplingContext, seeds: Int64Array | None = None
-) -> RowGroups:
-    """Sort rows with these parameters, in row order, into groups. `seeds` int64 `[N]`: the rows', to draw on the device."""
-    greedy: list[int] = []
-    nucleus: list[int] = []
-    unbounded: list[int] = []
-    ranked: dict[int, list[int]] = {}
-    for row, p in enumerate(params):
-        if p.is_greedy or p.top_k == 1:
-            greedy.append(row)
-        elif 0 < p.top_k < context.vocab_size:
-            ranked.setdefault(_top_k_class(p.top_k), []).append(row)
-        elif p.top_p < 1.0:
-            nucleus.append(row)
-        else:
-            unbounded.append(row)
-    asking = [row for row, p in enumerate(params) if p.logprobs is not None]
-    return RowGroups(
-        greedy=context.upload(np.array(greedy, dtype=np.int64)) if greedy else None,
-        ranked=[
-            _ranked_group(piece, params, context)
-            for rows in ranked.values()
-            for piece in _pieces(rows, max(params[row].top_k for row in rows) * BLOCK)
-        ],
-        open=[
-            _open_group(piece, params, context)
-            for rows in (nucleus, unbounded)
-            for piece in _pieces(rows, context.padded_vocab_size)
-            if seeds is None
-        ],
-        drawn=_drawn_group(sorted(nucleus + unbounded), params, context, seeds) if seeds is not None else None,
-        logprob_rows=np.array(asking, dtype=np.int64),
-        logprob_counts=[min(params[row].logprobs or 0, context.vocab_size) for row in asking],
-    )
+    def __init__(self, context: SamplingContext, noise: SlotNoise) -> None:
+        self._context = context
+        self._noise = noise
+        samples_on_device = context.kernels.implements("sample_top_p_by_rejection")
+        self._without_top_k = self._device_sampled if samples_on_device else self._full_vocab
+
+    def group(self, params: Sequence[SamplingParams], slots: Int64Array) -> RowGroups:
+        """The groups of N rows with these parameters and slots, in row order."""
+        vocab_size = self._context.vocab_size
+        random = [row for row, p in enumerate(params) if not p.is_greedy and p.top_k != 1]
+        asking = [row for row, p in enumerate(params) if p.logprobs is not None]
+        return RowGroups(
+            random=list(self._groups_of(RowParameters.of(random, slots, params, vocab_size))) if random else [],
+            logprob_rows=np.array(asking, dtype=np.int64),
+            logprob_counts=[min(params[row].logprobs or 0, vocab_size) for row in asking],
+        )
+
+    def _groups_of(self, params: RowParameters) -> Iterator[RandomRows]:
+        has_top_k = params.top_k > 0
+        yield from self._top_k(params.take(has_top_k))
+        yield from self._without_top_k(params.take(~has_top_k))
+
+    def _top_k(self, params: RowParameters) -> Iterator[RandomRows]:
+        classes = np.array([_top_k_class(top_k) for top_k in params.top_k.tolist()], dtype=np.int64)
+        for each in np.unique(classes):
+            members = params.take(classes == each)
+            for chunk in members.chunks(int(members.top_k.max()) * selection.BLOCK):
+                yield TopKRows.of(chunk, self._context)
+
+    def _full_vocab(self, params: RowParameters) -> Iterator[RandomRows]:
+        has_top_p = params.top_p < 1.0
+        for members in (params.take(has_top_p), params.take(~has_top_p)):
+            for chunk in members.chunks(self._context.padded_vocab_size):
+                yield FullVocabRows.of(chunk, self._context)
+
+    def _device_sampled(self, params: RowParameters) -> Iterator[RandomRows]:
+        if len(params.rows):
+            yield DeviceSampledRows.of(params, self._context, self._noise.seeds_of(params.slots))
 
 
 def _top_k_class(top_k: int) -> int:
     return max(0, (top_k - 1).bit_length() - _SMALLEST_TOP_K_CLASS + 1) // _TOP_K_CLASS_BITS
-
-
-def _pieces(rows: list[int], elements_per_row: int) -> list[list[int]]:
-    size = max(1, _MAX_ELEMENTS // elements_per_row)
-    return [rows[first : first + size] for first in range(0, len(rows), size)]
-
-
-def _ranked_group(rows: list[int], params: Sequence[SamplingParams], context: SamplingContext) -> RankedGroup:
-    top_k = [params[row].top_k for row in rows]
-    return RankedGroup(
-        rows=context.upload(np.array(rows, dtype=np.int64)),
-        count=max(top_k),
-        top_k=context.upload(_column(top_k, np.int64)),
-        inverse_temperature=context.upload(_column([1.0 / params[row].temperature for row in rows], np.float64)),
-        min_p=context.upload(_column([params[row].min_p for row in rows], np.float64)),
-        top_p=context.upload(_column([params[row].top_p for row in rows], np.float64)),
-    )
-
-
-def _open_group(rows: list[int], params: Sequence[SamplingParams], context: SamplingContext) -> OpenGroup:
-    inverse_temperature = _column([1.0 / params[row].temperature for row in rows], np.float32)
-    min_p = _column([params[row].min_p for row in rows], np.float32)
-    top_p = _column([params[row].top_p for row in rows], np.float64)
-    host_rows = np.array(rows, dtype=np.int64)
-    return OpenGroup(
-        rows=context.upload(host_rows),
-        host_rows=host_rows,
-        inverse_temperature=context.upload(inverse_temperature) if (inverse_temperature != 1.0).any() else None,
-        min_p=context.upload(min_p) if min_p.any() else None,
-        top_p=context.upload(top_p) if params[rows[0]].top_p < 1.0 else None,
-    )
-
-
-def _drawn_group(
-    rows: list[int], params: Sequence[SamplingParams], context: SamplingContext, seeds: Int64Array
-) -> DrawnGroup | None:
-    if not rows:
-        return None
-    host_rows = np.array(rows, dtype=np.int64)
-    return DrawnGroup(
-        rows=context.upload(host_rows),
-        host_rows=host_rows,
-        seeds=context.upload(seeds[host_rows]),
-        inverse_temperature=context.upload(np.array([1.0 / params[row].temperature for row in rows], dtype=np.float32)),
-        min_p=context.upload(np.array([params[row].min_p for row in rows], dtype=np.float32)),
-        top_p=context.upload(np.array([params[row].top_p for row in rows], dtype=np.float64)),
-    )
-
-
-def _column(values: Sequence[float], dtype: npt.DTypeLike) -> npt.NDArray[np.generic]:
-    return np.array(values, dtype=dtype)[:, None]

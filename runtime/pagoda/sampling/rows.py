@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from pagoda.sampling.params import SamplingParams
-from pagoda.sampling.transfer import upload
+from pagoda.sampling.transfer import to_device
+from pagoda_kernels.interface import KernelBackend
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -49,17 +50,18 @@ class SampledRows:
 
 @dataclass(frozen=True, slots=True)
 class SamplingContext:
-    """What does not change: sizes, the device, and the `token_pool` int64 `[max_num_seqs, max_model_len + 1]` on it."""
+    """What does not change: sizes, the `token_pool` int64 `[max_num_seqs, max_model_len + 1]`, and its device's kernels."""
 
     vocab_size: int
     padded_vocab_size: int
     token_pool: Tensor
+    kernels: KernelBackend
 
     @property
     def device(self) -> torch.device:
         """Where logits and token pool are."""
         return self.token_pool.device
 
-    def upload(self, array: npt.NDArray[np.generic]) -> Tensor:
+    def to_device(self, array: npt.NDArray[np.generic]) -> Tensor:
         """A tensor on the device with the values of `array`; on a CPU it shares the memory."""
-        return upload(array, self.device)
+        return to_device(array, self.device)

@@ -1,4 +1,4 @@
-"""Choosing token ids from logits without sorting a vocabulary.
+"""Sampling token ids from logits without sorting a vocabulary.
 
 Tokens have one order: greater logit first, lower id first among equals. Top-k keeps the first k of it, top-p the shortest
 beginning whose probability reaches p (at least one token), min-p the tokens at least `min_p` times as probable as the best;
@@ -46,13 +46,6 @@ def block_sums(weights: Tensor) -> Tensor:
     return weights.view(len(weights), -1, BLOCK).sum(-1).double()
 
 
-def argmax(logits: Tensor, maxima: Tensor, rows: Tensor) -> Tensor:
-    """The best token of each of `rows` (int64 `[R]`): int64 `[R]`, the lowest id among equals."""
-    block = maxima.index_select(0, rows).argmax(-1)
-    inside = _blocks_of(logits, rows, block).argmax(-1)
-    return block * BLOCK + inside
-
-
 def best_tokens(logits: Tensor, maxima: Tensor, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The `count` best tokens of each of `rows`, best first: float32 logits and int64 ids, both `[R, count]`."""
     num_blocks = min(count, maxima.shape[1])
@@ -63,7 +56,7 @@ def best_tokens(logits: Tensor, maxima: Tensor, rows: Tensor, count: int) -> tup
     return _first(candidates, ids.flatten(1), count)
 
 
-def choose_ranked(
+def sample_from_top_k(
     values: Tensor,
     ids: Tensor,
     *,
@@ -101,7 +94,7 @@ def to_weights_(logits: Tensor, best: Tensor, inverse_temperature: Tensor | None
     return weights if min_p is None else weights.mul_(torch.ge(weights, min_p, out=torch.empty_like(weights)))
 
 
-def choose_by_weight(weights: Tensor, sums: Tensor, rows: Tensor, uniform: Tensor) -> Tensor:
+def sample_by_weight(weights: Tensor, sums: Tensor, rows: Tensor, uniform: Tensor) -> Tensor:
     """Sample each of `rows` (int64 `[R]`) in proportion to `weights` `[N, V]` with its block sums: ids int64 `[R]`.
 
     `uniform`: float64 `[R, 1]`. A token of weight 0 is never chosen.
@@ -116,13 +109,14 @@ def choose_by_weight(weights: Tensor, sums: Tensor, rows: Tensor, uniform: Tenso
     return block.squeeze(1) * BLOCK + token
 
 
-def choose_nucleus(weights: Tensor, top_p: Tensor, draw: Callable[[int, list[int]], Tensor]) -> Tensor:
+def sample_top_p_by_rejection(weights: Tensor, top_p: Tensor, draw: Callable[[int, list[int]], Tensor]) -> Tensor:
     """Sample each row of `weights` `[R, V]` among its shortest beginning that weighs `top_p` float64 `[R, 1]`: ids `[R]`.
 
     By rejection: a token drawn from all is in that beginning if the tokens before it weigh less than asked for. If not, it
     and all that come after it in the order are taken out, and another one is drawn from the rest: at most a share of
     1 - top_p of first draws, and each draw takes about half of what is still too much away. One look at the vocabulary a
-    draw, where finding the beginning itself would take thirty, or a sort.
+    draw, where finding the beginning itself would take thirty, or a sort. `KernelBackend.sample_top_p_by_rejection` samples
+    the same tokens in one operation.
 
     `draw(attempt, rows)` returns float64 `[len(rows), 1]` in [0, 1): fresh numbers for these of the R rows.
     """
@@ -132,7 +126,7 @@ def choose_nucleus(weights: Tensor, top_p: Tensor, draw: Callable[[int, list[int
     sums = block_sums(weights)
     needed = top_p * sums.sum(-1, keepdim=True)
     for attempt in itertools.count():
-        chosen = choose_by_weight(weights, sums, torch.arange(len(pending), device=rows.device), draw(attempt, pending))
+        chosen = sample_by_weight(weights, sums, torch.arange(len(pending), device=rows.device), draw(attempt, pending))
         token_ids.index_copy_(0, rows, chosen)
         better = _keep_better(weights, chosen)
         sums = block_sums(better)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import time
+from collections.abc import Callable
 
 from pagoda.scheduling.request import Request
 
@@ -13,9 +14,10 @@ _SWEEP_FROM = 64  # ended requests that are not worth a sweep
 class Deadlines:
     """The deadlines of all requests, the next one first. A request that ends before its own is let go of soon after."""
 
-    def __init__(self, max_seconds: float | None) -> None:
+    def __init__(self, max_seconds: float | None, clock: Callable[[], float] = time.monotonic) -> None:
         """`max_seconds`: time from arrival; None: there are no deadlines."""
         self._max_seconds = max_seconds
+        self._clock = clock
         self._heap: list[tuple[float, int, Request]] = []
         self._sweep_at = _SWEEP_FROM
 
@@ -26,7 +28,7 @@ class Deadlines:
         """Watch a request that was accepted. Amortized O(log n)."""
         if self._max_seconds is None:
             return
-        deadline = (request.spec.arrival_time or time.monotonic()) + self._max_seconds
+        deadline = (request.spec.arrival_time or self._clock()) + self._max_seconds
         heapq.heappush(self._heap, (deadline, request.sequence_number, request))
         if len(self._heap) > self._sweep_at:
             # Otherwise one long request would keep all that came and went after it.
@@ -37,7 +39,7 @@ class Deadlines:
     def take_overdue(self) -> list[Request]:
         """Requests that have not ended and whose time is up; each is given once. O(1) when there are none."""
         overdue: list[Request] = []
-        while self._heap and (self._heap[0][2].is_finished or self._heap[0][0] <= time.monotonic()):
+        while self._heap and (self._heap[0][2].is_finished or self._heap[0][0] <= self._clock()):
             request = heapq.heappop(self._heap)[2]
             if not request.is_finished:
                 overdue.append(request)

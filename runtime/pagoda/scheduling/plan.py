@@ -1,4 +1,4 @@
-"""The plan of one step, which the scheduler gives the executor, and its result. Imports no torch.
+"""The plan of one step, which the scheduler gives the executor, and its result.
 
 Requests live in slots. The scheduler gives a running request a slot in `[0, max_num_seqs)` and the model runner keeps the
 request's token ids, block table and sampling state in row `slot` of preallocated arrays. So a plan names what changed and

@@ -1,4 +1,4 @@
-"""Which sampled tokens the ranks of a pipeline do not have yet. Imports no torch.
+"""Which sampled tokens the ranks of a pipeline do not have yet.
 
 The last stage samples, the first one needs the token: it goes by way of the driver, with the next plan. Meanwhile the slot may
 have been given to another request, and then the token must not be written into it:

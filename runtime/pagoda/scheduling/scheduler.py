@@ -21,7 +21,7 @@ of the requests that decode, and all stages have a batch to work on:
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from pagoda.errors import ErrorKind, InvalidRequestError, QueueFullError
@@ -50,14 +50,17 @@ class RequestUpdate:
 class Scheduler:
     """Owns all requests of an engine from `add` until their one terminal update."""
 
-    def __init__(self, limits: SchedulerLimits, kv: KVCacheManager) -> None:
+    def __init__(
+        self, limits: SchedulerLimits, kv: KVCacheManager, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.limits = limits
         self.kv = kv
+        self._clock = clock
         self.num_preemptions = 0
         self.repetition = RepetitionDetector(limits)
         self._budget = TokenBudget(limits.max_num_batched_tokens)
         self._longest_chunk = limits.long_prefill_token_threshold or limits.max_num_batched_tokens
-        self._deadlines = Deadlines(limits.max_request_seconds)
+        self._deadlines = Deadlines(limits.max_request_seconds, clock)
         self._requests: dict[str, Request] = {}
         self._waiting = make_waiting_queue(limits.policy)
         self._running: dict[str, Request] = {}
@@ -284,7 +287,7 @@ class Scheduler:
         request.status = RequestStatus.RUNNING
         request.slot = self._free_slots.pop()
         if request.scheduled_time is None:
-            request.scheduled_time = time.monotonic()
+            request.scheduled_time = self._clock()
         self._running[request.spec.request_id] = request
         step.enter(request)
 

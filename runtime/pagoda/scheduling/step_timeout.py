@@ -1,4 +1,4 @@
-"""How long a step may take before something must be wrong: a bound that grows with its tokens. Imports no torch.
+"""How long a step may take before something must be wrong: a bound that grows with its tokens.
 
 a step of n      bound = timeout * max(1, n / TOKENS_PER_TIMEOUT)      an honest long prefill is given its time
 several steps    the same, each of them counted with at least TOKENS_OF_A_STEP tokens (`num_scheduler_steps`)

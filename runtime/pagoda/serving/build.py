@@ -13,7 +13,7 @@ from pagoda.serving.context import ServingContext
 from pagoda.serving.generation import GenerationRunner
 from pagoda.serving.health import ServerHealth
 from pagoda.serving.metrics.prometheus import Metrics
-from pagoda.serving.metrics.request_meter import request_meters
+from pagoda.serving.metrics.request_meter import RequestMeter
 from pagoda.serving.models import ServedModel, ServedModels
 from pagoda.text.generation import TextGenerator
 from pagoda.text.pool import TokenizerPool
@@ -28,7 +28,7 @@ def make_context(config: PagodaConfig, client: EngineClient) -> ServingContext:
         None,
         health,
         request_timeout_seconds=config.request_timeout_seconds,
-        observe=request_meters(metrics),
+        observe=lambda job, arrival_time: RequestMeter(metrics, job.params, arrival_time),
     )
     return ServingContext(
         config=config,

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +19,8 @@ from harness.pairing import WARM_UP_ROUND, median_ratio, run_rounds  # noqa: E40
 from harness.process import Worker, WorkerFailedError  # noqa: E402
 from harness.results import Results  # noqa: E402
 from harness.rows import MAIN_ROWS, online_case, rows  # noqa: E402
-from tests.support.server import checkpoint  # noqa: E402
+from tests.support.checkpoints import shared_checkpoint  # noqa: E402
+from tests.support.waiting import wait_until  # noqa: E402
 
 HEAD = {
     "time": "now",
@@ -148,7 +147,7 @@ def test_the_result_says_how_many_tokens_agree_with_pagodas(tmp_path):
 @pytest.fixture
 def settings() -> EngineSettings:
     return EngineSettings(
-        model=str(checkpoint()),
+        model=str(shared_checkpoint()),
         converted="",
         weights="fp32",
         threads=1,
@@ -165,14 +164,6 @@ def state_of(process_id: int) -> str:
     return Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[0]
 
 
-def until(condition: Callable[[], bool]) -> None:
-    """The kernel stops a process a moment after the signal was sent."""
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def test_a_worker_runs_batches_and_arrivals_and_is_stopped_in_between(settings, tmp_path):
     cores = sorted(os.sched_getaffinity(0))[:1]
     worker = Worker("pagoda", settings, cores, tmp_path / "log")
@@ -184,7 +175,7 @@ def test_a_worker_runs_batches_and_arrivals_and_is_stopped_in_between(settings, 
         assert batch["first_ids"] == alone["first_ids"]  # the same first prompt: the seed makes it
         online = worker.run(case(kind="arrivals", vocab_size=512, offsets=(0.0, 0.2)))
         assert online["ttft_p50_ms"] > 0
-        until(lambda: state_of(worker.process_id) == "T")
+        wait_until(lambda: state_of(worker.process_id) == "T")
         with pytest.raises(WorkerFailedError, match="prompt"):
             worker.run(case(vocab_size=10**6))
     finally:

@@ -21,6 +21,10 @@ from pagoda.models.quantization import writing
 from pagoda.models.quantization.quality import ScoredText, in_windows, score
 from pagoda.models.quantization.schemes import QuantizationConfig, choose_quantization
 from pagoda.models.quantization.writing import write_quantized_checkpoint
+from tests.support.kernel_backends import reference_kernels
+
+__all__ = ["reference_kernels"]
+pytestmark = pytest.mark.usefixtures("reference_kernels")
 
 SPEC = DummySpec(hidden_size=64, intermediate_size=96, num_layers=2, num_shards=2)
 SIZES = (64, 64, 96)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import pytest
 
 from pagoda.cli.main import main
+from tests.support.ports import free_port
 
 
 @contextmanager
@@ -83,8 +84,7 @@ def test_a_probe_that_fails_says_why(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_no_server_fails_with_a_line(capsys: pytest.CaptureFixture[str]) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
+    port = free_port()
     assert main(["probe", "live", "--http-port", str(port)]) == 1
     assert f"live: no: http://127.0.0.1:{port}/v2/health/live: " in capsys.readouterr().out
 

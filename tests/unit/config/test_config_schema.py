@@ -3,13 +3,13 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
 from pagoda.config import PagodaConfig, from_kwargs, schema_json
-from pagoda.config.checks import allowed_values
 from pagoda.config.option import GROUPS
-from pagoda.config.schema import default_model_name, option_defaults, options
+from pagoda.config.schema import default_model_name, option_defaults, options, rules
 from pagoda.config.values import format_bytes, parse_bytes
 from pagoda.errors import ConfigError
 
@@ -25,7 +25,7 @@ def test_the_defaults_are_sound_and_every_setting_is_explained() -> None:
     for key, info in options().items():
         assert info.help.endswith("."), key
         assert info.group in GROUPS, key
-        assert allowed_values(key), key
+        assert rules().allowed_values(key), key
 
 
 @pytest.mark.parametrize(
@@ -115,10 +115,11 @@ def test_python_callers_get_suggestions_aliases_and_sizes() -> None:
 def test_python_callers_need_neither_pydantic_nor_yaml_nor_torch() -> None:
     script = """
 import sys
+from dataclasses import replace
 for name in ("pydantic", "yaml", "torch", "numpy"):
     sys.modules[name] = None
 from pagoda.config import PagodaConfig, from_kwargs
-from pagoda.config.auto import resolve
+from pagoda.engine.core.auto import resolve
 from pagoda.platform.hardware import cpu_report, memory_report
 from pagoda.engine.core.kv_sizing import fit_max_model_len
 from pagoda.errors import ConfigError
@@ -171,3 +172,11 @@ def test_the_json_schema_is_the_same_schema() -> None:
     assert any(form.get("type") == "string" for form in schema["properties"]["kv_cache_memory_bytes"]["anyOf"])
     assert any(form.get("type") == "string" for form in schema["properties"]["max_body_bytes"]["anyOf"])
     assert schema["properties"]["api_keys"]["writeOnly"] is True
+
+
+def test_what_a_core_and_its_ranks_get_holds_no_secret_and_is_a_configuration() -> None:
+    config = PagodaConfig(api_keys=("s3cret",), max_num_seqs=7)
+    fields = config.without_secrets()
+    assert "s3cret" not in repr(fields)
+    assert set(options()) - set(fields) == {"api_keys"}
+    assert PagodaConfig(**fields) == replace(config, api_keys=())

@@ -55,11 +55,11 @@ def test_a_rank_that_is_there_and_silent_fails_every_probe(tmp_path: Path) -> No
     node_file(tmp_path, 10.0).enter(JOINED)
     rank_file(tmp_path, 0, 10.0).enter(READY)
     node, (rank,) = published(tmp_path)
-    silent = replace(rank, beat=rank.beat - 20.0)
+    silent = replace(rank, heartbeat=rank.heartbeat - 20.0)
     for probe in ("startup", "ready", "live"):
         passed, words = judge(probe, node, [silent])
         assert not passed
-        assert words.startswith("rank 0 ready gave no sign of life for 20.")
+        assert words.startswith("rank 0 ready: no heartbeat for 20.")
 
 
 def test_the_file_of_a_process_that_is_gone_counts_for_nothing(tmp_path: Path) -> None:

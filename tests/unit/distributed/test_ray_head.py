@@ -16,6 +16,7 @@ from pagoda.distributed.ray import head as ray_head
 from pagoda.distributed.ray.head import ensure_head, last_words
 from pagoda.distributed.ray.node import RayNode
 from pagoda.errors import CommunicationError, ConfigError
+from tests.support.ports import free_port
 
 HEAD = """
 import socket, sys, time
@@ -36,8 +37,7 @@ def owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[subproces
 
 
 def node(monkeypatch: pytest.MonkeyPatch, script: str) -> RayNode:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
+    port = free_port()
     monkeypatch.setattr(RayNode, "command", lambda self: [sys.executable, "-c", script, str(port)])
     return RayNode(address="127.0.0.1", head_port=port)
 

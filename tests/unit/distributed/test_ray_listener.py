@@ -10,6 +10,7 @@ import pytest
 from pagoda.distributed.ray import listener as ray_listener
 from pagoda.distributed.ray.listener import RankListener, connect_to_driver
 from pagoda.errors import CommunicationError
+from tests.support.ports import free_port
 
 
 def come(listener: RankListener, rank: int, secret: bytes | None = None) -> threading.Thread:
@@ -162,7 +163,6 @@ def test_what_the_launcher_sees_meanwhile_ends_the_wait() -> None:
 
 
 def test_an_engine_that_is_not_there_is_a_sentence() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
+    port = free_port()
     with pytest.raises(CommunicationError, match=f"rank 4 on h cannot reach the engine at 127.0.0.1:{port}: "):
         connect_to_driver("127.0.0.1", port, rank=4, host="h", secret=b"s", timeout_seconds=5)

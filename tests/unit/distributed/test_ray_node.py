@@ -18,6 +18,7 @@ from pagoda.distributed.ray.node import (
     wait_for_head,
 )
 from pagoda.errors import CommunicationError, ConfigError
+from tests.support.ports import free_port
 
 # What `ray start --address` and `ray.init` say, as of Ray 2.60.
 MISMATCH = """RuntimeError: Version mismatch: The cluster was started with:
@@ -110,8 +111,7 @@ def test_other_words_are_no_refusal() -> None:
 
 
 def test_waiting_for_a_head_says_why_and_gives_up_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
+    port = free_port()
     said: list[str] = []
     with pytest.raises(CommunicationError, match=r"cannot be reached: 127\.0\.0\.1 is there and nobody listens"):
         wait_for_head(f"127.0.0.1:{port}", time.monotonic() + 0.1, said.append)

@@ -6,7 +6,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ from pagoda.distributed.ray import worker_node
 from pagoda.distributed.ray.node import RayNode
 from pagoda.distributed.ray.worker_node import WorkerNode
 from pagoda.errors import CommunicationError, ConfigError
+from tests.support.virtual_time import Clock
+from tests.support.waiting import wait_until
 
 STARTED = "print('Ray runtime started.', flush=True)"
 
@@ -34,27 +37,28 @@ def ray_that(monkeypatch: pytest.MonkeyPatch, script: str) -> None:
     monkeypatch.setattr(worker_node, "_PAUSE_SECONDS", 0.05)
 
 
-def until(condition: object, seconds: float = 30.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def worker(head: str, directory: Path, seconds: float = 20.0) -> WorkerNode:
+def worker(
+    head: str, directory: Path, seconds: float = 600.0, clock: Callable[[], float] = time.monotonic
+) -> WorkerNode:
     config = PagodaConfig(rendezvous_timeout_seconds=seconds)
-    return WorkerNode(config, head, RayNode.of(config), directory)
+    return WorkerNode(config, head, RayNode.of(config), directory, clock=clock)
+
+
+@contextmanager
+def running(node: WorkerNode) -> Iterator[None]:
+    """The node in a thread, which is told to stop in the end, and does."""
+    thread = threading.Thread(target=node.run, daemon=True)
+    thread.start()
+    yield
+    node.stop()
+    thread.join(120)
+    assert not thread.is_alive()
 
 
 def test_a_node_joins_says_so_and_leaves_when_told(head: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ray_that(monkeypatch, f"import time; {STARTED}; time.sleep(60)")
-    node = worker(head, tmp_path)
-    thread = threading.Thread(target=node.run)
-    thread.start()
-    until(lambda: (state := published(tmp_path)[0]) is not None and state.stage == JOINED)
-    node.stop()
-    thread.join(20)
-    assert not thread.is_alive()
+    with running(worker(head, tmp_path)):
+        wait_until(lambda: (state := published(tmp_path)[0]) is not None and state.stage == JOINED)
 
 
 def test_a_head_that_is_lost_is_joined_again(head: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,33 +67,32 @@ def test_a_head_that_is_lost_is_joined_again(head: str, tmp_path: Path, monkeypa
         monkeypatch,
         f"import time; {STARTED}; file = open({str(count)!r}, 'a'); file.write('x'); file.close(); time.sleep(0.6)",
     )
-    node = worker(head, tmp_path / "state")
-    thread = threading.Thread(target=node.run)
-    thread.start()
-    until(lambda: count.exists() and len(count.read_text()) >= 3)
-    node.stop()
-    thread.join(20)
+    with running(worker(head, tmp_path / "state")):
+        wait_until(lambda: count.exists() and len(count.read_text()) >= 3)
 
 
 def test_a_head_that_does_not_take_the_node_in_is_tried_again_and_quoted(
     head: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ray_that(monkeypatch, "import sys; sys.exit('ConnectionError: the GCS does not answer')")
-    node = worker(head, tmp_path, seconds=60)
-    thread = threading.Thread(target=node.run)
-    thread.start()
     words = f"the Ray head at {head} did not take this node yet: ConnectionError: the GCS does not answer"
-    until(lambda: (state := published(tmp_path)[0]) is not None and state.detail == words)
-    node.stop()
-    thread.join(20)
+    with running(worker(head, tmp_path)):
+        wait_until(lambda: (state := published(tmp_path)[0]) is not None and state.detail == words)
 
 
 def test_a_head_that_never_takes_the_node_in_is_given_up(
     head: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ray_that(monkeypatch, "import time; time.sleep(60)")
+    clock, command = Clock(), RayNode.command
+
+    def too_late(node: RayNode) -> list[str]:
+        clock.advance(601.0)
+        return command(node)
+
+    monkeypatch.setattr(RayNode, "command", too_late)
     with pytest.raises(CommunicationError, match="could not be joined in time: Ray did not come up in the time"):
-        worker(head, tmp_path, seconds=0.3).run()
+        worker(head, tmp_path, clock=clock).run()
 
 
 def test_a_version_conflict_ends_it_at_once(head: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,12 +117,8 @@ def test_the_interface_of_the_node_is_handed_on_to_its_ranks_only_where_it_was_n
     for interface, expected in ((None, "None"), ("lo", "lo")):
         seen.unlink(missing_ok=True)
         config = PagodaConfig(network_interface=interface)
-        node = WorkerNode(config, head, RayNode.of(config), tmp_path / "state")
-        thread = threading.Thread(target=node.run)
-        thread.start()
-        until(lambda: seen.exists() and seen.read_text())
-        node.stop()
-        thread.join(20)
+        with running(WorkerNode(config, head, RayNode.of(config), tmp_path / "state")):
+            wait_until(lambda: seen.exists() and seen.read_text())
         assert seen.read_text() == expected
 
 
@@ -141,6 +140,6 @@ def test_sigterm_while_it_waits_is_a_clean_end(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "pagoda.cli.main", "join", "127.0.0.1:1", f"--state-directory={tmp_path}"]
     )
-    until(lambda: published(tmp_path)[0] is not None)
+    wait_until(lambda: published(tmp_path)[0] is not None)
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 0

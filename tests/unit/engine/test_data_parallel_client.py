@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Mapping
+from contextlib import aclosing
 
 import pytest
 
@@ -14,6 +15,7 @@ from pagoda.engine.client.prelaunch import LaunchedCore
 from pagoda.engine.data_parallel import client as data_parallel
 from pagoda.engine.data_parallel.client import DataParallelClient, create_engine_client, devices_of
 from pagoda.engine.data_parallel.health import overall
+from pagoda.engine.data_parallel.router import FIRST_TYPICAL_OUTPUT
 from pagoda.engine.health import EngineHealth, EngineState
 from pagoda.engine.heartbeat import EngineProgress
 from pagoda.engine.messages import EngineOutput, EngineReady, EngineStats
@@ -28,6 +30,7 @@ from pagoda.request import EngineRequest
 from pagoda.sampling.output import FinishReason
 from pagoda.sampling.params import SamplingParams
 from tests.support.fake_engine import FakeEngineClient
+from tests.support.waiting import wait_until_async
 
 READY, DEGRADED, STARTING = EngineState.READY, EngineState.DEGRADED, EngineState.STARTING
 DRAINING, DEAD = EngineState.DRAINING, EngineState.DEAD
@@ -129,12 +132,6 @@ def names_of(replica: FakeReplica) -> list[str]:
     return [submitted.request_id for submitted in replica.submitted]
 
 
-async def until(condition) -> None:
-    async with asyncio.timeout(20):
-        while not condition():
-            await asyncio.sleep(0.001)
-
-
 def test_one_replica_is_the_engine_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     assert isinstance(create_engine_client(PagodaConfig()), ProcessEngineClient)
@@ -158,14 +155,40 @@ async def test_requests_are_spread_by_load_and_kept_together_by_prefix() -> None
     assert [len(tokens) for tokens in await asyncio.gather(*tasks)] == [3] * 4
 
 
+async def test_a_request_that_its_reader_ends_teaches_the_router_as_one_that_the_engine_ends() -> None:
+    client, _ = await started()
+    prompt = [7] * 16
+    tokens: list[int] = []
+    async with aclosing(client.submit(request("a", prompt, max_tokens=100))) as outputs:  # type: ignore[type-var]
+        async for output in outputs:
+            tokens += output.new_token_ids
+            if len(tokens) == 33:  # as the text layer does after a stop string
+                break
+    typical = client._router.typical_output
+    assert typical < FIRST_TYPICAL_OUTPUT
+    next_turn = client._router.place(request("b", prompt + tokens), [0])
+    assert next_turn.num_cached_tokens == 48
+
+
+async def test_a_request_that_is_lost_with_its_replica_teaches_the_router_nothing() -> None:
+    client, (left, _) = await started()
+    outputs = client.submit(request(max_tokens=50))
+    await anext(outputs)
+    left.lose(was_killed=True)
+    with pytest.raises(EngineDeadError):
+        async for _ in outputs:
+            pass
+    assert client._router.typical_output == FIRST_TYPICAL_OUTPUT
+
+
 async def test_an_abort_reaches_the_replica_that_has_the_request() -> None:
     client, (left, right) = await started()
     for replica in (left, right):
         replica.hold.clear()
     first, second = (asyncio.create_task(run(client, request(name))) for name in "ab")
-    await until(lambda: left.num_running == right.num_running == 1)
+    await wait_until_async(lambda: left.num_running == right.num_running == 1)
     second.cancel()
-    await until(lambda: right.aborted == ["b"])
+    await wait_until_async(lambda: right.aborted == ["b"])
     assert left.aborted == []
     left.hold.set()
     await first
@@ -178,7 +201,7 @@ async def test_a_request_whose_replica_is_killed_before_its_first_token_is_run_b
     client, (left, right) = await started()
     left.hold.clear()
     task = asyncio.create_task(run(client, request()))
-    await until(lambda: left.num_running == 1)
+    await wait_until_async(lambda: left.num_running == 1)
     left.lose(was_killed=True)
     assert await task == [1, 2, 3]
     assert names_of(right) == ["r"]
@@ -189,7 +212,7 @@ async def test_a_request_in_a_replica_that_failed_by_itself_is_not_given_the_nex
     client, (left, right) = await started()
     left.hold.clear()
     task = asyncio.create_task(run(client, request()))
-    await until(lambda: left.num_running == 1)
+    await wait_until_async(lambda: left.num_running == 1)
     left.lose(was_killed=False)
     with pytest.raises(EngineDeadError):
         await task
@@ -250,7 +273,7 @@ async def test_one_id_may_run_twice_at_once() -> None:
     left.hold.clear()
     right.hold.clear()
     tasks = [asyncio.create_task(run(client, request("a", prompt))) for prompt in ([1] * 3, [2] * 3)]
-    await until(lambda: left.num_running + right.num_running == 2)
+    await wait_until_async(lambda: left.num_running + right.num_running == 2)
     left.hold.set()
     right.hold.set()
     assert await asyncio.gather(*tasks) == [[1] * 3, [2] * 3]

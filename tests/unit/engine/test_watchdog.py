@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pagoda.engine.client.restarts import FIRST_PAUSE_SECONDS, HEALTHY_SECONDS, LONGEST_PAUSE_SECONDS, RestartPolicy
-from pagoda.engine.client.watchdog import StallWatch
+from pagoda.engine.client.watchdog import Watchdog
 from pagoda.engine.heartbeat import EngineProgress, ProgressBoard
 from pagoda.scheduling.plan import StepPlan
 from pagoda.scheduling.step_timeout import stall_bound, tokens_to_wait_for
@@ -18,13 +18,13 @@ def seconds_until_stuck(
     scheduled_tokens: int, *, signs: list[float] | None = None, limit: float = 500.0
 ) -> float | None:
     """When the watch first says so, of a core whose signs of life come at these times (the last one stays); None: never."""
-    watch = StallWatch(TIMEOUT)
+    watch = Watchdog(TIMEOUT)
     times = signs or [100.0]
     now = times[0]
     while now < times[0] + limit:
         now += LOOK_SECONDS
         sign = max(time for time in times if time <= now)
-        if watch.look(EngineProgress(7, sign, scheduled_tokens, is_busy=True), now) is not None:
+        if watch.check(EngineProgress(7, sign, scheduled_tokens, is_busy=True), now) is not None:
             return now - times[-1]
     return None
 
@@ -48,13 +48,13 @@ def test_a_multi_step_plan_has_time_for_all_its_steps() -> None:
 
 
 def test_a_watcher_that_was_stopped_itself_does_not_blame_the_core() -> None:
-    watch = StallWatch(TIMEOUT)
+    watch = Watchdog(TIMEOUT)
     progress = EngineProgress(7, 100.0, 1, is_busy=True)
-    assert watch.look(progress, 100.2) is None
-    assert watch.look(progress, 1000.0) is None  # the server slept for a quarter of an hour, its core with it
-    trouble = [watch.look(progress, 1000.0 + LOOK_SECONDS * look) for look in range(1, 60)]
+    assert watch.check(progress, 100.2) is None
+    assert watch.check(progress, 1000.0) is None  # the server slept for a quarter of an hour, its core with it
+    trouble = [watch.check(progress, 1000.0 + LOOK_SECONDS * look) for look in range(1, 60)]
     assert trouble[0] is None
-    assert "no sign of life" in str(trouble[-1])  # it did not wake up with its server
+    assert "no heartbeat" in str(trouble[-1])  # it did not wake up with its server
 
 
 def test_a_core_that_never_gave_a_sign_is_not_up() -> None:

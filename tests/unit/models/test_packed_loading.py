@@ -28,6 +28,10 @@ from pagoda.models.weight_size import expected_weight_bytes
 from pagoda.parallel.groups import SINGLE_RANK, ParallelGroups, PipelineLink, TensorGroup
 from pagoda.parallel.layout import ParallelLayout
 from pagoda_kernels.reference.linear import unpack
+from tests.support.kernel_backends import reference_kernels
+
+__all__ = ["reference_kernels"]
+pytestmark = pytest.mark.usefixtures("reference_kernels")
 
 CONFIG = {
     "architectures": ["Qwen3ForCausalLM"],

@@ -19,9 +19,13 @@ from pagoda.models.loading.packed import PackedLinearMethod, awaited_layers
 from pagoda.models.quantization.schemes import choose_quantization
 from pagoda.parallel.groups import ParallelGroups, PipelineLink, TensorGroup
 from pagoda.parallel.layout import ParallelLayout
-from pagoda_kernels.linear import quantize_int4, quantize_int8
 from pagoda_kernels.reference.linear import unpack
+from tests.support.kernel_backends import reference_kernels
+from tests.support.packed_weights import quantize_int4, quantize_int8
 from tests.support.quantized_checkpoints import CONFIG, METHODS, compressed_tensors, quantized_model, write_quantized
+
+__all__ = ["reference_kernels"]
+pytestmark = pytest.mark.usefixtures("reference_kernels")
 
 SIZES = (64, 64, 96)
 

@@ -32,6 +32,11 @@ def test_top_k_of_one_is_greedy_at_any_temperature():
     assert token_of([0.0, 3.0, 1.0, 3.0], SamplingParams(top_k=1, temperature=50.0)) == 1
 
 
+def test_a_top_k_that_no_vocabulary_reaches_is_none():
+    rows = [Row([0.0] * 300, [0], [], SamplingParams(seed=5, top_k=top_k)) for top_k in (0, -1, 300, 2**70)]
+    assert len(set(sample_rows(rows).token_ids.tolist())) == 1
+
+
 def test_only_allowed_token_ids_are_chosen():
     assert token_of([5.0, 4.0, 3.0, 2.0], greedy(allowed_token_ids=(3, 2, 2))) == 2
 

@@ -7,14 +7,14 @@ from collections import Counter
 import pytest
 
 from pagoda.errors import QueueFullError
-from pagoda.request import EngineRequest
-from pagoda.sampling.params import SamplingParams
 from pagoda.scheduling.config import SchedulerLimits
 from pagoda.scheduling.deadlines import Deadlines
 from pagoda.scheduling.kv_cache_manager import KVCacheManager
 from pagoda.scheduling.plan import StepResult
 from pagoda.scheduling.request import Request, RequestStatus
 from pagoda.scheduling.scheduler import Scheduler
+from tests.support.requests import make_request
+from tests.support.virtual_time import Clock
 
 
 def make_scheduler(max_num_waiting: int, max_num_seqs: int = 2) -> Scheduler:
@@ -24,18 +24,15 @@ def make_scheduler(max_num_waiting: int, max_num_seqs: int = 2) -> Scheduler:
     return Scheduler(limits, KVCacheManager(65, 4))
 
 
-def make_request(request_id: str, tenant: str = "") -> Request:
-    params = SamplingParams(ignore_eos=True)
-    return Request(
-        EngineRequest(request_id=request_id, prompt_token_ids=[1, 2, 3], params=params, max_tokens=2, tenant=tenant)
-    )
+def request_of(tenant: str, request_id: str) -> Request:
+    return make_request(request_id, num_tokens=3, first=1, max_tokens=2, tenant=tenant)
 
 
 def fill(scheduler: Scheduler, tenant: str, prefix: str = "") -> int:
     """Send requests of a tenant until one is refused; how many were taken."""
     for number in range(1000):
         try:
-            scheduler.add(make_request(f"{tenant}{prefix}{number}", tenant))
+            scheduler.add(request_of(tenant, f"{tenant}{prefix}{number}"))
         except QueueFullError:
             return number
     raise AssertionError("nothing was refused")
@@ -53,10 +50,10 @@ def step(scheduler: Scheduler) -> list[str]:
 def test_tenants_take_turns_however_much_one_of_them_sends() -> None:
     scheduler = make_scheduler(max_num_waiting=100)
     for index in range(20):
-        scheduler.add(make_request(f"a{index}", "a"))
+        scheduler.add(request_of("a", f"a{index}"))
     for tenant in "bc":
         for index in range(3):
-            scheduler.add(make_request(f"{tenant}{index}", tenant))
+            scheduler.add(request_of(tenant, f"{tenant}{index}"))
     entered: list[str] = []
     while len(entered) < 9:
         entered += step(scheduler)
@@ -101,12 +98,15 @@ def test_a_long_request_does_not_keep_those_that_came_and_went_after_it() -> Non
     assert deadlines.take_overdue() == []
 
 
-@pytest.mark.parametrize("max_seconds", [None, 1e-9])
+@pytest.mark.parametrize("max_seconds", [None, 10.0])
 def test_overdue_requests_are_given_once(max_seconds: float | None) -> None:
-    deadlines = Deadlines(max_seconds)
+    clock = Clock()
+    deadlines = Deadlines(max_seconds, clock)
     requests = [make_request("a"), make_request("b")]
     for number, request in enumerate(requests):
         request.sequence_number = number
         deadlines.add(request)
+    assert deadlines.take_overdue() == []
+    clock.advance(10.0)
     assert deadlines.take_overdue() == ([] if max_seconds is None else requests)
     assert deadlines.take_overdue() == []

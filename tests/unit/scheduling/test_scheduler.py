@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import pytest
 
 from pagoda.errors import InvalidRequestError, QueueFullError
-from pagoda.request import EngineRequest
 from pagoda.sampling.output import FinishReason, TokenLogprobs
 from pagoda.sampling.params import SamplingParams
 from pagoda.scheduling.block_pool import BlockLease
@@ -17,22 +17,20 @@ from pagoda.scheduling.plan import SampledTokensUpdate, StepPlan, StepResult
 from pagoda.scheduling.request import Request
 from pagoda.scheduling.sampled_tokens_update import SampledTokensTracker
 from pagoda.scheduling.scheduler import RequestUpdate, Scheduler
+from tests.support.requests import make_request
+from tests.support.virtual_time import Clock
 
 
-def make_scheduler(num_usable: int = 64, block_size: int = 4, watermark: float = 0.0, **limits) -> Scheduler:
+def make_scheduler(
+    num_usable: int = 64,
+    block_size: int = 4,
+    watermark: float = 0.0,
+    clock: Callable[[], float] = time.monotonic,
+    **limits,
+) -> Scheduler:
     values = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "max_model_len": 256, "max_num_waiting": 100} | limits
-    return Scheduler(SchedulerLimits(**values), KVCacheManager(num_usable + 1, block_size, watermark=watermark))
-
-
-def make_request(
-    request_id: str, num_tokens: int = 4, first: int | None = None, max_tokens: int = 8, **fields
-) -> Request:
-    start = 1000 * sum(map(ord, request_id)) if first is None else first
-    params = fields.pop("params", SamplingParams(ignore_eos=True))
-    prompt = list(range(start, start + num_tokens))
-    return Request(
-        EngineRequest(request_id=request_id, prompt_token_ids=prompt, params=params, max_tokens=max_tokens, **fields)
-    )
+    kv = KVCacheManager(num_usable + 1, block_size, watermark=watermark)
+    return Scheduler(SchedulerLimits(**values), kv, clock)
 
 
 def finish(scheduler: Scheduler, plan: StepPlan, token_id: int = 1) -> list[RequestUpdate]:
@@ -115,9 +113,6 @@ def test_newest_request_is_preempted_and_returns_before_those_that_never_ran() -
 
 
 def test_victim_that_was_planned_already_leaves_the_plan_and_returns_its_budget() -> None:
-    scheduler = make_scheduler(num_usable=5, policy="priority", max_num_batched_tokens=64)
-    scheduler.add(make_request("low", 7, priority=5))
-    scheduler.add(make_request("high", 8, priority=0))
     # The second in the running order has the better standing, and is the one that runs out of blocks.
     low_first = make_scheduler(num_usable=4, policy="priority")
     low_first.add(make_request("low", 7, priority=5))
@@ -417,15 +412,14 @@ def test_repetition_is_stopped_where_it_is_asked_for() -> None:
 
 
 def test_time_limit_ends_a_request_with_what_it_has() -> None:
-    scheduler = make_scheduler(max_request_seconds=1000.0)
-    old, new = (
-        make_request("old", arrival_time=time.monotonic() - 999.9),
-        make_request("new", arrival_time=time.monotonic()),
-    )
+    clock = Clock()
+    scheduler = make_scheduler(max_request_seconds=1000.0, clock=clock)
+    old, new = make_request("old", arrival_time=clock()), make_request("new", arrival_time=clock() + 500.0)
     scheduler.add(old)
     scheduler.add(new)
-    step(scheduler)
-    time.sleep(0.15)
+    clock.advance(999.0)
+    assert step(scheduler).request_ids == ["old", "new"]
+    clock.advance(1.0)
     assert step(scheduler).request_ids == ["new"]
     assert (old.num_output_tokens, old.finish_reason, old.stop_reason) == (
         1,

@@ -9,14 +9,9 @@ from typing import Any, cast
 import pytest
 from starlette.requests import ClientDisconnect, Request
 
-from pagoda.serving.http import event_stream
-from pagoda.serving.http.event_stream import open_event_stream
+from pagoda.serving.http.event_stream import STALLED_READER_SECONDS, open_event_stream
 from pagoda.serving.metrics.prometheus import Metrics
-
-
-@pytest.fixture(autouse=True)
-def short_stall(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(event_stream, "STALLED_READER_SECONDS", 0.2)
+from tests.support.virtual_time import in_virtual_time
 
 
 async def serve(seconds_per_event: float, num_events: int, seconds_per_send: float) -> tuple[list[bytes], bool]:
@@ -45,23 +40,26 @@ async def serve(seconds_per_event: float, num_events: int, seconds_per_send: flo
     request = Request({"type": "http", "path": "/", "headers": []}, receive)
     answer = await open_event_stream(request, events(), lambda report: {}, cast("Metrics", None))
     try:
-        await asyncio.wait_for(answer({}, receive, cast("Any", send)), 30)
+        await answer({}, receive, cast("Any", send))
     except ClientDisconnect:
         assert is_closed
         raise
     return sent, is_closed
 
 
+@in_virtual_time
 async def test_a_reader_that_stopped_is_given_up_and_its_source_closed() -> None:
     with pytest.raises(ClientDisconnect):
-        await serve(0.0, 5, seconds_per_send=1000.0)
+        await serve(0.0, 5, seconds_per_send=1e6)
 
 
+@in_virtual_time
 async def test_a_slow_reader_gets_everything() -> None:
-    sent, _ = await serve(0.0, 5, seconds_per_send=0.08)
+    sent, _ = await serve(0.0, 5, seconds_per_send=0.9 * STALLED_READER_SECONDS)
     assert sent == [b"0", b"1", b"2", b"3", b"4"]
 
 
+@in_virtual_time
 async def test_long_waits_for_the_next_token_are_not_the_readers_fault() -> None:
-    sent, _ = await serve(0.3, 3, seconds_per_send=0.01)
+    sent, _ = await serve(2 * STALLED_READER_SECONDS, 3, seconds_per_send=1.0)
     assert sent == [b"0", b"1", b"2"]

@@ -15,8 +15,8 @@ from pagoda.request import GenerationRequest
 from pagoda.sampling.params import SamplingParams
 from pagoda.text.generation import TextGenerator
 from pagoda.text.pool import TokenizerPool
+from tests.support.checkpoints import shared_checkpoint
 from tests.support.fake_engine import FakeEngineClient
-from tests.support.rest_harness import checkpoint
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +27,7 @@ def no_faults_left() -> Iterator[None]:
 
 @pytest.fixture
 async def generator() -> AsyncIterator[TextGenerator]:
-    config = PagodaConfig(model=str(checkpoint()), tokenizer_pool_size=1)
+    config = PagodaConfig(model=str(shared_checkpoint()), tokenizer_pool_size=1)
     engine = FakeEngineClient()
     await engine.start()
     pool = TokenizerPool.from_config(config)

@@ -17,7 +17,7 @@ enum class DType : int32_t { kFloat32, kBFloat16, kHalf };
 
 inline int64_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
-// Attention over paged keys and values; see pagoda_kernels.attention and AttentionMetadata for the meaning of all of it.
+// Attention over paged keys and values; see KernelBackend.paged_attention and AttentionMetadata (pagoda_kernels).
 struct AttentionArguments {
   DType dtype;              // of query, caches and output
   const void* query;        // [T, num_heads, head_dim]

@@ -272,7 +272,7 @@ Tensor packed_rows(const Tensor& weight, const Tensor& ids, int64_t num_rows, bo
   return rows;
 }
 
-std::tuple<Tensor, Tensor> choose_greedy(const Tensor& logits) {
+std::tuple<Tensor, Tensor> greedy_sample(const Tensor& logits) {
   const int64_t rows = logits.size(0), size = logits.size(1);
   check(logits, "logits", {rows, size}, at::kFloat);
   TORCH_CHECK(size > 0 && size < (1 << 24), "a vocabulary of ", size, " is not between 1 and 2^24 - 1");
@@ -314,7 +314,7 @@ TORCH_LIBRARY(pagoda_cpu, m) {
       "linear_quantized(Tensor x, Tensor weight, Tensor scales, Tensor? zeros, Tensor? bias, int out_features, "
       "int group_size, bool four_bits) -> Tensor");
   m.def("pack(Tensor weight, Tensor(a!) packed) -> ()");
-  m.def("choose_greedy(Tensor logits) -> (Tensor, Tensor)");
+  m.def("greedy_sample(Tensor logits) -> (Tensor, Tensor)");
   m.def("packed_rows(Tensor weight, Tensor ids, int num_rows, bool as_float) -> Tensor");
   m.class_<pagoda::Decoder>("Decoder")
       .def(torch::init<int64_t, int64_t, int64_t, int64_t, double, Tensor>())
@@ -335,6 +335,6 @@ TORCH_LIBRARY_IMPL(pagoda_cpu, CPU, m) {
   m.impl("linear", &linear);
   m.impl("linear_quantized", &linear_quantized);
   m.impl("pack", &pack);
-  m.impl("choose_greedy", &choose_greedy);
+  m.impl("greedy_sample", &greedy_sample);
   m.impl("packed_rows", &packed_rows);
 }

@@ -5,7 +5,7 @@
 
 namespace pagoda {
 
-// pagoda_kernels/step.py says what is what; the last five are filled.
+// See KernelBackend.gather_step (pagoda_kernels/interface.py); the last five are filled.
 void gather_step(const at::Tensor& token_pool, const at::Tensor& block_table, int64_t block_size, const at::Tensor& slots,
                  const at::Tensor& query_start_loc, const at::Tensor& num_computed_tokens, const at::Tensor& input_ids,
                  const at::Tensor& positions, const at::Tensor& slot_mapping, const at::Tensor& seq_lens,

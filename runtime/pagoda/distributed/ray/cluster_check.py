@@ -14,7 +14,7 @@ from typing import Any
 from pagoda.config.schema import PagodaConfig
 from pagoda.distributed.ray.cluster import cluster_nodes, connect_cluster
 from pagoda.errors import PagodaError
-from pagoda.parallel.interfaces import choose_interface, export_interface, host_interfaces
+from pagoda.parallel.interfaces import choose_interface, export_interface, host_interfaces, listen_on
 from pagoda.parallel.rank_info import RankFacts, compare_facts, installed_version, python_series
 
 _LOOK_SECONDS = 60.0
@@ -72,8 +72,8 @@ class NodeProbe:
         except PagodaError as error:
             return found | {"problem": str(error)}
         export_interface(interface)
-        with socket.create_server((interface.address, 0), family=_family(interface.address)) as server:
-            port = server.getsockname()[1]
+        self._listener = listen_on(interface.address)
+        port = self._listener.getsockname()[1]
         return found | {"interface": interface.name, "interface_address": interface.address, "port": port}
 
     def communicate(self, rank: int, size: int, host: str, port: int, timeout_seconds: float) -> dict[str, Any]:
@@ -93,6 +93,7 @@ class NodeProbe:
                 backend="gloo",
                 timeout_seconds=timeout_seconds,
                 device=torch.device("cpu"),
+                listener=self._listener if rank == 0 else None,
             )
             report = check_communication(groups, torch.device("cpu"))
             groups.close()
@@ -206,7 +207,3 @@ def _facts(rank: int, look: dict[str, Any]) -> RankFacts:
         interface=look["interface"],
         address=look["interface_address"],
     )
-
-
-def _family(address: str) -> socket.AddressFamily:
-    return socket.AF_INET6 if ":" in address else socket.AF_INET

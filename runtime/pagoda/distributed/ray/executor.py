@@ -14,9 +14,11 @@ from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from typing_extensions import override
+
 from pagoda.config.schema import PagodaConfig
 from pagoda.distributed.rank_group import RankGroup
-from pagoda.distributed.rank_launcher import RankConnection
+from pagoda.distributed.rank_launcher import RankConnection, RankLauncher
 from pagoda.distributed.ray.actor import PagodaRank
 from pagoda.distributed.ray.cluster import RayCluster, bundles_in_order, connect_cluster, release, reserve, within
 from pagoda.distributed.ray.listener import AdmittedRank, RankListener
@@ -44,8 +46,8 @@ class _RankEndedError(Exception):
     """A rank ended before it connected, for a reason that may pass: its node died."""
 
 
-class RayLauncher:
-    """See `RankLauncher`."""
+class RayLauncher(RankLauncher):
+    """Ranks as actors of a Ray cluster."""
 
     uses_ray = True
 
@@ -56,10 +58,10 @@ class RayLauncher:
         self._actors: list[ActorHandle] = []
         self._served: list[ObjectRef[int]] = []
 
+    @override
     def launch(
         self, num_ranks: int, timeout_seconds: float, on_progress: Callable[[str], None]
     ) -> list[RankConnection]:
-        """See `RankLauncher`. Raises `ConfigError` or `CommunicationError`."""
         deadline = time.monotonic() + timeout_seconds
         cluster = connect_cluster(self._config, deadline, on_progress)
         while True:
@@ -138,8 +140,8 @@ class RayLauncher:
             return error
         return None
 
+    @override
     def death_of(self, rank: int) -> str | None:
-        """See `RankLauncher`."""
         if rank >= len(self._served):
             return None
         found: list[BaseException | None] = []
@@ -147,8 +149,8 @@ class RayLauncher:
         error = found[0] if found else None
         return None if error is None else _in_words(error)
 
+    @override
     def terminate(self, patience_seconds: float) -> None:
-        """See `RankLauncher`."""
         actors, served, room = self._actors, self._served, self._room
         self._actors, self._served, self._room = [], [], None
 

@@ -9,13 +9,11 @@ the head by the file that this process keeps.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import logging
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -35,7 +33,8 @@ from pagoda.distributed.node_state import (
 )
 from pagoda.distributed.ray.node import HEAD_PORT, RayNode, ray_environment, split_address, trouble_with
 from pagoda.errors import CommunicationError, ConfigError
-from pagoda.process_control import become_subreaper, reap_orphans
+from pagoda.parallel.interfaces import listen_on
+from pagoda.process_control import become_subreaper, end_with_parent, reap_orphans
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +42,6 @@ _LOOK_SECONDS = 0.25
 _MAX_FAILURES = 3
 _PATIENCE_SECONDS = 5.0
 STARTED = "Ray runtime started"
-_SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 
 def ensure_head(
@@ -158,7 +156,7 @@ def _trouble_with_port(node: RayNode) -> str | None:
     """Why nobody can listen there just now: the interface is down. Raises `ConfigError` where somebody does already."""
     assert node.head_port is not None
     try:
-        with socket.create_server((node.address, node.head_port), family=_family(node.address)):
+        with listen_on(node.address, node.head_port):
             return None
     except OSError as error:
         if error.errno != errno.EADDRINUSE:
@@ -168,10 +166,6 @@ def _trouble_with_port(node: RayNode) -> str | None:
             f"ray_address=none: a Ray head cannot be started at {where}: the port is taken; "
             f"to use a head that runs there set ray_address={where}"
         ) from error
-
-
-def _family(address: str) -> socket.AddressFamily:
-    return socket.AF_INET6 if ":" in address else socket.AF_INET
 
 
 def _name(owner: int) -> str:
@@ -189,9 +183,9 @@ def main(owner: int, address: str, log: Path, command: list[str]) -> int:
     told_to_stop = []
     signal.signal(signal.SIGTERM, lambda *_: told_to_stop.append(True))
     become_subreaper()
-    state = StateFile(_directory(), _name(owner), bound=_PATIENCE_SECONDS)
+    state = StateFile(_directory(), _name(owner), timeout=_PATIENCE_SECONDS)
     state.enter("starting", address)
-    ray = subprocess.Popen(command, preexec_fn=_end_with_parent)
+    ray = subprocess.Popen(command, preexec_fn=lambda: end_with_parent(signal.SIGTERM))
     is_up = False
     while ray.poll() is None and is_alive(owner) and not told_to_stop:
         if not is_up and STARTED in _text(log):
@@ -217,10 +211,6 @@ def end_ray(ray: subprocess.Popen[bytes], patience_seconds: float) -> int:
 
 def _text(log: Path) -> str:
     return log.read_text(encoding="utf-8", errors="replace")
-
-
-def _end_with_parent() -> None:
-    ctypes.CDLL(None, use_errno=True).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
 
 
 if __name__ == "__main__":

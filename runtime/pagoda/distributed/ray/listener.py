@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from pagoda.errors import CommunicationError
+from pagoda.parallel.interfaces import listen_on
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +61,7 @@ class RankListener:
         self._lock = threading.Lock()
         self._handshakes = threading.BoundedSemaphore(_MAX_HANDSHAKES)
         self._is_open = True
-        family = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0][0]
-        self._listener = socket.create_server((address, 0), family=family, backlog=128)
+        self._listener = listen_on(address)
         self._listener.settimeout(_LOOK_SECONDS)
         self.address = address
         self.port = int(self._listener.getsockname()[1])

@@ -127,8 +127,9 @@ def wait_for_head(
     deadline: float,
     on_progress: Callable[[str], None],
     is_told_to_stop: Callable[[], bool] = lambda: False,
+    clock: Callable[[], float] = time.monotonic,
 ) -> bool:
-    """Wait until something listens at `address`, until `deadline` (`time.monotonic()`); False if told to stop before.
+    """Wait until something listens at `address`, until `deadline` (seconds of `clock`); False if told to stop before.
 
     `on_progress` hears why it is still waiting. That the port is open does not mean that the head is ready.
 
@@ -140,7 +141,7 @@ def wait_for_head(
         trouble = trouble_with(host, port)
         if trouble is None:
             return True
-        if time.monotonic() > deadline:
+        if clock() > deadline:
             raise CommunicationError(f"the Ray head at {host}:{port} cannot be reached: {trouble}")
         on_progress(f"waiting for the Ray head at {host}:{port}: {trouble}")
         time.sleep(_LOOK_SECONDS)

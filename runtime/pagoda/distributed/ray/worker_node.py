@@ -15,6 +15,7 @@ import signal
 import subprocess
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -55,9 +56,17 @@ class WorkerNode:
     """
 
     def __init__(
-        self, config: PagodaConfig, address: str, offer: RayNode, state_directory: Path, *, is_subreaper: bool = False
+        self,
+        config: PagodaConfig,
+        address: str,
+        offer: RayNode,
+        state_directory: Path,
+        *,
+        is_subreaper: bool = False,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config = config
+        self._clock = clock
         self._is_subreaper = is_subreaper
         self._host, port = split_address(address)
         self._address = f"{self._host}:{port}" if ":" not in self._host else f"[{self._host}]:{port}"
@@ -82,8 +91,8 @@ class WorkerNode:
         prepare_directory(self._directory)
         self._state = node_file(self._directory, _SILENCE_SECONDS)
         patience = self._config.rendezvous_timeout_seconds
-        deadline = time.monotonic() + patience
-        while wait_for_head(self._address, deadline, self._say_waiting, self._stopped.is_set):
+        deadline = self._clock() + patience
+        while wait_for_head(self._address, deadline, self._say_waiting, self._stopped.is_set, self._clock):
             ended = self._belong(deadline)
             if self._stopped.is_set():
                 return
@@ -92,8 +101,8 @@ class WorkerNode:
                 raise ConfigError(refusal)
             if ended.began:
                 logger.warning("the Ray head at %s was lost (%s): joining again", self._address, ended.words)
-                deadline = time.monotonic() + patience
-            elif time.monotonic() > deadline:
+                deadline = self._clock() + patience
+            elif self._clock() > deadline:
                 raise CommunicationError(
                     f"the Ray cluster at {self._address} could not be joined in time: {ended.words}"
                 )
@@ -121,7 +130,7 @@ class WorkerNode:
             )
         began = False
         try:
-            while ray.poll() is None and not self._stopped.is_set() and (began or time.monotonic() < deadline):
+            while ray.poll() is None and not self._stopped.is_set() and (began or self._clock() < deadline):
                 if not began and STARTED in _text(log):
                     began = True
                     logger.info("this node belongs to the Ray cluster at %s", self._address)
@@ -134,7 +143,7 @@ class WorkerNode:
             end_ray(ray, _END_SECONDS)
             _end_session(ray.pid)
         self._state.enter("left", self._address)
-        if not began and time.monotonic() > deadline:
+        if not began and self._clock() > deadline:
             return _Membership(began, "Ray did not come up in the time that was left")
         return _Membership(began, _text(log))
 

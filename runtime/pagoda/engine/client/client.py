@@ -17,13 +17,12 @@ from contextlib import suppress
 from dataclasses import replace
 
 from pagoda.config.schema import PagodaConfig
-from pagoda.distributed.rank_health import RankHealth
 from pagoda.engine.client.core_handle import CoreChild
 from pagoda.engine.client.output_collector import Mailbox
 from pagoda.engine.client.prelaunch import LaunchedCore
 from pagoda.engine.client.restarts import RestartPolicy
 from pagoda.engine.client.service_rate import ServiceRate
-from pagoda.engine.client.watchdog import StallWatch
+from pagoda.engine.client.watchdog import Watchdog
 from pagoda.engine.health import EngineHealth, EngineState
 from pagoda.engine.heartbeat import EngineProgress
 from pagoda.engine.messages import (
@@ -45,6 +44,7 @@ from pagoda.errors import (
     QueueFullError,
     error_of,
 )
+from pagoda.parallel.rank_health import RankHealth
 from pagoda.request import EngineRequest
 
 logger = logging.getLogger(__name__)
@@ -135,7 +135,7 @@ class ProcessEngineClient(EngineClient):
         self._is_lost = False  # the core is of no use any more, though its process may still be there
         self._supervising: asyncio.Task[None] | None = None
         self._started: asyncio.Future[EngineReady] | None = None
-        self._is_ending = False
+        self._ending = asyncio.Event()
 
     @property
     def pid(self) -> int | None:
@@ -238,9 +238,11 @@ class ProcessEngineClient(EngineClient):
             except Exception as error:  # a fault in here must not leave an engine without supervision
                 logger.exception("the engine process could not be run")
                 self._lose_core(EngineDeadError(f"the engine process could not be run: {error}"))
-            if self._is_ending or self._pause is None:
+            if self._ending.is_set() or self._pause is None:
                 return
-            await asyncio.sleep(self._pause)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._ending.wait(), self._pause)
+                return
 
     async def _run_core(self) -> None:
         """Run one core from its start to its end."""
@@ -248,6 +250,8 @@ class ProcessEngineClient(EngineClient):
         launched, self._launched = self._launched, None
         child = self._child = await CoreChild.start(self._config, self._environment, launched)
         self.configured.set()
+        if self._ending.is_set():  # `shutdown` found no core to tell
+            child.send(Shutdown())
         watching = asyncio.create_task(self._watch(child), name="engine-watchdog")
         try:
             while (message := await child.receive()) is not None:
@@ -264,7 +268,7 @@ class ProcessEngineClient(EngineClient):
                     self._lose_core(error_of(message.kind, message.message))
         finally:
             watching.cancel()
-            exit_text = await child.reap(_SHUTDOWN_SECONDS if self._is_ending else _EXIT_SECONDS)
+            exit_text = await child.reap(_SHUTDOWN_SECONDS if self._ending.is_set() else _EXIT_SECONDS)
             self._child = None
             self.stats = EngineStats()
         self._lose_core(EngineDeadError(f"the engine process {exit_text}", was_killed=child.was_killed_by_others))
@@ -281,7 +285,7 @@ class ProcessEngineClient(EngineClient):
     def _lose_core(self, cause: PagodaError) -> None:
         """The core is of no use any more: unready and its requests failed now, not when its process is gone."""
         assert self._started is not None
-        if self._is_lost or self._is_ending:
+        if self._is_lost or self._ending.is_set():
             return
         self._is_lost = True
         self.ranks = [replace(rank, is_up=False) for rank in self.ranks]
@@ -302,21 +306,21 @@ class ProcessEngineClient(EngineClient):
         """Kill a core that starts too slowly, or that is stuck; its end is then noticed like any other."""
         start_timeout = self._config.engine_start_timeout_seconds
         deadline = time.monotonic() + start_timeout
-        stall_watch = StallWatch(self._config.engine_stall_timeout_seconds)
+        watchdog = Watchdog(self._config.engine_stall_timeout_seconds)
         while True:
             await asyncio.sleep(_WATCH_SECONDS)
             now = time.monotonic()
             progress = child.progress
             trouble: str | None = None
             if progress.is_up:
-                trouble = stall_watch.look(progress, now)
+                trouble = watchdog.check(progress, now)
             elif now > deadline:
                 trouble = (
                     f"the engine was not ready after engine_start_timeout_seconds={start_timeout:g} "
                     f"(stage: {self.health.stage} {self.health.detail})"
                 )
-            if trouble is not None and not self._is_ending:
-                logger.error("%s; it will be ended", trouble)
+            if trouble is not None and not self._ending.is_set():
+                logger.error("%s; killing it", trouble)
                 self._lose_core(EngineDeadError(trouble))
                 await child.kill(dump_stacks=True)
                 return
@@ -330,20 +334,15 @@ class ProcessEngineClient(EngineClient):
 
     async def shutdown(self) -> None:
         """End the core's process, by force after a few seconds."""
-        self._is_ending = True
+        self._ending.set()
         if self._supervising is None:
             return
         if self._child is not None:
             self._child.send(Shutdown())
         done, _ = await asyncio.wait([self._supervising], timeout=_SHUTDOWN_SECONDS)
-        if not done:
-            if self._child is not None:
-                await self._child.kill()
-            else:
-                self._supervising.cancel()  # between two cores, in the pause
-            await asyncio.wait([self._supervising])
-        with suppress(asyncio.CancelledError):
-            await self._supervising
+        if not done and self._child is not None:
+            await self._child.kill()
+        await self._supervising
         self._fail_requests("the server is shutting down")
         if self.health.state is not EngineState.DEAD:
             self.health.transition(EngineState.DEAD, "shut down", is_expected=True)

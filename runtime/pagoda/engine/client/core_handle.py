@@ -8,7 +8,6 @@ import signal
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict
 
 from pagoda.config.schema import PagodaConfig
 from pagoda.engine import wire
@@ -42,7 +41,7 @@ class CoreChild:
         core = (launched or LaunchedCore()).take()
         reader, writer = await asyncio.open_unix_connection(sock=core.socket)
         child = cls(core, reader, writer)
-        child.send(StartCore(_core_fields(config), dict(environment or {})))
+        child.send(StartCore(config.without_secrets(), dict(environment or {})))
         return child
 
     @property
@@ -101,10 +100,3 @@ class CoreChild:
         self._board.close()
         code = self.process.returncode
         return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
-
-
-def _core_fields(config: PagodaConfig) -> dict[str, object]:
-    """The configuration for the core, without what only the server may know."""
-    fields = asdict(config)
-    del fields["api_keys"]
-    return fields

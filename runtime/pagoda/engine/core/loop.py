@@ -14,10 +14,10 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from pagoda.distributed.rank_health import RankHealth
 from pagoda.engine.messages import EngineOutput, EngineOutputs, EngineReady, EngineStats
 from pagoda.errors import EngineDeadError, InvalidRequestError
 from pagoda.execution.executor import Executor, StepHandle, is_out_of_memory
+from pagoda.parallel.rank_health import RankHealth
 from pagoda.request import EngineRequest
 from pagoda.scheduling.plan import StepPlan
 from pagoda.scheduling.request import Request

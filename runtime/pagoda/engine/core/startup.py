@@ -15,12 +15,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from pagoda import faults
-from pagoda.config.auto import ResolvedSettings, resolve
 from pagoda.config.schema import PagodaConfig
+from pagoda.engine.core.auto import ResolvedSettings, resolve
+from pagoda.engine.core.executors import create_executor
 from pagoda.engine.core.kv_sizing import KVFit, fit_max_model_len
 from pagoda.engine.core.loop import EngineCore
 from pagoda.engine.messages import EngineReady
-from pagoda.execution.executor import Executor, create_executor
+from pagoda.execution.executor import Executor
 from pagoda.models.checkpoint_source import checkpoint_directory
 from pagoda.models.config import ModelConfig
 from pagoda.models.sharding import check_layout

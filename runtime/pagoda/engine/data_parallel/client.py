@@ -18,11 +18,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 from pagoda.config.schema import PagodaConfig
-from pagoda.distributed.rank_health import RankHealth
 from pagoda.engine.client.client import EngineClient, ProcessEngineClient
 from pagoda.engine.client.prelaunch import LaunchedCore
 from pagoda.engine.data_parallel.health import overall
-from pagoda.engine.data_parallel.router import PrefixRouter
+from pagoda.engine.data_parallel.router import Placement, PrefixRouter
 from pagoda.engine.health import EngineState
 from pagoda.engine.heartbeat import EngineProgress
 from pagoda.engine.messages import EngineOutput, EngineReady, EngineStats
@@ -33,7 +32,8 @@ from pagoda.errors import (
     PagodaError,
     QueueFullError,
 )
-from pagoda.platform.thread_affinity import affinities_of_replicas
+from pagoda.parallel.rank_health import RankHealth
+from pagoda.platform.threads import affinities_of_replicas
 from pagoda.request import EngineRequest
 
 if TYPE_CHECKING:
@@ -72,7 +72,11 @@ class DataParallelClient(EngineClient):
         self._config = config
         num_replicas, num_ranks = config.data_parallel_size, config.tensor_parallel_size * config.pipeline_parallel_size
         share = replace(config, max_num_waiting=-(-config.max_num_waiting // num_replicas))
-        affinities = affinities_of_replicas(config)
+        affinities = [config.cpu_thread_affinity] * num_replicas
+        if config.device != "cuda":
+            affinities = affinities_of_replicas(
+                config.cpu_thread_affinity, config.threads, num_replicas=num_replicas, num_ranks=num_ranks
+            )
         self._replicas = [
             ProcessEngineClient(
                 replace(share, cpu_thread_affinity=affinities[index]),
@@ -143,23 +147,21 @@ class DataParallelClient(EngineClient):
             tried.add(placement.replica)
             if refusals:
                 logger.info("request %s goes to replica %d: %s", request.request_id, placement.replica, refusals[-1])
-            is_finished = False
+            has_failed = False
             try:
                 outputs = cast("AsyncGenerator[EngineOutput, None]", self._replicas[placement.replica].submit(request))
                 async with aclosing(outputs):
                     async for output in outputs:
                         self._router.note_output(placement, output.new_token_ids)
-                        is_finished = output.finish_reason is not None
                         yield output
                 return
-            except (QueueFullError, EngineNotReadyError) as error:
-                refusals.append(error)
-            except EngineDeadError as error:
-                if placement.num_output_tokens or not error.was_killed:
+            except PagodaError as error:
+                has_failed = True
+                if not _is_retriable(error, placement):
                     raise
                 refusals.append(error)
             finally:
-                self._router.remove(placement, is_finished=is_finished)
+                self._router.remove(placement, has_failed=has_failed)
         raise self._refusal(refusals)
 
     def _candidates(self, tried: set[int]) -> list[int]:
@@ -237,6 +239,13 @@ class DataParallelClient(EngineClient):
             for replica in self._replicas:
                 if replica.health.state not in (EngineState.DRAINING, EngineState.DEAD):
                     replica.health.transition(EngineState.DRAINING, str(self.health.cause))
+
+
+def _is_retriable(error: PagodaError, placement: Placement) -> bool:
+    """Whether another replica may run a request that ended with `error` in this one."""
+    if isinstance(error, EngineDeadError):
+        return error.was_killed and placement.num_output_tokens == 0
+    return isinstance(error, QueueFullError | EngineNotReadyError)
 
 
 def sum_of(stats: Sequence[EngineStats]) -> EngineStats:

@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 from pagoda.request import EngineRequest
 from pagoda.scheduling.prefix_hash import extend_hashes, root_hash
 
-# How long an output will be is not known; of late they were so long on average. The first guess, and the weight of each end.
+# How long an output will be is not known; of late they were so long on average. The first guess, and the weight of each one.
 FIRST_TYPICAL_OUTPUT = 64.0
-_NEWS_SHARE = 0.05
+_OUTPUT_WEIGHT = 0.05
 
 
 @dataclass(slots=True, eq=False)
@@ -74,7 +74,7 @@ class PrefixRouter:
     def __init__(self, num_replicas: int, block_size: int) -> None:
         self._replicas = [_Replica() for _ in range(num_replicas)]
         self._block_size = block_size
-        self._typical_output = FIRST_TYPICAL_OUTPUT
+        self.typical_output = FIRST_TYPICAL_OUTPUT  # tokens, a moving average
 
     def num_tokens_left(self, replica: int) -> int:
         """Tokens that a replica still has to compute, as far as is known."""
@@ -111,7 +111,7 @@ class PrefixRouter:
             root=root,
             num_cached_tokens=hits[chosen],
             num_prompt_tokens_left=num_prompt_tokens - hits[chosen],
-            num_output_tokens_left=max(1, min(request.max_tokens, round(self._typical_output))),
+            num_output_tokens_left=max(1, min(request.max_tokens, round(self.typical_output))),
         )
         replica = self._replicas[chosen]
         replica.num_tokens_left += placement.num_tokens_left
@@ -129,14 +129,17 @@ class PrefixRouter:
         placement.token_ids += token_ids
         self._replicas[placement.replica].num_tokens_left += placement.num_tokens_left - before
 
-    def remove(self, placement: Placement, *, is_finished: bool) -> None:
-        """The request has left its replica; finished, its output is in the cache too, where a next turn will find it."""
+    def remove(self, placement: Placement, *, has_failed: bool = False) -> None:
+        """The request has left its replica, whoever ended it; its output is in the cache too, where a next turn will find it.
+
+        `has_failed`: refused, or lost with its replica; nothing is learned from that.
+        """
         replica = self._replicas[placement.replica]
         replica.num_tokens_left -= placement.num_tokens_left
         replica.num_requests -= 1
-        if not is_finished:
+        if has_failed or placement.num_output_tokens == 0:
             return
-        self._typical_output += _NEWS_SHARE * (placement.num_output_tokens - self._typical_output)
+        self.typical_output += _OUTPUT_WEIGHT * (placement.num_output_tokens - self.typical_output)
         if placement.hashes:
             # The last token was sampled and never run.
             extend_hashes(placement.hashes, placement.root, placement.token_ids[:-1], self._block_size)

@@ -11,7 +11,8 @@ from pagoda.models.layers.norm import RMSNorm
 from pagoda.models.sharding import ModelShare, Shard
 from pagoda.models.weights import WeightTarget
 from pagoda.parallel.groups import TensorGroup
-from pagoda_kernels.attention import AttentionMetadata, paged_attention, rotate_and_store
+from pagoda_kernels import backend
+from pagoda_kernels.types import AttentionMetadata
 
 
 class SelfAttention(nn.Module):
@@ -79,7 +80,7 @@ class SelfAttention(nn.Module):
         heads = self.qkv_proj(x).view(x.shape[0], -1, self.head_dim)
         query, key, value = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
         k_cache, v_cache = kv_cache
-        query = rotate_and_store(
+        query = backend.active.rotate_and_store(
             query,
             key,
             value,
@@ -92,7 +93,7 @@ class SelfAttention(nn.Module):
             metadata.slot_mapping,
             self.kv_scales,
         )
-        attended = paged_attention(
+        attended = backend.active.paged_attention(
             query, k_cache, v_cache, metadata, self.scale, self.sliding_window, kv_scales=self.kv_scales
         )
         output: torch.Tensor = self.o_proj(attended.flatten(1))

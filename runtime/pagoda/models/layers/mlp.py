@@ -10,7 +10,7 @@ from pagoda.models.layers.linear import Linear, RowParallelLinear
 from pagoda.models.sharding import ModelShare, Shard
 from pagoda.models.weights import WeightTarget
 from pagoda.parallel.groups import TensorGroup
-from pagoda_kernels.activation import silu_and_mul
+from pagoda_kernels import backend
 
 
 class GatedMLP(nn.Module):
@@ -34,5 +34,5 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [T, hidden_size] to the same shape."""
-        output: torch.Tensor = self.down_proj(silu_and_mul(self.gate_up_proj(x)))
+        output: torch.Tensor = self.down_proj(backend.active.silu_and_mul(self.gate_up_proj(x)))
         return output

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from pagoda.models.weights import WeightTarget
-from pagoda_kernels.norm import rms_norm
+from pagoda_kernels import backend
 
 
 class RMSNorm(nn.Module):
@@ -22,5 +22,5 @@ class RMSNorm(nn.Module):
         return {f"{prefix}weight": WeightTarget.whole(self.weight)}
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """x [..., size] to `(normed, new_residual)`, see `pagoda_kernels.norm.rms_norm`."""
-        return rms_norm(x, self.weight, self.eps, residual)
+        """x [..., size] to `(normed, new_residual)`, see `KernelBackend.rms_norm`."""
+        return backend.active.rms_norm(x, self.weight, self.eps, residual)

@@ -22,7 +22,9 @@ from pagoda.models.loading.checkpoint import FLOAT_TYPES, StoredForm, TensorSour
 from pagoda.models.sharding import Shard
 from pagoda.models.weights import WeightTarget
 from pagoda.parallel.groups import TensorGroup
-from pagoda_kernels.linear import PANEL, PackedWeight, empty_packed, pack_into, packed_linear, packed_rows
+from pagoda_kernels import backend
+from pagoda_kernels.packed_weights import empty_packed, pack_into
+from pagoda_kernels.types import PANEL, PackedWeight
 
 # Values that are read and packed at a time.
 _ELEMENTS_AT_ONCE = 1 << 19
@@ -46,7 +48,7 @@ class PackedLinearMethod(LinearMethod):
 
     def apply(self, layer: Linear, x: torch.Tensor) -> torch.Tensor:
         """One matrix product for all parts."""
-        return packed_linear(x.contiguous(), self.weight, layer.bias)
+        return backend.active.packed_linear(x.contiguous(), self.weight, layer.bias)
 
 
 class AwaitedLinearMethod(LinearMethod):
@@ -160,7 +162,7 @@ class PackedEmbedding(TokenEmbedding):
         assert self.packed is not None, "the embedding is not loaded"
         if self.packed.bits == 8:
             return int8_rows(self.packed, token_ids).to(self.dtype)
-        return packed_rows(self.packed, token_ids, self.dtype)
+        return backend.active.packed_rows(self.packed, token_ids, self.dtype)
 
 
 class VocabParallelPackedEmbedding(PackedEmbedding):

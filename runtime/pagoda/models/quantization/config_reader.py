@@ -1,4 +1,4 @@
-"""Reads `quantization_config` of a checkpoint's config.json: GPTQ, AWQ and compressed-tensors. Imports no torch."""
+"""Reads `quantization_config` of a checkpoint's config.json: GPTQ, AWQ and compressed-tensors."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from pagoda.models.quantization.layouts import check_order, read_rows, stored_fo
 from pagoda.models.quantization.packing import PackedWeightBuilder
 from pagoda.models.quantization.schemes import HEAD, QuantizationConfig, WeightScheme
 from pagoda.models.sharding import Shard
-from pagoda_kernels.linear import PANEL, PackedWeight
+from pagoda_kernels.types import PANEL, PackedWeight
 
 # Values that are unpacked or rounded at a time; with their float32 forms, some 4 MiB.
 _ELEMENTS_AT_ONCE = 1 << 18

@@ -7,7 +7,8 @@ import dataclasses
 import torch
 
 from pagoda.models.quantization.rounding import QuantizedRows
-from pagoda_kernels.linear import PANEL, PackedWeight, empty_packed, pack_into
+from pagoda_kernels.packed_weights import empty_packed, pack_into
+from pagoda_kernels.types import PANEL, PackedWeight
 
 
 class PackedWeightBuilder:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from pagoda.models.decoder import DecoderForCausalLM
-from pagoda_kernels.attention import AttentionMetadata
+from pagoda_kernels.types import AttentionMetadata
 
 WINDOW = 512
 """Tokens that a model sees at most: longer texts are scored in pieces."""

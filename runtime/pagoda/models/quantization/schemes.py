@@ -1,4 +1,4 @@
-"""Which linear layers of a model are quantized, and how their checkpoint stores them. Imports no torch."""
+"""Which linear layers of a model are quantized, and how their checkpoint stores them."""
 
 from __future__ import annotations
 

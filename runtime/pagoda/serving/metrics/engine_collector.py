@@ -4,132 +4,24 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterator
 
 from prometheus_client import Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-STARTING = "starting"
-ENGINE_STATES = (STARTING, "ready", "degraded", "draining", "dead")
-SERVING_STATES = ("ready", "degraded")
+from pagoda.engine.client.client import EngineClient
+from pagoda.engine.health import SERVING, EngineState
+from pagoda.engine.messages import EngineStats
+
 # An engine that is not there runs nothing: its last report must not be shown as the present.
-STATES_WITHOUT_REQUESTS = (STARTING, "dead")
-
-
-class ObservedStats(Protocol):
-    """The part of `engine.messages.EngineStats` that is reported; counts are since the core started."""
-
-    @property
-    def step(self) -> int:
-        """Steps done."""
-
-    @property
-    def num_scheduled_tokens(self) -> int:
-        """Tokens computed in all steps."""
-
-    @property
-    def num_running(self) -> int:
-        """Requests in the running batch."""
-
-    @property
-    def num_waiting(self) -> int:
-        """Requests in the waiting queue."""
-
-    @property
-    def kv_cache_usage(self) -> float:
-        """Share of KV blocks in use, 0 to 1."""
-
-    @property
-    def prefix_cache_queries(self) -> int:
-        """Prompt tokens looked up in the prefix cache."""
-
-    @property
-    def prefix_cache_hits(self) -> int:
-        """Prompt tokens found there."""
-
-    @property
-    def num_preemptions(self) -> int:
-        """Times a running request was sent back to wait."""
-
-    @property
-    def num_repetitions(self) -> int:
-        """Outputs found to repeat themselves without end."""
-
-
-class ObservedHealth(Protocol):
-    """The part of `engine.health.EngineHealth` that is reported."""
-
-    @property
-    def state(self) -> str:
-        """One of `ENGINE_STATES`."""
-
-    @property
-    def transitions(self) -> Mapping[tuple[str, str], int]:
-        """How often the engine went from one state to another."""
-
-
-class ObservedProgress(Protocol):
-    """The part of `engine.heartbeat.EngineProgress` that is reported."""
-
-    @property
-    def is_up(self) -> bool:
-        """Whether the engine has given any sign of life."""
-
-    @property
-    def time(self) -> float:
-        """The last one, monotonic seconds."""
-
-
-class ObservedRank(Protocol):
-    """The part of `distributed.rank_health.RankHealth` that is reported."""
-
-    @property
-    def rank(self) -> int:
-        """Its number."""
-
-    @property
-    def host(self) -> str:
-        """Its machine."""
-
-    @property
-    def is_up(self) -> bool:
-        """Whether its group is there."""
-
-    @property
-    def last_heartbeat(self) -> float:
-        """Its last sign of life, monotonic seconds."""
-
-
-class ObservedEngine(Protocol):
-    """What `EngineClient` shows of the engine."""
-
-    @property
-    def stats(self) -> ObservedStats:
-        """The figures after the last step."""
-
-    @property
-    def health(self) -> ObservedHealth:
-        """The state the engine is in."""
-
-    @property
-    def progress(self) -> ObservedProgress | None:
-        """The engine's last sign of life, while there is an engine that gives any."""
-
-    @property
-    def ranks(self) -> Sequence[ObservedRank]:
-        """The ranks' processes, where there are any but the engine's own."""
-
-    @property
-    def replicas(self) -> Sequence[ObservedEngine]:
-        """The engines that this one is made of, where it is more than one."""
+STATES_WITHOUT_REQUESTS = (EngineState.STARTING, EngineState.DEAD)
 
 
 class EngineCollector(Collector):
     """Gauges and counts of one engine, under the names and labels of `Metrics`; of several replicas the sums, and each."""
 
-    def __init__(self, engine: ObservedEngine, model_name: str, prefix: str) -> None:
+    def __init__(self, engine: EngineClient, model_name: str, prefix: str) -> None:
         self._engine = engine
         self._model_name = model_name
         self._prefix = prefix
@@ -138,7 +30,7 @@ class EngineCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """One family for each figure, as of now."""
-        stats, state = self._engine.stats, str(self._engine.health.state)
+        stats, state = self._engine.stats, self._engine.health.state
         idle = state in STATES_WITHOUT_REQUESTS
         yield self._gauge(
             "num_requests_running", "Number of requests in model execution batches.", 0 if idle else stats.num_running
@@ -185,7 +77,7 @@ class EngineCollector(Collector):
                 family.add_metric([self._model_name, str(index)], figure(part))
             yield family
 
-    def _health(self, state: str) -> Iterator[Metric]:
+    def _health(self, state: EngineState) -> Iterator[Metric]:
         """The state, how it was come to, and the age of the last sign of life."""
         transitions = self._engine.health.transitions
         restarts = sum(part.restarts() for part in self._parts)
@@ -195,15 +87,15 @@ class EngineCollector(Collector):
             "1 for the state the engine is in, 0 for others.",
             labels=["model_name", "state"],
         )
-        for name in ENGINE_STATES:
-            states.add_metric([self._model_name, name], float(name == state))
+        for name in EngineState:
+            states.add_metric([self._model_name, name.value], float(name == state))
         yield states
         moves = CounterMetricFamily(
             self._prefix + "engine_state_transitions",
             "Times the engine went from one state to another.",
             labels=["model_name", "from", "to"],
         )
-        for origin, target in itertools.permutations(ENGINE_STATES, 2):
+        for origin, target in itertools.permutations([state.value for state in EngineState], 2):
             moves.add_metric([self._model_name, origin, target], transitions.get((origin, target), 0))
         yield moves
         progress = self._engine.progress
@@ -245,7 +137,7 @@ class StepMeter:
     sum stay exact.
     """
 
-    def __init__(self, engine: ObservedEngine, histogram: Histogram) -> None:
+    def __init__(self, engine: EngineClient, histogram: Histogram) -> None:
         self._parts = [_StepMeter(part, histogram) for part in engine.replicas or [engine]]
 
     def observe(self) -> None:
@@ -258,7 +150,7 @@ class StepMeter:
 class _StepMeter:
     """The steps of one core."""
 
-    def __init__(self, engine: ObservedEngine, histogram: Histogram) -> None:
+    def __init__(self, engine: EngineClient, histogram: Histogram) -> None:
         self.engine = engine
         self.step = 0
         self._histogram = histogram
@@ -277,7 +169,7 @@ class _StepMeter:
 class _Part:
     """The counts of one core, rising over its restarts."""
 
-    def __init__(self, engine: ObservedEngine) -> None:
+    def __init__(self, engine: EngineClient) -> None:
         self._engine = engine
         self._queries = _Total()
         self._hits = _Total()
@@ -285,12 +177,12 @@ class _Part:
         self._runaways = _Total()
 
     @property
-    def stats(self) -> ObservedStats:
+    def stats(self) -> EngineStats:
         return self._engine.stats
 
     @property
     def is_up(self) -> bool:
-        return str(self._engine.health.state) in SERVING_STATES
+        return self._engine.health.state in SERVING
 
     def queries(self) -> int:
         return self._queries(self.stats.prefix_cache_queries)
@@ -305,7 +197,7 @@ class _Part:
         return self._runaways(self.stats.num_repetitions)
 
     def restarts(self) -> int:
-        return sum(times for (_, to), times in self._engine.health.transitions.items() if to == STARTING)
+        return sum(times for (_, to), times in self._engine.health.transitions.items() if to == EngineState.STARTING)
 
 
 class _Total:

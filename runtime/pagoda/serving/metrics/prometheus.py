@@ -11,11 +11,12 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, GCCollector, Histogram, PlatformCollector, ProcessCollector
 from prometheus_client.exposition import choose_encoder
 
+from pagoda.engine.client.client import EngineClient
 from pagoda.errors import ErrorKind
-from pagoda.serving.metrics.engine_collector import EngineCollector, ObservedEngine, StepMeter
+from pagoda.sampling.output import FinishReason
+from pagoda.serving.metrics.engine_collector import EngineCollector, StepMeter
 from pagoda.serving.metrics.token_collector import TokenCollector
 
-FINISHED_REASONS = ("stop", "length", "repetition", "abort", "error")
 ABORT_CAUSES = ("client", "deadline", "server")
 
 TIME_TO_FIRST_TOKEN_BUCKETS = (
@@ -57,7 +58,7 @@ class Metrics:
             "request_success",
             "Count of ended requests by the reason they ended for.",
             "finished_reason",
-            FINISHED_REASONS,
+            tuple(FinishReason),
         )
         self.request_aborts = self._counters(
             "request_aborts", "Count of requests that ended early, by what ended them.", "cause", ABORT_CAUSES
@@ -93,7 +94,7 @@ class Metrics:
             "request_params_max_tokens", "The max_tokens that a request gave.", REQUEST_TOKENS_BUCKETS
         )
 
-    def watch(self, engine: ObservedEngine) -> None:
+    def watch(self, engine: EngineClient) -> None:
         """Report `engine`'s own figures, read at each scrape. Call it once."""
         self.registry.register(EngineCollector(engine, self.model_name, self.prefix))
         self._step_meter = StepMeter(engine, self.iteration_tokens)

@@ -1,18 +1,17 @@
-"""Counts requests where all protocols meet: around the stream of chunks that answers one job.
-
-The seam is `serving.generation.RequestObserver`; types here are by shape, since nothing below `serving` may import it.
-"""
+"""Counts requests where all protocols meet: around the stream of chunks that answers one job."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections.abc import Callable
-from typing import Protocol
 
 from pagoda.errors import DeadlineExceededError, EngineNotReadyError, ErrorKind, PagodaError
+from pagoda.sampling.output import FinishReason
+from pagoda.sampling.params import SamplingParams
 from pagoda.serving.metrics.prometheus import Metrics
 from pagoda.serving.metrics.request_timer import RequestTimer
+from pagoda.text.output import GenerationChunk
 
 REFUSALS = frozenset(
     {
@@ -27,71 +26,27 @@ REFUSALS = frozenset(
 """Kinds of error with which a job is turned away; any other ends a job that had been accepted."""
 
 
-class MeteredSampling(Protocol):
-    """What is read of `SamplingParams`."""
-
-    @property
-    def n(self) -> int:
-        """Sequences to generate."""
-
-    @property
-    def max_tokens(self) -> int | None:
-        """The length limit the client gave."""
-
-
-class MeteredJob(Protocol):
-    """What is read of `pagoda.request.GenerationRequest`."""
-
-    @property
-    def params(self) -> MeteredSampling:
-        """How the job's sequences are generated."""
-
-
-class MeteredChunk(Protocol):
-    """What is read of `text.output.GenerationChunk`."""
-
-    @property
-    def index(self) -> int:
-        """The sequence the chunk belongs to, 0 to n-1."""
-
-    @property
-    def token_ids(self) -> list[int]:
-        """New tokens."""
-
-    @property
-    def finish_reason(self) -> str | None:
-        """Set on a sequence's last chunk."""
-
-    @property
-    def num_prompt_tokens(self) -> int | None:
-        """Set on a sequence's first chunk."""
-
-    @property
-    def scheduled_time(self) -> float | None:
-        """When the sequence left the waiting queue, monotonic seconds; on its first chunk."""
-
-
-def request_meters(
-    metrics: Metrics, clock: Callable[[], float] = time.monotonic
-) -> Callable[[MeteredJob, float], RequestMeter]:
-    """Makes the meter of each job: to be given to `GenerationRunner` as `observe`."""
-    return lambda job, arrival_time: RequestMeter(metrics, job, arrival_time, clock)
-
-
 class RequestMeter:
-    """Counts each sequence of one job exactly once, however the job ends.
+    """Counts each sequence of one job exactly once, however the job ends: a `RequestObserver` of `GenerationRunner`.
 
-    A job that was refused was never accepted: it is no request here, only an error answer, which the protocol counts. A
-    client that leaves before the first chunk leaves an accepted request behind.
+    `arrival_time`: monotonic seconds, as `clock` gives them. A job that was refused was never accepted: it is no request here,
+    only an error answer, which the protocol counts. A client that leaves before the first chunk leaves an accepted request
+    behind.
     """
 
-    def __init__(self, metrics: Metrics, job: MeteredJob, arrival_time: float, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        metrics: Metrics,
+        params: SamplingParams,
+        arrival_time: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._clock = clock
-        self._timers = [RequestTimer(metrics, arrival_time, job.params.max_tokens) for _ in range(job.params.n)]
+        self._timers = [RequestTimer(metrics, arrival_time, params.max_tokens) for _ in range(params.n)]
         self._metrics = metrics
         self._is_accepted = False
 
-    def on_chunk(self, chunk: MeteredChunk) -> None:
+    def on_chunk(self, chunk: GenerationChunk) -> None:
         """A piece of one sequence came."""
         self._is_accepted = True
         timer, now = self._timers[chunk.index], self._clock()
@@ -99,8 +54,8 @@ class RequestMeter:
             timer.start(chunk.num_prompt_tokens, chunk.scheduled_time)
         timer.tokens(len(chunk.token_ids), now)
         if chunk.finish_reason is not None:
-            reason = str(chunk.finish_reason)
-            timer.end(reason, now, abort_cause="server" if reason == "abort" else None)
+            is_abort = chunk.finish_reason is FinishReason.ABORT
+            timer.end(chunk.finish_reason, now, abort_cause="server" if is_abort else None)
         self._metrics.observe_steps()
 
     def on_end(self, error: BaseException | None) -> None:
@@ -113,12 +68,12 @@ class RequestMeter:
             timer.end(reason, now, abort_cause=cause)
 
 
-def _ending(error: BaseException | None) -> tuple[str, str | None]:
+def _ending(error: BaseException | None) -> tuple[FinishReason, str | None]:
     """Finish reason, and cause of the abort, of sequences that `error` cut off."""
     if isinstance(error, DeadlineExceededError):
-        return "abort", "deadline"
+        return FinishReason.ABORT, "deadline"
     if isinstance(error, EngineNotReadyError):
-        return "abort", "server"
+        return FinishReason.ABORT, "server"
     if error is None or isinstance(error, asyncio.CancelledError | GeneratorExit):
-        return "abort", "client"
-    return "error", None
+        return FinishReason.ABORT, "client"
+    return FinishReason.ERROR, None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pagoda.sampling.output import FinishReason
 from pagoda.serving.metrics.prometheus import Metrics
 
 
@@ -55,8 +56,8 @@ class RequestTimer:
         self._metrics.generated_tokens.add(count, (now - self._last_token_time) / count)
         self._last_token_time = now
 
-    def end(self, reason: str, now: float, *, abort_cause: str | None = None) -> None:
-        """The sequence ended for `reason`, one of `FINISHED_REASONS`; `abort_cause`, with "abort", says what ended it."""
+    def end(self, reason: FinishReason, now: float, *, abort_cause: str | None = None) -> None:
+        """The sequence ended for `reason`; `abort_cause`, with ABORT, is one of `ABORT_CAUSES`."""
         if self.ended:
             return
         self.ended = True

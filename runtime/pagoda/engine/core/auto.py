@@ -1,21 +1,19 @@
 """The values that `auto` stands for, each with the reason that is printed.
 
-Pure functions of the configuration, the checkpoint and the hardware report; they import neither torch nor pydantic.
+Pure functions of the configuration, the checkpoint and the hardware report.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
 
 from pagoda.config.schema import PagodaConfig
-from pagoda.config.values import format_bytes
 from pagoda.errors import ConfigError
-from pagoda.platform.cpu_sets import parse_cpu_sets
+from pagoda.platform.choice import GIVEN, Choice
 from pagoda.platform.hardware import CpuReport, GpuReport
+from pagoda.platform.threads import choose_threads
 
-GIVEN = "as given"
 # A step should take well under a second, so that running requests are not held up by another's prompt: small chunks on
 # CPU, where prefill runs at hundreds of tokens a second; large ones on a GPU, where it takes thousands to be compute-bound.
 CPU_BATCHED_TOKENS = 512
@@ -23,9 +21,6 @@ GPU_BATCHED_TOKENS = 8192
 # Beyond these, decode throughput hardly grows and every sequence only gets slower.
 CPU_SEQUENCES = 32
 GPU_SEQUENCES = 256
-# On CPU the KV cache shares memory with everything else of the machine, so it takes a part of what is free.
-CPU_KV_SHARE = 0.5
-CPU_KV_CAP_BYTES = 16 * 2**30
 # Instruction sets that multiply bfloat16 natively; without them it is emulated and slower than float32.
 BFLOAT16_SETS = ("amx_bf16", "avx512_bf16", "svebf16", "bf16")
 AMPERE = (8, 0)
@@ -33,24 +28,12 @@ AMPERE = (8, 0)
 FLOAT8_CAPABILITY = {"fp8": (8, 9), "fp8_e4m3": (8, 9), "fp8_e5m2": AMPERE}
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """One resolved value and why it is so."""
-
-    key: str
-    value: Any
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.key} = {self.value} ({self.reason})"
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResolvedSettings:
     """The settings that the engine needs and that a configuration may leave to be chosen; `choices` holds their reasons.
 
     `device` is "cpu" or "cuda"; `dtype` "float32", "bfloat16" or "float16". `max_model_len` and the size of the KV cache
-    are not here: they need the weights in memory first (see `kv_fit`).
+    are not here: they need the weights in memory first (see `kv_sizing`).
     """
 
     device: str
@@ -131,28 +114,6 @@ def choose_dtype(
     return Choice("dtype", "float32", f"{origin}, which float32 holds exactly, and this CPU multiplies no bfloat16")
 
 
-def choose_threads(
-    asked: int | None, cpu: CpuReport, num_ranks: int = 1, *, affinity: str = "auto", index: int = 0
-) -> Choice:
-    """Compute threads of a rank: one a physical core; hyperthreads share the units that matrix products use.
-
-    `num_ranks` share the machine. When there are more of them than cores, each has one thread and takes turns. `affinity`: the
-    setting `cpu_thread_affinity`; one that lists cores gives the rank at `index` a thread for each in its list.
-    """
-    if asked is not None:
-        return Choice("threads", asked, GIVEN)
-    if affinity not in ("auto", "none"):
-        lists = parse_cpu_sets(affinity)
-        return Choice("threads", len(lists[min(index, len(lists) - 1)]), "as many cores as cpu_thread_affinity lists")
-    if cpu.usable_cores < cpu.physical_cores:
-        reason = f"the container's CPU quota is {cpu.quota:g}"
-    else:
-        reason = f"{cpu.physical_cores} physical cores"
-    if num_ranks > 1:
-        reason += f", shared by {num_ranks} ranks"
-    return Choice("threads", max(1, cpu.usable_cores // num_ranks), reason)
-
-
 def choose_max_num_seqs(asked: int | None, device: str, batched_tokens: int | None) -> Choice:
     """Most sequences in a step; `batched_tokens` is the token budget if one is given, which bounds it."""
     if asked is not None:
@@ -195,32 +156,6 @@ def choose_kv_cache_dtype(asked: str, capability: tuple[int, int] | None) -> Cho
 def kv_cache_element_bytes(kv_cache_dtype: str, dtype_bytes: int) -> int:
     """Bytes of a number in the KV cache of a model whose numbers have `dtype_bytes`."""
     return dtype_bytes if kv_cache_dtype == "auto" else 1
-
-
-def choose_cpu_kv_cache_bytes(
-    asked: int | None,
-    *,
-    memory_available: int,
-    block_bytes: int,
-    block_size: int,
-    max_model_len: int,
-    max_num_seqs: int,
-) -> Choice:
-    """Memory of the KV cache on CPU, once weights are loaded.
-
-    Half of the memory that is free now, at most 16 GiB, and no more than all sequences at their longest could use.
-    `memory_available`: bytes. `max_model_len`: what is asked for, else the model's own limit.
-    """
-    if asked is not None:
-        return Choice("kv_cache_memory_bytes", asked, GIVEN)
-    blocks_of_all = max_num_seqs * -(-max_model_len // block_size) + 1
-    bounds = {
-        f"{CPU_KV_SHARE:.0%} of {format_bytes(memory_available)} free": int(memory_available * CPU_KV_SHARE),
-        f"the most that is taken unasked, {format_bytes(CPU_KV_CAP_BYTES)}": CPU_KV_CAP_BYTES,
-        f"all that {max_num_seqs} sequences of {max_model_len} tokens can use": blocks_of_all * block_bytes,
-    }
-    reason = min(bounds, key=lambda name: bounds[name])
-    return Choice("kv_cache_memory_bytes", bounds[reason], reason)
 
 
 def _gpu_dtype(stored: str, origin: str, capability: tuple[int, int]) -> Choice:

@@ -3,15 +3,10 @@
 import pytest
 
 from pagoda.config import PagodaConfig
-from pagoda.config.auto import (
-    choose_cpu_kv_cache_bytes,
-    choose_dtype,
-    choose_kv_cache_dtype,
-    kv_cache_element_bytes,
-    resolve,
-)
+from pagoda.engine.core.auto import choose_dtype, choose_kv_cache_dtype, kv_cache_element_bytes, resolve
 from pagoda.engine.core.kv_sizing import fit_max_model_len
 from pagoda.errors import ConfigError
+from pagoda.execution.kv_memory import choose_cpu_kv_cache_bytes
 from pagoda.platform.hardware import CpuReport, GpuReport
 
 CPU = CpuReport(

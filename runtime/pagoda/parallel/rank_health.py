@@ -1,4 +1,4 @@
-"""What is known of a rank's health. Imports no torch: the server shows it."""
+"""What the driver knows of a rank's health; the server reports it."""
 
 from __future__ import annotations
 

@@ -6,17 +6,15 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from pagoda.config.auto import choose_threads
 from pagoda.config.schema import PagodaConfig
 from pagoda.errors import ConfigError
 from pagoda.platform.cpu_sets import format_cpu_sets, parse_cpu_sets
 from pagoda.platform.hardware import cpu_report, first_logical_cores
-from pagoda.platform.thread_affinity import CpuSets, affinities_of_replicas, choose_cpu_sets
+from pagoda.platform.threads import CpuSets, affinities_of_replicas, choose_cpu_sets, choose_threads
 
 HYPERTHREADS = {"allowed": frozenset(range(16)), "cores": tuple(range(8))}
 PLAIN = {"allowed": frozenset(range(8)), "cores": tuple(range(8))}
@@ -95,13 +93,12 @@ def test_a_list_gives_its_number_of_threads_unless_another_is_asked_for() -> Non
 
 
 def test_replicas_get_the_lists_of_their_own_ranks() -> None:
-    config = PagodaConfig(data_parallel_size=2)
-    assert affinities_of_replicas(replace(config, cpu_thread_affinity="none")) == ["none", "none"]
+    assert affinities_of_replicas("none", None, num_replicas=2, num_ranks=1) == ["none", "none"]
     cores = first_logical_cores()
     if len(cores) < 2:
         pytest.skip("needs two cores")
     lists = f"{cores[1]}|{cores[0]}"
-    assert affinities_of_replicas(replace(config, cpu_thread_affinity=lists)) == lists.split("|")
+    assert affinities_of_replicas(lists, None, num_replicas=2, num_ranks=1) == lists.split("|")
 
 
 def test_first_logical_cores_of_hyperthreads(tmp_path: Path) -> None:
@@ -118,13 +115,12 @@ def test_compute_threads_run_on_the_cores_given_and_older_threads_anywhere() -> 
     script = f"""
 import json, os, threading
 import torch
-from pagoda.config.schema import PagodaConfig
-from pagoda.platform.thread_binding import bind_compute_threads
+from pagoda.platform.threads import bind_compute_threads
 waiting = threading.Event()
 older = threading.Thread(target=waiting.wait)
 older.start()
 torch.set_num_threads(2)
-bind_compute_threads(PagodaConfig(cpu_thread_affinity="{core}"))
+bind_compute_threads("{core}", None)
 before = set(os.listdir("/proc/self/task"))
 torch.rand(1 << 22).sum()
 started = set(os.listdir("/proc/self/task")) - before

@@ -1,0 +1,93 @@
+"""The executor of a single rank."""
+
+from __future__ import annotations
+
+import torch
+from typing_extensions import override
+
+from pagoda.config.schema import PagodaConfig
+from pagoda.errors import EngineDeadError
+from pagoda.execution.executor import Executor, FailedStep, KVBudget, LoadProgress, Stages, StepHandle
+from pagoda.execution.model_runner import ModelRunner
+from pagoda.execution.worker import Worker
+from pagoda.models.config import ModelConfig
+from pagoda.parallel.rank_health import RankHealth
+from pagoda.platform.threads import bind_compute_threads
+from pagoda.scheduling.plan import StepPlan, StepResult
+
+
+class InProcessExecutor(Executor):
+    """The executor of a single rank, in the calling process."""
+
+    def __init__(self, config: PagodaConfig, model_config: ModelConfig) -> None:
+        self._worker = Worker(config, model_config)
+        self._dead: str | None = None
+        # On a GPU a step is only queued by `submit`, so the next one is made meanwhile. On a CPU it is done by then.
+        self.max_concurrent_batches = 2 if self._worker.device.type == "cuda" else 1
+
+    @property
+    def runner(self) -> ModelRunner:
+        """The model runner, which is in this process; from `initialize_kv_cache` until `shutdown`."""
+        if self._worker.runner is None:
+            raise RuntimeError("the executor has no model runner: its KV cache is not initialized, or it was shut down")
+        return self._worker.runner
+
+    @override
+    def connect(self, stages: Stages) -> None:
+        pass  # there is nobody to connect to
+
+    @override
+    def load(self, progress: LoadProgress | None = None) -> None:
+        if self._worker.device.type == "cpu":
+            bind_compute_threads(self._worker.config.cpu_thread_affinity, self._worker.config.threads)
+        self._worker.load(None if progress is None else lambda _, done, total: progress("", done, total))
+
+    @override
+    def kv_budget(self, block_size: int) -> KVBudget:
+        return KVBudget(self._worker.kv_block_bytes(block_size), self._worker.available_kv_bytes())
+
+    @override
+    def initialize_kv_cache(self, num_blocks: int, max_model_len: int | None = None) -> None:
+        self._worker.initialize_kv_cache(num_blocks, max_model_len)
+
+    @override
+    def submit(self, plan: StepPlan) -> StepHandle:
+        try:
+            return _InProcessStep(self, self._worker.execute(plan))
+        except Exception as error:  # none is lost: the handle raises it
+            self.note_error(error)
+            return FailedStep(error)
+
+    @override
+    def check_health(self) -> None:
+        if self._dead is not None:
+            raise EngineDeadError(self._dead)
+
+    @override
+    def ranks(self) -> list[RankHealth]:
+        return []
+
+    @override
+    def shutdown(self) -> None:
+        self._dead = self._dead or "the executor was shut down"
+        self._worker.shutdown()
+
+    def note_error(self, error: Exception) -> None:
+        """Remember an error after which the device does nothing more: CUDA keeps its context broken."""
+        if isinstance(error, torch.AcceleratorError):
+            self._dead = f"the device failed: {error}"
+
+
+class _InProcessStep:
+    """A step on its way; the result is there when the device is done."""
+
+    def __init__(self, executor: InProcessExecutor, pending: StepHandle) -> None:
+        self._executor = executor
+        self._pending = pending
+
+    def result(self) -> StepResult:
+        try:
+            return self._pending.result()
+        except Exception as error:  # raised on, once it is known whether the device survived it
+            self._executor.note_error(error)
+            raise

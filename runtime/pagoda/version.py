@@ -1,0 +1,3 @@
+"""Pagoda's version."""
+
+__version__ = "0.1.0"
