@@ -218,7 +218,7 @@ class LLM:
             for output, sequence in running:
                 while sequence.chunks:
                     chunk = sequence.chunks.popleft()
-                    output.add(chunk)
+                    output.outputs[chunk.index].add(chunk)
                     bar.count_tokens(len(chunk.token_ids))
                 if not sequence.state.finished:
                     still_running.append((output, sequence))

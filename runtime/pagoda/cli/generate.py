@@ -177,12 +177,16 @@ def _write(outputs: list[RequestOutput], sink: TextIO, output_format: str) -> No
                 sink.write(f"=== prompt {number}, choice {completion.index + 1}\n{completion.text}\n")
 
 
+_COMPLETION_FIELDS = ("index", "text", "token_ids", "logprobs", "finish_reason", "stop_reason", "error")
+
+
 def _as_json(output: RequestOutput, completion: CompletionOutput) -> dict[str, Any]:
+    fields = {**asdict(completion), "text": completion.text}
     result: dict[str, Any] = {
         "prompt": output.prompt,
         "num_prompt_tokens": len(output.prompt_token_ids),
         "num_cached_tokens": output.num_cached_tokens,
-        **asdict(completion),
+        **{name: fields[name] for name in _COMPLETION_FIELDS},
     }
     if completion.index == 0 and output.prompt_logprobs is not None:
         result["prompt_logprobs"] = [entry and asdict(entry) for entry in output.prompt_logprobs]

@@ -6,57 +6,21 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import replace
+from typing import TYPE_CHECKING, Protocol
 
 from pagoda.errors import DeadlineExceededError, EngineNotReadyError, InvalidRequestError
 from pagoda.request import GenerationRequest
-from pagoda.sampling.output import FinishReason
 from pagoda.serving.auth import tenant_var
 from pagoda.serving.interruptible_wait import InterruptibleWait
-from pagoda.text.output import GenerationChunk, PositionLogprobs
+from pagoda.text.output import CompletionOutput, GenerationChunk
+from pagoda.text.streams import cancelling, merge_streams
 
 if TYPE_CHECKING:
     from pagoda.serving.health import ServerHealth
     from pagoda.text.generation import TextGenerator
 
 MAX_SEQUENCES_PER_REQUEST = 512
-
-
-@dataclass(slots=True, kw_only=True)
-class SequenceResult:
-    """One sequence: its chunks joined. `logprobs` has one entry a token if they were asked for."""
-
-    pieces: list[str] = field(default_factory=list)
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[PositionLogprobs] | None = None
-    finish_reason: FinishReason | None = None
-    stop_reason: int | str | None = None
-    num_prompt_tokens: int = 0
-    prompt_token_ids: list[int] = field(default_factory=list)
-    prompt_logprobs: list[PositionLogprobs | None] | None = None
-    num_cached_tokens: int = 0
-
-    @property
-    def text(self) -> str:
-        """The whole text so far."""
-        return "".join(self.pieces)
-
-    def add(self, chunk: GenerationChunk) -> None:
-        """Append what `chunk` brings."""
-        self.pieces.append(chunk.text)
-        self.token_ids += chunk.token_ids
-        if chunk.logprobs is not None:
-            self.logprobs = self.logprobs or []
-            self.logprobs += chunk.logprobs
-        if chunk.num_prompt_tokens is not None:
-            self.num_prompt_tokens = chunk.num_prompt_tokens
-            self.prompt_token_ids = chunk.prompt_token_ids or []
-            self.prompt_logprobs = chunk.prompt_logprobs
-            self.num_cached_tokens = chunk.num_cached_tokens or 0
-        if chunk.finish_reason is not None:
-            self.finish_reason = chunk.finish_reason
-            self.stop_reason = chunk.stop_reason
 
 
 class RequestObserver(Protocol):
@@ -141,10 +105,8 @@ class GenerationRunner:
         for wait in list(self._waits):
             wait.interrupt(_stopped)
 
-    async def stream(
-        self, job: GenerationRequest, request_id: str, job_index: int = 0
-    ) -> AsyncGenerator[tuple[int, GenerationChunk], None]:
-        """`(job_index, chunk)` as the chunks of a job come. Close the iterator (or cancel its reader) to abort the job.
+    async def stream(self, job: GenerationRequest, request_id: str) -> AsyncGenerator[GenerationChunk, None]:
+        """The chunks of a job as they come. Close the iterator (or cancel its reader) to abort the job in the engine.
 
         Raises what `TextGenerator.generate` raises, and before that what `ServerHealth.check_ready` does.
         """
@@ -165,7 +127,7 @@ class GenerationRunner:
                     except StopAsyncIteration:
                         break
                     observer.on_chunk(chunk)
-                    yield job_index, chunk
+                    yield chunk
         except BaseException as caught:  # raised on: a disconnect is an end that is counted, too
             error = caught
             raise
@@ -179,23 +141,23 @@ class GenerationRunner:
             observer.on_end(error)
             del error  # it holds this frame through its traceback, and would be held by it
 
-    async def collect(self, job: GenerationRequest, request_id: str) -> list[SequenceResult]:
+    async def collect(self, job: GenerationRequest, request_id: str) -> list[CompletionOutput]:
         """The `params.n` finished sequences of a job, in order of their index."""
-        results = [SequenceResult() for _ in range(job.params.n)]
+        results = [CompletionOutput(index=index) for index in range(job.params.n)]
         async with aclosing(self.stream(job, request_id)) as chunks:
-            async for _, chunk in chunks:
+            async for chunk in chunks:
                 results[chunk.index].add(chunk)
         return results
 
-    async def collect_all(self, jobs: Sequence[GenerationRequest], request_id: str) -> list[list[SequenceResult]]:
+    async def collect_all(self, jobs: Sequence[GenerationRequest], request_id: str) -> list[list[CompletionOutput]]:
         """The results of all jobs, side by side; the first error aborts the others and is raised."""
         if len(jobs) == 1:
             return [await self.collect(jobs[0], request_id)]
         tasks = [asyncio.create_task(self.collect(job, f"{request_id}-{index}")) for index, job in enumerate(jobs)]
         try:
-            return await asyncio.gather(*tasks)
+            async with cancelling(tasks):
+                return await asyncio.gather(*tasks)
         finally:
-            await _end(tasks)
             del tasks  # their errors hold this frame through their tracebacks
 
     def stream_all(
@@ -206,39 +168,15 @@ class GenerationRunner:
         Each job is read one chunk ahead at most, so that a slow reader holds back what is buffered here.
         """
         if len(jobs) == 1:
-            return self.stream(jobs[0], request_id)
-        return self._stream_several(jobs, request_id)
+            return self._stream_only(jobs[0], request_id)
+        return merge_streams([self.stream(job, f"{request_id}-{index}") for index, job in enumerate(jobs)])
 
-    async def _stream_several(
-        self, jobs: Sequence[GenerationRequest], request_id: str
+    async def _stream_only(
+        self, job: GenerationRequest, request_id: str
     ) -> AsyncGenerator[tuple[int, GenerationChunk], None]:
-        queue: asyncio.Queue[tuple[int, GenerationChunk | Exception | None]] = asyncio.Queue(maxsize=len(jobs))
-
-        async def pump(index: int, job: GenerationRequest) -> None:
-            try:
-                async with aclosing(self.stream(job, f"{request_id}-{index}", index)) as chunks:
-                    async for indexed_chunk in chunks:
-                        await queue.put(indexed_chunk)
-            except Exception as error:  # raised by the reader of the queue
-                await queue.put((index, error))
-            else:
-                await queue.put((index, None))
-
-        tasks = [asyncio.create_task(pump(index, job)) for index, job in enumerate(jobs)]
-        num_open = len(tasks)
-        item: GenerationChunk | Exception | None = None
-        try:
-            while num_open:
-                index, item = await queue.get()
-                if isinstance(item, GenerationChunk):
-                    yield index, item
-                elif item is None:
-                    num_open -= 1
-                else:
-                    raise item
-        finally:
-            await _end(tasks)
-            del item  # an error holds this frame through its traceback
+        async with aclosing(self.stream(job, request_id)) as chunks:
+            async for chunk in chunks:
+                yield 0, chunk
 
     def _deadline(self, job: GenerationRequest, arrival: float) -> float | None:
         limits = [seconds for seconds in (self._request_timeout_seconds, job.timeout_seconds) if seconds]
@@ -258,12 +196,6 @@ class GenerationRunner:
             return asyncio.get_running_loop().call_later(remaining, wait.interrupt, _deadline_exceeded)
         wait.interrupt(_deadline_exceeded)
         return None
-
-
-async def _end(tasks: Sequence[asyncio.Task[Any]]) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _stopped() -> EngineNotReadyError:

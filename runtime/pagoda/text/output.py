@@ -62,16 +62,42 @@ class GenerationChunk:
 class CompletionOutput:
     """One whole completion: the chunks of one index joined.
 
-    `finish_reason` is None only while it is being made. `error` says why when the reason is ERROR; what came before stays.
+    `pieces` joined are its text. `finish_reason` is None only while it is being made. `error` says why when the reason is
+    ERROR; what came before stays. The rest is what the first chunk says of the prompt. Two are equal whose tokens are, however
+    they came.
     """
 
-    index: int
-    text: str = ""
+    index: int = 0
+    pieces: list[str] = field(default_factory=list, compare=False)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[PositionLogprobs] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     error: str | None = None
+    num_prompt_tokens: int = 0
+    prompt_token_ids: list[int] = field(default_factory=list)
+    prompt_logprobs: list[PositionLogprobs | None] | None = None
+    num_cached_tokens: int = field(default=0, compare=False)
+
+    @property
+    def text(self) -> str:
+        """The whole text so far."""
+        return "".join(self.pieces)
+
+    def add(self, chunk: GenerationChunk) -> None:
+        """Append what `chunk` brings."""
+        self.pieces.append(chunk.text)
+        self.token_ids += chunk.token_ids
+        if chunk.logprobs is not None:
+            self.logprobs = self.logprobs or []
+            self.logprobs += chunk.logprobs
+        if chunk.num_prompt_tokens is not None:
+            self.num_prompt_tokens = chunk.num_prompt_tokens
+            self.prompt_token_ids = chunk.prompt_token_ids or []
+            self.prompt_logprobs = chunk.prompt_logprobs
+            self.num_cached_tokens = chunk.num_cached_tokens or 0
+        if chunk.finish_reason is not None:
+            self.finish_reason, self.stop_reason = chunk.finish_reason, chunk.stop_reason
 
 
 @dataclass(slots=True, kw_only=True)
@@ -82,18 +108,13 @@ class RequestOutput:
     prompt: str | None
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
-    prompt_logprobs: list[PositionLogprobs | None] | None = None
-    num_cached_tokens: int = 0
 
-    def add(self, chunk: GenerationChunk) -> None:
-        """Join `chunk` to the choice it belongs to."""
-        output = self.outputs[chunk.index]
-        output.text += chunk.text
-        output.token_ids += chunk.token_ids
-        if chunk.logprobs is not None:
-            output.logprobs = (output.logprobs or []) + chunk.logprobs
-        output.finish_reason, output.stop_reason = chunk.finish_reason, chunk.stop_reason
-        if chunk.prompt_logprobs is not None:
-            self.prompt_logprobs = chunk.prompt_logprobs
-        if chunk.num_cached_tokens is not None:
-            self.num_cached_tokens = max(self.num_cached_tokens, chunk.num_cached_tokens)
+    @property
+    def prompt_logprobs(self) -> list[PositionLogprobs | None] | None:
+        """Of the prompt's tokens, the first None; they come with the first choice."""
+        return self.outputs[0].prompt_logprobs
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Prompt tokens that were found in the prefix cache, by the choice that found most."""
+        return max(output.num_cached_tokens for output in self.outputs)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from pagoda.serving.generation import SequenceResult
 from pagoda.serving.grpc.codec import PieceEncoder, encode_response
 from pagoda.serving.grpc.messages import ModelInferRequest, ModelInferResponse, ModelStreamInferResponse
 from pagoda.serving.v2.inference import OUTPUT_NAMES, output_tensors
 from pagoda.serving.v2.tensors import Tensor
+from pagoda.text.output import CompletionOutput
 
 PIECES = [(" grün", [5, 6]), ("", [7]), ("🙂\x00", [300, 2**31 - 1, 0]), ("", []), ("end", [1])]
 
 
 def response_of(request: object, names: tuple[str, ...], text: str, token_ids: list[int], total: int) -> object:
-    piece = SequenceResult(pieces=[text], token_ids=token_ids, num_prompt_tokens=3)
+    piece = CompletionOutput(pieces=[text], token_ids=token_ids, num_prompt_tokens=3)
     tensors = [
         Tensor(tensor.name, tensor.datatype, tensor.shape, [total]) if tensor.name == "num_output_tokens" else tensor
         for tensor in output_tensors([[piece]], names)

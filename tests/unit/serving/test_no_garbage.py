@@ -13,6 +13,7 @@ import pytest
 from starlette.requests import ClientDisconnect, Request
 
 from pagoda.errors import DeadlineExceededError, EngineNotReadyError, RequestFailedError
+from pagoda.request import GenerationRequest
 from pagoda.serving.http.disconnect import until_disconnect
 from pagoda.serving.http.event_stream import open_event_stream
 from pagoda.serving.metrics.prometheus import Metrics
@@ -26,7 +27,7 @@ class Failing:
     def __init__(self, *, hangs: bool = False) -> None:
         self._hangs = hangs
 
-    async def generate(self, *prompt: Any, **options: Any) -> AsyncGenerator[GenerationChunk, None]:
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationChunk, None]:
         yield GenerationChunk(text="x", token_ids=[1])
         if self._hangs:
             await asyncio.Event().wait()

@@ -252,9 +252,9 @@ class ProcessEngineClient(EngineClient):
         self._is_lost = False
         launched, self._launched = self._launched, None
         child = self._child = await CoreChild.start(self._config, self._environment, launched)
+        self.configured.set()
         if self._ending.is_set():  # `shutdown` was called before there was a core
             child.send(Shutdown())
-        self.configured.set()
         watching = asyncio.create_task(self._watch(child), name="engine-watchdog")
         try:
             while (message := await child.receive()) is not None:

@@ -15,7 +15,6 @@ from typing import Any
 
 from pagoda.errors import PagodaError
 from pagoda.logs import request_id_var
-from pagoda.serving.generation import SequenceResult
 from pagoda.serving.grpc.codec import PieceEncoder, decode_request, encode_response
 from pagoda.serving.grpc.messages import (
     ModelConfigResponse,
@@ -32,6 +31,7 @@ from pagoda.serving.grpc.messages import (
 from pagoda.serving.status import ErrorReport
 from pagoda.serving.v2.inference import output_tensors
 from pagoda.serving.v2.service import MODEL_VERSION, V2Call, V2Service
+from pagoda.text.output import CompletionOutput
 
 MAX_REQUESTS_PER_STREAM = 256
 """Requests of one stream that run at once; more wait unread, which slows the client down."""
@@ -190,7 +190,7 @@ class InferenceService:
                 if sequence in encoders and chunk.finish_reason is None and chunk.logprobs is None:
                     yield encoders[sequence].encode(chunk.text, chunk.token_ids, num_output_tokens[sequence])
                     continue
-                piece = SequenceResult()
+                piece = CompletionOutput()
                 piece.add(chunk)
                 num_input_tokens[sequence] += piece.num_prompt_tokens
                 piece.num_prompt_tokens = num_input_tokens[sequence]

@@ -38,7 +38,7 @@ class HttpServer:
 
     def __init__(self, app: ASGIApp, config: PagodaConfig, health: ServerHealth) -> None:
         self._health = health
-        self._config = uvicorn.Config(
+        self.config = uvicorn.Config(
             app,
             host=config.host,
             port=config.http_port,
@@ -55,12 +55,12 @@ class HttpServer:
             ssl_certfile=config.ssl_certfile,
             ssl_keyfile=config.ssl_keyfile,
         )
-        self._server = _Server(self._config)
+        self._server = _Server(self.config)
         health.subscribe(self._on_health)
 
     async def serve(self, listener: socket.socket) -> None:
         """Serve on `listener` until `close`; raises `ConfigError` for a certificate or key that cannot be used."""
-        config = self._config
+        config = self.config
         try:
             config.load()
         except OSError as error:  # ssl.SSLError is one
@@ -92,6 +92,6 @@ class HttpServer:
         self._server.should_exit = True
 
     def _on_health(self) -> None:
-        if self._health.state is EngineState.DRAINING and _CLOSE not in self._config.encoded_headers:
-            self._config.encoded_headers.append(_CLOSE)  # of all responses from the next second on
+        if self._health.state is EngineState.DRAINING and _CLOSE not in self.config.encoded_headers:
+            self.config.encoded_headers.append(_CLOSE)  # of all responses from the next second on
             self._server.server_state.default_headers.append(_CLOSE)  # of those before, and of running ones

@@ -13,11 +13,10 @@ from typing import Any, ClassVar
 
 from pagoda.request import GenerationRequest
 from pagoda.serving.context import ServingContext
-from pagoda.serving.generation import SequenceResult
 from pagoda.serving.http.event_stream import DONE, Events, EventTemplate, event
 from pagoda.serving.openai.types import SamplingFields
 from pagoda.serving.openai.usage import UsageCounter
-from pagoda.text.output import GenerationChunk
+from pagoda.text.output import CompletionOutput, GenerationChunk
 
 
 class Choice(ABC):
@@ -27,7 +26,7 @@ class Choice(ABC):
         self.index = index
 
     @abstractmethod
-    async def whole(self, result: SequenceResult) -> dict[str, Any]:
+    async def whole(self, result: CompletionOutput) -> dict[str, Any]:
         """The choice of a finished sequence."""
 
     @abstractmethod
@@ -62,7 +61,7 @@ class Call(ABC):
     def choice(self, index: int) -> Choice:
         """The choice of that number, before its first chunk; choices are numbered through all prompts."""
 
-    def members_of(self, results: list[list[SequenceResult]]) -> dict[str, Any]:
+    def members_of(self, results: list[list[CompletionOutput]]) -> dict[str, Any]:
         """What a whole response has beside its choices and usage; `results[prompt][sequence]`."""
         return {}
 

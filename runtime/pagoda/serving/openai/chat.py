@@ -11,13 +11,13 @@ from pagoda.errors import InvalidRequestError, NotSupportedError
 from pagoda.request import GenerationRequest
 from pagoda.sampling.params import MAX_LOGPROBS
 from pagoda.serving.context import ServingContext
-from pagoda.serving.generation import SequenceResult, limit_time
+from pagoda.serving.generation import limit_time
 from pagoda.serving.openai.call import Call, Choice
 from pagoda.serving.openai.finish import finish_fields
 from pagoda.serving.openai.logprobs import chat_logprobs, prompt_logprobs
 from pagoda.serving.openai.requests import check_stream_options, generation_request, template_messages
 from pagoda.serving.openai.types import ChatCompletionRequest, TokenizeRequest
-from pagoda.text.output import GenerationChunk
+from pagoda.text.output import CompletionOutput, GenerationChunk
 
 
 class ChatCall(Call):
@@ -50,7 +50,7 @@ class ChatCall(Call):
         return _ChatChoice(index, has_logprobs=bool(self._request.logprobs))
 
     @override
-    def members_of(self, results: list[list[SequenceResult]]) -> dict[str, Any]:
+    def members_of(self, results: list[list[CompletionOutput]]) -> dict[str, Any]:
         ((first, *_),) = results
         return {} if first.prompt_logprobs is None else {"prompt_logprobs": prompt_logprobs(first.prompt_logprobs)}
 
@@ -62,7 +62,7 @@ class _ChatChoice(Choice):
         self._has_begun = False
 
     @override
-    async def whole(self, result: SequenceResult) -> dict[str, Any]:
+    async def whole(self, result: CompletionOutput) -> dict[str, Any]:
         return {
             "index": self.index,
             "message": {"role": "assistant", "content": result.text},

@@ -11,13 +11,13 @@ from typing_extensions import override
 from pagoda.errors import InvalidRequestError, NotSupportedError
 from pagoda.request import GenerationRequest
 from pagoda.serving.context import ServingContext
-from pagoda.serving.generation import SequenceResult, check_job_count, limit_time
+from pagoda.serving.generation import check_job_count, limit_time
 from pagoda.serving.openai.call import Call, Choice
 from pagoda.serving.openai.finish import finish_fields
 from pagoda.serving.openai.logprobs import CompletionLogprobs, joined, prompt_logprobs
 from pagoda.serving.openai.requests import PROMPT_FORMS, check_stream_options, generation_request
 from pagoda.serving.openai.types import CompletionRequest
-from pagoda.text.output import GenerationChunk
+from pagoda.text.output import CompletionOutput, GenerationChunk
 from pagoda.text.pool import TokenizerPool
 
 
@@ -62,7 +62,7 @@ class _CompletionChoice(Choice):
         self._logprobs = CompletionLogprobs()
 
     @override
-    async def whole(self, result: SequenceResult) -> dict[str, Any]:
+    async def whole(self, result: CompletionOutput) -> dict[str, Any]:
         return await self._choice(result)
 
     @override
@@ -75,7 +75,7 @@ class _CompletionChoice(Choice):
     def text_delta(self, text: str) -> dict[str, Any]:
         return {"index": self.index, "text": text, "logprobs": None, **finish_fields(None, None)}
 
-    async def _choice(self, part: GenerationChunk | SequenceResult) -> dict[str, Any]:
+    async def _choice(self, part: GenerationChunk | CompletionOutput) -> dict[str, Any]:
         """The choice that shows `part`, a chunk or a whole sequence."""
         choice: dict[str, Any] = {
             "index": self.index,
@@ -87,7 +87,7 @@ class _CompletionChoice(Choice):
             choice["prompt_logprobs"] = prompt_logprobs(part.prompt_logprobs)
         return choice
 
-    async def _logprobs_of(self, part: GenerationChunk | SequenceResult) -> dict[str, Any] | None:
+    async def _logprobs_of(self, part: GenerationChunk | CompletionOutput) -> dict[str, Any] | None:
         if self._request.logprobs is None:
             return None
         parts = []

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pagoda.serving.generation import SequenceResult
-from pagoda.text.output import GenerationChunk
+from pagoda.text.output import CompletionOutput, GenerationChunk
 
 
 class UsageCounter:
@@ -16,7 +15,7 @@ class UsageCounter:
         self._cached_tokens: dict[int, int] = {}
         self._completion_tokens = 0
 
-    def add(self, prompt_index: int, part: GenerationChunk | SequenceResult) -> None:
+    def add(self, prompt_index: int, part: GenerationChunk | CompletionOutput) -> None:
         """Count a chunk, or a whole sequence."""
         self._completion_tokens += len(part.token_ids)
         if part.num_prompt_tokens is not None:

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from pagoda.errors import InvalidRequestError
-from pagoda.serving.generation import SequenceResult
 from pagoda.serving.http.bodies import parse_object
 from pagoda.serving.json_values import shown
 from pagoda.serving.parameters import TIMEOUT_HEADER, parse_timeout_header
 from pagoda.serving.v2.inference import INPUT_IDS, TEXT_INPUT, V2Request, logprobs_json
 from pagoda.serving.v2.service import MODEL_VERSION, V2Call
 from pagoda.serving.v2.tensors import BYTES, tensor_from_values
+from pagoda.text.output import CompletionOutput
 
 # What of a body is no parameter.
 _MEMBERS = frozenset({TEXT_INPUT, INPUT_IDS, "id", "parameters"})
@@ -50,7 +50,7 @@ def envelope(call: V2Call) -> dict[str, Any]:
     return {**request_id, "model_name": call.model.name, "model_version": MODEL_VERSION}
 
 
-def encode_result(call: V2Call, result: SequenceResult) -> dict[str, Any]:
+def encode_result(call: V2Call, result: CompletionOutput) -> dict[str, Any]:
     """The members of a response that describe its finished sequence."""
     content: dict[str, Any] = {
         "text_output": result.text,

@@ -9,7 +9,6 @@ from starlette.responses import Response
 
 from pagoda.errors import InvalidRequestError
 from pagoda.serving.context import ServingContext
-from pagoda.serving.generation import SequenceResult
 from pagoda.serving.http.bodies import decode_body
 from pagoda.serving.http.disconnect import until_disconnect
 from pagoda.serving.http.documentation import event_stream, request_body
@@ -20,6 +19,7 @@ from pagoda.serving.v2.generate_codec import decode_generate, encode_result, env
 from pagoda.serving.v2.routes import MODEL, VERSION
 from pagoda.serving.v2.schemas import GenerateRequest, GenerateResponse
 from pagoda.serving.v2.service import V2Call, V2Service
+from pagoda.text.output import CompletionOutput
 
 
 def generate_router(context: ServingContext, service: V2Service) -> APIRouter:
@@ -60,7 +60,7 @@ def generate_router(context: ServingContext, service: V2Service) -> APIRouter:
 
 
 async def _events(call: V2Call) -> Events:
-    so_far = SequenceResult()
+    so_far = CompletionOutput()
     members = envelope(call)
     text_event = EventTemplate(lambda text: {**members, "text_output": text})
     async with aclosing(call.stream()) as chunks:

@@ -17,11 +17,11 @@ import orjson
 
 from pagoda.errors import InvalidRequestError, NotSupportedError
 from pagoda.request import GenerationRequest
-from pagoda.serving.generation import SequenceResult, check_job_count, limit_time
+from pagoda.serving.generation import check_job_count, limit_time
 from pagoda.serving.json_values import finite_logprob, shown
 from pagoda.serving.parameters import FIELDS, LIST_FIELDS, MakeSampling, parse_parameters
 from pagoda.serving.v2.tensors import BYTES, INTEGER_DATATYPES, Tensor, text_of
-from pagoda.text.output import PositionLogprobs, TokenLogprob
+from pagoda.text.output import CompletionOutput, PositionLogprobs, TokenLogprob
 
 TEXT_INPUT = "text_input"
 INPUT_IDS = "input_ids"
@@ -144,7 +144,7 @@ def parse_infer(request: V2Request, make_sampling: MakeSampling) -> V2Batch:
     return V2Batch([limit_time(job, request.timeout_seconds) for job in jobs], output_names)
 
 
-def output_tensors(results: Sequence[Sequence[SequenceResult]], names: Iterable[str]) -> list[Tensor]:
+def output_tensors(results: Sequence[Sequence[CompletionOutput]], names: Iterable[str]) -> list[Tensor]:
     """The named outputs of finished prompts, in the order asked for: `results[prompt][sequence]`."""
     flat = [sequence for sequences in results for sequence in sequences]
     num_sequences = len(results[0])
@@ -254,7 +254,7 @@ def _shared(job: GenerationRequest) -> tuple[object, ...]:
     return job.stream, job.timeout_seconds
 
 
-def _output_tensor(name: str, results: list[SequenceResult], shape: tuple[int, ...]) -> Tensor:
+def _output_tensor(name: str, results: list[CompletionOutput], shape: tuple[int, ...]) -> Tensor:
     datatype = next(output["datatype"] for output in OUTPUTS if output["name"] == name)
     data: list[Any]
     if name == "output_ids":

@@ -15,7 +15,6 @@ from typing import Any
 import pagoda
 from pagoda.engine.health import EngineState
 from pagoda.errors import InvalidRequestError, ModelNotFoundError, NotSupportedError
-from pagoda.serving.generation import SequenceResult
 from pagoda.serving.health import ServerHealth
 from pagoda.serving.json_values import shown
 from pagoda.serving.models import ServedModel, ServedModels
@@ -28,7 +27,7 @@ from pagoda.serving.v2.inference import (
     output_tensors,
     parse_infer,
 )
-from pagoda.text.output import GenerationChunk
+from pagoda.text.output import CompletionOutput, GenerationChunk
 
 MODEL_VERSION = "1"
 PLATFORM = "pagoda"
@@ -80,7 +79,7 @@ class V2Call:
     batch: V2Batch
     engine_request_id: str
 
-    async def results(self) -> list[list[SequenceResult]]:
+    async def results(self) -> list[list[CompletionOutput]]:
         """The finished sequences, `[prompt][sequence]`; cancelling the call aborts them in the engine."""
         if self.batch.stream:
             raise InvalidRequestError(
