@@ -54,8 +54,8 @@ class LLM:
     """A model and its engine in this process. Used from one thread.
 
     `model` is a checkpoint directory or a Hugging Face id (None: the built-in demo model); every setting of the server
-    that concerns the engine is accepted by its name (`max_model_len=4096`). `on_stage(name, detail)` hears of each stage of
-    loading. Raises `ConfigError` or `CheckpointError`, saying what to change.
+    that concerns the engine is accepted by its name (`max_model_len=4096`). `on_stage(name, detail)` is called at each stage
+    of loading. Raises `ConfigError` or `CheckpointError`, saying what to change.
     """
 
     def __init__(self, model: str | None = None, *, on_stage: StageListener | None = None, **settings: Any) -> None:
@@ -252,7 +252,7 @@ class LLM:
             outputs = self._core.step().outputs
             for output in outputs:
                 sequence = self._sequences.get(output.request_id)
-                if sequence is None:  # it was aborted, and the engine says so
+                if sequence is None:  # its end, after an abort
                     continue
                 try:
                     sequence.chunks.append(sequence.state.process(output))

@@ -213,7 +213,7 @@ class ModelRunner:
     def _sample(self, inputs: StepInputs, hidden: Tensor) -> SamplerOutput | None:
         """Sample the rows that have come to their last token, and put their new tokens into the pool.
 
-        The output rank samples and tells the others of its tensor group; None on those.
+        The output rank samples and broadcasts the ids in its tensor group; None on the other ranks.
         """
         if inputs.layout.sampling_tokens is not None:
             hidden = hidden.index_select(0, inputs.layout.sampling_tokens)

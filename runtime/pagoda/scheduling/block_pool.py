@@ -163,7 +163,7 @@ class BlockPool:
 
     def publish(self, block: Block, block_hash: bytes) -> None:
         """Let others find `block` by its content. The first block of a hash keeps it: tables are append-only, never merged."""
-        assert block.ref_count > 0, f"{block} is published while nobody holds it"
+        assert block.ref_count > 0, f"{block} is published while it is not held"
         if block.block_hash is None and block_hash not in self._block_of_hash:
             block.block_hash = block_hash
             self._block_of_hash[block_hash] = block

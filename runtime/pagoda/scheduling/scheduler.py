@@ -306,7 +306,7 @@ class Scheduler:
             step.extend_row(row, extra)
 
     def _priority_key(self, request: Request) -> tuple[int, int]:
-        """The order in which requests deserve to run; the greatest is preempted first."""
+        """The order of priority in which requests run; the greatest is preempted first."""
         priority = request.spec.priority if self.limits.policy == "priority" else 0
         return priority, request.sequence_number
 
@@ -396,7 +396,7 @@ class Scheduler:
                 affected.add(writer)
                 affected |= {other for other in candidates if self.kv.shares_blocks_from(other, writer, position)}
         for planned in in_flight:
-            # Later rows of a request that ended here have nothing new to say.
+            # The later rows of a request that ended here bring nothing new.
             planned.discarded |= affected.intersection(planned.requests)
         self._recompute({request for request in affected if not request.is_finished})
 

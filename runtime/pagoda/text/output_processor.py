@@ -17,7 +17,7 @@ from pagoda.text.tokenizer import Tokenizer
 
 
 class RequestTextState:
-    """Turns what the engine says of one sequence into chunks of text.
+    """Turns the engine's outputs of one sequence into chunks of text.
 
     `index` is the choice it is; `echo` is put in front of its text. After `process` has returned a chunk with a finish
     reason, `finished` is True. `must_abort` is True when a stop string ended it and the engine does not know yet.
@@ -55,7 +55,7 @@ class RequestTextState:
         """The chunk that `output` makes.
 
         Raises the error that the engine ended the request with, or `RequestFailedError` when its tokens cannot be
-        turned into text; either way the request is over, and `must_abort` says whether the engine must be told.
+        turned into text; either way the request is over, and `must_abort` says whether it must be aborted in the engine.
         """
         if output.finish_reason is FinishReason.ERROR:
             self.finished = True

@@ -82,7 +82,7 @@ class EngineClient(ABC):
 
     @property
     def progress(self) -> EngineProgress | None:
-        """The core's last sign of life, while there is a core that gives any."""
+        """The core's last heartbeat, while there is a core that has any."""
         return None
 
     @abstractmethod
@@ -148,7 +148,7 @@ class ProcessEngineClient(EngineClient):
 
     @property
     def progress(self) -> EngineProgress | None:
-        """The core's last sign of life, while there is a core."""
+        """The core's last heartbeat, while there is a core."""
         return None if self._child is None else self._child.progress
 
     def pin_num_blocks(self, num_blocks: int) -> None:

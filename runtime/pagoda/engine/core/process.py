@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_HEARTBEAT_SECONDS = 0.5  # between signs of life of an idle core
+_HEARTBEAT_SECONDS = 0.5  # between heartbeats of an idle core
 _OUTBOX_LENGTH = 256  # messages the parent has not read; past that the loop waits for it
 _INBOX_LENGTH = 4096  # messages the loop has not taken; past that they wait in the parent, which then refuses requests
 _RANKS_SECONDS = 1.0  # between reports of the ranks' health
@@ -121,7 +121,7 @@ class CoreProcess:
         core.on_submit = lambda step, num_tokens: board.write(step, num_tokens, is_busy=True)
 
     def run(self) -> None:
-        """The loop, until the parent says so."""
+        """The loop, until `Shutdown` comes."""
         while True:
             self._drain_inbox()
             if self._is_ending:
@@ -130,7 +130,7 @@ class CoreProcess:
             message = self._core.step()
             self._last_step = message.stats.step
             if message.outputs or message.stats.step != step_before:
-                # Only a turn that brought something is a sign of life: a core that spins must look stuck.
+                # Only a turn that brought something is a heartbeat: a core that spins must look stuck.
                 self._board.write(message.stats.step, self._core.num_tokens_in_flight, is_busy=self._core.has_work)
                 self._connection.send(message)
             self._tell_ranks()
@@ -200,8 +200,8 @@ def main(socket_fd: int, board_fd: int) -> int:
         if failure is not None:
             raise failure
         _serve(first, connection, board)
-    except Exception as error:  # the parent must be told, whatever it was
-        # A sentence of ours says it all; anything else needs its stack.
+    except Exception as error:  # whatever it was, it is reported to the parent
+        # A sentence of ours is enough; anything else needs its stack.
         logger.error("the engine core failed: %s", error, exc_info=not isinstance(error, PagodaError))
         kind = error.kind if isinstance(error, PagodaError) else ErrorKind.ENGINE_DEAD
         message = str(error) if isinstance(error, PagodaError) else f"{type(error).__name__}: {error}"
@@ -213,7 +213,7 @@ def main(socket_fd: int, board_fd: int) -> int:
 
 
 def _import_engine() -> Exception | None:
-    """Import torch and what needs it, while the parent still reads its settings; the error, which the parent must be told."""
+    """Import torch and what needs it, while the parent still reads its settings; the error, to be reported to the parent."""
     try:
         with uncollected():
             import pagoda.engine.core.startup  # noqa: F401 (here for the time that it takes)

@@ -114,7 +114,7 @@ class DataParallelClient(EngineClient):
 
     @property
     def progress(self) -> EngineProgress | None:
-        """The steps of all replicas, and the sign of life that is the oldest among those that give any."""
+        """The steps of all replicas, and the oldest heartbeat among those that have any."""
         signs = [sign for replica in self._replicas if (sign := replica.progress) is not None and sign.is_up]
         if not signs:
             return None
