@@ -251,7 +251,7 @@ class LLM:
             outputs = self._core.step().outputs
             for output in outputs:
                 sequence = self._sequences.get(output.request_id)
-                if sequence is None:  # it was aborted, and the engine says so
+                if sequence is None:  # its end, after an abort
                     continue
                 try:
                     sequence.chunks.append(sequence.state.process(output))

@@ -62,8 +62,8 @@ class StepInputs:
     """The batch of one step, in the order of its layout.
 
     `num_computed_tokens` int64 `[R]` and `sampled_positions` int64 `[S]` are on the host. On the device: `tensors`, with
-    padding behind the rows where `StepBuffers` have it; `sampled_pool_index` int64 `[S]`, where sampled tokens
-    belong in the flattened token pool.
+    padding behind the rows where `StepBuffers` have it; `sampled_pool_index` int64 `[S]`, where sampled tokens belong in
+    the flattened token pool.
     """
 
     layout: RowLayout

@@ -106,7 +106,7 @@ class StepResult:
     `sampled_token_ids[i]`: the ids sampled for row i (several where it runs several steps), empty where it does not sample or
     has failed. `logprobs[i]`: one entry a sampled id, only for rows that asked. `prompt_logprobs[i]`: for a row that asked,
     entries for the prompt positions `computed+1 .. computed+scheduled` that this step predicted (the first prompt token has
-    none). `errors[i]`: the row failed alone, and why.
+    none). `errors[i]`: the row failed alone, and why; it may not have written its KV.
     """
 
     step_id: int

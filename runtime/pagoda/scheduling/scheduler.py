@@ -398,7 +398,7 @@ class Scheduler:
                 affected.add(writer)
                 affected |= {other for other in candidates if self.kv.shares_blocks_from(other, writer, position)}
         for planned in in_flight:
-            # Later rows of a request that ended here have nothing new to say.
+            # The later rows of a request that ended here bring nothing new.
             planned.discarded |= affected.intersection(planned.requests)
         self._recompute({request for request in affected if not request.is_finished})
 
