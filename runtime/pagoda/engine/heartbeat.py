@@ -1,4 +1,4 @@
-"""One page of shared memory on which the core writes how far it is.
+"""The engine core's heartbeat: one page of shared memory that the core writes and the API process reads.
 
 Reading it costs the core nothing and needs no answer from it, so a probe can tell a busy core from a stuck or stopped one.
 Each field is 8 aligned bytes, written by one process and read by another; a reader may see fields of two neighbouring
@@ -17,9 +17,9 @@ _LAYOUT = struct.Struct("=QQQQ")
 
 
 @dataclass(frozen=True, slots=True)
-class EngineProgress:
-    """The core's last word: `step` steps are done, the last sign of life came at `time` (monotonic seconds), and since then
-    `scheduled_tokens` tokens are in the works; 0 when the core is idle.
+class EngineHeartbeat:
+    """The last one of a core: at `time` (monotonic seconds) it had done `step` steps, and since then `scheduled_tokens` tokens
+    are being computed; 0 when it is idle.
     """
 
     step: int
@@ -29,28 +29,28 @@ class EngineProgress:
 
     @property
     def is_up(self) -> bool:
-        """Whether the core has given any sign of life, which it does once it has started."""
+        """Whether there was any heartbeat yet; the first comes when the core has started."""
         return self.time > 0
 
 
-class ProgressBoard:
+class SharedHeartbeat:
     """The page. The parent makes it, the child opens the file descriptor that it inherited."""
 
     def __init__(self, fd: int | None = None) -> None:
         if fd is None:
-            fd = os.memfd_create("pagoda-progress", 0)
+            fd = os.memfd_create("pagoda-heartbeat", 0)
             os.ftruncate(fd, mmap.PAGESIZE)
         self.fd = fd
         self._page = mmap.mmap(fd, mmap.PAGESIZE)
 
     def write(self, step: int, scheduled_tokens: int, *, is_busy: bool) -> None:
-        """Say that the core is alive now."""
+        """Write a heartbeat as of now."""
         _LAYOUT.pack_into(self._page, 0, step, time.monotonic_ns(), scheduled_tokens, is_busy)
 
-    def read(self) -> EngineProgress:
-        """What the core said last; all zero before it ever did."""
+    def read(self) -> EngineHeartbeat:
+        """The last heartbeat; all zero before the first."""
         step, nanoseconds, tokens, is_busy = _LAYOUT.unpack_from(self._page, 0)
-        return EngineProgress(step, nanoseconds / 1e9, tokens, bool(is_busy))
+        return EngineHeartbeat(step, nanoseconds / 1e9, tokens, bool(is_busy))
 
     def close(self) -> None:
         """Unmap the page and close the descriptor."""

@@ -12,18 +12,18 @@ import torch
 from pagoda.parallel.rank_health import RankHealth
 from pagoda.scheduling.plan import StepPlan, StepResult
 
-LoadProgress = Callable[[str, int, int], None]
-"""Told of bytes done and in all, of the rank named first (empty: there is one); from the thread that loads."""
+RankLoadListener = Callable[[str, int, int], None]
+"""Called with a rank's name (empty: there is only one) and its bytes loaded and in all, from the thread that loads."""
 
 
-class Stages(Protocol):
+class StartupPhases(Protocol):
     """The start-up as others see it."""
 
     def enter(self, name: str, detail: str = "") -> AbstractContextManager[None]:
-        """A stage that lasts as long as the context; `detail` is for people."""
+        """A phase that lasts as long as the context; `detail` is for people."""
 
     def detail(self, text: str) -> None:
-        """What the present stage is at, for people."""
+        """What the present phase is at, for people."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +54,13 @@ class Executor(Protocol):
 
     max_concurrent_batches: int
 
-    def connect(self, stages: Stages) -> None:
-        """Bring several ranks together, in stages `launch`, `rendezvous` and `communication`; a single rank has none.
+    def connect(self, phases: StartupPhases) -> None:
+        """Bring several ranks together, in phases `launch`, `rendezvous` and `communication`; a single rank has none.
 
         Raises a `PagodaError` that names the rank, its host and what to do.
         """
 
-    def load(self, progress: LoadProgress | None = None) -> None:
+    def load(self, progress: RankLoadListener | None = None) -> None:
         """Set up the devices and load the weights. Raises `CheckpointError`."""
 
     def kv_budget(self, block_size: int) -> KVBudget:

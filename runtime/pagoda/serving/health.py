@@ -12,14 +12,14 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from pagoda.engine.health import EngineHealth, EngineState
-from pagoda.engine.heartbeat import EngineProgress
+from pagoda.engine.heartbeat import EngineHeartbeat
 from pagoda.engine.messages import EngineStats
 from pagoda.errors import EngineDeadError, EngineNotReadyError
 from pagoda.parallel.rank_health import RankHealth
 
 Listener = Callable[[], None]
 
-TOKENIZER_STAGE = "tokenizer"
+TOKENIZER_PHASE = "tokenizer"
 
 
 class EngineLike(Protocol):
@@ -34,7 +34,7 @@ class EngineLike(Protocol):
         """The engine's figures after its last step."""
 
     @property
-    def progress(self) -> EngineProgress | None:
+    def heartbeat(self) -> EngineHeartbeat | None:
         """The core's last sign of life, while there is a core that gives any."""
 
     @property
@@ -51,7 +51,7 @@ class ServerHealth:
 
     def __init__(self, engine: EngineLike) -> None:
         self._engine = engine
-        engine.health.hold(TOKENIZER_STAGE)
+        engine.health.hold(TOKENIZER_PHASE)
 
     @property
     def state(self) -> EngineState:
@@ -69,9 +69,9 @@ class ServerHealth:
         return self.state is not EngineState.DEAD
 
     @property
-    def stage(self) -> str:
-        """What is going on, for people: the start-up stage while the server starts, else the state."""
-        return self._engine.health.stage
+    def phase(self) -> str:
+        """What is going on, for people: the start-up phase while the server starts, else the state."""
+        return self._engine.health.phase
 
     @property
     def cause(self) -> str | None:
@@ -85,7 +85,7 @@ class ServerHealth:
             raise EngineDeadError(f"the engine is gone: {self.cause or 'unknown cause'}")
         if state is EngineState.STARTING:
             doing = "engine was lost and is started anew" if self._engine.health.has_started else "model is loading"
-            raise EngineNotReadyError(f"the {doing} (stage: {self.stage})")
+            raise EngineNotReadyError(f"the {doing} (stage: {self.phase})")
         if state is EngineState.DRAINING:
             raise EngineNotReadyError("the server is shutting down; send the request to another replica")
 
@@ -98,12 +98,12 @@ class ServerHealth:
         `replicas`: with more than one engine, each of them.
         """
         now = time.monotonic()
-        health, stats, progress = self._engine.health, self._engine.stats, self._engine.progress
+        health, stats, progress = self._engine.health, self._engine.stats, self._engine.heartbeat
         is_up = progress is not None and progress.is_up
         return {
             "state": str(health.state),
             "started": health.has_started,
-            "stage": health.stage,
+            "stage": health.phase,
             "detail": health.detail,
             "since": health.since,
             "cause": health.cause,
@@ -127,7 +127,7 @@ class ServerHealth:
                 {
                     "replica": index,
                     "state": str(replica.health.state),
-                    "stage": replica.health.stage,
+                    "stage": replica.health.phase,
                     "cause": replica.health.cause,
                     "since": replica.health.since,
                     "running": replica.stats.num_running,
@@ -140,7 +140,7 @@ class ServerHealth:
 
     def text_is_ready(self) -> None:
         """The tokenizers are up."""
-        self._engine.health.release(TOKENIZER_STAGE)
+        self._engine.health.release(TOKENIZER_PHASE)
 
     def drain(self, cause: str) -> None:
         """Take no new requests from now on; those under way go on."""
@@ -152,5 +152,5 @@ class ServerHealth:
         self._engine.health.transition(EngineState.DEAD, cause)
 
     def subscribe(self, listener: Listener) -> Callable[[], None]:
-        """Call `listener()` after each change of state or stage; returns what ends the subscription."""
+        """Call `listener()` after each change of state or phase; returns what ends the subscription."""
         return self._engine.health.subscribe(listener)

@@ -15,7 +15,7 @@ import uvloop
 from pagoda import faults
 from pagoda.config.schema import PagodaConfig
 from pagoda.config.sources import LoadedConfig
-from pagoda.engine.client.prelaunch import LaunchedCore
+from pagoda.engine.client.prelaunch import PrelaunchedProcess
 from pagoda.engine.data_parallel.client import create_engine_client
 from pagoda.logs import configure_logging
 from pagoda.process_control import uncollected
@@ -31,7 +31,7 @@ UNUSED_BY_US = ("kubernetes", "pandas")
 ENGINE_HEAD_START_SECONDS = 0.02
 
 
-def run(loaded: LoadedConfig, core: LaunchedCore) -> int:
+def run(loaded: LoadedConfig, core: PrelaunchedProcess) -> int:
     """Serve until told to stop, with an engine in `core`; returns the exit status.
 
     Raises `ConfigError` for a port that cannot be had.
@@ -44,7 +44,7 @@ def run(loaded: LoadedConfig, core: LaunchedCore) -> int:
         return runner.run(_serve(config, listener, core))
 
 
-async def _serve(config: PagodaConfig, listener: socket.socket, core: LaunchedCore) -> int:
+async def _serve(config: PagodaConfig, listener: socket.socket, core: PrelaunchedProcess) -> int:
     client = create_engine_client(config, core)
     starting = asyncio.ensure_future(client.start())
     # The engine gets its settings before this process loads its libraries, KServe above all: nothing else runs meanwhile.

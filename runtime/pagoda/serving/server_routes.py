@@ -39,7 +39,7 @@ def server_router(context: ServingContext) -> APIRouter:
         """200 while a request sent now would be taken."""
         if health.is_ready:
             return json_response({"ready": True})
-        words = ", ".join(dict.fromkeys([str(health.state), health.stage]))
+        words = ", ".join(dict.fromkeys([str(health.state), health.phase]))
         return json_response({"ready": False, "error": f"not ready: {words}"}, 503)
 
     @router.get("/metrics", responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}})

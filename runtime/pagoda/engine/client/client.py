@@ -17,14 +17,14 @@ from contextlib import suppress
 from dataclasses import replace
 
 from pagoda.config.schema import PagodaConfig
-from pagoda.engine.client.core_handle import CoreChild
-from pagoda.engine.client.output_collector import Mailbox
-from pagoda.engine.client.prelaunch import LaunchedCore
+from pagoda.engine.client.core_handle import EngineCoreHandle
+from pagoda.engine.client.output_collector import RequestOutputCollector
+from pagoda.engine.client.prelaunch import PrelaunchedProcess
 from pagoda.engine.client.restarts import RestartPolicy
 from pagoda.engine.client.service_rate import ServiceRate
 from pagoda.engine.client.watchdog import Watchdog
 from pagoda.engine.health import EngineHealth, EngineState
-from pagoda.engine.heartbeat import EngineProgress
+from pagoda.engine.heartbeat import EngineHeartbeat
 from pagoda.engine.messages import (
     AbortRequests,
     EngineFailed,
@@ -32,7 +32,7 @@ from pagoda.engine.messages import (
     EngineOutputs,
     EngineRanks,
     EngineReady,
-    EngineStage,
+    EngineStartupPhase,
     EngineStats,
     Shutdown,
 )
@@ -81,8 +81,8 @@ class EngineClient(ABC):
         return ()
 
     @property
-    def progress(self) -> EngineProgress | None:
-        """The core's last sign of life, while there is a core that gives any."""
+    def heartbeat(self) -> EngineHeartbeat | None:
+        """The core's last heartbeat, while there is a core."""
         return None
 
     @abstractmethod
@@ -119,18 +119,18 @@ class ProcessEngineClient(EngineClient):
         *,
         name: str = "engine",
         environment: Mapping[str, str] | None = None,
-        launched: LaunchedCore | None = None,
+        launched: PrelaunchedProcess | None = None,
     ) -> None:
         super().__init__(name)
         self._config = config
         self._environment = environment
         self._launched = launched
         self._request_numbers = itertools.count()
-        self._mailboxes: dict[str, Mailbox] = {}  # by the engine's request id
+        self._mailboxes: dict[str, RequestOutputCollector] = {}  # by the engine's request id
         self._service_rate = ServiceRate()
         self._restarts = RestartPolicy(config.on_engine_failure, config.max_engine_restarts)
         self._pause: float | None = None  # before the next core; None: there will be none
-        self._child: CoreChild | None = None
+        self._child: EngineCoreHandle | None = None
         self._is_lost = False  # the core is of no use any more, though its process may still be there
         self._supervising: asyncio.Task[None] | None = None
         self._started: asyncio.Future[EngineReady] | None = None
@@ -147,9 +147,9 @@ class ProcessEngineClient(EngineClient):
         return len(self._mailboxes)
 
     @property
-    def progress(self) -> EngineProgress | None:
-        """The core's last sign of life, while there is a core."""
-        return None if self._child is None else self._child.progress
+    def heartbeat(self) -> EngineHeartbeat | None:
+        """The core's last heartbeat, while there is a core."""
+        return None if self._child is None else self._child.heartbeat
 
     def pin_num_blocks(self, num_blocks: int) -> None:
         """Give cores started from now on so many KV blocks, whatever memory they find."""
@@ -165,7 +165,7 @@ class ProcessEngineClient(EngineClient):
         # The engine's id is its own and given once: a client may use an id again, and what the core still sends for the first
         # request does not reach the second.
         request_id = f"{request.request_id}#{next(self._request_numbers)}"
-        mailbox = self._mailboxes[request_id] = Mailbox()
+        mailbox = self._mailboxes[request_id] = RequestOutputCollector()
         is_over = False
         try:
             child.send(replace(request, request_id=request_id))
@@ -181,13 +181,13 @@ class ProcessEngineClient(EngineClient):
             if not is_over:
                 child.send(AbortRequests([request_id]))
 
-    def _check_queue(self) -> CoreChild:
+    def _check_queue(self) -> EngineCoreHandle:
         """The core that takes one more request, or the error that says why none does."""
         if self.health.state is EngineState.DEAD:
             raise EngineDeadError(f"the engine is dead: {self.health.cause}")
         child = self._child
         if not self.health.accepts_requests or self.ready is None or child is None or not child.is_connected:
-            raise EngineNotReadyError(f"the engine is {self.health.state} (stage: {self.health.stage})")
+            raise EngineNotReadyError(f"the engine is {self.health.state} (stage: {self.health.phase})")
         waiting = len(self._mailboxes) - self.ready.max_num_seqs
         if waiting >= self._config.max_num_waiting:
             raise self._error_of(
@@ -247,7 +247,7 @@ class ProcessEngineClient(EngineClient):
         """Run one core from its start to its end."""
         self._is_lost = False
         launched, self._launched = self._launched, None
-        child = self._child = await CoreChild.start(self._config, self._environment, launched)
+        child = self._child = await EngineCoreHandle.start(self._config, self._environment, launched)
         if self._ending.is_set():  # `shutdown` found no core to tell
             child.send(Shutdown())
         watching = asyncio.create_task(self._watch(child), name="engine-watchdog")
@@ -257,9 +257,9 @@ class ProcessEngineClient(EngineClient):
                     self._deliver(message)
                 elif isinstance(message, EngineRanks):
                     self.ranks = message.ranks
-                elif isinstance(message, EngineStage):
+                elif isinstance(message, EngineStartupPhase):
                     if self.health.state is EngineState.STARTING:  # else the server was told to stop meanwhile
-                        self.health.enter_stage(message.name, message.detail)
+                        self.health.enter_phase(message.name, message.detail)
                 elif isinstance(message, EngineReady):
                     self._welcome(message)
                 elif isinstance(message, EngineFailed):
@@ -288,19 +288,19 @@ class ProcessEngineClient(EngineClient):
         self._is_lost = True
         self.ranks = [replace(rank, is_up=False) for rank in self.ranks]
         may_restart = self._started.done() and self.health.state not in (EngineState.DRAINING, EngineState.DEAD)
-        self._pause = self._restarts.pause_before_restart(time.monotonic()) if may_restart else None
+        self._pause = self._restarts.backoff(time.monotonic()) if may_restart else None
         if self._pause is None:
             self.health.transition(EngineState.DEAD, str(cause))
         else:
             when = f"{self._restarts.attempt}, in {self._pause:g} s"
             self.health.transition(EngineState.STARTING, str(cause))
-            self.health.enter_stage("restart", when)
+            self.health.enter_phase("restart", when)
             logger.warning("restarting the %s: %s", self.health.name, when)
         self._fail_requests(str(cause), was_killed=isinstance(cause, EngineDeadError) and cause.was_killed)
         if not self._started.done():
             self._started.set_exception(cause)
 
-    async def _watch(self, child: CoreChild) -> None:
+    async def _watch(self, child: EngineCoreHandle) -> None:
         """Kill a core that starts too slowly, or that is stuck; its end is then noticed like any other."""
         start_timeout = self._config.engine_start_timeout_seconds
         deadline = time.monotonic() + start_timeout
@@ -308,14 +308,14 @@ class ProcessEngineClient(EngineClient):
         while True:
             await asyncio.sleep(_WATCH_SECONDS)
             now = time.monotonic()
-            progress = child.progress
+            heartbeat = child.heartbeat
             trouble: str | None = None
-            if progress.is_up:
-                trouble = watchdog.check(progress, now)
+            if heartbeat.is_up:
+                trouble = watchdog.check(heartbeat, now)
             elif now > deadline:
                 trouble = (
                     f"the engine was not ready after engine_start_timeout_seconds={start_timeout:g} "
-                    f"(stage: {self.health.stage} {self.health.detail})"
+                    f"(stage: {self.health.phase} {self.health.detail})"
                 )
             if trouble is not None and not self._ending.is_set():
                 logger.error("%s; killing it", trouble)

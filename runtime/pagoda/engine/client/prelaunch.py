@@ -12,10 +12,10 @@ import sys
 from types import TracebackType
 from typing import Self
 
-from pagoda.engine.heartbeat import ProgressBoard
+from pagoda.engine.heartbeat import SharedHeartbeat
 
 
-class LaunchedCore:
+class PrelaunchedProcess:
     """A core's process that waits for its configuration. As a context, it ends the process that nobody took over.
 
     They talk over a socket pair that the child inherits: nobody else can connect to it, and when either side dies the other
@@ -25,13 +25,13 @@ class LaunchedCore:
     def __init__(self) -> None:
         """Launch. Raises `OSError` where there can be no process."""
         self.socket, theirs = socket.socketpair()
-        self.board = ProgressBoard()
+        self.heartbeat = SharedHeartbeat()
         self._is_taken = False
         try:
             with theirs:
                 self.process = subprocess.Popen(
-                    [sys.executable, "-m", "pagoda.engine.core.process", str(theirs.fileno()), str(self.board.fd)],
-                    pass_fds=(theirs.fileno(), self.board.fd),
+                    [sys.executable, "-m", "pagoda.engine.core.process", str(theirs.fileno()), str(self.heartbeat.fd)],
+                    pass_fds=(theirs.fileno(), self.heartbeat.fd),
                     stdin=subprocess.DEVNULL,
                 )
         except BaseException:  # raised on: nobody else could close what was opened for the process
@@ -39,7 +39,7 @@ class LaunchedCore:
             raise
 
     def take(self) -> Self:
-        """Have the process, its socket and its board, and end them oneself."""
+        """Have the process, its socket and its heartbeat, and end them oneself."""
         self._is_taken = True
         return self
 
@@ -56,4 +56,4 @@ class LaunchedCore:
 
     def _close(self) -> None:
         self.socket.close()
-        self.board.close()
+        self.heartbeat.close()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-FIRST_PAUSE_SECONDS = 0.5
-LONGEST_PAUSE_SECONDS = 30.0
+FIRST_BACKOFF_SECONDS = 0.5
+LONGEST_BACKOFF_SECONDS = 30.0
 HEALTHY_SECONDS = 600.0
 """A core that lived this long has earned its restarts back."""
 
@@ -22,12 +22,12 @@ class RestartPolicy:
         """A core begins its life."""
         self._started_at = now
 
-    def pause_before_restart(self, now: float) -> float | None:
+    def backoff(self, now: float) -> float | None:
         """The core is lost: seconds until the next one, or None when there is to be none."""
         self.num_failures = 1 if now - self._started_at > HEALTHY_SECONDS else self.num_failures + 1
         if self.num_failures > self._max_restarts:
             return None
-        return float(min(LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2 ** (self.num_failures - 1)))
+        return float(min(LONGEST_BACKOFF_SECONDS, FIRST_BACKOFF_SECONDS * 2 ** (self.num_failures - 1)))
 
     @property
     def attempt(self) -> str:

@@ -1,4 +1,4 @@
-"""The engine core's process: `python -m pagoda.engine.core.process SOCKET_FD BOARD_FD`, started as a `LaunchedCore` only.
+"""The engine core's process: `python -m pagoda.engine.core.process SOCKET_FD HEARTBEAT_FD`, made by `PrelaunchedProcess` only.
 
     reader thread ──inbox──▶ main thread: the loop ──outbox──▶ writer thread
 
@@ -21,14 +21,14 @@ from typing import TYPE_CHECKING
 
 from pagoda.config.schema import PagodaConfig
 from pagoda.engine import wire
-from pagoda.engine.heartbeat import ProgressBoard
+from pagoda.engine.heartbeat import SharedHeartbeat
 from pagoda.engine.messages import (
     AbortRequests,
     EngineFailed,
     EngineOutput,
     EngineOutputs,
     EngineRanks,
-    EngineStage,
+    EngineStartupPhase,
     Shutdown,
     StartCore,
 )
@@ -108,17 +108,17 @@ class Connection:
             os._exit(_LOST_EXIT_CODE)
 
 
-class CoreProcess:
+class EngineCoreLoop:
     """Drives the core with what comes from the connection."""
 
-    def __init__(self, core: EngineCore, connection: Connection, board: ProgressBoard) -> None:
+    def __init__(self, core: EngineCore, connection: Connection, heartbeat: SharedHeartbeat) -> None:
         self._core = core
         self._connection = connection
-        self._board = board
+        self._heartbeat = heartbeat
         self._is_ending = False
         self._last_step = 0
         self._ranks_told = 0.0
-        core.on_submit = lambda step, num_tokens: board.write(step, num_tokens, is_busy=True)
+        core.on_submit = lambda step, num_tokens: heartbeat.write(step, num_tokens, is_busy=True)
 
     def run(self) -> None:
         """The loop, until the parent says so."""
@@ -131,7 +131,7 @@ class CoreProcess:
             self._last_step = message.stats.step
             if message.outputs or message.stats.step != step_before:
                 # Only a turn that brought something is a sign of life: a core that spins must look stuck.
-                self._board.write(message.stats.step, self._core.num_tokens_in_flight, is_busy=self._core.has_work)
+                self._heartbeat.write(message.stats.step, self._core.num_tokens_in_flight, is_busy=self._core.has_work)
                 self._connection.send(message)
             self._tell_ranks()
 
@@ -147,7 +147,7 @@ class CoreProcess:
         """Take all messages; wait for one when there is nothing else to do, and see meanwhile whether the ranks are there."""
         inbox = self._connection.inbox
         while not self._core.has_work and not self._is_ending:
-            self._board.write(self._last_step, 0, is_busy=False)
+            self._heartbeat.write(self._last_step, 0, is_busy=False)
             self._tell_ranks()
             try:
                 self._take(inbox.get(timeout=_HEARTBEAT_SECONDS))
@@ -184,11 +184,11 @@ class CoreProcess:
         self._connection.send(EngineOutputs([output], self._core.stats(), 0.0))
 
 
-def main(socket_fd: int, board_fd: int) -> int:
+def main(socket_fd: int, heartbeat_fd: int) -> int:
     """Run the core until its parent ends it; the exit code tells a clean end (0) from a lost engine (1)."""
     become_child()
     connection = Connection(socket_fd)
-    board = ProgressBoard(board_fd)
+    heartbeat = SharedHeartbeat(heartbeat_fd)
     failure = _import_engine()
     try:
         first = connection.receive()
@@ -199,7 +199,7 @@ def main(socket_fd: int, board_fd: int) -> int:
     try:
         if failure is not None:
             raise failure
-        _serve(first, connection, board)
+        _serve(first, connection, heartbeat)
     except Exception as error:  # the parent must be told, whatever it was
         # A sentence of ours says it all; anything else needs its stack.
         logger.error("the engine core failed: %s", error, exc_info=not isinstance(error, PagodaError))
@@ -222,19 +222,19 @@ def _import_engine() -> Exception | None:
     return None
 
 
-def _serve(first: StartCore, connection: Connection, board: ProgressBoard) -> None:
+def _serve(first: StartCore, connection: Connection, heartbeat: SharedHeartbeat) -> None:
     from pagoda.engine.core.startup import start_core
     from pagoda.logs import configure_logging
 
     os.environ.update(first.environment)
     config = PagodaConfig(**first.config)
     configure_logging(config.log_level, config.log_format, model_name=config.served_model_name)
-    core = start_core(config, lambda name, detail: connection.send(EngineStage(name, detail)))
+    core = start_core(config, lambda name, detail: connection.send(EngineStartupPhase(name, detail)))
     gc.collect()
     gc.freeze()  # what start-up made lives for ever: later collections need not walk it
-    board.write(0, 0, is_busy=False)
+    heartbeat.write(0, 0, is_busy=False)
     connection.send(core.ready)
-    CoreProcess(core, connection, board).run()
+    EngineCoreLoop(core, connection, heartbeat).run()
     core.shutdown()  # after a failure nothing waits for the ranks: they end with their connections
 
 

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, cast
 
 from pagoda.config.schema import PagodaConfig
 from pagoda.engine.client.client import EngineClient, ProcessEngineClient
-from pagoda.engine.client.prelaunch import LaunchedCore
+from pagoda.engine.client.prelaunch import PrelaunchedProcess
 from pagoda.engine.data_parallel.health import overall
 from pagoda.engine.data_parallel.router import Placement, PrefixRouter
 from pagoda.engine.health import EngineState
-from pagoda.engine.heartbeat import EngineProgress
+from pagoda.engine.heartbeat import EngineHeartbeat
 from pagoda.engine.messages import EngineOutput, EngineReady, EngineStats
 from pagoda.errors import (
     ConfigError,
@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 _DEVICES_VARIABLE = "CUDA_VISIBLE_DEVICES"
 
 
-def create_engine_client(config: PagodaConfig, launched: LaunchedCore | None = None) -> EngineClient:
+def create_engine_client(config: PagodaConfig, launched: PrelaunchedProcess | None = None) -> EngineClient:
     """The engine that a configuration asks for: one core, or several replicas. `launched`: a process for the first of them."""
     if config.data_parallel_size == 1:
         return ProcessEngineClient(config, launched=launched)
@@ -66,7 +66,7 @@ class DataParallelClient(EngineClient):
     """
 
     def __init__(
-        self, config: PagodaConfig, router: PrefixRouter | None = None, launched: LaunchedCore | None = None
+        self, config: PagodaConfig, router: PrefixRouter | None = None, launched: PrelaunchedProcess | None = None
     ) -> None:
         super().__init__()
         self._config = config
@@ -117,16 +117,16 @@ class DataParallelClient(EngineClient):
         ]
 
     @property
-    def progress(self) -> EngineProgress | None:
-        """The steps of all replicas, and the sign of life that is the oldest among those that give any."""
-        signs = [sign for replica in self._replicas if (sign := replica.progress) is not None and sign.is_up]
-        if not signs:
+    def heartbeat(self) -> EngineHeartbeat | None:
+        """The steps of all replicas, and the oldest of their heartbeats."""
+        found = [one for replica in self._replicas if (one := replica.heartbeat) is not None and one.is_up]
+        if not found:
             return None
-        return EngineProgress(
-            step=sum(sign.step for sign in signs),
-            time=min(sign.time for sign in signs),
-            scheduled_tokens=sum(sign.scheduled_tokens for sign in signs),
-            is_busy=any(sign.is_busy for sign in signs),
+        return EngineHeartbeat(
+            step=sum(one.step for one in found),
+            time=min(one.time for one in found),
+            scheduled_tokens=sum(one.scheduled_tokens for one in found),
+            is_busy=any(one.is_busy for one in found),
         )
 
     # ---- requests -------------------------------------------------------------------------------------------------
@@ -180,7 +180,7 @@ class DataParallelClient(EngineClient):
             return min(full, key=lambda error: error.retry_after_seconds)
         if refusals:
             return refusals[-1]
-        return EngineNotReadyError(f"the engine is {self.health.state} (stage: {self.health.stage})")
+        return EngineNotReadyError(f"the engine is {self.health.state} (stage: {self.health.phase})")
 
     # ---- life -----------------------------------------------------------------------------------------------------
 
@@ -212,7 +212,7 @@ class DataParallelClient(EngineClient):
             self.health.transition(EngineState.DEAD, "shut down", is_expected=True)
 
     def _on_replica(self, index: int) -> None:
-        """A replica has another state or start-up stage."""
+        """A replica has another state or start-up phase."""
         health = self._replicas[index].health
         before, self._states[index] = self._states[index], health.state
         ready = self._replicas[index].ready
@@ -221,7 +221,7 @@ class DataParallelClient(EngineClient):
         if self._is_ending:
             return
         if health.state is EngineState.STARTING and self.health.state is EngineState.STARTING:
-            self.health.enter_stage(health.stage, f"replica {index} of {len(self._replicas)} {health.detail}".rstrip())
+            self.health.enter_phase(health.phase, f"replica {index} of {len(self._replicas)} {health.detail}".rstrip())
         self._update_health()
 
     def _update_health(self) -> None:

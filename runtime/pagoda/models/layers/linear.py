@@ -11,7 +11,7 @@ from torch import nn
 
 from pagoda.models.sharding import Shard
 from pagoda.models.weights import WeightTarget
-from pagoda.parallel.groups import TensorGroup
+from pagoda.parallel.groups import TensorParallelGroup
 
 
 class LinearMethod(ABC):
@@ -124,7 +124,7 @@ class RowParallelLinear(Linear):
         parts: Mapping[str, Shard],
         *,
         bias: bool,
-        group: TensorGroup,
+        group: TensorParallelGroup,
         dtype: torch.dtype,
         device: torch.device,
         method: LinearMethod = UNQUANTIZED,

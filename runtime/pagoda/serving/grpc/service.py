@@ -123,7 +123,7 @@ class InferenceService:
             response.models.add(name=self._context.model_name, version=MODEL_VERSION, state="READY")
         elif not request.ready:
             state = "LOADING" if health.state == "starting" else "UNAVAILABLE"
-            reason = health.cause or health.stage
+            reason = health.cause or health.phase
             response.models.add(name=self._context.model_name, version=MODEL_VERSION, state=state, reason=reason)
         return response
 

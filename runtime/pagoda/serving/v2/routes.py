@@ -88,7 +88,7 @@ def repository_router(context: ServingContext, plane: EngineDataPlane) -> APIRou
             "name": context.model_name,
             "version": MODEL_VERSION,
             "state": "READY" if health.is_ready else "UNAVAILABLE",
-            "reason": "" if health.is_ready else health.stage,
+            "reason": "" if health.is_ready else health.phase,
         }
         return json_response([entry] if health.is_ready or not only_ready else [])
 
