@@ -205,16 +205,16 @@ def run_server(rate: str) -> None:
     sys.exit(pagoda(["serve", *(f"--{name}={value}" for name, value in options.items())]))
 
 
-def run_core(rate: str, socket_fd: str, board_fd: str) -> None:
+def run_core(rate: str, socket_fd: str, heartbeat_fd: str) -> None:
     """Speaks the protocol of `pagoda.engine.core.process` and computes nothing."""
     from pagoda.engine import wire
-    from pagoda.engine.heartbeat import ProgressBoard
+    from pagoda.engine.heartbeat import SharedHeartbeat
     from pagoda.engine.messages import AbortRequests, EngineReady, Shutdown
     from pagoda.models.checkpoint_source import checkpoint_directory
     from pagoda.request import EngineRequest
     from pagoda.text.tokenizer import Tokenizer
 
-    connection, board = socket.socket(fileno=int(socket_fd)), ProgressBoard(int(board_fd))
+    connection, heartbeat = socket.socket(fileno=int(socket_fd)), SharedHeartbeat(int(heartbeat_fd))
     messages = receive_messages(connection)
     tokenizer = Tokenizer.from_directory(checkpoint_directory(messages.get().config["model"]))
     token_ids = tokenizer.encode(TEXT, add_special_tokens=False)
@@ -231,7 +231,7 @@ def run_core(rate: str, socket_fd: str, board_fd: str) -> None:
     step, due = 0, time.monotonic()
     while True:
         while not running or not messages.empty():
-            board.write(step, 0, is_busy=False)
+            heartbeat.write(step, 0, is_busy=False)
             message = messages.get()
             if isinstance(message, EngineRequest):
                 running[message.request_id] = (0, message.max_tokens)
@@ -245,7 +245,7 @@ def run_core(rate: str, socket_fd: str, board_fd: str) -> None:
         if due > now:
             time.sleep(due - now)
         step += 1
-        board.write(step, 0, is_busy=True)
+        heartbeat.write(step, 0, is_busy=True)
         connection.sendall(wire.encode(next_step(step, running, token_ids)))
 
 

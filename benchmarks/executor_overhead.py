@@ -151,7 +151,7 @@ def report(
         "tokens": options.tokens,
         "rounds": options.rounds,
         "seconds_a_token": seconds,
-        "stage_seconds": {name: core.ready.stage_seconds for name, core in cores.items()},
+        "phase_seconds": {name: core.ready.phase_seconds for name, core in cores.items()},
     }
 
 

@@ -26,7 +26,7 @@ from pagoda.config.sources import from_kwargs
 from pagoda.engine.core.startup import start_core
 imported = time.time()
 core = start_core(from_kwargs(json.loads(sys.argv[1])))
-print(json.dumps({"import": imported - began, **core.ready.stage_seconds, "ready_at": time.time()}))
+print(json.dumps({"import": imported - began, **core.ready.phase_seconds, "ready_at": time.time()}))
 core.shutdown()
 """
 

@@ -44,7 +44,7 @@ from benchmarks.gpu.tune_space import (
     tile_candidates,
 )
 from pagoda_kernels import backend
-from pagoda_kernels.gpu.ahead import Compiled, CompilingAhead, Specialization, recorded_launches
+from pagoda_kernels.gpu.precompile import Compiled, KernelPrecompiler, Specialization, recorded_launches
 from pagoda_kernels.gpu.tuning import TuningTable, own_table_name, table_in_use, table_of_device, written
 
 # An entry is not begun with less time left, and none is measured with less than the second.
@@ -224,7 +224,7 @@ class Search:
             # What is cached is read again too, for the registers that it takes.
             wanted[index] = [replace(one, is_cached=False) for one in launches]
         processes = max(1, len(os.sched_getaffinity(0)) - 2)
-        with CompilingAhead(
+        with KernelPrecompiler(
             list({one: None for ones in wanted.values() for one in ones}), processes=processes
         ) as compiling:
             self.context.children += compiling.children

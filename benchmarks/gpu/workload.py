@@ -37,7 +37,7 @@ def run(context: Context) -> dict[str, Any]:
                 "output_tokens_per_second": tokens / report["seconds"],
                 "goal": GOALS[name] if not settings else None,
                 "ceiling_by_bandwidth": CEILINGS[name] if not settings else None,
-                "stage_seconds": core.ready.stage_seconds,
+                "phase_seconds": core.ready.phase_seconds,
                 "kv_equation": core.ready.kv_equation,
                 **report,
             }

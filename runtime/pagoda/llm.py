@@ -22,7 +22,7 @@ from typing import Any
 from pagoda.config.schema import PagodaConfig
 from pagoda.config.sources import from_kwargs
 from pagoda.engine.core.loop import EngineCore
-from pagoda.engine.core.startup import StageListener, start_core
+from pagoda.engine.core.startup import PhaseListener, start_core
 from pagoda.errors import ConfigError, InvalidRequestError, PagodaError, QueueFullError
 from pagoda.models.checkpoint_source import checkpoint_directory
 from pagoda.request import EngineRequest, GenerationRequest
@@ -58,17 +58,17 @@ class LLM:
     stage of loading. Raises `ConfigError` or `CheckpointError`, saying what to change.
     """
 
-    def __init__(self, model: str | None = None, *, on_stage: StageListener | None = None, **settings: Any) -> None:
-        self._start(from_kwargs({"model": model, **settings}), on_stage)
+    def __init__(self, model: str | None = None, *, on_phase: PhaseListener | None = None, **settings: Any) -> None:
+        self._start(from_kwargs({"model": model, **settings}), on_phase)
 
     @classmethod
-    def from_config(cls, config: PagodaConfig, on_stage: StageListener | None = None) -> LLM:
+    def from_config(cls, config: PagodaConfig, on_phase: PhaseListener | None = None) -> LLM:
         """The same from a configuration that was read elsewhere, such as from a command line."""
         llm = cls.__new__(cls)
-        llm._start(config, on_stage)
+        llm._start(config, on_phase)
         return llm
 
-    def _start(self, config: PagodaConfig, on_stage: StageListener | None) -> None:
+    def _start(self, config: PagodaConfig, on_phase: PhaseListener | None) -> None:
         if config.data_parallel_size > 1:
             raise ConfigError(f"data_parallel_size={config.data_parallel_size}: must be 1 without a server")
         directory = str(checkpoint_directory(config.model))
@@ -80,7 +80,7 @@ class LLM:
             trust_remote_code=config.trust_remote_code,
         )
         self._default_sampling = defaults.sampling
-        self._core: EngineCore = start_core(config, on_stage)
+        self._core: EngineCore = start_core(config, on_phase)
         self._limits = RequestLimits(
             max_model_len=self._core.ready.max_model_len,
             vocab_size=self._core.ready.vocab_size,

@@ -19,7 +19,7 @@ from pagoda.execution.cuda_graphs import (
     uses_cuda_graphs,
 )
 from pagoda.models.dummy import DummySpec
-from pagoda.parallel.groups import TensorGroup
+from pagoda.parallel.groups import TensorParallelGroup
 from pagoda.parallel.layout import ParallelLayout
 from pagoda.sampling.params import SamplingParams
 from tests.support.checkpoints import shared_checkpoint
@@ -111,12 +111,12 @@ class SummingModel:
 
     def __init__(self) -> None:
         self.device = torch.device("cpu")
-        self.groups = SimpleNamespace(tensor=TensorGroup())
+        self.groups = SimpleNamespace(tp_group=TensorParallelGroup())
         self.sizes: list[int] = []
 
     def forward(self, input_ids: torch.Tensor, *_: object) -> torch.Tensor:
         self.sizes.append(len(input_ids))
-        self.groups.tensor.num_operations += 3
+        self.groups.tp_group.num_operations += 3
         return torch.zeros(len(input_ids), 4)
 
 
@@ -139,9 +139,9 @@ def test_collectives_of_a_replayed_step_count() -> None:
     """Else a rank that failed after a replay would pass for one that is still in step with the others."""
     model = SummingModel()
     graphs = graphs_of(model, lambda step: (lambda: None, step()))
-    before = model.groups.tensor.num_operations
+    before = model.groups.tp_group.num_operations
     graphs.run(4)
-    assert model.groups.tensor.num_operations == before + 3
+    assert model.groups.tp_group.num_operations == before + 3
 
 
 @pytest.mark.parametrize(

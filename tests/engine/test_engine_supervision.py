@@ -14,8 +14,8 @@ import pytest
 
 from pagoda.config.schema import PagodaConfig
 from pagoda.engine.client.client import ProcessEngineClient
-from pagoda.engine.client.core_handle import CoreChild
-from pagoda.engine.client.prelaunch import LaunchedCore
+from pagoda.engine.client.core_handle import EngineCoreHandle
+from pagoda.engine.client.prelaunch import PrelaunchedProcess
 from pagoda.engine.health import EngineState
 from pagoda.errors import EngineDeadError, QueueFullError, RequestFailedError
 from pagoda.models.dummy import DummySpec
@@ -33,7 +33,7 @@ def checkpoint() -> Path:
 
 @asynccontextmanager
 async def engine(
-    checkpoint: Path, launched: LaunchedCore | None = None, **fields
+    checkpoint: Path, launched: PrelaunchedProcess | None = None, **fields
 ) -> AsyncIterator[ProcessEngineClient]:
     values = {"max_num_seqs": 16, "max_num_batched_tokens": 2048, "max_model_len": 2000, "threads": 1} | fields
     client = ProcessEngineClient(PagodaConfig(model=str(checkpoint), device="cpu", **values), launched=launched)
@@ -68,7 +68,7 @@ async def test_an_honest_long_step_is_given_its_time(checkpoint: Path) -> None:
 
 
 async def test_a_process_that_was_launched_before_is_the_first_core_and_no_later_one(checkpoint: Path) -> None:
-    with LaunchedCore() as launched:
+    with PrelaunchedProcess() as launched:
         async with engine(checkpoint, launched, max_engine_restarts=1) as client:
             assert client.pid == launched.process.pid
             assert await run(client, request("first")) is FinishReason.LENGTH
@@ -92,10 +92,10 @@ async def test_a_core_that_cannot_be_started_again_leaves_the_engine_dead(
 ) -> None:
     async with engine(checkpoint, max_engine_restarts=2) as client:
 
-        async def out_of_processes(*_: object) -> CoreChild:
+        async def out_of_processes(*_: object) -> EngineCoreHandle:
             raise BlockingIOError("no more processes")
 
-        monkeypatch.setattr(CoreChild, "start", out_of_processes)
+        monkeypatch.setattr(EngineCoreHandle, "start", out_of_processes)
         assert client.pid is not None
         os.kill(client.pid, signal.SIGKILL)
         await wait_until_async(lambda: client.health.state is EngineState.DEAD)

@@ -105,7 +105,7 @@ def test_two_tensor_ranks_give_the_same_tokens_and_survive_a_step_that_fails_on_
     with running_core(checkpoint, stages=stages, **settings) as core:
         names = ["config", "hardware", "launch", "rendezvous", "communication", "weights", "kv", "warm-up"]
         assert list(dict.fromkeys(stages)) == names
-        assert list(core.ready.stage_seconds) == names
+        assert list(core.ready.phase_seconds) == names
         assert [rank.rank for rank in core.ranks()] == [0, 1]
         submit(core)
         errors: list[str | None] = []
@@ -185,7 +185,7 @@ def test_the_first_rank_listens_at_the_rendezvous_from_the_moment_it_names_the_p
         links.send_each([start])
         (prepared,) = links.collect(RankPrepared, deadline=deadline, otherwise="did not take its configuration")
         with pytest.raises(OSError, match="in use"):
-            socket.create_server((prepared.facts.address, prepared.port))
+            socket.create_server((prepared.info.address, prepared.port))
     finally:
         links.end("the test is over")
         launcher.terminate(5.0)

@@ -187,16 +187,16 @@ def test_request_that_cannot_be_prepared_fails_alone(layout, case_of, start) -> 
     """The sampler's state is on one rank: a fault there must not change what the ranks exchange."""
     case = case_of("qwen2")
     core, executor = start(config_of(case.directory, layout, 256))
-    executor.pool.send(executor.layout.output_rank, "run", install_fault, "prepare@bad=raise")
-    executor.pool.take(executor.layout.output_rank)
+    executor.pool.send(executor.layout.sampling_rank, "run", install_fault, "prepare@bad=raise")
+    executor.pool.take(executor.layout.sampling_rank)
     sampling = SamplingParams(temperature=0.0, ignore_eos=True)
     requests = [
         EngineRequest(request_id=name, prompt_token_ids=case.prompts[3], params=sampling, max_tokens=NEW_TOKENS)
         for name in ("bad", "good", "bad-too")
     ]
     found = outputs_of(core, requests)
-    executor.pool.send(executor.layout.output_rank, "run", install_fault, None)
-    executor.pool.take(executor.layout.output_rank)
+    executor.pool.send(executor.layout.sampling_rank, "run", install_fault, None)
+    executor.pool.take(executor.layout.sampling_rank)
     assert found["good"][0] == case.expected[3]
     assert found["good"][3] is None
     assert "could not be prepared" in found["bad"][3]
@@ -257,20 +257,20 @@ def exchange(worker) -> dict[str, list]:
     import torch
 
     groups = worker.groups
-    mine = torch.full((1, 2), float(groups.place.rank))
-    gathered = groups.tensor.gather(mine.clone(), dim=1)
+    mine = torch.full((1, 2), float(groups.coordinates.rank))
+    gathered = groups.tp_group.gather(mine.clone(), dim=1)
     found = {
-        "sum": groups.tensor.all_reduce(mine.clone()).tolist(),
-        "all": groups.tensor.all_gather(mine.clone(), dim=0).tolist(),
+        "sum": groups.tp_group.all_reduce(mine.clone()).tolist(),
+        "all": groups.tp_group.all_gather(mine.clone(), dim=0).tolist(),
         "gathered": None if gathered is None else gathered.tolist(),
-        "first": groups.tensor.broadcast(mine.clone()).tolist(),
+        "first": groups.tp_group.broadcast(mine.clone()).tolist(),
     }
     sizes = (3, 5000)  # not worth sharing; a part from each rank
     for size in sizes:
-        if groups.place.is_first_stage:
-            groups.hand_on(torch.arange(2.0 * size).view(2, size) + 7)
+        if groups.coordinates.is_first_stage:
+            groups.send_hidden_states(torch.arange(2.0 * size).view(2, size) + 7)
         else:
-            received = groups.take_over(torch.empty(2, size))
+            received = groups.recv_hidden_states(torch.empty(2, size))
             found[f"received {size}"] = torch.equal(received, torch.arange(2.0 * size).view(2, size) + 7)
     return found
 

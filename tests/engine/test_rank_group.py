@@ -13,17 +13,17 @@ from pagoda.distributed.rank_messages import (
     InitializeKV,
     JoinGroup,
     KVMeasured,
+    LoadProgress,
     LoadWeights,
     MeasureKV,
+    PhaseDone,
     RankFailed,
     RankHeartbeat,
     RankHello,
     RankPrepared,
     RunStep,
-    StageDone,
     StartRank,
     StepFailed,
-    WeightsProgress,
 )
 from pagoda.errors import ConfigError, EngineDeadError, ErrorKind, InvalidRequestError
 from pagoda.execution.executor import is_out_of_memory
@@ -31,8 +31,8 @@ from tests.support.fake_ranks import (
     SECONDS,
     FakeLauncher,
     FakeStages,
-    facts_of,
     hang_up,
+    info_of,
     make_group,
     nothing,
     plan_of,
@@ -94,9 +94,9 @@ def test_weights_progress_is_that_of_the_slowest_rank() -> None:
     told = []
 
     def load(rank, _):
-        rank.channel.send(WeightsProgress(10 if rank.rank else 90, 100))
+        rank.channel.send(LoadProgress(10 if rank.rank else 90, 100))
         wait_until(lambda: told)  # the driver has both shares before the first answer
-        return StageDone("weights")
+        return PhaseDone("weights")
 
     group, _ = make_group({0: {LoadWeights: load}, 1: {LoadWeights: load}})
     group.connect(FakeStages())
@@ -204,7 +204,7 @@ def test_a_rank_of_another_version_is_refused_by_name(hello, message) -> None:
 def test_ranks_with_other_models_are_refused_with_what_to_do() -> None:
     def prepared(rank, command):
         rank.right_answer(command)
-        return RankPrepared(facts=facts_of(rank.rank, model_hash="xyz"), port=1, threads=1)
+        return RankPrepared(info=info_of(rank.rank, model_hash="xyz"), port=1, threads=1)
 
     group, launcher = make_group({1: {StartRank: prepared}})
     with pytest.raises(ConfigError, match=r"checkpoints .* differ: abc on rank 0 .*, xyz on rank 1 .*same model"):
@@ -281,7 +281,7 @@ def test_a_step_for_which_no_rank_has_memory_may_be_tried_smaller() -> None:
 def test_a_step_that_fails_on_one_rank_only_loses_the_group_and_names_the_rank() -> None:
     behaviours, clock = {1: failing(1, error="MemoryError: none left", is_out_of_memory=True)}, Clock()
     with running_group(behaviours, clock=clock) as (group, launcher):
-        launcher.ranks[0].is_output = False  # it waits in a collective for the rank that failed
+        launcher.ranks[0].is_sampling_rank = False  # it waits in a collective for the rank that failed
         clock.on_read = lambda: clock.advance(1.0)
         with pytest.raises(EngineDeadError, match=r"rank 1 of 2 \(host node-1.* failed step 1.*MemoryError: none left"):
             group.submit(plan_of(1)).result()
@@ -320,7 +320,7 @@ def test_a_killed_rank_is_blamed_before_those_that_missed_it() -> None:
 def test_a_stopped_rank_is_lost_after_the_heartbeat_timeout() -> None:
     clock = Clock()
     with running_group({1: {RunStep: nothing}}, clock=clock, rank_heartbeat_timeout_seconds=3) as (group, launcher):
-        launcher.ranks[0].is_output = False
+        launcher.ranks[0].is_sampling_rank = False
         launcher.ranks[1].heartbeats.stop()
         time_passes_with_a_heartbeat_of(0, clock, group, launcher)
         with pytest.raises(
@@ -332,9 +332,9 @@ def test_a_stopped_rank_is_lost_after_the_heartbeat_timeout() -> None:
 def test_a_step_that_hangs_is_lost_after_the_collective_timeout_and_names_who_is_behind() -> None:
     clock = Clock()
     with running_group(clock=clock, collective_timeout_seconds=3) as (group, launcher):
-        launcher.ranks[0].is_output = False
-        launcher.ranks[0].progress = RankHeartbeat(7, 0)
-        launcher.ranks[1].progress = RankHeartbeat(6, 0)
+        launcher.ranks[0].is_sampling_rank = False
+        launcher.ranks[0].heartbeat = RankHeartbeat(7, 0)
+        launcher.ranks[1].heartbeat = RankHeartbeat(6, 0)
         wait_until(lambda: [rank.num_steps for rank in group.ranks()] == [7, 6])
         clock.on_read = lambda: clock.advance(1.0)
         with pytest.raises(EngineDeadError, match=r"step 1 with 1 tokens was not done .*: the others wait for rank 1"):

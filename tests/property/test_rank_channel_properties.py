@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from pagoda.distributed.rank_channel import CODEC, ChannelEnded, RankChannel
 from pagoda.distributed.rank_messages import (
     Heartbeat,
+    LoadProgress,
+    PhaseDone,
     RankHeartbeat,
     RunStep,
-    StageDone,
     StepDone,
     StepFailed,
-    WeightsProgress,
 )
 from pagoda.framing import HEADER, MAX_PAYLOAD_BYTES
 from pagoda.request import EngineRequest
@@ -71,8 +71,8 @@ RESULTS = st.builds(
 MESSAGES = st.one_of(
     st.builds(RunStep, PLANS, st.builds(SampledTokensUpdate, slots=st.lists(NUMBERS, max_size=3))),
     st.builds(StepDone, RESULTS),
-    st.builds(StageDone, st.text(max_size=10)),
-    st.builds(WeightsProgress, NUMBERS, NUMBERS),
+    st.builds(PhaseDone, st.text(max_size=10)),
+    st.builds(LoadProgress, NUMBERS, NUMBERS),
     st.builds(
         StepFailed,
         step_id=NUMBERS,
@@ -143,7 +143,7 @@ def test_a_changed_byte_is_a_message_or_the_end_but_never_an_exception(message: 
 @pytest.mark.parametrize(
     ("message", "part", "wrong"),
     [
-        (StageDone("weights"), b"weights", b"weigh\xe1s"),
+        (PhaseDone("weights"), b"weights", b"weigh\xe1s"),
         (RunStep(StepPlan(1, new_requests=[NEW_REQUEST]), SampledTokensUpdate()), b"\xa1n\x01", b"\xa1n\x00"),
     ],
     ids=["text that is no UTF-8", "parameters that cannot be"],
@@ -171,7 +171,7 @@ def test_heartbeats_are_noted_and_not_delivered() -> None:
         theirs.shutdown(socket.SHUT_WR)
         assert all_delivered(delivered) == [ChannelEnded("the connection was closed")]
         assert channel.last_received > heard
-        assert channel.progress == RankHeartbeat(3, 4)
+        assert channel.heartbeat == RankHeartbeat(3, 4)
 
 
 def test_sending_to_a_side_that_reads_nothing_does_not_wait_and_loses_nothing() -> None:

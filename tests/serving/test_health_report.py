@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from pagoda.engine.health import EngineState
-from pagoda.engine.heartbeat import EngineProgress
+from pagoda.engine.heartbeat import EngineHeartbeat
 from pagoda.engine.messages import EngineStats
 from pagoda.parallel.rank_health import RankHealth
 from pagoda.serving.health import ServerHealth
@@ -19,11 +19,11 @@ from tests.support.rest_harness import RestHarness
 class WatchedEngine(FakeEngineClient):
     """A fake engine with a sign of life."""
 
-    last_sign: EngineProgress | None = None
+    last_sign: EngineHeartbeat | None = None
     replicas: tuple[WatchedEngine, ...] = ()
 
     @property
-    def progress(self) -> EngineProgress | None:
+    def heartbeat(self) -> EngineHeartbeat | None:
         return self.last_sign
 
 
@@ -41,7 +41,7 @@ def test_the_report_has_state_load_and_the_age_of_the_last_sign_of_life() -> Non
     engine.health.transition(EngineState.READY, "started")
     health.text_is_ready()
     engine.stats = EngineStats(num_running=2, num_waiting=3, num_blocks=10, num_blocks_in_use=4)
-    engine.last_sign = EngineProgress(17, time.monotonic() - 2.0, 64, is_busy=True)
+    engine.last_sign = EngineHeartbeat(17, time.monotonic() - 2.0, 64, is_busy=True)
     report = health.snapshot()
     assert (before["started"], report["started"]) == (False, True)
     assert report["state"] == "ready"

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from pagoda.engine.heartbeat import EngineProgress
+from pagoda.engine.heartbeat import EngineHeartbeat
 from pagoda.engine.messages import EngineStats
 from pagoda.errors import (
     DeadlineExceededError,
@@ -75,7 +75,7 @@ class Health:
 class Engine:
     stats: EngineStats = field(default_factory=EngineStats)
     health: Health = field(default_factory=Health)
-    progress: EngineProgress | None = None
+    heartbeat: EngineHeartbeat | None = None
     ranks: list[RankHealth] = field(default_factory=list)
     replicas: tuple[Engine, ...] = ()
 
@@ -275,7 +275,7 @@ def test_the_age_of_the_last_sign_of_life_is_shown(metrics: Metrics) -> None:
     engine = Engine()
     metrics.watch(engine)
     assert samples(metrics)["pagoda_engine_seconds_since_progress"] == 0
-    engine.progress = EngineProgress(1, time.monotonic() - 5, 0, is_busy=False)
+    engine.heartbeat = EngineHeartbeat(1, time.monotonic() - 5, 0, is_busy=False)
     assert 5 <= samples(metrics)["pagoda_engine_seconds_since_progress"] < 60
 
 

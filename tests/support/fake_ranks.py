@@ -25,17 +25,17 @@ from pagoda.distributed.rank_messages import (
     KVMeasured,
     LoadWeights,
     MeasureKV,
+    PhaseDone,
     RankHeartbeat,
     RankHello,
     RankPrepared,
     RunStep,
-    StageDone,
     StartRank,
     StepDone,
 )
 from pagoda.parallel.layout import ParallelLayout
 from pagoda.parallel.preflight import CommunicationReport
-from pagoda.parallel.rank_info import RankFacts
+from pagoda.parallel.rank_info import RankInfo
 from pagoda.scheduling.plan import StepPlan, StepResult
 
 SECONDS = 10.0
@@ -43,7 +43,7 @@ SECONDS = 10.0
 Behaviour = Callable[["FakeRank", Any], Any]
 
 
-def facts_of(rank: int, **changes: Any) -> RankFacts:
+def info_of(rank: int, **changes: Any) -> RankInfo:
     values: dict[str, Any] = {
         "rank": rank,
         "host": f"node-{rank}",
@@ -62,7 +62,7 @@ def facts_of(rank: int, **changes: Any) -> RankFacts:
         "interface": "eth0",
         "address": f"10.0.0.{rank + 1}",
     }
-    return RankFacts(**values | changes)
+    return RankInfo(**values | changes)
 
 
 def nothing(rank: FakeRank, command: Any) -> None:
@@ -78,13 +78,18 @@ class FakeRank:
     """`behaviour`: what it does with a command of a class, in place of the right thing; it returns the answer, if any."""
 
     def __init__(
-        self, connected: socket.socket, rank: int, is_output: bool, behaviour: dict[type, Behaviour], hello: RankHello
+        self,
+        connected: socket.socket,
+        rank: int,
+        is_sampling_rank: bool,
+        behaviour: dict[type, Behaviour],
+        hello: RankHello,
     ) -> None:
         self.rank = rank
-        self.is_output = is_output
+        self.is_sampling_rank = is_sampling_rank
         self.channel = RankChannel(connected)
         self.received: list[Any] = []
-        self.progress = RankHeartbeat(0, 0)
+        self.heartbeat = RankHeartbeat(0, 0)
         self.is_over = threading.Event()
         self._behaviour = behaviour
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -110,21 +115,21 @@ class FakeRank:
     def right_answer(self, command: Any) -> Any:
         if isinstance(command, StartRank):
             self.heartbeats = HeartbeatThread(
-                [self.channel], lambda: self.progress, command.config["rank_heartbeat_timeout_seconds"]
+                [self.channel], lambda: self.heartbeat, command.config["rank_heartbeat_timeout_seconds"]
             )
             self.heartbeats.start()
-            return RankPrepared(facts=facts_of(self.rank), port=1, threads=1)
+            return RankPrepared(info=info_of(self.rank), port=1, threads=1)
         if isinstance(command, JoinGroup):
-            return StageDone("rendezvous")
+            return PhaseDone("rendezvous")
         if isinstance(command, CheckCommunication):
             return CommunicationChecked(CommunicationReport(rank=self.rank))
         if isinstance(command, LoadWeights):
-            return StageDone("weights")
+            return PhaseDone("weights")
         if isinstance(command, MeasureKV):
             return KVMeasured(100, 10_000)
         if isinstance(command, InitializeKV):
-            return StageDone("warm-up")
-        if isinstance(command, RunStep) and self.is_output:
+            return PhaseDone("warm-up")
+        if isinstance(command, RunStep) and self.is_sampling_rank:
             return StepDone(result_of(command.plan))
         return None
 
@@ -170,7 +175,7 @@ class FakeLauncher:
                     **{name: self._hello.get(name, getattr(hello, name)) for name in RankHello.__dataclass_fields__}
                 )
             behaviour = self._behaviours.get(rank, {})
-            self.ranks.append(FakeRank(theirs, rank, rank == self._layout.output_rank, behaviour, hello))
+            self.ranks.append(FakeRank(theirs, rank, rank == self._layout.sampling_rank, behaviour, hello))
             connections.append(RankConnection(ours, f"node-{rank}", None, device_index=0))
         return connections
 

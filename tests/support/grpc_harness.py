@@ -115,7 +115,7 @@ class GrpcHarness:
         context = make_context(self.config, self.engine)
         context.runner.attach(self.generator)  # type: ignore[arg-type]
         self.health, self.metrics = context.health, context.metrics
-        self.engine.health.enter_stage("weights")
+        self.engine.health.enter_phase("weights")
         self.health.text_is_ready()
         if self._is_ready:
             await self.engine.start()

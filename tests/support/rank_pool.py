@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from pagoda.config.schema import PagodaConfig
-from pagoda.execution.executor import KVBudget, LoadProgress, StepHandle
+from pagoda.execution.executor import KVBudget, RankLoadListener, StepHandle
 from pagoda.models.config import ModelConfig
 from pagoda.parallel.layout import ParallelLayout
 from pagoda.scheduling.plan import StepPlan, StepResult
@@ -168,7 +168,7 @@ class PooledExecutor:
         for rank in range(self.layout.world_size):
             self.pool.take(rank)
 
-    def load(self, progress: LoadProgress | None = None) -> None:
+    def load(self, progress: RankLoadListener | None = None) -> None:
         """See `Executor`."""
         self.call_all("load")
 
@@ -192,8 +192,8 @@ class PooledExecutor:
         """The result of the oldest step; those of ranks that do not sample must be empty."""
         results = [self.pool.take(rank) for rank in range(self.layout.world_size)]
         for rank, result in enumerate(results):
-            assert rank == self.layout.output_rank or not any(result.sampled_token_ids)
-        result = results[self.layout.output_rank]
+            assert rank == self.layout.sampling_rank or not any(result.sampled_token_ids)
+        result = results[self.layout.sampling_rank]
         if self.layout.pipeline_parallel_size > 1:
             self._sampled_tokens.record(result)
         return result

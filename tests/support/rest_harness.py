@@ -102,7 +102,7 @@ class RestHarness:
         if self._serving.done():
             self._serving.result()
         self.pool = TokenizerPool.from_config(self.config)
-        self.engine.health.enter_stage("weights")
+        self.engine.health.enter_phase("weights")
         await self.pool.start()
         if self._is_ready:
             await self.load()

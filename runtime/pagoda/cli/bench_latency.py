@@ -48,7 +48,7 @@ def run(arguments: Sequence[str]) -> int:
         core.shutdown()
     print_rows(rows, _COLUMNS)
     settings = {"model": config.model, "dtype": config.dtype, "quantization": config.quantization}
-    results = {"settings": settings, "stage_seconds": core.ready.stage_seconds, "results": rows}
+    results = {"settings": settings, "phase_seconds": core.ready.phase_seconds, "results": rows}
     write_json(own.json, "latency", own, results)
     return 0
 

@@ -12,18 +12,18 @@ from pagoda.errors import PagodaError
 
 
 def examine_cluster(settings: Sequence[str]) -> dict[str, Any]:
-    """The survey as plain values: `address`, `nodes`, `problems`; and `problem`, all of them in one, or None."""
-    from pagoda.distributed.ray.cluster_check import survey
+    """The report as plain values: `address`, `nodes`, `problems`; and `problem`, all of them in one, or None."""
+    from pagoda.distributed.ray.cluster_check import check_cluster
 
     try:
-        found = survey(load(settings).config, lambda words: print(words, file=sys.stderr))
+        found = check_cluster(load(settings).config, lambda words: print(words, file=sys.stderr))
     except PagodaError as error:
         return {"address": None, "nodes": [], "problems": [str(error)], "problem": str(error)}
     return {**asdict(found), "problem": "; ".join(found.problems) or None}
 
 
 def cluster_as_text(report: dict[str, Any]) -> str:
-    """The survey for people."""
+    """The report for people."""
     lines = [f"Ray cluster at {report['address']}"] if report["address"] else []
     for node in report["nodes"]:
         lines += [

@@ -64,10 +64,10 @@ def sampling_params(llm: LLM, own: argparse.Namespace, **further: Any) -> Sampli
 @contextmanager
 def loaded_llm(config: PagodaConfig) -> Iterator[LLM]:
     """The model, loaded; on a terminal the stage is shown on standard error meanwhile."""
-    with _loading_display() as on_stage:
+    with _loading_display() as on_phase:
         from pagoda.llm import LLM
 
-        llm = LLM.from_config(config, on_stage)
+        llm = LLM.from_config(config, on_phase)
     with llm:
         yield llm
 

@@ -67,9 +67,9 @@ def _print(name: str, passed: bool, answer: str) -> int:
 
 
 def _probe_ranks(name: str, directory: Path | None) -> tuple[bool, str]:
-    from pagoda.distributed.node_state import default_directory, judge, published
+    from pagoda.distributed.node_state import default_directory, evaluate_probe, published
 
-    return judge(name, *published(directory or default_directory()))
+    return evaluate_probe(name, *published(directory or default_directory()))
 
 
 def probe(name: str, port: int, scheme: str, timeout: float) -> tuple[bool, str]:

@@ -25,10 +25,10 @@ def run(arguments: Sequence[str]) -> int:
         print(HEAD)
         print(options_help(), end="")
         return 0
-    from pagoda.engine.client.prelaunch import LaunchedCore
+    from pagoda.engine.client.prelaunch import PrelaunchedProcess
 
     # First of all: the core's own imports take longer than everything that this process has to do.
-    with LaunchedCore() as core:
+    with PrelaunchedProcess() as core:
         with uncollected():
             from pagoda.config.sources import load
 

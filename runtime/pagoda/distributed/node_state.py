@@ -3,7 +3,7 @@
     <directory>/node.json      written by `pagoda join`
     <directory>/rank-3.json    written by rank 3
 
-A file holds a stage, the time of the last heartbeat, and the process that writes it: if that is gone, the file counts for
+A file holds a phase, the time of the last heartbeat, and the process that writes it: if that is gone, the file counts for
 nothing. Imports the standard library only, for a probe has a fraction of a second.
 """
 
@@ -37,7 +37,7 @@ class PublishedState:
     """`name`: `node` or `rank 3`. `heartbeat`: `time.monotonic()` of the last one; it may be `timeout` seconds old."""
 
     name: str
-    stage: str
+    phase: str
     detail: str
     heartbeat: float
     timeout: float
@@ -50,7 +50,7 @@ class PublishedState:
         return time.monotonic() - self.heartbeat
 
     def __str__(self) -> str:
-        return f"{self.name} {self.stage}" + (f", {self.detail}" if self.detail else "")
+        return f"{self.name} {self.phase}" + (f", {self.detail}" if self.detail else "")
 
 
 class StateFile:
@@ -60,21 +60,21 @@ class StateFile:
         self._path = directory / f"{name.replace(' ', '-')}.json"
         self._name = name
         self._timeout = timeout
-        self._stage = "starting"
+        self._phase = "starting"
         self._detail = ""
         self._lock = threading.Lock()
         self._process_start = process_start(os.getpid()) or 0
 
-    def enter(self, stage: str, detail: str = "") -> None:
-        """Say that the process is at `stage` now."""
-        self._stage, self._detail = stage, detail
+    def enter(self, phase: str, detail: str = "") -> None:
+        """Say that the process is at `phase` now."""
+        self._phase, self._detail = phase, detail
         self.beat()
 
     def beat(self) -> None:
         """Write a heartbeat."""
         state = PublishedState(
             name=self._name,
-            stage=self._stage,
+            phase=self._phase,
             detail=self._detail,
             heartbeat=time.monotonic(),
             timeout=self._timeout,
@@ -110,7 +110,7 @@ def published(directory: Path) -> tuple[PublishedState | None, list[PublishedSta
     return node, sorted(states.values(), key=lambda state: state.name)
 
 
-def judge(probe: str, node: PublishedState | None, ranks: list[PublishedState]) -> tuple[bool, str]:
+def evaluate_probe(probe: str, node: PublishedState | None, ranks: list[PublishedState]) -> tuple[bool, str]:
     """Whether `probe` passes on a worker node, and why.
 
     startup  passes once the node belongs to the cluster
@@ -126,13 +126,13 @@ def judge(probe: str, node: PublishedState | None, ranks: list[PublishedState]) 
     words = "; ".join(map(str, (node, *ranks)))
     if probe == "live":
         return True, words
-    if node.stage != JOINED:
+    if node.phase != JOINED:
         return False, words
     if probe == "startup":
         return True, words
     if not ranks:
         return False, f"{words}; no rank runs here"
-    return all(state.stage == READY for state in ranks), words
+    return all(state.phase == READY for state in ranks), words
 
 
 def node_file(directory: Path, timeout: float) -> StateFile:

@@ -44,7 +44,7 @@ class RankChannel:
         self._changed = threading.Condition()
         self._is_closing = False
         self.last_received = time.monotonic()
-        self.progress = RankHeartbeat(0, 0)
+        self.heartbeat = RankHeartbeat(0, 0)
 
     def start(self, deliver: Callable[[Message | ChannelEnded], None]) -> None:
         """Start both threads; `deliver` is called from the reader's, for every message and once for the end."""
@@ -105,7 +105,7 @@ class RankChannel:
                     message = self._receive()
                     self.last_received = time.monotonic()
                     if isinstance(message, RankHeartbeat):
-                        self.progress = message
+                        self.heartbeat = message
                     elif not isinstance(message, Heartbeat):
                         deliver(message)
             except EOFError:

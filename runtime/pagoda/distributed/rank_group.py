@@ -1,7 +1,7 @@
 """The executor of several ranks, or of one in a process of its own: plans go out to all, results come from one.
 
     submit ──plan, encoded once──▶ all ranks ──▶ … collectives …
-    result ◀──────────────────────  the output rank: sampled tokens, by step         any rank: errors
+    result ◀──────────────────────  the sampling rank: sampled tokens, by step         any rank: errors
 
 One lost rank ends the group: the model's parts are of no use without each other. A step that failed on every rank before any
 of them spoke to another ends that step only, for then they are as much in step as before.
@@ -27,25 +27,25 @@ from pagoda.distributed.rank_messages import (
     InitializeKV,
     JoinGroup,
     KVMeasured,
+    LoadProgress,
     LoadWeights,
     MeasureKV,
     Message,
+    PhaseDone,
     RankHello,
     RankPrepared,
     RunStep,
-    StageDone,
     StartRank,
     StepDone,
     StepFailed,
-    WeightsProgress,
 )
 from pagoda.errors import ConfigError, EngineDeadError, PagodaError
-from pagoda.execution.executor import Executor, FailedStep, KVBudget, LoadProgress, Stages, StepHandle
+from pagoda.execution.executor import Executor, FailedStep, KVBudget, RankLoadListener, StartupPhases, StepHandle
 from pagoda.models.config import ModelConfig
 from pagoda.parallel.layout import ParallelLayout
 from pagoda.parallel.preflight import communication_table
 from pagoda.parallel.rank_health import RankHealth
-from pagoda.parallel.rank_info import compare_facts, facts_table
+from pagoda.parallel.rank_info import find_mismatches, rank_table
 from pagoda.scheduling.plan import NO_SAMPLED_TOKENS, StepPlan, StepResult
 from pagoda.scheduling.sampled_tokens_update import SampledTokensTracker
 from pagoda.scheduling.step_timeout import stall_bound, tokens_to_wait_for
@@ -108,16 +108,16 @@ class RankGroup(Executor):
     # ---- start-up -------------------------------------------------------------------------------------------------
 
     @override
-    def connect(self, stages: Stages) -> None:
+    def connect(self, phases: StartupPhases) -> None:
         timeout = self._config.rendezvous_timeout_seconds
         try:
-            with stages.enter("launch", f"{self._layout.world_size} rank(s)"):
-                connections = self._launcher.launch(self._layout.world_size, timeout, stages.detail)
+            with phases.enter("launch", f"{self._layout.world_size} rank(s)"):
+                connections = self._launcher.launch(self._layout.world_size, timeout, phases.detail)
                 self._links = RankLinks(connections, self._launcher.death_of, self._clock)
                 self._greet(self._links, timeout)
-            with stages.enter("rendezvous"):
+            with phases.enter("rendezvous"):
                 self._meet(self._links, connections, timeout)
-            with stages.enter("communication"):
+            with phases.enter("communication"):
                 self._links.send_all(CheckCommunication())
                 checked = self._collect(CommunicationChecked, "did not get through the communication check", timeout)
         except PagodaError as error:
@@ -127,19 +127,19 @@ class RankGroup(Executor):
             logger.info("%s", line)
 
     @override
-    def load(self, progress: LoadProgress | None = None) -> None:
+    def load(self, progress: RankLoadListener | None = None) -> None:
         # The progress reported is that of the rank with the smallest share done.
-        shares: dict[int, WeightsProgress] = {}
+        shares: dict[int, LoadProgress] = {}
 
         def note(rank: int, message: Message) -> None:
-            if isinstance(message, WeightsProgress):
+            if isinstance(message, LoadProgress):
                 shares[rank] = message
                 if progress is not None and len(shares) == self._layout.world_size:
                     slowest = min(shares, key=lambda r: shares[r].bytes_done / max(1, shares[r].bytes_total))
                     share = shares[slowest]
                     progress(f"rank {slowest} of {self._layout.world_size}", share.bytes_done, share.bytes_total)
 
-        self._ask(LoadWeights(), StageDone, "did not load the weights", on_other=note)
+        self._ask(LoadWeights(), PhaseDone, "did not load the weights", on_other=note)
 
     @override
     def kv_budget(self, block_size: int) -> KVBudget:
@@ -155,7 +155,7 @@ class RankGroup(Executor):
 
     @override
     def initialize_kv_cache(self, num_blocks: int, max_model_len: int | None = None) -> None:
-        self._ask(InitializeKV(num_blocks, max_model_len), StageDone, "did not finish its first step")
+        self._ask(InitializeKV(num_blocks, max_model_len), PhaseDone, "did not finish its first step")
         self._alive_links().settle()
 
     def _greet(self, links: RankLinks, timeout: float) -> None:
@@ -190,14 +190,14 @@ class RankGroup(Executor):
             ]
         )
         prepared = self._collect(RankPrepared, "did not take its configuration", timeout)
-        facts = [answer.facts for answer in prepared]
-        for line in facts_table(facts):
+        ranks = [answer.info for answer in prepared]
+        for line in rank_table(ranks):
             logger.info("%s", line)
-        if differences := compare_facts(facts):
+        if differences := find_mismatches(ranks):
             raise ConfigError("the ranks do not fit together: " + "; ".join(differences))
-        links.send_all(JoinGroup(facts[0].address, prepared[0].port))
-        otherwise = f"did not meet the others at {facts[0].address} (network_interface)"
-        self._collect(StageDone, otherwise, timeout + _OWN_WORD_SECONDS)
+        links.send_all(JoinGroup(ranks[0].address, prepared[0].port))
+        otherwise = f"did not meet the others at {ranks[0].address} (network_interface)"
+        self._collect(PhaseDone, otherwise, timeout + _OWN_WORD_SECONDS)
 
     def _ask(
         self, command: Any, answer: Any, otherwise: str, on_other: Callable[[int, Message], None] | None = None

@@ -24,7 +24,7 @@ class RankConnection:
 
 
 class RankLauncher(Protocol):
-    """Launches the ranks of one group, once. Called from one thread. `uses_ray`: for the ranks' facts."""
+    """Launches the ranks of one group, once. Called from one thread. `uses_ray`: whether ranks must agree on Ray's version."""
 
     uses_ray: bool
 

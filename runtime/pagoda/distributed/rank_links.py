@@ -84,15 +84,15 @@ class RankLinks:
                 host=self._hosts[rank],
                 pid=self._pids[rank],
                 last_heartbeat=channel.last_received,
-                num_steps=channel.progress.num_steps,
+                num_steps=channel.heartbeat.num_steps,
             )
             for rank, channel in enumerate(self._channels)
         ]
 
     def furthest_behind(self) -> list[int]:
         """The ranks that have done least by their last heartbeat; all of them when they are level."""
-        progress = [(channel.progress.num_steps, channel.progress.num_operations) for channel in self._channels]
-        return [rank for rank, done in enumerate(progress) if done == min(progress)]
+        done = [(channel.heartbeat.num_steps, channel.heartbeat.num_operations) for channel in self._channels]
+        return [rank for rank, own in enumerate(done) if own == min(done)]
 
     def _put(self, rank: int, message: Message | ChannelEnded) -> None:
         """Called from a reader thread."""

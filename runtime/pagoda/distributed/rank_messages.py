@@ -3,12 +3,12 @@
 driver ──▶ rank                      rank ──▶ driver
                                      RankHello              first, before it is told anything
 StartRank                            RankPrepared           configuration taken, machine looked at
-JoinGroup                            StageDone              met the other ranks
-CheckCommunication                   StageDone              a collective gave the right numbers
-LoadWeights                          WeightsProgress …, StageDone
+JoinGroup                            PhaseDone              met the other ranks
+CheckCommunication                   PhaseDone              a collective gave the right numbers
+LoadWeights                          LoadProgress …, PhaseDone
 MeasureKV                            KVMeasured
-InitializeKV                         StageDone
-RunStep …                            StepDone               from the output rank only
+InitializeKV                         PhaseDone
+RunStep …                            StepDone               from the sampling rank
                                      StepFailed             from any rank
 Heartbeat …                          RankHeartbeat …        whatever else goes on
 EndRank                              RankFailed             in place of an answer; the rank then ends
@@ -21,7 +21,7 @@ from typing import Any
 
 from pagoda.errors import ErrorKind
 from pagoda.parallel.preflight import CommunicationReport
-from pagoda.parallel.rank_info import RankFacts
+from pagoda.parallel.rank_info import RankInfo
 from pagoda.scheduling.plan import NO_SAMPLED_TOKENS, SampledTokensUpdate, StepPlan, StepResult
 
 PROTOCOL_VERSION = 2
@@ -56,12 +56,12 @@ class StartRank:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankPrepared:
-    """The configuration was taken. `port`: where rank 0 listens on `facts.address`, for all to meet; 0 from the others.
+    """The configuration was taken. `port`: where rank 0 listens on `info.address`, for all to meet; 0 from the others.
 
     `threads`: compute threads of the rank.
     """
 
-    facts: RankFacts
+    info: RankInfo
     port: int
     threads: int
 
@@ -92,7 +92,7 @@ class LoadWeights:
 
 
 @dataclass(frozen=True, slots=True)
-class WeightsProgress:
+class LoadProgress:
     """Bytes of this rank's share."""
 
     bytes_done: int
@@ -123,10 +123,10 @@ class InitializeKV:
 
 
 @dataclass(frozen=True, slots=True)
-class StageDone:
-    """The start-up stage was passed."""
+class PhaseDone:
+    """The start-up phase is over."""
 
-    stage: str
+    phase: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +139,7 @@ class RunStep:
 
 @dataclass(frozen=True, slots=True)
 class StepDone:
-    """What the output rank has sampled."""
+    """What the sampling rank has sampled."""
 
     result: StepResult
 
@@ -195,11 +195,11 @@ KINDS = (
     CheckCommunication,
     CommunicationChecked,
     LoadWeights,
-    WeightsProgress,
+    LoadProgress,
     MeasureKV,
     KVMeasured,
     InitializeKV,
-    StageDone,
+    PhaseDone,
     RunStep,
     StepDone,
     StepFailed,
@@ -214,9 +214,9 @@ Answer = (
     RankHello
     | RankPrepared
     | CommunicationChecked
-    | WeightsProgress
+    | LoadProgress
     | KVMeasured
-    | StageDone
+    | PhaseDone
     | StepDone
     | StepFailed
     | RankFailed

@@ -37,31 +37,31 @@ from pagoda.distributed.rank_messages import (
     InitializeKV,
     JoinGroup,
     KVMeasured,
+    LoadProgress,
     LoadWeights,
     MeasureKV,
     Message,
+    PhaseDone,
     RankFailed,
     RankHeartbeat,
     RankHello,
     RankPrepared,
     RunStep,
-    StageDone,
     StartRank,
     StepDone,
     StepFailed,
-    WeightsProgress,
 )
 from pagoda.errors import CommunicationError, ErrorKind, PagodaError
 from pagoda.execution.executor import StepHandle, is_out_of_memory
 from pagoda.execution.worker import Worker
 from pagoda.logs import configure_logging
 from pagoda.models.config import ModelConfig
-from pagoda.models.loading.loader import Progress
+from pagoda.models.loading.loader import LoadListener
 from pagoda.parallel.groups import SINGLE_RANK, ParallelGroups, connect_groups
 from pagoda.parallel.interfaces import NetworkInterface, choose_interface, export_interface, listen_on
 from pagoda.parallel.layout import ParallelLayout
 from pagoda.parallel.preflight import check_communication
-from pagoda.parallel.rank_info import RankFacts, describe_rank
+from pagoda.parallel.rank_info import RankInfo, describe_rank
 from pagoda.platform.hardware import cpu_report, memory_report
 from pagoda.platform.threads import bind_compute_threads, choose_threads
 from pagoda.scheduling.plan import StepPlan
@@ -72,7 +72,7 @@ from pagoda.version import __version__
 logger = logging.getLogger(__name__)
 
 _LOST_EXIT_CODE = 1
-_STAGE_OF = {CheckCommunication: "communication", LoadWeights: "weights", MeasureKV: "kv", InitializeKV: "warm-up"}
+_PHASE_OF = {CheckCommunication: "communication", LoadWeights: "weights", MeasureKV: "kv", InitializeKV: "warm-up"}
 _FLUSH_SECONDS = 5.0
 
 
@@ -136,12 +136,12 @@ class RankService:
     def _bring_up(self, command: Command) -> None:
         """Do one of the commands between rendezvous and the first step."""
         worker = self._worker
-        self._publish(_STAGE_OF.get(type(command), "unknown"))
+        self._publish(_PHASE_OF.get(type(command), "unknown"))
         if isinstance(command, CheckCommunication):
             self._channel.send(CommunicationChecked(check_communication(self._groups, worker.device)))
         elif isinstance(command, LoadWeights):
             worker.load(self._weights_progress())
-            self._channel.send(StageDone("weights"))
+            self._channel.send(PhaseDone("weights"))
         elif isinstance(command, MeasureKV):
             available = worker.available_kv_bytes(self._start.ranks_on_host)
             self._channel.send(KVMeasured(worker.kv_block_bytes(command.block_size), available))
@@ -150,7 +150,7 @@ class RankService:
             gc.collect()
             gc.freeze()  # what start-up made lives for ever: later collections need not walk it
             self._publish(READY)
-            self._channel.send(StageDone("warm-up"))
+            self._channel.send(PhaseDone("warm-up"))
         else:
             raise TypeError(f"a rank does not take {type(command).__name__}")
 
@@ -189,7 +189,7 @@ class RankService:
         if self._rank == 0 and config.tensor_parallel_size * config.pipeline_parallel_size > 1:
             self._listener = listen_on(interface.address)
         port = 0 if self._listener is None else int(self._listener.getsockname()[1])
-        self._channel.send(RankPrepared(facts=self._facts(config, interface), port=port, threads=threads.value))
+        self._channel.send(RankPrepared(info=self._info(config, interface), port=port, threads=threads.value))
 
     def _join(self, command: JoinGroup) -> None:
         """Meet the others, and make the worker that works with them."""
@@ -208,7 +208,7 @@ class RankService:
             listener=self._listener,
         )
         self._worker = Worker(config, self._model_config, self._groups)
-        self._channel.send(StageDone("rendezvous"))
+        self._channel.send(PhaseDone("rendezvous"))
 
     # ---- steps ----------------------------------------------------------------------------------------------------
 
@@ -222,14 +222,14 @@ class RankService:
             self._finish(plan, handle, before)
 
     def _finish_step(self, plan: StepPlan, handle: StepHandle, num_operations: int) -> None:
-        """Wait for the device; the output rank tells what was sampled, the others only what went wrong."""
+        """Wait for the device; the sampling rank tells what was sampled, the others only what went wrong."""
         try:
             result = handle.result()
         except Exception as error:  # the same, of what the device found out later
             self._fail_step(plan, error, num_operations)
             return
         self._num_steps += 1
-        if self._groups.place.is_output:
+        if self._groups.coordinates.is_sampling_rank:
             self._channel.send(StepDone(result))
 
     def _fail_step(self, plan: StepPlan, error: Exception, num_operations: int) -> None:
@@ -282,17 +282,17 @@ class RankService:
             [self._channel], lambda: RankHeartbeat(self._num_steps, self._groups.num_operations), timeout, check
         ).start()
 
-    def _publish(self, stage: str) -> None:
-        """Tell the probes of this node which stage the rank is at."""
+    def _publish(self, phase: str) -> None:
+        """Tell the probes of this node which phase the rank is in."""
         if self._state is not None:
-            self._state.enter(stage)
+            self._state.enter(phase)
 
     def _add_rank(self, record: logging.LogRecord) -> bool:
         record.rank = self._rank
         return True
 
-    def _weights_progress(self) -> Progress:
-        """Tell the driver each whole percent."""
+    def _weights_progress(self) -> LoadListener:
+        """Sends the driver each whole percent."""
         last = -1
 
         def progress(name: str, bytes_done: int, bytes_total: int) -> None:
@@ -300,11 +300,11 @@ class RankService:
             percent = 100 * bytes_done // max(1, bytes_total)
             if percent != last:
                 last = percent
-                self._channel.send(WeightsProgress(bytes_done, bytes_total))
+                self._channel.send(LoadProgress(bytes_done, bytes_total))
 
         return progress
 
-    def _facts(self, config: PagodaConfig, interface: NetworkInterface) -> RankFacts:
+    def _info(self, config: PagodaConfig, interface: NetworkInterface) -> RankInfo:
         is_cuda = config.device == "cuda"
         properties = torch.cuda.get_device_properties(self._start.device_index) if is_cuda else None
         return describe_rank(

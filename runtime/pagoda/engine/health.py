@@ -60,7 +60,7 @@ class EngineHealth:
     def __init__(self, name: str = "engine") -> None:
         self.name = name
         self.state = EngineState.STARTING
-        self.stage = "config"
+        self.phase = "config"
         self.detail = ""
         self.cause: str | None = None
         self.since = time.time()
@@ -92,31 +92,31 @@ class EngineHealth:
             raise ValueError(f"the engine cannot go from {self.state} to {state} ({cause})")
         if state in SERVING and self._held_by:
             self._held_back = state, cause
-            self.enter_stage(self._held_by[0])
+            self.enter_phase(self._held_by[0])
             return
         level = logging.INFO if is_expected else _LEVELS.get(state, logging.INFO)
         logger.log(level, "%s %s -> %s: %s", self.name, self.state, state, cause)
         self.transitions[self.state.value, state.value] += 1
         self.state, self.cause, self.since = state, cause, time.time()
         if state is not EngineState.STARTING:
-            self.stage, self.detail = state.value, ""
+            self.phase, self.detail = state.value, ""
         self._notify()
 
-    def hold(self, stage: str) -> None:
-        """Do not become ready before `release(stage)`; meanwhile that is the stage shown."""
-        self._held_by.append(stage)
+    def hold(self, phase: str) -> None:
+        """Do not become ready before `release(phase)`; meanwhile that is the phase shown."""
+        self._held_by.append(phase)
 
     def release(self, stage: str) -> None:
         """End a `hold`; does nothing if there is none for `stage`."""
         if stage not in self._held_by:
             return
-        self._held_by.remove(stage)
+        self._held_by.remove(phase)
         if self._held_back is not None:
             self.transition(*self._held_back)
 
-    def enter_stage(self, stage: str, detail: str = "") -> None:
-        """Note the start-up stage, for people and for the startup probe."""
-        self.stage, self.detail = stage, detail
+    def enter_phase(self, phase: str, detail: str = "") -> None:
+        """Note the start-up phase, for people and for the startup probe."""
+        self.phase, self.detail = phase, detail
         self._notify()
 
     def subscribe(self, listener: Listener) -> Callable[[], None]:

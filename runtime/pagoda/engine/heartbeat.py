@@ -38,7 +38,7 @@ class ProgressBoard:
 
     def __init__(self, fd: int | None = None) -> None:
         if fd is None:
-            fd = os.memfd_create("pagoda-progress", 0)
+            fd = os.memfd_create("pagoda-heartbeat", 0)
             os.ftruncate(fd, mmap.PAGESIZE)
         self.fd = fd
         self._page = mmap.mmap(fd, mmap.PAGESIZE)
@@ -50,7 +50,7 @@ class ProgressBoard:
     def read(self) -> EngineProgress:
         """The last heartbeat; all zero before the first."""
         step, nanoseconds, tokens, is_busy = _LAYOUT.unpack_from(self._page, 0)
-        return EngineProgress(step, nanoseconds / 1e9, tokens, bool(is_busy))
+        return EngineHeartbeat(step, nanoseconds / 1e9, tokens, bool(is_busy))
 
     def close(self) -> None:
         """Unmap the page and close the descriptor."""

@@ -79,7 +79,7 @@ class EngineReady:
     """Sent once by a core that can take requests: the limits that admission needs.
 
     `device` is "cpu" or "cuda". `kv_equation` is the printed sentence that says how many KV blocks there are and why;
-    `stage_seconds` holds the time each start-up stage took.
+    `phase_seconds` holds the time each start-up phase took.
     """
 
     max_model_len: int
@@ -90,7 +90,7 @@ class EngineReady:
     vocab_size: int
     device: str = "cpu"
     kv_equation: str = ""
-    stage_seconds: dict[str, float] = field(default_factory=dict)
+    phase_seconds: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +105,8 @@ class StartCore:
 
 
 @dataclass(frozen=True, slots=True)
-class EngineStage:
-    """The core entered start-up stage `name`; `detail` is for people."""
+class EngineStartupPhase:
+    """The core entered start-up phase `name`; `detail` is for people."""
 
     name: str
     detail: str = ""

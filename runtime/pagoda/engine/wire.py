@@ -10,7 +10,7 @@ from pagoda.engine.messages import (
     EngineOutputs,
     EngineRanks,
     EngineReady,
-    EngineStage,
+    EngineStartupPhase,
     Shutdown,
     StartCore,
 )
@@ -23,7 +23,7 @@ Message = (
     | EngineRequest
     | AbortRequests
     | Shutdown
-    | EngineStage
+    | EngineStartupPhase
     | EngineReady
     | EngineOutputs
     | EngineRanks
@@ -36,7 +36,7 @@ _CODEC = FrameCodec(
         EngineRequest,
         AbortRequests,
         Shutdown,
-        EngineStage,
+        EngineStartupPhase,
         EngineReady,
         EngineOutputs,
         EngineRanks,

@@ -83,7 +83,7 @@ class DecodeGraphs:
 
         `capture`: `CudaCapture()`. Raises `ConfigError` where a size cannot be captured.
         """
-        self._group = model.groups.tensor
+        self._group = model.groups.tp_group
         self._sizes = graph_sizes(max_num_seqs)
         largest = self._sizes[-1]
         # What the captured steps read; a graph of size n, the first n rows. Until requests run, all of them are padding.

@@ -20,7 +20,7 @@ class Stages(Protocol):
     """Reports the stages of the start-up."""
 
     def enter(self, name: str, detail: str = "") -> AbstractContextManager[None]:
-        """A stage that lasts as long as the context; `detail` is for people."""
+        """A phase that lasts as long as the context; `detail` is for people."""
 
     def detail(self, text: str) -> None:
         """The detail of the current stage, for people."""
@@ -54,13 +54,13 @@ class Executor(Protocol):
 
     max_concurrent_batches: int
 
-    def connect(self, stages: Stages) -> None:
-        """Bring several ranks together, in stages `launch`, `rendezvous` and `communication`; a single rank has none.
+    def connect(self, phases: StartupPhases) -> None:
+        """Bring several ranks together, in phases `launch`, `rendezvous` and `communication`; a single rank has none.
 
         Raises a `PagodaError` that names the rank, its host and what to do.
         """
 
-    def load(self, progress: LoadProgress | None = None) -> None:
+    def load(self, progress: RankLoadListener | None = None) -> None:
         """Set up the devices and load the weights. Raises `CheckpointError`."""
 
     def kv_budget(self, block_size: int) -> KVBudget:

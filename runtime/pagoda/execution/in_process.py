@@ -7,7 +7,7 @@ from typing_extensions import override
 
 from pagoda.config.schema import PagodaConfig
 from pagoda.errors import EngineDeadError
-from pagoda.execution.executor import Executor, FailedStep, KVBudget, LoadProgress, Stages, StepHandle
+from pagoda.execution.executor import Executor, FailedStep, KVBudget, RankLoadListener, StartupPhases, StepHandle
 from pagoda.execution.model_runner import ModelRunner
 from pagoda.execution.worker import Worker
 from pagoda.models.config import ModelConfig
@@ -37,7 +37,7 @@ class InProcessExecutor(Executor):
         pass  # a single rank
 
     @override
-    def load(self, progress: LoadProgress | None = None) -> None:
+    def load(self, progress: RankLoadListener | None = None) -> None:
         if self._worker.device.type == "cpu":
             bind_compute_threads(self._worker.config.cpu_thread_affinity, self._worker.config.threads)
         self._worker.load(None if progress is None else lambda _, done, total: progress("", done, total))

@@ -162,7 +162,7 @@ class ModelRunner:
     def execute(self, plan: StepPlan, update: SampledTokensUpdate = NO_SAMPLED_TOKENS) -> PendingStep:
         """Run a plan. Returns when the device has been given the work, which on a CPU is when it is done.
 
-        `update`: tokens that earlier steps sampled on another rank. Only the output rank's result has samples.
+        `update`: tokens that earlier steps sampled on another rank. Only the sampling rank's result has samples.
 
         A fault of one request is in `StepResult.errors`. Anything that is raised here concerns the whole step; the slots
         stay consistent, and the next plan, which releases those of the failed step, can be run.
@@ -177,10 +177,10 @@ class ModelRunner:
         errors = {
             row: self.batch.slot_errors[slot] for row, slot in enumerate(plan.slots) if slot in self.batch.slot_errors
         }
-        faults.fire("step", str(self.groups.place.rank))
+        faults.fire("step", str(self.groups.coordinates.rank))
         if inputs is None:
             return PendingStep(plan, errors, self.batch.device)
-        if faults.is_installed("sample") and self.groups.place.is_output:
+        if faults.is_installed("sample") and self.groups.coordinates.is_sampling_rank:
             _fire_sample_faults(plan, errors)
         hidden = self._forward(inputs)
         if hidden is None:  # the next pipeline stage goes on with it
@@ -230,7 +230,7 @@ class ModelRunner:
             sampled = self.sampler.sample(logits, inputs.layout.sampling_slots, inputs.sampled_positions)
             token_ids = sampled.token_ids
         if self._shares_samples:
-            token_ids = self.groups.tensor.broadcast(token_ids)
+            token_ids = self.groups.tp_group.broadcast(token_ids)
         self.batch.write_sampled(inputs, token_ids)
         return sampled
 
@@ -253,7 +253,7 @@ class ModelRunner:
         return found
 
     def _logprobs_in_pieces(self, hidden: Tensor, targets: Tensor, count: int) -> list[LogprobTensors]:
-        """On the output rank; the others only do their part of the logits."""
+        """On the sampling rank; the others only do their part of the logits."""
         size = max(1, _MAX_PROMPT_LOGITS // self.batch.vocab_size)
         pieces = []
         for states, ids in zip(torch.split(hidden, size), torch.split(targets, size), strict=True):

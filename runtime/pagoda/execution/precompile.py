@@ -1,7 +1,7 @@
 """The kernels of a model, compiled while its weights are loaded, so that the first step finds them in Triton's cache.
 
 Which kernels, and for which arguments, the model itself says: it is built once more on the device `meta`, where tensors have
-no memory, and run for a prompt and for a decode step. See `pagoda_kernels.gpu.ahead`.
+no memory, and run for a prompt and for a decode step. See `pagoda_kernels.gpu.precompile`.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from pagoda.models.build import build_model
 from pagoda.models.config import ModelConfig
 from pagoda.models.decoder import KVCache
 from pagoda.models.quantization.schemes import QuantizationConfig
-from pagoda.parallel.groups import ParallelGroups, PipelineLink, TensorGroup
+from pagoda.parallel.groups import ParallelGroups, PipelineParallelGroup, TensorParallelGroup
 from pagoda.platform.hardware import cpu_report
 from pagoda.sampling.selection import pad_to_blocks
 from pagoda_kernels import backend
 from pagoda_kernels.types import AttentionMetadata, StepTensors
 
 if TYPE_CHECKING:
-    from pagoda_kernels.gpu.ahead import Specialization
+    from pagoda_kernels.gpu.precompile import Specialization
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def kernels_compiled_meanwhile(build: ModelBuild) -> Iterator[None]:
 
     A kernel that could not be compiled so is compiled, or fails, where it is first launched; a warning names it.
     """
-    from pagoda_kernels.gpu.ahead import CompilingAhead
+    from pagoda_kernels.gpu.precompile import KernelPrecompiler
 
     began = time.monotonic()
     try:
@@ -66,7 +66,7 @@ def kernels_compiled_meanwhile(build: ModelBuild) -> Iterator[None]:
         wanted = []
     ranks = build.groups.layout.world_size
     processes = max(1, cpu_report().usable_cores // ranks - 1)
-    with CompilingAhead(wanted, processes=processes) as compiling:
+    with KernelPrecompiler(wanted, processes=processes) as compiling:
         logger.info("kernels: %d wanted, %d not in Triton's cache", len(wanted), compiling.num_kernels)
         yield
         loaded = time.monotonic()
@@ -80,17 +80,17 @@ def kernels_compiled_meanwhile(build: ModelBuild) -> Iterator[None]:
 
 def wanted_kernels(build: ModelBuild) -> list[Specialization]:
     """Each kernel that steps of this rank launch, once."""
-    from pagoda_kernels.gpu.ahead import recorded_launches
+    from pagoda_kernels.gpu.precompile import recorded_launches
     from pagoda_kernels.gpu.tuning import table_in_use, table_of_device
 
     meta = torch.device("meta")
     model = build_model(build.config, build.dtype, meta, _unconnected(build.groups), build.quantization)
     model.add_module("rotary_embedding", _NoAngles(build.config.head_dim))
-    share = model.share
-    shape = (2, share.kv_heads.size, build.block_size, build.config.head_dim)
+    shard = model.shard
+    shape = (2, shard.kv_heads.size, build.block_size, build.config.head_dim)
     caches: list[KVCache] = [
         (torch.empty(shape, dtype=build.kv_dtype, device=meta), torch.empty(shape, dtype=build.kv_dtype, device=meta))
-        for _ in share.layers
+        for _ in shard.layers
     ]
     with table_in_use(table_of_device(build.device)), torch.inference_mode(), recorded_launches() as wanted:
         _gather(build.block_size)
@@ -166,7 +166,7 @@ class _UnconnectedTensors(TensorGroup):
         return self.all_gather(values, dim) if self.rank == 0 else None
 
 
-class _UnconnectedStage(PipelineLink):
+class _UnconnectedStage(PipelineParallelGroup):
     """Likewise for the stages before and after."""
 
     def send(self, values: torch.Tensor) -> None:
@@ -177,5 +177,5 @@ class _UnconnectedStage(PipelineLink):
 
 
 def _unconnected(groups: ParallelGroups) -> ParallelGroups:
-    tensors = _UnconnectedTensors(groups.tensor.rank, groups.tensor.size)
-    return ParallelGroups(groups.layout, groups.place, tensors, _UnconnectedStage())
+    tensors = _UnconnectedTensors(groups.tp_group.rank, groups.tp_group.size)
+    return ParallelGroups(groups.layout, groups.coordinates, tensors, _UnconnectedStage())

@@ -1,4 +1,4 @@
-"""One rank: its device, its share of the model, its KV cache, and the runner that works with them."""
+"""One rank: its device, its shard of the model, its KV cache, and the runner that works with them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from pagoda.models.kv_scales import set_kv_scales
 from pagoda.models.loading.loader import Progress, check_weights, initialize_dummy_weights, load_weights
 from pagoda.models.loading.packed import weight_bytes
 from pagoda.models.quantization.schemes import QuantizationConfig, check_device, choose_quantization
-from pagoda.models.sharding import ModelShare, check_layout
+from pagoda.models.sharding import ModelShard, check_layout
 from pagoda.parallel.groups import SINGLE_RANK, ParallelGroups
 from pagoda.platform.hardware import memory_report
 from pagoda.request import EngineRequest
@@ -65,14 +65,14 @@ class Worker:
         self.config = config
         self.model_config = model_config
         self.groups = groups
-        self.share = ModelShare.of(model_config, groups.layout, groups.place.rank)
+        self.shard = ModelShard.of(model_config, groups.layout, groups.coordinates.rank)
         self.device = torch.device(config.device)
         self.dtype: torch.dtype = getattr(torch, config.dtype)
         self.kv_dtype = _FLOAT8_TYPES.get(config.kv_cache_dtype, self.dtype)
         self.model: DecoderForCausalLM | None = None
         self.runner: ModelRunner | None = None
 
-    def load(self, progress: Progress | None = None) -> None:
+    def load(self, progress: LoadListener | None = None) -> None:
         """Set up the device and fill the weights. Raises `CheckpointError` for a checkpoint that does not fit."""
         if self.device.type == "cpu":
             if self.config.threads is not None:
@@ -105,7 +105,7 @@ class Worker:
         logger.info("weights take %s", format_bytes(weight_bytes(self.model)))
         if self.device.type == "cuda":
             reserve_decode_workspace(
-                self._max_num_seqs(), self.share.heads.size, self.model_config.head_dim, self.device
+                self._max_num_seqs(), self.shard.heads.size, self.model_config.head_dim, self.device
             )
 
     def _compiling_kernels(self, quantization: QuantizationConfig | None) -> AbstractContextManager[None]:
@@ -140,7 +140,7 @@ class Worker:
 
     def kv_block_bytes(self, block_size: int) -> int:
         """Bytes of one KV block of `block_size` tokens: keys and values, in the layers and of the KV heads of this rank."""
-        return self.share.kv_bytes_per_token(self.kv_dtype.itemsize) * block_size
+        return self.shard.kv_bytes_per_token(self.kv_dtype.itemsize) * block_size
 
     def available_kv_bytes(self, num_ranks_on_host: int = 1) -> int:
         """Memory that the KV cache may take, with the weights loaded. On a GPU, a step of the greatest size is run.
@@ -221,8 +221,8 @@ class Worker:
         if self.model is None:
             raise RuntimeError("the model is not loaded: there is nothing to run")
         config, model_config = self.config, self.model_config
-        shape = (num_blocks, self.share.kv_heads.size, config.block_size, model_config.head_dim)
-        tensors = self._zeros(2 * len(self.share.layers), shape)
+        shape = (num_blocks, self.shard.kv_heads.size, config.block_size, model_config.head_dim)
+        tensors = self._zeros(2 * len(self.shard.layers), shape)
         kv_caches = list(zip(tensors[::2], tensors[1::2], strict=True))
         batch = InputBatch(
             max_num_seqs=max_num_seqs,

@@ -15,9 +15,9 @@ from pagoda.models.layers.mlp import GatedMLP
 from pagoda.models.layers.norm import RMSNorm
 from pagoda.models.layers.rope import build_rotary_embedding
 from pagoda.models.quantization.schemes import QuantizationConfig
-from pagoda.models.sharding import ModelShare, Shard
+from pagoda.models.sharding import ModelShard, Shard
 from pagoda.models.weights import WeightTarget
-from pagoda.parallel.groups import ParallelGroups, TensorGroup
+from pagoda.parallel.groups import ParallelGroups, TensorParallelGroup
 from pagoda_kernels.types import AttentionMetadata
 
 KVCache = tuple[torch.Tensor, torch.Tensor]
@@ -34,8 +34,8 @@ class DecoderLayer(nn.Module):
     def __init__(
         self,
         config: ModelConfig,
-        share: ModelShare,
-        group: TensorGroup,
+        shard: ModelShard,
+        group: TensorParallelGroup,
         sliding_window: int | None,
         *,
         dtype: torch.dtype,
@@ -43,9 +43,9 @@ class DecoderLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
-        self.self_attn = SelfAttention(config, share, group, sliding_window, dtype=dtype, device=device)
+        self.self_attn = SelfAttention(config, shard, group, sliding_window, dtype=dtype, device=device)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
-        self.mlp = GatedMLP(config, share, group, dtype=dtype, device=device)
+        self.mlp = GatedMLP(config, shard, group, dtype=dtype, device=device)
 
     def weight_targets(self, prefix: str) -> dict[str, WeightTarget]:
         return {
@@ -88,28 +88,28 @@ class DecoderForCausalLM(nn.Module):
         self.groups = groups
         self.dtype = dtype
         self.device = device
-        self.share = share = ModelShare.of(config, groups.layout, groups.place.rank)
+        self.shard = shard = ModelShard.of(config, groups.layout, groups.coordinates.rank)
         # Set by models.fused_layers where all layers and the final norm can run as one operator.
         self.fused_layers: FusedForward | None = None
         # Set by models.quantization.layers where linear layers are quantized.
         self.quantization: QuantizationConfig | None = None
         self.embed_tokens = self.norm = self.lm_head = None
-        if share.has_embedding:
+        if shard.has_embedding:
             self.embed_tokens = build_embedding(
-                share.vocabulary, config.hidden_size, group=groups.tensor, dtype=dtype, device=device
+                shard.vocabulary, config.hidden_size, group=groups.tp_group, dtype=dtype, device=device
             )
         self.rotary_embedding = build_rotary_embedding(config.rope, config.head_dim, device)
         self.layers = nn.ModuleList(
-            DecoderLayer(config, share, groups.tensor, config.layer_windows[layer], dtype=dtype, device=device)
-            for layer in share.layers
+            DecoderLayer(config, shard, groups.tp_group, config.layer_windows[layer], dtype=dtype, device=device)
+            for layer in shard.layers
         )
-        if share.has_head:
+        if shard.has_head:
             self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
             tied = config.tie_word_embeddings
             self.lm_head = Linear(
                 Shard.whole(config.hidden_size),
                 # A tied head on a stage without the embedding has a copy of its own, loaded from the same tensor.
-                {"model.embed_tokens" if tied else "lm_head": share.vocabulary},
+                {"model.embed_tokens" if tied else "lm_head": shard.vocabulary},
                 bias=False,
                 dtype=dtype,
                 device=device,
@@ -123,7 +123,7 @@ class DecoderForCausalLM(nn.Module):
         targets: dict[str, WeightTarget] = {}
         if self.embed_tokens is not None:
             targets.update(self.embed_tokens.weight_targets("model.embed_tokens."))
-        for index, layer in zip(self.share.layers, self.layers, strict=True):
+        for index, layer in zip(self.shard.layers, self.layers, strict=True):
             assert isinstance(layer, DecoderLayer)
             targets.update(layer.weight_targets(f"model.layers.{index}."))
         if self.norm is not None and self.lm_head is not None:
@@ -160,7 +160,7 @@ class DecoderForCausalLM(nn.Module):
             hidden = self.embed_tokens(input_ids)
         else:
             shape = (len(input_ids), self.config.hidden_size)
-            hidden = self.groups.take_over(torch.empty(shape, dtype=self.dtype, device=self.device))
+            hidden = self.groups.recv_hidden_states(torch.empty(shape, dtype=self.dtype, device=self.device))
         if self.fused_layers is not None:
             return self.fused_layers(hidden, rotary, kv_caches, metadata)
         residual: torch.Tensor | None = None
@@ -168,7 +168,7 @@ class DecoderForCausalLM(nn.Module):
             hidden, residual = layer(hidden, residual, rotary, kv_cache, metadata)
         if self.norm is None:
             # The next norm adds the two in this dtype before anything else: sent as one, half of the traffic.
-            self.groups.hand_on(hidden + residual)
+            self.groups.send_hidden_states(hidden + residual)
             return None
         normed: torch.Tensor = self.norm(hidden, residual)[0]
         return normed
@@ -180,7 +180,7 @@ class DecoderForCausalLM(nn.Module):
         so ranks can never disagree on a token, even if their devices round differently.
         """
         assert self.lm_head is not None, "this rank is not of the last stage"
-        logits = self.groups.tensor.gather(self.lm_head(hidden), dim=1)
+        logits = self.groups.tp_group.gather(self.lm_head(hidden), dim=1)
         if logits is None:
             return None
         return logits[:, : self.config.vocab_size].contiguous()

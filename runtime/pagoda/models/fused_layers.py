@@ -21,10 +21,10 @@ class FusedLayers:
         assert model.norm is not None
         config = model.config
         self._decoder: FusedDecoder = backend.active.fused_decoder(
-            model.share.heads.size,
-            model.share.kv_heads.size,
+            model.shard.heads.size,
+            model.shard.kv_heads.size,
             config.head_dim,
-            model.share.intermediate.size,
+            model.shard.intermediate.size,
             config.rms_norm_eps,
             model.norm.weight.data,
         )

@@ -31,7 +31,7 @@ def set_kv_scales(model: DecoderForCausalLM, directory: str | Path | None) -> No
     """
     stored = stored_tensors(weight_files(Path(directory))) if directory is not None else {}
     num_calibrated = 0
-    for index, layer in zip(model.share.layers, model.layers, strict=True):
+    for index, layer in zip(model.shard.layers, model.layers, strict=True):
         assert isinstance(layer, DecoderLayer)
         prefix = f"model.layers.{index}.self_attn."
         k_scale, v_scale = (_read_scale(stored, prefix, which) for which in ("k", "v"))

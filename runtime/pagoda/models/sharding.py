@@ -61,7 +61,7 @@ class Shard:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ModelShare:
+class ModelShard:
     """The part of a model that one rank holds, in layers, heads, units of the MLP and tokens of the vocabulary.
 
     `has_embedding`: the rank is of the first stage; `has_head`: of the last, with the final norm and the language model head.
@@ -77,21 +77,21 @@ class ModelShare:
     head_dim: int
 
     @classmethod
-    def of(cls, config: ModelConfig, layout: ParallelLayout, rank: int) -> ModelShare:
+    def of(cls, config: ModelConfig, layout: ParallelLayout, rank: int) -> ModelShard:
         """The part of `rank`. The layout must have passed `check_layout`."""
-        place, num_ranks = layout.place(rank), layout.tensor_parallel_size
+        coordinates, num_ranks = layout.coordinates(rank), layout.tensor_parallel_size
         if num_ranks > config.num_kv_heads:
-            kv_heads = Shard(config.num_kv_heads, place.tensor_rank * config.num_kv_heads // num_ranks, 1)
+            kv_heads = Shard(config.num_kv_heads, coordinates.tensor_rank * config.num_kv_heads // num_ranks, 1)
         else:
-            kv_heads = Shard.even(config.num_kv_heads, place.tensor_rank, num_ranks)
+            kv_heads = Shard.even(config.num_kv_heads, coordinates.tensor_rank, num_ranks)
         return cls(
-            layers=layout.layers_of_stage(place.pipeline_stage, config.num_layers),
-            heads=Shard.even(config.num_heads, place.tensor_rank, num_ranks),
+            layers=layout.layers_of_stage(coordinates.pipeline_stage, config.num_layers),
+            heads=Shard.even(config.num_heads, coordinates.tensor_rank, num_ranks),
             kv_heads=kv_heads,
-            intermediate=Shard.even(config.intermediate_size, place.tensor_rank, num_ranks),
-            vocabulary=Shard.even(config.vocab_size, place.tensor_rank, num_ranks),
-            has_embedding=place.is_first_stage,
-            has_head=place.is_last_stage,
+            intermediate=Shard.even(config.intermediate_size, coordinates.tensor_rank, num_ranks),
+            vocabulary=Shard.even(config.vocab_size, coordinates.tensor_rank, num_ranks),
+            has_embedding=coordinates.is_first_stage,
+            has_head=coordinates.is_last_stage,
             head_dim=config.head_dim,
         )
 

@@ -1,6 +1,6 @@
 """How the ranks of a model talk to each other while it runs: over torch.distributed, with a deadline on everything.
 
-A model holds one `ParallelGroups`. Its parts call `groups.tensor` and `groups.pipeline` without asking how many ranks there
+A model holds one `ParallelGroups`. Its parts call `groups.tp_group` and `groups.pp_group` without asking how many ranks there
 are: with one rank these are objects whose methods give back what they are given.
 """
 
@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from pagoda.errors import CommunicationError
-from pagoda.parallel.layout import ParallelLayout, RankPlace
+from pagoda.parallel.layout import ParallelLayout, RankCoordinates
 
 _Result = TypeVar("_Result")
 
@@ -25,7 +25,7 @@ _Result = TypeVar("_Result")
 _SHARED_FROM_BYTES = 1 << 20
 
 
-class TensorGroup:
+class TensorParallelGroup:
     """The ranks that share the tensors of a layer. This one is a rank alone; `_DistributedTensorGroup` is several."""
 
     rank = 0
@@ -54,7 +54,7 @@ class TensorGroup:
         return values
 
 
-class PipelineLink:
+class PipelineParallelGroup:
     """The way to the stages before and after. This one is a single stage, which has neither."""
 
     num_operations = 0
@@ -73,7 +73,7 @@ class PipelineLink:
         return values
 
 
-class _DistributedTensorGroup(TensorGroup):
+class _DistributedTensorGroup(TensorParallelGroup):
     """Several ranks. Every method must be called by all of them, in the same order, with equal shapes."""
 
     def __init__(self, ranks: range, rank: int, group: dist.ProcessGroup) -> None:
@@ -108,7 +108,7 @@ class _DistributedTensorGroup(TensorGroup):
         return values
 
 
-class _DistributedPipelineLink(PipelineLink):
+class _DistributedPipelineGroup(PipelineParallelGroup):
     """One stage among several, to its neighbours of equal tensor rank."""
 
     def __init__(self, ranks: range, rank: int, group: dist.ProcessGroup) -> None:
@@ -148,37 +148,37 @@ class _DistributedPipelineLink(PipelineLink):
 
 @dataclass(frozen=True, slots=True)
 class ParallelGroups:
-    """A rank's place, and its ways to the others."""
+    """A rank's coordinates, and its groups."""
 
     layout: ParallelLayout
-    place: RankPlace
-    tensor: TensorGroup
-    pipeline: PipelineLink
+    coordinates: RankCoordinates
+    tp_group: TensorParallelGroup
+    pp_group: PipelineParallelGroup
 
     @property
     def num_operations(self) -> int:
         """Collectives and messages that this rank has begun."""
-        return self.tensor.num_operations + self.pipeline.num_operations
+        return self.tp_group.num_operations + self.pp_group.num_operations
 
-    def hand_on(self, hidden: torch.Tensor) -> None:
+    def send_hidden_states(self, hidden: torch.Tensor) -> None:
         """Send `hidden`, which all ranks of this stage hold, to those of the next. It must not be changed any more.
 
         Stages may be on different machines: a large tensor goes over once, a part from each rank, and not once a rank.
         """
-        self.pipeline.send(self._part(hidden) if self._is_shared(hidden) else hidden)
+        self.pp_group.send(self._part(hidden) if self._is_shared(hidden) else hidden)
 
     def take_over(self, into: torch.Tensor) -> torch.Tensor:
         """What the stage before sent, of the shape and dtype of `into`, which may be filled with it."""
         if not self._is_shared(into):
-            return self.pipeline.receive(into)
-        return self.tensor.all_gather(self.pipeline.receive(self._part(into)), dim=0).view_as(into)
+            return self.pp_group.receive(into)
+        return self.tp_group.all_gather(self.pp_group.receive(self._part(into)), dim=0).view_as(into)
 
     def _is_shared(self, hidden: torch.Tensor) -> bool:
-        size = self.tensor.size
+        size = self.tp_group.size
         return size > 1 and hidden.nbytes >= _SHARED_FROM_BYTES and hidden.numel() % size == 0
 
     def _part(self, hidden: torch.Tensor) -> torch.Tensor:
-        return hidden.view(self.tensor.size, -1)[self.tensor.rank]
+        return hidden.view(self.tp_group.size, -1)[self.tp_group.rank]
 
     def close(self) -> None:
         """Leave all groups. Other ranks that still wait for this one fail. May be called twice."""
@@ -186,7 +186,9 @@ class ParallelGroups:
             dist.destroy_process_group()
 
 
-SINGLE_RANK = ParallelGroups(ParallelLayout(), ParallelLayout().place(0), TensorGroup(), PipelineLink())
+SINGLE_RANK = ParallelGroups(
+    ParallelLayout(), ParallelLayout().coordinates(0), TensorParallelGroup(), PipelineParallelGroup()
+)
 
 
 def connect_groups(
@@ -247,21 +249,21 @@ def _open_store(
 
 def _make_groups(layout: ParallelLayout, rank: int, timeout: timedelta) -> ParallelGroups:
     """Every rank makes every group, its own or not, in the same order: torch.distributed wants it so."""
-    place = layout.place(rank)
-    tensor, pipeline = TensorGroup(), PipelineLink()
+    coordinates = layout.coordinates(rank)
+    tensor, pipeline = TensorParallelGroup(), PipelineParallelGroup()
     if layout.tensor_parallel_size > 1:
         for stage in range(layout.pipeline_parallel_size):
             ranks = layout.tensor_group(stage)
             group = dist.new_group(list(ranks), timeout=timeout)
-            if stage == place.pipeline_stage:
+            if stage == coordinates.pipeline_stage:
                 tensor = _DistributedTensorGroup(ranks, rank, group)
     if layout.pipeline_parallel_size > 1:
         for tensor_rank in range(layout.tensor_parallel_size):
             ranks = layout.pipeline_group(tensor_rank)
             group = dist.new_group(list(ranks), timeout=timeout)
-            if tensor_rank == place.tensor_rank:
-                pipeline = _DistributedPipelineLink(ranks, rank, group)
-    return ParallelGroups(layout, place, tensor, pipeline)
+            if tensor_rank == coordinates.tensor_rank:
+                pipeline = _DistributedPipelineGroup(ranks, rank, group)
+    return ParallelGroups(layout, coordinates, tensor, pipeline)
 
 
 def _checked(what: str, function: Callable[..., _Result], *args: Any, **kwargs: Any) -> _Result:

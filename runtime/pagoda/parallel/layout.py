@@ -6,7 +6,7 @@ Ranks are grouped in pipeline stages, each a run of layers; the ranks of a stage
 
                       stage 0              stage 1
                       embedding, layers    layers, norm, head
-    tensor rank 0     rank 0      ──▶      rank 2  (samples: the output rank)
+    tensor rank 0     rank 0      ──▶      rank 2  (samples: the sampling rank)
     tensor rank 1     rank 1      ──▶      rank 3
 """
 
@@ -21,7 +21,7 @@ from pagoda.errors import ConfigError
 class RankPlace:
     """The coordinates of one rank: `rank = pipeline_stage * tensor_parallel_size + tensor_rank`.
 
-    `is_output`: this rank samples, and its results are the engine's.
+    `is_sampling_rank`: this rank samples, and its results are the engine's.
     """
 
     rank: int
@@ -29,7 +29,7 @@ class RankPlace:
     pipeline_stage: int
     is_first_stage: bool
     is_last_stage: bool
-    is_output: bool
+    is_sampling_rank: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class ParallelLayout:
         return self.tensor_parallel_size * self.pipeline_parallel_size
 
     @property
-    def output_rank(self) -> int:
+    def sampling_rank(self) -> int:
         """The rank that samples: tensor rank 0 of the last stage."""
         return self.tensor_group(self.pipeline_parallel_size - 1)[0]
 
@@ -58,13 +58,13 @@ class ParallelLayout:
         if not 0 <= rank < self.world_size:
             raise ValueError(f"there is no rank {rank} among {self.world_size}")
         stage, tensor_rank = divmod(rank, self.tensor_parallel_size)
-        return RankPlace(
+        return RankCoordinates(
             rank=rank,
             tensor_rank=tensor_rank,
             pipeline_stage=stage,
             is_first_stage=stage == 0,
             is_last_stage=stage == self.pipeline_parallel_size - 1,
-            is_output=rank == self.output_rank,
+            is_sampling_rank=rank == self.sampling_rank,
         )
 
     def tensor_group(self, stage: int) -> range:

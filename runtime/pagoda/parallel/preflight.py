@@ -58,19 +58,19 @@ def check_communication(groups: ParallelGroups, device: torch.device) -> Communi
     Raises:
         CommunicationError: something did not arrive, or other than it was sent; the message names the ranks.
     """
-    rank = groups.place.rank
+    rank = groups.coordinates.rank
     tensor = pipeline = None
     if groups.layout.tensor_parallel_size > 1:
-        members = groups.layout.tensor_group(groups.place.pipeline_stage)
-        _check_contributions(members, rank, groups.tensor.all_reduce, device)
-        latency = _latency(groups.tensor.all_reduce, device)
+        members = groups.layout.tensor_group(groups.coordinates.pipeline_stage)
+        _check_contributions(members, rank, groups.tp_group.all_reduce, device)
+        latency = _latency(groups.tp_group.all_reduce, device)
         tensor = LinkReport(
             size=len(members), latency_seconds=latency, bytes_per_second=_all_reduce_bandwidth(groups, device)
         )
     if groups.layout.pipeline_parallel_size > 1:
-        members = groups.layout.pipeline_group(groups.place.tensor_rank)
-        _check_contributions(members, rank, groups.pipeline.all_reduce, device)
-        latency = _latency(groups.pipeline.all_reduce, device)
+        members = groups.layout.pipeline_group(groups.coordinates.tensor_rank)
+        _check_contributions(members, rank, groups.pp_group.all_reduce, device)
+        latency = _latency(groups.pp_group.all_reduce, device)
         bandwidth = _pipeline_bandwidth(groups, device)
         pipeline = LinkReport(size=len(members), latency_seconds=latency, bytes_per_second=bandwidth)
     return CommunicationReport(rank=rank, tensor=tensor, pipeline=pipeline)
@@ -118,8 +118,8 @@ def _latency(all_reduce: Callable[[torch.Tensor], torch.Tensor], device: torch.d
 
 
 def _all_reduce_bandwidth(groups: ParallelGroups, device: torch.device) -> float:
-    fastest = min(_seconds(groups.tensor.all_reduce, LARGE_BYTES // 4, device) for _ in range(NUM_LARGE))
-    size = groups.tensor.size
+    fastest = min(_seconds(groups.tp_group.all_reduce, LARGE_BYTES // 4, device) for _ in range(NUM_LARGE))
+    size = groups.tp_group.size
     return 2 * (size - 1) / size * LARGE_BYTES / fastest
 
 
@@ -132,24 +132,24 @@ def _seconds(all_reduce: Callable[[torch.Tensor], torch.Tensor], num_elements: i
 
 def _pipeline_bandwidth(groups: ParallelGroups, device: torch.device) -> float | None:
     """Take large messages from the stage before, check them, and pass the like on. The first message starts the clock."""
-    place = groups.place
-    sent = _pattern(place.rank, device)
-    if not place.is_first_stage:
-        before = groups.layout.pipeline_group(place.tensor_rank)[place.pipeline_stage - 1]
+    coordinates = groups.coordinates
+    sent = _pattern(coordinates.rank, device)
+    if not coordinates.is_first_stage:
+        before = groups.layout.pipeline_group(coordinates.tensor_rank)[coordinates.pipeline_stage - 1]
         expected = _pattern(before, device)
         received = torch.empty_like(expected)
         started = 0.0
         for index in range(NUM_LARGE + 1):
             if index == 1:
                 started = time.perf_counter()
-            groups.pipeline.receive(received)
+            groups.pp_group.receive(received)
             if not torch.equal(received, expected):
-                raise CommunicationError(f"a message from rank {before} arrived changed on rank {place.rank}")
+                raise CommunicationError(f"a message from rank {before} arrived changed on rank {coordinates.rank}")
         bandwidth = NUM_LARGE * LARGE_BYTES / (time.perf_counter() - started)
-    if not place.is_last_stage:
+    if not coordinates.is_last_stage:
         for _ in range(NUM_LARGE + 1):
-            groups.pipeline.send(sent)
-    return None if place.is_first_stage else bandwidth
+            groups.pp_group.send(sent)
+    return None if coordinates.is_first_stage else bandwidth
 
 
 def _pattern(rank: int, device: torch.device) -> torch.Tensor:

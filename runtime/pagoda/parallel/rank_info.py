@@ -31,10 +31,10 @@ _MAX_JSON_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RankFacts:
-    """One rank about itself. `nccl` and `ray`: None where it uses none. `device`: `cpu` or `cuda`; `device_name`: for people.
+class RankInfo:
+    """What one rank says about itself. `nccl` and `ray`: None where it uses none. `device`: `cpu` or `cuda`.
 
-    `memory_bytes`: what the device has in all. `interface`, `address`: where its model traffic goes.
+    `device_name`: for people. `memory_bytes`: the device's. `interface`, `address`: where its model traffic goes.
     """
 
     rank: int
@@ -60,7 +60,7 @@ class RankFacts:
         return f"rank {self.rank} on {self.host}"
 
 
-# The facts that must be equal, what people call each, and what to do about a difference.
+# What must be equal on all ranks, what people call it, and what to do about a difference.
 _MUST_AGREE: tuple[tuple[str, str, str], ...] = (
     ("pagoda", "versions of Pagoda", "install the same image on every node"),
     ("python", "versions of Python", "install the same image on every node"),
@@ -87,9 +87,9 @@ def describe_rank(
     uses_ray: bool,
     interface: str,
     address: str,
-) -> RankFacts:
-    """The facts of the calling process."""
-    return RankFacts(
+) -> RankInfo:
+    """The `RankInfo` of the calling process."""
+    return RankInfo(
         rank=rank,
         host=socket.gethostname(),
         pid=os.getpid(),
@@ -109,15 +109,15 @@ def describe_rank(
     )
 
 
-def compare_facts(facts: Sequence[RankFacts]) -> list[str]:
+def find_mismatches(ranks: Sequence[RankInfo]) -> list[str]:
     """One sentence for each thing in which the ranks differ and must not; empty if they fit together."""
     sentences = [
-        f"{what} differ: {_grouped(facts, name)}; {remedy}"
+        f"{what} differ: {_grouped(ranks, name)}; {remedy}"
         for name, what, remedy in _MUST_AGREE
-        if len({getattr(item, name) for item in facts}) > 1
+        if len({getattr(item, name) for item in ranks}) > 1
     ]
-    alone = [item for item in facts if ipaddress.ip_address(item.address).is_loopback]
-    if alone and len({item.host for item in facts}) > 1:
+    alone = [item for item in ranks if ipaddress.ip_address(item.address).is_loopback]
+    if alone and len({item.host for item in ranks}) > 1:
         sentences.append(
             f"{alone[0].where} talks over {alone[0].interface} ({alone[0].address}), which no other host reaches; "
             "set network_interface"
@@ -125,12 +125,12 @@ def compare_facts(facts: Sequence[RankFacts]) -> list[str]:
     return sentences
 
 
-def facts_table(facts: Sequence[RankFacts]) -> list[str]:
+def rank_table(ranks: Sequence[RankInfo]) -> list[str]:
     """A line a rank, for the log."""
     return [
         f"{item.where} (pid {item.pid}): {item.device_name}, {item.memory_bytes / 2**30:.1f} GiB, "
         f"over {item.interface} ({item.address}), torch {item.torch}" + (f", NCCL {item.nccl}" if item.nccl else "")
-        for item in facts
+        for item in ranks
     ]
 
 
@@ -172,16 +172,16 @@ def installed_version(package: str) -> str | None:
         return None
 
 
-def _grouped(facts: Sequence[RankFacts], name: str) -> str:
+def _grouped(ranks: Sequence[RankInfo], name: str) -> str:
     """`2.13.0 on ranks 0 and 1 (host a), 2.12.0 on rank 2 (host b)`; the value of most ranks first."""
-    groups: dict[Any, list[RankFacts]] = {}
-    for item in facts:
+    groups: dict[Any, list[RankInfo]] = {}
+    for item in ranks:
         groups.setdefault(getattr(item, name), []).append(item)
     in_order = sorted(groups.items(), key=lambda pair: -len(pair[1]))
     return ", ".join(f"{'none' if value is None else value} on {_ranks(members)}" for value, members in in_order)
 
 
-def _ranks(members: Sequence[RankFacts]) -> str:
+def _ranks(members: Sequence[RankInfo]) -> str:
     numbers = [str(item.rank) for item in members]
     hosts = sorted({item.host for item in members})
     listed = numbers[0] if len(numbers) == 1 else f"{', '.join(numbers[:-1])} and {numbers[-1]}"

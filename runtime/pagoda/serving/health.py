@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 Listener = Callable[[], None]
 
-TOKENIZER_STAGE = "tokenizer"
+TOKENIZER_PHASE = "tokenizer"
 
 
 class ServerHealth:
@@ -27,7 +27,7 @@ class ServerHealth:
 
     def __init__(self, engine: EngineClient) -> None:
         self._engine = engine
-        engine.health.hold(TOKENIZER_STAGE)
+        engine.health.hold(TOKENIZER_PHASE)
 
     @property
     def state(self) -> EngineState:
@@ -74,12 +74,12 @@ class ServerHealth:
         more than one engine, each of them.
         """
         now = time.monotonic()
-        health, stats, progress = self._engine.health, self._engine.stats, self._engine.progress
+        health, stats, progress = self._engine.health, self._engine.stats, self._engine.heartbeat
         is_up = progress is not None and progress.is_up
         return {
             "state": str(health.state),
             "started": health.has_started,
-            "stage": health.stage,
+            "stage": health.phase,
             "detail": health.detail,
             "since": health.since,
             "cause": health.cause,
@@ -103,7 +103,7 @@ class ServerHealth:
                 {
                     "replica": index,
                     "state": str(replica.health.state),
-                    "stage": replica.health.stage,
+                    "stage": replica.health.phase,
                     "cause": replica.health.cause,
                     "since": replica.health.since,
                     "running": replica.stats.num_running,
@@ -116,7 +116,7 @@ class ServerHealth:
 
     def text_is_ready(self) -> None:
         """The tokenizers are up."""
-        self._engine.health.release(TOKENIZER_STAGE)
+        self._engine.health.release(TOKENIZER_PHASE)
 
     def drain(self, cause: str) -> None:
         """Refuse new requests from now on; running ones continue."""
@@ -128,5 +128,5 @@ class ServerHealth:
         self._engine.health.transition(EngineState.DEAD, cause)
 
     def subscribe(self, listener: Listener) -> Callable[[], None]:
-        """Call `listener()` after each change of state or stage; returns what ends the subscription."""
+        """Call `listener()` after each change of state or phase; returns what ends the subscription."""
         return self._engine.health.subscribe(listener)

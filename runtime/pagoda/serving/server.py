@@ -12,7 +12,7 @@ import uvloop
 from pagoda import faults
 from pagoda.config.schema import PagodaConfig
 from pagoda.config.sources import LoadedConfig
-from pagoda.engine.client.prelaunch import LaunchedCore
+from pagoda.engine.client.prelaunch import PrelaunchedProcess
 from pagoda.engine.data_parallel.client import create_engine_client
 from pagoda.logs import configure_logging
 from pagoda.process_control import uncollected
@@ -34,7 +34,7 @@ def run(loaded: LoadedConfig, core: LaunchedCore) -> int:
         return runner.run(_serve(config, listener, core))
 
 
-async def _serve(config: PagodaConfig, listener: socket.socket, core: LaunchedCore) -> int:
+async def _serve(config: PagodaConfig, listener: socket.socket, core: PrelaunchedProcess) -> int:
     client = create_engine_client(config, core)
     starting = asyncio.ensure_future(client.start())
     # The engine gets its settings before this process imports its servers, for nothing else runs meanwhile.

@@ -7,11 +7,11 @@ import pytest
 
 from pagoda.cli.main import main
 from pagoda.distributed.ray import cluster_check
-from pagoda.distributed.ray.cluster_check import ClusterSurvey, NodeSurvey
+from pagoda.distributed.ray.cluster_check import ClusterReport, NodeReport
 from pagoda.errors import CommunicationError
 
 VERSIONS = {"pagoda": "0.1.0", "python": "3.11", "torch": "2.13.0", "ray": "2.60.0"}
-FIRST = NodeSurvey(
+FIRST = NodeReport(
     host="a",
     address="10.0.0.1",
     cpus=2,
@@ -21,7 +21,7 @@ FIRST = NodeSurvey(
     versions=VERSIONS,
     latency_seconds=0.0004,
 )
-SECOND = NodeSurvey(
+SECOND = NodeReport(
     host="b",
     address="10.0.0.2",
     cpus=2,
@@ -32,14 +32,14 @@ SECOND = NodeSurvey(
     latency_seconds=0.0005,
     bytes_per_second=9.4e8,
 )
-SILENT = NodeSurvey(
+SILENT = NodeReport(
     host="c", address="10.0.0.3", cpus=1, gpus=0, problem="no answer within 60 s: is the node still there?"
 )
 
 
-def found(monkeypatch: pytest.MonkeyPatch, *nodes: NodeSurvey, problems: tuple[str, ...] = ()) -> None:
-    report = ClusterSurvey(address="10.0.0.1:6379", nodes=nodes, problems=problems)
-    monkeypatch.setattr(cluster_check, "survey", lambda config, on_progress: report)
+def found(monkeypatch: pytest.MonkeyPatch, *nodes: NodeReport, problems: tuple[str, ...] = ()) -> None:
+    report = ClusterReport(address="10.0.0.1:6379", nodes=nodes, problems=problems)
+    monkeypatch.setattr(cluster_check, "check_cluster", lambda config, on_progress: report)
 
 
 def test_nodes_their_interfaces_and_the_network_between_them(
@@ -90,6 +90,6 @@ def test_a_cluster_that_does_not_answer_is_one_too(
     def unreachable(*_: object) -> None:
         raise CommunicationError("the Ray head at h:6379 cannot be reached")
 
-    monkeypatch.setattr(cluster_check, "survey", unreachable)
+    monkeypatch.setattr(cluster_check, "check_cluster", unreachable)
     assert main(["doctor", "--cluster"]) == 1
     assert "PROBLEM: the Ray head at h:6379 cannot be reached" in capsys.readouterr().out

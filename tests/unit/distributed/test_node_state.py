@@ -11,7 +11,15 @@ import pytest
 
 from pagoda.cli.main import main
 from pagoda.distributed import node_state
-from pagoda.distributed.node_state import JOINED, READY, judge, node_file, prepare_directory, published, rank_file
+from pagoda.distributed.node_state import (
+    JOINED,
+    READY,
+    evaluate_probe,
+    node_file,
+    prepare_directory,
+    published,
+    rank_file,
+)
 
 
 def ask(probe: str, directory: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
@@ -57,7 +65,7 @@ def test_a_rank_that_is_there_and_silent_fails_every_probe(tmp_path: Path) -> No
     node, (rank,) = published(tmp_path)
     silent = replace(rank, heartbeat=rank.heartbeat - 20.0)
     for probe in ("startup", "ready", "live"):
-        passed, words = judge(probe, node, [silent])
+        passed, words = evaluate_probe(probe, node, [silent])
         assert not passed
         assert words.startswith("rank 0 ready: no heartbeat for 20.")
 
@@ -83,7 +91,7 @@ def test_threads_of_a_process_share_its_file(tmp_path: Path) -> None:
     state = rank_file(tmp_path, 0, 10.0)
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda number: state.enter(f"stage {number}"), range(400)))
-    assert published(tmp_path)[1][0].stage.startswith("stage ")
+    assert published(tmp_path)[1][0].phase.startswith("stage ")
 
 
 def test_a_file_that_cannot_be_written_does_not_stop_the_process(

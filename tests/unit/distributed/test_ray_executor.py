@@ -6,7 +6,7 @@ import pytest
 
 from pagoda.config.schema import PagodaConfig
 from pagoda.distributed.ray.executor import RayLauncher, _in_words, _names
-from pagoda.distributed.ray.listener import AdmittedRank
+from pagoda.distributed.ray.listener import ConnectedRank
 from pagoda.errors import CommunicationError
 
 KILLED = """The actor died unexpectedly before finishing this task.
@@ -19,12 +19,17 @@ The actor died because its node has died. Node Id: 5ac1. the actor's node was te
 to missing too many heartbeats"""
 
 
-def admitted(host: str, address: str) -> AdmittedRank:
-    return AdmittedRank(socket.socket(), host, address)
+def connected(host: str, address: str) -> ConnectedRank:
+    return ConnectedRank(socket.socket(), host, address)
 
 
 def test_hosts_of_one_name_are_told_apart_by_address() -> None:
-    ranks = [admitted("a", "10.0.0.1"), admitted("a", "10.0.0.1"), admitted("b", "10.0.0.2"), admitted("b", "10.0.0.3")]
+    ranks = [
+        connected("a", "10.0.0.1"),
+        connected("a", "10.0.0.1"),
+        connected("b", "10.0.0.2"),
+        connected("b", "10.0.0.3"),
+    ]
     assert _names(ranks) == ["a", "a", "b (10.0.0.2)", "b (10.0.0.3)"]
     for rank in ranks:
         rank.socket.close()

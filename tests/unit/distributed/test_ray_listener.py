@@ -41,11 +41,11 @@ def nothing(missing: list[int]) -> None:
 def test_ranks_are_handed_out_in_their_order_whatever_order_they_come_in() -> None:
     with RankListener("127.0.0.1", 3) as listener:
         threads = [come(listener, rank) for rank in (2, 0, 1)]
-        admitted = listener.accept_all(soon(), nothing)
+        connected = listener.accept_all(soon(), nothing)
     for thread in threads:
         thread.join()
-    assert [item.host for item in admitted] == ["host-0", "host-1", "host-2"]
-    assert [item.socket.recv(1) for item in admitted] == [b"\0", b"\1", b"\2"]
+    assert [item.host for item in connected] == ["host-0", "host-1", "host-2"]
+    assert [item.socket.recv(1) for item in connected] == [b"\0", b"\1", b"\2"]
 
 
 def silent(address: tuple[str, int]) -> socket.socket:
@@ -72,9 +72,9 @@ def test_strangers_neither_get_in_nor_keep_ranks_out(
     with RankListener("127.0.0.1", 1) as listener:
         strangers = [stranger((listener.address, listener.port)) for _ in range(5)]
         thread = come(listener, 0)
-        admitted = listener.accept_all(soon(), nothing)
+        connected = listener.accept_all(soon(), nothing)
         thread.join()
-    assert [item.host for item in admitted] == ["host-0"]
+    assert [item.host for item in connected] == ["host-0"]
     for connected in strangers:
         connected.close()
 
@@ -148,10 +148,10 @@ def test_missing_ranks_are_named_in_time() -> None:
 def test_a_second_rank_of_the_same_number_is_refused() -> None:
     with RankListener("127.0.0.1", 2) as listener:
         threads = [come(listener, rank) for rank in (0, 0, 1)]
-        admitted = listener.accept_all(soon(), nothing)
+        connected = listener.accept_all(soon(), nothing)
         for thread in threads:
             thread.join()
-    assert [item.host for item in admitted] == ["host-0", "host-1"]
+    assert [item.host for item in connected] == ["host-0", "host-1"]
 
 
 def test_what_the_launcher_sees_meanwhile_ends_the_wait() -> None:

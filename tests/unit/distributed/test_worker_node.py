@@ -58,7 +58,7 @@ def running(node: WorkerNode) -> Iterator[None]:
 def test_a_node_joins_says_so_and_leaves_when_told(head: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ray_that(monkeypatch, f"import time; {STARTED}; time.sleep(60)")
     with running(worker(head, tmp_path)):
-        wait_until(lambda: (state := published(tmp_path)[0]) is not None and state.stage == JOINED)
+        wait_until(lambda: (state := published(tmp_path)[0]) is not None and state.phase == JOINED)
 
 
 def test_a_head_that_is_lost_is_joined_again(head: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

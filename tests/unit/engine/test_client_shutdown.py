@@ -10,7 +10,7 @@ from pagoda.config.schema import PagodaConfig
 from pagoda.engine.client import client as client_module
 from pagoda.engine.client.client import ProcessEngineClient
 from pagoda.engine.health import EngineState
-from pagoda.engine.heartbeat import EngineProgress
+from pagoda.engine.heartbeat import EngineHeartbeat
 from pagoda.engine.messages import EngineReady, Shutdown
 
 READY = EngineReady(max_model_len=8, max_num_seqs=1, max_num_batched_tokens=8, num_blocks=2, block_size=8, vocab_size=9)
@@ -23,7 +23,7 @@ class FakeCore:
     num_unsent_bytes = 0
     was_killed_by_others = False
     pid = 0
-    progress = EngineProgress(0, 0.0, 0, is_busy=False)
+    progress = EngineHeartbeat(0, 0.0, 0, is_busy=False)
 
     def __init__(self) -> None:
         self.messages: asyncio.Queue[EngineReady | None] = asyncio.Queue()
@@ -68,7 +68,7 @@ class Cores:
 @pytest.fixture
 async def cores(monkeypatch: pytest.MonkeyPatch) -> Cores:
     cores = Cores()
-    monkeypatch.setattr(client_module, "CoreChild", cores)
+    monkeypatch.setattr(client_module, "EngineCoreHandle", cores)
     return cores
 
 

@@ -13,11 +13,11 @@ from typing import Never
 import pytest
 
 from pagoda.engine import wire
-from pagoda.engine.client.prelaunch import LaunchedCore
+from pagoda.engine.client.prelaunch import PrelaunchedProcess
 from pagoda.engine.core import process
 from pagoda.engine.core.loop import EngineCore
-from pagoda.engine.core.process import CoreProcess
-from pagoda.engine.heartbeat import ProgressBoard
+from pagoda.engine.core.process import EngineCoreLoop
+from pagoda.engine.heartbeat import SharedHeartbeat
 from pagoda.engine.messages import (
     EngineFailed,
     EngineOutput,
@@ -67,14 +67,14 @@ class Core:
 
 
 @pytest.fixture
-def board() -> Iterator[ProgressBoard]:
-    board = ProgressBoard()
-    yield board
-    board.close()
+def heartbeat() -> Iterator[SharedHeartbeat]:
+    heartbeat = SharedHeartbeat()
+    yield heartbeat
+    heartbeat.close()
 
 
 @pytest.mark.parametrize("brings", ["nothing", "a step", "an end outside of a step"])
-def test_only_a_turn_that_brings_something_is_a_sign_of_life(board: ProgressBoard, brings: str) -> None:
+def test_only_a_turn_that_brings_something_is_a_sign_of_life(heartbeat: SharedHeartbeat, brings: str) -> None:
     connection = Connection()
     num_turns = 0
 
@@ -86,19 +86,19 @@ def test_only_a_turn_that_brings_something_is_a_sign_of_life(board: ProgressBoar
         outputs = [EngineOutput(request_id="r", finish_reason=FinishReason.ABORT)] if "end" in brings else []
         return EngineOutputs(outputs, EngineStats(step=num_turns if brings == "a step" else 0), 0.0)
 
-    CoreProcess(Core(turn), connection, board).run()  # type: ignore[arg-type]
+    EngineCoreLoop(Core(turn), connection, heartbeat).run()  # type: ignore[arg-type]
     assert num_turns == 5
-    assert board.read().is_up == (brings != "nothing")
+    assert heartbeat.read().is_up == (brings != "nothing")
     assert len(connection.sent) == (0 if brings == "nothing" else 5)
 
 
-def test_a_request_that_could_not_be_read_gets_its_one_end_and_the_core_goes_on(board: ProgressBoard) -> None:
+def test_a_request_that_could_not_be_read_gets_its_one_end_and_the_core_goes_on(heartbeat: SharedHeartbeat) -> None:
     connection = Connection()
     core = Core(lambda: pytest.fail("there is nothing to run"))
     error = wire.UnreadableRequestError("r", InvalidRequestError("top_p must be at most 1", "top_p"))
     for message in (error, Shutdown()):
         connection.inbox.put(message)
-    CoreProcess(core, connection, board).run()  # type: ignore[arg-type]
+    EngineCoreLoop(core, connection, heartbeat).run()  # type: ignore[arg-type]
     ((output,),) = (message.outputs for message in connection.sent)
     assert (output.request_id, output.error_kind, output.error) == (
         "r",
@@ -110,7 +110,9 @@ def test_a_request_that_could_not_be_read_gets_its_one_end_and_the_core_goes_on(
 @pytest.mark.parametrize(
     ("error", "kind"), [(QueueFullError("full", 3), ErrorKind.QUEUE_FULL), (KeyError("x"), ErrorKind.INTERNAL)]
 )
-def test_a_request_that_is_not_taken_gets_its_one_end(board: ProgressBoard, error: Exception, kind: ErrorKind) -> None:
+def test_a_request_that_is_not_taken_gets_its_one_end(
+    heartbeat: SharedHeartbeat, error: Exception, kind: ErrorKind
+) -> None:
     connection = Connection()
     core = Core(lambda: pytest.fail("there is nothing to run"))
 
@@ -120,7 +122,7 @@ def test_a_request_that_is_not_taken_gets_its_one_end(board: ProgressBoard, erro
     core.add_request = refuse  # type: ignore[attr-defined]
     for message in (REQUEST, Shutdown()):
         connection.inbox.put(message)
-    CoreProcess(core, connection, board).run()  # type: ignore[arg-type]
+    EngineCoreLoop(core, connection, heartbeat).run()  # type: ignore[arg-type]
     (news,) = connection.sent
     (output,) = news.outputs
     assert (output.request_id, output.finish_reason, output.error_kind) == ("r", FinishReason.ERROR, kind)
@@ -145,12 +147,14 @@ class PipelineExecutor:
         return []
 
 
-def test_the_tokens_of_all_plans_in_flight_stand_on_the_board_while_any_of_them_runs(board: ProgressBoard) -> None:
+def test_the_tokens_of_all_plans_in_flight_stand_on_the_board_while_any_of_them_runs(
+    heartbeat: SharedHeartbeat,
+) -> None:
     """The stall bound grows with them: a long prompt has its time, whatever short step was submitted after it."""
     connection, seen = Connection(), []
 
     def on_wait(num_tokens: int) -> None:
-        progress = board.read()
+        progress = heartbeat.read()
         seen.append((num_tokens, progress.scheduled_tokens, progress.is_busy))
 
     limits = SchedulerLimits(
@@ -169,34 +173,34 @@ def test_the_tokens_of_all_plans_in_flight_stand_on_the_board_while_any_of_them_
             connection.inbox.put(Shutdown())
 
     connection.send = send
-    CoreProcess(core, connection, board).run()  # type: ignore[arg-type]
+    EngineCoreLoop(core, connection, heartbeat).run()  # type: ignore[arg-type]
     assert [output.request_id for message in connection.sent for output in message.outputs] == ["long", "short"]
     assert seen == [(64, 65, True), (1, 1, True)]
-    assert (board.read().scheduled_tokens, board.read().is_busy) == (0, False)
+    assert (heartbeat.read().scheduled_tokens, heartbeat.read().is_busy) == (0, False)
 
 
-def start(monkeypatch: pytest.MonkeyPatch, board: ProgressBoard, first: StartCore) -> wire.Message:
+def start(monkeypatch: pytest.MonkeyPatch, heartbeat: SharedHeartbeat, first: StartCore) -> wire.Message:
     """What a core's process, run in this one, says of itself first."""
     monkeypatch.setattr(process, "become_child", lambda: None)
     monkeypatch.setattr(process.Connection, "_read", lambda _: None)  # it ends the process with the connection
     ours, theirs = socket.socketpair()
     with ours, ours.makefile("rb") as stream:
         ours.sendall(wire.encode(first))
-        assert process.main(theirs.detach(), os.dup(board.fd)) == 1
+        assert process.main(theirs.detach(), os.dup(heartbeat.fd)) == 1
         header = stream.read(wire.HEADER.size)
         return wire.decode(header, stream.read(wire.payload_size(header)))
 
 
 def test_what_the_engine_cannot_be_imported_for_is_told_to_the_parent(
-    monkeypatch: pytest.MonkeyPatch, board: ProgressBoard
+    monkeypatch: pytest.MonkeyPatch, heartbeat: SharedHeartbeat
 ) -> None:
     monkeypatch.setattr(process, "_import_engine", lambda: ImportError("libtorch.so: no such file"))
-    answer = start(monkeypatch, board, StartCore({}))
+    answer = start(monkeypatch, heartbeat, StartCore({}))
     assert answer == EngineFailed(ErrorKind.ENGINE_DEAD, "ImportError: libtorch.so: no such file")
 
 
 def test_the_core_has_the_variables_that_came_with_its_configuration(
-    monkeypatch: pytest.MonkeyPatch, board: ProgressBoard
+    monkeypatch: pytest.MonkeyPatch, heartbeat: SharedHeartbeat
 ) -> None:
     monkeypatch.setenv("PAGODA_TEST_DEVICES", "0")
 
@@ -204,18 +208,18 @@ def test_the_core_has_the_variables_that_came_with_its_configuration(
         raise ValueError(f"devices {os.environ['PAGODA_TEST_DEVICES']}")
 
     monkeypatch.setattr("pagoda.engine.core.startup.start_core", fail)
-    answer = start(monkeypatch, board, StartCore({}, {"PAGODA_TEST_DEVICES": "2,3"}))
+    answer = start(monkeypatch, heartbeat, StartCore({}, {"PAGODA_TEST_DEVICES": "2,3"}))
     assert answer == EngineFailed(ErrorKind.ENGINE_DEAD, "ValueError: devices 2,3")
 
 
 def test_a_core_that_gets_no_configuration_ends() -> None:
-    with LaunchedCore() as core:
+    with PrelaunchedProcess() as core:
         core.socket.shutdown(socket.SHUT_RDWR)
         assert core.process.wait(timeout=60) == 0
 
 
 def test_a_core_that_nobody_took_over_is_ended() -> None:
-    with pytest.raises(KeyError), LaunchedCore() as core:
+    with pytest.raises(KeyError), PrelaunchedProcess() as core:
         raise KeyError("the settings are wrong")
     assert core.process.returncode is not None
     assert core.socket.fileno() == -1

@@ -11,13 +11,13 @@ import pytest
 
 from pagoda.config.schema import PagodaConfig
 from pagoda.engine.client.client import ProcessEngineClient
-from pagoda.engine.client.prelaunch import LaunchedCore
+from pagoda.engine.client.prelaunch import PrelaunchedProcess
 from pagoda.engine.data_parallel import client as data_parallel
 from pagoda.engine.data_parallel.client import DataParallelClient, create_engine_client, devices_of
 from pagoda.engine.data_parallel.health import overall
 from pagoda.engine.data_parallel.router import FIRST_TYPICAL_OUTPUT
 from pagoda.engine.health import EngineHealth, EngineState
-from pagoda.engine.heartbeat import EngineProgress
+from pagoda.engine.heartbeat import EngineHeartbeat
 from pagoda.engine.messages import EngineOutput, EngineReady, EngineStats
 from pagoda.errors import (
     ConfigError,
@@ -42,7 +42,7 @@ class FakeReplica(FakeEngineClient):
     device = "cpu"
 
     def __init__(
-        self, config: PagodaConfig, *, name: str, environment: Mapping[str, str], launched: LaunchedCore | None
+        self, config: PagodaConfig, *, name: str, environment: Mapping[str, str], launched: PrelaunchedProcess | None
     ) -> None:
         super().__init__()
         self.health = EngineHealth(name)
@@ -52,10 +52,10 @@ class FakeReplica(FakeEngineClient):
         self.pinned: int | None = None
         self.refusal: PagodaError | None = None
         self.loss: EngineDeadError | None = None
-        self.sign: EngineProgress | None = None
+        self.sign: EngineHeartbeat | None = None
 
     @property
-    def progress(self) -> EngineProgress | None:
+    def heartbeat(self) -> EngineHeartbeat | None:
         return self.sign
 
     def pin_num_blocks(self, num_blocks: int) -> None:
@@ -316,12 +316,12 @@ async def test_the_first_start_is_over_when_all_replicas_are_there() -> None:
     await left.start()
     assert client.health.state is STARTING
     left.health.transition(STARTING, "lost")
-    left.health.enter_stage("weights", "40 %")
-    assert (client.health.stage, client.health.detail) == ("weights", "replica 0 of 2 40 %")
+    left.health.enter_phase("weights", "40 %")
+    assert (client.health.phase, client.health.detail) == ("weights", "replica 0 of 2 40 %")
 
 
 def test_a_process_that_is_there_already_is_the_first_replicas() -> None:
-    with LaunchedCore() as launched:
+    with PrelaunchedProcess() as launched:
         replicas = DataParallelClient(PagodaConfig(data_parallel_size=3), launched=launched).replicas
         assert [replica.launched for replica in replicas] == [launched, None, None]  # type: ignore[attr-defined]
 
@@ -362,15 +362,15 @@ async def test_replicas_on_gpus_find_out_their_own_memory_and_none_falls_back_to
 
 async def test_figures_are_sums_and_the_sign_of_life_is_the_oldest() -> None:
     client, (left, right) = await started()
-    assert client.progress is None
+    assert client.heartbeat is None
     left.stats = EngineStats(step=3, num_running=1, num_blocks=10, num_blocks_in_use=5, prefix_cache_hits=7)
     right.stats = EngineStats(step=4, num_running=2, num_blocks=10, num_blocks_in_use=0, degradation="small steps")
-    left.sign = EngineProgress(3, 50.0, 10, is_busy=True)
-    right.sign = EngineProgress(4, 40.0, 0, is_busy=False)
+    left.sign = EngineHeartbeat(3, 50.0, 10, is_busy=True)
+    right.sign = EngineHeartbeat(4, 40.0, 0, is_busy=False)
     stats = client.stats
     assert (stats.step, stats.num_running, stats.kv_cache_usage, stats.prefix_cache_hits) == (7, 3, 0.25, 7)
     assert stats.degradation == "small steps"
-    assert client.progress == EngineProgress(7, 40.0, 10, is_busy=True)
+    assert client.heartbeat == EngineHeartbeat(7, 40.0, 10, is_busy=True)
 
 
 async def test_shutting_down_is_expected_of_all() -> None:

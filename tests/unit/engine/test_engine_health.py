@@ -48,7 +48,7 @@ def test_what_holds_it_keeps_it_from_becoming_ready(caplog: pytest.LogCaptureFix
     health = EngineHealth()
     health.hold("tokenizer")
     health.transition(EngineState.READY, "the core has started")
-    assert (health.state, health.stage) == (EngineState.STARTING, "tokenizer")
+    assert (health.state, health.phase) == (EngineState.STARTING, "tokenizer")
     with caplog.at_level(logging.INFO):
         health.release("tokenizer")
     assert (health.state, health.cause) == (EngineState.READY, "the core has started")
@@ -86,8 +86,8 @@ def test_a_loss_is_logged_as_an_error_and_an_end_that_was_asked_for_is_not(caplo
 def test_listeners_hear_of_states_and_stages_until_they_unsubscribe() -> None:
     health = EngineHealth()
     heard: list[tuple[str, str]] = []
-    end = health.subscribe(lambda: heard.append((health.state, health.stage)))
-    health.enter_stage("weights")
+    end = health.subscribe(lambda: heard.append((health.state, health.phase)))
+    health.enter_phase("weights")
     health.transition(EngineState.READY, "started")
     end()
     health.transition(EngineState.DEAD, "lost")

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pagoda.engine.client.output_collector import Mailbox, merge
+from pagoda.engine.client.output_collector import RequestOutputCollector, merge
 from pagoda.engine.messages import EngineOutput
 from pagoda.errors import EngineDeadError
 from pagoda.sampling.output import FinishReason, TokenLogprobs
@@ -22,7 +22,7 @@ def output(*token_ids: int, **fields) -> EngineOutput:
 
 
 async def test_a_reader_that_was_away_gets_everything_in_one_piece() -> None:
-    mailbox = Mailbox()
+    mailbox = RequestOutputCollector()
     mailbox.put(output(1, prompt_logprobs=[None]))
     mailbox.put(output(2, 3))
     mailbox.put(output(4, finish_reason=FinishReason.STOP, stop_reason=4))
@@ -54,7 +54,7 @@ def test_what_a_slow_reader_gets_is_all_outputs_merged_and_changes_none_of_them(
 ) -> None:
     outputs[-1].finish_reason = finish_reason  # nothing follows an end
     untouched = copy.deepcopy(outputs)
-    mailbox = Mailbox()
+    mailbox = RequestOutputCollector()
     for one in outputs:
         mailbox.put(one)
     assert asyncio.run(mailbox.get()) == functools.reduce(merge, untouched)
@@ -62,7 +62,7 @@ def test_what_a_slow_reader_gets_is_all_outputs_merged_and_changes_none_of_them(
 
 
 async def test_a_reader_waits_for_news_and_gets_each_once() -> None:
-    mailbox = Mailbox()
+    mailbox = RequestOutputCollector()
     mailbox.put(output(1))
     assert (await mailbox.get()).new_token_ids == [1]
     waiting = asyncio.create_task(mailbox.get())
@@ -73,7 +73,7 @@ async def test_a_reader_waits_for_news_and_gets_each_once() -> None:
 
 
 async def test_what_came_before_a_loss_is_given_before_the_error() -> None:
-    mailbox = Mailbox()
+    mailbox = RequestOutputCollector()
     mailbox.put(output(1))
     mailbox.fail(EngineDeadError("lost"))
     assert (await mailbox.get()).new_token_ids == [1]

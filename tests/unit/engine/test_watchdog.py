@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from pagoda.engine.client.restarts import FIRST_PAUSE_SECONDS, HEALTHY_SECONDS, LONGEST_PAUSE_SECONDS, RestartPolicy
+from pagoda.engine.client.restarts import FIRST_BACKOFF_SECONDS, HEALTHY_SECONDS, LONGEST_BACKOFF_SECONDS, RestartPolicy
 from pagoda.engine.client.watchdog import Watchdog
-from pagoda.engine.heartbeat import EngineProgress, ProgressBoard
+from pagoda.engine.heartbeat import EngineHeartbeat, SharedHeartbeat
 from pagoda.scheduling.plan import StepPlan
 from pagoda.scheduling.step_timeout import stall_bound, tokens_to_wait_for
 
@@ -24,7 +24,7 @@ def seconds_until_stuck(
     while now < times[0] + limit:
         now += LOOK_SECONDS
         sign = max(time for time in times if time <= now)
-        if watch.check(EngineProgress(7, sign, scheduled_tokens, is_busy=True), now) is not None:
+        if watch.check(EngineHeartbeat(7, sign, scheduled_tokens, is_busy=True), now) is not None:
             return now - times[-1]
     return None
 
@@ -49,7 +49,7 @@ def test_a_multi_step_plan_has_time_for_all_its_steps() -> None:
 
 def test_a_watcher_that_was_stopped_itself_does_not_blame_the_core() -> None:
     watch = Watchdog(TIMEOUT)
-    progress = EngineProgress(7, 100.0, 1, is_busy=True)
+    progress = EngineHeartbeat(7, 100.0, 1, is_busy=True)
     assert watch.check(progress, 100.2) is None
     assert watch.check(progress, 1000.0) is None  # the server slept for a quarter of an hour, its core with it
     trouble = [watch.check(progress, 1000.0 + LOOK_SECONDS * look) for look in range(1, 60)]
@@ -58,11 +58,11 @@ def test_a_watcher_that_was_stopped_itself_does_not_blame_the_core() -> None:
 
 
 def test_a_core_that_never_gave_a_sign_is_not_up() -> None:
-    board = ProgressBoard()
-    assert not board.read().is_up
-    board.write(0, 0, is_busy=False)
-    assert board.read().is_up
-    board.close()
+    heartbeat = SharedHeartbeat()
+    assert not heartbeat.read().is_up
+    heartbeat.write(0, 0, is_busy=False)
+    assert heartbeat.read().is_up
+    heartbeat.close()
 
 
 def test_pauses_grow_to_a_bound_and_restarts_are_counted() -> None:
@@ -70,22 +70,22 @@ def test_pauses_grow_to_a_bound_and_restarts_are_counted() -> None:
     pauses = []
     for second in range(10):
         policy.core_started(second)
-        pauses.append(policy.pause_before_restart(second + 0.5))
-    assert pauses[:3] == [FIRST_PAUSE_SECONDS, 2 * FIRST_PAUSE_SECONDS, 4 * FIRST_PAUSE_SECONDS]
-    assert pauses[7:] == [LONGEST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS, None]
+        pauses.append(policy.backoff(second + 0.5))
+    assert pauses[:3] == [FIRST_BACKOFF_SECONDS, 2 * FIRST_BACKOFF_SECONDS, 4 * FIRST_BACKOFF_SECONDS]
+    assert pauses[7:] == [LONGEST_BACKOFF_SECONDS, LONGEST_BACKOFF_SECONDS, None]
 
 
 def test_a_core_that_lived_long_earns_its_restarts_back() -> None:
     policy = RestartPolicy("restart", 1)
     policy.core_started(0.0)
-    assert policy.pause_before_restart(1.0) == FIRST_PAUSE_SECONDS
+    assert policy.backoff(1.0) == FIRST_BACKOFF_SECONDS
     policy.core_started(2.0)
-    assert policy.pause_before_restart(3.0 + HEALTHY_SECONDS) == FIRST_PAUSE_SECONDS
+    assert policy.backoff(3.0 + HEALTHY_SECONDS) == FIRST_BACKOFF_SECONDS
     policy.core_started(4.0 + HEALTHY_SECONDS)
-    assert policy.pause_before_restart(5.0 + HEALTHY_SECONDS) is None
+    assert policy.backoff(5.0 + HEALTHY_SECONDS) is None
 
 
 def test_policy_exit_never_restarts() -> None:
     policy = RestartPolicy("exit", 9)
     policy.core_started(0.0)
-    assert policy.pause_before_restart(1.0) is None
+    assert policy.backoff(1.0) is None

@@ -19,13 +19,13 @@ from pagoda.models.loading.loader import initialize_dummy_weights, load_weights
 from pagoda.models.loading.packed import (
     PackedEmbedding,
     PackedLinearMethod,
-    awaited_layers,
+    deferred_layers,
     linear_layers,
     weight_bytes,
 )
 from pagoda.models.quantization.schemes import choose_quantization
 from pagoda.models.weight_size import expected_weight_bytes
-from pagoda.parallel.groups import SINGLE_RANK, ParallelGroups, PipelineLink, TensorGroup
+from pagoda.parallel.groups import SINGLE_RANK, ParallelGroups, PipelineParallelGroup, TensorParallelGroup
 from pagoda.parallel.layout import ParallelLayout
 from pagoda_kernels.reference.linear import unpack
 from tests.support.kernel_backends import reference_kernels
@@ -46,7 +46,7 @@ CONFIG = {
 }
 
 
-class UnconnectedTensorGroup(TensorGroup):
+class UnconnectedTensorGroup(TensorParallelGroup):
     """A rank's place in a group in which nobody else has anything to add."""
 
     def __init__(self, rank: int, size: int) -> None:
@@ -64,9 +64,9 @@ def model_of(
 
 
 def groups_of(layout: ParallelLayout, rank: int) -> ParallelGroups:
-    place = layout.place(rank)
+    place = layout.coordinates(rank)
     tensor = UnconnectedTensorGroup(place.tensor_rank, layout.tensor_parallel_size)
-    return ParallelGroups(layout, place, tensor, PipelineLink())
+    return ParallelGroups(layout, place, tensor, PipelineParallelGroup())
 
 
 def save_random(directory: Path, dtype: torch.dtype = torch.float32, **overrides: Any) -> dict[str, torch.Tensor]:
@@ -104,7 +104,7 @@ def test_every_rank_packs_its_part_of_each_tensor(sizes: tuple[int, int], tied: 
     for rank in range(layout.world_size):
         model = model_of(groups_of(layout, rank), tie_word_embeddings=tied)
         load_weights(model, tmp_path)
-        assert not awaited_layers(model)
+        assert not deferred_layers(model)
         for name, index, rows in packed_parts(model):
             assert torch.equal(rows, tensors[name][index]), name
         for name, target in model.weight_targets().items():
@@ -194,7 +194,7 @@ def test_made_up_weights_are_the_same_packed_or_not_on_all_ranks(tied: bool) -> 
             model = model_of(groups_of(layout, rank), tie_word_embeddings=tied)
             initialize_dummy_weights(model, seed=5)
             weight = model.layers[0].mlp.down_proj.method.weight
-            name = f"model.layers.{model.share.layers[0]}.mlp.down_proj.weight"
+            name = f"model.layers.{model.shard.layers[0]}.mlp.down_proj.weight"
             assert torch.equal(unpack(weight), expected[name][:, model.layers[0].mlp.down_proj.inputs.slice])
 
 

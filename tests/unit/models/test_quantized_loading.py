@@ -15,9 +15,9 @@ from pagoda.models.build import build_model
 from pagoda.models.config import ModelConfig
 from pagoda.models.decoder import DecoderForCausalLM
 from pagoda.models.loading.loader import initialize_dummy_weights, load_weights
-from pagoda.models.loading.packed import PackedLinearMethod, awaited_layers
+from pagoda.models.loading.packed import PackedLinearMethod, deferred_layers
 from pagoda.models.quantization.schemes import choose_quantization
-from pagoda.parallel.groups import ParallelGroups, PipelineLink, TensorGroup
+from pagoda.parallel.groups import ParallelGroups, PipelineParallelGroup, TensorParallelGroup
 from pagoda.parallel.layout import ParallelLayout
 from pagoda_kernels.reference.linear import unpack
 from tests.support.kernel_backends import reference_kernels
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("reference_kernels")
 SIZES = (64, 64, 96)
 
 
-class UnconnectedTensorGroup(TensorGroup):
+class UnconnectedTensorGroup(TensorParallelGroup):
     """A rank's place in a group that is never used."""
 
     def __init__(self, rank: int, size: int) -> None:
@@ -41,7 +41,7 @@ class UnconnectedTensorGroup(TensorGroup):
 def weights_of(model: DecoderForCausalLM) -> dict[str, torch.Tensor]:
     """The quantized layers' weights, dequantized, part by part."""
     weights = {}
-    for index, layer in zip(model.share.layers, model.layers, strict=True):
+    for index, layer in zip(model.shard.layers, model.layers, strict=True):
         for linear in (layer.self_attn.qkv_proj, layer.self_attn.o_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj):
             assert isinstance(linear.method, PackedLinearMethod)
             module = "mlp" if "down_proj" in linear.parts or "gate_proj" in linear.parts else "self_attn"
@@ -57,7 +57,9 @@ def ranks_of(directory: Path, size: int, quantization: Any) -> list[DecoderForCa
     layout = ParallelLayout(size, 1)
     models = []
     for rank in range(size):
-        groups = ParallelGroups(layout, layout.place(rank), UnconnectedTensorGroup(rank, size), PipelineLink())
+        groups = ParallelGroups(
+            layout, layout.coordinates(rank), UnconnectedTensorGroup(rank, size), PipelineParallelGroup()
+        )
         model = build_model(ModelConfig.from_directory(directory), torch.float32, "cpu", groups, quantization)
         load_weights(model, directory)
         models.append(model)
@@ -141,7 +143,7 @@ def test_made_up_weights_are_those_of_the_float_model_rounded() -> None:
     quantized = build_model(config, torch.float32, quantization=choose_quantization("int8", None, None, SIZES))
     for model in (plain, quantized):
         initialize_dummy_weights(model, seed=5)
-    assert not awaited_layers(quantized)
+    assert not deferred_layers(quantized)
     weight = plain.weight_targets()["model.layers.0.mlp.up_proj.weight"].destination
     rounded = weights_of(quantized)["model.layers.0.mlp.up_proj.weight"]
     assert torch.equal(rounded, unpack(quantize_int8(weight)))

@@ -17,7 +17,7 @@ from pagoda.models.config import ModelConfig
 from pagoda.models.decoder import DecoderForCausalLM
 from pagoda.models.loading import checkpoint
 from pagoda.models.loading.loader import initialize_dummy_weights, load_weights
-from pagoda.parallel.groups import ParallelGroups, PipelineLink, TensorGroup
+from pagoda.parallel.groups import ParallelGroups, PipelineParallelGroup, TensorParallelGroup
 from pagoda.parallel.layout import ParallelLayout
 
 CONFIG = {
@@ -35,7 +35,7 @@ LAYOUTS = [(2, 1), (4, 1), (1, 3), (2, 2)]
 NAMES = ["tp2", "tp4", "pp3", "tp2-pp2"]
 
 
-class UnconnectedTensorGroup(TensorGroup):
+class UnconnectedTensorGroup(TensorParallelGroup):
     """A rank's place in a group that is never used."""
 
     def __init__(self, rank: int, size: int) -> None:
@@ -44,9 +44,9 @@ class UnconnectedTensorGroup(TensorGroup):
 
 
 def rank_model(layout: ParallelLayout, rank: int, **overrides: Any) -> DecoderForCausalLM:
-    place = layout.place(rank)
+    place = layout.coordinates(rank)
     tensor = UnconnectedTensorGroup(place.tensor_rank, layout.tensor_parallel_size)
-    groups = ParallelGroups(layout, place, tensor, PipelineLink())
+    groups = ParallelGroups(layout, place, tensor, PipelineParallelGroup())
     return build_model(ModelConfig.from_dicts({**CONFIG, **overrides}), torch.float32, "cpu", groups)
 
 
@@ -170,7 +170,7 @@ def test_tied_head_is_loaded_from_either_name_on_its_stage(sizes: tuple[int, int
     save_file({**tensors, "lm_head.weight": embedding}, tmp_path / "model.safetensors")
     for model in rank_models(sizes, tie_word_embeddings=True):
         load_weights(model, tmp_path)
-        rows = model.share.vocabulary
+        rows = model.shard.vocabulary
         for layer in (model.embed_tokens, model.lm_head):
             if layer is not None:
                 assert torch.equal(layer.weight[: rows.length], embedding[rows.slice])

@@ -8,7 +8,7 @@ import pytest
 
 from pagoda.errors import ConfigError
 from pagoda.models.config import ModelConfig
-from pagoda.models.sharding import ModelShare, Shard, check_layout
+from pagoda.models.sharding import ModelShard, Shard, check_layout
 from pagoda.parallel.layout import ParallelLayout
 
 
@@ -28,17 +28,17 @@ def config_of(**values: Any) -> ModelConfig:
 
 def test_ranks_of_a_stage_are_neighbours_and_the_last_stage_samples() -> None:
     layout = ParallelLayout(2, 3)
-    places = [layout.place(rank) for rank in range(6)]
+    places = [layout.coordinates(rank) for rank in range(6)]
     assert [(place.pipeline_stage, place.tensor_rank) for place in places] == [
         (0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1),
     ]  # fmt: skip
-    assert [place.rank for place in places if place.is_output] == [layout.output_rank] == [4]
+    assert [place.rank for place in places if place.is_sampling_rank] == [layout.sampling_rank] == [4]
     assert [place.rank for place in places if place.is_first_stage] == [0, 1]
     assert [place.rank for place in places if place.is_last_stage] == [4, 5]
     assert list(layout.tensor_group(1)) == [2, 3]
     assert list(layout.pipeline_group(1)) == [1, 3, 5]
     with pytest.raises(ValueError, match="no rank 6 among 6"):
-        layout.place(6)
+        layout.coordinates(6)
 
 
 @pytest.mark.parametrize(("stages", "sizes"), [(1, [7]), (2, [4, 3]), (3, [3, 2, 2]), (7, [1] * 7)])
@@ -64,19 +64,19 @@ def test_even_shards_cover_a_dimension_once_with_padding_at_the_end(size: int, n
 
 
 def test_kv_heads_are_shared_where_there_are_fewer_than_ranks() -> None:
-    shares = [ModelShare.of(config_of(), ParallelLayout(8, 1), rank) for rank in range(8)]
-    assert [share.kv_heads.start for share in shares] == [0, 0, 0, 0, 1, 1, 1, 1]
-    for share in shares:
+    shards = [ModelShard.of(config_of(), ParallelLayout(8, 1), rank) for rank in range(8)]
+    assert [shard.kv_heads.start for shard in shards] == [0, 0, 0, 0, 1, 1, 1, 1]
+    for shard in shards:
         # Every query head finds the KV head of its group: 8 heads in 2 groups of 4.
-        assert share.kv_heads.start == share.heads.start // 4
-        assert share.kv_heads.size == 1
+        assert shard.kv_heads.start == shard.heads.start // 4
+        assert shard.kv_heads.size == 1
 
 
 def test_kv_memory_is_that_of_the_layers_and_heads_of_the_rank() -> None:
     config = config_of()
-    assert ModelShare.of(config, ParallelLayout(), 0).kv_bytes_per_token(2) == config.kv_bytes_per_token(2)
-    assert ModelShare.of(config, ParallelLayout(2, 2), 0).kv_bytes_per_token(2) == 2 * 4 * 1 * 16 * 2
-    assert ModelShare.of(config, ParallelLayout(4, 2), 7).kv_bytes_per_token(2) == 2 * 3 * 1 * 16 * 2
+    assert ModelShard.of(config, ParallelLayout(), 0).kv_bytes_per_token(2) == config.kv_bytes_per_token(2)
+    assert ModelShard.of(config, ParallelLayout(2, 2), 0).kv_bytes_per_token(2) == 2 * 4 * 1 * 16 * 2
+    assert ModelShard.of(config, ParallelLayout(4, 2), 7).kv_bytes_per_token(2) == 2 * 3 * 1 * 16 * 2
 
 
 @pytest.mark.parametrize(

@@ -4,14 +4,14 @@ import pytest
 import torch
 
 from pagoda.errors import CommunicationError
-from pagoda.parallel.groups import ParallelGroups, PipelineLink, TensorGroup
+from pagoda.parallel.groups import ParallelGroups, PipelineParallelGroup, TensorParallelGroup
 from pagoda.parallel.layout import ParallelLayout
 from pagoda.parallel.preflight import CommunicationReport, LinkReport, check_communication, communication_table
 
 CPU = torch.device("cpu")
 
 
-class OtherRank(TensorGroup):
+class OtherRank(TensorParallelGroup):
     """A group of ranks 0 and 1 as rank 0 sees it; `gives` is what arrives from rank 1."""
 
     size = 2
@@ -25,7 +25,7 @@ class OtherRank(TensorGroup):
         return values
 
 
-class StageBefore(PipelineLink):
+class StageBefore(PipelineParallelGroup):
     """The link of the second stage of two; `noise` is added to what the first one sends."""
 
     def __init__(self, noise: int = 0) -> None:
@@ -42,14 +42,14 @@ class StageBefore(PipelineLink):
         return into
 
 
-def tensor_groups(group: TensorGroup) -> ParallelGroups:
+def tensor_groups(group: TensorParallelGroup) -> ParallelGroups:
     layout = ParallelLayout(2, 1)
-    return ParallelGroups(layout, layout.place(0), group, PipelineLink())
+    return ParallelGroups(layout, layout.coordinates(0), group, PipelineParallelGroup())
 
 
-def pipeline_groups(link: PipelineLink) -> ParallelGroups:
+def pipeline_groups(link: PipelineParallelGroup) -> ParallelGroups:
     layout = ParallelLayout(1, 2)
-    return ParallelGroups(layout, layout.place(1), TensorGroup(), link)
+    return ParallelGroups(layout, layout.coordinates(1), TensorParallelGroup(), link)
 
 
 def test_a_group_that_adds_up_is_measured() -> None:

@@ -37,7 +37,7 @@ def connect(
 def test_single_rank_needs_nobody_and_gives_back_what_it_gets() -> None:
     assert connect(1, 0, ParallelLayout()) is SINGLE_RANK
     values = torch.ones(2, 3)
-    tensor = SINGLE_RANK.tensor
+    tensor = SINGLE_RANK.tp_group
     assert tensor.all_reduce(values) is values
     assert tensor.all_gather(values, 1) is values
     assert tensor.gather(values, 1) is values

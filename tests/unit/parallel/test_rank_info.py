@@ -9,17 +9,17 @@ import pytest
 from pagoda.config.schema import PagodaConfig
 from pagoda.models.dummy import DummySpec, write_dummy_checkpoint
 from pagoda.parallel.rank_info import (
-    RankFacts,
-    compare_facts,
+    RankInfo,
     configuration_hash,
     describe_rank,
-    facts_table,
+    find_mismatches,
     model_hash,
+    rank_table,
 )
 
 
-def facts(rank: int, host: str, **changed: object) -> RankFacts:
-    like = RankFacts(
+def info(rank: int, host: str, **changed: object) -> RankInfo:
+    like = RankInfo(
         rank=rank,
         host=host,
         pid=100 + rank,
@@ -41,8 +41,8 @@ def facts(rank: int, host: str, **changed: object) -> RankFacts:
 
 
 def test_equal_ranks_may_differ_in_place_memory_and_card() -> None:
-    other = facts(1, "b", memory_bytes=2**33, device_name="another CPU", interface="eth1")
-    assert compare_facts([facts(0, "a"), other]) == []
+    other = info(1, "b", memory_bytes=2**33, device_name="another CPU", interface="eth1")
+    assert find_mismatches([info(0, "a"), other]) == []
 
 
 @pytest.mark.parametrize(
@@ -60,21 +60,21 @@ def test_equal_ranks_may_differ_in_place_memory_and_card() -> None:
     ],
 )
 def test_a_difference_names_ranks_hosts_and_both_values(changed: dict[str, str], words: str) -> None:
-    sentences = compare_facts([facts(0, "a"), facts(1, "a"), facts(2, "b", **changed)])
+    sentences = find_mismatches([info(0, "a"), info(1, "a"), info(2, "b", **changed)])
     assert len(sentences) == 1
     assert words in sentences[0]
 
 
 def test_a_loopback_is_of_no_use_to_ranks_on_several_hosts() -> None:
     local = {"interface": "lo", "address": "127.0.0.1"}
-    assert compare_facts([facts(0, "a", **local), facts(1, "a", **local)]) == []
-    assert compare_facts([facts(0, "a", **local), facts(1, "b")]) == [
+    assert find_mismatches([info(0, "a", **local), info(1, "a", **local)]) == []
+    assert find_mismatches([info(0, "a", **local), info(1, "b")]) == [
         "rank 0 on a talks over lo (127.0.0.1), which no other host reaches; set network_interface"
     ]
 
 
 def test_every_difference_has_its_own_sentence() -> None:
-    sentences = compare_facts([facts(0, "a"), facts(1, "b", torch="2.12.0", model_hash="xyz")])
+    sentences = find_mismatches([info(0, "a"), info(1, "b", torch="2.12.0", model_hash="xyz")])
     assert [sentence.split(" differ")[0] for sentence in sentences] == [
         "versions of torch",
         "checkpoints (hash of config.json and the weights' index)",
@@ -99,7 +99,7 @@ def test_a_rank_describes_the_process_it_runs_in(tmp_path: Path) -> None:
     assert described.model_hash == model_hash(checkpoint)
     assert described.ray is None
     assert described.where.startswith("rank 3 on ")
-    assert "over lo (127.0.0.1)" in facts_table([described])[0]
+    assert "over lo (127.0.0.1)" in rank_table([described])[0]
 
 
 def test_the_model_hash_is_that_of_content_not_of_place(tmp_path: Path) -> None:

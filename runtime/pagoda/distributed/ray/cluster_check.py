@@ -15,14 +15,14 @@ from pagoda.config.schema import PagodaConfig
 from pagoda.distributed.ray.cluster import cluster_nodes, connect_cluster
 from pagoda.errors import PagodaError
 from pagoda.parallel.interfaces import choose_interface, export_interface, host_interfaces, listen_on
-from pagoda.parallel.rank_info import RankFacts, compare_facts, installed_version, python_series
+from pagoda.parallel.rank_info import RankInfo, find_mismatches, installed_version, python_series
 
 _LOOK_SECONDS = 60.0
 _CHECK_SECONDS = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class NodeSurvey:
+class NodeReport:
     """One node. `interface`: what its ranks would use, None where that fails; `problem` then says why.
 
     `latency_seconds`, `bytes_per_second`: to the other nodes, and from the one before it; None where not measured.
@@ -41,11 +41,11 @@ class NodeSurvey:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ClusterSurvey:
+class ClusterReport:
     """The cluster at `address`, and everything that is wrong with it, a sentence each."""
 
     address: str
-    nodes: tuple[NodeSurvey, ...]
+    nodes: tuple[NodeReport, ...]
     problems: tuple[str, ...]
 
 
@@ -102,7 +102,7 @@ class NodeProbe:
         return {} if report.pipeline is None else asdict(report.pipeline)
 
 
-def survey(config: PagodaConfig, on_progress: Callable[[str], None]) -> ClusterSurvey:
+def check_cluster(config: PagodaConfig, on_progress: Callable[[str], None]) -> ClusterReport:
     """Look at the cluster that `ray_address` names, or that this machine belongs to.
 
     Raises:
@@ -117,17 +117,17 @@ def survey(config: PagodaConfig, on_progress: Callable[[str], None]) -> ClusterS
     looks = _answers([actor.look.remote(config.network_interface, route_to) for actor in actors], _LOOK_SECONDS)
     nodes = [_node(node, look) for node, look in zip(listed, looks, strict=True)]
     problems = [f"{node.host}: {node.problem}" for node in nodes if node.problem]
-    problems += compare_facts([_facts(rank, look) for rank, look in enumerate(looks) if "interface" in look])
+    problems += find_mismatches([_rank_info(rank, look) for rank, look in enumerate(looks) if "interface" in look])
     if not problems and len(nodes) > 1:
         on_progress("trying the network between the nodes")
         nodes, found = _communicate(nodes, looks, actors)
         problems += found
-    return ClusterSurvey(address=cluster.address, nodes=tuple(nodes), problems=tuple(problems))
+    return ClusterReport(address=cluster.address, nodes=tuple(nodes), problems=tuple(problems))
 
 
 def _communicate(
-    nodes: list[NodeSurvey], looks: list[dict[str, Any]], actors: list[Any]
-) -> tuple[list[NodeSurvey], list[str]]:
+    nodes: list[NodeReport], looks: list[dict[str, Any]], actors: list[Any]
+) -> tuple[list[NodeReport], list[str]]:
     """The nodes with what they measured, and what is wrong, the same thing once."""
     first = looks[0]
     calls = [
@@ -173,8 +173,8 @@ def _answers(calls: list[Any], timeout_seconds: float) -> list[dict[str, Any]]:
     return answers
 
 
-def _node(node: dict[str, Any], look: dict[str, Any]) -> NodeSurvey:
-    return NodeSurvey(
+def _node(node: dict[str, Any], look: dict[str, Any]) -> NodeReport:
+    return NodeReport(
         host=look.get("host", node["NodeManagerHostname"]),
         address=node["NodeManagerAddress"],
         cpus=node["Resources"].get("CPU", 0.0),
@@ -186,10 +186,10 @@ def _node(node: dict[str, Any], look: dict[str, Any]) -> NodeSurvey:
     )
 
 
-def _facts(rank: int, look: dict[str, Any]) -> RankFacts:
-    """The facts of a node as far as there are any without a model: what is left out is equal for all."""
+def _rank_info(rank: int, look: dict[str, Any]) -> RankInfo:
+    """What a rank there would say of itself, as far as that is known without a model; what is left out is equal for all."""
     versions = look["versions"]
-    return RankFacts(
+    return RankInfo(
         rank=rank,
         host=look["host"],
         pid=0,

@@ -21,7 +21,7 @@ from pagoda.distributed.rank_group import RankGroup
 from pagoda.distributed.rank_launcher import RankConnection, RankLauncher
 from pagoda.distributed.ray.actor import PagodaRank
 from pagoda.distributed.ray.cluster import RayCluster, bundles_in_order, connect_cluster, release, reserve, within
-from pagoda.distributed.ray.listener import AdmittedRank, RankListener
+from pagoda.distributed.ray.listener import ConnectedRank, RankListener
 from pagoda.errors import CommunicationError, PagodaError
 from pagoda.models.config import ModelConfig
 from pagoda.parallel.layout import ParallelLayout
@@ -85,13 +85,13 @@ class RayLauncher(RankLauncher):
                 self._raise_for_ended(missing)
                 on_progress(f"{num_ranks - len(missing)} of {num_ranks} ranks are connected")
 
-            admitted = listener.accept_all(deadline, look)
-        hosts = _names(admitted)
+            connected = listener.accept_all(deadline, look)
+        hosts = _names(connected)
         logger.info("ranks: %s", ", ".join(f"{rank} on {host}" for rank, host in enumerate(hosts)))
         return [
             # Ray shows an actor its own GPU and no other.
             RankConnection(item.socket, host, listener.address, device_index=0)
-            for item, host in zip(admitted, hosts, strict=True)
+            for item, host in zip(connected, hosts, strict=True)
         ]
 
     def _start_actors(self, num_ranks: int, room: PlacementGroup, listener: RankListener) -> None:
@@ -103,7 +103,7 @@ class RayLauncher(RankLauncher):
         bundles = bundles_in_order(room)
         for rank in range(num_ranks):
             place = PlacementGroupSchedulingStrategy(
-                room, placement_group_bundle_index=bundles[self._layout.place(rank).pipeline_stage]
+                room, placement_group_bundle_index=bundles[self._layout.coordinates(rank).pipeline_stage]
             )
             handle = actor.options(
                 num_cpus=0 if is_cuda else 1, num_gpus=1 if is_cuda else 0, scheduling_strategy=place, max_restarts=0
@@ -168,11 +168,11 @@ class RayLauncher(RankLauncher):
             logger.warning("the Ray head does not answer: it ends the ranks when it misses this process")
 
 
-def _names(admitted: list[AdmittedRank]) -> list[str]:
+def _names(connected: list[ConnectedRank]) -> list[str]:
     """A name for each rank's host that no other host has."""
-    hosts = {(item.host, item.address) for item in admitted}
+    hosts = {(item.host, item.address) for item in connected}
     count = Counter(host for host, _ in hosts)
-    return [item.host if count[item.host] == 1 else f"{item.host} ({item.address})" for item in admitted]
+    return [item.host if count[item.host] == 1 else f"{item.host} ({item.address})" for item in connected]
 
 
 def _in_words(error: Any) -> str:

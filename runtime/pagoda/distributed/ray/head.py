@@ -142,7 +142,7 @@ def _find(owner: int) -> PublishedState | None:
 
 
 def _is_up(state: PublishedState) -> bool:
-    return state.stage == READY and trouble_with(*split_address(state.detail)) is None
+    return state.phase == READY and trouble_with(*split_address(state.detail)) is None
 
 
 def last_words(text: str) -> str:

@@ -43,7 +43,7 @@ _ANSWER = struct.Struct(f"!{_CHALLENGE_BYTES}sIB")
 
 
 @dataclass(frozen=True, slots=True)
-class AdmittedRank:
+class ConnectedRank:
     """A rank that proved itself: its connection, and its host's name and address."""
 
     socket: socket.socket
@@ -57,7 +57,7 @@ class RankListener:
     def __init__(self, address: str, num_ranks: int) -> None:
         self.secret = secrets.token_bytes(SECRET_BYTES)
         self._num_ranks = num_ranks
-        self._admitted: dict[int, AdmittedRank] = {}
+        self._ranks: dict[int, ConnectedRank] = {}
         self._lock = threading.Lock()
         self._handshakes = threading.BoundedSemaphore(_MAX_HANDSHAKES)
         self._is_open = True
@@ -76,16 +76,16 @@ class RankListener:
         with self._lock:
             self._is_open = False
             if kind is not None:
-                for admitted in self._admitted.values():
-                    admitted.socket.close()
+                for connected in self._ranks.values():
+                    connected.socket.close()
 
     @property
     def missing(self) -> list[int]:
         """Ranks that are not there yet."""
         with self._lock:
-            return [rank for rank in range(self._num_ranks) if rank not in self._admitted]
+            return [rank for rank in range(self._num_ranks) if rank not in self._ranks]
 
-    def accept_all(self, deadline: float, on_look: Callable[[list[int]], None]) -> list[AdmittedRank]:
+    def accept_all(self, deadline: float, on_look: Callable[[list[int]], None]) -> list[ConnectedRank]:
         """Wait for all ranks, until `deadline` (`time.monotonic()`); in the order of ranks.
 
         `on_look` is called a few times a second with the missing ranks; what it raises ends the wait.
@@ -106,26 +106,26 @@ class RankListener:
             except TimeoutError:
                 continue
             if self._handshakes.acquire(blocking=False):
-                threading.Thread(target=self._admit, args=(connected, peer[0]), daemon=True).start()
+                threading.Thread(target=self._handshake, args=(connected, peer[0]), daemon=True).start()
             else:
                 connected.close()
         with self._lock:
-            return [self._admitted[rank] for rank in range(self._num_ranks)]
+            return [self._ranks[rank] for rank in range(self._num_ranks)]
 
-    def _admit(self, connected: socket.socket, peer: str) -> None:
+    def _handshake(self, connected: socket.socket, peer: str) -> None:
         try:
-            rank, admitted = self._challenge(connected, peer)
+            rank, connected_rank = self._challenge(connected, peer)
             with self._lock:
-                if not self._is_open or rank in self._admitted:
+                if not self._is_open or rank in self._ranks:
                     raise PermissionError(f"a second rank {rank}, or too late")
-                self._admitted[rank] = admitted
+                self._ranks[rank] = connected_rank
         except (OSError, ValueError, EOFError) as error:
             logger.warning("a connection from %s was refused: %s", peer, error or type(error).__name__)
             connected.close()
         finally:
             self._handshakes.release()
 
-    def _challenge(self, connected: socket.socket, peer: str) -> tuple[int, AdmittedRank]:
+    def _challenge(self, connected: socket.socket, peer: str) -> tuple[int, ConnectedRank]:
         deadline = time.monotonic() + _HANDSHAKE_SECONDS
         challenge = secrets.token_bytes(_CHALLENGE_BYTES)
         connected.settimeout(_HANDSHAKE_SECONDS)
@@ -140,7 +140,7 @@ class RankListener:
             raise ValueError(f"there is no rank {rank}")
         connected.sendall(_proof(self.secret, both, b"driver", rank))
         connected.settimeout(None)
-        return rank, AdmittedRank(connected, host.decode(errors="replace"), peer)
+        return rank, ConnectedRank(connected, host.decode(errors="replace"), peer)
 
 
 def connect_to_driver(

@@ -19,14 +19,14 @@ from dataclasses import replace
 from typing_extensions import override
 
 from pagoda.config.schema import PagodaConfig
-from pagoda.engine.client.core_handle import CoreChild
-from pagoda.engine.client.output_collector import Mailbox
-from pagoda.engine.client.prelaunch import LaunchedCore
+from pagoda.engine.client.core_handle import EngineCoreHandle
+from pagoda.engine.client.output_collector import RequestOutputCollector
+from pagoda.engine.client.prelaunch import PrelaunchedProcess
 from pagoda.engine.client.restarts import RestartPolicy
 from pagoda.engine.client.service_rate import ServiceRate
 from pagoda.engine.client.watchdog import Watchdog
 from pagoda.engine.health import EngineHealth, EngineState
-from pagoda.engine.heartbeat import EngineProgress
+from pagoda.engine.heartbeat import EngineHeartbeat
 from pagoda.engine.messages import (
     AbortRequests,
     EngineFailed,
@@ -34,7 +34,7 @@ from pagoda.engine.messages import (
     EngineOutputs,
     EngineRanks,
     EngineReady,
-    EngineStage,
+    EngineStartupPhase,
     EngineStats,
     Shutdown,
 )
@@ -122,14 +122,14 @@ class ProcessEngineClient(EngineClient):
         *,
         name: str = "engine",
         environment: Mapping[str, str] | None = None,
-        launched: LaunchedCore | None = None,
+        launched: PrelaunchedProcess | None = None,
     ) -> None:
         super().__init__(name)
         self._config = config
         self._environment = environment
         self._launched = launched
         self._request_numbers = itertools.count()
-        self._mailboxes: dict[str, Mailbox] = {}  # by the engine's request id
+        self._mailboxes: dict[str, RequestOutputCollector] = {}  # by the engine's request id
         self._service_rate = ServiceRate()
         self._restarts = RestartPolicy(config.on_engine_failure, config.max_engine_restarts)
         self._pause: float | None = None  # before the next core; None: there will be none
@@ -167,7 +167,7 @@ class ProcessEngineClient(EngineClient):
             self._service_rate.resume(time.monotonic())
         # The engine's id is unique: a client may reuse an id, and outputs of the first request must not reach the second.
         request_id = f"{request.request_id}#{next(self._request_numbers)}"
-        mailbox = self._mailboxes[request_id] = Mailbox()
+        mailbox = self._mailboxes[request_id] = RequestOutputCollector()
         is_over = False
         try:
             child.send(replace(request, request_id=request_id))
@@ -189,7 +189,7 @@ class ProcessEngineClient(EngineClient):
             raise EngineDeadError(f"the engine is dead: {self.health.cause}")
         child = self._child
         if not self.health.accepts_requests or self.ready is None or child is None or not child.is_connected:
-            raise EngineNotReadyError(f"the engine is {self.health.state} (stage: {self.health.stage})")
+            raise EngineNotReadyError(f"the engine is {self.health.state} (stage: {self.health.phase})")
         waiting = len(self._mailboxes) - self.ready.max_num_seqs
         if waiting >= self._config.max_num_waiting:
             raise self._error_of(
@@ -292,13 +292,13 @@ class ProcessEngineClient(EngineClient):
         self._is_lost = True
         self.ranks = [replace(rank, is_up=False) for rank in self.ranks]
         may_restart = self._started.done() and self.health.state not in (EngineState.DRAINING, EngineState.DEAD)
-        self._pause = self._restarts.pause_before_restart(time.monotonic()) if may_restart else None
+        self._pause = self._restarts.backoff(time.monotonic()) if may_restart else None
         if self._pause is None:
             self.health.transition(EngineState.DEAD, str(cause))
         else:
             when = f"{self._restarts.attempt}, in {self._pause:g} s"
             self.health.transition(EngineState.STARTING, str(cause))
-            self.health.enter_stage("restart", when)
+            self.health.enter_phase("restart", when)
             logger.warning("restarting the %s: %s", self.health.name, when)
         self._fail_requests(str(cause), was_killed=isinstance(cause, EngineDeadError) and cause.was_killed)
         if not self._started.done():
@@ -319,7 +319,7 @@ class ProcessEngineClient(EngineClient):
             elif now > deadline:
                 failure = (
                     f"the engine was not ready after engine_start_timeout_seconds={start_timeout:g} "
-                    f"(stage: {self.health.stage} {self.health.detail})"
+                    f"(stage: {self.health.phase} {self.health.detail})"
                 )
             if failure is not None and not self._ending.is_set():
                 logger.error("%s; killing it", failure)

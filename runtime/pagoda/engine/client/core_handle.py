@@ -11,20 +11,20 @@ from contextlib import suppress
 
 from pagoda.config.schema import PagodaConfig
 from pagoda.engine import wire
-from pagoda.engine.client.prelaunch import LaunchedCore
-from pagoda.engine.heartbeat import EngineProgress
+from pagoda.engine.client.prelaunch import PrelaunchedProcess
+from pagoda.engine.heartbeat import EngineHeartbeat
 from pagoda.engine.messages import StartCore
 from pagoda.process_control import STACKS_SIGNAL
 
 _STACKS_SECONDS = 0.5
 
 
-class CoreChild:
+class EngineCoreHandle:
     """A running core process. Made by `start`; ended by `reap`, which must be called once."""
 
-    def __init__(self, core: LaunchedCore, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(self, core: PrelaunchedProcess, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.process = core.process
-        self._board = core.board
+        self._heartbeat = core.heartbeat
         self._reader = reader
         self._writer = writer
         self.is_connected = True
@@ -32,13 +32,16 @@ class CoreChild:
 
     @classmethod
     async def start(
-        cls, config: PagodaConfig, environment: Mapping[str, str] | None = None, launched: LaunchedCore | None = None
-    ) -> CoreChild:
-        """Start a core with this configuration; it reports its stages from here on.
+        cls,
+        config: PagodaConfig,
+        environment: Mapping[str, str] | None = None,
+        launched: PrelaunchedProcess | None = None,
+    ) -> EngineCoreHandle:
+        """Start a core with this configuration; it reports its start-up phases from here on.
 
         `environment`: variables that it gets beside those of this process. `launched`: its process, where there is one.
         """
-        core = (launched or LaunchedCore()).take()
+        core = (launched or PrelaunchedProcess()).take()
         reader, writer = await asyncio.open_unix_connection(sock=core.socket)
         child = cls(core, reader, writer)
         child.send(StartCore(config.without_secrets(), dict(environment or {})))
@@ -96,6 +99,6 @@ class CoreChild:
             await asyncio.sleep(0.01)
         self.is_connected = False
         self._writer.close()
-        self._board.close()
+        self._heartbeat.close()
         code = self.process.returncode
         return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"

@@ -15,7 +15,7 @@ from pagoda.errors import PagodaError
 T = TypeVar("T")
 
 
-class Mailbox:
+class RequestOutputCollector:
     """One writer (the connection to the core), one reader (the request's coroutine), on one event loop."""
 
     def __init__(self) -> None:

@@ -12,7 +12,7 @@ import sys
 from types import TracebackType
 from typing import Self
 
-from pagoda.engine.heartbeat import ProgressBoard
+from pagoda.engine.heartbeat import SharedHeartbeat
 
 
 class LaunchedCore:
@@ -25,13 +25,13 @@ class LaunchedCore:
     def __init__(self) -> None:
         """Launch. Raises `OSError` where there can be no process."""
         self.socket, theirs = socket.socketpair()
-        self.board = ProgressBoard()
+        self.heartbeat = SharedHeartbeat()
         self._is_taken = False
         try:
             with theirs:
                 self.process = subprocess.Popen(
-                    [sys.executable, "-m", "pagoda.engine.core.process", str(theirs.fileno()), str(self.board.fd)],
-                    pass_fds=(theirs.fileno(), self.board.fd),
+                    [sys.executable, "-m", "pagoda.engine.core.process", str(theirs.fileno()), str(self.heartbeat.fd)],
+                    pass_fds=(theirs.fileno(), self.heartbeat.fd),
                     stdin=subprocess.DEVNULL,
                 )
         except BaseException:  # re-raised: only this code can close the socket and the page
@@ -56,4 +56,4 @@ class LaunchedCore:
 
     def _close(self) -> None:
         self.socket.close()
-        self.board.close()
+        self.heartbeat.close()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-FIRST_PAUSE_SECONDS = 0.5
-LONGEST_PAUSE_SECONDS = 30.0
+FIRST_BACKOFF_SECONDS = 0.5
+LONGEST_BACKOFF_SECONDS = 30.0
 HEALTHY_SECONDS = 600.0
 """After this uptime the failure count starts over."""
 
@@ -27,7 +27,7 @@ class RestartPolicy:
         self.num_failures = 1 if now - self._started_at > HEALTHY_SECONDS else self.num_failures + 1
         if self.num_failures > self._max_restarts:
             return None
-        return float(min(LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2 ** (self.num_failures - 1)))
+        return float(min(LONGEST_BACKOFF_SECONDS, FIRST_BACKOFF_SECONDS * 2 ** (self.num_failures - 1)))
 
     @property
     def attempt(self) -> str:

@@ -9,7 +9,7 @@ writes nothing when a turn of its loop brought nothing, so one that spins in pla
 
 from __future__ import annotations
 
-from pagoda.engine.heartbeat import EngineProgress
+from pagoda.engine.heartbeat import EngineHeartbeat
 from pagoda.scheduling.step_timeout import stall_bound
 from pagoda.timers import HeartbeatTimer
 
@@ -21,7 +21,7 @@ class Watchdog:
         self._timeout = timeout
         self._timer = HeartbeatTimer()
 
-    def check(self, heartbeat: EngineProgress, now: float) -> str | None:
+    def check(self, heartbeat: EngineHeartbeat, now: float) -> str | None:
         """The sentence about a stuck core, or None for a healthy one. `now`: monotonic seconds."""
         silent = self._timer.check(heartbeat.time, now)
         bound = stall_bound(heartbeat.scheduled_tokens, self._timeout)

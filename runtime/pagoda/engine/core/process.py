@@ -1,4 +1,4 @@
-"""The engine core's process: `python -m pagoda.engine.core.process SOCKET_FD BOARD_FD`, started as a `LaunchedCore` only.
+"""The engine core's process: `python -m pagoda.engine.core.process SOCKET_FD HEARTBEAT_FD`, made by `PrelaunchedProcess` only.
 
     reader thread ──inbox──▶ main thread: the loop ──outbox──▶ writer thread
 
@@ -21,14 +21,14 @@ from typing import TYPE_CHECKING
 
 from pagoda.config.schema import PagodaConfig
 from pagoda.engine import wire
-from pagoda.engine.heartbeat import ProgressBoard
+from pagoda.engine.heartbeat import SharedHeartbeat
 from pagoda.engine.messages import (
     AbortRequests,
     EngineFailed,
     EngineOutput,
     EngineOutputs,
     EngineRanks,
-    EngineStage,
+    EngineStartupPhase,
     Shutdown,
     StartCore,
 )
@@ -108,14 +108,14 @@ class Connection:
 class CoreProcess:
     """Drives the core with the messages of the connection."""
 
-    def __init__(self, core: EngineCore, connection: Connection, board: ProgressBoard) -> None:
+    def __init__(self, core: EngineCore, connection: Connection, heartbeat: SharedHeartbeat) -> None:
         self._core = core
         self._connection = connection
-        self._board = board
+        self._heartbeat = heartbeat
         self._is_ending = False
         self._last_step = 0
         self._ranks_told = 0.0
-        core.on_submit = lambda step, num_tokens: board.write(step, num_tokens, is_busy=True)
+        core.on_submit = lambda step, num_tokens: heartbeat.write(step, num_tokens, is_busy=True)
 
     def run(self) -> None:
         """The loop, until `Shutdown` is received."""
@@ -144,7 +144,7 @@ class CoreProcess:
         """Take all messages; when idle, wait for one and check the health of the ranks meanwhile."""
         inbox = self._connection.inbox
         while not self._core.has_work and not self._is_ending:
-            self._board.write(self._last_step, 0, is_busy=False)
+            self._heartbeat.write(self._last_step, 0, is_busy=False)
             self._tell_ranks()
             try:
                 self._take(inbox.get(timeout=_HEARTBEAT_SECONDS))
@@ -183,7 +183,7 @@ def main(socket_fd: int, board_fd: int) -> int:
     """Run the core until its parent ends it; exit code 0 after a shutdown, 1 after a failure."""
     become_child()
     connection = Connection(socket_fd)
-    board = ProgressBoard(board_fd)
+    heartbeat = SharedHeartbeat(heartbeat_fd)
     failure = _import_engine()
     try:
         first = connection.receive()
@@ -217,14 +217,14 @@ def _import_engine() -> Exception | None:
     return None
 
 
-def _serve(first: StartCore, connection: Connection, board: ProgressBoard) -> None:
+def _serve(first: StartCore, connection: Connection, heartbeat: SharedHeartbeat) -> None:
     from pagoda.engine.core.startup import start_core
     from pagoda.logs import configure_logging
 
     os.environ.update(first.environment)
     config = PagodaConfig(**first.config)
     configure_logging(config.log_level, config.log_format, model_name=config.served_model_name)
-    core = start_core(config, lambda name, detail: connection.send(EngineStage(name, detail)))
+    core = start_core(config, lambda name, detail: connection.send(EngineStartupPhase(name, detail)))
     gc.collect()
     gc.freeze()  # objects of the start-up stay: later collections need not walk them
     board.write(0, 0, is_busy=False)

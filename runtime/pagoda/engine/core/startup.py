@@ -1,4 +1,4 @@
-"""From a configuration to a core that can take requests: a sequence of named, timed stages.
+"""From a configuration to a core that can take requests: a sequence of named, timed phases.
 
     config → hardware → [ launch → rendezvous → communication → ] weights → kv → warm-up → ready
                         with more than one rank
@@ -33,18 +33,18 @@ from pagoda.scheduling.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
 
-StageListener = Callable[[str, str], None]
+PhaseListener = Callable[[str, str], None]
 
 
-def start_core(config: PagodaConfig, on_stage: StageListener | None = None) -> EngineCore:
+def start_core(config: PagodaConfig, on_phase: PhaseListener | None = None) -> EngineCore:
     """Bring an engine up in this process. Raises `ConfigError` or `CheckpointError` saying what to change."""
-    stages = _Stages(on_stage)
+    phases = _StartupPhases(on_phase)
     faults.install(config.fault_injection)
-    with stages.enter("config"):
+    with phases.enter("config"):
         directory = checkpoint_directory(config.model)
         model_config = ModelConfig.from_directory(directory)
         check_layout(model_config, ParallelLayout(config.tensor_parallel_size, config.pipeline_parallel_size))
-    with stages.enter("hardware"):
+    with phases.enter("hardware"):
         settings = resolve(config, checkpoint_dtype=model_config.dtype, cpu=cpu_report(), gpus=gpu_reports())
         for choice in settings.choices:
             logger.info("%s", choice)
@@ -65,9 +65,9 @@ def start_core(config: PagodaConfig, on_stage: StageListener | None = None) -> E
         vocab_size=model_config.vocab_size,
         device=settings.device,
         kv_equation=fit.equation,
-        stage_seconds=stages.seconds,
+        phase_seconds=phases.seconds,
     )
-    logger.info("engine ready after %s", ", ".join(f"{name} {taken:.2f} s" for name, taken in stages.seconds.items()))
+    logger.info("engine ready after %s", ", ".join(f"{name} {taken:.2f} s" for name, taken in phases.seconds.items()))
     return EngineCore(scheduler, executor, ready)
 
 
@@ -89,7 +89,7 @@ def _bring_up(executor: Executor, config: PagodaConfig, model_config: ModelConfi
         if budget.note:
             fit = fit._replace(equation=f"{fit.equation}; {budget.note}")
         logger.info("%s", fit.equation)
-    with stages.enter("warm-up"):
+    with phases.enter("warm-up"):
         executor.initialize_kv_cache(fit.num_blocks, fit.max_model_len)
     return fit
 
@@ -131,10 +131,10 @@ def _make_scheduler(
     return Scheduler(limits, kv)
 
 
-class _Stages:
-    """Reports each stage when it is entered and keeps the seconds it took."""
+class _StartupPhases:
+    """Reports each phase when it is entered and keeps the seconds it took."""
 
-    def __init__(self, listener: StageListener | None) -> None:
+    def __init__(self, listener: PhaseListener | None) -> None:
         self._listener = listener
         self._name = ""
         self._last_detail = ""

@@ -21,11 +21,11 @@ from typing_extensions import override
 
 from pagoda.config.schema import PagodaConfig
 from pagoda.engine.client.client import EngineClient, ProcessEngineClient
-from pagoda.engine.client.prelaunch import LaunchedCore
+from pagoda.engine.client.prelaunch import PrelaunchedProcess
 from pagoda.engine.data_parallel.health import overall
 from pagoda.engine.data_parallel.router import Placement, PrefixRouter
 from pagoda.engine.health import EngineState
-from pagoda.engine.heartbeat import EngineProgress
+from pagoda.engine.heartbeat import EngineHeartbeat
 from pagoda.engine.messages import EngineOutput, EngineReady, EngineStats
 from pagoda.errors import (
     ConfigError,
@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 _DEVICES_VARIABLE = "CUDA_VISIBLE_DEVICES"
 
 
-def create_engine_client(config: PagodaConfig, launched: LaunchedCore | None = None) -> EngineClient:
+def create_engine_client(config: PagodaConfig, launched: PrelaunchedProcess | None = None) -> EngineClient:
     """The engine that a configuration asks for: one core, or several replicas. `launched`: a process for the first of them."""
     if config.data_parallel_size == 1:
         return ProcessEngineClient(config, launched=launched)
@@ -68,7 +68,7 @@ class DataParallelClient(EngineClient):
     """
 
     def __init__(
-        self, config: PagodaConfig, router: PrefixRouter | None = None, launched: LaunchedCore | None = None
+        self, config: PagodaConfig, router: PrefixRouter | None = None, launched: PrelaunchedProcess | None = None
     ) -> None:
         super().__init__()
         self._config = config
@@ -127,11 +127,11 @@ class DataParallelClient(EngineClient):
         signs = [sign for replica in self._replicas if (sign := replica.progress) is not None and sign.is_up]
         if not signs:
             return None
-        return EngineProgress(
-            step=sum(sign.step for sign in signs),
-            time=min(sign.time for sign in signs),
-            scheduled_tokens=sum(sign.scheduled_tokens for sign in signs),
-            is_busy=any(sign.is_busy for sign in signs),
+        return EngineHeartbeat(
+            step=sum(one.step for one in found),
+            time=min(one.time for one in found),
+            scheduled_tokens=sum(one.scheduled_tokens for one in found),
+            is_busy=any(one.is_busy for one in found),
         )
 
     # ---- requests -------------------------------------------------------------------------------------------------
@@ -185,7 +185,7 @@ class DataParallelClient(EngineClient):
             return min(full, key=lambda error: error.retry_after_seconds)
         if refusals:
             return refusals[-1]
-        return EngineNotReadyError(f"the engine is {self.health.state} (stage: {self.health.stage})")
+        return EngineNotReadyError(f"the engine is {self.health.state} (stage: {self.health.phase})")
 
     # ---- life cycle -----------------------------------------------------------------------------------------------
 
@@ -227,7 +227,7 @@ class DataParallelClient(EngineClient):
         if self._is_ending:
             return
         if health.state is EngineState.STARTING and self.health.state is EngineState.STARTING:
-            self.health.enter_stage(health.stage, f"replica {index} of {len(self._replicas)} {health.detail}".rstrip())
+            self.health.enter_phase(health.phase, f"replica {index} of {len(self._replicas)} {health.detail}".rstrip())
         self._update_health()
 
     def _update_health(self) -> None:

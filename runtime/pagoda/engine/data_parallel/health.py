@@ -33,4 +33,4 @@ def overall(current: EngineState, replicas: Sequence[EngineHealth]) -> tuple[Eng
 
 
 def _sentence(replicas: Sequence[EngineHealth]) -> str:
-    return "; ".join(f"{health.name} is {health.state}: {health.cause or health.stage}" for health in replicas)
+    return "; ".join(f"{health.name} is {health.state}: {health.cause or health.phase}" for health in replicas)

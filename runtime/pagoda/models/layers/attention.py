@@ -8,9 +8,9 @@ from torch import nn
 from pagoda.models.config import ModelConfig
 from pagoda.models.layers.linear import Linear, RowParallelLinear
 from pagoda.models.layers.norm import RMSNorm
-from pagoda.models.sharding import ModelShare, Shard
+from pagoda.models.sharding import ModelShard, Shard
 from pagoda.models.weights import WeightTarget
-from pagoda.parallel.groups import TensorGroup
+from pagoda.parallel.groups import TensorParallelGroup
 from pagoda_kernels import backend
 from pagoda_kernels.types import AttentionMetadata
 
@@ -24,21 +24,21 @@ class SelfAttention(nn.Module):
     def __init__(
         self,
         config: ModelConfig,
-        share: ModelShare,
-        group: TensorGroup,
+        shard: ModelShard,
+        group: TensorParallelGroup,
         sliding_window: int | None,
         *,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         super().__init__()
-        self.num_heads = share.heads.size
-        self.num_kv_heads = share.kv_heads.size
+        self.num_heads = shard.heads.size
+        self.num_kv_heads = shard.kv_heads.size
         self.head_dim = config.head_dim
         self.scale = config.head_dim**-0.5
         self.sliding_window = sliding_window
         hidden = Shard.whole(config.hidden_size)
-        query, kv = share.heads.times(config.head_dim), share.kv_heads.times(config.head_dim)
+        query, kv = shard.heads.times(config.head_dim), shard.kv_heads.times(config.head_dim)
         self.qkv_proj = Linear(
             hidden,
             {"q_proj": query, "k_proj": kv, "v_proj": kv},

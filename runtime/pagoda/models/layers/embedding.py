@@ -8,7 +8,7 @@ from torch import nn
 
 from pagoda.models.sharding import Shard
 from pagoda.models.weights import WeightTarget
-from pagoda.parallel.groups import TensorGroup
+from pagoda.parallel.groups import TensorParallelGroup
 
 
 class TokenEmbedding(nn.Module):
@@ -40,7 +40,13 @@ class VocabParallelEmbedding(TokenEmbedding):
     """The vectors of a vocabulary that is spread over the ranks of a group: one of them has a token's, the others add zero."""
 
     def __init__(
-        self, vocabulary: Shard, hidden_size: int, *, group: TensorGroup, dtype: torch.dtype, device: torch.device
+        self,
+        vocabulary: Shard,
+        hidden_size: int,
+        *,
+        group: TensorParallelGroup,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         super().__init__(vocabulary, hidden_size, dtype=dtype, device=device)
         self.group = group
@@ -54,7 +60,7 @@ class VocabParallelEmbedding(TokenEmbedding):
 
 
 def build_embedding(
-    vocabulary: Shard, hidden_size: int, *, group: TensorGroup, dtype: torch.dtype, device: torch.device
+    vocabulary: Shard, hidden_size: int, *, group: TensorParallelGroup, dtype: torch.dtype, device: torch.device
 ) -> TokenEmbedding:
     """The embedding of the share `vocabulary` that this rank of `group` holds."""
     if group.size == 1:

@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from pagoda.models.sharding import Shard
 from pagoda.models.weights import WeightTarget
-from pagoda.parallel.groups import TensorGroup
+from pagoda.parallel.groups import TensorParallelGroup
 
 # Values of a weight that are widened at a time: 4 MiB of float32, which the caches of most processors hold.
 _WIDENED_ELEMENTS = 1 << 20
@@ -172,7 +172,7 @@ class RowParallelLinear(Linear):
         parts: Mapping[str, Shard],
         *,
         bias: bool,
-        group: TensorGroup,
+        group: TensorParallelGroup,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:

@@ -7,9 +7,9 @@ from torch import nn
 
 from pagoda.models.config import ModelConfig
 from pagoda.models.layers.linear import Linear, RowParallelLinear
-from pagoda.models.sharding import ModelShare, Shard
+from pagoda.models.sharding import ModelShard, Shard
 from pagoda.models.weights import WeightTarget
-from pagoda.parallel.groups import TensorGroup
+from pagoda.parallel.groups import TensorParallelGroup
 from pagoda_kernels import backend
 
 
@@ -17,10 +17,16 @@ class GatedMLP(nn.Module):
     """SwiGLU (Shazeer, 2020): `down(silu(gate(x)) * up(x))`, gate and up in one product, over the units held here."""
 
     def __init__(
-        self, config: ModelConfig, share: ModelShare, group: TensorGroup, *, dtype: torch.dtype, device: torch.device
+        self,
+        config: ModelConfig,
+        shard: ModelShard,
+        group: TensorParallelGroup,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         super().__init__()
-        units, hidden = share.intermediate, Shard.whole(config.hidden_size)
+        units, hidden = shard.intermediate, Shard.whole(config.hidden_size)
         self.gate_up_proj = Linear(
             hidden, {"gate_proj": units, "up_proj": units}, bias=config.mlp_bias, dtype=dtype, device=device
         )

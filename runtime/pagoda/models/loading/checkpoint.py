@@ -48,7 +48,7 @@ class StoredTensor:
 
 
 @dataclass(frozen=True, slots=True)
-class StoredForm:
+class TensorSpec:
     """What a tensor of a checkpoint must look like; `types` as safetensors spells them. An optional one may be absent."""
 
     shape: tuple[int, ...]
@@ -155,7 +155,7 @@ class StoredTensors:
         return part
 
 
-def pieces(rows: slice, row_bytes: int) -> Iterator[slice]:
+def chunks(rows: slice, row_bytes: int) -> Iterator[slice]:
     """`rows` in runs of a few megabytes, of at least one row each."""
     at_once = max(1, _PIECE_BYTES // max(1, row_bytes))
     for start in range(rows.start, rows.stop, at_once):

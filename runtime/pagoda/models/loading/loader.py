@@ -26,7 +26,6 @@ from pagoda.models.config import ModelConfig
 from pagoda.models.decoder import DecoderForCausalLM
 from pagoda.models.loading.checkpoint import (
     FLOAT_TYPES,
-    StoredForm,
     StoredTensor,
     StoredTensors,
     listed,
@@ -94,12 +93,12 @@ def load_weights(model: DecoderForCausalLM, directory: str | Path, progress: Pro
     bytes_of_awaited = (
         sum(layer.out_features * layer.in_features for layer, _ in awaited_layers(model)) * model.dtype.itemsize
     )
-    bytes_of_copied = sum(target.destination.nbytes for target in targets.values())
-    bytes_total = bytes_of_copied + bytes_of_awaited
+    copied_bytes = sum(target.destination.nbytes for target in targets.values())
+    bytes_total = copied_bytes + deferred_bytes
     _copy(stored, targets, bytes_total, progress)
-    bytes_done = bytes_of_copied
+    bytes_done = copied_bytes
     stored = _with_second_names(stored, model.tied_weights())
-    for name, num_values in load_awaited(model, lambda: StoredTensors(stored)):
+    for name, num_values in load_packed_weights(model, lambda: StoredTensors(stored)):
         bytes_done += num_values * model.dtype.itemsize
         if progress is not None:
             progress(name, bytes_done, bytes_total)
@@ -122,27 +121,27 @@ def initialize_dummy_weights(model: DecoderForCausalLM, seed: int = 0, std: floa
         else:
             full = torch.empty(target.full_shape, dtype=destination.dtype, device=destination.device)
             destination.copy_(full.normal_(0.0, std, generator=generator)[target.index])
-    forms = _forms_of_awaited(model)
-    for _ in load_awaited(model, lambda: _MadeUp(forms, model.dtype, seed, std)):
+    specs = _specs_of_deferred(model)
+    for _ in load_packed_weights(model, lambda: DummyTensorSource(specs, model.dtype, seed, std)):
         pass
 
 
-class _MadeUp:
+class DummyTensorSource:
     """Normal noise as a `TensorSource`, the same as `initialize_dummy_weights` gives a float tensor of that name."""
 
-    def __init__(self, forms: Mapping[str, StoredForm], dtype: torch.dtype, seed: int, std: float) -> None:
-        self._forms = forms
+    def __init__(self, specs: Mapping[str, TensorSpec], dtype: torch.dtype, seed: int, std: float) -> None:
+        self._specs = specs
         self._dtype, self._seed, self._std = dtype, seed, std
         self._last: tuple[str, torch.Tensor] = ("", torch.empty(0))
 
     def __contains__(self, name: object) -> bool:
-        return name in self._forms
+        return name in self._specs
 
     def read(self, name: str, *index: slice) -> torch.Tensor:
         """A part of the tensor, which is made whole when the first part of it is asked for."""
         if self._last[0] != name:
             generator = torch.Generator().manual_seed(zlib.crc32(f"{self._seed}:{name}".encode()))
-            full = torch.empty(self._forms[name].shape, dtype=self._dtype)
+            full = torch.empty(self._specs[name].shape, dtype=self._dtype)
             self._last = (name, full.normal_(0.0, self._std, generator=generator))
         return self._last[1][index]
 
@@ -164,9 +163,9 @@ def _with_second_names(stored: Mapping[str, StoredTensor], tied: Mapping[str, st
     return {**stored, **{first: stored[second] for first, second in second_names.items()}}
 
 
-def _forms_of_awaited(model: DecoderForCausalLM) -> dict[str, StoredForm]:
-    """What the tensors look like that awaited weights are read from."""
-    return {name: form for layer, method in awaited_layers(model) for name, form in method.stored_forms(layer).items()}
+def _specs_of_deferred(model: DecoderForCausalLM) -> dict[str, TensorSpec]:
+    """What the tensors look like that deferred weights are read from."""
+    return {name: spec for layer, method in deferred_layers(model) for name, spec in method.tensor_specs(layer).items()}
 
 
 def _settle_tied_names(
@@ -199,7 +198,7 @@ def _are_equal(first: StoredTensor, second: StoredTensor, index: tuple[slice, ..
     rows, *others = index
     return all(
         bool((sources[0].read(first.name, part, *others) == sources[1].read(second.name, part, *others)).all())
-        for part in pieces(rows, _row_bytes(first))
+        for part in chunks(rows, _row_bytes(first))
     )
 
 
@@ -208,9 +207,9 @@ def _row_bytes(tensor: StoredTensor) -> int:
     return 8 * math.prod(tensor.shape[1:])
 
 
-def _check_names(stored: Mapping[str, StoredTensor], forms: Mapping[str, StoredForm], directory: str | Path) -> None:
-    missing = [name for name, form in forms.items() if name not in stored and not form.optional]
-    unknown = [name for name in stored if name not in forms]
+def _check_names(stored: Mapping[str, StoredTensor], specs: Mapping[str, TensorSpec], directory: str | Path) -> None:
+    missing = [name for name, spec in specs.items() if name not in stored and not spec.optional]
+    unknown = [name for name in stored if name not in specs]
     problems = []
     if missing:
         problems.append(f"{len(missing)} tensors of the model are missing: {listed(missing)}")
@@ -222,7 +221,7 @@ def _check_names(stored: Mapping[str, StoredTensor], forms: Mapping[str, StoredF
 
 def _check_forms(stored: Mapping[str, StoredTensor], forms: Mapping[str, StoredForm]) -> None:
     for name, tensor in stored.items():
-        expected = forms[name]
+        expected = specs[name]
         if tensor.shape != expected.shape:
             raise CheckpointError(
                 f"tensor {shown_name(name)} in {tensor.file} has shape "
@@ -239,7 +238,7 @@ def _copy(
     stored: Mapping[str, StoredTensor],
     targets: Mapping[str, WeightTarget],
     bytes_total: int,
-    progress: Progress | None,
+    progress: LoadListener | None,
 ) -> None:
     names_by_file: dict[Path, list[str]] = {}
     for name, target in targets.items():
@@ -254,7 +253,7 @@ def _copy(
         for name in names:
             destination = targets[name].destination
             rows, *others = targets[name].index
-            for part in pieces(rows, _row_bytes(stored[name])):
+            for part in chunks(rows, _row_bytes(stored[name])):
                 here = slice(part.start - rows.start, part.stop - rows.start)
                 destination[here].copy_(source.read(name, part, *others))
             with lock:

@@ -1,6 +1,6 @@
 """Weights packed for the CPU's kernels, as they are read.
 
-A layer gives its weight back before anything is in it, waits with an `AwaitedLinearMethod`, and gets a `PackedLinearMethod`
+A layer gives its weight back before anything is in it, waits with a `DeferredLinearMethod`, and gets a `PackedLinearMethod`
 when it is loaded, some rows at a time: a model is never there unpacked, and no layer is there twice.
 """
 
@@ -21,7 +21,7 @@ from pagoda.models.layers.linear import Linear, LinearMethod, UnquantizedLinearM
 from pagoda.models.loading.checkpoint import FLOAT_TYPES, StoredForm, TensorSource
 from pagoda.models.sharding import Shard
 from pagoda.models.weights import WeightTarget
-from pagoda.parallel.groups import TensorGroup
+from pagoda.parallel.groups import TensorParallelGroup
 from pagoda_kernels import backend
 from pagoda_kernels.packed_weights import empty_packed, pack_into
 from pagoda_kernels.types import PANEL, PackedWeight
@@ -51,8 +51,8 @@ class PackedLinearMethod(LinearMethod):
         return backend.active.packed_linear(x.contiguous(), self.weight, layer.bias, layer.out_dtype)
 
 
-class AwaitedLinearMethod(LinearMethod):
-    """A packed weight that is not there yet; each layer that awaits one has an instance of its own."""
+class DeferredLinearMethod(LinearMethod):
+    """A packed weight that is not there yet; each layer without one has an instance of its own."""
 
     def __init__(self, prefix: str) -> None:
         """`prefix`: that of the layer's parts in the checkpoint."""
@@ -79,7 +79,7 @@ class AwaitedLinearMethod(LinearMethod):
         raise RuntimeError(f"{self.prefix}{'/'.join(layer.parts)} is not loaded")
 
     @abstractmethod
-    def stored_forms(self, layer: Linear) -> dict[str, StoredForm]:
+    def tensor_specs(self, layer: Linear) -> dict[str, TensorSpec]:
         """The tensors of the checkpoint that hold the weight, those of all ranks' shares."""
 
     @abstractmethod
@@ -87,7 +87,7 @@ class AwaitedLinearMethod(LinearMethod):
         """This rank's share of the weight."""
 
 
-class AwaitedFloatMethod(AwaitedLinearMethod):
+class DeferredFloatMethod(DeferredLinearMethod):
     """A float weight, packed without a change of its values, but where the model's dtype asks for one.
 
     In a float32 model, weights that bfloat16 holds exactly, as those of most checkpoints, are packed so: products with
@@ -99,10 +99,10 @@ class AwaitedFloatMethod(AwaitedLinearMethod):
         super().__init__(prefix)
         self.dtype = dtype
 
-    def stored_forms(self, layer: Linear) -> dict[str, StoredForm]:
+    def tensor_specs(self, layer: Linear) -> dict[str, TensorSpec]:
         """One tensor a part."""
         return {
-            f"{self.prefix}{part}.weight": StoredForm((shard.full_size, layer.inputs.full_size), FLOAT_TYPES)
+            f"{self.prefix}{part}.weight": TensorSpec((shard.full_size, layer.inputs.full_size), FLOAT_TYPES)
             for part, shard in layer.parts.items()
         }
 
@@ -168,7 +168,7 @@ class PackedEmbedding(TokenEmbedding):
 class VocabParallelPackedEmbedding(PackedEmbedding):
     """The same where the vocabulary is spread over ranks: one of them has a token's vector, the others add zero."""
 
-    def __init__(self, vocabulary: Shard, dtype: torch.dtype, group: TensorGroup) -> None:
+    def __init__(self, vocabulary: Shard, dtype: torch.dtype, group: TensorParallelGroup) -> None:
         super().__init__(vocabulary, dtype)
         self.group = group
 
@@ -197,22 +197,22 @@ def pack_when_loaded(model: DecoderForCausalLM) -> None:
             await_weight(model, layer, AwaitedFloatMethod(prefix, model.dtype))
 
 
-def await_weight(model: DecoderForCausalLM, layer: Linear, method: AwaitedLinearMethod) -> None:
+def defer_weight(model: DecoderForCausalLM, layer: Linear, method: DeferredLinearMethod) -> None:
     """Let a layer give its float weight back; an embedding that shares it looks the packed one up."""
     is_shared = model.embed_tokens is not None and model.embed_tokens.weight is layer.weight
     layer.method = method
     del layer.weight
     if not is_shared:
         return
-    if model.groups.tensor.size == 1:
-        model.embed_tokens = PackedEmbedding(model.share.vocabulary, model.dtype)
+    if model.groups.tp_group.size == 1:
+        model.embed_tokens = PackedEmbedding(model.shard.vocabulary, model.dtype)
     else:
-        model.embed_tokens = VocabParallelPackedEmbedding(model.share.vocabulary, model.dtype, model.groups.tensor)
+        model.embed_tokens = VocabParallelPackedEmbedding(model.shard.vocabulary, model.dtype, model.groups.tp_group)
 
 
 def linear_layers(model: DecoderForCausalLM) -> Iterator[tuple[str, Linear]]:
     """Every linear layer, with the prefix of its parts' names in the checkpoint; the head is the last."""
-    for index, layer in zip(model.share.layers, model.layers, strict=True):
+    for index, layer in zip(model.shard.layers, model.layers, strict=True):
         assert isinstance(layer, DecoderLayer)
         attention, mlp = f"model.layers.{index}.self_attn.", f"model.layers.{index}.mlp."
         yield attention, layer.self_attn.qkv_proj
@@ -223,14 +223,16 @@ def linear_layers(model: DecoderForCausalLM) -> Iterator[tuple[str, Linear]]:
         yield "", model.lm_head
 
 
-def awaited_layers(model: nn.Module) -> list[tuple[Linear, AwaitedLinearMethod]]:
+def deferred_layers(model: nn.Module) -> list[tuple[Linear, DeferredLinearMethod]]:
     """The layers whose packed weights are not there yet, in the order of the model."""
     linears = [layer for layer in model.modules() if isinstance(layer, Linear)]
-    return [(layer, layer.method) for layer in linears if isinstance(layer.method, AwaitedLinearMethod)]
+    return [(layer, layer.method) for layer in linears if isinstance(layer.method, DeferredLinearMethod)]
 
 
-def load_awaited(model: DecoderForCausalLM, make_source: Callable[[], TensorSource]) -> Iterator[tuple[str, int]]:
-    """Load every awaited weight; yields each layer's name and the values that it has here, in the order they are done.
+def load_packed_weights(
+    model: DecoderForCausalLM, make_source: Callable[[], TensorSource]
+) -> Iterator[tuple[str, int]]:
+    """Load every deferred weight; yields each layer's name and the values that it has here, in the order they are done.
 
     As many layers at a time as torch has threads, each by one thread with a source of its own: pieces are small, and threads
     that share one wait for each other longer than they work.
@@ -242,11 +244,11 @@ def load_awaited(model: DecoderForCausalLM, make_source: Callable[[], TensorSour
         torch.set_num_threads(1)
         own.source = make_source()
 
-    def read(layer: Linear, method: AwaitedLinearMethod) -> PackedWeight:
+    def read(layer: Linear, method: DeferredLinearMethod) -> PackedWeight:
         weight: PackedWeight = method.read(layer, own.source)
         return weight
 
-    largest_first = sorted(awaited_layers(model), key=lambda each: -each[0].out_features * each[0].in_features)
+    largest_first = sorted(deferred_layers(model), key=lambda each: -each[0].out_features * each[0].in_features)
     pool = ThreadPoolExecutor(num_threads, "load-weights", initializer=begin)
     try:
         futures = {pool.submit(read, layer, method): (layer, method) for layer, method in largest_first}

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pagoda.errors import CheckpointError, ConfigError
 from pagoda.models.decoder import DecoderForCausalLM
 from pagoda.models.layers.linear import Linear
-from pagoda.models.loading.checkpoint import StoredForm, TensorSource
-from pagoda.models.loading.packed import AwaitedLinearMethod, await_weight, linear_layers
-from pagoda.models.quantization.layouts import check_order, read_rows, stored_forms
+from pagoda.models.loading.checkpoint import TensorSource, TensorSpec
+from pagoda.models.loading.packed import DeferredLinearMethod, defer_weight, linear_layers
+from pagoda.models.quantization.layouts import check_order, read_rows, tensor_specs
 from pagoda.models.quantization.packing import PackedWeightBuilder
 from pagoda.models.quantization.schemes import HEAD, QuantizationConfig, WeightScheme
 from pagoda.models.sharding import Shard
@@ -20,7 +20,7 @@ _ELEMENTS_AT_ONCE = 1 << 18
 _INPUTS_AT_ONCE = {8: 4, 4: 8}  # that the kernels take
 
 
-class AwaitedQuantizedMethod(AwaitedLinearMethod):
+class DeferredQuantizedMethod(DeferredLinearMethod):
     """A quantized weight that is not there yet."""
 
     def __init__(self, layer: Linear, prefix: str, schemes: Mapping[str, WeightScheme]) -> None:
@@ -30,12 +30,12 @@ class AwaitedQuantizedMethod(AwaitedLinearMethod):
         for name, scheme in schemes.items():
             _check_inputs(f"{prefix}{name}", scheme, layer.inputs)
 
-    def stored_forms(self, layer: Linear) -> dict[str, StoredForm]:
+    def tensor_specs(self, layer: Linear) -> dict[str, TensorSpec]:
         """The tensors of the checkpoint that hold the weight, those of all ranks' shares."""
-        forms: dict[str, StoredForm] = {}
+        specs: dict[str, TensorSpec] = {}
         for name, shard in layer.parts.items():
-            forms |= stored_forms(self.schemes[name], f"{self.prefix}{name}", shard.full_size, layer.inputs.full_size)
-        return forms
+            specs |= tensor_specs(self.schemes[name], f"{self.prefix}{name}", shard.full_size, layer.inputs.full_size)
+        return specs
 
     def read(self, layer: Linear, source: TensorSource) -> PackedWeight:
         """This rank's share of the weight, whatever the layout."""
@@ -71,7 +71,7 @@ def quantize_layers(model: DecoderForCausalLM, quantization: QuantizationConfig)
         if len({None if scheme is None else (scheme.bits, scheme.group_size) for scheme in schemes.values()}) > 1:
             said = ", ".join(f"{name}: {scheme or 'not quantized'}" for name, scheme in schemes.items())
             raise CheckpointError(f"{prefix[:-1]}: layers that run as one must be quantized alike, found {said}")
-        await_weight(model, layer, AwaitedQuantizedMethod(layer, prefix, quantized))
+        defer_weight(model, layer, DeferredQuantizedMethod(layer, prefix, quantized))
 
 
 def _scheme_of(

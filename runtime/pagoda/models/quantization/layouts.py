@@ -18,48 +18,48 @@ from __future__ import annotations
 import torch
 
 from pagoda.errors import CheckpointError
-from pagoda.models.loading.checkpoint import FLOAT_TYPES, StoredForm, TensorSource
+from pagoda.models.loading.checkpoint import FLOAT_TYPES, TensorSource, TensorSpec
 from pagoda.models.quantization.rounding import QuantizedRows, round_rows
 from pagoda.models.quantization.schemes import WeightScheme
 
 _AWQ_POSITIONS = (0, 4, 1, 5, 2, 6, 3, 7)  # where in a word each of eight values is
 
 
-def stored_forms(scheme: WeightScheme, name: str, out_features: int, in_features: int) -> dict[str, StoredForm]:
+def tensor_specs(scheme: WeightScheme, name: str, out_features: int, in_features: int) -> dict[str, TensorSpec]:
     """The tensors that hold the weight of layer `name`, by name."""
     factor, groups = 32 // scheme.bits, scheme.num_groups(in_features)
     n, k = out_features, in_features
     packed_n, packed_k = -(-n // factor), -(-k // factor)
-    forms: dict[str, StoredForm]
+    specs: dict[str, TensorSpec]
     if scheme.layout == "float":
-        forms = {"weight": StoredForm((n, k), FLOAT_TYPES)}
+        specs = {"weight": TensorSpec((n, k), FLOAT_TYPES)}
     elif scheme.layout == "gptq":
-        forms = {
-            "qweight": StoredForm((packed_k, n), ("I32",)),
-            "scales": StoredForm((groups, n), FLOAT_TYPES),
-            "qzeros": StoredForm((groups, packed_n), ("I32",)),
-            "g_idx": StoredForm((k,), ("I32",), optional=True),
+        specs = {
+            "qweight": TensorSpec((packed_k, n), ("I32",)),
+            "scales": TensorSpec((groups, n), FLOAT_TYPES),
+            "qzeros": TensorSpec((groups, packed_n), ("I32",)),
+            "g_idx": TensorSpec((k,), ("I32",), optional=True),
         }
     elif scheme.layout == "awq":
-        forms = {
-            "qweight": StoredForm((k, packed_n), ("I32",)),
-            "scales": StoredForm((groups, n), FLOAT_TYPES),
-            "qzeros": StoredForm((groups, packed_n), ("I32",)),
+        specs = {
+            "qweight": TensorSpec((k, packed_n), ("I32",)),
+            "scales": TensorSpec((groups, n), FLOAT_TYPES),
+            "qzeros": TensorSpec((groups, packed_n), ("I32",)),
         }
     else:
         is_packed = scheme.layout == "pack-quantized"
-        values = StoredForm((n, packed_k), ("I32",)) if is_packed else StoredForm((n, k), ("I8",))
-        zeros = StoredForm((packed_n, groups), ("I32",)) if is_packed else StoredForm((n, groups), ("I8",))
-        forms = {
+        values = TensorSpec((n, packed_k), ("I32",)) if is_packed else TensorSpec((n, k), ("I8",))
+        zeros = TensorSpec((packed_n, groups), ("I32",)) if is_packed else TensorSpec((n, groups), ("I8",))
+        specs = {
             "weight_packed" if is_packed else "weight": values,
-            "weight_scale": StoredForm((n, groups), FLOAT_TYPES),
+            "weight_scale": TensorSpec((n, groups), FLOAT_TYPES),
         }
         if scheme.has_zeros:
-            forms["weight_zero_point"] = zeros
+            specs["weight_zero_point"] = zeros
         if is_packed:
-            forms["weight_shape"] = StoredForm((2,), ("I64", "I32"), optional=True)
-            forms["weight_g_idx"] = StoredForm((k,), ("I32",), optional=True)
-    return {f"{name}.{key}": form for key, form in forms.items()}
+            specs["weight_shape"] = TensorSpec((2,), ("I64", "I32"), optional=True)
+            specs["weight_g_idx"] = TensorSpec((k,), ("I32",), optional=True)
+    return {f"{name}.{key}": spec for key, spec in specs.items()}
 
 
 def check_order(scheme: WeightScheme, name: str, in_features: int, source: TensorSource) -> None:

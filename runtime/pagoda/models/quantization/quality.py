@@ -67,8 +67,8 @@ def _score(model: DecoderForCausalLM, text: ScoredText) -> Scores:
     ids = torch.tensor(text.token_ids, device=model.device)
     count = len(ids)
     num_blocks = -(-count // _BLOCK_SIZE) + 1  # block 0 is the null block
-    shape = (num_blocks, model.share.kv_heads.size, _BLOCK_SIZE, model.config.head_dim)
-    caches = torch.zeros((2 * len(model.share.layers), *shape), dtype=model.dtype, device=model.device)
+    shape = (num_blocks, model.shard.kv_heads.size, _BLOCK_SIZE, model.config.head_dim)
+    caches = torch.zeros((2 * len(model.shard.layers), *shape), dtype=model.dtype, device=model.device)
     kv_caches = list(zip(caches[0::2], caches[1::2], strict=True))
     positions = torch.arange(count, device=model.device)
     metadata = AttentionMetadata(

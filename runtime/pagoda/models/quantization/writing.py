@@ -34,11 +34,11 @@ from pagoda.models.quantization.schemes import HEAD, QuantizationConfig, WeightS
 _SHARD_BYTES = 2 << 30
 _INT8_ACTIVATIONS = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True, "symmetric": True}
 
-Progress = Callable[[int, int], None]  # bytes of the source read, and of all of it
+WriteListener = Callable[[int, int], None]  # bytes of the source read, and of all of it
 
 
 def write_quantized_checkpoint(
-    source: Path, destination: Path, kind: str, group_size: int | None, progress: Progress
+    source: Path, destination: Path, kind: str, group_size: int | None, progress: WriteListener
 ) -> QuantizationConfig:
     """Round the layers' linear weights of `source` to `kind` (int8 or int4) and write all of it to `destination`.
 
@@ -72,8 +72,8 @@ def _schemes(config: ModelConfig, quantization: QuantizationConfig) -> dict[str,
     """How each weight that is rounded is, by the tensor's name."""
     model = build_model(config, torch.float32, "meta", quantization=quantization)
     schemes: dict[str, WeightScheme] = {}
-    for _, method in awaited_layers(model):
-        assert isinstance(method, AwaitedQuantizedMethod)
+    for _, method in deferred_layers(model):
+        assert isinstance(method, DeferredQuantizedMethod)
         schemes |= {
             f"{method.prefix}{part}.weight": scheme for part, scheme in method.schemes.items() if scheme is not HEAD
         }
@@ -90,7 +90,7 @@ def _copy_other_files(source: Path, whole: Path) -> None:
             shutil.copyfile(checkpoint_file(source, file.name), whole / file.name)
 
 
-def _write_weights(source: Path, whole: Path, schemes: dict[str, WeightScheme], progress: Progress) -> None:
+def _write_weights(source: Path, whole: Path, schemes: dict[str, WeightScheme], progress: WriteListener) -> None:
     shards: list[Path] = []
     names_of: list[list[str]] = []
     pending: dict[str, torch.Tensor] = {}
@@ -124,7 +124,7 @@ def _write_weights(source: Path, whole: Path, schemes: dict[str, WeightScheme], 
 
 
 def _converted(
-    stored: dict[str, StoredTensor], schemes: dict[str, WeightScheme], progress: Progress
+    stored: dict[str, StoredTensor], schemes: dict[str, WeightScheme], progress: WriteListener
 ) -> Iterator[dict[str, torch.Tensor]]:
     """The tensors to write for each stored one, with memory of their own."""
     done, total = 0, sum(tensor.file.stat().st_size for tensor in {t.file: t for t in stored.values()}.values())

@@ -98,7 +98,7 @@ class EngineCollector(Collector):
         for origin, target in itertools.permutations([state.value for state in EngineState], 2):
             moves.add_metric([self._model_name, origin, target], transitions.get((origin, target), 0))
         yield moves
-        progress = self._engine.progress
+        progress = self._engine.heartbeat
         age = time.monotonic() - progress.time if progress is not None and progress.is_up else 0.0
         yield self._gauge(
             "engine_seconds_since_progress", "Age of the engine's last sign of life; 0 while there is none.", age

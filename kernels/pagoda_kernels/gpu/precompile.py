@@ -6,14 +6,14 @@ have wanted compiled is written down. A launch with real tensors of the same typ
 
     with recorded_launches() as wanted:
         model(…)                                   # on meta
-    with CompilingAhead(wanted, processes=8) as compiling:
+    with KernelPrecompiler(wanted, processes=8) as compiling:
         …                                          # weights are loaded meanwhile
         compiling.wait()
 
 Processes and not threads: more than half of a compilation is Python, which holds the interpreter's lock. They import Triton
 and not torch, which takes longer than a kernel:
 
-    python -m pagoda_kernels.gpu.ahead             a JSON object a line: what to compile on stdin, what came of it on stdout
+    python -m pagoda_kernels.gpu.precompile        a JSON object a line: what to compile on stdin, what came of it on stdout
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def _options(data: str) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
 
 
-class CompilingAhead:
+class KernelPrecompiler:
     """Processes that compile, from construction on. As a context: what still compiles at its end is killed."""
 
     def __init__(self, wanted: Sequence[Specialization], *, processes: int) -> None:
@@ -146,7 +146,7 @@ class CompilingAhead:
         self._shares, self.children = [], []
         return results
 
-    def __enter__(self) -> CompilingAhead:
+    def __enter__(self) -> KernelPrecompiler:
         return self
 
     def __exit__(
@@ -160,7 +160,7 @@ class CompilingAhead:
 def _start(share: Sequence[Specialization]) -> subprocess.Popen[str]:
     path = os.pathsep.join(entry for entry in sys.path if entry)
     child = subprocess.Popen(
-        [sys.executable, "-m", "pagoda_kernels.gpu.ahead"],
+        [sys.executable, "-m", "pagoda_kernels.gpu.precompile"],
         env={**os.environ, "PYTHONPATH": path},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

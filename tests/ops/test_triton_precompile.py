@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
-from pagoda_kernels.gpu.ahead import CompilingAhead, NoDevice, recorded_launches
+from pagoda_kernels.gpu.precompile import KernelPrecompiler, NoDevice, recorded_launches
 OUT = Path(sys.argv[1])
 driver.set_active(NoDevice(GPUTarget("cuda", 90, 32)))
 """
@@ -60,18 +60,18 @@ def launches(device):
 
 with recorded_launches() as wanted:
     launches("meta")
-with CompilingAhead(wanted, processes=2) as compiling:
+with KernelPrecompiler(wanted, processes=2) as compiling:
     results = compiling.wait()
 with recorded_launches() as again:
     launches("cpu")
-with CompilingAhead(again, processes=2) as compiling:
+with KernelPrecompiler(again, processes=2) as compiling:
     left = compiling.num_kernels
 
 import triton
 hits = []
 triton.knobs.compilation.listener = lambda **compilation: hits.append(compilation["cache_hit"])
 for one in again:
-    __import__("pagoda_kernels.gpu.ahead").gpu.ahead.compile_one(one)
+    __import__("pagoda_kernels.gpu.precompile").gpu.precompile.compile_one(one)
 OUT.write_text(json.dumps({
     "names": sorted(one.name for one in wanted),
     "cached_before": [one.is_cached for one in wanted],
@@ -105,11 +105,11 @@ from pagoda_kernels.gpu.operators import BACKEND as kernels
 with recorded_launches() as wanted:
     kernels.silu_and_mul(torch.empty(3, 256, dtype=torch.bfloat16, device="meta"))
 bad = replace(wanted[0], data=wanted[0].data.replace('"gelu', '"').replace("pagoda_kernels", "elsewhere"))
-with CompilingAhead([bad], processes=4) as compiling:
+with KernelPrecompiler([bad], processes=4) as compiling:
     refused = list(compiling.wait().values())
-with CompilingAhead([replace(wanted[0], module="no_such_module")], processes=4) as compiling:
+with KernelPrecompiler([replace(wanted[0], module="no_such_module")], processes=4) as compiling:
     ended = list(compiling.wait().values())
-with CompilingAhead(wanted, processes=1) as compiling:
+with KernelPrecompiler(wanted, processes=1) as compiling:
     child = compiling.children[0]
 OUT.write_text(json.dumps({"refused": refused[0].error, "ended": ended[0].error, "killed": child.returncode}))
 """
@@ -128,7 +128,7 @@ def test_compilers_import_no_torch(tmp_path: Path) -> None:
     program = "import sys\nOUT.write_text(json.dumps('torch' in sys.modules))"
     output = tmp_path / "outcome.json"
     code = (
-        "import json, sys; from pathlib import Path; import pagoda_kernels.gpu.ahead\n"
+        "import json, sys; from pathlib import Path; import pagoda_kernels.gpu.precompile\n"
         "import pagoda_kernels.gpu.attention_kernels, pagoda_kernels.gpu.sampling_kernels\n"
         "import pagoda_kernels.gpu.elementwise_kernels\n"
         f"OUT = Path({str(output)!r})\n{program}"
@@ -178,7 +178,7 @@ from pagoda.execution.precompile import ModelBuild, wanted_kernels
 from pagoda.models.config import ModelConfig
 from pagoda.models.dummy import DummySpec, write_dummy_checkpoint
 from pagoda.models.build import build_model
-from pagoda.parallel.groups import SINGLE_RANK, ParallelGroups, PipelineLink, TensorGroup
+from pagoda.parallel.groups import SINGLE_RANK, ParallelGroups, PipelineParallelGroup, TensorParallelGroup
 from pagoda.parallel.layout import ParallelLayout
 from pagoda_kernels import backend
 from pagoda_kernels.gpu.tuning import load_table
@@ -201,7 +201,7 @@ wanted = wanted_kernels(build)
 
 # A mixed step and then a decode step of three rows, of tensors that have memory, as the runner makes them.
 model = build_model(config, torch.bfloat16, "cpu")
-share = model.share
+share = model.shard
 shape = (9, share.kv_heads.size, 16, config.head_dim)
 caches = [(torch.zeros(shape, dtype=torch.bfloat16), torch.zeros(shape, dtype=torch.bfloat16)) for _ in share.layers]
 def step(query_lens):
@@ -240,8 +240,8 @@ with tuning.table_in_use(load_table("sm_90")), torch.inference_mode(), recorded_
 layout = ParallelLayout(2, 2)
 parallel = {}
 for rank in range(4):
-    groups = ParallelGroups(layout, layout.place(rank), TensorGroup(), PipelineLink())
-    groups.tensor.rank, groups.tensor.size = rank % 2, 2
+    groups = ParallelGroups(layout, layout.coordinates(rank), TensorParallelGroup(), PipelineParallelGroup())
+    groups.tp_group.rank, groups.tp_group.size = rank % 2, 2
     names = [one.name for one in wanted_kernels(dataclasses.replace(build, groups=groups))]
     parallel[rank] = sorted(set(names))
 OUT.write_text(json.dumps({
