@@ -54,7 +54,7 @@ class LLM:
     """A model and its engine in this process. Used from one thread.
 
     `model` is a checkpoint directory or a Hugging Face id (None: the built-in demo model); every setting of the server
-    that concerns the engine is accepted by its name (`max_model_len=4096`). `on_stage(name, detail)` is called at each
+    that concerns the engine is accepted by its name (`max_model_len=4096`). `on_phase(name, detail)` is called at each
     stage of loading. Raises `ConfigError` or `CheckpointError`, saying what to change.
     """
 

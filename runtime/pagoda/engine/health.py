@@ -106,9 +106,9 @@ class EngineHealth:
         """Do not become ready before `release(phase)`; meanwhile that is the phase shown."""
         self._held_by.append(phase)
 
-    def release(self, stage: str) -> None:
-        """End a `hold`; does nothing if there is none for `stage`."""
-        if stage not in self._held_by:
+    def release(self, phase: str) -> None:
+        """End a `hold`; does nothing if there is none for `phase`."""
+        if phase not in self._held_by:
             return
         self._held_by.remove(phase)
         if self._held_back is not None:

@@ -17,7 +17,7 @@ _LAYOUT = struct.Struct("=QQQQ")
 
 
 @dataclass(frozen=True, slots=True)
-class EngineProgress:
+class EngineHeartbeat:
     """The core's last heartbeat: number of steps done, its `time` (monotonic seconds), and the `scheduled_tokens` in flight
     since then; 0 when the core is idle.
     """
@@ -33,7 +33,7 @@ class EngineProgress:
         return self.time > 0
 
 
-class ProgressBoard:
+class SharedHeartbeat:
     """The page. The parent creates it, the child opens the inherited file descriptor."""
 
     def __init__(self, fd: int | None = None) -> None:
@@ -47,7 +47,7 @@ class ProgressBoard:
         """Write a heartbeat with the current time."""
         _LAYOUT.pack_into(self._page, 0, step, time.monotonic_ns(), scheduled_tokens, is_busy)
 
-    def read(self) -> EngineProgress:
+    def read(self) -> EngineHeartbeat:
         """The last heartbeat; all zero before the first."""
         step, nanoseconds, tokens, is_busy = _LAYOUT.unpack_from(self._page, 0)
         return EngineHeartbeat(step, nanoseconds / 1e9, tokens, bool(is_busy))

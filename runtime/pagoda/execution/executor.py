@@ -12,18 +12,18 @@ import torch
 from pagoda.parallel.rank_health import RankHealth
 from pagoda.scheduling.plan import StepPlan, StepResult
 
-LoadProgress = Callable[[str, int, int], None]
+RankLoadListener = Callable[[str, int, int], None]
 """Called with a rank's name (empty: there is only one), bytes loaded and bytes in all, in the thread that loads."""
 
 
-class Stages(Protocol):
-    """Reports the stages of the start-up."""
+class StartupPhases(Protocol):
+    """Reports the phases of the start-up."""
 
     def enter(self, name: str, detail: str = "") -> AbstractContextManager[None]:
         """A phase that lasts as long as the context; `detail` is for people."""
 
     def detail(self, text: str) -> None:
-        """The detail of the current stage, for people."""
+        """The detail of the current phase, for people."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,7 +33,7 @@ class InProcessExecutor(Executor):
         return self._worker.runner
 
     @override
-    def connect(self, stages: Stages) -> None:
+    def connect(self, phases: StartupPhases) -> None:
         pass  # a single rank
 
     @override

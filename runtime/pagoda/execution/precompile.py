@@ -151,7 +151,7 @@ class _NoAngles(nn.Module):
         return torch.empty(shape, device="meta"), torch.empty(shape, device="meta")
 
 
-class _UnconnectedTensors(TensorGroup):
+class _UnconnectedTensors(TensorParallelGroup):
     """Replaces the groups of several ranks where nothing is computed: right shapes, no communication."""
 
     def __init__(self, rank: int, size: int) -> None:

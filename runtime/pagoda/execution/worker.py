@@ -28,7 +28,7 @@ from pagoda.models.config import ModelConfig
 from pagoda.models.decoder import DecoderForCausalLM
 from pagoda.models.fused_layers import fuse_layers
 from pagoda.models.kv_scales import set_kv_scales
-from pagoda.models.loading.loader import Progress, check_weights, initialize_dummy_weights, load_weights
+from pagoda.models.loading.loader import LoadListener, check_weights, initialize_dummy_weights, load_weights
 from pagoda.models.loading.packed import weight_bytes
 from pagoda.models.quantization.schemes import QuantizationConfig, check_device, choose_quantization
 from pagoda.models.sharding import ModelShard, check_layout

@@ -167,7 +167,7 @@ class ParallelGroups:
         """
         self.pp_group.send(self._part(hidden) if self._is_shared(hidden) else hidden)
 
-    def take_over(self, into: torch.Tensor) -> torch.Tensor:
+    def recv_hidden_states(self, into: torch.Tensor) -> torch.Tensor:
         """What the stage before sent, of the shape and dtype of `into`, which may be filled with it."""
         if not self._is_shared(into):
             return self.pp_group.receive(into)

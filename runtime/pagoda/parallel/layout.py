@@ -18,7 +18,7 @@ from pagoda.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RankPlace:
+class RankCoordinates:
     """The coordinates of one rank: `rank = pipeline_stage * tensor_parallel_size + tensor_rank`.
 
     `is_sampling_rank`: this rank samples, and its results are the engine's.
@@ -53,7 +53,7 @@ class ParallelLayout:
         """The rank that samples: tensor rank 0 of the last stage."""
         return self.tensor_group(self.pipeline_parallel_size - 1)[0]
 
-    def place(self, rank: int) -> RankPlace:
+    def coordinates(self, rank: int) -> RankCoordinates:
         """The coordinates of `rank`. Raises `ValueError` for one that does not exist."""
         if not 0 <= rank < self.world_size:
             raise ValueError(f"there is no rank {rank} among {self.world_size}")

@@ -45,9 +45,9 @@ class ServerHealth:
         return self.state is not EngineState.DEAD
 
     @property
-    def stage(self) -> str:
-        """The start-up stage while the server starts, else the state; for people."""
-        return self._engine.health.stage
+    def phase(self) -> str:
+        """The start-up phase while the server starts, else the state; for people."""
+        return self._engine.health.phase
 
     @property
     def cause(self) -> str | None:
@@ -61,7 +61,7 @@ class ServerHealth:
             raise EngineDeadError(f"the engine is dead: {self.cause or 'unknown cause'}")
         if state is EngineState.STARTING:
             doing = "engine is restarting" if self._engine.health.has_started else "model is loading"
-            raise EngineNotReadyError(f"the {doing} (stage: {self.stage})")
+            raise EngineNotReadyError(f"the {doing} (stage: {self.phase})")
         if state is EngineState.DRAINING:
             raise EngineNotReadyError("the server is shutting down; send the request to another replica")
 

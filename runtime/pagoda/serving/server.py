@@ -21,7 +21,7 @@ from pagoda.serving.http.listener import listen, raise_open_file_limit
 logger = logging.getLogger(__name__)
 
 
-def run(loaded: LoadedConfig, core: LaunchedCore) -> int:
+def run(loaded: LoadedConfig, core: PrelaunchedProcess) -> int:
     """Serve until a signal, with an engine in `core`; returns the exit status.
 
     Raises `ConfigError` for a port that is taken.

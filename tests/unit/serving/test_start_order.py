@@ -13,7 +13,7 @@ import pytest
 from pagoda.config.schema import PagodaConfig
 from pagoda.engine import wire
 from pagoda.engine.client import prelaunch
-from pagoda.engine.client.prelaunch import LaunchedCore
+from pagoda.engine.client.prelaunch import PrelaunchedProcess
 from pagoda.engine.data_parallel.client import create_engine_client
 from pagoda.engine.messages import StartCore
 
@@ -31,7 +31,7 @@ async def test_a_client_is_configured_when_its_first_core_was_sent_the_configura
 
     monkeypatch.setattr(prelaunch.subprocess, "Popen", popen)
     config = PagodaConfig(model="none", device="cpu", data_parallel_size=data_parallel_size)
-    with LaunchedCore() as launched:
+    with PrelaunchedProcess() as launched:
         client = create_engine_client(config, launched)
         starting = asyncio.ensure_future(client.start())
         async with asyncio.timeout(30):

@@ -84,7 +84,7 @@ class EngineClient(ABC):
         return ()
 
     @property
-    def progress(self) -> EngineProgress | None:
+    def heartbeat(self) -> EngineHeartbeat | None:
         """The core's last heartbeat; None without a core."""
         return None
 
@@ -133,7 +133,7 @@ class ProcessEngineClient(EngineClient):
         self._service_rate = ServiceRate()
         self._restarts = RestartPolicy(config.on_engine_failure, config.max_engine_restarts)
         self._pause: float | None = None  # before the next core; None: there will be none
-        self._child: CoreChild | None = None
+        self._child: EngineCoreHandle | None = None
         self._is_lost = False  # the core has failed, though its process may still exist
         self._supervising: asyncio.Task[None] | None = None
         self._started: asyncio.Future[EngineReady] | None = None
@@ -151,8 +151,8 @@ class ProcessEngineClient(EngineClient):
 
     @property
     @override
-    def progress(self) -> EngineProgress | None:
-        return None if self._child is None else self._child.progress
+    def heartbeat(self) -> EngineHeartbeat | None:
+        return None if self._child is None else self._child.heartbeat
 
     def pin_num_blocks(self, num_blocks: int) -> None:
         """Give cores started from now on so many KV blocks, whatever memory they find."""
@@ -183,7 +183,7 @@ class ProcessEngineClient(EngineClient):
             if not is_over:
                 child.send(AbortRequests([request_id]))
 
-    def _check_queue(self) -> CoreChild:
+    def _check_queue(self) -> EngineCoreHandle:
         """The core, if it takes one more request; else raises the reason."""
         if self.health.state is EngineState.DEAD:
             raise EngineDeadError(f"the engine is dead: {self.health.cause}")
@@ -251,7 +251,7 @@ class ProcessEngineClient(EngineClient):
         """Run one core from its start to its end."""
         self._is_lost = False
         launched, self._launched = self._launched, None
-        child = self._child = await CoreChild.start(self._config, self._environment, launched)
+        child = self._child = await EngineCoreHandle.start(self._config, self._environment, launched)
         self.configured.set()
         if self._ending.is_set():  # `shutdown` was called before there was a core
             child.send(Shutdown())
@@ -262,9 +262,9 @@ class ProcessEngineClient(EngineClient):
                     self._deliver(message)
                 elif isinstance(message, EngineRanks):
                     self.ranks = message.ranks
-                elif isinstance(message, EngineStage):
+                elif isinstance(message, EngineStartupPhase):
                     if self.health.state is EngineState.STARTING:  # else the server is draining
-                        self.health.enter_stage(message.name, message.detail)
+                        self.health.enter_phase(message.name, message.detail)
                 elif isinstance(message, EngineReady):
                     self._welcome(message)
                 elif isinstance(message, EngineFailed):
@@ -304,7 +304,7 @@ class ProcessEngineClient(EngineClient):
         if not self._started.done():
             self._started.set_exception(cause)
 
-    async def _watch(self, child: CoreChild) -> None:
+    async def _watch(self, child: EngineCoreHandle) -> None:
         """The watchdog: kill a core that does not start in time, or that is stuck. `_run_core` then handles its exit."""
         start_timeout = self._config.engine_start_timeout_seconds
         deadline = time.monotonic() + start_timeout
@@ -312,7 +312,7 @@ class ProcessEngineClient(EngineClient):
         while True:
             await asyncio.sleep(_WATCH_SECONDS)
             now = time.monotonic()
-            progress = child.progress
+            progress = child.heartbeat
             failure: str | None = None
             if progress.is_up:
                 failure = watchdog.check(progress, now)

@@ -52,9 +52,9 @@ class EngineCoreHandle:
         return self.process.pid
 
     @property
-    def progress(self) -> EngineProgress:
+    def heartbeat(self) -> EngineHeartbeat:
         """The core's last heartbeat, read from shared memory."""
-        return self._board.read()
+        return self._heartbeat.read()
 
     @property
     def num_unsent_bytes(self) -> int:

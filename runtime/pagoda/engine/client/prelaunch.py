@@ -15,7 +15,7 @@ from typing import Self
 from pagoda.engine.heartbeat import SharedHeartbeat
 
 
-class LaunchedCore:
+class PrelaunchedProcess:
     """A core's process that waits for its configuration. As a context manager, it kills the process unless `take` was called.
 
     They talk over a socket pair that the child inherits: no other process can connect to it, and when either side dies the
@@ -39,7 +39,7 @@ class LaunchedCore:
             raise
 
     def take(self) -> Self:
-        """Transfer ownership of the process, its socket and its board to the caller."""
+        """Transfer ownership of the process, its socket and its shared heartbeat to the caller."""
         self._is_taken = True
         return self
 

@@ -22,7 +22,7 @@ class RestartPolicy:
         """Note the start of a core, from which its uptime counts."""
         self._started_at = now
 
-    def pause_before_restart(self, now: float) -> float | None:
+    def backoff(self, now: float) -> float | None:
         """The backoff in seconds after a failure, or None when no restarts are left."""
         self.num_failures = 1 if now - self._started_at > HEALTHY_SECONDS else self.num_failures + 1
         if self.num_failures > self._max_restarts:

@@ -105,7 +105,7 @@ class Connection:
             os._exit(_LOST_EXIT_CODE)
 
 
-class CoreProcess:
+class EngineCoreLoop:
     """Drives the core with the messages of the connection."""
 
     def __init__(self, core: EngineCore, connection: Connection, heartbeat: SharedHeartbeat) -> None:
@@ -128,7 +128,7 @@ class CoreProcess:
             self._last_step = message.stats.step
             if message.outputs or message.stats.step != step_before:
                 # Only an iteration with progress writes a heartbeat: the watchdog must catch a core that spins.
-                self._board.write(message.stats.step, self._core.num_tokens_in_flight, is_busy=self._core.has_work)
+                self._heartbeat.write(message.stats.step, self._core.num_tokens_in_flight, is_busy=self._core.has_work)
                 self._connection.send(message)
             self._tell_ranks()
 
@@ -179,7 +179,7 @@ class CoreProcess:
         self._connection.send(EngineOutputs([output], self._core.stats(), 0.0))
 
 
-def main(socket_fd: int, board_fd: int) -> int:
+def main(socket_fd: int, heartbeat_fd: int) -> int:
     """Run the core until its parent ends it; exit code 0 after a shutdown, 1 after a failure."""
     become_child()
     connection = Connection(socket_fd)
@@ -194,7 +194,7 @@ def main(socket_fd: int, board_fd: int) -> int:
     try:
         if failure is not None:
             raise failure
-        _serve(first, connection, board)
+        _serve(first, connection, heartbeat)
     except Exception as error:  # any error is reported to the parent
         # A `PagodaError` names its cause; anything else needs its stack.
         logger.error("the engine core failed: %s", error, exc_info=not isinstance(error, PagodaError))
@@ -227,9 +227,9 @@ def _serve(first: StartCore, connection: Connection, heartbeat: SharedHeartbeat)
     core = start_core(config, lambda name, detail: connection.send(EngineStartupPhase(name, detail)))
     gc.collect()
     gc.freeze()  # objects of the start-up stay: later collections need not walk them
-    board.write(0, 0, is_busy=False)
+    heartbeat.write(0, 0, is_busy=False)
     connection.send(core.ready)
-    CoreProcess(core, connection, board).run()
+    EngineCoreLoop(core, connection, heartbeat).run()
     core.shutdown()  # not after a failure: ranks end when their connections close
 
 

@@ -3,7 +3,7 @@
     config → hardware → [ launch → rendezvous → communication → ] weights → kv → warm-up → ready
                         with more than one rank
 
-Each stage is reported when it is entered: in the log, in `/health` and by the startup probe.
+Each phase is reported when it is entered: in the log, in `/health` and by the startup probe.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def start_core(config: PagodaConfig, on_phase: PhaseListener | None = None) -> E
         config = _resolved(config, settings, str(directory))
         executor = create_executor(config, model_config)
     try:
-        fit = _bring_up(executor, config, model_config, stages)
+        fit = _bring_up(executor, config, model_config, phases)
     except BaseException:  # re-raised; its ranks may be processes, also on other machines
         executor.shutdown()
         raise
@@ -71,12 +71,12 @@ def start_core(config: PagodaConfig, on_phase: PhaseListener | None = None) -> E
     return EngineCore(scheduler, executor, ready)
 
 
-def _bring_up(executor: Executor, config: PagodaConfig, model_config: ModelConfig, stages: _Stages) -> KVFit:
+def _bring_up(executor: Executor, config: PagodaConfig, model_config: ModelConfig, phases: _StartupPhases) -> KVFit:
     """Start the ranks and run their first step; returns the size of the KV cache."""
-    executor.connect(stages)
-    with stages.enter("weights", str(config.model)):
-        executor.load(stages.weights_progress)
-    with stages.enter("kv"):
+    executor.connect(phases)
+    with phases.enter("weights", str(config.model)):
+        executor.load(phases.weights_progress)
+    with phases.enter("kv"):
         budget = executor.kv_budget(config.block_size)
         fit = fit_max_model_len(
             block_bytes=budget.block_bytes,
@@ -149,7 +149,7 @@ class _StartupPhases:
         self.seconds[name] = time.monotonic() - started
 
     def detail(self, text: str) -> None:
-        """Report the detail of the current stage if it has changed."""
+        """Report the detail of the current phase if it has changed."""
         if text != self._last_detail:
             self._last_detail = text
             self._report()

@@ -122,10 +122,10 @@ class DataParallelClient(EngineClient):
 
     @property
     @override
-    def progress(self) -> EngineProgress | None:
+    def heartbeat(self) -> EngineHeartbeat | None:
         """The steps of all replicas, with the time of the oldest heartbeat among those that are up."""
-        signs = [sign for replica in self._replicas if (sign := replica.progress) is not None and sign.is_up]
-        if not signs:
+        found = [one for replica in self._replicas if (one := replica.heartbeat) is not None and one.is_up]
+        if not found:
             return None
         return EngineHeartbeat(
             step=sum(one.step for one in found),

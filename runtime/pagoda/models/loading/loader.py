@@ -28,12 +28,13 @@ from pagoda.models.loading.checkpoint import (
     FLOAT_TYPES,
     StoredTensor,
     StoredTensors,
+    TensorSpec,
+    chunks,
     listed,
-    pieces,
     stored_tensors,
     weight_files,
 )
-from pagoda.models.loading.packed import PackedEmbedding, awaited_layers, load_awaited
+from pagoda.models.loading.packed import PackedEmbedding, deferred_layers, load_packed_weights
 from pagoda.models.quantization.schemes import QuantizationConfig
 from pagoda.models.weights import WeightTarget
 
@@ -47,7 +48,7 @@ MAX_LOADER_THREADS = 4
 _NARROW_TYPES = {"BF16": torch.bfloat16, "F16": torch.float16}
 
 
-class Progress(Protocol):
+class LoadListener(Protocol):
     """Called after each tensor, in the thread that loaded it (one call at a time)."""
 
     def __call__(self, name: str, bytes_done: int, bytes_total: int) -> None:
@@ -69,18 +70,18 @@ def check_weights(
         if not name.endswith(IGNORED_SUFFIXES)
     }
     model = build_model(config, torch.float32, "meta", quantization=quantization)
-    forms = {name: StoredForm(target.full_shape, FLOAT_TYPES) for name, target in model.weight_targets().items()}
-    forms |= _forms_of_awaited(model)
+    specs = {name: TensorSpec(target.full_shape, FLOAT_TYPES) for name, target in model.weight_targets().items()}
+    specs |= _specs_of_deferred(model)
     for second, first in model.tied_weights().items():
         # Under either name, or under both.
-        forms[second] = replace(forms[first], optional=True)
-        forms[first] = replace(forms[first], optional=second in stored)
-    _check_names(stored, forms, directory)
-    _check_forms(stored, forms)
+        specs[second] = replace(specs[first], optional=True)
+        specs[first] = replace(specs[first], optional=second in stored)
+    _check_names(stored, specs, directory)
+    _check_specs(stored, specs)
     return stored
 
 
-def load_weights(model: DecoderForCausalLM, directory: str | Path, progress: Progress | None = None) -> None:
+def load_weights(model: DecoderForCausalLM, directory: str | Path, progress: LoadListener | None = None) -> None:
     """Fill every weight that `model` holds from the safetensors files in `directory`, converting to the model's dtype.
 
     Raises `CheckpointError` before anything is copied: as `check_weights`, and tied weights that differ.
@@ -90,8 +91,8 @@ def load_weights(model: DecoderForCausalLM, directory: str | Path, progress: Pro
     targets = model.weight_targets()
     for second, first in model.tied_weights().items():
         _settle_tied_names(stored, targets, second, first)
-    bytes_of_awaited = (
-        sum(layer.out_features * layer.in_features for layer, _ in awaited_layers(model)) * model.dtype.itemsize
+    deferred_bytes = (
+        sum(layer.out_features * layer.in_features for layer, _ in deferred_layers(model)) * model.dtype.itemsize
     )
     copied_bytes = sum(target.destination.nbytes for target in targets.values())
     bytes_total = copied_bytes + deferred_bytes
@@ -219,7 +220,7 @@ def _check_names(stored: Mapping[str, StoredTensor], specs: Mapping[str, TensorS
         raise CheckpointError(f"{directory} does not fit its config.json: {'; '.join(problems)}")
 
 
-def _check_forms(stored: Mapping[str, StoredTensor], forms: Mapping[str, StoredForm]) -> None:
+def _check_specs(stored: Mapping[str, StoredTensor], specs: Mapping[str, TensorSpec]) -> None:
     for name, tensor in stored.items():
         expected = specs[name]
         if tensor.shape != expected.shape:

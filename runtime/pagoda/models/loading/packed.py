@@ -18,7 +18,7 @@ from torch import nn
 from pagoda.models.decoder import DecoderForCausalLM, DecoderLayer
 from pagoda.models.layers.embedding import TokenEmbedding
 from pagoda.models.layers.linear import Linear, LinearMethod, UnquantizedLinearMethod
-from pagoda.models.loading.checkpoint import FLOAT_TYPES, StoredForm, TensorSource
+from pagoda.models.loading.checkpoint import FLOAT_TYPES, TensorSource, TensorSpec
 from pagoda.models.sharding import Shard
 from pagoda.models.weights import WeightTarget
 from pagoda.parallel.groups import TensorParallelGroup
@@ -194,7 +194,7 @@ def pack_when_loaded(model: DecoderForCausalLM) -> None:
     """
     for prefix, layer in linear_layers(model):
         if isinstance(layer.method, UnquantizedLinearMethod):
-            await_weight(model, layer, AwaitedFloatMethod(prefix, model.dtype))
+            defer_weight(model, layer, DeferredFloatMethod(prefix, model.dtype))
 
 
 def defer_weight(model: DecoderForCausalLM, layer: Linear, method: DeferredLinearMethod) -> None:

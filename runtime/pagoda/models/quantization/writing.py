@@ -25,8 +25,8 @@ from pagoda.models.loading.checkpoint import (
     weight_files,
 )
 from pagoda.models.loading.loader import check_weights
-from pagoda.models.loading.packed import awaited_layers
-from pagoda.models.quantization.layers import AwaitedQuantizedMethod
+from pagoda.models.loading.packed import deferred_layers
+from pagoda.models.quantization.layers import DeferredQuantizedMethod
 from pagoda.models.quantization.layouts import pack_words
 from pagoda.models.quantization.rounding import QuantizedRows, round_rows
 from pagoda.models.quantization.schemes import HEAD, QuantizationConfig, WeightScheme, choose_quantization

@@ -53,7 +53,7 @@ def v2_router(context: ServingContext, service: V2Service) -> APIRouter:
         """200 while a request sent now would be accepted."""
         if service.is_ready:
             return json_response({"ready": True})
-        reason = ", ".join(dict.fromkeys([str(health.state), health.stage]))
+        reason = ", ".join(dict.fromkeys([str(health.state), health.phase]))
         return json_response({"ready": False, "error": f"not ready: {reason}"}, 503)
 
     @router.get(MODEL, response_model=ModelMetadataResponse, responses=v2_errors(401, 404))

@@ -181,4 +181,4 @@ def _state_of(model: ServedModel) -> ModelState:
     if health.is_ready:
         return ModelState(model.name, MODEL_VERSION, "READY", "")
     state = "LOADING" if health.state is EngineState.STARTING else "UNAVAILABLE"
-    return ModelState(model.name, MODEL_VERSION, state, health.cause or health.stage)
+    return ModelState(model.name, MODEL_VERSION, state, health.cause or health.phase)
