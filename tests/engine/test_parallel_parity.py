@@ -227,8 +227,6 @@ def test_dummy_weights_are_the_same_model_at_every_layout(layout, case_of, start
 
 def logits_on(worker, hidden: list[list[float]]):
     """This rank's part in the logits of hidden states: (dtype, values) on tensor rank 0, None on the others."""
-    import torch
-
     with torch.inference_mode():
         logits = worker.runner.model.compute_logits(torch.tensor(hidden, dtype=torch.bfloat16))
     return None if logits is None else (str(logits.dtype), logits.tolist())

@@ -15,9 +15,9 @@ from pagoda.models.config import ModelConfig
 from pagoda.models.decoder import DecoderForCausalLM
 from pagoda.models.dummy import DummySpec, write_dummy_checkpoint
 from pagoda.models.layers.linear import (
-    MixedPrecisionProduct,
+    CublasFloat32OutputMethod,
     UnquantizedLinearMethod,
-    WidenedProduct,
+    UpcastFloat32OutputMethod,
     unquantized_method,
 )
 from pagoda.models.loading.loader import load_weights
@@ -120,17 +120,17 @@ def test_quantized_head_does_not_round_its_sums(checkpoint: Path, hidden: torch.
     assert torch.equal(logits[torch.bfloat16], logits[torch.float32])
 
 
-def test_weight_is_widened_in_pieces(monkeypatch: pytest.MonkeyPatch, hidden: torch.Tensor) -> None:
-    monkeypatch.setattr("pagoda.models.layers.linear._WIDENED_ELEMENTS", 10 * SPEC.hidden_size)
+def test_weight_is_upcast_in_pieces(monkeypatch: pytest.MonkeyPatch, hidden: torch.Tensor) -> None:
+    monkeypatch.setattr("pagoda.models.layers.linear._UPCAST_ELEMENTS", 10 * SPEC.hidden_size)
     weight = torch.randn(37, SPEC.hidden_size).bfloat16()
-    product = WidenedProduct().multiply(hidden, weight)
+    product = UpcastFloat32OutputMethod().multiply(hidden, weight)
     torch.testing.assert_close(product, hidden.float() @ weight.float().T, rtol=0, atol=1e-5)
 
 
 def test_gpu_asks_its_library_for_float32() -> None:
     """On the device `meta` torch checks the call as it would for a GPU: no copy of the weight is made."""
     method = unquantized_method(torch.bfloat16, torch.float32, torch.device("cuda"))
-    assert isinstance(method, MixedPrecisionProduct)
+    assert isinstance(method, CublasFloat32OutputMethod)
     x, weight = (torch.empty(rows, 64, dtype=torch.bfloat16, device="meta") for rows in (3, 512))
     product = method.multiply(x, weight)
     assert (product.dtype, product.shape, product.stride()) == (torch.float32, (3, 512), (512, 1))
@@ -140,7 +140,7 @@ def test_gpu_asks_its_library_for_float32() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_gpu_product_is_the_one_in_float32(dtype: torch.dtype) -> None:
     x, weight = (torch.randn(rows, 1024, device="cuda").to(dtype) for rows in (3, 4000))
-    product = MixedPrecisionProduct().multiply(x, weight)
+    product = CublasFloat32OutputMethod().multiply(x, weight)
     torch.testing.assert_close(product.double(), x.double() @ weight.double().T, rtol=0, atol=1e-3)
 
 

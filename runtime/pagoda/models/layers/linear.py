@@ -14,8 +14,8 @@ from pagoda.models.sharding import Shard
 from pagoda.models.weights import WeightTarget
 from pagoda.parallel.groups import TensorParallelGroup
 
-# Values of a weight that are widened at a time: 4 MiB of float32, which the caches of most processors hold.
-_WIDENED_ELEMENTS = 1 << 20
+# Values of a weight that are upcast at a time: 4 MiB of float32, which the caches of most processors hold.
+_UPCAST_ELEMENTS = 1 << 20
 
 
 class LinearMethod(ABC):
@@ -84,7 +84,7 @@ class Float32OutputMethod(UnquantizedLinearMethod):
         return product if layer.bias is None else product.add_(layer.bias)
 
 
-class MixedPrecisionProduct(Float32OutputMethod):
+class CublasFloat32OutputMethod(Float32OutputMethod):
     """By cuBLAS, which writes float32 where it is asked to."""
 
     @override
@@ -92,14 +92,14 @@ class MixedPrecisionProduct(Float32OutputMethod):
         return torch.mm(x, weight.t(), out_dtype=torch.float32)
 
 
-class WidenedProduct(Float32OutputMethod):
-    """By float32 products of some rows of the weight at a time: where torch has none of half precision with float32 output."""
+class UpcastFloat32OutputMethod(Float32OutputMethod):
+    """By upcasting some rows of the weight at a time, where torch has no such product."""
 
     @override
     def multiply(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         wide = x.float()
         product = torch.empty((len(x), len(weight)), dtype=torch.float32, device=x.device)
-        at_once = max(1, _WIDENED_ELEMENTS // weight.shape[1])
+        at_once = max(1, _UPCAST_ELEMENTS // weight.shape[1])
         pieces = zip(torch.split(weight, at_once), torch.split(product, at_once, dim=1), strict=True)
         for rows, outputs in pieces:
             torch.mm(wide, rows.float().t(), out=outputs)
@@ -112,7 +112,7 @@ def unquantized_method(dtype: torch.dtype, out_dtype: torch.dtype, device: torch
         return UnquantizedLinearMethod()
     if out_dtype != torch.float32:
         raise ValueError(f"out_dtype={out_dtype}: outputs of {dtype} layers are {dtype} or torch.float32")
-    return MixedPrecisionProduct() if device.type == "cuda" else WidenedProduct()
+    return CublasFloat32OutputMethod() if device.type == "cuda" else UpcastFloat32OutputMethod()
 
 
 class Linear(nn.Module):
