@@ -23,7 +23,7 @@ def examine_cluster(settings: Sequence[str]) -> dict[str, Any]:
 
 
 def cluster_as_text(report: dict[str, Any]) -> str:
-    """The survey for people."""
+    """The survey as text."""
     lines = [f"Ray cluster at {report['address']}"] if report["address"] else []
     for node in report["nodes"]:
         lines += [

@@ -76,7 +76,7 @@ class EngineHealth:
 
     @property
     def has_started(self) -> bool:
-        """Whether requests could be taken at some time, whatever came after."""
+        """Whether the engine was ever ready or degraded."""
         return any(target in SERVING for _, target in self.transitions)
 
     def transition(self, state: EngineState, cause: str, *, is_expected: bool = False) -> None:
@@ -115,7 +115,7 @@ class EngineHealth:
             self.transition(*self._held_back)
 
     def enter_stage(self, stage: str, detail: str = "") -> None:
-        """Note the start-up stage, for people and for the startup probe."""
+        """Set the start-up stage, which `/health` and the startup probe show."""
         self.stage, self.detail = stage, detail
         self._notify()
 

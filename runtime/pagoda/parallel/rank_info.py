@@ -1,4 +1,4 @@
-"""What each rank is, and what ranks must have in common before they may run one model together.
+"""The description of a rank, and what must be equal on all ranks of a model.
 
 Every rank describes itself once at rendezvous; the driver compares. Versions are read from the installed packages, and what
 needs torch (device, dtype, NCCL) is passed in.
@@ -21,7 +21,7 @@ from typing import Any
 from pagoda.config.schema import PagodaConfig
 from pagoda.version import __version__
 
-# Settings that say nothing about what the ranks compute, or may differ from node to node.
+# Settings that do not affect what the ranks compute, or may differ from node to node.
 _LOCAL_SETTINGS = frozenset({"model", "threads", "network_interface", "host", "http_port", "grpc_port", "api_keys"})
 
 _HASH_LENGTH = 12
@@ -32,7 +32,7 @@ _MAX_JSON_BYTES = 64 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankFacts:
-    """One rank about itself. `nccl` and `ray`: None where it uses none. `device`: `cpu` or `cuda`; `device_name`: for people.
+    """One rank. `nccl` and `ray`: None where it uses none. `device`: `cpu` or `cuda`; `device_name`: for people.
 
     `memory_bytes`: what the device has in all. `interface`, `address`: where its model traffic goes.
     """
@@ -110,7 +110,7 @@ def describe_rank(
 
 
 def compare_facts(facts: Sequence[RankFacts]) -> list[str]:
-    """One sentence for each thing in which the ranks differ and must not; empty if they fit together."""
+    """One error for each property that must not differ between ranks and does; empty if they are compatible."""
     sentences = [
         f"{what} differ: {_grouped(facts, name)}; {remedy}"
         for name, what, remedy in _MUST_AGREE

@@ -129,7 +129,7 @@ class TextGenerator:
         return await self.pool.decode(prompt, skip_special_tokens=params.skip_special_tokens)
 
     def _outputs(self, request: EngineRequest) -> aclosing[AsyncGenerator[EngineOutput, None]]:
-        """What the engine says of one sequence. However this is left, after a stop string too, the request is aborted."""
+        """The engine's outputs for one sequence. The request is aborted on every exit, also after a stop string."""
         return aclosing(cast("AsyncGenerator[EngineOutput, None]", self.client.submit(request)))
 
     async def _run_all(

@@ -84,7 +84,7 @@ class EngineCore:
         """Run one turn of the loop and return the output of every request that has any.
 
         A step that raises ends the requests in it, with its error; the engine goes on. Raises `EngineDeadError` only when the
-        executor says that it cannot.
+        executor's health check fails.
         """
         started = time.monotonic()
         self._plan_ahead()

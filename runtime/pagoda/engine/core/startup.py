@@ -37,7 +37,7 @@ StageListener = Callable[[str, str], None]
 
 
 def start_core(config: PagodaConfig, on_stage: StageListener | None = None) -> EngineCore:
-    """Bring an engine up in this process. Raises `ConfigError` or `CheckpointError` saying what to change."""
+    """Start an engine in this process. Raises `ConfigError` or `CheckpointError` saying what to change."""
     stages = _Stages(on_stage)
     faults.install(config.fault_injection)
     with stages.enter("config"):
