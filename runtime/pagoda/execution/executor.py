@@ -55,7 +55,7 @@ class Executor(Protocol):
     max_concurrent_batches: int
 
     def connect(self, stages: Stages) -> None:
-        """Bring several ranks together, in stages `launch`, `rendezvous` and `communication`; a single rank has none.
+        """Connect several ranks, in stages `launch`, `rendezvous` and `communication`; a single rank has none.
 
         Raises a `PagodaError` that names the rank, its host and what to do.
         """

@@ -4,7 +4,7 @@
       slot 0    │ prompt and output of a request …       slot 0     │ its blocks, in order, then 0 …
       slot 1    │ …                                      slot 1     │ …
 
-Both are allocated once. A plan brings what changed; everything else of a step is gathered from here by index, so building a
+Both are allocated once. A plan holds what changed; everything else of a step is gathered from here by index, so building a
 step costs the same at any context length. A sampled token is written into the pool on the device, at the position after the
 last one computed: the next step can be built, and given to the device, before the host has seen it.
 """
@@ -133,7 +133,7 @@ class InputBatch:
     def enter(self, new: NewRequest, prepare: Callable[[NewRequest], None]) -> None:
         """Let a request enter its slot; `prepare` does what else must be done before it can sample.
 
-        Whatever goes wrong fails this request alone: the reason is kept in `slot_errors`.
+        Any error fails this request alone and is kept in `slot_errors`.
         """
         self.release(new.slot)
         self._cannot_run.add(new.slot)
@@ -143,7 +143,7 @@ class InputBatch:
             prepare(new)
         except PagodaError as error:
             self.slot_errors[new.slot] = str(error)
-        except Exception as error:  # a fault that one request brings to light is its own, not the step's
+        except Exception as error:  # an error in one request fails that request, not the step
             logger.exception("request %s could not be prepared", new.spec.request_id)
             self.slot_errors[new.slot] = f"the request could not be prepared: {type(error).__name__}: {error}"
 
@@ -261,7 +261,7 @@ class InputBatch:
         return True
 
     def _write_request(self, new: NewRequest) -> None:
-        """Write a request's tokens and blocks into its slot; `InvalidRequestError` says what cannot be right."""
+        """Write a request's tokens and blocks into its slot; raises `InvalidRequestError` for an inconsistent one."""
         token_ids = np.array(new.token_ids, dtype=np.int64)
         block_ids = np.array(new.block_ids, dtype=np.int32)
         if not 0 < token_ids.size <= self.max_model_len:

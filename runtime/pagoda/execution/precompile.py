@@ -1,6 +1,6 @@
 """The kernels of a model, compiled while its weights are loaded, so that the first step finds them in Triton's cache.
 
-Which kernels, and for which arguments, the model itself says: it is built once more on the device `meta`, where tensors have
+The kernels and their arguments come from the model itself: it is built once more on the device `meta`, where tensors have
 no memory, and run for a prompt and for a decode step. See `pagoda_kernels.gpu.ahead`.
 """
 
@@ -123,7 +123,7 @@ def _metadata(num_tokens: int, num_decode_rows: int, block_size: int) -> Attenti
 
 
 def _gather(block_size: int) -> None:
-    """The inputs of a step, of whatever rows."""
+    """The inputs of a step with any rows."""
     meta = torch.device("meta")
     pool = torch.empty((2, 2), dtype=torch.int64, device=meta)
     table = torch.empty((2, 2), dtype=torch.int32, device=meta)
