@@ -1,7 +1,7 @@
 """Memory for what every step reads from one end to the other: weights and KV caches, on huge pages where the system has them.
 
 A processor prefetches within a page and looks up every page's address, so from pages of 4 KiB memory is read a tenth more
-slowly than from those of 2 MiB. Linux gives them where they are asked for (`transparent_hugepage` is `madvise` or `always`).
+slowly than from those of 2 MiB. Linux provides them on request (`transparent_hugepage` is `madvise` or `always`).
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ class KernelBackend:
     def implements(self, operation: str) -> bool:
         """Whether the backend overrides the operation of that name; `AttributeError` for one that does not exist.
 
-        To be asked where something is constructed, not at each call.
+        To be called in constructors, not in each step.
         """
         return getattr(type(self), operation) is not getattr(KernelBackend, operation)
 

@@ -2,7 +2,7 @@
 
 Each class has a kind, independent of protocols: `serving.status` maps a kind to an HTTP status
 and a gRPC code in one place. The engine raises these too. A message names what is wrong and
-what is allowed, in a sentence that can be shown to the client as it is.
+what is allowed, and is sent to the client.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class ErrorKind(StrEnum):
 
 
 class PagodaError(Exception):
-    """Base of all errors below; `str(error)` is the sentence for the client."""
+    """Base of all errors below; `str(error)` is the message for the client."""
 
     kind = ErrorKind.INTERNAL
 

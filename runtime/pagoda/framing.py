@@ -2,7 +2,7 @@
 
     frame = uint32 length of what follows | uint8 kind | MessagePack of the message's dataclass
 
-The kind says which class of a fixed list to decode into.
+The kind is the index of the class in a fixed list.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MAX_PAYLOAD_BYTES = 2**30
 
 
 class FrameError(Exception):
-    """An invalid frame: of an unknown kind, too long, or with a payload that is not what its kind says."""
+    """An invalid frame: of an unknown kind, too long, or with a payload that does not match its kind."""
 
 
 class FrameCodec:

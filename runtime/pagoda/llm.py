@@ -4,7 +4,7 @@
     for output in llm.generate(["Once upon a time", "The sky is"], SamplingParams(max_tokens=32)):
         print(output.outputs[0].text)
 
-Imports neither KServe nor gRPC nor pydantic: torch, transformers and what they bring are enough.
+Imports neither KServe nor gRPC nor pydantic: torch, transformers and their dependencies are enough.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Prompt = str | list[int]
 
 @dataclass(eq=False, slots=True)
 class _Sequence:
-    """One sequence on its way through the engine, and its chunks that were not taken yet."""
+    """One running sequence, and its chunks that were not taken yet."""
 
     request: EngineRequest
     state: RequestTextState
@@ -264,7 +264,7 @@ class LLM:
 
     @contextmanager
     def _aborting(self, sequences: list[_Sequence]) -> Iterator[None]:
-        """Whatever ends the block, none of the sequences is left in the engine."""
+        """Aborts the sequences that are still in the engine at the end of the block."""
         try:
             yield
         finally:

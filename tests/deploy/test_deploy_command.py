@@ -264,7 +264,7 @@ def test_a_model_that_wants_a_key_is_ready_all_the_same(run: Any) -> None:
     with (
         RestHarness(api_keys=("secret",)) as server,
         ready_cluster(server) as cluster,
-        pytest.raises(PagodaError, match="is ready; it asks for an API key"),
+        pytest.raises(PagodaError, match="is ready; it requires an API key"),
     ):
         run(cluster)
 
@@ -295,7 +295,7 @@ def test_namespace_is_the_option_s_then_the_context_s_then_default(
         (["--model=a/b", "--storage-uri=hf://a/b"], "contradicts --model"),
         (["--config=x.yaml"], "is a file of this machine"),
         (["--file=/nowhere.yaml"], "--file /nowhere.yaml cannot be read"),
-        (["--file=x.yaml", "--seed=1"], "--file says everything"),
+        (["--file=x.yaml", "--seed=1"], "--file has all settings"),
     ],
 )
 def test_wrong_arguments_are_named_before_the_cluster_is_asked(

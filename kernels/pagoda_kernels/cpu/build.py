@@ -69,7 +69,7 @@ UNITS = (
 
 
 class BuildError(Exception):
-    """The library is not there and cannot be built here; the message says why."""
+    """The library is missing and cannot be built here; the message names the cause."""
 
 
 def library(emulate_bf16: bool = False) -> Path:

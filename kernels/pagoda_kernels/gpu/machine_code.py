@@ -1,4 +1,4 @@
-"""What a compiled kernel says of itself."""
+"""Resource usage of a compiled kernel."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import triton
 
 
 def resource_usage(cubin: bytes) -> Mapping[str, int]:
-    """What `cuobjdump --dump-resource-usage` says of the only function in `cubin`."""
+    """The output of `cuobjdump --dump-resource-usage` for the only function in `cubin`."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()

@@ -46,7 +46,7 @@ _LONGEST = "paged_attention_kernel"
 
 @dataclass(frozen=True, slots=True)
 class Specialization:
-    """A kernel, by module and name, for arguments of certain types: `data` says which, in Triton's own words.
+    """A kernel, by module and name, for arguments of certain types: `data`: Triton's own description of them.
 
     `target` is the backend, compute capability and warp size of the GPU; `is_cached`, that Triton's cache had it when it was
     recorded.
@@ -61,7 +61,7 @@ class Specialization:
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
-    """What came of a specialization: the kernel's need of the GPU, or what the compiler said.
+    """The result of a specialization: the kernel's resource usage, or the compiler's error.
 
     Registers and bytes of stack (spills) a thread, bytes of shared memory a program.
     """
@@ -168,7 +168,7 @@ def _start(share: Sequence[Specialization]) -> subprocess.Popen[str]:
         text=True,
     )
     assert child.stdin is not None
-    # It reads all of it at once, as its first act. If it has ended before, `wait` says with what.
+    # The child reads all of it first. If it has exited before, `wait` returns its status.
     with suppress(BrokenPipeError), child.stdin as lines:
         lines.write("".join(json.dumps(asdict(one)) + "\n" for one in share))
     child.stdin = None

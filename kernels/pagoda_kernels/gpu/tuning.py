@@ -101,7 +101,7 @@ _in_use: ContextVar[TuningTable | None] = ContextVar("table_in_use", default=Non
 
 @contextmanager
 def table_in_use(table: TuningTable) -> Iterator[None]:
-    """Kernels that this thread launches meanwhile are launched as `table` says, on any device."""
+    """Kernels that this thread launches in the context use `table`, on any device."""
     token = _in_use.set(table)
     try:
         yield

@@ -1,1 +1,1 @@
-"""Measuring: workloads, load on a server, the engine by itself, and what the figures say. Behind `pagoda bench`."""
+"""Benchmarks: workloads, load on a server, the engine without a server, and statistics. Used by `pagoda bench`."""

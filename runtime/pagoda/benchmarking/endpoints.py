@@ -70,7 +70,7 @@ class Endpoint(ABC):
 
     @abstractmethod
     async def send(self, prompt: tuple[Content, ...], output_tokens: int, on_piece: Callable[[], None]) -> Answer:
-        """Ask, and read the answer to its end. `prompt`: what user and assistant said in turns, the user last.
+        """Send a request and read the response to its end. `prompt`: turns of user and assistant, the user last.
 
         Raises:
             RequestFailure: there was no complete answer.
@@ -280,7 +280,7 @@ async def get_json(target: Target, path: str, timeout_seconds: float, body: obje
     """The answer of one GET (or, with `body`, POST) outside of the measurement.
 
     Raises:
-        RequestFailure: nothing is there, or it answers with an error or no JSON.
+        RequestFailure: no connection, an error status, or a response that is not JSON.
     """
     timeout = aiohttp.ClientTimeout(total=timeout_seconds)
     try:

@@ -1,4 +1,4 @@
-"""The engine by itself, in this process: how long a batch takes step by step, and how much gets through."""
+"""The engine without a server, in this process: latency of a batch step by step, and throughput."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where and with what a figure was measured: machine, versions, commit. A figure without these says little."""
+"""The environment of a measurement: machine, versions, commit."""
 
 from __future__ import annotations
 

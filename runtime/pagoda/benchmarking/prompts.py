@@ -46,7 +46,7 @@ class TokenIdSource:
 
 
 class WordSource:
-    """Pieces of made-up words. With a `tokenizer` a piece has the number of tokens asked for, else as many words."""
+    """Pieces of random words. With a `tokenizer` a piece has the number of tokens asked for, else as many words."""
 
     def __init__(self, tokenizer: Tokenizer | None = None) -> None:
         self._tokenizer = tokenizer

@@ -1,4 +1,4 @@
-"""Figures for people: tables on the terminal. The same figures go to JSON as they are."""
+"""Results as tables on the terminal. The same results are written as JSON."""
 
 from __future__ import annotations
 

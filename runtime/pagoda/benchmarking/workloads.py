@@ -1,4 +1,4 @@
-"""What is asked: conversations of one or several turns, made up by a seed. Equal arguments give equal workloads."""
+"""Workloads: conversations of one or several turns, generated from a seed. Equal arguments give equal workloads."""
 
 from __future__ import annotations
 

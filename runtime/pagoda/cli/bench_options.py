@@ -38,7 +38,7 @@ def positive(text: str) -> int:
 
 
 def add_workload_options(parser: argparse.ArgumentParser) -> None:
-    """Options that say what is asked."""
+    """Options of the workload."""
     group = parser.add_argument_group("workload", "made up by the seed; equal options give equal workloads")
     group.add_argument("--workload", choices=["random", "shared-prefix", "multi-turn", "file"], default="random")
     group.add_argument("--num-prompts", type=positive, default=100, metavar="N", help="prompts or conversations")
@@ -71,7 +71,7 @@ def add_workload_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_result_options(parser: argparse.ArgumentParser) -> None:
-    """Options that say where results go."""
+    """Options of the output files."""
     group = parser.add_argument_group("results")
     group.add_argument(
         "--json", type=Path, metavar="FILE", help="the results, with machine, versions, commit and arguments"

@@ -1,4 +1,4 @@
-"""`pagoda deploy`: puts a model into a Kubernetes cluster with KServe, waits until it is ready, and asks it something."""
+"""`pagoda deploy`: puts a model into a Kubernetes cluster with KServe, waits until it is ready, and sends it a request."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def _ask(cluster: Cluster, pod: str, port: int, model: str, question: str) -> st
     body = {"text_input": question, "parameters": {"max_tokens": 32}}
     status, answer = cluster.ask_pod(pod, port, f"/v2/models/{quote(model, safe='')}/generate", body, seconds=300)
     if status == 401:
-        raise ClusterError("the model is ready; it asks for an API key, which this command has not")
+        raise ClusterError("the model is ready; it requires an API key, which this command does not have")
     if status != 200 or not isinstance(answer, dict) or "text_output" not in answer:
         raise ClusterError(f"the model is ready but answers {status}: {answer}")
     return str(answer["text_output"])
@@ -140,7 +140,7 @@ def _is_ready(service: dict[str, Any]) -> bool:
 
 
 def _service_stage(service: dict[str, Any]) -> str:
-    """What KServe says while there is no pod."""
+    """KServe's conditions while there is no pod."""
     for condition in (service.get("status") or {}).get("conditions") or []:
         if condition["status"] == "False" and condition.get("message"):
             return f"no pod yet: {condition['message']}"
@@ -180,7 +180,7 @@ def _from_file(path: str, line: CommandLine) -> dict[str, Any]:
     import yaml
 
     if line.given or line.config_file:
-        raise ConfigError("--file says everything: put settings into its args, not on the command line")
+        raise ConfigError("--file has all settings: put them into its args, not on the command line")
     try:
         documents = [document for document in yaml.safe_load_all(Path(path).read_text(encoding="utf-8")) if document]
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

@@ -81,7 +81,7 @@ def examine(settings: Sequence[str]) -> dict[str, Any]:
 
 
 def as_text(report: dict[str, Any]) -> str:
-    """The report for people."""
+    """The report as text."""
     lines = ["Hardware", *_hardware_lines(report["hardware"]), "", "Versions"]
     lines += [f"  {name:<18} {version or 'not installed'}" for name, version in report["versions"].items()]
     if report["settings"]:

@@ -27,7 +27,7 @@ USAGE_ERROR = 2
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (the process's own if None) and return the exit status.
 
-    A `PagodaError` is a sentence for the user: it is printed without a traceback.
+    A `PagodaError` is printed without a traceback.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help", "help"):
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130  # the shell's status of a command ended by Ctrl-C
     except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output left, as `head` does; say nothing on the way out
+        sys.stderr.close()  # the reader of the output closed it, as `head` does; exit without a message
         return 141
 
 

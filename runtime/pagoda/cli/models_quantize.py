@@ -1,4 +1,4 @@
-"""`pagoda models quantize`: write a quantized checkpoint, and say what quantization costs it."""
+"""`pagoda models quantize`: write a quantized checkpoint, and measure the loss of accuracy."""
 
 from __future__ import annotations
 

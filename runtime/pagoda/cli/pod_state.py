@@ -57,11 +57,11 @@ def pod_state(pod: Mapping[str, Any]) -> PodState:
 def _unschedulable(message: str) -> str:
     if "nvidia.com/gpu" in message:
         return f"no node has a free GPU: {message}"
-    return f"no node takes the pod: {message or 'the scheduler has not said why'}"
+    return f"no node takes the pod: {message or 'the scheduler gave no reason'}"
 
 
 def _init_container(container: Mapping[str, Any]) -> PodState | None:
-    """What an init container says of its pod; None if it is done."""
+    """The pod's state during an init container; None if it is done."""
     state = container.get("state") or {}
     if (state.get("terminated") or {}).get("exitCode") == 0:
         return None

@@ -50,7 +50,7 @@ def run(arguments: Sequence[str]) -> int:
         parser.error("--state-directory needs --rank")
     if own.rank:
         return _print(own.probe, *_probe_ranks(own.probe, own.state_directory))
-    given, _ = gather(line, os.environ)  # what else is wrong there is the server's to say
+    given, _ = gather(line, os.environ)  # other errors in it are reported by the server
     raise_problems(line.problems)
     port = _port(given)
     scheme = "https" if "ssl_certfile" in given else "http"
@@ -90,7 +90,7 @@ def probe(name: str, port: int, scheme: str, timeout: float) -> tuple[bool, str]
 
 
 def _reason(body: bytes) -> str:
-    """What an answer says of why not; empty where it says nothing that can be read."""
+    """The reason in a response; empty where it has none that can be parsed."""
     try:
         answer = json.loads(body)
     except ValueError:

@@ -24,7 +24,7 @@ GROUPS = {
 class OptionInfo:
     """What is known of one setting besides its type and default.
 
-    `ge`, `le`, `gt`, `lt` bound a number. `pattern` must match a whole string, `pattern_help` says it in words. `aliases` are
+    `ge`, `le`, `gt`, `lt` bound a number. `pattern` must match a whole string, `pattern_help` describes it. `aliases` are
     other names under which every source accepts the setting. `path`: a file or directory that must exist, or a checkpoint
     (a directory or a Hugging Face id). `auto`: None means a value chosen at start. `secret`: the value is never printed.
     """

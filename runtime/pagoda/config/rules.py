@@ -125,7 +125,7 @@ class Rules:
         if values["distributed_executor_backend"] == "mp" and values["ray_address"] is not None:
             refuse(
                 "ray_address",
-                "must be none with distributed_executor_backend=mp, which asks no Ray cluster; use ray or auto",
+                "must be none with distributed_executor_backend=mp, which uses no Ray cluster; use ray or auto",
             )
         if values["num_scheduler_steps"] > 1 and values["pipeline_parallel_size"] > 1:
             refuse(

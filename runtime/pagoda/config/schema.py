@@ -39,7 +39,7 @@ class PagodaConfig:
     model_name: str | None = option(
         None,
         "model",
-        "Name under which clients ask for the model. Default: the directory's name, or `demo` when no model is given.",
+        "Name of the model in requests. Default: the directory's name, or `demo` when no model is given.",
         pattern=r"[^/\s]+",
         pattern_help="without slashes and spaces, for it is a part of URLs",
         aliases=("served_model_name",),
@@ -88,7 +88,7 @@ class PagodaConfig:
     )
 
     enforce_eager: bool = option(
-        False, "device", "On a GPU: launch every operation of every step by itself, without CUDA graphs."
+        False, "device", "On a GPU: launch every operation of every step separately, without CUDA graphs."
     )
 
     # KV cache
@@ -168,7 +168,7 @@ class PagodaConfig:
     distributed_executor_backend: Literal["auto", "mp", "ray"] = option(
         "auto",
         "parallel",
-        "Where ranks live: processes of this machine (mp), or actors of a Ray cluster (ray). Auto: ray where ray_address is "
+        "Where ranks run: processes of this machine (mp), or actors of a Ray cluster (ray). Auto: ray where ray_address is "
         "given, mp for more than one rank, and no process but the engine's for one.",
     )
     ray_address: str | None = option(
@@ -202,14 +202,14 @@ class PagodaConfig:
     rendezvous_timeout_seconds: float = option(
         120.0,
         "parallel",
-        "Longest time until all ranks are there, connected and checked, each of these by itself.",
+        "Longest time for each of: all ranks are started, connected, checked.",
         gt=0,
         unit="seconds",
     )
     collective_timeout_seconds: float = option(
         20.0,
         "parallel",
-        "Longest time that ranks wait for each other in a step of up to 512 tokens (longer steps: in proportion). Below "
+        "Timeout of collectives in a step of up to 512 tokens (longer steps: in proportion). Below "
         "engine_stall_timeout_seconds the error names the rank.",
         gt=0,
         unit="seconds",
@@ -269,14 +269,16 @@ class PagodaConfig:
         unit="seconds",
     )
     runaway_detection: Literal["off", "warn", "stop"] = option(
-        "warn", "limits", "What to do about an output that repeats itself: nothing, log and count it, or end it."
+        "warn",
+        "limits",
+        "Repetition detection, on an output that repeats itself: off, log and count it, or stop the request.",
     )
     runaway_max_period: int = option(64, "limits", "Longest period that counts as repetition.", ge=1, unit="tokens")
     runaway_min_tokens: int = option(
         256, "limits", "Length of output that must repeat one period throughout.", ge=2, unit="tokens"
     )
     grace_period_seconds: float = option(
-        30.0, "limits", "Time that running requests have to end after SIGTERM.", ge=0, unit="seconds"
+        30.0, "limits", "Drain: time that running requests have to finish after SIGTERM.", ge=0, unit="seconds"
     )
     engine_start_timeout_seconds: float = option(
         1800.0, "limits", "Longest time from start to ready; then the server exits.", gt=0, unit="seconds"
@@ -284,8 +286,8 @@ class PagodaConfig:
     engine_stall_timeout_seconds: float = option(
         30.0,
         "limits",
-        "Longest silence of an idle engine, or in a step of up to 512 tokens (longer steps: in proportion), before it counts "
-        "as stuck.",
+        "Watchdog: longest time without a heartbeat of an idle engine, or in a step of up to 512 tokens (longer steps: in "
+        "proportion), before it counts as stuck.",
         gt=0,
         unit="seconds",
     )
@@ -320,7 +322,7 @@ class PagodaConfig:
     fault_injection: str | None = option(
         None,
         "observability",
-        "Faults on purpose, for tests and rehearsals: POINT[@REQUEST_PREFIX][#N]=ACTION, with commas between.",
+        "Fault injection, for tests: POINT[@REQUEST_PREFIX][#N]=ACTION, with commas between.",
     )
     log_level: Literal["debug", "info", "warning", "error"] = option("info", "observability", "Least level logged.")
     log_format: Literal["text", "json"] = option("text", "observability", "Log lines for people, or one JSON each.")

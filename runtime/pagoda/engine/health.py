@@ -76,7 +76,7 @@ class EngineHealth:
 
     @property
     def has_started(self) -> bool:
-        """Whether requests could be taken at some time, whatever came after."""
+        """Whether the engine was ever ready or degraded."""
         return any(target in SERVING for _, target in self.transitions)
 
     def transition(self, state: EngineState, cause: str, *, is_expected: bool = False) -> None:

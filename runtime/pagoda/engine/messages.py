@@ -1,4 +1,4 @@
-"""What travels between the engine client and the engine core, beside `EngineRequest`.
+"""The messages between the engine client and the engine core, except `EngineRequest`.
 
 Dataclasses, so that the in-process engine needs nothing but the standard library; `engine.wire` encodes the same classes with
 msgspec when core and client are two processes. All are frozen but `EngineOutput`: one is made for every token, and Python

@@ -145,7 +145,7 @@ class DecodeGraphs:
         return None if size is None else self._inputs.part(size, num_columns)
 
     def run(self, size: int) -> Tensor:
-        """Hidden states `[size, hidden_size]` of a step whose inputs are where `tensors_for` said; overwritten by the next."""
+        """Hidden states `[size, hidden_size]` of a step on the buffers of `tensors_for`; overwritten by the next."""
         replay, hidden = self._steps[size]
         self._group.count_replayed(self._num_collectives)
         replay()
@@ -167,7 +167,7 @@ class CudaCapture:
         torch.cuda.current_stream().wait_stream(warm_up)
         graph = torch.cuda.CUDAGraph()
         # Only this thread's calls are captured, and only they must be of a kind that can be: others, such as those of NCCL's
-        # watchdog, may ask the device whatever they want meanwhile.
+        # watchdog, may call the device meanwhile.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             hidden = step()
         self._pool = graph.pool()

@@ -79,7 +79,7 @@ class InProcessExecutor(Executor):
 
 
 class _InProcessStep:
-    """A step on its way; the result is there when the device is done."""
+    """A queued step; `result` waits for the device."""
 
     def __init__(self, executor: InProcessExecutor, pending: StepHandle) -> None:
         self._executor = executor

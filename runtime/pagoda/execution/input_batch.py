@@ -4,7 +4,7 @@
       slot 0    │ prompt and output of a request …       slot 0     │ its blocks, in order, then 0 …
       slot 1    │ …                                      slot 1     │ …
 
-Both are allocated once. A plan brings what changed; everything else of a step is gathered from here by index, so building a
+Both are allocated once. A plan holds what changed; everything else of a step is gathered from here by index, so building a
 step costs the same at any context length. A sampled token is written into the pool on the device, at the position after the
 last one computed: the next step can be built, and given to the device, before the host has seen it.
 """
@@ -147,7 +147,7 @@ class InputBatch:
             prepare(new)
         except PagodaError as error:
             self.slot_errors[new.slot] = str(error)
-        except Exception as error:  # a fault that one request brings to light is its own, not the step's
+        except Exception as error:  # an error in one request fails that request, not the step
             logger.exception("request %s could not be prepared", new.spec.request_id)
             self.slot_errors[new.slot] = f"the request could not be prepared: {type(error).__name__}: {error}"
 

@@ -21,7 +21,7 @@ from pagoda.sampling.transfer import DeviceEvent, to_host
 from pagoda.scheduling.plan import NO_SAMPLED_TOKENS, NewRequest, SampledTokensUpdate, StepPlan, StepResult
 from pagoda_kernels import backend
 
-# Logits computed at once for prompt logprobs: 32 MiB of float32, whatever the prompt's length.
+# Logits computed at once for prompt logprobs: 32 MiB of float32, for any length of the prompt.
 _MAX_PROMPT_LOGITS = 1 << 23
 
 _GREEDY = SamplingParams(temperature=0.0)

@@ -123,7 +123,7 @@ def _metadata(num_tokens: int, num_decode_rows: int, block_size: int) -> Attenti
 
 
 def _gather(block_size: int) -> None:
-    """The inputs of a step, of whatever rows."""
+    """The inputs of a step with any rows."""
     meta = torch.device("meta")
     pool = torch.empty((2, 2), dtype=torch.int64, device=meta)
     table = torch.empty((2, 2), dtype=torch.int32, device=meta)

@@ -50,7 +50,7 @@ _FLOAT8_TYPES = {"fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn, "f
 
 
 class Worker:
-    """Brought up in this order: `load`, `available_kv_bytes`, `initialize_kv_cache`; then `execute` as often as wanted.
+    """Called in this order: `load`, `available_kv_bytes`, `initialize_kv_cache`; then `execute` for each step.
 
     `config` must have its auto values resolved: `device`, `dtype`, `max_num_seqs`, `max_num_batched_tokens`. Every rank of
     `groups` goes through the same calls with the same arguments: they exchange messages in most of them.
@@ -109,7 +109,7 @@ class Worker:
             )
 
     def _compiling_kernels(self, quantization: QuantizationConfig | None) -> AbstractContextManager[None]:
-        """On a GPU, what the model launches is compiled meanwhile."""
+        """On a GPU, compile the model's kernels in the background."""
         if self.device.type != "cuda":
             return nullcontext()
         return kernels_compiled_meanwhile(

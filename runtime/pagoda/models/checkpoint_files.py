@@ -41,7 +41,7 @@ def shown_name(name: str) -> str:
 
 
 def shown_reason(error: BaseException) -> str:
-    """What a library says of a file, in one line of bounded length: it may quote the file."""
+    """A library's error about a file, in one line of bounded length: it may quote the file."""
     text = " ".join(str(error).split())
     return text if len(text) <= 300 and text.isprintable() else shown(text)
 

@@ -24,9 +24,9 @@ ACTIVATIONS = ("silu",)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationDefaults:
-    """Sampling values that the checkpoint's generation_config.json recommends; None where it says nothing.
+    """Sampling values that the checkpoint's generation_config.json recommends; None where it has none.
 
-    `do_sample` of False, or absent, means that transformers would decode greedily whatever the others say.
+    `do_sample` of False, or absent, means that transformers decodes greedily and ignores the others.
     """
 
     do_sample: bool | None = None

@@ -1,4 +1,4 @@
-"""What a model family says about itself, and what all families read alike."""
+"""The description of a model family, and the reading of config.json that all families share."""
 
 from __future__ import annotations
 

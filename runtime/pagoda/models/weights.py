@@ -1,4 +1,4 @@
-"""Which part of which checkpoint tensor goes where."""
+"""The mapping from parts of checkpoint tensors to parameters."""
 
 from __future__ import annotations
 

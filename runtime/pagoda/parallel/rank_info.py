@@ -1,4 +1,4 @@
-"""What each rank is, and what ranks must have in common before they may run one model together.
+"""The description of a rank, and what must be equal on all ranks of a model.
 
 Every rank describes itself once at rendezvous; the driver compares. Versions are read from the installed packages, and what
 needs torch (device, dtype, NCCL) is passed in.
@@ -21,7 +21,7 @@ from typing import Any
 from pagoda.config.schema import PagodaConfig
 from pagoda.version import __version__
 
-# Settings that say nothing about what the ranks compute, or may differ from node to node.
+# Settings that do not affect what the ranks compute, or may differ from node to node.
 _LOCAL_SETTINGS = frozenset({"model", "threads", "network_interface", "host", "http_port", "grpc_port", "api_keys"})
 
 _HASH_LENGTH = 12

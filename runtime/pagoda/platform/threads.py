@@ -92,13 +92,13 @@ def bind_compute_threads(affinity: str, threads: int | None, *, index: int = 0, 
     """Bind the calling thread, and with it every thread that it starts from now on, as `affinity` says.
 
     To be called in the thread that runs the model, before it computes for the first time: it starts OpenMP's threads, one for
-    each of the cores. Threads that are there already go on running anywhere.
+    each of the cores. Existing threads are not bound.
 
     `affinity`, `threads`: the settings `cpu_thread_affinity` and `threads`. `index`: of this rank among the `num_ranks` of
     this machine.
 
     Raises:
-        ConfigError: the cores asked for are not to be had.
+        ConfigError: the requested cores are not available.
     """
     if not hasattr(os, "sched_setaffinity"):
         if affinity not in ("auto", "none"):

@@ -1,4 +1,4 @@
-"""What generation gives back for a token and at its end."""
+"""Log-probabilities of a token, and finish reasons."""
 
 from __future__ import annotations
 

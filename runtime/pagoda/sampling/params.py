@@ -1,4 +1,4 @@
-"""What a client may ask of generation."""
+"""The sampling parameters of a request."""
 
 from __future__ import annotations
 

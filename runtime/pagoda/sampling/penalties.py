@@ -1,4 +1,4 @@
-"""Penalties on tokens that are there already.
+"""Penalties on tokens that occurred before.
 
 They keep no counts. The tokens of a slot are in the token pool anyway, so a step gathers them, and touches their logits and no
 others. That costs time in proportion to the sequence, as the attention of one head of one layer does, but no memory in

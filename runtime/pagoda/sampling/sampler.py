@@ -64,7 +64,7 @@ def row_error(best_logit: float) -> str | None:
 class Sampler:
     """Sampling state of all slots. `token_pool`: int64 `[max_num_seqs, max_model_len + 1]`, kept up to date by its owner.
 
-    `kernels`: of the token pool's device. `seed` is of requests that bring none; None takes it from the operating system's
+    `kernels`: of the token pool's device. `seed` is for requests without one; None takes it from the operating system's
     entropy.
     """
 

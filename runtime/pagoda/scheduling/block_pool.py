@@ -229,7 +229,7 @@ class BlockLease:
         self.blocks.extend(blocks)
 
     def drop_before(self, count: int) -> None:
-        """Give back the first `count` blocks (outside the sliding window); the null block replaces them."""
+        """Free the first `count` blocks (outside the sliding window); the null block replaces them."""
         null_block = self._pool.null_block
         index = count - 1
         dropped = []
@@ -240,6 +240,6 @@ class BlockLease:
         self._pool.release(reversed(dropped))  # a hit needs the end of a window more than its beginning
 
     def release(self) -> None:
-        """Give everything back, the tail first: the head of a prefix is worth more to others than its end."""
+        """Free all blocks, the tail first: the beginning of a prefix is more likely to be hit than its end."""
         blocks, self.blocks = self.blocks, []
         self._pool.release(reversed(blocks))

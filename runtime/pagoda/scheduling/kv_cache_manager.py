@@ -31,7 +31,7 @@ class KVCacheManager:
         sliding_window: int | None = None,
         watermark: float = 0.0,
     ) -> None:
-        """`sliding_window` is set when *every* layer has that window; blocks that have left it are then given back.
+        """`sliding_window` is set when *every* layer has that window; blocks outside of it are then freed.
 
         `watermark` is the share of blocks that an admission must leave available while others run.
         """
@@ -105,7 +105,7 @@ class KVCacheManager:
         request.num_published_blocks = full_blocks
 
     def drop_out_of_window(self, request: Request) -> None:
-        """Give back blocks that no token still to be planned can see.
+        """Free blocks that are outside the window of all tokens still to be planned.
 
         The token at position p sees positions above p - window. Steps run in the order of their plans, so a block may go to
         another request while steps that read it are still in flight.

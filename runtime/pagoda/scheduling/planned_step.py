@@ -1,4 +1,4 @@
-"""A plan together with the requests of its rows: while it is written, and until its result is there."""
+"""A plan with the requests of its rows, from planning until its result is applied."""
 
 from __future__ import annotations
 

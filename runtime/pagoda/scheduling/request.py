@@ -1,4 +1,4 @@
-"""A request as the scheduler sees it: what was asked, its tokens, how far they are computed, where they lie, how it ended."""
+"""A request in the scheduler: its record, tokens, computed tokens, blocks, finish reason."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ class Request:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the request has ended, for whatever reason."""
+        """Whether the request has ended: finished, aborted or failed."""
         return self.status is RequestStatus.FINISHED
 
     def next_tokens(self) -> int:
@@ -118,7 +118,7 @@ class Request:
     def append_output(self, token_id: int) -> None:
         """Take one sampled token and decide whether it ends the request.
 
-        The length cap comes first and nothing lifts it: not `min_tokens`, not `ignore_eos`. `max_tokens` was brought within
+        The length limit comes first and nothing overrides it: not `min_tokens`, not `ignore_eos`. `max_tokens` was limited to
         `max_model_len` when the request was accepted.
         """
         self.token_ids.append(token_id)

@@ -1,4 +1,4 @@
-"""What a checkpoint says about generation: which tokens end it, and how its authors would sample."""
+"""The generation defaults of a checkpoint: EOS tokens and sampling parameters."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def read_checkpoint_defaults(config: PagodaConfig) -> CheckpointDefaults:
     else:
         model = ModelConfig.from_directory(config.model)
     recommended = asdict(model.generation)
-    # Whether to sample at all is for the client to say; it does so with the temperature.
+    # do_sample is ignored: the client decides by its temperature.
     del recommended["do_sample"]
     return CheckpointDefaults(
         model_eos_token_ids=model.eos_token_ids,

@@ -1,4 +1,4 @@
-"""The operations that tokenizer workers perform, whatever a worker is: a thread or a process."""
+"""The operations of tokenizer workers, threads and processes alike."""
 
 from __future__ import annotations
 

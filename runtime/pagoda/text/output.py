@@ -1,4 +1,4 @@
-"""What the text layer gives back: pieces of text with the tokens they came from. Imports nothing but the standard library."""
+"""The outputs of the text layer: pieces of text with their tokens. Imports nothing but the standard library."""
 
 from __future__ import annotations
 

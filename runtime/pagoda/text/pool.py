@@ -56,7 +56,7 @@ class TokenizerPool:
         return self._operations.tokenizer
 
     async def start(self) -> None:
-        """Load the tokenizer and bring all workers up.
+        """Load the tokenizer and start all workers.
 
         Raises `CheckpointError` or `ConfigError` for what cannot be loaded, `EngineNotReadyError` when it takes too long.
         """

@@ -64,7 +64,7 @@ class _Worker:
 
     @property
     def is_alive(self) -> bool:
-        """Whether the process is there, as far as is known."""
+        """Whether the process has not exited yet."""
         return self._process.returncode is None
 
     async def close(self) -> None:
@@ -106,7 +106,7 @@ class ProcessWorkers:
             raise InvalidRequestError(
                 f"the request cannot be tokenized: it holds what is not JSON ({error})"
             ) from error
-        # A task of its own, so that a caller who goes away does not leave half an exchange on the pipe.
+        # A task of its own, so that a cancelled caller does not leave half an exchange on the pipe.
         task = asyncio.create_task(self._call(operation, frame))
         self._running.add(task)
         task.add_done_callback(self._forget)

@@ -31,8 +31,8 @@ class _Job:
 class ThreadWorkers:
     """`options.size` threads behind one queue.
 
-    At most `options.size` stuck threads are replaced. When more are stuck, the workers that are left go on, and while there is
-    none every call is refused at once with `EngineNotReadyError`. A thread that comes back works again if it is needed.
+    At most `options.size` stuck threads are replaced. When more are stuck, the remaining workers continue, and while there is
+    none every call fails at once with `EngineNotReadyError`. A thread that returns is used again if it is needed.
     """
 
     def __init__(self, options: WorkerOptions, operations: TextOperations) -> None:
@@ -104,7 +104,7 @@ class ThreadWorkers:
                 continue
             try:
                 _report(job.loop, job.future, self._operations.call(job.operation, job.arguments), None)
-            except BaseException as error:  # carried to the one who waits; the thread goes on
+            except BaseException as error:  # passed to the caller; the thread continues
                 _report(job.loop, job.future, None, error)
             job.worker = None
 

@@ -29,7 +29,7 @@ _ADDED_TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special"
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """What the files beside the vocabulary say.
+    """The content of the files beside the vocabulary.
 
     `special_tokens`: named ones (`eos_token`, ... and model-specific `*_token` entries). `extra_special_tokens`: those
     without a name. `added_tokens`: by id. `chat_templates`: by name, empty for a tokenizer without one.

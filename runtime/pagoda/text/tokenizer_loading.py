@@ -71,7 +71,7 @@ def load_tokenizer_json(directory: Path) -> TokenizersTokenizer:
 
 
 def _try_in_process(data: bytes) -> str | None:
-    """What is wrong with the content of a tokenizer.json, in a sentence without its name; None if nothing is."""
+    """The error in the content of a tokenizer.json, without the file's name; None if there is none."""
     try:
         ended = subprocess.run(
             [sys.executable, "-m", "pagoda.text.tokenizer_loading"],

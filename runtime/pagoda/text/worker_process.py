@@ -45,7 +45,7 @@ def _write(sink: BinaryIO, frame: bytes) -> None:
 
 
 def main() -> None:
-    """Serve on the standard streams. Whatever else prints goes to standard error and cannot break the protocol."""
+    """Serve on the standard streams. Other output goes to standard error and cannot break the protocol."""
     sink = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     serve(sys.stdin.buffer, sink)

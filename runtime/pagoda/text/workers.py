@@ -32,7 +32,7 @@ class Workers(Protocol):
     """A group of workers that perform `TextOperations`."""
 
     async def start(self) -> None:
-        """Bring all workers up; raises `EngineNotReadyError` naming one that is not up in time."""
+        """Start all workers; raises `EngineNotReadyError` naming one that does not start in time."""
 
     async def call(self, operation: str, arguments: Mapping[str, Any]) -> Any:
         """Have one worker perform an operation; raises `DeadlineExceededError` when it takes too long."""

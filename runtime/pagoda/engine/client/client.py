@@ -90,7 +90,7 @@ class EngineClient(ABC):
 
     @abstractmethod
     async def start(self) -> None:
-        """Bring the engine up; returns when it is ready. Raises the reason (a `PagodaError`) when it cannot be."""
+        """Start the engine; returns when it is ready. Raises a `PagodaError` when the start fails."""
 
     @abstractmethod
     def submit(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
@@ -155,7 +155,7 @@ class ProcessEngineClient(EngineClient):
         return None if self._child is None else self._child.heartbeat
 
     def pin_num_blocks(self, num_blocks: int) -> None:
-        """Give cores started from now on so many KV blocks, whatever memory they find."""
+        """Set the number of KV blocks of cores started from now on, for any free memory."""
         self._config = replace(self._config, num_gpu_blocks_override=num_blocks)
 
     # ---- requests -------------------------------------------------------------------------------------------------
@@ -215,7 +215,7 @@ class ProcessEngineClient(EngineClient):
             if output.finish_reason is not None and output.error_kind is None:
                 self._service_rate.count(message.timestamp)
             mailbox = self._mailboxes.get(output.request_id)
-            if mailbox is not None:  # else its reader has closed it, and the abort is on its way
+            if mailbox is not None:  # else its reader has closed it, and the abort was sent
                 mailbox.put(output)
 
     def _note_degradation(self, degradation: str) -> None:

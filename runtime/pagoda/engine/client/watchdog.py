@@ -1,7 +1,7 @@
-"""When does an engine core count as stuck? Arithmetic on its last heartbeat; nothing is asked of it.
+"""The watchdog: detects a stuck engine core by the age of its last heartbeat.
 
 A core writes its heartbeat when a step is submitted and when its result is there, and about twice a second while it idles. It
-writes nothing when a turn of its loop brought nothing, so one that spins in place looks as old as one that sleeps.
+writes none in an iteration of its loop without progress, so a core that spins times out as well.
 
     idle       bound = timeout
     a step     the bound of its tokens, see `scheduling.step_timeout`
@@ -15,7 +15,7 @@ from pagoda.timers import HeartbeatTimer
 
 
 class Watchdog:
-    """Watches one core. `timeout`: see `stall_bound`, in seconds."""
+    """The watchdog of one core. `timeout`: see `stall_bound`, in seconds."""
 
     def __init__(self, timeout: float) -> None:
         self._timeout = timeout

@@ -91,7 +91,7 @@ def choose_dtype(
     """The dtype of weights and activations. `capability`: the GPU's, None on CPU.
 
     On a GPU the checkpoint's half-precision type; bfloat16 for a float32 one, which no tensor core multiplies at full speed.
-    On CPU, float32 stays, for nothing is gained by losing digits unasked. bfloat16 and float16 become bfloat16 where the CPU
+    On CPU, float32 stays, since lower precision must be requested. bfloat16 and float16 become bfloat16 where the CPU
     multiplies it natively: decoding is bound by reading weights, and half the bytes are twice the speed; that float16 loses
     three bits of its fraction thereby matters less than running it in software. Elsewhere both become float32, which holds
     every value of either exactly.

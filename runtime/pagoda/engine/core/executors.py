@@ -9,7 +9,7 @@ from pagoda.models.config import ModelConfig
 
 
 def create_executor(config: PagodaConfig, model_config: ModelConfig) -> Executor:
-    """The executor that the configuration asks for. Raises `ConfigError` for one that this machine cannot have."""
+    """The configured executor. Raises `ConfigError` if this machine cannot run it."""
     backend = config.distributed_executor_backend
     if backend == "auto" and config.ray_address is not None:
         backend = "ray"

@@ -14,7 +14,7 @@ from pagoda.errors import ConfigError
 
 
 class KVFit(NamedTuple):
-    """`num_blocks` includes the null block; `max_model_len` is in tokens; `equation` is the sentence to print."""
+    """`num_blocks` includes the null block; `max_model_len` is in tokens; `equation` is printed at start."""
 
     num_blocks: int
     max_model_len: int
@@ -33,8 +33,8 @@ def fit_max_model_len(
     """Fit the longest sequence to the KV memory there is.
 
     `block_bytes`: one block in all layers. `available_bytes`: memory for the whole KV cache. `block_size`: tokens a block.
-    `model_max_len`: the model's own limit. `max_model_len`: what the user asks for, None for the most that fits.
-    `num_blocks_override`: exactly so many blocks, whatever memory there is.
+    `model_max_len`: the model's own limit. `max_model_len`: the configured one, None for the most that fits.
+    `num_blocks_override`: exactly so many blocks, for any `available_bytes`.
 
     Raises:
         ConfigError: the length asked for is beyond the model or the memory, or not one block fits; says what to change.

@@ -3,7 +3,7 @@
     reader thread ──inbox──▶ main thread: the loop ──outbox──▶ writer thread
 
 The main thread never waits for the network unless the outbox, which is bounded, is full. When the parent has died the reader
-reads EOF and ends the process, whatever the main thread does; where the reader cannot run, because the
+reads EOF and ends the process, independent of the main thread; where the reader cannot run, because the
 process is stopped or stuck in a call that holds the GIL, the kernel kills it.
 """
 

@@ -42,7 +42,7 @@ from pagoda.models.weights import WeightTarget
 # float8 KV cache, which `models.kv_scales` reads where there is one.
 IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".k_scale", ".v_scale")
 
-# Files are read side by side: a disk, and a network volume even more, is slow for one reader at a time.
+# Files are read in parallel: a disk, and a network volume even more, is slow for one reader at a time.
 MAX_LOADER_THREADS = 4
 
 _NARROW_TYPES = {"BF16": torch.bfloat16, "F16": torch.float16}
@@ -108,7 +108,7 @@ def load_weights(model: DecoderForCausalLM, directory: str | Path, progress: Loa
 def initialize_dummy_weights(model: DecoderForCausalLM, seed: int = 0, std: float = 0.02) -> None:
     """Fill every weight without a checkpoint: norms with 1, everything else with normal noise of `std`.
 
-    The same `seed`, model and dtype give the same weights, whatever the order of the layers and the number of ranks.
+    The same `seed`, model and dtype give the same weights, for any order of the layers and number of ranks.
     """
     for name, target in model.weight_targets().items():
         destination = target.destination

@@ -19,7 +19,7 @@ MAX_PATTERN_CHARACTERS = 1024
 
 
 def read_quantization(config: ConfigReader) -> QuantizationConfig | None:
-    """What config.json says of quantization; None if nothing.
+    """The quantization in config.json; None if there is none.
 
     Raises:
         CheckpointError: a method, or a variety of one, that is not supported; says what is.

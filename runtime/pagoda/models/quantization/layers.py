@@ -38,7 +38,7 @@ class DeferredQuantizedMethod(DeferredLinearMethod):
         return specs
 
     def read(self, layer: Linear, source: TensorSource) -> PackedWeight:
-        """This rank's share of the weight, whatever the layout."""
+        """This rank's share of the weight, in any layout."""
         bits = next(iter(self.schemes.values())).bits
         inputs = layer.inputs
         builder = PackedWeightBuilder(bits, layer.out_features, layer.in_features)
@@ -56,7 +56,7 @@ class DeferredQuantizedMethod(DeferredLinearMethod):
 def quantize_layers(model: DecoderForCausalLM, quantization: QuantizationConfig) -> None:
     """Let the linear layers of a model that is not loaded await quantized weights; those left out stay floats.
 
-    The head, where nothing else is said of it, is rounded to 8 bits; an embedding that shares its weight looks it up there.
+    The head, if no scheme matches it, is rounded to 8 bits; an embedding that shares its weight looks it up there.
 
     Raises:
         CheckpointError: layers that run as one are not quantized alike.

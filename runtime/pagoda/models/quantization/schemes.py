@@ -85,7 +85,7 @@ class QuantizationConfig:
         return next((group.scheme for group in self.groups if _matches(group.targets, name, timeout)), None)
 
     def from_floats(self) -> QuantizationConfig:
-        """The same, rounded from float weights, whatever the checkpoint holds: for weights that are made up."""
+        """The same, rounded from float weights: for dummy weights."""
         groups = tuple(replace(group, scheme=replace(group.scheme, layout="float")) for group in self.groups)
         return replace(self, groups=groups)
 
