@@ -85,7 +85,7 @@ class KernelBackend:
         token_pool: torch.Tensor,
         block_table: torch.Tensor,
         block_size: int,
-        slots: torch.Tensor,
+        req_indices: torch.Tensor,
         query_start_loc: torch.Tensor,
         num_computed_tokens: torch.Tensor,
         max_query_len: int,
@@ -97,10 +97,10 @@ class KernelBackend:
         them. Rows of `into` behind the R are padding: one token at position 0 of a context that has only the null block.
 
         Args:
-            token_pool: contiguous int64 [slots, positions], the token ids of each slot.
-            block_table: contiguous int32 [slots, blocks], the blocks of each slot.
+            token_pool: contiguous int64 [request slots, positions], the token ids of each request slot.
+            block_table: contiguous int32 [request slots, blocks], the blocks of each request slot.
             block_size: tokens a block.
-            slots: int64 [R], the slot of each row.
+            req_indices: int64 [R], the request slot of each row.
             query_start_loc: int32 [R + 1] or longer, as in `AttentionMetadata`.
             num_computed_tokens: int64 [R].
             max_query_len: the largest number of tokens of a row.

@@ -44,13 +44,13 @@ def test_step_that_raises_fails_in_result_and_the_next_plan_works(checkpoint, mo
     executor.check_health()
     monkeypatch.undo()
 
-    slot = victim.slot
+    req_index = victim.req_index
     driver.release(victim)
     again = driver.add("again", [1, 2, 3], GREEDY)
     driver.run_to(2, [again])
     driver.run_to(6, [untouched])
     assert untouched.output == alone.output
-    assert again.slot == slot
+    assert again.req_index == req_index
 
 
 def test_device_error_makes_the_executor_unhealthy(checkpoint, monkeypatch):
@@ -114,7 +114,7 @@ def test_smallest_caches_and_lengths_come_up(checkpoint, max_model_len, num_bloc
     executor.check_health()
 
 
-def test_warm_up_leaves_the_slots_empty_and_writes_the_null_block_only(checkpoint):
+def test_warm_up_leaves_the_request_slots_empty_and_writes_the_null_block_only(checkpoint):
     executor = make_executor(checkpoint)
     runner = executor.runner
     assert not runner.sampler._requests

@@ -41,7 +41,7 @@ def driver(shared_executor: InProcessExecutor):
     driver = PlanDriver(shared_executor)
     yield driver
     # Whatever a test left is released, as the engine does.
-    shared_executor.submit(StepPlan(9999, released_slots=list(range(8)))).result()
+    shared_executor.submit(StepPlan(9999, released_req_indices=list(range(8)))).result()
 
 
 @torch.inference_mode()
@@ -83,14 +83,14 @@ def test_prefill_chunks_and_decode_rows_share_steps_in_any_plan_order(driver, re
         assert sequence.output == expected(reference, sequence.prompt, len(sequence.output))
 
 
-def test_preempted_request_resumes_with_same_tokens_in_another_slot_and_other_blocks(driver, reference):
+def test_preempted_request_resumes_with_same_tokens_in_another_request_slot_and_other_blocks(driver, reference):
     sequences = all_prompts(driver)
     driver.run_to(5, sequences)
     victim, *others = sequences[3], *sequences[:3]
     driver.release(victim)
     driver.release(sequences[0])
     newcomer = driver.add("newcomer", PROMPTS["long"][::-1], GREEDY)
-    driver.run_to(2, [newcomer])  # takes the slot and the blocks that were given back
+    driver.run_to(2, [newcomer])  # takes the request slot and the blocks that were given back
     driver.run_to(10, [*others, victim, newcomer], chunk=13)
     for sequence in (*others, victim, newcomer):
         assert sequence.output[:10] == expected(reference, sequence.prompt, 10)
@@ -180,7 +180,7 @@ def test_request_that_cannot_be_prepared_fails_alone_until_it_is_released(
     driver.step({"good": 1, "bad": 1}, [bad, good])
     assert words in bad.error
     driver.release(bad)
-    after = driver.add("after", PROMPTS["block"], GREEDY)  # in the slot of the bad one
+    after = driver.add("after", PROMPTS["block"], GREEDY)  # in the request slot of the bad one
     driver.run_to(5, [good, after])
     assert good.output == expected(reference, good.prompt, 5)
     assert after.output == expected(reference, after.prompt, 5)
@@ -219,7 +219,7 @@ def test_rows_that_plan_tokens_nobody_knows_fail_alone(driver):
     plan = driver.plan({"good": 3, "wrong": 8}, [good, wrong])
     plan.num_scheduled_tokens[1] = 9
     driver.take(plan, driver.executor.submit(plan), [good, wrong])
-    assert "9 tokens from position 0 were planned; the slot has 8" in wrong.error
+    assert "9 tokens from position 0 were planned; the request slot has 8" in wrong.error
     assert len(good.output) == 1
 
 
@@ -238,15 +238,15 @@ def test_blocks_that_do_not_exist_fail_their_row_alone(driver):
     assert len(good.output) == 2
 
 
-def test_stale_block_table_entries_of_a_slot_are_wiped_when_it_is_taken_again(driver):
+def test_stale_block_table_entries_of_a_request_slot_are_wiped_when_it_is_taken_again(driver):
     long = driver.add("long", PROMPTS["longer"], GREEDY)
     driver.run_to(1, [long])
-    slot = long.slot
+    req_index = long.req_index
     driver.release(long)
     short = driver.add("short", PROMPTS["short"], GREEDY)
     driver.run_to(1, [short])
-    table = driver.executor.runner.batch.block_table[slot]
-    assert short.slot == slot
+    table = driver.executor.runner.batch.block_table[req_index]
+    assert short.req_index == req_index
     assert table[0] == short.blocks[0]
     assert not table[1:].any()
 
@@ -269,4 +269,4 @@ def test_nothing_that_grows_is_kept_while_requests_come_and_go(driver):
     assert not runner.sampler._requests
     assert not any(processor.states for processor in runner.sampler._processors)
     assert not runner._prompt_logprobs
-    assert not runner.batch.slot_errors
+    assert not runner.batch.request_errors

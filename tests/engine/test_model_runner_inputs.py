@@ -24,16 +24,16 @@ MAX_NUM_SEQS, MAX_MODEL_LEN, VOCAB_SIZE, NUM_BLOCKS = 5, 40, 1000, 64
 
 @dataclass
 class Held:
-    """What a slot must hold."""
+    """What a request slot must hold."""
 
     tokens: list[int]
     blocks: list[int] = field(default_factory=list)
     num_computed: int = 0
 
 
-def spec_of(slot: int, prompt_token_ids: list[int]) -> EngineRequest:
+def spec_of(req_index: int, prompt_token_ids: list[int]) -> EngineRequest:
     return EngineRequest(
-        request_id=str(slot), params=SamplingParams(), prompt_token_ids=prompt_token_ids, max_tokens=MAX_MODEL_LEN
+        request_id=str(req_index), params=SamplingParams(), prompt_token_ids=prompt_token_ids, max_tokens=MAX_MODEL_LEN
     )
 
 
@@ -48,19 +48,23 @@ def make_batch(block_size: int) -> InputBatch:
     )
 
 
-def random_plan(random: np.random.Generator, step_id: int, slots: dict[int, Held], block_size: int) -> StepPlan:
-    """Some requests leave, some enter, some run; `slots` becomes what the slots must hold then."""
+def random_plan(random: np.random.Generator, step_id: int, req_indices: dict[int, Held], block_size: int) -> StepPlan:
+    """Some requests leave, some enter, some run; `req_indices` becomes what the request slots must hold then."""
     plan = StepPlan(step_id)
-    for slot in list(slots):
-        if random.random() < 0.2 or len(slots[slot].tokens) >= MAX_MODEL_LEN:
-            plan.released_slots.append(slot)
-            del slots[slot]
-    entering = [slot for slot in range(MAX_NUM_SEQS) if slot not in slots and random.random() < 0.5]
-    for slot in random.permutation([*slots, *entering]).tolist():
-        is_new = slot in entering
+    for req_index in list(req_indices):
+        if random.random() < 0.2 or len(req_indices[req_index].tokens) >= MAX_MODEL_LEN:
+            plan.released_req_indices.append(req_index)
+            del req_indices[req_index]
+    entering = [
+        req_index for req_index in range(MAX_NUM_SEQS) if req_index not in req_indices and random.random() < 0.5
+    ]
+    for req_index in random.permutation([*req_indices, *entering]).tolist():
+        is_new = req_index in entering
         if is_new:
-            slots[slot] = Held(random.integers(0, VOCAB_SIZE, random.integers(1, MAX_MODEL_LEN - 2)).tolist())
-        held = slots[slot]
+            req_indices[req_index] = Held(
+                random.integers(0, VOCAB_SIZE, random.integers(1, MAX_MODEL_LEN - 2)).tolist()
+            )
+        held = req_indices[req_index]
         if random.random() < 0.3 and not is_new:
             continue
         count = int(random.integers(1, len(held.tokens) - held.num_computed + 1))
@@ -70,11 +74,11 @@ def random_plan(random: np.random.Generator, step_id: int, slots: dict[int, Held
         held.blocks += new_blocks
         if is_new:
             plan.new_requests.append(
-                NewRequest(slot, spec_of(slot, held.tokens[:1]), held.tokens[1:], list(held.blocks), 0)
+                NewRequest(req_index, spec_of(req_index, held.tokens[:1]), held.tokens[1:], list(held.blocks), 0)
             )
             offset, new_blocks = len(held.blocks), []
-        plan.request_ids.append(str(slot))
-        plan.slots.append(slot)
+        plan.request_ids.append(str(req_index))
+        plan.req_indices.append(req_index)
         plan.num_computed_tokens.append(held.num_computed)
         plan.num_scheduled_tokens.append(count)
         plan.block_offsets.append(offset)
@@ -84,21 +88,21 @@ def random_plan(random: np.random.Generator, step_id: int, slots: dict[int, Held
     return plan
 
 
-def check(batch: InputBatch, plan: StepPlan, slots: dict[int, Held], block_size: int) -> list[int]:
+def check(batch: InputBatch, plan: StepPlan, req_indices: dict[int, Held], block_size: int) -> list[int]:
     """Hold the inputs of a plan against what they must be; returns the plan's rows that sample, in batch order."""
-    for slot in plan.released_slots:
-        batch.release(slot)
+    for req_index in plan.released_req_indices:
+        batch.release(req_index)
     for new in plan.new_requests:
         batch.enter(new, lambda _: None)
     batch.append_blocks(plan)
     inputs = batch.build(plan)
-    if not plan.slots:
+    if not plan.req_indices:
         assert inputs is None
         return []
-    order = sorted(range(len(plan.slots)), key=lambda row: plan.num_scheduled_tokens[row] > 1)
+    order = sorted(range(len(plan.req_indices)), key=lambda row: plan.num_scheduled_tokens[row] > 1)
     tokens, positions, mapping, starts, sampling = [], [], [], [0], []
     for row in order:
-        held = slots[plan.slots[row]]
+        held = req_indices[plan.req_indices[row]]
         for position in range(held.num_computed - plan.num_scheduled_tokens[row], held.num_computed):
             tokens.append(held.tokens[position])
             positions.append(position)
@@ -107,7 +111,7 @@ def check(batch: InputBatch, plan: StepPlan, slots: dict[int, Held], block_size:
         if plan.samples[row]:
             sampling.append(row)
     metadata, layout = inputs.metadata(), inputs.layout
-    lengths = [slots[plan.slots[row]].num_computed for row in order]
+    lengths = [req_indices[plan.req_indices[row]].num_computed for row in order]
     assert layout.plan_rows.tolist() == order
     assert inputs.tensors.input_ids.tolist() == tokens
     assert inputs.tensors.positions.tolist() == positions
@@ -119,7 +123,7 @@ def check(batch: InputBatch, plan: StepPlan, slots: dict[int, Held], block_size:
     assert metadata.num_decode_rows == plan.num_scheduled_tokens.count(1)
     assert metadata.block_table.shape == (len(order), -(-max(lengths) // block_size))
     for row, table in zip(order, metadata.block_table.tolist(), strict=True):
-        blocks = slots[plan.slots[row]].blocks[: len(table)]
+        blocks = req_indices[plan.req_indices[row]].blocks[: len(table)]
         assert table == blocks + [0] * (len(table) - len(blocks))
     assert (metadata.slot_mapping.dtype, metadata.block_table.dtype) == (torch.int64, torch.int32)
     last_tokens = [starts[order.index(row) + 1] - 1 for row in sampling]
@@ -128,7 +132,7 @@ def check(batch: InputBatch, plan: StepPlan, slots: dict[int, Held], block_size:
     sampled = torch.arange(len(sampling)) + step_token(plan.step_id)
     batch.write_sampled(inputs, sampled)
     for row, token in zip(sampling, sampled.tolist(), strict=True):
-        slots[plan.slots[row]].tokens.append(token)
+        req_indices[plan.req_indices[row]].tokens.append(token)
     return sampling
 
 
@@ -140,19 +144,20 @@ def step_token(step_id: int) -> int:
 @given(st.integers(0, 2**32 - 1), st.sampled_from([1, 4, 16]))
 def test_step_inputs_are_what_loops_over_rows_and_tokens_would_make_them(seed, block_size):
     random = np.random.default_rng(seed)
-    batch, slots = make_batch(block_size), {}
+    batch, req_indices = make_batch(block_size), {}
     for step_id in range(12):
-        check(batch, random_plan(random, step_id, slots, block_size), slots, block_size)
+        check(batch, random_plan(random, step_id, req_indices, block_size), req_indices, block_size)
 
 
 def test_layout_is_kept_while_the_same_rows_decode_and_made_again_when_they_change():
     batch = make_batch(4)
-    slots = {slot: Held([slot + 1] * 3) for slot in range(3)}
+    req_indices = {req_index: Held([req_index + 1] * 3) for req_index in range(3)}
     prefill = StepPlan(
-        0, slots=[0, 1, 2], num_computed_tokens=[0] * 3, num_scheduled_tokens=[3] * 3, samples=[True] * 3
+        0, req_indices=[0, 1, 2], num_computed_tokens=[0] * 3, num_scheduled_tokens=[3] * 3, samples=[True] * 3
     )
     prefill.new_requests = [
-        NewRequest(slot, spec_of(slot, held.tokens), [], [slot + 1, slot + 9], 0) for slot, held in slots.items()
+        NewRequest(req_index, spec_of(req_index, held.tokens), [], [req_index + 1, req_index + 9], 0)
+        for req_index, held in req_indices.items()
     ]
     prefill.new_block_ids, prefill.block_offsets = [[], [], []], [2, 2, 2]
     for new in prefill.new_requests:
@@ -162,7 +167,7 @@ def test_layout_is_kept_while_the_same_rows_decode_and_made_again_when_they_chan
     def decode(rows: list[int], computed: int) -> StepPlan:
         return StepPlan(
             computed,
-            slots=rows,
+            req_indices=rows,
             num_computed_tokens=[computed] * len(rows),
             num_scheduled_tokens=[1] * len(rows),
             samples=[True] * len(rows),
@@ -175,4 +180,4 @@ def test_layout_is_kept_while_the_same_rows_decode_and_made_again_when_they_chan
     assert third.tensors.slot_mapping.tolist() == [36, 40, 44]
     assert batch.build(decode([0, 2], 5)).layout is not third.layout
     assert batch.build(decode([0, 2], 9)) is None  # tokens nobody knows
-    assert set(batch.slot_errors) == {0, 2}
+    assert set(batch.request_errors) == {0, 2}

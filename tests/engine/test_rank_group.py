@@ -244,9 +244,9 @@ def test_the_rank_that_could_not_reach_another_is_not_blamed_for_its_death() -> 
 def test_results_of_steps_under_way_together_are_told_apart() -> None:
     with running_group(pipeline_parallel_size=2, tensor_parallel_size=1) as (group, _):
         assert group.max_concurrent_batches == 2
-        first, second = group.submit(plan_of(1)), group.submit(plan_of(2, slots=3))
+        first, second = group.submit(plan_of(1)), group.submit(plan_of(2, req_indices=3))
         assert first.result() == result_of(plan_of(1))
-        assert second.result() == result_of(plan_of(2, slots=3))
+        assert second.result() == result_of(plan_of(2, req_indices=3))
 
 
 def test_pipeline_stages_hear_of_sampled_tokens_with_the_next_plan() -> None:
@@ -257,8 +257,8 @@ def test_pipeline_stages_hear_of_sampled_tokens_with_the_next_plan() -> None:
         group.shutdown()
         assert launcher.ranks[0].is_over.wait(10)
         updates = [m.update for m in launcher.ranks[0].received if isinstance(m, RunStep)]
-    assert updates[0].slots == []
-    assert (updates[1].slots, updates[1].positions, updates[1].token_ids) == ([0], [6], [1005])
+    assert updates[0].req_indices == []
+    assert (updates[1].req_indices, updates[1].positions, updates[1].token_ids) == ([0], [6], [1005])
 
 
 def test_a_step_that_fails_alike_on_all_ranks_fails_alone() -> None:

@@ -16,13 +16,13 @@ NUM_SLOTS, LENGTH, NULL = 6, 50, -7
 def expected(
     pool: torch.Tensor, table: torch.Tensor, block_size: int, rows: list[tuple[int, int, int]], padding: int
 ) -> dict[str, list[int]]:
-    """Rows are (slot, tokens computed, tokens to compute)."""
+    """Rows are (request slot, tokens computed, tokens to compute)."""
     found: dict[str, list[int]] = {name: [] for name in ("input_ids", "positions", "slot_mapping", "seq_lens")}
-    for slot, computed, count in rows:
+    for req_index, computed, count in rows:
         for position in range(computed, computed + count):
-            found["input_ids"].append(int(pool[slot, position]))
+            found["input_ids"].append(int(pool[req_index, position]))
             found["positions"].append(position)
-            block = int(table[slot, position // block_size])
+            block = int(table[req_index, position // block_size])
             found["slot_mapping"].append(block * block_size + position % block_size)
         found["seq_lens"].append(computed + count)
     for name, value in (("input_ids", 0), ("positions", 0), ("slot_mapping", 0), ("seq_lens", 1)):
@@ -48,23 +48,23 @@ def check(kernels: KernelBackend, rows: list[tuple[int, int, int]], block_size: 
         seq_lens=room.seq_lens,
         block_table=room.block_table[:, :columns],
     )
-    slots = torch.tensor([slot for slot, _, _ in rows])
+    req_indices = torch.tensor([req_index for req_index, _, _ in rows])
     computed_tokens = torch.tensor([computed for _, computed, _ in rows])
-    kernels.gather_step(pool, table, block_size, slots, starts, computed_tokens, max(counts), into)
+    kernels.gather_step(pool, table, block_size, req_indices, starts, computed_tokens, max(counts), into)
     for name, values in expected(pool, table, block_size, rows, padding).items():
         assert getattr(into, name).tolist() == values, name
-    assert torch.equal(into.block_table[: len(rows)], table[slots, :columns])
+    assert torch.equal(into.block_table[: len(rows)], table[req_indices, :columns])
     assert not into.block_table[len(rows) :].any()
     assert (room.block_table[:, columns] == NULL).all()
 
 
 @st.composite
 def batches(draw: st.DrawFn) -> list[tuple[int, int, int]]:
-    slots = draw(st.lists(st.integers(0, NUM_SLOTS - 1), min_size=1, max_size=NUM_SLOTS, unique=True))
+    req_indices = draw(st.lists(st.integers(0, NUM_SLOTS - 1), min_size=1, max_size=NUM_SLOTS, unique=True))
     rows = []
-    for slot in slots:
+    for req_index in req_indices:
         computed = draw(st.integers(0, LENGTH - 1))
-        rows.append((slot, computed, draw(st.integers(1, LENGTH - computed))))
+        rows.append((req_index, computed, draw(st.integers(1, LENGTH - computed))))
     return rows
 
 
@@ -78,7 +78,7 @@ def test_every_row_gets_its_own_tokens_places_and_blocks(kernels, rows, block_si
 def test_decode_rows_take_their_last_token_and_padding_has_only_the_null_block(
     kernels: KernelBackend, padding: int
 ) -> None:
-    check(kernels, [(slot, 7 * slot + 3, 1) for slot in (4, 0, 2)], 4, padding, seed=1)
+    check(kernels, [(req_index, 7 * req_index + 3, 1) for req_index in (4, 0, 2)], 4, padding, seed=1)
 
 
 def test_prompts_longer_than_a_tile(kernels: KernelBackend) -> None:

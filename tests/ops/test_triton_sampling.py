@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pagoda.sampling.noise import SlotNoise
+from pagoda.sampling.noise import RequestNoise
 from pagoda.sampling.params import SamplingParams
 from pagoda.sampling.sampler import Sampler
 from pagoda_kernels import reference
@@ -66,8 +66,8 @@ def sampled(
 ) -> list[int]:
     pool = torch.zeros(len(params), 4, dtype=torch.int64)
     sampler = Sampler(vocab_size=VOCABULARY, token_pool=pool, kernels=kernels, seed=0)
-    for slot, p in enumerate(params):
-        sampler.add(slot, request_of(p))
+    for req_index, p in enumerate(params):
+        sampler.add(req_index, request_of(p))
     return sampler.sample(logits.clone(), np.arange(len(params)), np.array(positions)).token_ids.tolist()
 
 
@@ -103,8 +103,8 @@ def test_a_row_that_cannot_be_sampled_ends_the_search(kernels: KernelBackend) ->
     assert all(0 <= token < VOCABULARY for token in drawn(kernels, logits, params, [1, 1]))
 
 
-def test_seeds_of_slots_are_the_bits_that_the_kernel_takes() -> None:
-    noise = SlotNoise(3, seed=0)
+def test_seeds_of_request_slots_are_the_bits_that_the_kernel_takes() -> None:
+    noise = RequestNoise(3, seed=0)
     noise.add(1, SamplingParams(seed=-1))
     noise.add(2, SamplingParams(seed=5))
     assert noise.seeds_of(np.array([2, 1])).tolist() == [5, -1]

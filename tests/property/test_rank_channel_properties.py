@@ -37,11 +37,11 @@ NEW_REQUEST = NewRequest(0, SPEC, [], [1], 0)
 PLANS = st.builds(
     StepPlan,
     step_id=NUMBERS,
-    released_slots=st.lists(NUMBERS, max_size=3),
+    released_req_indices=st.lists(NUMBERS, max_size=3),
     new_requests=st.lists(
         st.builds(
             NewRequest,
-            slot=NUMBERS,
+            req_index=NUMBERS,
             spec=st.builds(
                 EngineRequest,
                 request_id=st.text(max_size=8),
@@ -69,7 +69,7 @@ RESULTS = st.builds(
     errors=st.dictionaries(NUMBERS, st.text(max_size=20), max_size=2),
 )
 MESSAGES = st.one_of(
-    st.builds(RunStep, PLANS, st.builds(SampledTokensUpdate, slots=st.lists(NUMBERS, max_size=3))),
+    st.builds(RunStep, PLANS, st.builds(SampledTokensUpdate, req_indices=st.lists(NUMBERS, max_size=3))),
     st.builds(StepDone, RESULTS),
     st.builds(PhaseDone, st.text(max_size=10)),
     st.builds(LoadProgress, NUMBERS, NUMBERS),
@@ -175,7 +175,7 @@ def test_heartbeats_are_noted_and_not_delivered() -> None:
 
 
 def test_sending_to_a_side_that_reads_nothing_does_not_wait_and_loses_nothing() -> None:
-    plans = [RunStep(StepPlan(step_id=number, slots=list(range(20_000)))) for number in range(40)]
+    plans = [RunStep(StepPlan(step_id=number, req_indices=list(range(20_000)))) for number in range(40)]
     with listening() as (theirs, _, channel):
         for plan in plans:
             channel.send(plan)  # it would wait for ever
@@ -192,7 +192,7 @@ def test_closing_gives_what_is_unsent_its_time() -> None:
     delivered: queue.SimpleQueue[Any] = queue.SimpleQueue()
     sender, reader = RankChannel(ours), RankChannel(theirs)
     sender.start(lambda _: None)
-    message = RunStep(StepPlan(step_id=1, slots=list(range(500_000))))
+    message = RunStep(StepPlan(step_id=1, req_indices=list(range(500_000))))
     sender.send(message)
     reader.start(delivered.put)
     sender.close(SECONDS)

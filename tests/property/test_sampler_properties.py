@@ -101,13 +101,13 @@ def test_all_parameters_together_choose_as_the_naive_sampler_does(seed):
 
 @settings(max_examples=30, deadline=None)
 @given(SEEDS)
-def test_a_row_is_sampled_alike_alone_and_in_any_batch_order_and_slot(seed):
+def test_a_row_is_sampled_alike_alone_and_in_any_batch_order_and_request_slot(seed):
     rows = random_batch(seed, everything=True)
     random = np.random.default_rng(seed)
     alone = [sample_rows([row]).token_ids.tolist()[0] for row in rows]
     order = random.permutation(len(rows)).tolist()
-    slots = random.choice(2 * len(rows), len(rows), replace=False).tolist()
-    together = sample_rows([rows[index] for index in order], slots, max_num_seqs=2 * len(rows)).token_ids.tolist()
+    req_indices = random.choice(2 * len(rows), len(rows), replace=False).tolist()
+    together = sample_rows([rows[index] for index in order], req_indices, max_num_seqs=2 * len(rows)).token_ids.tolist()
     assert together == [alone[index] for index in order]
 
 

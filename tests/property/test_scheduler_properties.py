@@ -169,9 +169,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert not on_the_way & set(plan.request_ids)
         inputs = self._inputs_of_first_stage(plan)
         result = self.runner.execute(plan, failed_row)
-        for slot, computed, tokens in zip(plan.slots, plan.num_computed_tokens, inputs, strict=True):
-            if slot not in self.runner.failed_slots:
-                assert tokens == self.runner.token_pool[slot][computed : computed + len(tokens)]
+        for req_index, computed, tokens in zip(plan.req_indices, plan.num_computed_tokens, inputs, strict=True):
+            if req_index not in self.runner.failed_slots:
+                assert tokens == self.runner.token_pool[req_index][computed : computed + len(tokens)]
         return result
 
     def _inputs_of_first_stage(self, plan: StepPlan) -> list[list[int | None]]:
@@ -206,8 +206,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.arrive([(prompt, options)] * count)
         plan = self.scheduler.schedule()
         if plan is not None:
-            entering = {new.slot for new in plan.new_requests}
-            rows = [row for row, slot in enumerate(plan.slots) if slot in entering] or range(len(plan.slots))
+            entering = {new.req_index for new in plan.new_requests}
+            rows = [row for row, req_index in enumerate(plan.req_indices) if req_index in entering] or range(
+                len(plan.req_indices)
+            )
             self.in_flight.append((plan, self._execute(plan, failed_row=rows[index % len(rows)])))
 
     @precondition(lambda self: self.in_flight)
@@ -224,9 +226,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         plan = self.scheduler.schedule()
         if plan is not None:
             self._execute(plan)
-            rows = zip(plan.slots, plan.num_computed_tokens, plan.num_scheduled_tokens, strict=True)
-            for slot, computed, scheduled in rows:
-                self.runner.invalidate(slot, computed, scheduled)
+            rows = zip(plan.req_indices, plan.num_computed_tokens, plan.num_scheduled_tokens, strict=True)
+            for req_index, computed, scheduled in rows:
+                self.runner.invalidate(req_index, computed, scheduled)
         self.in_flight.clear()
         self.scheduler.fail_in_flight("step fault")
         self._record(self.scheduler.take_ended())

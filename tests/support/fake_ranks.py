@@ -135,19 +135,19 @@ class FakeRank:
 
 
 def result_of(plan: StepPlan) -> StepResult:
-    return StepResult(plan.step_id, [[1000 + plan.step_id] for _ in plan.slots])
+    return StepResult(plan.step_id, [[1000 + plan.step_id] for _ in plan.req_indices])
 
 
-def plan_of(step_id: int, slots: int = 1) -> StepPlan:
+def plan_of(step_id: int, req_indices: int = 1) -> StepPlan:
     return StepPlan(
         step_id=step_id,
-        request_ids=[f"r{slot}" for slot in range(slots)],
-        slots=list(range(slots)),
-        num_computed_tokens=[step_id] * slots,
-        num_scheduled_tokens=[1] * slots,
-        new_block_ids=[[] for _ in range(slots)],
-        block_offsets=[1] * slots,
-        samples=[True] * slots,
+        request_ids=[f"r{req_index}" for req_index in range(req_indices)],
+        req_indices=list(range(req_indices)),
+        num_computed_tokens=[step_id] * req_indices,
+        num_scheduled_tokens=[1] * req_indices,
+        new_block_ids=[[] for _ in range(req_indices)],
+        block_offsets=[1] * req_indices,
+        samples=[True] * req_indices,
     )
 
 

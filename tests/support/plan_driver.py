@@ -26,7 +26,7 @@ class Sequence:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     error: str | None = None
-    slot: int | None = None
+    req_index: int | None = None
     is_new: bool = True
     blocks: list[int] = field(default_factory=list)
     num_sent_blocks: int = 0
@@ -61,7 +61,7 @@ class PlanDriver:
         self.executor = executor
         self.block_size = block_size
         self.free_blocks = list(range(1, num_blocks))
-        self.free_slots = list(range(max_num_seqs))
+        self.free_req_indices = list(range(max_num_seqs))
         self.released: list[int] = []
         self.step_id = 0
 
@@ -69,17 +69,17 @@ class PlanDriver:
         return Sequence(name, list(prompt), sampling, eos)
 
     def release(self, sequence: Sequence) -> None:
-        """Take slot and blocks away: the request ended, or is preempted and may be scheduled again."""
-        assert sequence.slot is not None
-        self.free_slots.append(sequence.slot)
-        self.released.append(sequence.slot)
+        """Take request slot and blocks away: the request ended, or is preempted and may be scheduled again."""
+        assert sequence.req_index is not None
+        self.free_req_indices.append(sequence.req_index)
+        self.released.append(sequence.req_index)
         self.free_blocks.extend(sequence.blocks)
-        sequence.slot, sequence.is_new, sequence.blocks = None, True, []
+        sequence.req_index, sequence.is_new, sequence.blocks = None, True, []
         sequence.num_computed = sequence.num_sent_blocks = 0
 
     def plan(self, scheduled: dict[str, int], sequences: list[Sequence], in_flight: int = 0) -> StepPlan:
         """The plan that runs `scheduled[name]` tokens of each; `in_flight` tokens of each are known to the device only."""
-        plan = StepPlan(self.step_id, released_slots=self.released)
+        plan = StepPlan(self.step_id, released_req_indices=self.released)
         self.released = []
         self.step_id += 1
         for sequence in sequences:
@@ -87,7 +87,7 @@ class PlanDriver:
             if not count:
                 continue
             if sequence.is_new:
-                sequence.slot = self.free_slots.pop()
+                sequence.req_index = self.free_req_indices.pop()
             end = sequence.num_computed + count
             while len(sequence.blocks) * self.block_size < end:
                 sequence.blocks.append(self.free_blocks.pop(0))
@@ -96,7 +96,7 @@ class PlanDriver:
                 plan.new_requests.append(self._new_request(sequence))
                 sequence.is_new, new_blocks, sequence.num_sent_blocks = False, [], len(sequence.blocks)
             plan.request_ids.append(sequence.name)
-            plan.slots.append(sequence.slot)
+            plan.req_indices.append(sequence.req_index)
             plan.num_computed_tokens.append(sequence.num_computed)
             plan.num_scheduled_tokens.append(count)
             plan.block_offsets.append(sequence.num_sent_blocks)
@@ -115,7 +115,7 @@ class PlanDriver:
         """Put what a step brought into the sequences."""
         result = handle.result()
         by_name = {sequence.name: sequence for sequence in sequences}
-        assert len(result.sampled_token_ids) == len(plan.slots)
+        assert len(result.sampled_token_ids) == len(plan.req_indices)
         for row, name in enumerate(plan.request_ids):
             sequence = by_name[name]
             if row in result.errors:
@@ -141,7 +141,7 @@ class PlanDriver:
     @staticmethod
     def _new_request(sequence: Sequence) -> NewRequest:
         return NewRequest(
-            slot=sequence.slot,
+            req_index=sequence.req_index,
             spec=EngineRequest(
                 request_id=sequence.name,
                 params=sequence.sampling,

@@ -25,9 +25,9 @@ def make_sampler(
     return Sampler(vocab_size=vocab_size, token_pool=pool, kernels=kernels, seed=0), pool
 
 
-def enter(sampler: Sampler, pool: torch.Tensor, slot: int, row: Row) -> None:
-    pool[slot, : len(row.tokens)] = torch.tensor(row.tokens)
-    sampler.add(slot, request_of(row.params, row.prompt, row.eos_token_ids))
+def enter(sampler: Sampler, pool: torch.Tensor, req_index: int, row: Row) -> None:
+    pool[req_index, : len(row.tokens)] = torch.tensor(row.tokens)
+    sampler.add(req_index, request_of(row.params, row.prompt, row.eos_token_ids))
 
 
 def request_of(
@@ -39,22 +39,22 @@ def request_of(
     )
 
 
-def run(sampler: Sampler, rows: list[Row], slots: list[int]) -> SamplerOutput:
-    """Sample rows that are in their slots already."""
+def run(sampler: Sampler, rows: list[Row], req_indices: list[int]) -> SamplerOutput:
+    """Sample rows that are in their request slots already."""
     logits = torch.tensor([row.logits for row in rows], dtype=torch.float32)
     positions = np.array([len(row.tokens) for row in rows], dtype=np.int64)
-    return sampler.sample(logits, np.array(slots, dtype=np.int64), positions)
+    return sampler.sample(logits, np.array(req_indices, dtype=np.int64), positions)
 
 
 def sample_rows(
     rows: list[Row],
-    slots: list[int] | None = None,
+    req_indices: list[int] | None = None,
     max_num_seqs: int | None = None,
     kernels: KernelBackend = reference.BACKEND,
 ) -> SamplerOutput:
     """Sample rows in a sampler of their own."""
-    slots = list(range(len(rows))) if slots is None else slots
+    req_indices = list(range(len(rows))) if req_indices is None else req_indices
     sampler, pool = make_sampler(len(rows[0].logits), max_num_seqs or len(rows), kernels)
-    for slot, row in zip(slots, rows, strict=True):
-        enter(sampler, pool, slot, row)
-    return run(sampler, rows, slots)
+    for req_index, row in zip(req_indices, rows, strict=True):
+        enter(sampler, pool, req_index, row)
+    return run(sampler, rows, req_indices)

@@ -34,9 +34,9 @@ class SimulatedRunner:
 
     def enter_only(self, plan: StepPlan) -> None:
         """What is left of a plan whose step failed before it computed anything."""
-        for slot in plan.released_slots:
-            del self.token_pool[slot], self.block_table[slot]
-            self.failed_slots.discard(slot)
+        for req_index in plan.released_req_indices:
+            del self.token_pool[req_index], self.block_table[req_index]
+            self.failed_slots.discard(req_index)
         for new in plan.new_requests:
             self._enter(new)
 
@@ -44,10 +44,10 @@ class SimulatedRunner:
         """Run a plan. The row `failed_row` does not run, nor does its request in later plans."""
         self.enter_only(plan)
         if failed_row is not None:
-            self.failed_slots.add(plan.slots[failed_row])
+            self.failed_slots.add(plan.req_indices[failed_row])
         rows = list(
             zip(
-                plan.slots,
+                plan.req_indices,
                 plan.num_computed_tokens,
                 plan.num_scheduled_tokens,
                 plan.new_block_ids,
@@ -55,20 +55,20 @@ class SimulatedRunner:
                 strict=True,
             )
         )
-        assert len(set(plan.slots)) == len(plan.slots)
-        for slot, computed, scheduled, new_blocks, offset in rows:
-            assert offset == len(self.block_table[slot])
-            self.block_table[slot].extend(new_blocks)
-            self._write(slot, computed, scheduled)  # all rows write before any reads, as in a layer
+        assert len(set(plan.req_indices)) == len(plan.req_indices)
+        for req_index, computed, scheduled, new_blocks, offset in rows:
+            assert offset == len(self.block_table[req_index])
+            self.block_table[req_index].extend(new_blocks)
+            self._write(req_index, computed, scheduled)  # all rows write before any reads, as in a layer
         sampled: list[list[int]] = []
         errors: dict[int, str] = {}
-        for row, ((slot, computed, scheduled, _, _), samples) in enumerate(zip(rows, plan.samples, strict=True)):
-            if slot in self.failed_slots:
+        for row, ((req_index, computed, scheduled, _, _), samples) in enumerate(zip(rows, plan.samples, strict=True)):
+            if req_index in self.failed_slots:
                 errors[row] = "the row did not run"
                 sampled.append([])
                 continue
-            is_valid = self._read(slot, computed, scheduled)
-            tokens = self.token_pool[slot]
+            is_valid = self._read(req_index, computed, scheduled)
+            tokens = self.token_pool[req_index]
             if samples:
                 assert len(tokens) == computed + scheduled
                 tokens.append(simulated_token(tuple(tokens)) if is_valid else simulated_token(INVALID, 1000) + 1000)
@@ -81,44 +81,44 @@ class SimulatedRunner:
         return StepResult(plan.step_id, sampled, errors=errors)
 
     def _enter(self, new: NewRequest) -> None:
-        assert new.slot not in self.token_pool, "a slot was given away while it was held"
-        self.token_pool[new.slot] = list(new.token_ids)
-        self.block_table[new.slot] = list(new.block_ids)
+        assert new.req_index not in self.token_pool, "a request slot was given away while it was held"
+        self.token_pool[new.req_index] = list(new.token_ids)
+        self.block_table[new.req_index] = list(new.block_ids)
 
-    def _write(self, slot: int, computed: int, scheduled: int) -> None:
+    def _write(self, req_index: int, computed: int, scheduled: int) -> None:
         assert scheduled >= 1
-        if slot in self.failed_slots:
-            self.invalidate(slot, computed, scheduled)
+        if req_index in self.failed_slots:
+            self.invalidate(req_index, computed, scheduled)
             return
-        tokens = self.token_pool[slot]
+        tokens = self.token_pool[req_index]
         assert computed + scheduled <= len(tokens), "tokens were planned that nobody knows"
         for position in range(computed, computed + scheduled):
-            self.kv[self.place(slot, position)] = tuple(tokens[: position + 1])
+            self.kv[self.place(req_index, position)] = tuple(tokens[: position + 1])
 
-    def _read(self, slot: int, computed: int, scheduled: int) -> bool:
+    def _read(self, req_index: int, computed: int, scheduled: int) -> bool:
         """Whether what the row computes is right: not if it read KV that a failed row should have written."""
-        tokens = self.token_pool[slot]
+        tokens = self.token_pool[req_index]
         first = 0 if self.sliding_window is None else max(0, computed - self.sliding_window + 1)
         is_valid = True
         for position in range(first, computed + scheduled):
-            held = self.kv.get(self.place(slot, position))
+            held = self.kv.get(self.place(req_index, position))
             if held == INVALID:
                 is_valid = False
             else:
                 assert held == tuple(tokens[: position + 1]), (
-                    f"position {position} of slot {slot} holds the KV of {held}"
+                    f"position {position} of request slot {req_index} holds the KV of {held}"
                 )
         if not is_valid:
-            self.invalidate(slot, computed, scheduled)
+            self.invalidate(req_index, computed, scheduled)
         return is_valid
 
-    def invalidate(self, slot: int, computed: int, scheduled: int) -> None:
+    def invalidate(self, req_index: int, computed: int, scheduled: int) -> None:
         """What these positions hold is the KV of nothing."""
         for position in range(computed, computed + scheduled):
-            self.kv[self.place(slot, position)] = INVALID
+            self.kv[self.place(req_index, position)] = INVALID
 
-    def place(self, slot: int, position: int) -> tuple[int, int]:
-        block_id = self.block_table[slot][position // self.block_size]
+    def place(self, req_index: int, position: int) -> tuple[int, int]:
+        block_id = self.block_table[req_index][position // self.block_size]
         assert block_id != 0, "the null block is written or read"
         return block_id, position % self.block_size
 
@@ -131,14 +131,14 @@ class SimulatedFirstStage:
 
     def inputs(self, plan: StepPlan, update: SampledTokensUpdate) -> list[list[int | None]]:
         """The tokens of each row of `plan` as this stage knows them; None for one that it does not."""
-        for slot, position, token_id in zip(update.slots, update.positions, update.token_ids, strict=True):
-            self.token_pool[slot][position] = token_id
-        for slot in plan.released_slots:
-            del self.token_pool[slot]
+        for req_index, position, token_id in zip(update.req_indices, update.positions, update.token_ids, strict=True):
+            self.token_pool[req_index][position] = token_id
+        for req_index in plan.released_req_indices:
+            del self.token_pool[req_index]
         for new in plan.new_requests:
-            self.token_pool[new.slot] = dict(enumerate(new.token_ids))
-        rows = zip(plan.slots, plan.num_computed_tokens, plan.num_scheduled_tokens, strict=True)
+            self.token_pool[new.req_index] = dict(enumerate(new.token_ids))
+        rows = zip(plan.req_indices, plan.num_computed_tokens, plan.num_scheduled_tokens, strict=True)
         return [
-            [self.token_pool[slot].get(position) for position in range(computed, computed + scheduled)]
-            for slot, computed, scheduled in rows
+            [self.token_pool[req_index].get(position) for position in range(computed, computed + scheduled)]
+            for req_index, computed, scheduled in rows
         ]

@@ -18,7 +18,7 @@ def gather_step_kernel(
     row_table,
     token_pool,
     block_table,
-    slots,
+    req_indices,
     query_start_loc,
     num_computed_tokens,
     pool_stride,
@@ -36,7 +36,7 @@ def gather_step_kernel(
     """
     row = tl.program_id(0)
     is_real = row < num_rows
-    slot = tl.load(slots + row, mask=is_real, other=0)
+    req_index = tl.load(req_indices + row, mask=is_real, other=0)
     computed = tl.load(num_computed_tokens + row, mask=is_real, other=0)
     last_row = tl.minimum(row, num_rows)
     # A padding row has one token, behind those of all rows and of the padding rows before it.
@@ -48,8 +48,8 @@ def gather_step_kernel(
 
     in_row = offsets < num_tokens
     position = computed + offsets
-    token = tl.load(token_pool + slot * pool_stride + position, mask=in_row & is_real, other=0)
-    table = block_table + slot * table_stride
+    token = tl.load(token_pool + req_index * pool_stride + position, mask=in_row & is_real, other=0)
+    table = block_table + req_index * table_stride
     block = tl.load(table + position // BLOCK_SIZE, mask=in_row & is_real, other=0).to(tl.int64)
     target = first_token + offsets
     tl.store(input_ids + target, token, mask=in_row)

@@ -131,7 +131,7 @@ class DecodeGraphs:
 
     def size_for(self, layout: RowLayout) -> int | None:
         """The size of the graph that can run such a step; None if its rows do not all decode, or are too many."""
-        num_rows = len(layout.slots)
+        num_rows = len(layout.req_indices)
         if layout.num_decode_rows != num_rows or num_rows > self._sizes[-1]:
             return None
         return self._sizes[bisect_left(self._sizes, num_rows)]

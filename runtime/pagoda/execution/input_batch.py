@@ -1,8 +1,8 @@
-"""The state of the requests in the slots on the device, and the inputs of a step made from it.
+"""The state of the requests in the request slots on the device, and the inputs of a step made from it.
 
     token_pool  [max_num_seqs, max_model_len + 1]      block_table  [max_num_seqs, max_blocks]
-      slot 0    │ prompt and output of a request …       slot 0     │ its blocks, in order, then 0 …
-      slot 1    │ …                                      slot 1     │ …
+  req_index 0 │ prompt and output of a request …     req_index 0  │ its blocks, in order, then 0 …
+            1 │ …                                              1  │ …
 
 Both are allocated once. A plan holds what changed; everything else of a step is gathered from here by index, so building a
 step costs the same at any context length. A sampled token is written into the pool on the device, at the position after the
@@ -34,23 +34,24 @@ logger = logging.getLogger(__name__)
 class RowLayout:
     """Which rows run how many tokens: R rows, T tokens, S rows that sample. While it stays the same it is not made again.
 
-    Rows are in batch order: those with one token first. On the host, int64: of each row its index in the plan
-    (`plan_rows`), its slot, its number of tokens and the index of its first token in the batch, `[R]`; `sampling_rows`, rows
-    that sample, their rows in the plan and their slots, `[S]`; `sampled_offsets` `[S]`, where the slots of the rows that
-    sample begin in the flattened token pool. On the device: `query_start_loc` int32 `[R + 1]`, `slot_index` int64 `[R]`, and
-    `sampling_tokens` int64 `[S]`, the last tokens of the rows that sample, or None if these are all tokens in order.
+    Rows are in batch order: those with one token first. On the host, int64: of each row its index in the plan (`plan_rows`),
+    its request slot, its number of tokens and the index of its first token in the batch, `[R]`; `sampling_rows`, rows that
+    sample, their rows in the plan and their request slots, `[S]`; `sampled_offsets` `[S]`, where the request slots of the
+    rows that sample begin in the flattened token pool. On the device: `query_start_loc` int32 `[R + 1]`,
+    `req_indices_on_device` int64 `[R]`, and `sampling_tokens` int64 `[S]`, the last tokens of the rows that sample, or None
+    if these are all tokens in order.
     """
 
     plan_rows: Int64Array
-    slots: Int64Array
+    req_indices: Int64Array
     num_scheduled_tokens: Int64Array
     first_tokens: Int64Array
     sampling_rows: Int64Array
     sampling_plan_rows: list[int]
-    sampling_slots: Int64Array
+    sampling_req_indices: Int64Array
     sampled_offsets: Int64Array
     query_start_loc: Tensor
-    slot_index: Tensor
+    req_indices_on_device: Tensor
     sampling_tokens: Tensor | None
     num_tokens: int
     max_query_len: int
@@ -114,59 +115,59 @@ class InputBatch:
         self.device = device
         self.token_pool = torch.zeros((max_num_seqs, max_model_len + 1), dtype=torch.int64, device=device)
         self.block_table = torch.zeros((max_num_seqs, self.max_blocks), dtype=torch.int32, device=device)
-        # Tokens that a slot holds, including sampled ones that are not on the host yet; 0 while it is empty.
+        # Tokens that a request slot holds, including sampled ones that are not on the host yet; 0 while it is empty.
         self.num_tokens = np.zeros(max_num_seqs, dtype=np.int64)
         # Slots whose rows fail until they are released, and why. Those that were planned wrongly do not run. The others do,
         # and even sample a token that is dropped: what runs must follow from the plan alone, or ranks would disagree on the
         # shapes that they exchange.
-        self.slot_errors: dict[int, str] = {}
+        self.request_errors: dict[int, str] = {}
         self._cannot_run: set[int] = set()
         self._layout: RowLayout | None = None
         self._layout_key: tuple[list[int], list[int], list[bool], list[int]] | None = None
 
-    def release(self, slot: int) -> None:
-        """Empty `slot`; it may be empty already."""
-        self.num_tokens[slot] = 0
-        self.slot_errors.pop(slot, None)
-        self._cannot_run.discard(slot)
+    def release(self, req_index: int) -> None:
+        """Empty `req_index`; it may be empty already."""
+        self.num_tokens[req_index] = 0
+        self.request_errors.pop(req_index, None)
+        self._cannot_run.discard(req_index)
 
     def enter(self, new: NewRequest, prepare: Callable[[NewRequest], None]) -> None:
-        """Let a request enter its slot; `prepare` does what else must be done before it can sample.
+        """Let a request enter its request slot; `prepare` does what else must be done before it can sample.
 
-        Whatever goes wrong with it in `prepare` fails this request alone: the reason is kept in `slot_errors`. What goes wrong
-        while its tokens and blocks are written, such as that there is no memory, is not about this request and is raised: the
-        row runs on the other ranks, and others share the blocks that it fills.
+        Whatever goes wrong with it in `prepare` fails this request alone: the reason is kept in `request_errors`. What goes
+        wrong while its tokens and blocks are written, such as that there is no memory, is not about this request and is
+        raised: the row runs on the other ranks, and others share the blocks that it fills.
         """
-        self.release(new.slot)
-        self._cannot_run.add(new.slot)  # until it is written, and if it cannot be
-        if not self._check_blocks(new.slot, 0, new.block_ids):
+        self.release(new.req_index)
+        self._cannot_run.add(new.req_index)  # until it is written, and if it cannot be
+        if not self._check_blocks(new.req_index, 0, new.block_ids):
             return
         self._write_request(new)
-        self._cannot_run.discard(new.slot)
+        self._cannot_run.discard(new.req_index)
         try:
             prepare(new)
         except PagodaError as error:
-            self.slot_errors[new.slot] = str(error)
+            self.request_errors[new.req_index] = str(error)
         except Exception as error:  # an error in one request fails that request, not the step
             logger.exception("request %s could not be prepared", new.spec.request_id)
-            self.slot_errors[new.slot] = f"the request could not be prepared: {type(error).__name__}: {error}"
+            self.request_errors[new.req_index] = f"the request could not be prepared: {type(error).__name__}: {error}"
 
     def apply_update(self, update: SampledTokensUpdate) -> None:
         """Write tokens that another rank sampled into the pool. Slots and positions were planned, so they are there."""
-        if update.slots:
-            slots, positions, token_ids = (
+        if update.req_indices:
+            req_indices, positions, token_ids = (
                 to_device(np.array(values, dtype=np.int64), self.device)
-                for values in (update.slots, update.positions, update.token_ids)
+                for values in (update.req_indices, update.positions, update.token_ids)
             )
-            self.token_pool[slots, positions] = token_ids
+            self.token_pool[req_indices, positions] = token_ids
 
     def append_blocks(self, plan: StepPlan) -> None:
-        """Append the plan's new blocks to the block tables of their slots."""
+        """Append the plan's new blocks to the block tables of their request slots."""
         index: list[int] = []
         values: list[int] = []
-        for slot, offset, block_ids in zip(plan.slots, plan.block_offsets, plan.new_block_ids, strict=True):
-            if block_ids and slot not in self._cannot_run and self._check_blocks(slot, offset, block_ids):
-                first = slot * self.max_blocks + offset
+        for req_index, offset, block_ids in zip(plan.req_indices, plan.block_offsets, plan.new_block_ids, strict=True):
+            if block_ids and req_index not in self._cannot_run and self._check_blocks(req_index, offset, block_ids):
+                first = req_index * self.max_blocks + offset
                 index.extend(range(first, first + len(block_ids)))
                 values.extend(block_ids)
         if index:
@@ -185,7 +186,7 @@ class InputBatch:
         computed = computed[layout.plan_rows]
         seq_lens = computed + layout.num_scheduled_tokens
         sampled_positions = seq_lens[layout.sampling_rows]
-        self.num_tokens[layout.sampling_slots] = sampled_positions + 1
+        self.num_tokens[layout.sampling_req_indices] = sampled_positions + 1
         max_seq_len = int(seq_lens.max())
         num_columns = -(-max_seq_len // self.block_size)
         computed_, sampled_pool_index = all_to_device(
@@ -193,12 +194,12 @@ class InputBatch:
         )
         tensors = buffers.tensors_for(layout, num_columns) if buffers is not None else None
         if tensors is None:
-            tensors = StepTensors.allocate(layout.num_tokens, len(layout.slots), num_columns, self.device)
+            tensors = StepTensors.allocate(layout.num_tokens, len(layout.req_indices), num_columns, self.device)
         backend.active.gather_step(
             self.token_pool,
             self.block_table,
             self.block_size,
-            layout.slot_index,
+            layout.req_indices_on_device,
             layout.query_start_loc,
             computed_,
             layout.max_query_len,
@@ -213,9 +214,9 @@ class InputBatch:
     def _layout_of(self, plan: StepPlan) -> RowLayout | None:
         """The layout of the plan's rows without those that cannot run; None if none can. The last one, if it fits again."""
         blocked = sorted(self._cannot_run)
-        key = (plan.slots, plan.num_scheduled_tokens, plan.samples, blocked)
+        key = (plan.req_indices, plan.num_scheduled_tokens, plan.samples, blocked)
         if key != self._layout_key:
-            rows = [row for row, slot in enumerate(plan.slots) if slot not in self._cannot_run]
+            rows = [row for row, req_index in enumerate(plan.req_indices) if req_index not in self._cannot_run]
             rows.sort(key=lambda row: plan.num_scheduled_tokens[row] > 1)
             self._layout_key = None
             self._layout = self._make_layout(plan, rows) if rows else None
@@ -224,27 +225,27 @@ class InputBatch:
 
     def _make_layout(self, plan: StepPlan, rows: list[int]) -> RowLayout:
         """The layout of these rows of the plan, in this order."""
-        slots = np.array([plan.slots[row] for row in rows], dtype=np.int64)
+        req_indices = np.array([plan.req_indices[row] for row in rows], dtype=np.int64)
         scheduled = np.array([plan.num_scheduled_tokens[row] for row in rows], dtype=np.int64)
         samples = np.array([plan.samples[row] for row in rows], dtype=bool)
         if scheduled.min() < 1:
             raise ValueError(f"every row of a plan runs at least one token, not {plan.num_scheduled_tokens}")
-        query_start_loc = np.zeros(len(slots) + 1, dtype=np.int64)
+        query_start_loc = np.zeros(len(req_indices) + 1, dtype=np.int64)
         np.cumsum(scheduled, out=query_start_loc[1:])
         first_tokens, num_tokens = query_start_loc[:-1], int(query_start_loc[-1])
         sampling_rows = samples.nonzero()[0]
         sampling_tokens = query_start_loc[1:][sampling_rows] - 1
         return RowLayout(
             plan_rows=np.array(rows, dtype=np.int64),
-            slots=slots,
+            req_indices=req_indices,
             num_scheduled_tokens=scheduled,
             first_tokens=first_tokens,
             sampling_rows=sampling_rows,
             sampling_plan_rows=[rows[index] for index in sampling_rows],
-            sampling_slots=slots[sampling_rows],
-            sampled_offsets=slots[sampling_rows] * self.token_pool.shape[1],
+            sampling_req_indices=req_indices[sampling_rows],
+            sampled_offsets=req_indices[sampling_rows] * self.token_pool.shape[1],
             query_start_loc=to_device(query_start_loc.astype(np.int32), self.device),
-            slot_index=to_device(slots, self.device),
+            req_indices_on_device=to_device(req_indices, self.device),
             sampling_tokens=None if len(sampling_rows) == num_tokens else to_device(sampling_tokens, self.device),
             num_tokens=num_tokens,
             max_query_len=int(scheduled.max()),
@@ -252,32 +253,34 @@ class InputBatch:
         )
 
     def _fail_wrong_rows(self, layout: RowLayout, computed: Int64Array) -> bool:
-        """Fail rows that would run tokens which their slot does not hold; whether there are any."""
+        """Fail rows that would run tokens which their request slot does not hold; whether there are any."""
         begins, counts = computed[layout.plan_rows], layout.num_scheduled_tokens
-        wrong = (begins < 0) | (begins + counts > self.num_tokens[layout.slots])
+        wrong = (begins < 0) | (begins + counts > self.num_tokens[layout.req_indices])
         if not wrong.any():
             return False
         for row in wrong.nonzero()[0].tolist():
-            slot = int(layout.slots[row])
+            req_index = int(layout.req_indices[row])
             tokens = f"{counts[row]} tokens from position {begins[row]}"
-            self.slot_errors.setdefault(slot, f"{tokens} were planned; the slot has {self.num_tokens[slot]}")
-            self._cannot_run.add(slot)
+            self.request_errors.setdefault(
+                req_index, f"{tokens} were planned; the request slot has {self.num_tokens[req_index]}"
+            )
+            self._cannot_run.add(req_index)
         return True
 
     def _write_request(self, new: NewRequest) -> None:
-        """Write a request's tokens and blocks into its slot. Its prompt was checked at the border of the engine."""
+        """Write a request's tokens and blocks into its request slot. Its prompt was checked at the border of the engine."""
         token_ids = np.array(new.token_ids, dtype=np.int64)
         block_ids = np.array(new.block_ids, dtype=np.int32)
-        self.token_pool[new.slot, : token_ids.size] = to_device(token_ids, self.device)
-        self.block_table[new.slot, : block_ids.size] = to_device(block_ids, self.device)
-        self.block_table[new.slot, block_ids.size :] = 0
-        self.num_tokens[new.slot] = token_ids.size
+        self.token_pool[new.req_index, : token_ids.size] = to_device(token_ids, self.device)
+        self.block_table[new.req_index, : block_ids.size] = to_device(block_ids, self.device)
+        self.block_table[new.req_index, block_ids.size :] = 0
+        self.num_tokens[new.req_index] = token_ids.size
 
-    def _check_blocks(self, slot: int, offset: int, block_ids: list[int]) -> bool:
+    def _check_blocks(self, req_index: int, offset: int, block_ids: list[int]) -> bool:
         """Whether these blocks exist and fit there; if not, the row does not run, on any rank."""
         ids_exist = min(block_ids, default=0) >= 0 and max(block_ids, default=0) < self.num_blocks
         if ids_exist and offset + len(block_ids) <= self.max_blocks:
             return True
-        self.slot_errors.setdefault(slot, f"blocks {block_ids} do not fit at offset {offset} of a block table")
-        self._cannot_run.add(slot)
+        self.request_errors.setdefault(req_index, f"blocks {block_ids} do not fit at offset {offset} of a block table")
+        self._cannot_run.add(req_index)
         return False

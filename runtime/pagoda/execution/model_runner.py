@@ -49,7 +49,7 @@ class PendingStep:
         prompt_logprobs: list[_PromptLogprobs] | None = None,
     ) -> None:
         self._step_id = plan.step_id
-        self._num_rows = len(plan.slots)
+        self._num_rows = len(plan.req_indices)
         self._errors = errors
         self._sampling_plan_rows = inputs.layout.sampling_plan_rows if inputs is not None else []
         self._sampled = _sampled_to_host(sampled) if sampled is not None else None
@@ -126,7 +126,7 @@ class PendingMultiStep:
 class ModelRunner:
     """Runs plans. `kv_caches`: one `(k, v)` for each layer of this rank, see `DecoderForCausalLM.forward`.
 
-    Every rank receives every plan and keeps the same slots. What a rank exchanges with others follows from the plan.
+    Every rank receives every plan and keeps the same request slots. What a rank exchanges with others follows from the plan.
     """
 
     def __init__(
@@ -164,18 +164,20 @@ class ModelRunner:
 
         `update`: tokens that earlier steps sampled on another rank. Only the sampling rank's result has samples.
 
-        A fault of one request is in `StepResult.errors`. Anything that is raised here concerns the whole step; the slots
-        stay consistent, and the next plan, which releases those of the failed step, can be run.
+        A fault of one request is in `StepResult.errors`. Anything that is raised here concerns the whole step; the request
+        slots stay consistent, and the next plan, which releases those of the failed step, can be run.
         """
         self.batch.apply_update(update)
-        for slot in plan.released_slots:
-            self._release(slot)
+        for req_index in plan.released_req_indices:
+            self._release(req_index)
         for new in plan.new_requests:
             self.batch.enter(new, self._prepare)
         self.batch.append_blocks(plan)
         inputs = self.batch.build(plan, self.graphs)
         errors = {
-            row: self.batch.slot_errors[slot] for row, slot in enumerate(plan.slots) if slot in self.batch.slot_errors
+            row: self.batch.request_errors[req_index]
+            for row, req_index in enumerate(plan.req_indices)
+            if req_index in self.batch.request_errors
         }
         faults.fire("step", str(self.groups.coordinates.rank))
         if inputs is None:
@@ -197,22 +199,22 @@ class ModelRunner:
         tensors = inputs.tensors
         return self.model.forward(tensors.input_ids, tensors.positions, self.kv_caches, inputs.metadata())
 
-    def _release(self, slot: int) -> None:
-        self.batch.release(slot)
-        self.sampler.remove(slot)
-        self._prompt_logprobs.pop(slot, None)
+    def _release(self, req_index: int) -> None:
+        self.batch.release(req_index)
+        self.sampler.remove(req_index)
+        self._prompt_logprobs.pop(req_index, None)
 
     def _prepare(self, new: NewRequest) -> None:
         """Give the sampler a request that enters. One that it refuses is sampled greedily, and the token is dropped."""
         spec = new.spec
         if spec.params.prompt_logprobs is not None:
             count = min(spec.params.prompt_logprobs, self.batch.vocab_size)
-            self._prompt_logprobs[new.slot] = (count, spec.num_prompt_tokens)
+            self._prompt_logprobs[new.req_index] = (count, spec.num_prompt_tokens)
         try:
             faults.fire("prepare", spec.request_id)
-            self.sampler.add(new.slot, spec)
+            self.sampler.add(new.req_index, spec)
         except Exception:  # re-raised: the row still takes part, since every rank plans its collectives with it
-            self.sampler.add(new.slot, replace(spec, params=_GREEDY, eos_token_ids=()))
+            self.sampler.add(new.req_index, replace(spec, params=_GREEDY, eos_token_ids=()))
             raise
 
     def _sample(self, inputs: StepInputs, hidden: Tensor) -> SamplerOutput | None:
@@ -227,7 +229,7 @@ class ModelRunner:
             sampled = None
             token_ids = torch.empty(len(hidden), dtype=torch.int64, device=hidden.device)
         else:
-            sampled = self.sampler.sample(logits, inputs.layout.sampling_slots, inputs.sampled_positions)
+            sampled = self.sampler.sample(logits, inputs.layout.sampling_req_indices, inputs.sampled_positions)
             token_ids = sampled.token_ids
         if self._shares_samples:
             token_ids = self.groups.tp_group.broadcast(token_ids)
@@ -238,15 +240,15 @@ class ModelRunner:
         """Log-probabilities of the prompt tokens that this step's tokens predict, for rows that ask."""
         found: list[_PromptLogprobs] = []
         layout = inputs.layout
-        for row, slot in enumerate(layout.slots.tolist()):
-            if slot not in self._prompt_logprobs:
+        for row, req_index in enumerate(layout.req_indices.tolist()):
+            if req_index not in self._prompt_logprobs:
                 continue
-            count, num_prompt_tokens = self._prompt_logprobs[slot]
+            count, num_prompt_tokens = self._prompt_logprobs[req_index]
             computed = int(inputs.num_computed_tokens[row])
             first, last = computed + 1, min(computed + int(layout.num_scheduled_tokens[row]) + 1, num_prompt_tokens)
             if first >= last:
                 continue
-            targets = self.batch.token_pool[slot, first:last]
+            targets = self.batch.token_pool[req_index, first:last]
             begin = int(layout.first_tokens[row])
             pieces = self._logprobs_in_pieces(hidden[begin : begin + len(targets)], targets, count)
             found.append(_PromptLogprobs(int(layout.plan_rows[row]), count, pieces))

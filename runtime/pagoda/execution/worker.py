@@ -258,14 +258,14 @@ class Worker:
         """Run `num_tokens` tokens in `num_rows` rows that all sample, and then one more of each. Uses the null block only."""
         tokens_per_row = max(1, num_tokens // num_rows)
         blocks = [0] * -(-(tokens_per_row + 1) // runner.batch.block_size)
-        slots = list(range(num_rows))
+        req_indices = list(range(num_rows))
         prefill = StepPlan(
             step_id=0,
             new_requests=[
                 NewRequest(
-                    slot=slot,
+                    req_index=req_index,
                     spec=EngineRequest(
-                        request_id=f"warm-up-{slot}",
+                        request_id=f"warm-up-{req_index}",
                         params=_WARM_UP_SAMPLING,
                         prompt_token_ids=[0] * tokens_per_row,
                         max_tokens=1,
@@ -274,24 +274,25 @@ class Worker:
                     block_ids=blocks,
                     num_computed_tokens=0,
                 )
-                for slot in slots
+                for req_index in req_indices
             ],
         )
         decode = StepPlan(step_id=1)
         for plan, computed, scheduled in ((prefill, 0, tokens_per_row), (decode, tokens_per_row, 1)):
-            plan.slots = slots
+            plan.req_indices = req_indices
             plan.num_computed_tokens = [computed] * num_rows
             plan.num_scheduled_tokens = [scheduled] * num_rows
-            plan.new_block_ids = [[] for _ in slots]
+            plan.new_block_ids = [[] for _ in req_indices]
             plan.block_offsets = [len(blocks)] * num_rows
             plan.samples = [True] * num_rows
             result = runner.execute(plan).result()
             if result.errors:
                 logger.warning("the warm-up step failed: %s", next(iter(result.errors.values())))
-        runner.execute(StepPlan(step_id=2, released_slots=slots)).result()
+        runner.execute(StepPlan(step_id=2, released_req_indices=req_indices)).result()
 
     def _profile_cuda(self) -> int:
-        """What `gpu_memory_utilization` leaves after weights, the greatest step, graphs, and the tables of the slots."""
+        """What `gpu_memory_utilization` leaves after weights, the greatest step, graphs, and the tables of the request
+        slots."""
         assert self.config.max_num_batched_tokens is not None
         num_tokens = self.config.max_num_batched_tokens
         num_rows = min(self._max_num_seqs(), num_tokens)

@@ -1,4 +1,4 @@
-"""Parameters that change logits, each a strategy of its own with the state of the slots that use it.
+"""Parameters that change logits, each a strategy of its own with the state of the request slots that use it.
 
 A processor changes logits float32 `[N, padded vocabulary]` in place. One that no request uses is not called; one whose
 requests have no row in a step does no tensor operation. Those that read earlier
@@ -26,7 +26,8 @@ Prepared = TypeVar("Prepared")
 class LogitsProcessor(ABC, Generic[State, Prepared]):
     """One parameter's effect on the logits of all rows that use it.
 
-    `State` is what a slot needs; `Prepared` is what a set of rows needs, made once and kept while the set stays the same.
+    `State` is what a request slot needs; `Prepared` is what a set of rows needs, made once and kept while the set stays the
+    same.
     """
 
     def __init__(self, context: SamplingContext) -> None:
@@ -52,28 +53,28 @@ class LogitsProcessor(ABC, Generic[State, Prepared]):
         del state, position
         return True
 
-    def add(self, slot: int, request: SlotRequest) -> None:
-        """Let a request enter `slot`."""
+    def add(self, req_index: int, request: SlotRequest) -> None:
+        """Let a request enter `req_index`."""
         state = self._state_of(request)
         if state is not None:
-            self.states[slot] = state
+            self.states[req_index] = state
 
-    def remove(self, slot: int) -> None:
-        """Forget the request in `slot`, if this processor knew it."""
-        self.states.pop(slot, None)
+    def remove(self, req_index: int) -> None:
+        """Forget the request in `req_index`, if this processor knew it."""
+        self.states.pop(req_index, None)
 
     def apply(self, logits: Tensor, rows: SampledRows) -> None:
         """Change the logits of those rows whose requests use the parameter."""
         active: list[int] = []
-        for slot, state in self.states.items():
-            row = int(rows.row_of_slot[slot])
+        for req_index, state in self.states.items():
+            row = int(rows.row_of_req_index[req_index])
             if row >= 0 and self._is_active(state, int(rows.positions[row])):
                 active.append(row)
         if not active:
             return
         key = (rows.composition, *active)
         if self._prepared is None or key != self._prepared_key:
-            states = [self.states[int(rows.slots[row])] for row in active]
+            states = [self.states[int(rows.req_indices[row])] for row in active]
             self._prepared = self._prepare(np.array(active, dtype=np.int64), states)
             self._prepared_key = key
         self._change(logits, rows, self._prepared)
@@ -209,7 +210,7 @@ class BadWords(LogitsProcessor[tuple[Int64Array, ...], _PreparedWords]):
         long_enough = self.context.to_device(positions >= prepared.lengths - 1)
         width = prepared.prefixes.shape[1]
         before = np.maximum(positions[:, None] - width + np.arange(width), 0)
-        flat = rows.slots[prepared.rows][:, None] * self.context.token_pool.shape[1] + before
+        flat = rows.req_indices[prepared.rows][:, None] * self.context.token_pool.shape[1] + before
         tokens = self.context.token_pool.view(-1)[self.context.to_device(flat)]
         matches = ((tokens == prepared.prefixes) | (prepared.prefixes < 0)).all(-1) & long_enough
         logits.view(-1).index_add_(0, prepared.flat, torch.where(matches, float("-inf"), 0.0))

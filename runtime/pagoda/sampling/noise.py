@@ -1,7 +1,7 @@
 """Random numbers that depend on nothing but a request's seed and a token's position.
 
 The generator is Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011): it has
-no state to carry along, so a request draws the same numbers alone, in any batch, in any slot and after preemption
+no state to carry along, so a request draws the same numbers alone, in any batch, in any request slot and after preemption
 (docs/architecture.md, invariant 9). The key is the seed, the counter is the position and, for tokens that need more than one
 number, which of them it is.
 """
@@ -63,10 +63,10 @@ def uniforms(seeds: UInt64Array, positions: Int64Array, attempt: int = 0) -> Flo
     return numbers
 
 
-class SlotNoise:
-    """The seeds of the requests in the slots, and the numbers drawn from them.
+class RequestNoise:
+    """The seeds of the requests in the request slots, and the numbers drawn from them.
 
-    A request without a seed gets one of its own when it enters a slot: from a generator with seed `seed`, or from the
+    A request without a seed gets one of its own when it enters a request slot: from a generator with seed `seed`, or from the
     operating system's entropy when that is None.
     """
 
@@ -77,30 +77,30 @@ class SlotNoise:
         self._drawn = np.zeros((max_num_seqs, _DRAWN_AHEAD))
         self._first_drawn_position = np.full(max_num_seqs, -_DRAWN_AHEAD, dtype=np.int64)
 
-    def add(self, slot: int, params: SamplingParams) -> None:
-        """Give the request that enters `slot` its seed."""
+    def add(self, req_index: int, params: SamplingParams) -> None:
+        """Give the request that enters `req_index` its seed."""
         if params.seed is None:
-            self._seeds[slot] = self._seeds_of_unseeded.integers(0, 2**64, dtype=np.uint64)
+            self._seeds[req_index] = self._seeds_of_unseeded.integers(0, 2**64, dtype=np.uint64)
         else:
-            self._seeds[slot] = params.seed % 2**64
-        self._first_drawn_position[slot] = -_DRAWN_AHEAD
+            self._seeds[req_index] = params.seed % 2**64
+        self._first_drawn_position[req_index] = -_DRAWN_AHEAD
 
-    def seeds_of(self, slots: Int64Array) -> Int64Array:
-        """The bits of the slots' seeds, for kernels that draw on the device."""
-        return self._seeds[slots].view(np.int64)
+    def seeds_of(self, req_indices: Int64Array) -> Int64Array:
+        """The bits of the request slots' seeds, for kernels that draw on the device."""
+        return self._seeds[req_indices].view(np.int64)
 
-    def at(self, slots: Int64Array, positions: Int64Array) -> Float64Array:
-        """The number of each slot for the token at its position: float64 `[len(slots)]` in [0, 1)."""
-        columns = positions - self._first_drawn_position[slots]
+    def at(self, req_indices: Int64Array, positions: Int64Array) -> Float64Array:
+        """The number of each request slot for the token at its position: float64 `[len(req_indices)]` in [0, 1)."""
+        columns = positions - self._first_drawn_position[req_indices]
         if ((columns < 0) | (columns >= _DRAWN_AHEAD)).any():
             # All rows draw again, not only those that ran out: so their numbers end together, and steps that draw are rare.
             ahead = positions[:, None] + np.arange(_DRAWN_AHEAD)
-            self._drawn[slots] = uniforms(self._seeds[slots][:, None], ahead)
-            self._first_drawn_position[slots] = positions
+            self._drawn[req_indices] = uniforms(self._seeds[req_indices][:, None], ahead)
+            self._first_drawn_position[req_indices] = positions
             columns = np.zeros_like(positions)
-        numbers: Float64Array = self._drawn[slots, columns]
+        numbers: Float64Array = self._drawn[req_indices, columns]
         return numbers
 
-    def again(self, slots: Int64Array, positions: Int64Array, attempt: int) -> Float64Array:
+    def again(self, req_indices: Int64Array, positions: Int64Array, attempt: int) -> Float64Array:
         """Further numbers for tokens that need them: see `uniforms`."""
-        return uniforms(self._seeds[slots], positions, attempt)
+        return uniforms(self._seeds[req_indices], positions, attempt)

@@ -1,8 +1,9 @@
 """Penalties on tokens that occurred before.
 
-They keep no counts. The tokens of a slot are in the token pool anyway, so a step gathers them, and touches their logits and no
-others. That costs time in proportion to the sequence, as the attention of one head of one layer does, but no memory in
-proportion to the vocabulary, nothing after preemption, and it is right when the newest token is known to the device only.
+They keep no counts. The tokens of a request slot are in the token pool anyway, so a step gathers them, and touches their
+logits and no others. That costs time in proportion to the sequence, as the attention of one head of one layer does, but no
+memory in proportion to the vocabulary, nothing after preemption, and it is right when the newest token is known to the
+device only.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ def _history(
     """
     context = processor.context
     lengths = rows.positions[prepared.rows] - prepared.starts
-    begins = rows.slots[prepared.rows] * context.token_pool.shape[1] + prepared.starts
+    begins = rows.req_indices[prepared.rows] * context.token_pool.shape[1] + prepared.starts
     offsets = prepared.rows * context.padded_vocab_size
     num_rows = max(1, _MAX_GATHERED // int(lengths.max()))
     for first in range(0, len(lengths), num_rows):

@@ -14,7 +14,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from pagoda.sampling import selection
-from pagoda.sampling.noise import Float64Array, SlotNoise
+from pagoda.sampling.noise import Float64Array, RequestNoise
 from pagoda.sampling.params import SamplingParams
 from pagoda.sampling.rows import Int64Array, SampledRows, SamplingContext
 
@@ -35,7 +35,7 @@ class SamplingStep:
     logits: Tensor
     best_logits: Tensor
     rows: SampledRows
-    noise: SlotNoise
+    noise: RequestNoise
     context: SamplingContext
 
     @cached_property
@@ -45,8 +45,10 @@ class SamplingStep:
 
     def uniforms(self, rows: Int64Array, attempt: int = 0) -> Tensor:
         """For each of `rows` a number in [0, 1), float64 `[len(rows), 1]` on the device; a new one for each attempt."""
-        slots, positions = self.rows.slots[rows], self.rows.positions[rows]
-        numbers = self.noise.at(slots, positions) if attempt == 0 else self.noise.again(slots, positions, attempt)
+        req_indices, positions = self.rows.req_indices[rows], self.rows.positions[rows]
+        numbers = (
+            self.noise.at(req_indices, positions) if attempt == 0 else self.noise.again(req_indices, positions, attempt)
+        )
         return self.context.to_device(numbers).unsqueeze(1)
 
 
@@ -55,19 +57,21 @@ class RowParameters:
     """What sampling needs of R rows with random numbers, `[R]` on the host. `top_k` is 0 for rows without."""
 
     rows: Int64Array
-    slots: Int64Array
+    req_indices: Int64Array
     temperature: Float64Array
     top_k: Int64Array
     top_p: Float64Array
     min_p: Float64Array
 
     @classmethod
-    def of(cls, rows: list[int], slots: Int64Array, params: Sequence[SamplingParams], vocab_size: int) -> RowParameters:
-        """Of `rows` of a step, of all of whose rows there are the slots and the parameters."""
+    def of(
+        cls, rows: list[int], req_indices: Int64Array, params: Sequence[SamplingParams], vocab_size: int
+    ) -> RowParameters:
+        """Of `rows` of a step, of all of whose rows there are the request slots and the parameters."""
         chosen = [params[row] for row in rows]
         return cls(
             rows=np.array(rows, dtype=np.int64),
-            slots=slots[rows],
+            req_indices=req_indices[rows],
             temperature=np.array([p.temperature for p in chosen], dtype=np.float64),
             top_k=np.array([p.top_k if 0 < p.top_k < vocab_size else 0 for p in chosen], dtype=np.int64),
             top_p=np.array([p.top_p for p in chosen], dtype=np.float64),
@@ -78,7 +82,7 @@ class RowParameters:
         """Some of the rows."""
         return RowParameters(
             self.rows[index],
-            self.slots[index],
+            self.req_indices[index],
             self.temperature[index],
             self.top_k[index],
             self.top_p[index],
@@ -232,19 +236,19 @@ class RowGroups:
 class RowGrouper:
     """Sorts rows into groups. Rows without top-k are sampled by the backend where it implements that, else by torch."""
 
-    def __init__(self, context: SamplingContext, noise: SlotNoise) -> None:
+    def __init__(self, context: SamplingContext, noise: RequestNoise) -> None:
         self._context = context
         self._noise = noise
         samples_on_device = context.kernels.implements("sample_top_p_by_rejection")
         self._without_top_k = self._device_sampled if samples_on_device else self._full_vocab
 
-    def group(self, params: Sequence[SamplingParams], slots: Int64Array) -> RowGroups:
-        """The groups of N rows with these parameters and slots, in row order."""
+    def group(self, params: Sequence[SamplingParams], req_indices: Int64Array) -> RowGroups:
+        """The groups of N rows with these parameters and request slots, in row order."""
         vocab_size = self._context.vocab_size
         random = [row for row, p in enumerate(params) if not p.is_greedy and p.top_k != 1]
         asking = [row for row, p in enumerate(params) if p.logprobs is not None]
         return RowGroups(
-            random=list(self._groups_of(RowParameters.of(random, slots, params, vocab_size))) if random else [],
+            random=list(self._groups_of(RowParameters.of(random, req_indices, params, vocab_size))) if random else [],
             logprob_rows=np.array(asking, dtype=np.int64),
             logprob_counts=[min(params[row].logprobs or 0, vocab_size) for row in asking],
         )
@@ -269,7 +273,7 @@ class RowGrouper:
 
     def _device_sampled(self, params: RowParameters) -> Iterator[RandomRows]:
         if len(params.rows):
-            yield DeviceSampledRows.of(params, self._context, self._noise.seeds_of(params.slots))
+            yield DeviceSampledRows.of(params, self._context, self._noise.seeds_of(params.req_indices))
 
 
 def _top_k_class(top_k: int) -> int:

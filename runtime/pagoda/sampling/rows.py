@@ -18,7 +18,8 @@ Int64Array = npt.NDArray[np.int64]
 
 
 class SlotRequest(Protocol):
-    """What the sampler reads of a request (`pagoda.request.EngineRequest`) in a slot; its tokens are in the token pool."""
+    """What the sampler reads of a request (`pagoda.request.EngineRequest`) in a request slot; its tokens are in the token
+    pool."""
 
     @property
     def params(self) -> SamplingParams:
@@ -26,7 +27,7 @@ class SlotRequest(Protocol):
 
     @property
     def num_prompt_tokens(self) -> int:
-        """Where the output begins in the slot's tokens."""
+        """Where the output begins in the request slot's tokens."""
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -37,14 +38,15 @@ class SlotRequest(Protocol):
 class SampledRows:
     """The rows of logits of one step.
 
-    `slots` and `positions` int64 `[N]` on the host: the slot of each row, and the position that its sampled token will take,
-    which is the number of tokens before it. `row_of_slot` int64 `[max_num_seqs]` is -1 for slots without a row.
+    `req_indices` and `positions` int64 `[N]` on the host: the request slot of each row, and the position that its
+    sampled token will take,
+    which is the number of tokens before it. `row_of_req_index` int64 `[max_num_seqs]` is -1 for request slots without a row.
     `composition` changes whenever a row or a request changes: what depends on these alone may be kept until then.
     """
 
-    slots: Int64Array
+    req_indices: Int64Array
     positions: Int64Array
-    row_of_slot: Int64Array
+    row_of_req_index: Int64Array
     composition: int
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from pagoda.sampling import selection
 from pagoda.sampling.logits_processors import AllowedTokens, BadWords, LogitBias, LogitsProcessor, MinTokens
 from pagoda.sampling.logprobs import LogprobTensors, RawDistribution
-from pagoda.sampling.noise import SlotNoise
+from pagoda.sampling.noise import RequestNoise
 from pagoda.sampling.penalties import OutputPenalties, RepetitionPenalty
 from pagoda.sampling.row_groups import RowGrouper, RowGroups, SamplingStep
 from pagoda.sampling.rows import Int64Array, SampledRows, SamplingContext, SlotRequest
@@ -62,7 +62,8 @@ def row_error(best_logit: float) -> str | None:
 
 
 class Sampler:
-    """Sampling state of all slots. `token_pool`: int64 `[max_num_seqs, max_model_len + 1]`, kept up to date by its owner.
+    """Sampling state of all request slots. `token_pool`: int64 `[max_num_seqs, max_model_len + 1]`, kept up to date by its
+    owner.
 
     `kernels`: of the token pool's device. `seed` is for requests without one; None takes it from the operating system's
     entropy.
@@ -71,41 +72,43 @@ class Sampler:
     def __init__(self, *, vocab_size: int, token_pool: Tensor, kernels: KernelBackend, seed: int | None) -> None:
         self.context = SamplingContext(vocab_size, selection.padded_size(vocab_size), token_pool, kernels)
         self._processors = [processor(self.context) for processor in PROCESSORS]
-        self._noise = SlotNoise(token_pool.shape[0], seed)
+        self._noise = RequestNoise(token_pool.shape[0], seed)
         self._requests: dict[int, SlotRequest] = {}
         self._composition = 0
-        self._slots = np.empty(0, dtype=np.int64)
-        self._row_of_slot = np.full(token_pool.shape[0], -1, dtype=np.int64)
+        self._req_indices = np.empty(0, dtype=np.int64)
+        self._row_of_req_index = np.full(token_pool.shape[0], -1, dtype=np.int64)
         self._grouper = RowGrouper(self.context, self._noise)
         self._groups: RowGroups | None = None
 
-    def add(self, slot: int, request: SlotRequest) -> None:
-        """Let a request enter `slot`. On `InvalidRequestError`, for an id outside the vocabulary, the slot stays empty."""
-        self.remove(slot)
+    def add(self, req_index: int, request: SlotRequest) -> None:
+        """Let a request enter `req_index`. On `InvalidRequestError`, for an id outside the vocabulary, the request slot
+        stays empty."""
+        self.remove(req_index)
         try:
             for processor in self._processors:
-                processor.add(slot, request)
+                processor.add(req_index, request)
         except BaseException:  # raised on: no processor may keep a request that did not enter
-            self.remove(slot)
+            self.remove(req_index)
             raise
-        self._noise.add(slot, request.params)
-        self._requests[slot] = request
+        self._noise.add(req_index, request.params)
+        self._requests[req_index] = request
 
-    def remove(self, slot: int) -> None:
-        """Empty `slot`; it may be empty already."""
+    def remove(self, req_index: int) -> None:
+        """Empty `req_index`; it may be empty already."""
         for processor in self._processors:
-            processor.remove(slot)
-        self._requests.pop(slot, None)
+            processor.remove(req_index)
+        self._requests.pop(req_index, None)
         self._groups = None
 
-    def sample(self, logits: Tensor, slots: Int64Array, positions: Int64Array) -> SamplerOutput:
-        """Choose a token for each of N rows; at most one row a slot.
+    def sample(self, logits: Tensor, req_indices: Int64Array, positions: Int64Array) -> SamplerOutput:
+        """Choose a token for each of N rows; at most one row a request slot.
 
-        `logits` float32 `[N, vocab_size]` may be changed. `slots` and `positions` int64 `[N]`: the row's slot, and the
-        position that the token will take, which is the number of tokens the request has. `slots` must not be changed later.
+        `logits` float32 `[N, vocab_size]` may be changed. `req_indices` and `positions` int64 `[N]`: the row's request slot,
+        and the position that the token will take, which is the number of tokens the request has. `req_indices` must not be
+        changed later.
         """
         logits = selection.pad_to_blocks(logits)
-        rows, groups = self._rows(slots, positions)
+        rows, groups = self._rows(req_indices, positions)
         raw = None
         if groups.logprob_counts:
             asking = self.context.to_device(groups.logprob_rows)
@@ -125,14 +128,16 @@ class Sampler:
             logprob_counts=groups.logprob_counts,
         )
 
-    def _rows(self, slots: Int64Array, positions: Int64Array) -> tuple[SampledRows, RowGroups]:
+    def _rows(self, req_indices: Int64Array, positions: Int64Array) -> tuple[SampledRows, RowGroups]:
         """This step's rows, and their groups: the last step's, if nothing but the positions changed."""
-        if self._groups is None or not (slots is self._slots or np.array_equal(slots, self._slots)):
+        if self._groups is None or not (
+            req_indices is self._req_indices or np.array_equal(req_indices, self._req_indices)
+        ):
             self._groups = None  # until all below has succeeded
             self._composition += 1
-            self._row_of_slot[self._slots] = -1
-            self._slots = slots
-            self._row_of_slot[slots] = np.arange(len(slots))
-            params = [self._requests[slot].params for slot in slots.tolist()]
-            self._groups = self._grouper.group(params, slots)
-        return SampledRows(slots, positions, self._row_of_slot, self._composition), self._groups
+            self._row_of_req_index[self._req_indices] = -1
+            self._req_indices = req_indices
+            self._row_of_req_index[req_indices] = np.arange(len(req_indices))
+            params = [self._requests[req_index].params for req_index in req_indices.tolist()]
+            self._groups = self._grouper.group(params, req_indices)
+        return SampledRows(req_indices, positions, self._row_of_req_index, self._composition), self._groups

@@ -1,12 +1,12 @@
 """The plan of one step, which the scheduler gives the executor, and its result.
 
-Requests live in slots. The scheduler gives a running request a slot in `[0, max_num_seqs)` and the model runner keeps the
-request's token ids, block table and sampling state in row `slot` of preallocated arrays. So a plan holds only what changed,
-and its size does not grow with context length.
+Requests live in request slots. The scheduler gives a running request a request slot in `[0, max_num_seqs)` and the model
+runner keeps the request's token ids, block table and sampling state in row `req_index` of preallocated arrays. So a plan
+holds only what changed, and its size does not grow with context length.
 
-    row i of the batch:   slots[i]   num_computed_tokens[i]   num_scheduled_tokens[i]   samples[i]
+    row i of the batch:   req_indices[i]   num_computed_tokens[i]   num_scheduled_tokens[i]   samples[i]
                              │                │                        │
-    token_pool[slot]:   [ computed ………………… │ scheduled in this step │ … ]     tokens computed..computed+scheduled-1 run;
+    token_pool[req_index]:   [ computed ………… │ scheduled in this step │ … ]     tokens computed..computed+scheduled-1 run;
                                                                        a row with samples[i] then writes its sampled token
                                                                        at position computed+scheduled
 """
@@ -21,12 +21,12 @@ from pagoda.sampling.output import TokenLogprobs
 
 @dataclass(slots=True)
 class NewRequest:
-    """A request that enters a slot: new, or resumed after preemption (then `output_token_ids` is its output so far).
+    """A request that enters a request slot: new, or resumed after preemption (then `output_token_ids` is its output so far).
 
     `block_ids` are all blocks it holds, in order; `num_computed_tokens` of its tokens are already in them (prefix hit).
     """
 
-    slot: int
+    req_index: int
     spec: EngineRequest
     output_token_ids: list[int]
     block_ids: list[int]
@@ -42,8 +42,8 @@ class NewRequest:
 class StepPlan:
     """One step. The parallel lists have one entry for each scheduled request, in batch order.
 
-    `released_slots` were left by their requests since the last plan; they are released before `new_requests` enter.
-    `new_block_ids[i]` are appended to the block table of `slots[i]` (empty for a row that enters: its blocks are in
+    `released_req_indices` were left by their requests since the last plan; they are released before `new_requests` enter.
+    `new_block_ids[i]` are appended to the block table of `req_indices[i]` (empty for a row that enters: its blocks are in
     `NewRequest.block_ids`). `block_offsets[i]` is the length of that table before they are appended.
 
     Multi-step scheduling (`num_scheduler_steps`): in a plan in which every row samples one token, row i may run `num_steps[i]`
@@ -51,10 +51,10 @@ class StepPlan:
     """
 
     step_id: int
-    released_slots: list[int] = field(default_factory=list)
+    released_req_indices: list[int] = field(default_factory=list)
     new_requests: list[NewRequest] = field(default_factory=list)
     request_ids: list[str] = field(default_factory=list)
-    slots: list[int] = field(default_factory=list)
+    req_indices: list[int] = field(default_factory=list)
     num_computed_tokens: list[int] = field(default_factory=list)
     num_scheduled_tokens: list[int] = field(default_factory=list)
     new_block_ids: list[list[int]] = field(default_factory=list)
@@ -73,7 +73,7 @@ class StepPlan:
         plan = StepPlan(
             step_id=self.step_id,
             request_ids=[self.request_ids[row] for row in rows],
-            slots=[self.slots[row] for row in rows],
+            req_indices=[self.req_indices[row] for row in rows],
             num_computed_tokens=[self.num_computed_tokens[row] + index for row in rows],
             num_scheduled_tokens=[1] * len(rows),
             new_block_ids=[[]] * len(rows),
@@ -87,11 +87,11 @@ class StepPlan:
 class SampledTokensUpdate:
     """Tokens that the last pipeline stage sampled, on their way to the token pools of all ranks.
 
-    Token `token_ids[i]` is at position `positions[i]` of the request in `slots[i]`. They go with a plan and are written before
-    anything else of it is done. Empty with one stage: its ranks exchange what was sampled among themselves.
+    Token `token_ids[i]` is at position `positions[i]` of the request in `req_indices[i]`. They go with a plan and are
+    written before anything else of it is done. Empty with one stage: its ranks exchange what was sampled among themselves.
     """
 
-    slots: list[int] = field(default_factory=list)
+    req_indices: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
 

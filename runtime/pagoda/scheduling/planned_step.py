@@ -21,12 +21,12 @@ class PlannedStep:
     discarded: set[Request] = field(default_factory=set)
 
     def enter(self, request: Request) -> None:
-        """Add a request that entered a slot, with all its tokens and blocks."""
+        """Add a request that entered a request slot, with all its tokens and blocks."""
         assert request.lease is not None
         request.num_blocks_sent = len(request.lease)
         self.plan.new_requests.append(
             NewRequest(
-                slot=request.slot,
+                req_index=request.req_index,
                 spec=request.spec,
                 output_token_ids=request.token_ids[request.num_prompt_tokens :],
                 block_ids=request.lease.block_ids,
@@ -39,7 +39,7 @@ class PlannedStep:
         plan = self.plan
         self.requests += requests
         plan.request_ids += [request.spec.request_id for request in requests]
-        plan.slots += [request.slot for request in requests]
+        plan.req_indices += [request.req_index for request in requests]
         plan.num_computed_tokens += [request.num_computed_tokens for request in requests]
         plan.num_scheduled_tokens += num_tokens
         plan.block_offsets += [request.num_blocks_sent for request in requests]

@@ -48,9 +48,9 @@ class Request:
         "num_published_blocks",
         "num_shared_blocks",
         "prompt_logprobs",
+        "req_index",
         "scheduled_time",
         "sequence_number",
-        "slot",
         "spec",
         "status",
         "stop_ids",
@@ -66,7 +66,7 @@ class Request:
         self.sequence_number = -1  # order of arrival, given by the scheduler
 
         self.status = RequestStatus.WAITING
-        self.slot = -1
+        self.req_index = -1
         self.lease: BlockLease | None = None
         self.num_computed_tokens = 0
         self.num_in_flight = 0

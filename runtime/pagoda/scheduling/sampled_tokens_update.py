@@ -1,9 +1,9 @@
 """Which sampled tokens the ranks of a pipeline do not have yet.
 
-The last stage samples, the first one needs the token: the driver sends it with the next plan. Meanwhile the slot may
+The last stage samples, the first one needs the token: the driver sends it with the next plan. Meanwhile the request slot may
 have been given to another request, and then the token must not be written into it:
 
-    plan 7   R1 in slot 3 samples      plan 8   slot 3 released, R2 enters      result 7 comes      plan 9: nothing for slot 3
+    plan 7   R1 samples at req_index 3      plan 8   3 is released, R2 enters it      result 7 comes      plan 9   no update of 3
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ class SampledTokensTracker:
 
     def __init__(self) -> None:
         self._num_releases: Counter[int] = Counter()
-        # By step: of each row that samples its index, slot, position, and the releases of the slot up to then.
+        # By step: of each row that samples its index, request slot, position, and the releases of the request slot up to then.
         self._in_flight: dict[int, list[tuple[int, int, int, int]]] = {}
         self._next = SampledTokensUpdate()
 
     def update_for(self, plan: StepPlan) -> SampledTokensUpdate:
         """What goes with `plan`, which is about to be submitted."""
         update, self._next = self._next, SampledTokensUpdate()
-        self._num_releases.update(plan.released_slots)
-        rows = zip(plan.slots, plan.num_computed_tokens, plan.num_scheduled_tokens, plan.samples, strict=True)
+        self._num_releases.update(plan.released_req_indices)
+        rows = zip(plan.req_indices, plan.num_computed_tokens, plan.num_scheduled_tokens, plan.samples, strict=True)
         self._in_flight[plan.step_id] = [
-            (row, slot, computed + scheduled, self._num_releases[slot])
-            for row, (slot, computed, scheduled, samples) in enumerate(rows)
+            (row, req_index, computed + scheduled, self._num_releases[req_index])
+            for row, (req_index, computed, scheduled, samples) in enumerate(rows)
             if samples
         ]
         return update
 
     def record(self, result: StepResult) -> None:
-        """Take the tokens of a result; those of slots that were released meanwhile are dropped."""
-        for row, slot, position, num_releases in self._in_flight.pop(result.step_id):
-            if self._num_releases[slot] == num_releases and result.sampled_token_ids[row]:
-                self._next.slots.append(slot)
+        """Take the tokens of a result; those of request slots that were released meanwhile are dropped."""
+        for row, req_index, position, num_releases in self._in_flight.pop(result.step_id):
+            if self._num_releases[req_index] == num_releases and result.sampled_token_ids[row]:
+                self._next.req_indices.append(req_index)
                 self._next.positions.append(position)
                 self._next.token_ids.append(result.sampled_token_ids[row][0])
 

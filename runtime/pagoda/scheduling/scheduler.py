@@ -4,7 +4,7 @@ There is no prefill and no decode phase. Every request has `num_computed_tokens`
 advances these counters under one token budget:
 
     running:  R1 ▪            R2 ▪            R3 ▪▪▪▪▪▪▪▪ (a chunk of its prompt)
-    waiting:  R4 ▪▪▪▪▪▪ …     admitted while budget, slots and blocks last
+    waiting:  R4 ▪▪▪▪▪▪ …     admitted while budget, request slots and blocks last
 
 Running requests come first. One that needs a block when none is left preempts the running request of lowest priority: its
 blocks are freed, and it waits at the front to be recomputed (its published blocks usually still hit). A step that preempted
@@ -64,8 +64,8 @@ class Scheduler:
         self._requests: dict[str, Request] = {}
         self._waiting = make_waiting_queue(limits.policy)
         self._running: dict[str, Request] = {}
-        self._free_slots = _all_slots(limits)
-        self._released_slots: list[int] = []
+        self._free_req_indices = _all_slots(limits)
+        self._released_req_indices: list[int] = []
         self._in_flight: dict[int, PlannedStep] = {}  # by step id
         self._first_left_out: Request | None = None  # by the budget of the last plan
         self._ended: list[RequestUpdate] = []
@@ -76,7 +76,7 @@ class Scheduler:
 
     @property
     def num_running(self) -> int:
-        """Requests that hold a slot."""
+        """Requests that hold a request slot."""
         return len(self._running)
 
     @property
@@ -130,8 +130,8 @@ class Scheduler:
         A tenant may hold at most as many places in the queue as it leaves free, so some are always left for others: a single
         busy tenant gets half of them, each of two a third. The tenant with an empty name is the only one, and may have all.
         """
-        # Requests for which a slot is free do not count: the next step may admit them.
-        num_waiting = max(0, len(self._waiting) - len(self._free_slots))
+        # Requests for which a request slot is free do not count: the next step may admit them.
+        num_waiting = max(0, len(self._waiting) - len(self._free_req_indices))
         num_free = self.limits.max_num_waiting - num_waiting
         if num_free <= 0:
             raise QueueFullError(f"{num_waiting} requests are waiting, as many as max_num_waiting allows")
@@ -207,7 +207,7 @@ class Scheduler:
             return None
         if self.limits.num_scheduler_steps > 1 and step.only_decodes:
             self._extend_to_num_steps(step)
-        step.plan.released_slots, self._released_slots = self._released_slots, []
+        step.plan.released_req_indices, self._released_req_indices = self._released_req_indices, []
         self._in_flight[self._num_steps] = step
         self._num_steps += 1
         return step.plan
@@ -222,9 +222,9 @@ class Scheduler:
         first_left_out: Request | None = None
         for request in self._candidates():
             num_new = min(request.next_tokens(), budget, longest_chunk)
-            if num_new == 0 or request.slot < 0:
+            if num_new == 0 or request.req_index < 0:
                 # Nothing to do, no budget, or preempted a moment ago for one before it.
-                if budget == 0 and first_left_out is None and request.slot >= 0 and request.next_tokens():
+                if budget == 0 and first_left_out is None and request.req_index >= 0 and request.next_tokens():
                     first_left_out = request
                 continue
             if slides:
@@ -267,24 +267,24 @@ class Scheduler:
         return candidates
 
     def _admit_waiting(self, step: PlannedStep, budget: int) -> None:
-        """Admit waiting requests in order while budget, slots and blocks last; none is skipped."""
-        while budget > 0 and self._free_slots and (request := self._waiting.peek()) is not None:
+        """Admit waiting requests in order while budget, request slots and blocks last; none is skipped."""
+        while budget > 0 and self._free_req_indices and (request := self._waiting.peek()) is not None:
             if request.num_in_flight:
                 break  # preempted with a token in flight, which must be known first
             if not self.kv.allocate_for(request, leave_watermark=bool(self._running)):
                 break
             self._waiting.pop()
-            self._assign_slot(step, request)
+            self._assign_req_index(step, request)
             num_new = min(request.next_tokens(), budget, self._longest_chunk)
             budget -= num_new
             # The row publishes its blocks at once, so the next in line with the same prompt shares them within this very
             # step: in every layer all KV is written before any of it is read.
             self._add_rows(step, [request], [num_new])
 
-    def _assign_slot(self, step: PlannedStep, request: Request) -> None:
-        """Move an admitted request into a slot."""
+    def _assign_req_index(self, step: PlannedStep, request: Request) -> None:
+        """Move an admitted request into a request slot."""
         request.status = RequestStatus.RUNNING
-        request.slot = self._free_slots.pop()
+        request.req_index = self._free_req_indices.pop()
         if request.scheduled_time is None:
             request.scheduled_time = self._clock()
         self._running[request.spec.request_id] = request
@@ -321,7 +321,7 @@ class Scheduler:
         return victim
 
     def _preempt(self, request: Request) -> None:
-        """Free a running request's blocks and slot, and return it to the waiting queue."""
+        """Free a running request's blocks and request slot, and return it to the waiting queue."""
         request.num_preemptions += 1
         self.num_preemptions += 1
         self._return_to_waiting(request)
@@ -339,22 +339,22 @@ class Scheduler:
 
     def _return_to_waiting(self, request: Request) -> None:
         """Free everything of a running request but its tokens; it waits at the front to be recomputed."""
-        self._free_slot(request)
+        self._free_req_index(request)
         self.kv.release(request)
         request.status = RequestStatus.WAITING
         request.num_computed_tokens = 0
         self._waiting.push_preempted(request)
 
-    def _free_slot(self, request: Request) -> None:
+    def _free_req_index(self, request: Request) -> None:
         del self._running[request.spec.request_id]
-        self._free_slots.append(request.slot)
-        self._released_slots.append(request.slot)
-        request.slot = -1
+        self._free_req_indices.append(request.req_index)
+        self._released_req_indices.append(request.req_index)
+        request.req_index = -1
 
     def _finish(self, request: Request) -> None:
-        """End a request in any state, and free its slot and blocks."""
+        """End a request in any state, and free its request slot and blocks."""
         if request.status is RequestStatus.RUNNING:
-            self._free_slot(request)
+            self._free_req_index(request)
             request.status = RequestStatus.FINISHED
         else:
             request.status = RequestStatus.FINISHED
@@ -418,11 +418,11 @@ class Scheduler:
         return RequestUpdate(request, token_ids, logprobs, prompt_logprobs)
 
     def check_integrity(self) -> None:
-        """Assert every invariant between requests, slots and blocks. O(everything); for tests."""
+        """Assert every invariant between requests, request slots and blocks. O(everything); for tests."""
         self.kv.check_integrity(self._requests.values())
         assert len(self._waiting) + len(self._running) == len(self._requests)
-        slots = [request.slot for request in self._running.values()]
-        assert sorted(slots + self._free_slots) == list(range(self.limits.max_num_seqs))
+        req_indices = [request.req_index for request in self._running.values()]
+        assert sorted(req_indices + self._free_req_indices) == list(range(self.limits.max_num_seqs))
         for request in self._requests.values():
             running = request.status is RequestStatus.RUNNING
             assert running == (request.spec.request_id in self._running)
@@ -436,7 +436,7 @@ class Scheduler:
     def find_leak(self) -> str:
         """What an engine without requests holds all the same, for the log; empty when nothing. O(1)."""
         leaks = {
-            "request slots": self.limits.max_num_seqs - len(self._free_slots),
+            "request slots": self.limits.max_num_seqs - len(self._free_req_indices),
             "running requests": len(self._running),
             "waiting requests": len(self._waiting),
             "KV blocks": self.kv.pool.num_in_use,
@@ -445,9 +445,9 @@ class Scheduler:
 
     def reset(self) -> None:
         """Take back what has leaked, in an engine without requests: it would be missing for as long as the engine runs."""
-        leaked_slots = set(range(self.limits.max_num_seqs)).difference(self._free_slots)
-        self._released_slots += sorted(leaked_slots.difference(self._released_slots))
-        self._free_slots = _all_slots(self.limits)
+        leaked_slots = set(range(self.limits.max_num_seqs)).difference(self._free_req_indices)
+        self._released_req_indices += sorted(leaked_slots.difference(self._released_req_indices))
+        self._free_req_indices = _all_slots(self.limits)
         self._waiting = make_waiting_queue(self.limits.policy)
         self._running.clear()
         self.kv.reset()

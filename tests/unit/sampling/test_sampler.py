@@ -121,15 +121,15 @@ LOGITS = [math.log(n) for n in (1, 2, 3, 4, 5, 5, 8, 12)] * 10  # 80 tokens: mor
     ],
 )
 def test_tokens_are_drawn_with_the_probabilities_that_the_parameters_give(changes):
-    num_slots, num_positions = 64, 60
-    sampler, pool = make_sampler(len(LOGITS), num_slots)
-    rows = [Row(LOGITS, [0], [], SamplingParams(seed=seed, **changes)) for seed in range(num_slots)]
-    for slot, row in enumerate(rows):
-        enter(sampler, pool, slot, row)
+    num_req_indices, num_positions = 64, 60
+    sampler, pool = make_sampler(len(LOGITS), num_req_indices)
+    rows = [Row(LOGITS, [0], [], SamplingParams(seed=seed, **changes)) for seed in range(num_req_indices)]
+    for req_index, row in enumerate(rows):
+        enter(sampler, pool, req_index, row)
     counts = np.zeros(len(LOGITS))
     for position in range(1, num_positions + 1):
-        logits = torch.tensor([LOGITS] * num_slots, dtype=torch.float32)
-        sampled = sampler.sample(logits, np.arange(num_slots), np.full(num_slots, position))
+        logits = torch.tensor([LOGITS] * num_req_indices, dtype=torch.float32)
+        sampled = sampler.sample(logits, np.arange(num_req_indices), np.full(num_req_indices, position))
         counts += np.bincount(sampled.token_ids.numpy(), minlength=len(LOGITS))
 
     expected = np.zeros(len(LOGITS))
@@ -198,7 +198,7 @@ def test_unused_parameters_cost_no_tensor_operation():
     run(sampler, [plain], [0])
     with CountOperations() as before:
         run(sampler, [plain], [0])
-    # A request that uses them all is in another slot, but has no row in this step.
+    # A request that uses them all is in another request slot, but has no row in this step.
     enter(sampler, pool, 1, Row(plain.logits, [0], [1], everything))
     run(sampler, [plain], [0])
     with CountOperations() as after:
@@ -215,8 +215,8 @@ def test_no_way_of_sampling_sorts_the_vocabulary():
         for changes in ({}, {"top_p": 0.9}, {"top_k": 50}, {"top_k": 50, "top_p": 0.5}, {"min_p": 0.1})
     ]
     sampler, pool = make_sampler(5000, len(rows))
-    for slot, row in enumerate(rows):
-        enter(sampler, pool, slot, row)
+    for req_index, row in enumerate(rows):
+        enter(sampler, pool, req_index, row)
 
     class RefuseSorts(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -260,7 +260,7 @@ def test_a_row_without_usable_logits_is_told_apart_and_does_not_touch_the_others
         {"bad_words_token_ids": ((),)},
     ],
 )
-def test_ids_outside_the_vocabulary_are_refused_and_leave_the_slot_empty(changes):
+def test_ids_outside_the_vocabulary_are_refused_and_leave_the_request_slot_empty(changes):
     sampler, pool = make_sampler(5, 1)
     with pytest.raises(InvalidRequestError, match=r"between 0 and 4|1 to 256 tokens"):
         sampler.add(0, request_of(SamplingParams(repetition_penalty=1.5, **changes)))
@@ -269,7 +269,7 @@ def test_ids_outside_the_vocabulary_are_refused_and_leave_the_slot_empty(changes
     assert run(sampler, [row], [0]).token_ids.tolist() == [1]
 
 
-def test_a_slot_keeps_nothing_of_the_request_before():
+def test_a_request_slot_keeps_nothing_of_the_request_before():
     sampler, pool = make_sampler(3, 1)
     first = Row([0.0, 2.0, 1.9], [1], [], greedy(repetition_penalty=1.5, logit_bias={0: 9.0}, logprobs=1))
     second = Row([0.0, 2.0, 1.9], [1], [], greedy())

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from pagoda.sampling.noise import SlotNoise, philox4x32, uniforms
+from pagoda.sampling.noise import RequestNoise, philox4x32, uniforms
 from pagoda.sampling.params import SamplingParams
 
 
@@ -44,11 +44,11 @@ def test_attempts_at_one_position_are_different_numbers():
 
 
 def test_numbers_depend_on_seed_and_position_only():
-    noise = SlotNoise(8, seed=None)
+    noise = RequestNoise(8, seed=None)
     noise.add(2, SamplingParams(seed=5))
     noise.add(6, SamplingParams(seed=-1))
     alone = [float(noise.at(np.array([2]), np.array([position]))[0]) for position in range(100)]
-    other = SlotNoise(8, seed=1)
+    other = RequestNoise(8, seed=1)
     other.add(7, SamplingParams(seed=5))
     other.add(0, SamplingParams(seed=99))
     together = [float(other.at(np.array([0, 7]), np.array([50 + position, position]))[1]) for position in range(100)]
@@ -58,8 +58,8 @@ def test_numbers_depend_on_seed_and_position_only():
     assert noise.at(np.array([6]), np.array([40])) == expected
 
 
-def test_a_slot_that_is_taken_again_forgets_the_numbers_of_its_last_request():
-    noise = SlotNoise(1, seed=0)
+def test_a_request_slot_that_is_taken_again_forgets_the_numbers_of_its_last_request():
+    noise = RequestNoise(1, seed=0)
     noise.add(0, SamplingParams(seed=1))
     first = noise.at(np.array([0]), np.array([10]))
     noise.add(0, SamplingParams(seed=2))
@@ -68,7 +68,7 @@ def test_a_slot_that_is_taken_again_forgets_the_numbers_of_its_last_request():
 
 def test_requests_without_a_seed_differ_and_follow_the_configured_seed():
     def numbers(seed):
-        noise = SlotNoise(2, seed)
+        noise = RequestNoise(2, seed)
         noise.add(0, SamplingParams())
         noise.add(1, SamplingParams())
         return noise.at(np.array([0, 1]), np.array([0, 0])).tolist()

@@ -1,4 +1,4 @@
-"""Whose turn it is: tenants share the places of a bounded waiting queue and the slots that become free."""
+"""Whose turn it is: tenants share the places of a bounded waiting queue and the request slots that become free."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def step(scheduler: Scheduler) -> list[str]:
     """Run a step; the tenants of the requests that entered it."""
     plan = scheduler.schedule()
     assert plan is not None
-    scheduler.apply(plan, StepResult(plan.step_id, [[1] for _ in plan.slots]))
+    scheduler.apply(plan, StepResult(plan.step_id, [[1] for _ in plan.req_indices]))
     scheduler.check_integrity()
     return [new.spec.request_id[0] for new in plan.new_requests]
 
@@ -62,14 +62,14 @@ def test_tenants_take_turns_however_much_one_of_them_sends() -> None:
 
 def test_one_tenant_cannot_fill_the_queue_for_the_others() -> None:
     scheduler = make_scheduler(max_num_waiting=12)
-    assert fill(scheduler, "a") == 2 + 6  # both slots, and half of the queue
+    assert fill(scheduler, "a") == 2 + 6  # both request slots, and half of the queue
     assert fill(scheduler, "b") == 3
     assert fill(scheduler, "c") == 2
     assert fill(scheduler, "a", "again") == 0
     scheduler.check_integrity()
 
 
-def test_a_tenant_is_never_refused_while_slots_are_free() -> None:
+def test_a_tenant_is_never_refused_while_request_slots_are_free() -> None:
     scheduler = make_scheduler(max_num_waiting=1, max_num_seqs=8)
     assert fill(scheduler, "a") == 8 + 1
 

@@ -258,13 +258,15 @@ def test_what_is_in_flight_of_a_request_with_blocks_of_a_row_that_failed_is_not_
     (failed,) = scheduler.take_ended()
     assert failed.request.spec.request_id == "a"
     for plan in (second, third):
-        result = StepResult(plan.step_id, [[index] for index in range(len(plan.slots))], errors={0: "it did not run"})
+        result = StepResult(
+            plan.step_id, [[index] for index in range(len(plan.req_indices))], errors={0: "it did not run"}
+        )
         assert [update.request.spec.request_id for update in scheduler.apply(plan, result)] == ["c"]
     assert scheduler.take_ended() == []
     assert scheduled(step(scheduler)) == {"b": 16, "c": 1}
 
 
-def test_leaked_slots_and_blocks_are_found_when_idle_and_can_be_used_again_after_a_reset() -> None:
+def test_leaked_request_slots_and_blocks_are_found_when_idle_and_can_be_used_again_after_a_reset() -> None:
     scheduler = make_scheduler(num_usable=4, max_num_seqs=2)
     request = make_request("a", 8, max_tokens=1)
     scheduler.add(request)
@@ -273,7 +275,7 @@ def test_leaked_slots_and_blocks_are_found_when_idle_and_can_be_used_again_after
     assert plan is not None
     leaked.adopt(request.lease.blocks)
     finish(scheduler, plan)
-    slot = scheduler._free_slots.pop()
+    req_index = scheduler._free_req_indices.pop()
     assert scheduler.find_leak() == "1 request slots, 2 KV blocks"
     scheduler.reset()
     assert scheduler.find_leak() == ""
@@ -281,7 +283,7 @@ def test_leaked_slots_and_blocks_are_found_when_idle_and_can_be_used_again_after
         scheduler.add(make_request(name, 8, max_tokens=1))
     plan = step(scheduler)
     assert scheduled(plan) == {"b": 8, "c": 8}
-    assert plan.released_slots.count(slot) == 1
+    assert plan.released_req_indices.count(req_index) == 1
     leaked.release()  # into the pool of before
     scheduler.check_integrity()
 
@@ -500,7 +502,7 @@ def test_where_a_whole_share_gives_way_the_other_share_runs() -> None:
     assert scheduler.num_preemptions >= 3
 
 
-def test_sampled_token_of_a_slot_that_was_released_meanwhile_is_dropped() -> None:
+def test_sampled_token_of_a_request_slot_that_was_released_meanwhile_is_dropped() -> None:
     scheduler, tracker = make_scheduler(pipeline_parallel_size=2), SampledTokensTracker()
     for name in "ab":
         scheduler.add(make_request(name))
@@ -510,11 +512,11 @@ def test_sampled_token_of_a_slot_that_was_released_meanwhile_is_dropped() -> Non
     scheduler.add(make_request("c"))
     second = scheduler.schedule()
     assert tracker.update_for(second) == SampledTokensUpdate()
-    assert second.new_requests[0].slot == first.slots[0], "the newcomer was meant to take the slot"
+    assert second.new_requests[0].req_index == first.req_indices[0], "the newcomer was meant to take the request slot"
     result = StepResult(first.step_id, [[41], [42]])
     tracker.record(result)
     scheduler.apply(first, result)
-    assert tracker.update_for(scheduler.schedule()) == SampledTokensUpdate([first.slots[1]], [4], [42])
+    assert tracker.update_for(scheduler.schedule()) == SampledTokensUpdate([first.req_indices[1]], [4], [42])
 
 
 def test_what_a_failed_step_announced_is_no_prefix_for_anybody() -> None:

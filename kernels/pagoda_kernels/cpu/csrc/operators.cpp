@@ -299,7 +299,7 @@ TORCH_LIBRARY(pagoda_cpu, m) {
   m.def("active_level() -> str", []() -> std::string { return pagoda::active_kernels().name; });
   m.def("use_level(str level) -> ()", &use_level);
   m.def(
-      "gather_step(Tensor token_pool, Tensor block_table, int block_size, Tensor slots, Tensor query_start_loc, "
+      "gather_step(Tensor token_pool, Tensor block_table, int block_size, Tensor req_indices, Tensor query_start_loc, "
       "Tensor num_computed_tokens, Tensor(a!) input_ids, Tensor(b!) positions, Tensor(c!) slot_mapping, "
       "Tensor(d!) seq_lens, Tensor(e!) row_table) -> ()");
   m.def(

@@ -6,16 +6,16 @@
 
 namespace pagoda {
 
-void gather_step(const at::Tensor& token_pool, const at::Tensor& block_table, int64_t block_size, const at::Tensor& slots,
+void gather_step(const at::Tensor& token_pool, const at::Tensor& block_table, int64_t block_size, const at::Tensor& req_indices,
                  const at::Tensor& query_start_loc, const at::Tensor& num_computed_tokens, const at::Tensor& input_ids,
                  const at::Tensor& positions, const at::Tensor& slot_mapping, const at::Tensor& seq_lens,
                  const at::Tensor& row_table) {
-  const int64_t rows = slots.size(0), all_rows = seq_lens.size(0), all_tokens = input_ids.size(0);
-  const int64_t num_slots = token_pool.size(0), length = token_pool.size(1), blocks = block_table.size(1);
+  const int64_t rows = req_indices.size(0), all_rows = seq_lens.size(0), all_tokens = input_ids.size(0);
+  const int64_t max_num_reqs = token_pool.size(0), length = token_pool.size(1), blocks = block_table.size(1);
   const int64_t columns = row_table.size(1), stride = row_table.stride(0);
-  check(token_pool, "token_pool", {num_slots, length}, at::kLong);
-  check(block_table, "block_table", {num_slots, blocks}, at::kInt);
-  check(slots, "slots", {rows}, at::kLong);
+  check(token_pool, "token_pool", {max_num_reqs, length}, at::kLong);
+  check(block_table, "block_table", {max_num_reqs, blocks}, at::kInt);
+  check(req_indices, "req_indices", {rows}, at::kLong);
   check(query_start_loc, "query_start_loc", {query_start_loc.numel()}, at::kInt);
   check(num_computed_tokens, "num_computed_tokens", {rows}, at::kLong);
   check(input_ids, "input_ids", {all_tokens}, at::kLong);
@@ -28,7 +28,7 @@ void gather_step(const at::Tensor& token_pool, const at::Tensor& block_table, in
               " rows of ", columns, " blocks");
   const int64_t* pool = token_pool.const_data_ptr<int64_t>();
   const int32_t* tables = block_table.const_data_ptr<int32_t>();
-  const int64_t* slot_of = slots.const_data_ptr<int64_t>();
+  const int64_t* index_of = req_indices.const_data_ptr<int64_t>();
   const int64_t* computed = num_computed_tokens.const_data_ptr<int64_t>();
   const int32_t* start = query_start_loc.const_data_ptr<int32_t>();
   int64_t* ids = input_ids.mutable_data_ptr<int64_t>();
@@ -39,13 +39,14 @@ void gather_step(const at::Tensor& token_pool, const at::Tensor& block_table, in
   TORCH_CHECK(start[rows] + all_rows - rows == all_tokens, "there is room for ", all_tokens, " tokens, not for ",
               start[rows] + all_rows - rows);
   for (int64_t row = 0; row < rows; ++row) {
-    const int64_t slot = slot_of[row], first = computed[row], end = first + start[row + 1] - start[row];
-    TORCH_CHECK(slot >= 0 && slot < num_slots && first >= 0 && end <= length && end <= blocks * block_size, "slot ", slot,
+    const int64_t req_index = index_of[row], first = computed[row], end = first + start[row + 1] - start[row];
+    TORCH_CHECK(req_index >= 0 && req_index < max_num_reqs && first >= 0 && end <= length && end <= blocks * block_size,
+                "request slot ", req_index,
                 " has no positions ", first, " to ", end);
-    const int32_t* table = tables + slot * blocks;
+    const int32_t* table = tables + req_index * blocks;
     int64_t token = start[row];
     for (int64_t position = first; position < end; ++position, ++token) {
-      ids[token] = pool[slot * length + position];
+      ids[token] = pool[req_index * length + position];
       places[token] = position;
       mapping[token] = table[position / block_size] * block_size + position % block_size;
     }
