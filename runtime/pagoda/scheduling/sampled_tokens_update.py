@@ -3,7 +3,7 @@
 The last stage samples, the first one needs the token: the driver sends it with the next plan. Meanwhile the request slot may
 have been given to another request, and then the token must not be written into it:
 
-    plan 7   R1 samples at req_index 3      plan 8   3 is released, R2 enters it      result 7 comes      plan 9   no update of 3
+    plan 7  R1 samples at req_index 3      plan 8  3 is released, R2 enters it      result 7 comes      plan 9  no update of 3
 """
 
 from __future__ import annotations
