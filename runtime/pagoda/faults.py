@@ -82,7 +82,7 @@ def _act(fault: _Fault, point: str) -> None:
     if fault.action == "raise":
         raise InjectedFaultError(f"injected fault at {point}")
     if fault.action == "oom":
-        raise MemoryError(f"injected out of memory at {point}")
+        raise MemoryError(f"injected out-of-memory error at {point}")
     if fault.action == "sleep":
         time.sleep(fault.seconds)
     elif fault.action == "exit":

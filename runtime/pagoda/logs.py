@@ -20,9 +20,9 @@ from typing import Any, Literal, TextIO
 request_id_var: ContextVar[str | None] = ContextVar("pagoda_request_id", default=None)
 
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
-# Pagoda's, and those of uvicorn, which come with handlers and levels of their own.
-UNIFIED_LOGGERS = ("pagoda", "uvicorn", "uvicorn.error", "uvicorn.access")
-# Requested every few seconds by Kubernetes and Prometheus; successful requests are not logged.
+# Pagoda's, and those of the servers that it runs, which come with handlers and levels of their own.
+UNIFIED_LOGGERS = ("pagoda", "kserve", "kserve.trace", "uvicorn", "uvicorn.error", "uvicorn.access")
+# Asked every few seconds by Kubernetes and Prometheus; a successful answer is not logged.
 PROBE_PATHS = ("/health", "/v2/health/", "/metrics", "/ready", "/ping")
 MASK = "***"
 _BEARER = re.compile(r"(?i)\b(bearer)\s+[^\s\"',;]+")

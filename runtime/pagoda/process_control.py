@@ -21,7 +21,7 @@ _owner = os.getpid()
 
 
 def owner_process() -> int:
-    """Id of the process for whose sake this one runs: its parent if it is a child of a server, else itself."""
+    """Id of the process that this one runs for: its parent if it is a child of a server, else itself."""
     return _owner
 
 
@@ -29,7 +29,7 @@ def become_child() -> None:
     """Set up this process as one that its parent ends, and that does not outlive it."""
     global _owner
     _owner = os.getppid()
-    # The terminal's Ctrl-C and the pod's SIGTERM are for the parent, which ends this process.
+    # The terminal's Ctrl-C and the pod's SIGTERM are for the parent, which ends this process in order.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     end_with_parent(signal.SIGKILL)
@@ -58,13 +58,13 @@ def end_with_parent(signal_number: int) -> None:
 
 
 def become_subreaper() -> None:
-    """Adopt orphaned descendants, as PID 1 of a container does anyway; see `reap_orphans`."""
+    """Adopt descendants whose parents end, as the first process of a container has to anyway; see `reap_orphans`."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_SET_CHILD_SUBREAPER, 1)
 
 
 def reap_orphans(child: int) -> None:
-    """Reap every adopted descendant that has exited, except `child`, which its owner reaps."""
+    """Reap every adopted descendant that has exited; `child` is left to whoever started it."""
     while sys.platform == "linux":
         try:
             ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)

@@ -1,7 +1,7 @@
 """Timeouts that do not count the time in which this process was itself suspended, or starved of CPU.
 
-A clock runs on while a process is stopped, so a timeout after that would be false. So time is counted from check to
-check, and at most `LONGEST_CHECK_SECONDS` of it: the caller checks more often than that.
+A clock runs on while a process is stopped; whatever it then finds overdue may only have waited for this process. So time is
+counted from check to check, and at most `LONGEST_CHECK_SECONDS` of it: the caller checks more often than that.
 """
 
 from __future__ import annotations

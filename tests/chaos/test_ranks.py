@@ -130,7 +130,7 @@ async def test_the_engine_that_drives_the_ranks_takes_them_with_it_when_it_is_ki
         await wait_until_async(lambda: not any(is_there(rank["pid"]) for rank in ranks), seconds=30)
 
 
-@pytest.mark.parametrize(("fault", "cause"), [("oom", "lack of memory"), ("sleep:600", "step")], ids=["memory", "hang"])
+@pytest.mark.parametrize(("fault", "cause"), [("oom", "out-of-memory"), ("sleep:600", "step")], ids=["memory", "hang"])
 async def test_a_rank_that_does_not_do_its_part_of_a_step_ends_the_group_and_is_named(
     fault: str, cause: str, note: Note
 ) -> None:

@@ -129,7 +129,7 @@ def test_a_rank_that_is_killed_or_stopped(
     node: NetworkNode = getattr(pair, side)
     (rank,) = pair.ranks_on(node)
     disturb(pair, references, note, f"{number.name} of the rank on the {side}'s node", lambda: os.kill(rank, number))
-    assert lines_with(pair.head.log("serve.log"), ["the ranks are lost", f"host {node.name}, pid {rank}"])
+    assert lines_with(pair.head.log("serve.log"), ["the ranks failed", f"host {node.name}, pid {rank}"])
 
 
 @pytest.mark.parametrize("side", ["head", "worker"])
@@ -143,13 +143,13 @@ def test_a_link_that_goes_down(pair: TwoNodes, references: dict[Question, str], 
         lambda: node.set_link("eth0", "down"),
         lambda: node.set_link("eth0", "up"),
     )
-    assert lines_with(pair.head.log("serve.log"), ["the ranks are lost", f"host {pair.worker.name}"])
+    assert lines_with(pair.head.log("serve.log"), ["the ranks failed", f"host {pair.worker.name}"])
 
 
 def test_a_head_that_is_killed(pair: TwoNodes, references: dict[Question, str], note: Note) -> None:
     (gcs,) = pair.head.pids_of("gcs_server")
     disturb(pair, references, note, "SIGKILL of the Ray head", lambda: os.kill(gcs, signal.SIGKILL))
-    assert lines_with(pair.worker.log("join.log"), ["was lost", "joining again"])
+    assert lines_with(pair.worker.log("join.log"), ["disconnected from the Ray head", "joining again"])
 
 
 def test_a_worker_node_that_loses_ray(pair: TwoNodes, references: dict[Question, str], note: Note) -> None:

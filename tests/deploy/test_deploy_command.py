@@ -295,7 +295,7 @@ def test_namespace_is_the_option_s_then_the_context_s_then_default(
         (["--model=a/b", "--storage-uri=hf://a/b"], "contradicts --model"),
         (["--config=x.yaml"], "is a file of this machine"),
         (["--file=/nowhere.yaml"], "--file /nowhere.yaml cannot be read"),
-        (["--file=x.yaml", "--seed=1"], "--file has all settings"),
+        (["--file=x.yaml", "--seed=1"], "with --file, settings belong into its args"),
     ],
 )
 def test_wrong_arguments_are_named_before_the_cluster_is_asked(

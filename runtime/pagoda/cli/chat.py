@@ -14,9 +14,7 @@ from pagoda.sampling.params import SamplingParams
 if TYPE_CHECKING:
     from pagoda.llm import LLM
 
-DESCRIPTION = (
-    "Chat with a model in the terminal. Ctrl-C stops an answer, /reset forgets the conversation, /quit or Ctrl-D exits."
-)
+DESCRIPTION = "Talks to a model in the terminal. Ctrl-C stops an answer, /reset starts over, /quit or Ctrl-D leaves."
 HELP = "/reset: forget the conversation   /quit: leave   /help: this   Ctrl-C: stop an answer"
 
 
@@ -88,7 +86,7 @@ def _talk(conversation: Conversation) -> None:
             try:
                 conversation.answer(text)
             except InvalidRequestError as error:
-                print(f"pagoda chat: {error} (/reset starts a new conversation)", file=sys.stderr)
+                print(f"pagoda chat: {error} (/reset starts over)", file=sys.stderr)
 
 
 def _read_turn(is_terminal: bool) -> str | None:

@@ -80,7 +80,7 @@ class Cluster:
         return sorted(items, key=lambda event: str(event.get("lastTimestamp") or ""))
 
     def log_tail(self, pod: str, container: str, *, previous: bool, lines: int) -> str:
-        """The last lines of a container's log, of its last life but one if `previous`; empty if there is none."""
+        """The last lines of a container's log, of the container before it if `previous`; empty if there is none."""
         try:
             with self._errors(f"log of {pod}"):
                 text = self._read(

@@ -180,7 +180,7 @@ def _from_file(path: str, line: CommandLine) -> dict[str, Any]:
     import yaml
 
     if line.given or line.config_file:
-        raise ConfigError("--file has all settings: put them into its args, not on the command line")
+        raise ConfigError("with --file, settings belong into its args, not on the command line")
     try:
         documents = [document for document in yaml.safe_load_all(Path(path).read_text(encoding="utf-8")) if document]
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

@@ -170,7 +170,7 @@ def _hardware_lines(hardware: dict[str, Any]) -> list[str]:
     lines = [
         f"  cpu     {cpu['name']} ({cpu['architecture']})",
         f"  cores   {cpu['usable_cores']} to use: {cpu['physical_cores']} physical, {cpu['logical_cores']} logical, {quota}",
-        f"  sets    {' '.join(cpu['instruction_sets']) or 'none of those that matter'}",
+        f"  sets    {' '.join(cpu['instruction_sets']) or 'none known'}",
         f"  memory  {format_bytes(memory['available'])} free of {format_bytes(memory['total'])}, {limit}",
     ]
     for gpu in hardware["gpus"]:

@@ -1,6 +1,6 @@
 """The InferenceService that `pagoda deploy` makes: a custom predictor, hardened, with probes of the engine's state.
 
-It is the same as manifests/base; docs/deployment.md explains it.
+It is that of manifests/base; docs/deployment.md has the reasons.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ LOST = 1
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run a worker node until SIGTERM (exit status 0) or until the head stays unreachable (1)."""
+    """Belong to the cluster until SIGTERM (exit status 0), or until the head does not come back (1)."""
     from pagoda.distributed.node_state import default_directory
     from pagoda.distributed.ray.node import RayNode
     from pagoda.distributed.ray.worker_node import WorkerNode
@@ -35,7 +35,9 @@ def run(arguments: Sequence[str]) -> int:
     config = load([*settings, f"--config={line.config_file}"] if line.config_file else settings).config
     address = own.head or config.ray_address
     if address is None or address == "auto":
-        raise ConfigError("which head? `pagoda join HOST:PORT`, or the setting ray_address (PAGODA_RAY_ADDRESS)")
+        raise ConfigError(
+            "no Ray head is given: `pagoda join HOST:PORT`, or the setting ray_address (PAGODA_RAY_ADDRESS)"
+        )
     configure_logging(config.log_level, config.log_format)
     node = WorkerNode(
         config, address, RayNode.of(config), own.state_directory or default_directory(), is_subreaper=True

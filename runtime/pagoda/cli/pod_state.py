@@ -15,8 +15,8 @@ _CONFIG_REASONS = frozenset({"CreateContainerConfigError", "CreateContainerError
 class PodState:
     """One pod in words.
 
-    `problem` is set where waiting does not help, or (`may_pass`) helps only if the missing object is added. `container`:
-    whose log tells more; `has_restarted`: the log of its life before does.
+    `problem` is set where waiting does not help, or (`may_pass`) helps only if somebody adds what is missing. `container`:
+    whose log tells more; `has_restarted`: the log of the container before it does.
     """
 
     stage: str

@@ -83,7 +83,7 @@ def probe(name: str, port: int, scheme: str, timeout: float) -> tuple[bool, str]
         return status == 200, f"status {status}{_reason(body)}"
     health = json.loads(body)
     if not isinstance(health, dict) or "state" not in health:
-        raise ValueError(f"status {status}, and the response has no state: another server listens there")
+        raise ValueError(f"status {status}, and the answer has no state: another server listens there")
     words = [f"state {health['state']}"]
     words += [f"{key} {health[key]}" for key in ("stage", "detail", "cause") if health.get(key)]
     return health.get("started") is True, ", ".join(words)

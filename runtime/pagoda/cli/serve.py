@@ -18,7 +18,7 @@ underscores are the same; sizes may be written 512MiB or 2GiB; `pagoda doctor` s
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Serve until SIGTERM or SIGINT; the exit status is the server's."""
+    """Serve until SIGTERM; the exit status is the server's."""
     if "-h" in arguments or "--help" in arguments:
         from pagoda.config.command_line import options_help
 

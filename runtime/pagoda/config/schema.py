@@ -217,7 +217,7 @@ class PagodaConfig:
     rank_heartbeat_timeout_seconds: float = option(
         10.0,
         "parallel",
-        "Longest time without a heartbeat of a rank, or of the engine to its ranks, before it counts as dead.",
+        "Longest time without a heartbeat from a rank, or from the engine to its ranks, before it counts as failed.",
         gt=0,
         unit="seconds",
     )
@@ -286,16 +286,16 @@ class PagodaConfig:
     engine_stall_timeout_seconds: float = option(
         30.0,
         "limits",
-        "Watchdog: longest time without a heartbeat of an idle engine, or in a step of up to 512 tokens (longer steps: in "
-        "proportion), before it counts as stuck.",
+        "Longest time without a heartbeat from the engine: idle, or in a step of up to 512 tokens (longer steps: in "
+        "proportion). Then it counts as stuck and is killed.",
         gt=0,
         unit="seconds",
     )
     on_engine_failure: Literal["restart", "exit"] = option(
-        "restart", "limits", "When the engine dies: restart it in place, or exit and let Kubernetes restart the pod."
+        "restart", "limits", "When the engine fails: restart it in place, or exit and leave the restart to Kubernetes."
     )
     max_engine_restarts: int = option(
-        3, "limits", "Restarts in a row, with exponential backoff, before the server exits.", ge=0
+        3, "limits", "Restarts in a row, with exponential backoff, before the server exits all the same.", ge=0
     )
 
     # Tokenizer and chat

@@ -37,9 +37,7 @@ def multi_process_executor(config: PagodaConfig, model_config: ModelConfig) -> R
             "(distributed_executor_backend=ray)"
         )
     if config.device == "cpu" and num_ranks > (cores := cpu_report().usable_cores):
-        logger.warning(
-            "%d ranks share %d cores: they take turns, and are slower than fewer ranks would be", num_ranks, cores
-        )
+        logger.warning("%d ranks share %d cores: slower than as many ranks as cores", num_ranks, cores)
     return RankGroup(config, model_config, ProcessLauncher())
 
 
@@ -86,7 +84,7 @@ class ProcessLauncher(RankLauncher):
             with suppress(subprocess.TimeoutExpired):
                 process.wait(max(0.0, deadline - time.monotonic()))
         for process in self._processes:
-            process.kill()  # ends a stopped process too, and does nothing to one that is gone
+            process.kill()  # ends a stopped process too, and does nothing to one that has exited
         for process in self._processes:
             process.wait()
         self._starter.shutdown()

@@ -3,8 +3,8 @@
     <directory>/node.json      written by `pagoda join`
     <directory>/rank-3.json    written by rank 3
 
-A file holds a phase, the time of the last heartbeat, and the process that writes it: if that is gone, the file counts for
-nothing. Imports the standard library only, for a probe has a fraction of a second.
+A file holds a phase, the time of the last heartbeat, and the process that writes it: without that process the file
+is ignored. Imports the standard library only, for a probe has a fraction of a second.
 """
 
 from __future__ import annotations
@@ -87,17 +87,17 @@ class StateFile:
                 unfinished.write_text(json.dumps(asdict(state)), encoding="utf-8")
                 unfinished.replace(self._path)  # a reader sees the state before or this one, never half of it
         except OSError as error:
-            # The probes will find this process silent; its work does not depend on them.
+            # The probes will miss the heartbeat; the work of this process does not depend on them.
             logger.warning("the state of %s could not be published: %s", self._name, error)
 
 
 def default_directory() -> Path:
-    """Where state is published when nobody says otherwise: one place for each user."""
+    """Where state is published by default: one directory for each user."""
     return Path(tempfile.gettempdir()) / f"pagoda-node-{os.getuid()}"
 
 
 def prepare_directory(directory: Path) -> None:
-    """Make the directory, for this user only, and clear what an earlier life left there."""
+    """Make the directory, for this user only, and clear what an earlier process left there."""
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     for path in directory.glob("*.json"):
         path.unlink(missing_ok=True)
@@ -114,14 +114,14 @@ def evaluate_probe(probe: str, node: PublishedState | None, ranks: list[Publishe
     """Whether `probe` passes on a worker node, and why.
 
     startup  passes once the node belongs to the cluster
-    ready    passes while it does, has ranks, and all of them are ready and alive
+    ready    passes while it does, has ranks, and all of them are ready
     live     fails when only a restart can help: no heartbeat of `pagoda join`, or of a rank that exists
     """
     if node is None:
         return False, "no `pagoda join` runs on this node"
-    silent = [state for state in (node, *ranks) if state.silent_seconds > state.timeout]
-    if silent:
-        worst = silent[0]
+    overdue = [state for state in (node, *ranks) if state.silent_seconds > state.timeout]
+    if overdue:
+        worst = overdue[0]
         return False, f"{worst}: no heartbeat for {worst.silent_seconds:.1f} s (timeout {worst.timeout:g} s)"
     words = "; ".join(map(str, (node, *ranks)))
     if probe == "live":

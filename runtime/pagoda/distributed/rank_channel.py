@@ -1,7 +1,7 @@
 """One end of the connection between the driver and a rank: frames over a socket that only the two hold.
 
     send ──▶ straight into the socket while it takes them, else ──▶ writer thread
-    reader thread ──▶ `deliver`, a heartbeat excepted: that the other side lives is noted and nothing else
+    reader thread ──▶ `deliver`, heartbeats excepted, which are only noted
 
 Sending never waits: a rank that reads nothing, because it is stopped, must not stop the driver too. What a channel holds back
 is bounded by the number of steps that may be under way.
@@ -27,7 +27,7 @@ CODEC = FrameCodec(KINDS)
 
 @dataclass(frozen=True, slots=True)
 class ChannelEnded:
-    """The last thing that a channel delivers: the other side is gone, or speaks no language of ours."""
+    """The last thing that a channel delivers: the other side disconnected, or sent an invalid frame."""
 
     reason: str
 
@@ -52,7 +52,7 @@ class RankChannel:
         threading.Thread(target=self._write, name="rank-writer", daemon=True).start()
 
     def send(self, message: Message) -> None:
-        """Send a message; one to a side that is gone is dropped, for its end is news enough."""
+        """Send a message; dropped after a disconnect, which is delivered anyway."""
         self.send_frame(CODEC.encode(message))
 
     def send_frame(self, frame: bytes) -> None:
@@ -66,7 +66,7 @@ class RankChannel:
                 self._changed.notify_all()
 
     def send_heartbeat(self, heartbeat: Heartbeat | RankHeartbeat) -> None:
-        """Send a sign of life, unless what was sent before is still waiting: that will be one."""
+        """Send a heartbeat, unless something is still unsent: that will serve as one."""
         if not self._unsent:
             self.send(heartbeat)
 
@@ -144,7 +144,7 @@ class RankChannel:
 
 
 class HeartbeatThread:
-    """Sends heartbeats over all channels, five of them in the time after which silence counts as death."""
+    """Sends heartbeats over all channels, five of them within the heartbeat timeout."""
 
     def __init__(
         self,

@@ -3,8 +3,8 @@
     submit ──plan, encoded once──▶ all ranks ──▶ … collectives …
     result ◀──────────────────────  the sampling rank: sampled tokens, by step         any rank: errors
 
-One lost rank ends the group: the model's parts are of no use without each other. A step that failed on every rank before any
-of them spoke to another ends that step only, for then they are as much in step as before.
+The failure of one rank ends the group: the model's parts are of no use without each other. A step that failed on every rank
+before any of them began a collective ends that step only, for then they are still synchronized.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ logger = logging.getLogger(__name__)
 # From the first rank that failed a step to the last, when it is the same fault on all of them.
 _ALIKE_SECONDS = 5.0
 _SHUTDOWN_SECONDS = 3.0
-# A rank that waits in vain for others says so itself, and knows better for whom.
-_OWN_WORD_SECONDS = 2.0
+# A rank that times out waiting for others reports that itself, and names them.
+_OWN_REPORT_SECONDS = 2.0
 
 
 @dataclass(slots=True)
@@ -71,7 +71,7 @@ class _FailedStep:
 
     @property
     def patience(self) -> float:
-        """Seconds in which the others may fail too, or a rank's death explain that one could not reach it."""
+        """Seconds in which the others may fail too, or the exit of a rank explain why others could not reach it."""
         is_communication = any(message.is_communication for message in self.by_rank.values())
         return CAUSE_SECONDS if is_communication else _ALIKE_SECONDS
 
@@ -80,7 +80,7 @@ class RankGroup(Executor):
     """The ranks of one model. `launcher` brings them up and is used once.
 
     Called in this order: `connect`, `load`, `kv_budget`, `initialize_kv_cache`, then steps. Whatever raises a `PagodaError` on
-    the way leaves a group that is dead, with all its ranks gone.
+    the way leaves a failed group, all of whose ranks have exited.
     """
 
     def __init__(
@@ -159,10 +159,10 @@ class RankGroup(Executor):
         self._alive_links().settle()
 
     def _greet(self, links: RankLinks, timeout: float) -> None:
-        """Hear from every rank, and see that it speaks our language."""
-        otherwise = f"did not connect within rendezvous_timeout_seconds={timeout:g}: its log says what it is at"
+        """Receive the hello of every rank, and check that it runs this version."""
+        otherwise = f"did not connect within rendezvous_timeout_seconds={timeout:g}: see its log"
         for rank, hello in enumerate(links.collect(RankHello, deadline=self._by(timeout), otherwise=otherwise)):
-            links.welcome(rank, hello)
+            links.note_hello(rank, hello)
             if hello.rank != rank:
                 raise EngineDeadError(f"{links.name(rank)} was launched as rank {hello.rank}")
             if (hello.protocol_version, hello.pagoda_version) != (PROTOCOL_VERSION, __version__):
@@ -197,7 +197,7 @@ class RankGroup(Executor):
             raise ConfigError("the ranks do not fit together: " + "; ".join(differences))
         links.send_all(JoinGroup(ranks[0].address, prepared[0].port))
         otherwise = f"did not meet the others at {ranks[0].address} (network_interface)"
-        self._collect(PhaseDone, otherwise, timeout + _OWN_WORD_SECONDS)
+        self._collect(PhaseDone, otherwise, timeout + _OWN_REPORT_SECONDS)
 
     def _ask(
         self, command: Any, answer: Any, otherwise: str, on_other: Callable[[int, Message], None] | None = None
@@ -272,16 +272,16 @@ class RankGroup(Executor):
             return
         rank, message = received
         if isinstance(message, StepDone):
-            if message.result.step_id in self._in_flight:  # else an earlier step failed, and nobody waits for this one
+            if message.result.step_id in self._in_flight:  # else an earlier step failed, and this result is not wanted
                 self._results[message.result.step_id] = message.result
         elif isinstance(message, StepFailed):
             failed = _FailedStep(message.step_id, SuspendSafeTimer(self._clock()))
             self._failures.setdefault(message.step_id, failed).by_rank[rank] = message
         else:
-            raise EngineDeadError(f"{self._named(rank)} sent {type(message).__name__} in the middle of a step")
+            raise EngineDeadError(f"{self._named(rank)} sent an unexpected {type(message).__name__} during a step")
 
     def _forget_in_flight(self) -> None:
-        """A step failed: the engine plans those after it anew, and takes no result of theirs."""
+        """A step failed: the engine plans those after it again, and their results are dropped."""
         for step_id in self._in_flight:
             self._results.pop(step_id, None)
             if self._sampled_tokens is not None:
@@ -303,7 +303,7 @@ class RankGroup(Executor):
                     raise error
 
     def _common_error(self, failure: _FailedStep) -> Exception:
-        """Every rank failed: the step's own error if they are still in step with each other, else the group is lost."""
+        """Every rank failed: the step's own error if they are still synchronized, else the group has failed."""
         failures = failure.by_rank.values()
         if any(message.is_out_of_step for message in failures):
             return EngineDeadError(self._blame(failure))
@@ -311,7 +311,7 @@ class RankGroup(Executor):
         return MemoryError(error) if any(message.is_out_of_memory for message in failures) else RuntimeError(error)
 
     def _blame(self, failure: _FailedStep) -> str:
-        """Some ranks failed a step. One that failed by itself is to blame; else those that the failed ones waited for."""
+        """Some ranks failed a step. The cause is one that failed by itself, else those that the failed ones waited for."""
         step_id = failure.step_id
         for rank, message in failure.by_rank.items():
             if not message.is_communication:
@@ -319,11 +319,13 @@ class RankGroup(Executor):
         rank, message = next(iter(failure.by_rank.items()))
         others = [self._named(other) for other in range(self._layout.world_size) if other not in failure.by_rank]
         silent = f"; {', '.join(others)} did not answer" if others else ""
-        return f"{self._named(rank)} lost touch with the others in step {step_id}: {message.error}{silent}"
+        return (
+            f"{self._named(rank)} could not communicate with the other ranks in step {step_id}: {message.error}{silent}"
+        )
 
     def _hung(self, plan: StepPlan, waited: float, bound: float) -> str:
         behind = self._alive_links().furthest_behind()
-        who = "all ranks are at it" if len(behind) == self._layout.world_size else "the others wait for "
+        who = "all ranks are in it" if len(behind) == self._layout.world_size else "the others wait for "
         if len(behind) < self._layout.world_size:
             who += ", ".join(map(self._named, behind))
         return (
@@ -331,11 +333,11 @@ class RankGroup(Executor):
             f"collective_timeout_seconds): {who}"
         )
 
-    # ---- life and death -------------------------------------------------------------------------------------------
+    # ---- health and end -------------------------------------------------------------------------------------------
 
     @override
     def check_health(self) -> None:
-        # Messages are read here too, so that the death of an idle rank is noticed.
+        # Messages are read here too, so that the exit of an idle rank is noticed.
         if self._lost is None and self._links is not None:
             try:
                 while (received := self._links.receive(0)) is not None:
@@ -354,9 +356,9 @@ class RankGroup(Executor):
         self._end("the executor was shut down", _SHUTDOWN_SECONDS)
 
     def _lose(self, cause: str) -> None:
-        """The group is of no use any more: all ranks end now, whatever they are at."""
+        """The group has failed: all ranks end now, whatever they are doing."""
         if self._lost is None:
-            logger.error("the ranks are lost: %s", cause)
+            logger.error("the ranks failed: %s", cause)
             self._end(cause, 0.0)
 
     def _end(self, cause: str, patience: float) -> None:

@@ -10,7 +10,7 @@ from typing import Protocol
 
 @dataclass(frozen=True, slots=True)
 class RankConnection:
-    """A rank that was launched. `socket` is connected to it, and to nobody else.
+    """A rank that was launched. `socket` is connected to it alone.
 
     `host`: its machine, for people and for counting the ranks of one. `route_to`: the driver's address as that machine reaches
     it, which decides on the network interface; None when all ranks run on the driver's machine. `device_index`: the rank's GPU
@@ -34,12 +34,12 @@ class RankLauncher(Protocol):
         """Start all ranks, each of which then runs `RankService`; one connection a rank, in the order of ranks.
 
         Returns when all are connected. Raises a `PagodaError` after `timeout_seconds`, or when one cannot come at all: which,
-        where, and what to do about it. Whatever was started until then is ended by `terminate`. `on_progress` hears, for
-        people, what is waited for.
+        where, and what to do about it. Whatever was started until then is ended by `terminate`. `on_progress` is called
+        with what is waited for, for people.
         """
 
     def death_of(self, rank: int) -> str | None:
-        """How a rank ended (`was killed by SIGKILL`), or None while it lives or where nothing is known."""
+        """How a rank ended (`was killed by SIGKILL`), or None while it runs or where that is not known."""
 
     def terminate(self, patience_seconds: float) -> None:
-        """See that every rank is gone, by force after `patience_seconds`; all were told to end before. May be called twice."""
+        """Wait until every rank has exited; kill after `patience_seconds`. `EndRank` was sent before. May be called twice."""

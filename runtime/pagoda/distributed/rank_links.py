@@ -1,4 +1,4 @@
-"""The driver's side of all ranks: one channel each, one inbox for all of them, and one place where a lost rank is noticed.
+"""The driver's side of all ranks: one channel each, one inbox for all of them, one place where a failure is noticed.
 
     reader threads ──inbox──▶ the driver's thread: `receive`, `collect`      heartbeat thread ──▶ ranks
 
@@ -22,7 +22,7 @@ from pagoda.timers import HeartbeatTimer
 
 CHECK_SECONDS = 0.25
 START_SLACK = 3.0
-# A rank that dies takes others with it, which then cannot reach it: their word may come before the news of its death.
+# When a rank dies, others fail because they cannot reach it, and their errors may arrive before its disconnect.
 CAUSE_SECONDS = 1.0
 
 Answer = TypeVar("Answer")
@@ -56,12 +56,12 @@ class RankLinks:
         pid = f", pid {self._pids[rank]}" if self._pids[rank] else ""
         return f"rank {rank} of {len(self._channels)} (host {self._hosts[rank]}{pid})"
 
-    def welcome(self, rank: int, hello: RankHello) -> None:
-        """Note who a rank is, by its own word."""
+    def note_hello(self, rank: int, hello: RankHello) -> None:
+        """Note a rank's host and process, from its hello."""
         self._hosts[rank], self._pids[rank] = hello.host, hello.pid
 
     def watch(self, heartbeat_timeout: float) -> None:
-        """From here on ranks send heartbeats, get some, and are lost when none come for `heartbeat_timeout` seconds.
+        """From here on heartbeats go both ways, and a rank without one for `heartbeat_timeout` seconds has failed.
 
         Before `settle` three times as long: libraries that are loaded and kernels that are compiled keep the interpreter to
         themselves.
@@ -114,7 +114,7 @@ class RankLinks:
     def receive(self, timeout: float) -> tuple[int, Message] | None:
         """The next message and its rank, None after `timeout` seconds (0: do not wait).
 
-        Raises `EngineDeadError` when a rank is lost, and what a rank says of its own end.
+        Raises `EngineDeadError` when a rank has failed, and the error that a rank reports of itself.
         """
         try:
             rank, message = self._inbox.get(timeout > 0, timeout or None)
@@ -134,7 +134,7 @@ class RankLinks:
         otherwise: str,
         on_other: Callable[[int, Message], None] | None = None,
     ) -> list[Answer]:
-        """One `answer` of each rank, in their order; `on_other` is told of messages of another kind.
+        """One `answer` of each rank, in their order; `on_other` is called for messages of another kind.
 
         Raises what `receive` does, and `EngineDeadError` after `deadline` (seconds of the clock), with the names of those that
         did not answer and what `otherwise` says.
@@ -150,7 +150,7 @@ class RankLinks:
                 elif on_other is not None:
                     on_other(rank, message)
                 else:
-                    raise EngineDeadError(f"{self.name(rank)} sent {type(message).__name__} out of turn")
+                    raise EngineDeadError(f"{self.name(rank)} sent an unexpected {type(message).__name__}")
             elif left <= 0:
                 missing = [self.name(rank) for rank in range(len(self._channels)) if rank not in answers]
                 raise EngineDeadError(f"{', '.join(missing)} {otherwise}")
@@ -168,7 +168,7 @@ class RankLinks:
         for channel in self._channels:
             channel.close()
 
-    # ---- lost ranks -----------------------------------------------------------------------------------------------
+    # ---- failures -------------------------------------------------------------------------------------------------
 
     def _check_heartbeats(self) -> None:
         """Raise `EngineDeadError` for a rank whose heartbeat is overdue."""
@@ -184,19 +184,21 @@ class RankLinks:
                     "rank_heartbeat_timeout_seconds): its process is stopped, or the network to its host is cut"
                 )
 
-    def _cause(self, rank: int, news: ChannelEnded | RankFailed) -> PagodaError:
-        """The error for a rank's end. One that only could not reach others gives these time to say why."""
+    def _cause(self, rank: int, cause: ChannelEnded | RankFailed) -> PagodaError:
+        """The error for a rank's end. When it only could not reach others, these get time to report the root cause."""
         until = self._clock() + CAUSE_SECONDS
-        while isinstance(news, RankFailed) and news.is_communication and (left := until - self._clock()) > 0:
+        while isinstance(cause, RankFailed) and cause.is_communication and (left := until - self._clock()) > 0:
             try:
                 other, message = self._inbox.get(timeout=min(CHECK_SECONDS, left))
             except queue.Empty:
                 continue
             if isinstance(message, ChannelEnded) and other == rank:
-                continue  # that it ends was said
+                continue  # it has reported that already
             if isinstance(message, ChannelEnded | RankFailed):
-                rank, news = other, message
-        if isinstance(news, RankFailed):
-            return error_of(news.kind, f"{self.name(rank)}: {news.message}")
+                rank, cause = other, message
+        if isinstance(cause, RankFailed):
+            return error_of(cause.kind, f"{self.name(rank)}: {cause.message}")
         death = self._death_of(rank)
-        return EngineDeadError(f"{self.name(rank)} {death}" if death else f"{self.name(rank)} is gone: {news.reason}")
+        return EngineDeadError(
+            f"{self.name(rank)} {death}" if death else f"{self.name(rank)} disconnected: {cause.reason}"
+        )

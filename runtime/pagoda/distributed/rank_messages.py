@@ -1,7 +1,7 @@
 """What travels between the engine core, which drives, and its ranks.
 
 driver ──▶ rank                      rank ──▶ driver
-                                     RankHello              first, before it is told anything
+                                     RankHello              first, before any command
 StartRank                            RankPrepared           configuration taken, machine looked at
 JoinGroup                            PhaseDone              met the other ranks
 CheckCommunication                   PhaseDone              a collective gave the right numbers
@@ -11,7 +11,7 @@ InitializeKV                         PhaseDone
 RunStep …                            StepDone               from the sampling rank
                                      StepFailed             from any rank
 Heartbeat …                          RankHeartbeat …        whatever else goes on
-EndRank                              RankFailed             in place of an answer; the rank then ends
+EndRank                              RankFailed             in place of an answer; the rank then exits
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PROTOCOL_VERSION = 2
 
 @dataclass(frozen=True, slots=True)
 class RankHello:
-    """Who speaks: `rank` as the launcher told it, and what it runs. Its fields never change their meaning."""
+    """The rank's number, as its launcher gave it, and its versions. The fields never change their meaning."""
 
     rank: int
     protocol_version: int
@@ -41,7 +41,7 @@ class RankHello:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StartRank:
-    """The resolved configuration, without what only the server may know, and the rank's place on its machine.
+    """The resolved configuration without secrets, and the rank's place on its machine.
 
     `ranks_on_host` share its cores and memory; `device_index` is the rank's GPU there. `route_to`: see `choose_interface`.
     """
@@ -76,7 +76,7 @@ class JoinGroup:
 
 @dataclass(frozen=True, slots=True)
 class CheckCommunication:
-    """Run a few collectives and say what came of them."""
+    """Run a few collectives and report."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +101,7 @@ class LoadProgress:
 
 @dataclass(frozen=True, slots=True)
 class MeasureKV:
-    """Say how much memory there is for KV blocks of `block_size` tokens."""
+    """Measure the memory that there is for KV blocks of `block_size` tokens."""
 
     block_size: int
 
@@ -160,12 +160,12 @@ class StepFailed:
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """The driver is there."""
+    """Of the driver."""
 
 
 @dataclass(frozen=True, slots=True)
 class RankHeartbeat:
-    """The rank is there, says a thread of its own, however long a step takes; so many steps and collectives it has run."""
+    """Sent by a thread of its own, however long a step takes; so many steps and collectives the rank has run."""
 
     num_steps: int
     num_operations: int
@@ -173,7 +173,7 @@ class RankHeartbeat:
 
 @dataclass(frozen=True, slots=True)
 class EndRank:
-    """Go away, and why."""
+    """End, and why."""
 
     reason: str
 

@@ -1,11 +1,11 @@
-"""A rank's process: it does what the driver says, and nothing after the driver is gone.
+"""A rank's process: it executes the driver's commands, and exits when the driver does.
 
     reader thread ──inbox──▶ main thread: commands, steps ──▶ answers
                                      │ on a GPU ──▶ results thread: waits for the device
-    heartbeat thread ──▶ driver                                          (and listens whether the driver is still there)
+    heartbeat thread ──▶ driver                                          (and checks the driver's heartbeat)
 
-Ends in four ways, none of which waits for anybody: told to (`EndRank`); after an error of its own, which it tells; the
-connection ends; the driver is silent for `rank_heartbeat_timeout_seconds`.
+Ends in four ways, none of which blocks: by command (`EndRank`); after an error of its own, which it reports; on disconnect;
+without a heartbeat of the driver for `rank_heartbeat_timeout_seconds`.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class RankService:
         self._worker: Worker
         self._num_steps = 0
         self._is_ending = False
-        # What waits for a step's result: on a GPU, which is still at it, a thread; on a CPU, where it is there, nobody.
+        # Sends a step's result: from a thread that waits for the GPU; on a CPU, where the result is there at once, directly.
         self._finish: Callable[[StepPlan, StepHandle, int], Any] = self._finish_step
 
     def run(self) -> int:
@@ -110,7 +110,7 @@ class RankService:
                     self._end(command)
                     return 0
                 self._do(command)
-            except Exception as error:  # the driver is told of any fault, and the rank ends: no third state
+            except Exception as error:  # any fault is reported to the driver, and the rank ends
                 self._fail(error)
                 return _LOST_EXIT_CODE
 
@@ -118,10 +118,10 @@ class RankService:
         """Take a message, in the reader's thread; the end of the connection is the end of the process, whatever it does."""
         if isinstance(message, ChannelEnded):
             if self._is_ending:
-                return  # by our own hand; whoever runs this service may have more to do
-            logger.info("the engine core is gone (%s): this rank ends", message.reason)
+                return  # this rank closed it; the process may have more to do
+            logger.info("the engine core disconnected (%s): this rank ends", message.reason)
             os._exit(0)
-        self._inbox.put(message)  # type: ignore[arg-type]  # another message raises in `_do`, which tells the driver
+        self._inbox.put(message)  # type: ignore[arg-type]  # another message raises in `_do`, which is reported
 
     def _do(self, command: Command) -> None:
         if isinstance(command, RunStep):
@@ -148,7 +148,7 @@ class RankService:
         elif isinstance(command, InitializeKV):
             worker.initialize_kv_cache(command.num_blocks, command.max_model_len)
             gc.collect()
-            gc.freeze()  # what start-up made lives for ever: later collections need not walk it
+            gc.freeze()  # what start-up made is never freed: later collections need not walk it
             self._publish(READY)
             self._channel.send(PhaseDone("warm-up"))
         else:
@@ -216,13 +216,13 @@ class RankService:
         plan, before = command.plan, self._groups.num_operations
         try:
             handle = self._worker.execute(plan, command.update)
-        except Exception as error:  # of model, kernels or device: the driver is told, and decides
+        except Exception as error:  # of model, kernels or device: reported to the driver, which decides
             self._fail_step(plan, error, before)
         else:
             self._finish(plan, handle, before)
 
     def _finish_step(self, plan: StepPlan, handle: StepHandle, num_operations: int) -> None:
-        """Wait for the device; the sampling rank tells what was sampled, the others only what went wrong."""
+        """Wait for the device; the sampling rank sends what was sampled, the others only errors."""
         try:
             result = handle.result()
         except Exception as error:  # the same, of what the device found out later
@@ -254,7 +254,7 @@ class RankService:
         self._channel.close()
 
     def _fail(self, error: Exception) -> None:
-        # A sentence of ours says it all; anything else needs its stack.
+        # An error of ours is a whole sentence; anything else needs its stack.
         logger.error("this rank failed: %s", error, exc_info=not isinstance(error, PagodaError))
         kind = error.kind if isinstance(error, PagodaError) else ErrorKind.ENGINE_DEAD
         message = str(error) if isinstance(error, PagodaError) else f"{type(error).__name__}: {error}"

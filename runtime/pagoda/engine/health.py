@@ -1,10 +1,10 @@
-"""The engine's state machine: one owner, every change with its cause. REST, gRPC, probes and metrics all show this state.
+"""The state machine: one owner, every change with its cause. All protocols of a server show this one.
 
     starting ──▶ ready ⇄ degraded ──▶ draining ──▶ dead
        ▲  └────────┼────────┼────────────────────▶ dead
-       └───────────┴────────┘  the core died and is restarted
+       └───────────┴────────┘  the core failed, and is restarted
 
-Several replicas, all of them down, go from starting to degraded when the first has restarted.
+Several replicas, all of them failed, go from starting to degraded when the first is back.
 
 Readiness is not liveness. A starting or draining engine is live and not ready; a dead one is neither. Other
 components that must be up before requests are taken (a server's tokenizers) keep the engine in `starting` with `hold`.
@@ -43,7 +43,7 @@ ALLOWED = {
     EngineState.DEAD: set(),
 }
 
-# An engine failure is an error, also when the engine is restarted.
+# A failure is an error, whether the engine is restarted or not.
 _LEVELS = {
     EngineState.STARTING: logging.ERROR,
     EngineState.DEGRADED: logging.WARNING,
@@ -82,10 +82,10 @@ class EngineHealth:
     def transition(self, state: EngineState, cause: str, *, is_expected: bool = False) -> None:
         """Move to `state`; does nothing if that is the state. Raises `ValueError` for a transition that is not in `ALLOWED`.
 
-        `READY` and `DEGRADED` are delayed until every `hold` is released. `is_expected`: a requested shutdown, which is not
-        logged as an error.
+        `READY` and `DEGRADED` wait in `STARTING` until what called `hold` has called `release`. `is_expected`: an end that was
+        asked for is no error in the log.
         """
-        self._held_back = None  # an engine that dies while it is held must not become ready on release
+        self._held_back = None  # an engine that fails while it is held has nothing to be released into
         if state is self.state:
             return
         if state not in ALLOWED[self.state]:

@@ -23,7 +23,7 @@ class StartupPhases(Protocol):
         """A phase that lasts as long as the context; `detail` is for people."""
 
     def detail(self, text: str) -> None:
-        """The detail of the current phase, for people."""
+        """The progress within the present phase, for people."""
 
 
 @dataclass(frozen=True, slots=True)

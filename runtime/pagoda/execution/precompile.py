@@ -1,6 +1,6 @@
 """The kernels of a model, compiled while its weights are loaded, so that the first step finds them in Triton's cache.
 
-Which kernels, and for which arguments, the model itself says: it is built once more on the device `meta`, where tensors have
+Which kernels, and for which arguments, follows from the model: it is built once more on the device `meta`, where tensors have
 no memory, and run for a prompt and for a decode step. See `pagoda_kernels.gpu.precompile`.
 """
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# More tokens or longer contexts than these want no other kernels.
+# More tokens or longer contexts than these need no other kernels.
 _PROMPT_TOKENS, _DECODE_ROWS, _CONTEXT_TOKENS = 16, 2, 1 << 16
 
 
@@ -59,9 +59,7 @@ def kernels_compiled_meanwhile(build: ModelBuild) -> Iterator[None]:
     began = time.monotonic()
     try:
         wanted = wanted_kernels(build)
-    except (
-        Exception
-    ) as error:  # any error, e.g. of another version of Triton: kernels are then compiled at their first launch
+    except Exception as error:  # whatever it is, of a Triton that has changed for instance: it only costs time
         logger.warning("every kernel is compiled at its first launch instead: %s: %s", type(error).__name__, error)
         wanted = []
     ranks = build.groups.layout.world_size
@@ -152,7 +150,7 @@ class _NoAngles(nn.Module):
 
 
 class _UnconnectedTensors(TensorParallelGroup):
-    """Replaces the groups of several ranks where nothing is computed: right shapes, no communication."""
+    """Stands in for several ranks where nothing is computed: the shapes are right, and nothing is sent."""
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size = rank, size

@@ -248,7 +248,7 @@ def _open_store(
 
 
 def _make_groups(layout: ParallelLayout, rank: int, timeout: timedelta) -> ParallelGroups:
-    """Every rank makes every group, its own or not, in the same order: torch.distributed wants it so."""
+    """Every rank makes every group, its own or not, in the same order: torch.distributed requires it."""
     coordinates = layout.coordinates(rank)
     tensor, pipeline = TensorParallelGroup(), PipelineParallelGroup()
     if layout.tensor_parallel_size > 1:

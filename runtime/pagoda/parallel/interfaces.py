@@ -27,7 +27,7 @@ _ANY_PORT = 9  # nothing is sent: connecting a datagram socket only looks up the
 
 @dataclass(frozen=True, slots=True)
 class NetworkInterface:
-    """An interface of this host, and where the choice came from, in words."""
+    """An interface of this host, and where the choice came from, for people."""
 
     name: str
     address: str

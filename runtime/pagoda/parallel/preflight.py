@@ -144,7 +144,9 @@ def _pipeline_bandwidth(groups: ParallelGroups, device: torch.device) -> float |
                 started = time.perf_counter()
             groups.pp_group.receive(received)
             if not torch.equal(received, expected):
-                raise CommunicationError(f"a message from rank {before} arrived changed on rank {coordinates.rank}")
+                raise CommunicationError(
+                    f"a message from rank {before} was corrupted on its way to rank {coordinates.rank}"
+                )
         bandwidth = NUM_LARGE * LARGE_BYTES / (time.perf_counter() - started)
     if not coordinates.is_last_stage:
         for _ in range(NUM_LARGE + 1):

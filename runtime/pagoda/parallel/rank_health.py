@@ -9,7 +9,7 @@ from dataclasses import dataclass
 class RankHealth:
     """One rank as the driver sees it. `last_heartbeat`: `time.monotonic()` of the driver; it had done `num_steps` by then.
 
-    `is_up`: false once its group has failed, which no rank survives.
+    `is_up`: false once its group has failed, which ends every rank.
     """
 
     rank: int

@@ -1,7 +1,7 @@
 """The description of a rank, and what must be equal on all ranks of a model.
 
-Every rank describes itself once at rendezvous; the driver compares. Versions are read from the installed packages, and what
-needs torch (device, dtype, NCCL) is passed in.
+Every rank sends it once at rendezvous; the driver compares. Versions are read from the installed packages, and what
+only torch knows (device, dtype, NCCL) is handed in.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _MAX_JSON_BYTES = 64 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankInfo:
-    """What one rank says about itself. `nccl` and `ray`: None where it uses none. `device`: `cpu` or `cuda`.
+    """Identity, versions and device of one rank. `nccl` and `ray`: None where it uses none. `device`: `cpu` or `cuda`.
 
     `device_name`: for people. `memory_bytes`: the device's. `interface`, `address`: where its model traffic goes.
     """
@@ -60,7 +60,7 @@ class RankInfo:
         return f"rank {self.rank} on {self.host}"
 
 
-# What must be equal on all ranks, what people call it, and what to do about a difference.
+# What must be equal on all ranks, its name in messages, and what to do about a difference.
 _MUST_AGREE: tuple[tuple[str, str, str], ...] = (
     ("pagoda", "versions of Pagoda", "install the same image on every node"),
     ("python", "versions of Python", "install the same image on every node"),

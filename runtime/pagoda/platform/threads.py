@@ -19,8 +19,8 @@ def choose_threads(
 ) -> Choice:
     """Compute threads of a rank: one a physical core; hyperthreads share the units that matrix products use.
 
-    `num_ranks` share the machine. When there are more of them than cores, each has one thread and takes turns. `affinity`: the
-    setting `cpu_thread_affinity`; one that lists cores gives the rank at `index` a thread for each in its list.
+    `num_ranks` share the machine; when there are more of them than cores, each has one thread. `affinity`: the setting
+    `cpu_thread_affinity`; one that lists cores gives the rank at `index` a thread for each in its list.
     """
     if asked is not None:
         return Choice("threads", asked, GIVEN)
@@ -63,9 +63,9 @@ def choose_cpu_sets(
         return _choice(_given_sets(asked, num_ranks, allowed), GIVEN)
     share = len(cores) // num_ranks
     if quota is not None and quota < len(cores):
-        return _choice(None, "a CPU quota: other processes may run on these cores")
+        return _choice(None, "a CPU quota is shared with other processes on these cores")
     if share == 0:
-        return _choice(None, f"{num_ranks} ranks take turns on {len(cores)} cores")
+        return _choice(None, f"{num_ranks} ranks share {len(cores)} cores")
     if threads is not None and threads != share:
         return _choice(None, f"threads={threads} was given: the other cores may be another's")
     if share * num_ranks == len(allowed):
@@ -98,7 +98,7 @@ def bind_compute_threads(affinity: str, threads: int | None, *, index: int = 0, 
     this machine.
 
     Raises:
-        ConfigError: the requested cores are not available.
+        ConfigError: the cores asked for cannot be used.
     """
     if not hasattr(os, "sched_setaffinity"):
         if affinity not in ("auto", "none"):

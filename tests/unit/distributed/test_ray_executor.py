@@ -5,7 +5,7 @@ import socket
 import pytest
 
 from pagoda.config.schema import PagodaConfig
-from pagoda.distributed.ray.executor import RayLauncher, _in_words, _names
+from pagoda.distributed.ray.executor import RayLauncher, _describe_end, _names
 from pagoda.distributed.ray.listener import ConnectedRank
 from pagoda.errors import CommunicationError
 
@@ -38,13 +38,13 @@ def test_hosts_of_one_name_are_told_apart_by_address() -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (KILLED, "ended without a word: it was killed, by the kernel for lack of memory or by hand"),
-        (NODE_LOST, "was lost with its node, which Ray does not hear any more"),
+        (KILLED, "was killed by SIGKILL (OOM killer or operator)"),
+        (NODE_LOST, "ended with its node, which Ray reports dead (no heartbeat of the node)"),
         ("GetTimeoutError: no answer", "ended: GetTimeoutError: no answer"),
     ],
 )
 def test_the_end_of_a_rank_in_words(text: str, words: str) -> None:
-    assert _in_words(Exception(text)) == words
+    assert _describe_end(Exception(text)) == words
 
 
 def test_a_rank_that_was_never_launched_has_no_death() -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from pagoda.distributed.ray import head as ray_head
-from pagoda.distributed.ray.head import ensure_head, last_words
+from pagoda.distributed.ray.head import ensure_head, last_error
 from pagoda.distributed.ray.node import RayNode
 from pagoda.errors import CommunicationError, ConfigError
 from tests.support.ports import free_port
@@ -128,7 +128,7 @@ def test_a_head_that_hangs_is_given_up_in_time(owner: subprocess.Popen[bytes], m
     assert said[0].startswith("starting a Ray head at 127.0.0.1:")
 
 
-def test_the_last_words_are_those_with_an_error_in_them() -> None:
-    assert last_words("starting\n  ValueError: bad port\nTo see more, look there\n") == "ValueError: bad port"
-    assert last_words("starting\nended\n") == "ended"
-    assert last_words("") == "it said nothing"
+def test_the_last_error_is_the_last_line_with_an_error_in_it() -> None:
+    assert last_error("starting\n  ValueError: bad port\nTo see more, look there\n") == "ValueError: bad port"
+    assert last_error("starting\nended\n") == "ended"
+    assert last_error("") == "no output"

@@ -111,7 +111,7 @@ def test_a_rank_does_not_talk_to_somebody_who_only_pretends_to_be_the_engine() -
         thread = threading.Thread(target=answer)
         thread.start()
         address, port = false_engine.getsockname()
-        with pytest.raises(CommunicationError, match="is not the engine that launched this rank"):
+        with pytest.raises(CommunicationError, match="handshake failed: not the engine that launched this rank"):
             connect_to_driver(address, port, rank=0, host="x", secret=b"s", timeout_seconds=5)
         thread.join()
 

@@ -113,10 +113,10 @@ def test_other_words_are_no_refusal() -> None:
 def test_waiting_for_a_head_says_why_and_gives_up_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     port = free_port()
     said: list[str] = []
-    with pytest.raises(CommunicationError, match=r"cannot be reached: 127\.0\.0\.1 is there and nobody listens"):
+    with pytest.raises(CommunicationError, match=r"cannot be reached: connection refused: nothing listens on port"):
         wait_for_head(f"127.0.0.1:{port}", time.monotonic() + 0.1, said.append)
     assert said == [
-        f"waiting for the Ray head at 127.0.0.1:{port}: 127.0.0.1 is there and nobody listens on port {port} (yet)"
+        f"waiting for the Ray head at 127.0.0.1:{port}: connection refused: nothing listens on port {port} of 127.0.0.1 (yet)"
     ]
 
     def unknown(*_: object, **__: object) -> None:

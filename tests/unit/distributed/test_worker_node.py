@@ -127,7 +127,7 @@ def test_without_an_address_the_command_asks_which_head(
 ) -> None:
     monkeypatch.delenv("PAGODA_RAY_ADDRESS", raising=False)
     assert main(["join"]) == 2
-    assert "which head? `pagoda join HOST:PORT`" in capsys.readouterr().err
+    assert "no Ray head is given: `pagoda join HOST:PORT`" in capsys.readouterr().err
 
 
 def test_a_head_that_does_not_come_is_exit_status_1(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

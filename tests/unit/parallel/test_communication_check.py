@@ -79,7 +79,7 @@ def test_a_pipeline_that_delivers_is_measured() -> None:
 
 
 def test_a_message_that_arrives_changed_names_both_ends() -> None:
-    with pytest.raises(CommunicationError, match="a message from rank 0 arrived changed on rank 1"):
+    with pytest.raises(CommunicationError, match="a message from rank 0 was corrupted on its way to rank 1"):
         check_communication(pipeline_groups(StageBefore(noise=1)), CPU)
 
 

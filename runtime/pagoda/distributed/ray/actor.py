@@ -16,7 +16,7 @@ class PagodaRank:
     """The actor. Its process holds the model's share from `serve` on, and Ray ends it with the driver's."""
 
     def serve(self, rank: int, address: str, port: int, secret: bytes) -> int:
-        """Serve the driver that listens at `address`:`port`; the exit status of the rank, once it was told to end."""
+        """Serve the driver that listens at `address`:`port`; the exit status of the rank."""
         from pagoda.distributed.ray.listener import connect_to_driver
 
         connected = connect_to_driver(

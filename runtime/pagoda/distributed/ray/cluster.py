@@ -1,4 +1,4 @@
-"""Belonging to a Ray cluster as its driver: found or started, connected to, asked for room. Nothing here waits for ever."""
+"""Belonging to a Ray cluster as its driver: found or started, connected to, asked for room. Every wait has a deadline."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def connect_cluster(config: PagodaConfig, deadline: float, on_progress: Callable
 
     Raises:
         ConfigError: Ray is missing or of another version, this machine belongs to no cluster, a token is refused.
-        CommunicationError: nobody answers in time.
+        CommunicationError: no answer in time.
     """
     version = require_ray()
     os.environ.update(ray_environment(os.environ))  # read by Ray as it is imported, and by what it starts
@@ -78,7 +78,7 @@ def connect_cluster(config: PagodaConfig, deadline: float, on_progress: Callable
 
 
 def reserve(layout: ParallelLayout, device: str, deadline: float, on_progress: Callable[[str], None]) -> PlacementGroup:
-    """Room for all ranks: a bundle for each pipeline stage, which holds the stage's tensor group.
+    """A placement group for all ranks: a bundle for each pipeline stage, which holds the stage's tensor group.
 
     A bundle never spans nodes, so a tensor group never does. GPUs are filled node by node. On CPUs each stage has a node of
     its own: what a second node adds is memory bandwidth, of which two stages on one node have no more than one.
@@ -95,8 +95,8 @@ def reserve(layout: ParallelLayout, device: str, deadline: float, on_progress: C
     # Asked for once: `PlacementGroup.wait` takes half a second for none, and each call of it stays in the head's memory.
     ready = group.ready()
     while not ray.wait([ready], timeout=_LOOK_SECONDS)[0]:
-        wanted = _room_in_words(layout, kind)
-        has = f"the cluster has {_nodes_in_words(kind)}"
+        wanted = _describe_room(layout, kind)
+        has = f"the cluster has {_describe_nodes(kind)}"
         if time.monotonic() > deadline:
             release(group)
             raise ConfigError(
@@ -111,7 +111,7 @@ def reserve(layout: ParallelLayout, device: str, deadline: float, on_progress: C
 def bundles_in_order(group: PlacementGroup) -> list[int]:
     """The bundles of `group`, which has its room, in the order in which stages take them: this machine's first.
 
-    Neighbouring stages are on one node where they can be, and ranks that are placed anew on the same nodes find their part of
+    Neighbouring stages are on one node where they can be, and ranks that are placed again on the same nodes find their part of
     the checkpoint in the page cache.
     """
     import ray
@@ -130,19 +130,19 @@ def release(group: PlacementGroup) -> None:
 
 
 def cluster_nodes() -> list[dict[str, Any]]:
-    """The nodes that Ray believes alive. For people only: one that has just died is among them for some seconds."""
+    """The nodes that Ray lists as alive, for messages only: one that has just died is among them for some seconds."""
     import ray
 
     return [node for node in ray.nodes() if node["Alive"]]
 
 
 def within(seconds: float, call: Callable[[], object]) -> bool:
-    """Whether `call` came to an end in time, by an error or not: calls to a head that is gone would wait for its return."""
+    """Whether `call` came to an end in time, by an error or not: calls to a head that has died would wait for its restart."""
 
     def guarded() -> None:
         try:
             call()
-        # Only its end is asked for; what it cannot clear away, the head does when the job is gone.
+        # Only its end matters; what it cannot clear away, the head does when the job has ended.
         except Exception as error:
             logger.debug("a call to Ray failed: %s", error)
 
@@ -164,7 +164,7 @@ def _connect(address: str, version: str, deadline: float) -> None:
         try:
             ray.init(address, namespace="pagoda", configure_logging=False, log_to_driver=True)
             outcome.append(None)
-        except Exception as error:  # carried to the caller's thread, and raised there in words
+        except Exception as error:  # carried to the caller's thread, and raised there as ours
             outcome.append(error)
 
     thread = threading.Thread(target=connect, name="ray-connect", daemon=True)
@@ -173,10 +173,10 @@ def _connect(address: str, version: str, deadline: float) -> None:
     if not outcome:
         raise CommunicationError(f"the Ray head at {address} accepts connections and does not answer")
     if outcome[0] is not None:
-        raise _in_words(outcome[0], address, version) from outcome[0]
+        raise _cluster_error(outcome[0], address, version) from outcome[0]
 
 
-def _in_words(error: Exception, address: str, version: str) -> PagodaError:
+def _cluster_error(error: Exception, address: str, version: str) -> PagodaError:
     text = " ".join(str(error).split())
     refusal = refusal_in(text, address, version)
     if refusal is not None:
@@ -184,14 +184,14 @@ def _in_words(error: Exception, address: str, version: str) -> PagodaError:
     return CommunicationError(f"the Ray cluster at {address} cannot be joined: {text}")
 
 
-def _room_in_words(layout: ParallelLayout, kind: str) -> str:
+def _describe_room(layout: ParallelLayout, kind: str) -> str:
     stages, size = layout.pipeline_parallel_size, layout.tensor_parallel_size
     if stages == 1:
         return f"a node with {size} {kind}"
     return f"{stages} x {size} {kind}, each on one node" if kind == "GPU" else f"{stages} nodes with {size} {kind} each"
 
 
-def _nodes_in_words(kind: str) -> str:
+def _describe_nodes(kind: str) -> str:
     nodes = cluster_nodes()
     offers = [f"{node['Resources'].get(kind, 0):g} {kind} on {node['NodeManagerHostname']}" for node in nodes]
     return ", ".join(offers) + " (some may be taken)" if offers else "no nodes"

@@ -23,7 +23,7 @@ _CHECK_SECONDS = 60.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeReport:
-    """One node. `interface`: what its ranks would use, None where that fails; `problem` then says why.
+    """One node. `interface`: what its ranks would use, None where that fails; then `problem` is the reason.
 
     `latency_seconds`, `bytes_per_second`: to the other nodes, and from the one before it; None where not measured.
     """

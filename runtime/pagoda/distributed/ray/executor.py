@@ -1,6 +1,6 @@
 """Several ranks on several machines: actors of a Ray cluster, which connect back to this process over TCP.
 
-    connect to the cluster ──▶ reserve room ──▶ an actor a rank ──▶ each connects back and proves itself ──▶ `RankGroup`
+    connect to the cluster ──▶ reserve room ──▶ an actor a rank ──▶ each connects back, with a handshake ──▶ `RankGroup`
 
 Ray places and starts ranks and notices their end. Plans, results and heartbeats go over the connections, the model's traffic
 over torch.distributed.
@@ -69,10 +69,10 @@ class RayLauncher(RankLauncher):
                 return self._try_launch(cluster, num_ranks, deadline, on_progress)
             except _RankEndedError as error:
                 # Ray gives room on a node that has just died until it has noticed.
-                logger.warning("%s; the ranks are placed anew", error)
+                logger.warning("%s; placing the ranks again", error)
                 self.terminate(0.0)
                 if time.monotonic() > deadline:
-                    raise CommunicationError(f"{error}, and there was no time to place the ranks anew") from error
+                    raise CommunicationError(f"{error}, and there was no time to place the ranks again") from error
 
     def _try_launch(
         self, cluster: RayCluster, num_ranks: int, deadline: float, on_progress: Callable[[str], None]
@@ -125,7 +125,7 @@ class RayLauncher(RankLauncher):
             if isinstance(error, RayTaskError):
                 lines = [line for line in str(error).splitlines() if line.strip()]
                 raise CommunicationError(f"rank {rank} could not be started: {lines[-1].strip()}")
-            raise _RankEndedError(f"rank {rank} {_in_words(error)} before it connected")
+            raise _RankEndedError(f"rank {rank} {_describe_end(error)} before it connected")
 
     def _end_of(self, rank: int, timeout_seconds: float) -> BaseException | None:
         """Why the actor's one call ended, or None while it has not."""
@@ -147,7 +147,7 @@ class RayLauncher(RankLauncher):
         found: list[BaseException | None] = []
         within(_CALL_SECONDS, lambda: found.append(self._end_of(rank, _DEATH_SECONDS)))
         error = found[0] if found else None
-        return None if error is None else _in_words(error)
+        return None if error is None else _describe_end(error)
 
     @override
     def terminate(self, patience_seconds: float) -> None:
@@ -165,7 +165,9 @@ class RayLauncher(RankLauncher):
                 release(room)
 
         if (actors or room is not None) and not within(patience_seconds + _CALL_SECONDS, end):
-            logger.warning("the Ray head does not answer: it ends the ranks when it misses this process")
+            logger.warning(
+                "timeout while ending the ranks: the Ray head does not answer; it ends them when this process exits"
+            )
 
 
 def _names(connected: list[ConnectedRank]) -> list[str]:
@@ -175,11 +177,11 @@ def _names(connected: list[ConnectedRank]) -> list[str]:
     return [item.host if count[item.host] == 1 else f"{item.host} ({item.address})" for item in connected]
 
 
-def _in_words(error: Any) -> str:
+def _describe_end(error: Any) -> str:
     """How a rank ended, from Ray's exception for it."""
     text = " ".join(str(error).split())
     if "node" in text and ("died" in text or "dead" in text) and "health check" in text:
-        return "was lost with its node, which Ray does not hear any more"
+        return "ended with its node, which Ray reports dead (no heartbeat of the node)"
     if "SIGKILL" in text or "connection error code 2" in text:
-        return "ended without a word: it was killed, by the kernel for lack of memory or by hand"
+        return "was killed by SIGKILL (OOM killer or operator)"
     return f"ended: {text.split(' class_name:')[0]}"

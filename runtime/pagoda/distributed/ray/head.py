@@ -59,7 +59,7 @@ def ensure_head(
 
     Raises:
         ConfigError: the port is taken.
-        CommunicationError: the head did not come up, and what it said.
+        CommunicationError: the head did not start; with its last error.
     """
     with (_directory() / f"{_name(owner)}.lock").open("a+") as lock:
         while not _is_locked(lock) and time.monotonic() < deadline:
@@ -105,7 +105,7 @@ def _ensure_head(owner: int, node: RayNode, deadline: float, on_progress: Callab
     while (found := _find(owner)) is None or not _is_up(found):
         if starter is not None and starter.poll() is not None:
             num_failures += 1
-            words = last_words(_text(log))
+            words = last_error(_text(log))
             if num_failures == _MAX_FAILURES:
                 raise CommunicationError(f"the Ray head did not start: {words} (all of it: {log})")
             logger.warning("the Ray head did not start: %s; trying again", words)
@@ -136,7 +136,7 @@ def _start(owner: int, head: RayNode, address: str, log: Path) -> subprocess.Pop
 
 
 def _find(owner: int) -> PublishedState | None:
-    """What the process that keeps the head of `owner` says of it, if there is one."""
+    """The state that the process which keeps the head of `owner` publishes, if there is one."""
     _, states = published(_directory())
     return next((state for state in states if state.name == _name(owner)), None)
 
@@ -145,15 +145,15 @@ def _is_up(state: PublishedState) -> bool:
     return state.phase == READY and trouble_with(*split_address(state.detail)) is None
 
 
-def last_words(text: str) -> str:
-    """The line of Ray's output that says most about why it ended: the last with an error in it, else the last."""
+def last_error(text: str) -> str:
+    """The line of Ray's output that best explains its end: the last with an error in it, else the last."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if "Error" in line or "error" in line or "mismatch" in line]
-    return (errors or lines or ["it said nothing"])[-1]
+    return (errors or lines or ["no output"])[-1]
 
 
 def _trouble_with_port(node: RayNode) -> str | None:
-    """Why nobody can listen there just now: the interface is down. Raises `ConfigError` where somebody does already."""
+    """Why the port cannot be opened just now: the interface is down. Raises `ConfigError` where it is taken."""
     assert node.head_port is not None
     try:
         with listen_on(node.address, node.head_port):

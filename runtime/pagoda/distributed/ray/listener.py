@@ -1,4 +1,4 @@
-"""How ranks on other machines come back to the driver: over TCP, each side proving to the other that it knows a secret.
+"""How ranks on other machines come back to the driver: over TCP, with a mutual HMAC handshake.
 
     driver                                       rank
     listens  ◀──────────── connects ───────────────
@@ -7,9 +7,9 @@
     HMAC(secret, both challenges, "driver", rank) ─▶
                  frames of `rank_messages`
 
-The secret is made anew for every launch and reaches the ranks through Ray. A peer that cannot answer is dropped and logged;
-nothing that it sends is interpreted. What follows is authenticated by the connection and not encrypted, as the traffic of the
-model itself: the network between the ranks must be a trusted one.
+A new secret is made for every launch and reaches the ranks through Ray. A peer that fails the handshake is disconnected and
+logged; nothing that it sends is interpreted. What follows is authenticated by the connection and not encrypted, as the traffic
+of the model itself: the network between the ranks must be a trusted one.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _ANSWER = struct.Struct(f"!{_CHALLENGE_BYTES}sIB")
 
 @dataclass(frozen=True, slots=True)
 class ConnectedRank:
-    """A rank that proved itself: its connection, and its host's name and address."""
+    """A rank that passed the handshake: its connection, and its host's name and address."""
 
     socket: socket.socket
     host: str
@@ -117,7 +117,7 @@ class RankListener:
             rank, connected_rank = self._challenge(connected, peer)
             with self._lock:
                 if not self._is_open or rank in self._ranks:
-                    raise PermissionError(f"a second rank {rank}, or too late")
+                    raise PermissionError(f"rank {rank} is connected already, or too late")
                 self._ranks[rank] = connected_rank
         except (OSError, ValueError, EOFError) as error:
             logger.warning("a connection from %s was refused: %s", peer, error or type(error).__name__)
@@ -135,7 +135,7 @@ class RankListener:
         proof = _receive(connected, _DIGEST_BYTES, deadline)
         both = challenge + their_challenge
         if not hmac.compare_digest(proof, _proof(self.secret, both, b"rank", rank, host)):
-            raise PermissionError("it does not know the secret of this start")
+            raise PermissionError("handshake failed: wrong secret")
         if rank >= self._num_ranks:
             raise ValueError(f"there is no rank {rank}")
         connected.sendall(_proof(self.secret, both, b"driver", rank))
@@ -146,10 +146,10 @@ class RankListener:
 def connect_to_driver(
     address: str, port: int, *, rank: int, host: str, secret: bytes, timeout_seconds: float
 ) -> socket.socket:
-    """Connect to the driver as `rank` on `host` and see that it is the one that launched us.
+    """Connect to the driver as `rank` on `host` with the handshake from its side.
 
     Raises:
-        CommunicationError: nobody there within `timeout_seconds`, or somebody else.
+        CommunicationError: no connection within `timeout_seconds`, or a failed handshake.
     """
     what = f"rank {rank} on {host} cannot reach the engine at {address}:{port}"
     deadline = time.monotonic() + timeout_seconds
@@ -164,7 +164,7 @@ def connect_to_driver(
         both = challenge + ours
         connected.sendall(_ANSWER.pack(ours, rank, len(name)) + name + _proof(secret, both, b"rank", rank, name))
         if not hmac.compare_digest(_receive(connected, _DIGEST_BYTES, deadline), _proof(secret, both, b"driver", rank)):
-            raise PermissionError("whoever listens there is not the engine that launched this rank")
+            raise PermissionError("handshake failed: not the engine that launched this rank")
     except (OSError, EOFError) as error:
         connected.close()
         raise CommunicationError(f"{what}: {error or 'the connection was closed'}") from error

@@ -129,12 +129,12 @@ def wait_for_head(
     is_told_to_stop: Callable[[], bool] = lambda: False,
     clock: Callable[[], float] = time.monotonic,
 ) -> bool:
-    """Wait until something listens at `address`, until `deadline` (seconds of `clock`); False if told to stop before.
+    """Wait until something listens at `address`, until `deadline` (seconds of `clock`); False if `is_stopped` before.
 
-    `on_progress` hears why it is still waiting. That the port is open does not mean that the head is ready.
+    `on_progress` is called with why it is still waiting. That the port is open does not mean that the head is ready.
 
     Raises:
-        CommunicationError: nobody listened there in time; the message says how it failed last.
+        CommunicationError: the port was not open in time; the message has the last failure.
     """
     host, port = split_address(address)
     while not is_told_to_stop():
@@ -151,7 +151,7 @@ def wait_for_head(
 def address_of_cluster(ray_address: str) -> str:
     """HOST:PORT of the cluster that `ray_address` names: `auto`, or an address. This machine must be a node of it.
 
-    Looked up here because Ray ends the whole process when it is told to connect from a machine that is none.
+    Looked up here because Ray ends the whole process when it connects from a machine that is none.
 
     Raises:
         ConfigError: this machine belongs to no cluster, or to another one.
@@ -188,7 +188,7 @@ def _clusters_here() -> list[str]:
 
 
 def _network_of(process: str) -> str | None:
-    """The network namespace of a process; None where it cannot be told."""
+    """The network namespace of a process; None where it is not known."""
     try:
         return os.readlink(f"/proc/{process}/ns/net")
     except OSError:
@@ -204,7 +204,7 @@ def _resolved(address: str) -> tuple[frozenset[str], int]:
 
 
 def refusal_in(text: str, address: str, version: str) -> str | None:
-    """Why the cluster at `address` will not have this machine, out of what Ray says; None if `text` is about something else.
+    """Why the cluster at `address` refuses this machine, from Ray's output; None if `text` is about something else.
 
     `version`: of Ray, here.
     """
@@ -225,13 +225,13 @@ def refusal_in(text: str, address: str, version: str) -> str | None:
 
 
 def trouble_with(host: str, port: int) -> str | None:
-    """Why nobody can be reached at `host`:`port`, or None if somebody listens there."""
+    """Why `host`:`port` cannot be reached, or None if something listens there."""
     try:
         socket.create_connection((host, port), _CONNECT_SECONDS).close()
     except socket.gaierror:
         return f"the name {host} is not known (yet); in Kubernetes it is once the Service exists"
     except ConnectionRefusedError:
-        return f"{host} is there and nobody listens on port {port} (yet)"
+        return f"connection refused: nothing listens on port {port} of {host} (yet)"
     except TimeoutError:
         return f"{host} does not answer: another network, a firewall, or a NetworkPolicy"
     except OSError as error:

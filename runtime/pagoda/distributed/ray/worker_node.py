@@ -1,6 +1,6 @@
 """A worker node of the Ray cluster for as long as it is wanted: `pagoda join`.
 
-    wait for the head ──▶ ray start --block … until the head is lost ──▶ wait for the head again
+    wait for the head ──▶ ray start --block … until a disconnect ──▶ wait for the head again
                             │                                              │
                             └── ranks run as its children                  └── gives up after rendezvous_timeout_seconds
 
@@ -21,7 +21,7 @@ from pathlib import Path
 
 from pagoda.config.schema import PagodaConfig
 from pagoda.distributed.node_state import DIRECTORY_VARIABLE, JOINED, StateFile, node_file, prepare_directory
-from pagoda.distributed.ray.head import STARTED, end_ray, last_words
+from pagoda.distributed.ray.head import STARTED, end_ray, last_error
 from pagoda.distributed.ray.node import RayNode, ray_environment, refusal_in, require_ray, split_address, wait_for_head
 from pagoda.errors import CommunicationError, ConfigError
 from pagoda.parallel.interfaces import choose_interface, export_interface
@@ -37,21 +37,21 @@ _SILENCE_SECONDS = 10.0
 
 @dataclass(frozen=True, slots=True)
 class _Membership:
-    """How a time in the cluster ended: `began` unless the head never took this node in. `text`: all that Ray said."""
+    """How a membership in the cluster ended; `began`: this node had joined. `text`: Ray's whole output."""
 
     began: bool
     text: str
 
     @property
-    def words(self) -> str:
-        """What Ray said of the end."""
-        return last_words(self.text)
+    def reason(self) -> str:
+        """Why it ended, from Ray's output."""
+        return last_error(self.text)
 
 
 class WorkerNode:
     """This machine as a worker of the head at `address` (HOST or HOST:PORT).
 
-    `offer`: what it offers, in which the addresses are filled in here. `is_subreaper`: this process takes in what Ray leaves
+    `offer`: what it offers, in which the addresses are filled in here. `is_subreaper`: this process adopts what Ray leaves
     behind, and starts nothing else.
     """
 
@@ -74,17 +74,17 @@ class WorkerNode:
         self._directory = state_directory
         self._stopped = threading.Event()
         self._state: StateFile
-        self._last_words = ""
+        self._last_status = ""
 
     def stop(self) -> None:
         """Leave the cluster; `run` then returns."""
         self._stopped.set()
 
     def run(self) -> None:
-        """Join, and join again when the head was lost, until told to stop.
+        """Join, and join again after a disconnect from the head, until `stop`.
 
         Raises:
-            ConfigError: the head will not have this node: another version of Ray, a token it does not know.
+            ConfigError: the head refuses this node: another version of Ray, a wrong token.
             CommunicationError: no head came (back) within `rendezvous_timeout_seconds`.
         """
         version = require_ray()
@@ -92,7 +92,7 @@ class WorkerNode:
         self._state = node_file(self._directory, _SILENCE_SECONDS)
         patience = self._config.rendezvous_timeout_seconds
         deadline = self._clock() + patience
-        while wait_for_head(self._address, deadline, self._say_waiting, self._stopped.is_set, self._clock):
+        while wait_for_head(self._address, deadline, self._report_waiting, self._stopped.is_set, self._clock):
             ended = self._belong(deadline)
             if self._stopped.is_set():
                 return
@@ -100,18 +100,18 @@ class WorkerNode:
             if refusal is not None:
                 raise ConfigError(refusal)
             if ended.began:
-                logger.warning("the Ray head at %s was lost (%s): joining again", self._address, ended.words)
+                logger.warning("disconnected from the Ray head at %s (%s): joining again", self._address, ended.reason)
                 deadline = self._clock() + patience
             elif self._clock() > deadline:
                 raise CommunicationError(
-                    f"the Ray cluster at {self._address} could not be joined in time: {ended.words}"
+                    f"the Ray cluster at {self._address} could not be joined in time: {ended.reason}"
                 )
             else:
-                self._say_waiting(f"the Ray head at {self._address} did not take this node yet: {ended.words}")
+                self._report_waiting(f"the Ray head at {self._address} did not take this node yet: {ended.reason}")
             self._stopped.wait(_PAUSE_SECONDS)
 
     def _belong(self, deadline: float) -> _Membership:
-        """Run Ray until it ends, this node is told to stop, or `deadline` comes before it has joined."""
+        """Run Ray until it ends, `stop` is called, or `deadline` comes before it has joined."""
         interface = choose_interface(self._config.network_interface, self._host)
         logger.info("joining the Ray cluster at %s over %s", self._address, interface)
         environ = {**ray_environment(os.environ), DIRECTORY_VARIABLE: str(self._directory)}
@@ -147,10 +147,10 @@ class WorkerNode:
             return _Membership(began, "Ray did not come up in the time that was left")
         return _Membership(began, _text(log))
 
-    def _say_waiting(self, words: str) -> None:
+    def _report_waiting(self, words: str) -> None:
         self._state.enter("waiting", words)
-        if words != self._last_words:
-            self._last_words = words
+        if words != self._last_status:
+            self._last_status = words
             logger.info("%s", words)
 
 

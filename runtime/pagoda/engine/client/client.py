@@ -1,7 +1,7 @@
 """The engine as the server sees it: requests in, streams of outputs out, one health.
 
-`EngineClient` is the interface; `ProcessEngineClient` runs the core in a process of its own and supervises it: it detects a
-dead core at once and a stuck core by its watchdog, fails the running requests with a retryable error, and then either
+`EngineClient` is the seam; `ProcessEngineClient` runs the core in a process of its own and looks after it: it notices at once
+when the core exits, within a timeout when it is stuck, fails its requests with an error that invites a retry, and then either
 restarts the core or leaves the engine dead, as `on_engine_failure` says.
 """
 
@@ -52,7 +52,7 @@ from pagoda.request import EngineRequest
 logger = logging.getLogger(__name__)
 
 _SHUTDOWN_SECONDS = 5.0
-_EXIT_SECONDS = 0.5  # from EOF on a dead core's connection to the end of its process; then it is killed
+_EXIT_SECONDS = 0.5  # from a core's disconnect to the end of its process; then it is killed
 _WATCH_SECONDS = 0.25
 _MAX_UNSENT_BYTES = 64 * 2**20  # of requests that the core has not read; past that requests are refused
 
@@ -75,7 +75,7 @@ class EngineClient(ABC):
 
     @property
     def ranks(self) -> list[RankHealth]:
-        """The last reported health of the rank processes; empty where the core runs the model itself."""
+        """The last report on the processes of its ranks; empty where the core has no other."""
         return []
 
     @property
@@ -98,7 +98,7 @@ class EngineClient(ABC):
 
         `request_id` may be that of another request, running or not; outputs have the engine's own, which begins with it.
         Raises `EngineNotReadyError`, `EngineDeadError`, `QueueFullError` or `InvalidRequestError` in place of the first
-        output, and `EngineDeadError` later if the engine dies. Closing the iterator aborts the request in the engine.
+        output, and `EngineDeadError` later if the engine fails. Closing the iterator aborts the request in the engine.
         """
 
     @abstractmethod
@@ -223,7 +223,7 @@ class ProcessEngineClient(EngineClient):
             state = EngineState.DEGRADED if degradation else EngineState.READY
             self.health.transition(state, degradation or "full capacity again")
 
-    # ---- life cycle ----------------------------------------------------------------------------------------------
+    # ---- supervision --------------------------------------------------------------------------------------------
 
     @override
     async def start(self) -> None:
@@ -263,7 +263,7 @@ class ProcessEngineClient(EngineClient):
                 elif isinstance(message, EngineRanks):
                     self.ranks = message.ranks
                 elif isinstance(message, EngineStartupPhase):
-                    if self.health.state is EngineState.STARTING:  # else the server is draining
+                    if self.health.state is EngineState.STARTING:  # else the server is being stopped meanwhile
                         self.health.enter_phase(message.name, message.detail)
                 elif isinstance(message, EngineReady):
                     self._welcome(message)
@@ -285,7 +285,7 @@ class ProcessEngineClient(EngineClient):
             self._started.set_result(ready)
 
     def _lose_core(self, cause: PagodaError) -> None:
-        """The core has failed: not ready, and its requests fail, now and not when its process has exited."""
+        """The core has failed: unready, and its requests failed, now and not when its process has exited."""
         assert self._started is not None
         if self._is_lost or self._ending.is_set():
             return
@@ -329,7 +329,7 @@ class ProcessEngineClient(EngineClient):
 
     def _fail_requests(self, cause: str, *, was_killed: bool = False) -> None:
         error = EngineDeadError(
-            f"the engine died while the request was in it ({cause}); retry the request", was_killed=was_killed
+            f"the engine failed while it was running this request ({cause}); send it again", was_killed=was_killed
         )
         for mailbox in self._mailboxes.values():
             mailbox.fail(error)

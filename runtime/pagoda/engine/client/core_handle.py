@@ -63,11 +63,11 @@ class EngineCoreHandle:
 
     @property
     def was_killed_by_others(self) -> bool:
-        """Whether it ended by a SIGKILL that did not come from here: an operator's, or the kernel's OOM killer's."""
+        """Whether it ended by a SIGKILL that did not come from here: the OOM killer's or an operator's."""
         return self.process.returncode == -signal.SIGKILL and not self._was_told_to_die
 
     def send(self, message: wire.Message) -> None:
-        """Queue a message; dropped if the core has died, which `receive` reports."""
+        """Queue a message; dropped after a disconnect."""
         if not self._writer.is_closing():
             self._writer.write(wire.encode(message))
 

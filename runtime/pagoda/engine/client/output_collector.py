@@ -36,7 +36,7 @@ class RequestOutputCollector:
         self._wake()
 
     def fail(self, error: PagodaError) -> None:
-        """The engine died: the reader gets `error` after the outputs that arrived before."""
+        """The engine has failed: the reader gets `error` after what had arrived before."""
         self._failure = error
         self._wake()
 

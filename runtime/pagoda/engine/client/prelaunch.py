@@ -16,10 +16,10 @@ from pagoda.engine.heartbeat import SharedHeartbeat
 
 
 class PrelaunchedProcess:
-    """A core's process that waits for its configuration. As a context manager, it kills the process unless `take` was called.
+    """A core's process that waits for its configuration. As a context, it ends the process that was not taken.
 
-    They talk over a socket pair that the child inherits: no other process can connect to it, and when either side dies the
-    other reads EOF at once.
+    They talk over a socket pair that the child inherits: no other process can connect to it, and when either
+    side exits the other reads the disconnect at once.
     """
 
     def __init__(self) -> None:
@@ -34,7 +34,7 @@ class PrelaunchedProcess:
                     pass_fds=(theirs.fileno(), self.heartbeat.fd),
                     stdin=subprocess.DEVNULL,
                 )
-        except BaseException:  # re-raised: only this code can close the socket and the page
+        except BaseException:  # raised on: what was opened for the process must be closed
             self._close()
             raise
 

@@ -1,4 +1,4 @@
-"""Restart of a core that died: whether, and with which exponential backoff."""
+"""Whether a core that failed is restarted, and after which backoff."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Literal
 FIRST_BACKOFF_SECONDS = 0.5
 LONGEST_BACKOFF_SECONDS = 30.0
 HEALTHY_SECONDS = 600.0
-"""After this uptime the failure count starts over."""
+"""After so long without a failure the count of restarts starts over."""
 
 
 class RestartPolicy:
@@ -19,11 +19,11 @@ class RestartPolicy:
         self.num_failures = 0
 
     def core_started(self, now: float) -> None:
-        """Note the start of a core, from which its uptime counts."""
+        """A core was started."""
         self._started_at = now
 
     def backoff(self, now: float) -> float | None:
-        """The backoff in seconds after a failure, or None when no restarts are left."""
+        """The core has failed: seconds until the restart, or None for no restart."""
         self.num_failures = 1 if now - self._started_at > HEALTHY_SECONDS else self.num_failures + 1
         if self.num_failures > self._max_restarts:
             return None

@@ -1,4 +1,4 @@
-"""The measured rate at which the engine ends requests, for Retry-After."""
+"""How fast the engine ends requests, for Retry-After."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ def resolve(
 
 
 def choose_device(asked: str, gpus: Collection[GpuReport]) -> Choice:
-    """The device: cuda when there is a GPU, unless the setting names another."""
+    """The device: cuda when there is a GPU, unless configured otherwise."""
     if asked == "cuda" and not gpus:
         raise ConfigError("device=cuda: torch sees no CUDA GPU here; use cpu or auto")
     if asked != "auto":

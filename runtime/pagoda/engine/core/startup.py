@@ -149,7 +149,7 @@ class _StartupPhases:
         self.seconds[name] = time.monotonic() - started
 
     def detail(self, text: str) -> None:
-        """Report the detail of the current phase if it has changed."""
+        """Report the detail of the present phase where it has changed."""
         if text != self._last_detail:
             self._last_detail = text
             self._report()

@@ -187,7 +187,7 @@ class DataParallelClient(EngineClient):
             return refusals[-1]
         return EngineNotReadyError(f"the engine is {self.health.state} (stage: {self.health.phase})")
 
-    # ---- life cycle -----------------------------------------------------------------------------------------------
+    # ---- state ----------------------------------------------------------------------------------------------------
 
     @override
     async def start(self) -> None:

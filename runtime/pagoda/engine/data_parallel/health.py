@@ -1,10 +1,10 @@
 """One state of several replicas: what the engine as a whole can do for a client.
 
     every replica ready                         ready
-    some take requests, others do not           degraded     also while one of those that do is degraded itself
-    none takes requests, all may restart        starting
-    one is dead (no restarts left)              dead         a restart of the server restores the full capacity
-    draining                                    draining     until all replicas are dead
+    some serve, others do not                   degraded     also while any that serves is degraded itself
+    none serves, all may restart                starting
+    one is dead                                 dead         the server exits, so that a whole one is started in its place
+    draining                                    draining     until all are dead
 
 The first start ends when all replicas are ready.
 """
@@ -17,7 +17,7 @@ from pagoda.engine.health import SERVING, EngineHealth, EngineState
 
 
 def overall(current: EngineState, replicas: Sequence[EngineHealth]) -> tuple[EngineState, str]:
-    """The state of the whole, and why: the cause names the replicas."""
+    """The state of the whole, and why: the sentence names the replicas that are the cause."""
     dead = [health for health in replicas if health.state is EngineState.DEAD]
     if current is EngineState.DRAINING:
         return (EngineState.DEAD, _sentence(dead)) if len(dead) == len(replicas) else (current, "")

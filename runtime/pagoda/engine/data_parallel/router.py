@@ -1,9 +1,9 @@
-"""Prefix-aware routing: a request goes to the replica with the lowest estimated cost.
+"""Which replica takes a request: the one expected to finish it first.
 
     cost of a replica = tokens it still has to compute + tokens of the prompt that it does not have cached
 
-So requests with a common prefix stay together as long as that saves more work than waiting costs; a prompt that no replica has
-cached goes to the least loaded replica, and among equals to the one with the fewest cached blocks, which spreads prefixes.
+So requests that share a prefix stay together as long as that saves more work than waiting costs; a prompt that no replica has
+goes to the least loaded, and among equals to the one with fewest remembered blocks, which spreads prefixes over all caches.
 
 The router estimates what a replica has cached, by the block hashes of the prompts (and their outputs) that were sent to it: an
 LRU list as long as its KV cache has blocks. A wrong estimate costs time only: each replica
@@ -69,7 +69,7 @@ class _Replica:
 
 
 class PrefixRouter:
-    """Tracks load and cached prefixes of `num_replicas` replicas. `block_size`: tokens; 0: prefix caching is off."""
+    """Estimates load and cached prefixes of `num_replicas` replicas. `block_size`: tokens; 0: prefixes are not cached."""
 
     def __init__(self, num_replicas: int, block_size: int) -> None:
         self._replicas = [_Replica() for _ in range(num_replicas)]
@@ -94,7 +94,7 @@ class PrefixRouter:
         self._replicas[replica].prefixes.clear()
 
     def place(self, request: EngineRequest, candidates: Collection[int]) -> Placement:
-        """Choose one of `candidates` (at least one) and add the request to its load, until `remove`."""
+        """Choose one of `candidates` (at least one) and count the request there; `remove` undoes that."""
         root = root_hash(request.cache_keys)
         hashes: list[bytes] = []
         num_prompt_tokens = len(request.prompt_token_ids)
@@ -132,7 +132,7 @@ class PrefixRouter:
     def remove(self, placement: Placement, *, has_failed: bool = False) -> None:
         """The request has ended; its output is cached too, for the next turn of the conversation.
 
-        `has_failed`: refused, or its replica died; the estimates are not updated.
+        `has_failed`: refused, or its replica failed; the estimates do not change.
         """
         replica = self._replicas[placement.replica]
         replica.num_tokens_left -= placement.num_tokens_left

@@ -25,7 +25,7 @@ class EngineCollector(Collector):
         self._engine = engine
         self._model_name = model_name
         self._prefix = prefix
-        # One count for each core: a core that is started anew counts from 0 again, and the others go on.
+        # One count for each core: a core that is restarted counts from 0 again, and the others go on.
         self._parts = [_Part(part) for part in engine.replicas or [engine]]
 
     def collect(self) -> Iterator[Metric]:
@@ -69,7 +69,7 @@ class EngineCollector(Collector):
             (GaugeMetricFamily, "kv_cache_usage_perc", "Its KV-cache usage.", lambda part: part.stats.kv_cache_usage),
             (CounterMetricFamily, "prefix_cache_queries", "Its prefix cache queries, in tokens.", _Part.queries),
             (CounterMetricFamily, "prefix_cache_hits", "Its prefix cache hits, in tokens.", _Part.hits),
-            (CounterMetricFamily, "restarts", "Times it was lost and started again.", _Part.restarts),
+            (CounterMetricFamily, "restarts", "Times it failed and was restarted.", _Part.restarts),
         ]
         for family_type, name, help, figure in figures:
             family = family_type(f"{self._prefix}replica_{name}", help, labels=["model_name", "replica"])
@@ -78,10 +78,10 @@ class EngineCollector(Collector):
             yield family
 
     def _health(self, state: EngineState) -> Iterator[Metric]:
-        """The state, how it was come to, and the age of the last sign of life."""
+        """The state, its transitions, and the age of the last heartbeat."""
         transitions = self._engine.health.transitions
         restarts = sum(part.restarts() for part in self._parts)
-        yield self._count("engine_restarts", "Times the engine was lost and started again.", restarts)
+        yield self._count("engine_restarts", "Times the engine failed and was restarted.", restarts)
         states = GaugeMetricFamily(
             self._prefix + "engine_state",
             "1 for the state the engine is in, 0 for others.",
@@ -101,15 +101,15 @@ class EngineCollector(Collector):
         progress = self._engine.heartbeat
         age = time.monotonic() - progress.time if progress is not None and progress.is_up else 0.0
         yield self._gauge(
-            "engine_seconds_since_progress", "Age of the engine's last sign of life; 0 while there is none.", age
+            "engine_seconds_since_progress", "Age of the engine's last heartbeat; 0 while there is none.", age
         )
 
     def _rank_health(self) -> Iterator[Metric]:
         """A series a rank and nothing for an engine that has no processes for them."""
         labels = ["model_name", "rank", "host"]
-        up = GaugeMetricFamily(self._prefix + "rank_up", "1 for a rank that is there, 0 for a lost one.", labels=labels)
+        up = GaugeMetricFamily(self._prefix + "rank_up", "1 for a rank that is up, 0 for a failed one.", labels=labels)
         age = GaugeMetricFamily(
-            self._prefix + "rank_seconds_since_heartbeat", "Age of a rank's last sign of life.", labels=labels
+            self._prefix + "rank_seconds_since_heartbeat", "Age of a rank's last heartbeat.", labels=labels
         )
         now = time.monotonic()
         for rank in self._engine.ranks:
@@ -158,7 +158,7 @@ class _StepMeter:
 
     def observe(self) -> None:
         stats = self.engine.stats
-        if stats.step < self.step:  # the core was lost, or another one counts from 0 again
+        if stats.step < self.step:  # a core that was restarted counts from 0 again
             self.step = self._num_tokens = 0
         num_steps, num_tokens = stats.step - self.step, stats.num_scheduled_tokens - self._num_tokens
         for _ in range(num_steps):
