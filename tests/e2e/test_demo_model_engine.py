@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pagoda import LLM, SamplingParams
-from pagoda.models.demo import demo_checkpoint
+from pagoda.models.checkpoint_source import demo_checkpoint
 from pagoda.sampling.output import FinishReason
 from pagoda.text.output import RequestOutput
 from tests.support.demo_questions import IDENTITY, WEATHER_TOOL, FactSheet, Message, ask

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pagoda.models.demo import demo_checkpoint
+from pagoda.models.checkpoint_source import demo_checkpoint
 from tests.support.demo_questions import IDENTITY, FactSheet, ask
 from tests.support.server import ServerProcess
 

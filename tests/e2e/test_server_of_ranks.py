@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from pagoda.models.demo import demo_checkpoint
+from pagoda.models.checkpoint_source import demo_checkpoint
 from tests.support.demo_questions import FactSheet
 from tests.support.observer import is_there
 from tests.support.server import ServerProcess

@@ -132,7 +132,7 @@ async def test_killed_core_fails_its_requests_and_a_new_one_gives_the_same_answe
         await wait_until_async(lambda: client.stats.num_running == 1)
         killed = client.pid
         os.kill(killed, signal.SIGKILL)
-        with pytest.raises(EngineDeadError, match="retry the request"):
+        with pytest.raises(EngineDeadError, match="send it again"):
             await running
         assert not client.health.accepts_requests
         with pytest.raises(EngineNotReadyError):

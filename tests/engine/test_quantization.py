@@ -11,8 +11,8 @@ from pagoda import LLM, SamplingParams
 from pagoda.config.schema import PagodaConfig
 from pagoda.errors import ConfigError
 from pagoda.execution.worker import Worker
+from pagoda.models.checkpoint_source import demo_checkpoint
 from pagoda.models.config import ModelConfig
-from pagoda.models.demo import demo_checkpoint
 from pagoda.models.dummy import DummySpec, write_dummy_checkpoint
 from pagoda.models.quantization.writing import write_quantized_checkpoint
 from tests.support.demo_questions import FactSheet, ask

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from pagoda_kernels import backend
-from pagoda_kernels.packed_weights import pack, quantize_int4, quantize_int8
 from pagoda_kernels.types import PackedWeight
 from tests.ops.packed_cases import ROWS, SHAPES, make_inputs, make_weight
 from tests.support.cpu_kernels import ALL_LEVELS, cpu_kernels_at, require_cpu_kernels
+from tests.support.packed_weights import pack, quantize_int4, quantize_int8
 
 require_cpu_kernels()
 

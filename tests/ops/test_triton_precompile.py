@@ -207,7 +207,7 @@ caches = [(torch.zeros(shape, dtype=torch.bfloat16), torch.zeros(shape, dtype=to
 def step(query_lens):
     # What is cut from one copy, or from one allocation of three, begins anywhere.
     count = len(query_lens)
-    request slots, computed = torch.zeros(2 * count + 1, dtype=torch.int64).split([count, count + 1])
+    req_indices, computed = torch.zeros(2 * count + 1, dtype=torch.int64).split([count, count + 1])
     kernels.gather_step(
         torch.zeros(5, 9, dtype=torch.int64), torch.zeros(5, 41, dtype=torch.int32), 16, request slots,
         torch.zeros(count + 1, dtype=torch.int32), computed, max(query_lens),

@@ -50,6 +50,21 @@ class PagodaConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", "model", "Type of weights and activations; auto follows the checkpoint and what the device does well."
     )
+    quantization: Literal["int8", "int4", "gptq", "awq", "compressed-tensors"] | None = option(
+        None,
+        "model",
+        "Bits of the weights, rounded when they are loaded: int8, one scale for each output, or int4, in groups. None: as the "
+        "checkpoint is; quantized ones are recognized, and naming their method (gptq, awq, compressed-tensors) asserts it.",
+    )
+    quantization_group_size: int | None = option(
+        None,
+        "model",
+        "Inputs that share a scale with quantization=int4: 32, 64 or 128; auto: 64 where that divides the layers' sizes, "
+        "else 32.",
+        ge=32,
+        le=128,
+        auto=True,
+    )
     load_format: Literal["auto", "safetensors", "dummy"] = option(
         "auto",
         "model",
@@ -159,7 +174,12 @@ class PagodaConfig:
         1, "scheduler", "Model steps on one plan while a batch only decodes; new requests wait as long.", ge=1, le=64
     )
 
-    # Parallelism and speed-ups
+    # Speculative decoding
+    speculative_config: Mapping[str, Any] | None = option(
+        None, "speculation", "Speculative decoding, as a JSON object; not supported yet."
+    )
+
+    # Parallelism
     tensor_parallel_size: int = option(1, "parallel", "Ranks that share every layer, each with its heads.", ge=1)
     pipeline_parallel_size: int = option(1, "parallel", "Stages, each with its part of the layers.", ge=1)
     data_parallel_size: int = option(
@@ -220,24 +240,6 @@ class PagodaConfig:
         "Longest time without a heartbeat from a rank, or from the engine to its ranks, before it counts as failed.",
         gt=0,
         unit="seconds",
-    )
-    quantization: Literal["int8", "int4", "gptq", "awq", "compressed-tensors"] | None = option(
-        None,
-        "parallel",
-        "Bits of the weights, rounded when they are loaded: int8, one scale for each output, or int4, in groups. None: as the "
-        "checkpoint is; quantized ones are recognized, and naming their method (gptq, awq, compressed-tensors) asserts it.",
-    )
-    quantization_group_size: int | None = option(
-        None,
-        "parallel",
-        "Inputs that share a scale with quantization=int4: 32, 64 or 128; auto: 64 where that divides the layers' sizes, "
-        "else 32.",
-        ge=32,
-        le=128,
-        auto=True,
-    )
-    speculative_config: Mapping[str, Any] | None = option(
-        None, "parallel", "Speculative decoding, as a JSON object; not supported yet."
     )
 
     # Server

@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 
 from pagoda.errors import CheckpointError
-from pagoda.models.demo import demo_checkpoint
 
+_DEMO_DIRECTORY = Path(__file__).resolve().parent.parent / "demo_model"
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 
@@ -27,6 +27,19 @@ def checkpoint_directory(model: str | None) -> Path:
     if not _HUB_ID.fullmatch(model):
         raise CheckpointError(f"there is no directory {model}, and it is no Hugging Face id (owner/name) either")
     return _from_hub(model)
+
+
+def demo_checkpoint() -> Path:
+    """The built-in demo model's directory: Hugging Face format, Llama, bfloat16, context of 2048 tokens (docs/demo-model.md).
+
+    Raises:
+        CheckpointError: the package was installed without its data files.
+    """
+    if not (_DEMO_DIRECTORY / "model.safetensors").is_file():
+        raise CheckpointError(
+            f"the built-in demo model is missing from {_DEMO_DIRECTORY}: install pagoda with its data files"
+        )
+    return _DEMO_DIRECTORY
 
 
 def _from_hub(model: str) -> Path:

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from pagoda.cli.main import main as pagoda
 from pagoda.errors import CheckpointError, ConfigError
 from pagoda.models.build import build_model
+from pagoda.models.checkpoint_source import demo_checkpoint
 from pagoda.models.config import ModelConfig
 from pagoda.models.decoder import DecoderForCausalLM
-from pagoda.models.demo import demo_checkpoint
 from pagoda.models.dummy import DummySpec, write_dummy_checkpoint
 from pagoda.models.loading.loader import load_weights
 from pagoda.models.quantization import writing
