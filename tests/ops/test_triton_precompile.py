@@ -209,7 +209,7 @@ def step(query_lens):
     count = len(query_lens)
     req_indices, computed = torch.zeros(2 * count + 1, dtype=torch.int64).split([count, count + 1])
     kernels.gather_step(
-        torch.zeros(5, 9, dtype=torch.int64), torch.zeros(5, 41, dtype=torch.int32), 16, request slots,
+        torch.zeros(5, 9, dtype=torch.int64), torch.zeros(5, 41, dtype=torch.int32), 16, req_indices,
         torch.zeros(count + 1, dtype=torch.int32), computed, max(query_lens),
         StepTensors.allocate(sum(query_lens), count, 38, torch.device("cpu")),
     )
