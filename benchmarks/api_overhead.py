@@ -197,8 +197,9 @@ def run_server(rate: str) -> None:
     start = subprocess.Popen
 
     def popen(command: list[str], **settings: Any) -> subprocess.Popen[bytes]:
-        assert command[1:3] == ["-m", "pagoda.engine.core.process"], command
-        return start([sys.executable, __file__, "role", "core", rate, *command[3:]], **settings)
+        if command[1:3] == ["-m", "pagoda.engine.core.process"]:
+            command = [sys.executable, __file__, "role", "core", rate, *command[3:]]
+        return start(command, **settings)
 
     subprocess.Popen = popen  # type: ignore[misc,assignment]
     options = {"model-name": "demo", "host": "127.0.0.1", "http-port": 0, "grpc-port": 0, "max-num-waiting": 100_000}
