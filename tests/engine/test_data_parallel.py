@@ -148,7 +148,7 @@ async def test_a_killed_replica_disturbs_nobody_but_those_who_had_its_tokens_and
 
         tasks = {request.request_id: asyncio.create_task(one(request)) for request in requests}
         await wait_until_async(lambda: sum(map(bool, seen.values())) == len(requests))
-        survivors = {engine_id.partition("#")[0] for engine_id in client.replicas[0]._mailboxes}
+        survivors = {engine_id.partition("#")[0] for engine_id in client.replicas[0]._collectors}
         assert 0 < len(survivors) < len(requests)
         late = requests_of(16, max_tokens=20)[14:]
         killed = client.replicas[1].pid

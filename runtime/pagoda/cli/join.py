@@ -17,7 +17,7 @@ from pagoda.config.rules import raise_problems
 from pagoda.config.sources import load
 from pagoda.errors import CommunicationError, ConfigError
 
-LOST = 1
+HEAD_LOST = 1
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -49,7 +49,7 @@ def run(arguments: Sequence[str]) -> int:
         node.run()
     except CommunicationError as error:
         print(f"pagoda join: {error}", file=sys.stderr)
-        return LOST
+        return HEAD_LOST
     return os.EX_OK
 
 

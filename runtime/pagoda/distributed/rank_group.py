@@ -95,7 +95,7 @@ class RankGroup(Executor):
         self._layout = ParallelLayout(config.tensor_parallel_size, config.pipeline_parallel_size)
         self._launcher = launcher
         self._links: RankLinks | None = None
-        self._lost: str | None = None
+        self._end_cause: str | None = None
         self._results: dict[int, StepResult] = {}
         self._failures: dict[int, _FailedStep] = {}
         self._in_flight: set[int] = set()
@@ -121,7 +121,7 @@ class RankGroup(Executor):
                 self._links.send_all(CheckCommunication())
                 checked = self._collect(CommunicationChecked, "did not get through the communication check", timeout)
         except PagodaError as error:
-            self._lose(str(error))
+            self._fail_group(str(error))
             raise
         for line in communication_table([answer.report for answer in checked]):
             logger.info("%s", line)
@@ -208,7 +208,7 @@ class RankGroup(Executor):
             left = self._deadline - self._clock()
             return self._collect(answer, otherwise, left, "engine_start_timeout_seconds", on_other)
         except PagodaError as error:
-            self._lose(str(error))
+            self._fail_group(str(error))
             raise
 
     def _collect(
@@ -229,8 +229,8 @@ class RankGroup(Executor):
 
     @override
     def submit(self, plan: StepPlan) -> StepHandle:
-        if self._lost is not None or self._links is None:
-            return FailedStep(EngineDeadError(self._lost or "the ranks are not connected"))
+        if self._end_cause is not None or self._links is None:
+            return FailedStep(EngineDeadError(self._end_cause or "the ranks are not connected"))
         update = NO_SAMPLED_TOKENS if self._sampled_tokens is None else self._sampled_tokens.update_for(plan)
         self._in_flight.add(plan.step_id)
         self._links.send_all(RunStep(plan, update))
@@ -241,7 +241,7 @@ class RankGroup(Executor):
         try:
             result = self._take_result(plan)
         except EngineDeadError as error:
-            self._lose(str(error))
+            self._fail_group(str(error))
             raise
         except Exception:  # raised on: the step failed, and what was planned upon it with it
             self._forget_in_flight()
@@ -338,14 +338,14 @@ class RankGroup(Executor):
     @override
     def check_health(self) -> None:
         # Messages are read here too, so that the exit of an idle rank is noticed.
-        if self._lost is None and self._links is not None:
+        if self._end_cause is None and self._links is not None:
             try:
                 while (received := self._links.receive(0)) is not None:
                     self._note(received)
             except PagodaError as error:
-                self._lose(str(error))
-        if self._lost is not None:
-            raise EngineDeadError(self._lost)
+                self._fail_group(str(error))
+        if self._end_cause is not None:
+            raise EngineDeadError(self._end_cause)
 
     @override
     def ranks(self) -> list[RankHealth]:
@@ -355,16 +355,16 @@ class RankGroup(Executor):
     def shutdown(self) -> None:
         self._end("the executor was shut down", _SHUTDOWN_SECONDS)
 
-    def _lose(self, cause: str) -> None:
+    def _fail_group(self, cause: str) -> None:
         """The group has failed: all ranks end now, whatever they are doing."""
-        if self._lost is None:
+        if self._end_cause is None:
             logger.error("the ranks failed: %s", cause)
             self._end(cause, 0.0)
 
     def _end(self, cause: str, patience: float) -> None:
-        if self._lost is not None:
+        if self._end_cause is not None:
             return
-        self._lost = cause
+        self._end_cause = cause
         if self._links is not None:
             self._links.end(cause)
         self._launcher.terminate(patience)
@@ -375,8 +375,8 @@ class RankGroup(Executor):
         return self._alive_links().name(rank)
 
     def _alive_links(self) -> RankLinks:
-        if self._links is None or self._lost is not None:
-            raise EngineDeadError(self._lost or "the ranks are not connected")
+        if self._links is None or self._end_cause is not None:
+            raise EngineDeadError(self._end_cause or "the ranks are not connected")
         return self._links
 
 

@@ -71,7 +71,7 @@ from pagoda.version import __version__
 
 logger = logging.getLogger(__name__)
 
-_LOST_EXIT_CODE = 1
+_FAILED_EXIT_CODE = 1
 _PHASE_OF = {CheckCommunication: "communication", LoadWeights: "weights", MeasureKV: "kv", InitializeKV: "warm-up"}
 _FLUSH_SECONDS = 5.0
 
@@ -112,7 +112,7 @@ class RankService:
                 self._do(command)
             except Exception as error:  # any fault is reported to the driver, and the rank ends
                 self._fail(error)
-                return _LOST_EXIT_CODE
+                return _FAILED_EXIT_CODE
 
     def _deliver(self, message: Message | ChannelEnded) -> None:
         """Take a message, in the reader's thread; the end of the connection is the end of the process, whatever it does."""
@@ -274,7 +274,7 @@ class RankService:
                 logger.error(
                     "no heartbeat of the engine core for %.1f s (timeout %g s): this rank ends", silent, timeout
                 )
-                os._exit(_LOST_EXIT_CODE)
+                os._exit(_FAILED_EXIT_CODE)
             if self._state is not None:
                 self._state.beat()
 

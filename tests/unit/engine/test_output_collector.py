@@ -22,11 +22,11 @@ def output(*token_ids: int, **fields) -> EngineOutput:
 
 
 async def test_a_reader_that_was_away_gets_everything_in_one_piece() -> None:
-    mailbox = RequestOutputCollector()
-    mailbox.put(output(1, prompt_logprobs=[None]))
-    mailbox.put(output(2, 3))
-    mailbox.put(output(4, finish_reason=FinishReason.STOP, stop_reason=4))
-    got = await mailbox.get()
+    collector = RequestOutputCollector()
+    collector.put(output(1, prompt_logprobs=[None]))
+    collector.put(output(2, 3))
+    collector.put(output(4, finish_reason=FinishReason.STOP, stop_reason=4))
+    got = await collector.get()
     assert got.new_token_ids == [1, 2, 3, 4]
     assert got.logprobs is not None
     assert [entry.token_ids for entry in got.logprobs] == [[1], [2], [3], [4]]
@@ -54,29 +54,29 @@ def test_what_a_slow_reader_gets_is_all_outputs_merged_and_changes_none_of_them(
 ) -> None:
     outputs[-1].finish_reason = finish_reason  # nothing follows an end
     untouched = copy.deepcopy(outputs)
-    mailbox = RequestOutputCollector()
+    collector = RequestOutputCollector()
     for one in outputs:
-        mailbox.put(one)
-    assert asyncio.run(mailbox.get()) == functools.reduce(merge, untouched)
+        collector.put(one)
+    assert asyncio.run(collector.get()) == functools.reduce(merge, untouched)
     assert outputs == untouched
 
 
 async def test_a_reader_waits_for_news_and_gets_each_once() -> None:
-    mailbox = RequestOutputCollector()
-    mailbox.put(output(1))
-    assert (await mailbox.get()).new_token_ids == [1]
-    waiting = asyncio.create_task(mailbox.get())
+    collector = RequestOutputCollector()
+    collector.put(output(1))
+    assert (await collector.get()).new_token_ids == [1]
+    waiting = asyncio.create_task(collector.get())
     await asyncio.sleep(0)
     assert not waiting.done()
-    mailbox.put(output(2))
+    collector.put(output(2))
     assert (await waiting).new_token_ids == [2]
 
 
 async def test_what_came_before_a_loss_is_given_before_the_error() -> None:
-    mailbox = RequestOutputCollector()
-    mailbox.put(output(1))
-    mailbox.fail(EngineDeadError("lost"))
-    assert (await mailbox.get()).new_token_ids == [1]
+    collector = RequestOutputCollector()
+    collector.put(output(1))
+    collector.fail(EngineDeadError("lost"))
+    assert (await collector.get()).new_token_ids == [1]
     for _ in range(2):
         with pytest.raises(EngineDeadError):
-            await mailbox.get()
+            await collector.get()

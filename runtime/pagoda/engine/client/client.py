@@ -129,12 +129,12 @@ class ProcessEngineClient(EngineClient):
         self._environment = environment
         self._launched = launched
         self._request_numbers = itertools.count()
-        self._mailboxes: dict[str, RequestOutputCollector] = {}  # by the engine's request id
+        self._collectors: dict[str, RequestOutputCollector] = {}  # by the engine's request id
         self._service_rate = ServiceRate()
         self._restarts = RestartPolicy(config.on_engine_failure, config.max_engine_restarts)
         self._pause: float | None = None  # before the next core; None: there will be none
         self._child: EngineCoreHandle | None = None
-        self._is_lost = False  # the core has failed, though its process may still exist
+        self._has_failed = False  # the core has failed, though its process may still exist
         self._supervising: asyncio.Task[None] | None = None
         self._started: asyncio.Future[EngineReady] | None = None
         self._ending = asyncio.Event()
@@ -147,7 +147,7 @@ class ProcessEngineClient(EngineClient):
     @property
     def num_requests(self) -> int:
         """Requests that were taken and have not ended."""
-        return len(self._mailboxes)
+        return len(self._collectors)
 
     @property
     @override
@@ -163,23 +163,23 @@ class ProcessEngineClient(EngineClient):
     @override
     async def submit(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
         child = self._check_queue()
-        if not self._mailboxes:
+        if not self._collectors:
             self._service_rate.resume(time.monotonic())
         # The engine's id is unique: a client may reuse an id, and outputs of the first request must not reach the second.
         request_id = f"{request.request_id}#{next(self._request_numbers)}"
-        mailbox = self._mailboxes[request_id] = RequestOutputCollector()
+        collector = self._collectors[request_id] = RequestOutputCollector()
         is_over = False
         try:
             child.send(replace(request, request_id=request_id))
             while not is_over:
-                output = await mailbox.get()
+                output = await collector.get()
                 is_over = output.finish_reason is not None
                 if output.error_kind is not None:
                     raise self._error_of(output.error_kind, output.error or "the request failed")
                 yield output
         finally:
             # The one place where a request is removed: finished, failed, closed by its reader or cancelled.
-            del self._mailboxes[request_id]
+            del self._collectors[request_id]
             if not is_over:
                 child.send(AbortRequests([request_id]))
 
@@ -190,7 +190,7 @@ class ProcessEngineClient(EngineClient):
         child = self._child
         if not self.health.accepts_requests or self.ready is None or child is None or not child.is_connected:
             raise EngineNotReadyError(f"the engine is {self.health.state} (stage: {self.health.phase})")
-        waiting = len(self._mailboxes) - self.ready.max_num_seqs
+        waiting = len(self._collectors) - self.ready.max_num_seqs
         if waiting >= self._config.max_num_waiting:
             raise self._error_of(
                 ErrorKind.QUEUE_FULL, f"{waiting} requests are waiting, as many as max_num_waiting allows"
@@ -203,7 +203,7 @@ class ProcessEngineClient(EngineClient):
 
     def _error_of(self, kind: ErrorKind, message: str) -> PagodaError:
         if kind is ErrorKind.QUEUE_FULL:
-            waiting = len(self._mailboxes) - (self.ready.max_num_seqs if self.ready is not None else 0)
+            waiting = len(self._collectors) - (self.ready.max_num_seqs if self.ready is not None else 0)
             return QueueFullError(message, self._service_rate.seconds_until_served(waiting))
         return error_of(kind, message)
 
@@ -214,9 +214,9 @@ class ProcessEngineClient(EngineClient):
         for output in message.outputs:
             if output.finish_reason is not None and output.error_kind is None:
                 self._service_rate.count(message.timestamp)
-            mailbox = self._mailboxes.get(output.request_id)
-            if mailbox is not None:  # else its reader has closed it, and the abort was sent
-                mailbox.put(output)
+            collector = self._collectors.get(output.request_id)
+            if collector is not None:  # else its reader has closed it, and the abort was sent
+                collector.put(output)
 
     def _note_degradation(self, degradation: str) -> None:
         if self.health.accepts_requests:
@@ -240,7 +240,7 @@ class ProcessEngineClient(EngineClient):
                 await self._run_core()
             except Exception as error:  # an internal error must not leave an engine without supervision
                 logger.exception("the engine process could not be run")
-                self._lose_core(EngineDeadError(f"the engine process could not be run: {error}"))
+                self._core_failed(EngineDeadError(f"the engine process could not be run: {error}"))
             if self._ending.is_set() or self._pause is None:
                 return
             with suppress(TimeoutError):
@@ -249,7 +249,7 @@ class ProcessEngineClient(EngineClient):
 
     async def _run_core(self) -> None:
         """Run one core from its start to its end."""
-        self._is_lost = False
+        self._has_failed = False
         launched, self._launched = self._launched, None
         child = self._child = await EngineCoreHandle.start(self._config, self._environment, launched)
         self.configured.set()
@@ -268,13 +268,13 @@ class ProcessEngineClient(EngineClient):
                 elif isinstance(message, EngineReady):
                     self._welcome(message)
                 elif isinstance(message, EngineFailed):
-                    self._lose_core(error_of(message.kind, message.message))
+                    self._core_failed(error_of(message.kind, message.message))
         finally:
             watching.cancel()
             exit_text = await child.reap(_SHUTDOWN_SECONDS if self._ending.is_set() else _EXIT_SECONDS)
             self._child = None
             self.stats = EngineStats()
-        self._lose_core(EngineDeadError(f"the engine process {exit_text}", was_killed=child.was_killed_by_others))
+        self._core_failed(EngineDeadError(f"the engine process {exit_text}", was_killed=child.was_killed_by_others))
 
     def _welcome(self, ready: EngineReady) -> None:
         assert self._started is not None
@@ -284,12 +284,12 @@ class ProcessEngineClient(EngineClient):
         if not self._started.done():
             self._started.set_result(ready)
 
-    def _lose_core(self, cause: PagodaError) -> None:
+    def _core_failed(self, cause: PagodaError) -> None:
         """The core has failed: unready, and its requests failed, now and not when its process has exited."""
         assert self._started is not None
-        if self._is_lost or self._ending.is_set():
+        if self._has_failed or self._ending.is_set():
             return
-        self._is_lost = True
+        self._has_failed = True
         self.ranks = [replace(rank, is_up=False) for rank in self.ranks]
         may_restart = self._started.done() and self.health.state not in (EngineState.DRAINING, EngineState.DEAD)
         self._pause = self._restarts.backoff(time.monotonic()) if may_restart else None
@@ -323,7 +323,7 @@ class ProcessEngineClient(EngineClient):
                 )
             if failure is not None and not self._ending.is_set():
                 logger.error("%s; killing it", failure)
-                self._lose_core(EngineDeadError(failure))
+                self._core_failed(EngineDeadError(failure))
                 await child.kill(dump_stacks=True)
                 return
 
@@ -331,8 +331,8 @@ class ProcessEngineClient(EngineClient):
         error = EngineDeadError(
             f"the engine failed while it was running this request ({cause}); send it again", was_killed=was_killed
         )
-        for mailbox in self._mailboxes.values():
-            mailbox.fail(error)
+        for collector in self._collectors.values():
+            collector.fail(error)
 
     @override
     async def shutdown(self) -> None:

@@ -46,7 +46,7 @@ _HEARTBEAT_SECONDS = 0.5  # between heartbeats of an idle core
 _OUTBOX_LENGTH = 256  # messages the parent has not read; past that the loop waits for it
 _INBOX_LENGTH = 4096  # messages the loop has not taken; past that they wait in the parent, which then refuses requests
 _RANKS_SECONDS = 1.0  # between reports of the ranks' health
-_LOST_EXIT_CODE = 1
+_FAILED_EXIT_CODE = 1
 
 
 class Connection:
@@ -92,7 +92,7 @@ class Connection:
             os._exit(0)
         except Exception:  # any error: without this thread no request would arrive, nor EOF be read
             logger.exception("invalid frame from the API process: the engine core ends")
-            os._exit(_LOST_EXIT_CODE)
+            os._exit(_FAILED_EXIT_CODE)
 
     def _write(self) -> None:
         try:
@@ -102,7 +102,7 @@ class Connection:
             return  # the parent has died; the reader ends the process
         except Exception:  # any error: without this thread no output would be sent
             logger.exception("a message to the API process could not be written: the engine core ends")
-            os._exit(_LOST_EXIT_CODE)
+            os._exit(_FAILED_EXIT_CODE)
 
 
 class EngineCoreLoop:
@@ -202,7 +202,7 @@ def main(socket_fd: int, heartbeat_fd: int) -> int:
         message = str(error) if isinstance(error, PagodaError) else f"{type(error).__name__}: {error}"
         connection.send(EngineFailed(kind, message))
         connection.close()
-        return _LOST_EXIT_CODE
+        return _FAILED_EXIT_CODE
     connection.close()
     return 0
 
