@@ -179,6 +179,10 @@ async def test_requests_that_waited_in_a_killed_replica_are_served_by_the_other(
         assert victim.pid is not None
         os.kill(victim.pid, signal.SIGSTOP)  # so that nothing of what it is sent gets a token
         tasks = {request.request_id: asyncio.create_task(run(client, request)) for request in requests}
-        await wait_until_async(lambda: victim.num_requests > 0 and len(client._requests) == victim.num_requests)
+        await wait_until_async(
+            lambda: (
+                0 < victim.num_requests == sum(not task.done() for task in tasks.values())
+            )  # the other has ended all
+        )
         os.kill(victim.pid, signal.SIGKILL)
         assert {name: await task for name, task in tasks.items()} == expected
