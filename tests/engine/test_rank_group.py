@@ -170,9 +170,9 @@ def test_a_later_stage_is_bounded_by_the_start_timeout(command) -> None:
 
 def test_answers_that_came_while_the_driver_was_stopped_are_not_too_late() -> None:
     def load(rank, _):
-        rank.progress = RankHeartbeat(5, 0)
+        rank.heartbeat = RankHeartbeat(5, 0)
         rank.channel.send(PhaseDone("weights"))
-        rank.channel.send(rank.progress)  # where this has arrived, the answer has
+        rank.channel.send(rank.heartbeat)  # where this has arrived, the answer has
 
     def stopped() -> None:
         wait_until(lambda: [rank.num_steps for rank in group.ranks()] == [5, 5])
