@@ -19,8 +19,8 @@ class BaseRequest:
     """What all forms of a request have.
 
     `request_id`: shown in logs and answers; may be used again. `params`: what to compute. `priority`: lower is served first.
-    `tenant`: the waiting queue is round-robin over tenants. `cache_keys`: only requests for which they
-    are equal share cached prefixes. Each begins with its kind (`salt=…`), so that keys of two kinds are never equal.
+    `tenant`: the waiting queue is round-robin over tenants. `cache_keys`: only requests for which they are equal share cached
+    prefixes. Each begins with its kind (`salt=…`), so that keys of two kinds are never equal.
     """
 
     request_id: str = ""
@@ -51,10 +51,10 @@ class GenerationRequest(BaseRequest):
 class EngineRequest(BaseRequest):
     """One sequence to generate (`n > 1` is fanned out before this point).
 
-    `request_id` is unique in an engine core; `EngineClient.submit` sees to that. `prompt_token_ids`: at least one id below the
-    vocabulary size; the list is shared and never changed. `max_tokens`:
-    resolved, at least 1, and `len(prompt_token_ids) + max_tokens <= max_model_len`. `eos_token_ids` end generation unless
-    `params.ignore_eos`. `arrival_time`: `time.monotonic()` seconds.
+    `request_id` is unique in an engine core; `EngineClient.submit` makes it so. `prompt_token_ids`: at least one id, all below
+    the vocabulary size; the list is shared and never changed. `max_tokens`: resolved, at least 1, and
+    `len(prompt_token_ids) + max_tokens <= max_model_len`. `eos_token_ids` end generation unless `params.ignore_eos`.
+    `arrival_time`: `time.monotonic()` seconds.
     """
 
     prompt_token_ids: list[int]

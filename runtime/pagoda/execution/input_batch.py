@@ -95,7 +95,7 @@ class StepBuffers(Protocol):
 
 
 class InputBatch:
-    """Slots of `max_num_seqs` requests of at most `max_model_len` tokens, on `device`."""
+    """Request slots of `max_num_seqs` requests of at most `max_model_len` tokens, on `device`."""
 
     def __init__(
         self,
@@ -117,9 +117,9 @@ class InputBatch:
         self.block_table = torch.zeros((max_num_seqs, self.max_blocks), dtype=torch.int32, device=device)
         # Tokens that a request slot holds, including sampled ones that are not on the host yet; 0 while it is empty.
         self.num_tokens = np.zeros(max_num_seqs, dtype=np.int64)
-        # Slots whose rows fail until they are released, and why. Those that were planned wrongly do not run. The others do,
-        # and even sample a token that is dropped: what runs must follow from the plan alone, or ranks would disagree on the
-        # shapes that they exchange.
+        # Request slots whose rows fail until they are released, and why. Those that were planned wrongly do not run. The
+        # others do, and even sample a token that is dropped: what runs must follow from the plan alone, or ranks would
+        # disagree on the shapes that they exchange.
         self.request_errors: dict[int, str] = {}
         self._cannot_run: set[int] = set()
         self._layout: RowLayout | None = None
@@ -153,7 +153,7 @@ class InputBatch:
             self.request_errors[new.req_index] = f"the request could not be prepared: {type(error).__name__}: {error}"
 
     def apply_update(self, update: SampledTokensUpdate) -> None:
-        """Write tokens that another rank sampled into the pool. Slots and positions were planned, so they are there."""
+        """Write tokens that another rank sampled into the pool, at planned request slots and positions."""
         if update.req_indices:
             req_indices, positions, token_ids = (
                 to_device(np.array(values, dtype=np.int64), self.device)

@@ -29,11 +29,11 @@ _GREEDY = SamplingParams(temperature=0.0)
 
 @dataclass(frozen=True, slots=True)
 class _PromptLogprobs:
-    """Of a row of the plan: log-probabilities of its next prompt tokens, in pieces, with `count` best tokens each."""
+    """Of a row of the plan: log-probabilities of its next prompt tokens, in chunks, with `count` best tokens each."""
 
     plan_row: int
     count: int
-    pieces: list[LogprobTensors]
+    chunks: list[LogprobTensors]
 
 
 class PendingStep:
@@ -54,7 +54,7 @@ class PendingStep:
         self._sampling_plan_rows = inputs.layout.sampling_plan_rows if inputs is not None else []
         self._sampled = _sampled_to_host(sampled) if sampled is not None else None
         self._prompt_logprobs = [
-            _PromptLogprobs(row.plan_row, row.count, [_logprobs_to_host(piece) for piece in row.pieces])
+            _PromptLogprobs(row.plan_row, row.count, [_logprobs_to_host(chunk) for chunk in row.chunks])
             for row in prompt_logprobs or []
         ]
         self._event = DeviceEvent(device)
@@ -91,9 +91,9 @@ class PendingStep:
     @staticmethod
     def _take_prompt_logprobs(row: _PromptLogprobs, result: StepResult) -> None:
         entries: list[TokenLogprobs] = []
-        for piece in row.pieces:
-            entries.extend(piece.to_lists([row.count] * len(piece.ranks)))
-            if bool(piece.logprobs.isnan().any()):
+        for chunk in row.chunks:
+            entries.extend(chunk.to_lists([row.count] * len(chunk.ranks)))
+            if bool(chunk.logprobs.isnan().any()):
                 result.errors[row.plan_row] = "the model computed NaN logits for this request"
                 result.sampled_token_ids[row.plan_row] = []
         if row.plan_row not in result.errors:
@@ -141,7 +141,7 @@ class ModelRunner:
         self.sampler = Sampler(
             vocab_size=batch.vocab_size, token_pool=batch.token_pool, kernels=backend.active, seed=seed
         )
-        # Slots whose requests want prompt logprobs: how many best tokens, and the length of the prompt.
+        # Request slots whose requests want prompt logprobs: how many best tokens, and the length of the prompt.
         self._prompt_logprobs: dict[int, tuple[int, int]] = {}
         self.graphs: DecodeGraphs | None = None
 
@@ -220,7 +220,7 @@ class ModelRunner:
     def _sample(self, inputs: StepInputs, hidden: Tensor) -> SamplerOutput | None:
         """Sample the rows that have come to their last token, and put their new tokens into the pool.
 
-        The output rank samples and broadcasts to its tensor group; returns None on the others.
+        The sampling rank samples and broadcasts to its tensor group; returns None on the others.
         """
         if inputs.layout.sampling_tokens is not None:
             hidden = hidden.index_select(0, inputs.layout.sampling_tokens)
@@ -250,19 +250,19 @@ class ModelRunner:
                 continue
             targets = self.batch.token_pool[req_index, first:last]
             begin = int(layout.first_tokens[row])
-            pieces = self._logprobs_in_pieces(hidden[begin : begin + len(targets)], targets, count)
-            found.append(_PromptLogprobs(int(layout.plan_rows[row]), count, pieces))
+            chunks = self._logprobs_in_chunks(hidden[begin : begin + len(targets)], targets, count)
+            found.append(_PromptLogprobs(int(layout.plan_rows[row]), count, chunks))
         return found
 
-    def _logprobs_in_pieces(self, hidden: Tensor, targets: Tensor, count: int) -> list[LogprobTensors]:
+    def _logprobs_in_chunks(self, hidden: Tensor, targets: Tensor, count: int) -> list[LogprobTensors]:
         """On the sampling rank; the others only do their part of the logits."""
         size = max(1, _MAX_PROMPT_LOGITS // self.batch.vocab_size)
-        pieces = []
+        chunks = []
         for states, ids in zip(torch.split(hidden, size), torch.split(targets, size), strict=True):
             logits = self.model.compute_logits(states)
             if logits is not None:
-                pieces.append(RawDistribution.of(pad_to_blocks(logits), count).of_tokens(ids))
-        return pieces
+                chunks.append(RawDistribution.of(pad_to_blocks(logits), count).of_tokens(ids))
+        return chunks
 
 
 def _fire_sample_faults(plan: StepPlan, errors: dict[int, str]) -> None:

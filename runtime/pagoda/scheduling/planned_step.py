@@ -13,7 +13,7 @@ from pagoda.scheduling.request import Request
 class PlannedStep:
     """`requests[i]` is the request of row i of `plan`. Writing a row moves the counters of its request forward.
 
-    The rows of `discarded` requests count for nothing: they are computed again, in a later plan.
+    Results of the rows of `discarded` requests are dropped: these requests are recomputed in a later plan.
     """
 
     plan: StepPlan

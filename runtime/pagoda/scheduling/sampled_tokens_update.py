@@ -14,7 +14,7 @@ from pagoda.scheduling.plan import SampledTokensUpdate, StepPlan, StepResult
 
 
 class SampledTokensTracker:
-    """The driver's side. Call `update_for` for every plan and `record` for its result, both in the order of plans."""
+    """Runs in the driver, which calls `update_for` for every plan and `record` for its result, both in the order of plans."""
 
     def __init__(self) -> None:
         self._num_releases: Counter[int] = Counter()

@@ -64,7 +64,7 @@ class Scheduler:
         self._requests: dict[str, Request] = {}
         self._waiting = make_waiting_queue(limits.policy)
         self._running: dict[str, Request] = {}
-        self._free_req_indices = _all_slots(limits)
+        self._free_req_indices = _all_req_indices(limits)
         self._released_req_indices: list[int] = []
         self._in_flight: dict[int, PlannedStep] = {}  # by step id
         self._first_left_out: Request | None = None  # by the budget of the last plan
@@ -219,14 +219,11 @@ class Scheduler:
         longest_chunk = self._longest_chunk
         slides = self.kv.sliding_window is not None
         preempted = False
-        first_left_out: Request | None = None
-        for request in self._candidates():
+        candidates = self._candidates()
+        for request in candidates:
             num_new = min(request.next_tokens(), budget, longest_chunk)
             if num_new == 0 or request.req_index < 0:
-                # Nothing to do, no budget, or preempted a moment ago for one before it.
-                if budget == 0 and first_left_out is None and request.req_index >= 0 and request.next_tokens():
-                    first_left_out = request
-                continue
+                continue  # nothing to do, no budget, or preempted a moment ago for one before it
             if slides:
                 self.kv.drop_out_of_window(request)
             while not self.kv.extend(request, request.num_computed_tokens + num_new):
@@ -239,8 +236,14 @@ class Scheduler:
             else:
                 scheduled[request] = num_new
                 budget -= num_new
-        self._first_left_out = first_left_out
+        self._first_left_out = None if budget else self._first_without_tokens(candidates, scheduled)
         return scheduled, preempted
+
+    def _first_without_tokens(self, candidates: list[Request], scheduled: dict[Request, int]) -> Request | None:
+        """The first request that could run and for which the budget had no tokens left."""
+        return next(
+            (one for one in candidates if one not in scheduled and one.req_index >= 0 and one.next_tokens()), None
+        )
 
     def _candidates(self) -> list[Request]:
         """The running requests that this plan may move forward, the oldest first.
@@ -327,9 +330,9 @@ class Scheduler:
         self._return_to_waiting(request)
 
     def _recompute(self, requests: set[Request]) -> None:
-        """Compute requests anew, from the tokens that are known; those still in flight will not be taken.
+        """Preempt these requests, to recompute them from their known tokens; tokens in flight are dropped.
 
-        Cached prefixes are forgotten: what made this necessary may be in them.
+        The prefix cache is reset: blocks with missing or wrong KV may be in it.
         """
         for request in sorted(requests, key=self._priority_key, reverse=True):
             request.num_in_flight = 0
@@ -383,10 +386,10 @@ class Scheduler:
         return updates
 
     def _fail_rows(self, step: PlannedStep, errors: dict[int, str]) -> None:
-        """End the requests of rows that failed, and compute anew those that share blocks which these should have written.
+        """End the requests of failed rows, and recompute the requests that share blocks which these rows should have written.
 
-        A row that failed may not have run: its KV is not there, or holds what made it fail. But its blocks could be found from
-        the moment it was planned, and others may have been admitted with them, in this step or in those planned since.
+        A failed row may not have run, so the KV of its blocks is missing or wrong. But the blocks were published when the row
+        was planned: requests admitted in this step or in a later one in flight may have found them in the prefix cache.
         """
         in_flight = (step, *self._in_flight.values())
         candidates = {request for planned in in_flight for _, request in planned.rows()}  # some are preempted by now
@@ -445,14 +448,14 @@ class Scheduler:
 
     def reset(self) -> None:
         """Take back what has leaked, in an engine without requests: it would be missing for as long as the engine runs."""
-        leaked_slots = set(range(self.limits.max_num_seqs)).difference(self._free_req_indices)
-        self._released_req_indices += sorted(leaked_slots.difference(self._released_req_indices))
-        self._free_req_indices = _all_slots(self.limits)
+        leaked = set(range(self.limits.max_num_seqs)).difference(self._free_req_indices)
+        self._released_req_indices += sorted(leaked.difference(self._released_req_indices))
+        self._free_req_indices = _all_req_indices(self.limits)
         self._waiting = make_waiting_queue(self.limits.policy)
         self._running.clear()
         self.kv.reset()
 
 
-def _all_slots(limits: SchedulerLimits) -> list[int]:
+def _all_req_indices(limits: SchedulerLimits) -> list[int]:
     """The request slots, of which the last is given away first."""
     return list(range(limits.max_num_seqs - 1, -1, -1))

@@ -142,8 +142,7 @@ def within(seconds: float, call: Callable[[], object]) -> bool:
     def guarded() -> None:
         try:
             call()
-        # Only its end matters; what it cannot clear away, the head does when the job has ended.
-        except Exception as error:
+        except Exception as error:  # only its end matters: what it leaves behind, the head removes with the job
             logger.debug("a call to Ray failed: %s", error)
 
     thread = threading.Thread(target=guarded, name="ray-call", daemon=True)

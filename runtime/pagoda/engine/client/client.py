@@ -113,9 +113,6 @@ class ProcessEngineClient(EngineClient):
     process for the first core.
     """
 
-    stats = EngineStats()
-    ranks: list[RankHealth] = []  # noqa: RUF012 (replaced as a whole, by the instance)
-
     def __init__(
         self,
         config: PagodaConfig,
@@ -128,6 +125,8 @@ class ProcessEngineClient(EngineClient):
         self._config = config
         self._environment = environment
         self._launched = launched
+        self._stats = EngineStats()
+        self._ranks: list[RankHealth] = []
         self._request_numbers = itertools.count()
         self._collectors: dict[str, RequestOutputCollector] = {}  # by the engine's request id
         self._service_rate = ServiceRate()
@@ -148,6 +147,16 @@ class ProcessEngineClient(EngineClient):
     def num_requests(self) -> int:
         """Requests that were taken and have not ended."""
         return len(self._collectors)
+
+    @property
+    @override
+    def stats(self) -> EngineStats:
+        return self._stats
+
+    @property
+    @override
+    def ranks(self) -> list[RankHealth]:
+        return self._ranks
 
     @property
     @override
@@ -208,9 +217,9 @@ class ProcessEngineClient(EngineClient):
         return error_of(kind, message)
 
     def _deliver(self, message: EngineOutputs) -> None:
-        if message.stats.degradation != self.stats.degradation:
+        if message.stats.degradation != self._stats.degradation:
             self._note_degradation(message.stats.degradation)
-        self.stats = message.stats
+        self._stats = message.stats
         for output in message.outputs:
             if output.finish_reason is not None and output.error_kind is None:
                 self._service_rate.count(message.timestamp)
@@ -261,22 +270,22 @@ class ProcessEngineClient(EngineClient):
                 if isinstance(message, EngineOutputs):
                     self._deliver(message)
                 elif isinstance(message, EngineRanks):
-                    self.ranks = message.ranks
+                    self._ranks = message.ranks
                 elif isinstance(message, EngineStartupPhase):
                     if self.health.state is EngineState.STARTING:  # else the server is being stopped meanwhile
                         self.health.enter_phase(message.name, message.detail)
                 elif isinstance(message, EngineReady):
-                    self._welcome(message)
+                    self._core_ready(message)
                 elif isinstance(message, EngineFailed):
                     self._core_failed(error_of(message.kind, message.message))
         finally:
             watching.cancel()
             exit_text = await child.reap(_SHUTDOWN_SECONDS if self._ending.is_set() else _EXIT_SECONDS)
             self._child = None
-            self.stats = EngineStats()
+            self._stats = EngineStats()
         self._core_failed(EngineDeadError(f"the engine process {exit_text}", was_killed=child.was_killed_by_others))
 
-    def _welcome(self, ready: EngineReady) -> None:
+    def _core_ready(self, ready: EngineReady) -> None:
         assert self._started is not None
         self.ready = ready
         if self.health.state is EngineState.STARTING:
@@ -290,7 +299,7 @@ class ProcessEngineClient(EngineClient):
         if self._has_failed or self._ending.is_set():
             return
         self._has_failed = True
-        self.ranks = [replace(rank, is_up=False) for rank in self.ranks]
+        self._ranks = [replace(rank, is_up=False) for rank in self._ranks]
         may_restart = self._started.done() and self.health.state not in (EngineState.DRAINING, EngineState.DEAD)
         self._pause = self._restarts.backoff(time.monotonic()) if may_restart else None
         if self._pause is None:
@@ -312,10 +321,10 @@ class ProcessEngineClient(EngineClient):
         while True:
             await asyncio.sleep(_WATCH_SECONDS)
             now = time.monotonic()
-            progress = child.heartbeat
+            heartbeat = child.heartbeat
             failure: str | None = None
-            if progress.is_up:
-                failure = watchdog.check(progress, now)
+            if heartbeat.is_up:
+                failure = watchdog.check(heartbeat, now)
             elif now > deadline:
                 failure = (
                     f"the engine was not ready after engine_start_timeout_seconds={start_timeout:g} "

@@ -22,7 +22,7 @@ class Watchdog:
         self._timer = HeartbeatTimer()
 
     def check(self, heartbeat: EngineHeartbeat, now: float) -> str | None:
-        """The sentence about a stuck core, or None for a healthy one. `now`: monotonic seconds."""
+        """The error for a stuck core, or None for a healthy one. `now`: monotonic seconds."""
         silent = self._timer.check(heartbeat.time, now)
         bound = stall_bound(heartbeat.scheduled_tokens, self._timeout)
         if silent <= bound:

@@ -114,7 +114,7 @@ class EngineCoreLoop:
         self._heartbeat = heartbeat
         self._is_ending = False
         self._last_step = 0
-        self._ranks_told = 0.0
+        self._ranks_reported = 0.0
         core.on_submit = lambda step, num_tokens: heartbeat.write(step, num_tokens, is_busy=True)
 
     def run(self) -> None:
@@ -130,13 +130,13 @@ class EngineCoreLoop:
                 # Only an iteration with progress writes a heartbeat: the watchdog must catch a core that spins.
                 self._heartbeat.write(message.stats.step, self._core.num_tokens_in_flight, is_busy=self._core.has_work)
                 self._connection.send(message)
-            self._tell_ranks()
+            self._report_ranks()
 
-    def _tell_ranks(self) -> None:
+    def _report_ranks(self) -> None:
         """Report the health of the ranks every `_RANKS_SECONDS`."""
         now = time.monotonic()
-        if now - self._ranks_told >= _RANKS_SECONDS:
-            self._ranks_told = now
+        if now - self._ranks_reported >= _RANKS_SECONDS:
+            self._ranks_reported = now
             if ranks := self._core.ranks():
                 self._connection.send(EngineRanks(ranks))
 
@@ -145,7 +145,7 @@ class EngineCoreLoop:
         inbox = self._connection.inbox
         while not self._core.has_work and not self._is_ending:
             self._heartbeat.write(self._last_step, 0, is_busy=False)
-            self._tell_ranks()
+            self._report_ranks()
             try:
                 self._take(inbox.get(timeout=_HEARTBEAT_SECONDS))
             except queue.Empty:
