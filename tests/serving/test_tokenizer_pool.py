@@ -101,7 +101,7 @@ async def test_mistakes_of_the_client_come_back_as_such(make_pool, kind):
 @pytest.mark.parametrize("kind", KINDS)
 async def test_a_fault_of_ours_fails_the_call_and_not_the_worker(make_pool, kind, monkeypatch):
     pool = await make_pool(kind)
-    with pytest.raises(RequestFailedError, match="render_chat_and_encode failed"):
+    with pytest.raises(RequestFailedError, match="rendering the chat template failed: TypeError"):
         await pool.render_chat_and_encode(CHAT, template_name=["no name"])  # type: ignore[arg-type]
     assert await pool.encode(LONG)
 

@@ -1,7 +1,7 @@
 """Chat messages to a prompt, with the checkpoint's jinja template, as transformers' `apply_chat_template` does it.
 
-A template is configuration and trusted as far as a sandbox goes. Messages come from anyone: they are bounded before they are
-rendered, and only plain JSON values reach the template.
+A template comes with a checkpoint and runs in a sandbox, in a server also in a process of its own (`template_process`).
+Messages come from anyone: they are bounded before they are rendered, and only plain JSON values reach the template.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import jinja2
 
 from pagoda.errors import ConfigError, InvalidRequestError
-from pagoda.text.jinja_sandbox import compile_template
+from pagoda.text.jinja_sandbox import check_syntax, compile_template
 from pagoda.text.tokenizer_files import DEFAULT_TEMPLATE
 
 Message = Mapping[str, Any]
@@ -35,13 +35,19 @@ class ChatTemplate:
     """
 
     def __init__(self, templates: Mapping[str, str], special_tokens: Mapping[str, str] | None = None) -> None:
+        self.sources = dict(templates)
         self._templates = {name: _Template(name, source) for name, source in templates.items()}
-        self._special_tokens = dict(special_tokens or {})
+        self.special_tokens = dict(special_tokens or {})
 
     @property
     def names(self) -> list[str]:
         """Names of the templates there are."""
         return sorted(self._templates)
+
+    def compile(self) -> None:
+        """Compile all templates now; raises `jinja2.TemplateSyntaxError`, and whatever a hostile one leads to."""
+        for template in self._templates.values():
+            template.compile()
 
     def render(
         self,
@@ -77,7 +83,7 @@ class ChatTemplate:
         budget = _Budget(max_characters)
         plain = [template.adapt(_plain_message(message, budget)) for message in messages]
         variables = {
-            **self._special_tokens,
+            **self.special_tokens,
             **_plain_mapping(template_variables, "chat_template_kwargs", budget),
             "tools": None if tools is None else _plain(list(tools), "tools", budget),
             "documents": None if documents is None else _plain(list(documents), "documents", budget),
@@ -124,7 +130,7 @@ def chat_template_from_config(value: str | None, templates: Mapping[str, str]) -
         raise ConfigError(f"chat_template={value!r} is no file and no jinja template{known}")
     for name, source in chosen.items():
         try:
-            compile_template(source)
+            check_syntax(source)
         except jinja2.TemplateSyntaxError as error:
             raise ConfigError(f"chat template {name!r} has a syntax error in line {error.lineno}: {error}") from error
     return chosen
@@ -138,6 +144,10 @@ class _Template:
     @cached_property
     def _compiled(self) -> jinja2.Template:
         return compile_template(self._source)
+
+    def compile(self) -> None:
+        """Compile it, and find out what form of content it reads."""
+        _ = self._compiled, self._reads_strings
 
     def render(self, messages: list[dict[str, Any]], variables: Mapping[str, Any]) -> str:
         try:

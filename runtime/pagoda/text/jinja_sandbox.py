@@ -65,6 +65,14 @@ def _environment() -> ImmutableSandboxedEnvironment:
     return environment
 
 
+def check_syntax(source: str) -> None:
+    """Parse a jinja source, which works nothing out; raises `jinja2.TemplateSyntaxError`."""
+    try:
+        _environment().parse(source)
+    except (RecursionError, ValueError) as error:
+        raise jinja2.TemplateSyntaxError(f"it cannot be parsed ({type(error).__name__})", 1) from error
+
+
 @lru_cache(maxsize=32)
 def compile_template(source: str) -> jinja2.Template:
     """The template of a jinja source; raises `jinja2.TemplateSyntaxError`."""

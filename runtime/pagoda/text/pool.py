@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from pagoda.config.schema import PagodaConfig
@@ -61,7 +62,7 @@ class TokenizerPool:
         Raises `CheckpointError` or `ConfigError` for what cannot be loaded, `EngineNotReadyError` when it takes too long.
         """
         # The server itself detokenizes, so it needs a tokenizer too; threads share that one.
-        self._loaded = await load_in_thread(self._options)
+        self._loaded = await load_in_thread(replace(self._options, isolates_templates=self._kind == "thread"))
         if self._kind == "thread":
             self._workers = ThreadWorkers(self._options, self._loaded)
         else:
@@ -72,6 +73,8 @@ class TokenizerPool:
         """Refuse new calls, give running ones `grace` seconds, and end the workers."""
         if self._workers is not None:
             await self._workers.shutdown(grace)
+        if self._loaded is not None:
+            self._loaded.close()
 
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`.

@@ -20,11 +20,15 @@ class WorkerOptions:
     call_timeout: float
     chat_template: str | None = None
     trust_remote_code: bool = False
+    isolates_templates: bool = True
 
     def load(self) -> TextOperations:
         """Load what a worker works with."""
         return TextOperations(
-            self.directory, chat_template=self.chat_template, trust_remote_code=self.trust_remote_code
+            self.directory,
+            chat_template=self.chat_template,
+            trust_remote_code=self.trust_remote_code,
+            isolates_templates=self.isolates_templates,
         )
 
 
