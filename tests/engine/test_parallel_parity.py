@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -20,6 +21,9 @@ from pagoda.engine.core.startup import start_core
 from pagoda.models.dummy import DummySpec
 from pagoda.request import EngineRequest
 from pagoda.sampling.params import SamplingParams
+from pagoda.scheduling.lookahead import Lookahead, Speculation
+from pagoda.scheduling.request import Request
+from tests.support.drafts import ArbitraryDrafts
 from tests.support.parity import ParityCase, make_parity_case, run_greedily
 from tests.support.rank_pool import PooledExecutor, RankPool
 from tests.support.recording import num_replayed, record_decode_steps
@@ -180,6 +184,24 @@ def test_several_steps_on_one_plan_give_the_same_tokens(case_of, start) -> None:
     case = case_of("qwen2")
     core, _ = start(config_of(case.directory, (2, 1), 256, num_scheduler_steps=4))
     assert run_greedily(core, case, "multi-step-") == case.expected
+
+
+@pytest.mark.parametrize("layout", [(2, 1), (2, 2)], ids=["tp2", "tp2-pp2"])
+def test_drafts_change_no_token(layout, case_of, start) -> None:
+    case = case_of("mistral")
+    core, _ = start(config_of(case.directory, layout, 32))
+
+    def truth(request: Request, count: int) -> list[int]:
+        expected = case.expected[case.prompts.index(request.spec.prompt_token_ids)]
+        return expected[request.num_output_tokens :][:count]
+
+    scheduler = core._scheduler
+    scheduler._lookahead = Speculation(scheduler.kv, ArbitraryDrafts(Random(1), truth, core.ready.vocab_size), 32)
+    assert run_greedily(core, case, "first-") == case.expected
+    num_steps = core.stats().step
+    scheduler._lookahead = Lookahead()
+    assert run_greedily(core, case, "second-") == case.expected
+    assert num_steps < core.stats().step - num_steps, "no draft was accepted"
 
 
 @pytest.mark.parametrize("layout", [(2, 1), (1, 2)], ids=["tp2", "pp2"])

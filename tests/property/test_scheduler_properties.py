@@ -15,10 +15,12 @@ from pagoda.sampling.output import FinishReason
 from pagoda.sampling.params import SamplingParams
 from pagoda.scheduling.config import SchedulerLimits
 from pagoda.scheduling.kv_cache_manager import KVCacheManager
+from pagoda.scheduling.lookahead import MultiStep, Speculation
 from pagoda.scheduling.plan import StepPlan, StepResult
 from pagoda.scheduling.request import Request
 from pagoda.scheduling.sampled_tokens_update import SampledTokensTracker
 from pagoda.scheduling.scheduler import RequestUpdate, Scheduler
+from tests.support.drafts import ArbitraryDrafts
 from tests.support.simulated_runner import SimulatedFirstStage, SimulatedRunner, simulated_token
 
 EOS = 7
@@ -56,6 +58,13 @@ def undisturbed(prompt: list[int], max_tokens: int, ignore_eos: bool, min_tokens
     return tokens[len(prompt) :]
 
 
+def true_continuation(request: Request, count: int) -> list[int]:
+    tokens = list(request.token_ids)
+    for _ in range(count):
+        tokens.append(simulated_token(tuple(tokens)))
+    return tokens[request.num_tokens :]
+
+
 class SchedulerMachine(RuleBasedStateMachine):
     """Plans are executed in order, up to `depth` of them in flight, as the engine's loop does."""
 
@@ -72,6 +81,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         watermark=st.sampled_from([0.0, 0.2]),
         num_steps=st.sampled_from([1, 1, 4]),
         stages=st.sampled_from([1, 1, 2, 3]),
+        drafts=st.one_of(st.none(), st.randoms(use_true_random=False)),
     )
     def build(
         self,
@@ -87,24 +97,27 @@ class SchedulerMachine(RuleBasedStateMachine):
         watermark,
         num_steps,
         stages,
+        drafts,
     ) -> None:
         self.kv = KVCacheManager(
             num_usable + 1, block_size, enable_prefix_caching=caching, sliding_window=window, watermark=watermark
         )
-        self.scheduler = Scheduler(
-            SchedulerLimits(
-                max_num_seqs=max_num_seqs,
-                max_num_batched_tokens=budget,
-                max_model_len=30,
-                max_num_waiting=6,
-                long_prefill_token_threshold=threshold,
-                max_preemptions=2,
-                policy=policy,
-                num_scheduler_steps=num_steps if stages == 1 else 1,
-                pipeline_parallel_size=stages,
-            ),
-            self.kv,
+        limits = SchedulerLimits(
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=budget,
+            max_model_len=30,
+            max_num_waiting=6,
+            long_prefill_token_threshold=threshold,
+            max_preemptions=2,
+            policy=policy,
+            num_scheduler_steps=num_steps if stages == 1 else 1,
+            pipeline_parallel_size=stages,
         )
+        lookahead = None
+        if drafts is not None:
+            multi_step = MultiStep(limits, self.kv) if limits.num_scheduler_steps > 1 else None
+            lookahead = Speculation(self.kv, ArbitraryDrafts(drafts, true_continuation), 7, multi_step)
+        self.scheduler = Scheduler(limits, self.kv, lookahead=lookahead)
         self.runner = SimulatedRunner(block_size, window)
         self.depth = depth if stages == 1 else stages
         self.first_stage = SimulatedFirstStage()
@@ -169,9 +182,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert not on_the_way & set(plan.request_ids)
         inputs = self._inputs_of_first_stage(plan)
         result = self.runner.execute(plan, failed_row)
-        for req_index, computed, tokens in zip(plan.req_indices, plan.num_computed_tokens, inputs, strict=True):
+        rows = zip(plan.req_indices, plan.num_computed_tokens, inputs, strict=True)
+        for row, (req_index, computed, tokens) in enumerate(rows):
             if req_index not in self.runner.failed_slots:
-                assert tokens == self.runner.token_pool[req_index][computed : computed + len(tokens)]
+                drafts = plan.draft_token_ids.get(row, [])
+                known = tokens[: len(tokens) - len(drafts)]
+                assert known == self.runner.token_pool[req_index][computed : computed + len(known)]
+                assert tokens == known + drafts
         return result
 
     def _inputs_of_first_stage(self, plan: StepPlan) -> list[list[int | None]]:

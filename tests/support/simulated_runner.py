@@ -56,29 +56,47 @@ class SimulatedRunner:
             )
         )
         assert len(set(plan.req_indices)) == len(plan.req_indices)
-        for req_index, computed, scheduled, new_blocks, offset in rows:
+        for req_index, _, _, new_blocks, offset in rows:
             assert offset == len(self.block_table[req_index])
             self.block_table[req_index].extend(new_blocks)
+        for row, drafts in plan.draft_token_ids.items():
+            self.token_pool[plan.req_indices[row]] += drafts
+        for req_index, computed, scheduled, _, _ in rows:
             self._write(req_index, computed, scheduled)  # all rows write before any reads, as in a layer
         sampled: list[list[int]] = []
         errors: dict[int, str] = {}
         for row, ((req_index, computed, scheduled, _, _), samples) in enumerate(zip(rows, plan.samples, strict=True)):
+            drafts = plan.draft_token_ids.get(row, [])
             if req_index in self.failed_slots:
                 errors[row] = "the row did not run"
                 sampled.append([])
                 continue
             is_valid = self._read(req_index, computed, scheduled)
             tokens = self.token_pool[req_index]
+            assert samples or not drafts
             if samples:
                 assert len(tokens) == computed + scheduled
-                tokens.append(simulated_token(tuple(tokens)) if is_valid else simulated_token(INVALID, 1000) + 1000)
-            sampled.append(tokens[-1:] if samples else [])
+                del tokens[len(tokens) - len(drafts) :]
+            sampled.append(self._sample(tokens, drafts, is_valid) if samples else [])
+            tokens += sampled[-1]
         self.num_tokens_run += sum(plan.num_scheduled_tokens)
         for index in range(1, max(plan.num_steps, default=1)):
             rows, step = plan.nth_step(index)
             for row, tokens in zip(rows, self.execute(step).sampled_token_ids, strict=True):
                 sampled[row] += tokens
         return StepResult(plan.step_id, sampled, errors=errors)
+
+    @staticmethod
+    def _sample(tokens: list[int], drafts: list[int], is_valid: bool) -> list[int]:
+        """The tokens behind `tokens`, as far as the drafts are right."""
+        if not is_valid:
+            return [simulated_token(INVALID, 1000) + 1000]
+        sampled: list[int] = []
+        for draft in [*drafts, None]:
+            sampled.append(simulated_token(tuple(tokens + sampled)))
+            if sampled[-1] != draft:
+                break
+        return sampled
 
     def _enter(self, new: NewRequest) -> None:
         assert new.req_index not in self.token_pool, "a request slot was given away while it was held"
@@ -137,6 +155,9 @@ class SimulatedFirstStage:
             del self.token_pool[req_index]
         for new in plan.new_requests:
             self.token_pool[new.req_index] = dict(enumerate(new.token_ids))
+        for row, drafts in plan.draft_token_ids.items():
+            end = plan.num_computed_tokens[row] + plan.num_scheduled_tokens[row]
+            self.token_pool[plan.req_indices[row]].update(enumerate(drafts, start=end - len(drafts)))
         rows = zip(plan.req_indices, plan.num_computed_tokens, plan.num_scheduled_tokens, strict=True)
         return [
             [self.token_pool[req_index].get(position) for position in range(computed, computed + scheduled)]

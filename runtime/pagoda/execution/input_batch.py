@@ -6,7 +6,9 @@
 
 Both are allocated once. A plan holds what changed; everything else of a step is gathered from here by index, so building a
 step costs the same at any context length. A sampled token is written into the pool on the device, at the position after the
-last one computed: the next step can be built, and given to the device, before the host has seen it.
+last one computed: the next step can be built, and given to the device, before the host has seen it. Drafts are written where
+they would stand; what is sampled at their positions replaces them, and what stands behind the last accepted one is never read,
+for the next step writes there first.
 """
 
 from __future__ import annotations
@@ -32,14 +34,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class RowLayout:
-    """Which rows run how many tokens: R rows, T tokens, S rows that sample. While it stays the same it is not made again.
+    """Which rows run how many tokens: R rows, T tokens, S outputs. While it stays the same it is not made again.
 
-    Rows are in batch order: those with one token first. On the host, int64: of each row its index in the plan (`plan_rows`),
-    its request slot, its number of tokens and the index of its first token in the batch, `[R]`; `sampling_rows`, rows that
-    sample, their rows in the plan and their request slots, `[S]`; `sampled_offsets` `[S]`, where the request slots of the
-    rows that sample begin in the flattened token pool. On the device: `query_start_loc` int32 `[R + 1]`,
-    `req_indices_on_device` int64 `[R]`, and `sampling_tokens` int64 `[S]`, the last tokens of the rows that sample, or None
-    if these are all tokens in order.
+    Rows are in batch order: those with one token first. An output is a position whose next token is sampled: the last token of
+    a row that samples, and with k drafts the k tokens before it too. A row's outputs follow each other, by position.
+
+    On the host, int64: of each row its index in the plan (`plan_rows`), its request slot, its number of tokens and the index
+    of its first token in the batch, `[R]`; of each output its row, that row's index in the plan and request slot, the number
+    of its row's tokens behind it (`sampled_behind`), and where its request slot begins in the flattened token pool
+    (`sampled_offsets`), `[S]`. On the device: `query_start_loc` int32 `[R + 1]`, `req_indices_on_device` int64 `[R]`, and
+    `sampling_tokens` int64 `[S]`, the tokens of the outputs, or None if these are all tokens in order.
     """
 
     plan_rows: Int64Array
@@ -49,6 +53,7 @@ class RowLayout:
     sampling_rows: Int64Array
     sampling_plan_rows: list[int]
     sampling_req_indices: Int64Array
+    sampled_behind: Int64Array
     sampled_offsets: Int64Array
     query_start_loc: Tensor
     req_indices_on_device: Tensor
@@ -123,7 +128,7 @@ class InputBatch:
         self.request_errors: dict[int, str] = {}
         self._cannot_run: set[int] = set()
         self._layout: RowLayout | None = None
-        self._layout_key: tuple[list[int], list[int], list[bool], list[int]] | None = None
+        self._layout_key: tuple[list[int], list[int], list[bool], dict[int, int], list[int]] | None = None
 
     def release(self, req_index: int) -> None:
         """Empty `req_index`; it may be empty already."""
@@ -178,6 +183,8 @@ class InputBatch:
     def build(self, plan: StepPlan, buffers: StepBuffers | None = None) -> StepInputs | None:
         """The inputs of the plan's rows, in `buffers` where these have a place for them; None if no row can run."""
         computed = np.array(plan.num_computed_tokens, dtype=np.int64)
+        if plan.draft_token_ids:
+            self._write_drafts(plan)
         layout = self._layout_of(plan)
         if layout is not None and self._fail_wrong_rows(layout, computed):
             layout = self._layout_of(plan)
@@ -185,7 +192,8 @@ class InputBatch:
             return None
         computed = computed[layout.plan_rows]
         seq_lens = computed + layout.num_scheduled_tokens
-        sampled_positions = seq_lens[layout.sampling_rows]
+        sampled_positions = seq_lens[layout.sampling_rows] - layout.sampled_behind
+        # Of several outputs of a request slot the last one counts, which is the farthest.
         self.num_tokens[layout.sampling_req_indices] = sampled_positions + 1
         max_seq_len = int(seq_lens.max())
         num_columns = -(-max_seq_len // self.block_size)
@@ -211,10 +219,27 @@ class InputBatch:
         """Put the sampled `token_ids` int64 `[S]` where the next step will read them."""
         self.token_pool.view(-1).index_copy_(0, inputs.sampled_pool_index, token_ids)
 
+    def _write_drafts(self, plan: StepPlan) -> None:
+        """Write the plan's drafts into the pool, each behind the tokens that its request slot holds."""
+        index: list[int] = []
+        values: list[int] = []
+        for row, drafts in plan.draft_token_ids.items():
+            req_index, end = plan.req_indices[row], plan.num_computed_tokens[row] + plan.num_scheduled_tokens[row]
+            first = end - len(drafts)
+            if req_index in self._cannot_run or first > self.num_tokens[req_index] or end > self.max_model_len:
+                continue  # planned wrongly: `_fail_wrong_rows` finds it
+            self.num_tokens[req_index] = end
+            begin = req_index * self.token_pool.shape[1] + first
+            index.extend(range(begin, begin + len(drafts)))
+            values.extend(drafts)
+        positions, token_ids = (to_device(np.array(each, dtype=np.int64), self.device) for each in (index, values))
+        self.token_pool.view(-1).index_copy_(0, positions, token_ids)
+
     def _layout_of(self, plan: StepPlan) -> RowLayout | None:
         """The layout of the plan's rows without those that cannot run; None if none can. The last one, if it fits again."""
         blocked = sorted(self._cannot_run)
-        key = (plan.req_indices, plan.num_scheduled_tokens, plan.samples, blocked)
+        num_drafts = {row: len(drafts) for row, drafts in plan.draft_token_ids.items()}
+        key = (plan.req_indices, plan.num_scheduled_tokens, plan.samples, num_drafts, blocked)
         if key != self._layout_key:
             rows = [row for row, req_index in enumerate(plan.req_indices) if req_index not in self._cannot_run]
             rows.sort(key=lambda row: plan.num_scheduled_tokens[row] > 1)
@@ -234,7 +259,14 @@ class InputBatch:
         np.cumsum(scheduled, out=query_start_loc[1:])
         first_tokens, num_tokens = query_start_loc[:-1], int(query_start_loc[-1])
         sampling_rows = samples.nonzero()[0]
-        sampling_tokens = query_start_loc[1:][sampling_rows] - 1
+        sampled_behind = np.zeros_like(sampling_rows)
+        if plan.draft_token_ids:
+            num_outputs = np.array(
+                [1 + len(plan.draft_token_ids.get(rows[row], ())) for row in sampling_rows.tolist()], dtype=np.int64
+            )
+            sampling_rows = sampling_rows.repeat(num_outputs)
+            sampled_behind = num_outputs.cumsum().repeat(num_outputs) - np.arange(len(sampling_rows)) - 1
+        sampling_tokens = query_start_loc[1:][sampling_rows] - 1 - sampled_behind
         return RowLayout(
             plan_rows=np.array(rows, dtype=np.int64),
             req_indices=req_indices,
@@ -243,6 +275,7 @@ class InputBatch:
             sampling_rows=sampling_rows,
             sampling_plan_rows=[rows[index] for index in sampling_rows],
             sampling_req_indices=req_indices[sampling_rows],
+            sampled_behind=sampled_behind,
             sampled_offsets=req_indices[sampling_rows] * self.token_pool.shape[1],
             query_start_loc=to_device(query_start_loc.astype(np.int32), self.device),
             req_indices_on_device=to_device(req_indices, self.device),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -52,6 +53,7 @@ class PendingStep:
         self._num_rows = len(plan.req_indices)
         self._errors = errors
         self._sampling_plan_rows = inputs.layout.sampling_plan_rows if inputs is not None else []
+        self._draft_token_ids = plan.draft_token_ids
         self._sampled = _sampled_to_host(sampled) if sampled is not None else None
         self._prompt_logprobs = [
             _PromptLogprobs(row.plan_row, row.count, [_logprobs_to_host(chunk) for chunk in row.chunks])
@@ -71,22 +73,41 @@ class PendingStep:
 
     def _take_sampled(self, sampled: SamplerOutput, result: StepResult) -> None:
         token_ids = sampled.token_ids.tolist()
-        for index, plan_row in enumerate(self._sampling_plan_rows):
-            result.sampled_token_ids[plan_row] = [token_ids[index]]
+        errors = _output_errors(sampled)
+        verified = self._verified(token_ids, errors)
+        for index in verified:
+            result.sampled_token_ids[self._sampling_plan_rows[index]].append(token_ids[index])
+        for index in errors.keys() & set(verified):
+            result.errors.setdefault(self._sampling_plan_rows[index], errors[index])
         for plan_row in result.errors:
             result.sampled_token_ids[plan_row] = []
-        if not np.isfinite(sampled.best_logits.numpy()).all():
-            for plan_row, best_logit in zip(self._sampling_plan_rows, sampled.best_logits.tolist(), strict=True):
-                error = row_error(best_logit)
-                if error is not None:
-                    result.errors.setdefault(plan_row, error)
-                    result.sampled_token_ids[plan_row] = []
         if sampled.logprobs is not None:
-            entries = sampled.logprobs.to_lists(sampled.logprob_counts)
-            for index, entry in zip(sampled.logprob_rows.tolist(), entries, strict=True):
+            entries = dict(
+                zip(sampled.logprob_rows.tolist(), sampled.logprobs.to_lists(sampled.logprob_counts), strict=True)
+            )
+            for index in verified:
                 plan_row = self._sampling_plan_rows[index]
-                if plan_row not in result.errors:
-                    result.logprobs[plan_row] = [entry]
+                if index in entries and plan_row not in result.errors:
+                    result.logprobs.setdefault(plan_row, []).append(entries[index])
+
+    def _verified(self, token_ids: list[int], errors: dict[int, str]) -> Sequence[int]:
+        """The outputs that count: of each row the first, and each whose draft before it is what was sampled there.
+
+        An output that could not be sampled is left to the next step, which meets it first, as without drafts.
+        """
+        if not self._draft_token_ids:
+            return range(len(token_ids))
+        verified: list[int] = []
+        index = 0
+        while index < len(token_ids):
+            drafts = self._draft_token_ids.get(self._sampling_plan_rows[index], [])
+            verified.append(index)
+            for place, draft in enumerate(drafts, start=index):
+                if token_ids[place] != draft or place + 1 in errors:
+                    break
+                verified.append(place + 1)
+            index += 1 + len(drafts)
+        return verified
 
     @staticmethod
     def _take_prompt_logprobs(row: _PromptLogprobs, result: StepResult) -> None:
@@ -218,7 +239,7 @@ class ModelRunner:
             raise
 
     def _sample(self, inputs: StepInputs, hidden: Tensor) -> SamplerOutput | None:
-        """Sample the rows that have come to their last token, and put their new tokens into the pool.
+        """Sample the outputs of the rows that have come to their last token, and put what was sampled into the pool.
 
         The sampling rank samples and broadcasts to its tensor group; returns None on the others.
         """
@@ -273,6 +294,14 @@ def _fire_sample_faults(plan: StepPlan, errors: dict[int, str]) -> None:
                 faults.fire("sample", request_id)
             except Exception as error:  # an injected fault may be of any type
                 errors.setdefault(row, f"the request could not be sampled: {error}")
+
+
+def _output_errors(sampled: SamplerOutput) -> dict[int, str]:
+    """The outputs that could not be sampled, and why."""
+    if np.isfinite(sampled.best_logits.numpy()).all():
+        return {}
+    errors = ((index, row_error(best_logit)) for index, best_logit in enumerate(sampled.best_logits.tolist()))
+    return {index: error for index, error in errors if error is not None}
 
 
 def _sampled_to_host(sampled: SamplerOutput) -> SamplerOutput:

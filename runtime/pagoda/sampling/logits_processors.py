@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -67,9 +67,7 @@ class LogitsProcessor(ABC, Generic[State, Prepared]):
         """Change the logits of those rows whose requests use the parameter."""
         active: list[int] = []
         for req_index, state in self.states.items():
-            row = int(rows.row_of_req_index[req_index])
-            if row >= 0 and self._is_active(state, int(rows.positions[row])):
-                active.append(row)
+            active += [row for row in rows.of(req_index) if self._is_active(state, int(rows.positions[row]))]
         if not active:
             return
         key = (rows.composition, *active)
@@ -93,6 +91,13 @@ class LogitsProcessor(ABC, Generic[State, Prepared]):
         """Indices into flattened logits: of `ids[i]` in `rows[i]`, for all i in a row. Int64, on the device."""
         lengths = [len(array) for array in ids]
         return self.context.to_device(np.repeat(rows * self.context.padded_vocab_size, lengths) + np.concatenate(ids))
+
+
+class StepProcessor(Protocol):
+    """Changes logits by what is known of this step alone, such as the masks of grammars: nothing is kept for the next."""
+
+    def apply(self, logits: Tensor, rows: SampledRows) -> None:
+        """Change logits float32 `[N, padded vocabulary]` in place, each row by the tokens before its own position."""
 
 
 class AllowedTokens(LogitsProcessor[Int64Array, tuple[Tensor, Tensor]]):

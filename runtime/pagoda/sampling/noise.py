@@ -94,10 +94,14 @@ class RequestNoise:
         columns = positions - self._first_drawn_position[req_indices]
         if ((columns < 0) | (columns >= _DRAWN_AHEAD)).any():
             # All rows draw again, not only those that ran out: so their numbers end together, and steps that draw are rare.
-            ahead = positions[:, None] + np.arange(_DRAWN_AHEAD)
-            self._drawn[req_indices] = uniforms(self._seeds[req_indices][:, None], ahead)
-            self._first_drawn_position[req_indices] = positions
-            columns = np.zeros_like(positions)
+            # Of several rows of a request slot, which follow each other by position, the first one says from where.
+            req_indices_once, first_rows = np.unique(req_indices, return_index=True)
+            ahead = positions[first_rows][:, None] + np.arange(_DRAWN_AHEAD)
+            self._drawn[req_indices_once] = uniforms(self._seeds[req_indices_once][:, None], ahead)
+            self._first_drawn_position[req_indices_once] = positions[first_rows]
+            columns = positions - self._first_drawn_position[req_indices]
+            if (columns >= _DRAWN_AHEAD).any():  # more rows than are drawn ahead
+                return uniforms(self._seeds[req_indices], positions)
         numbers: Float64Array = self._drawn[req_indices, columns]
         return numbers
 

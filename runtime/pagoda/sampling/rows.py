@@ -38,16 +38,23 @@ class SlotRequest(Protocol):
 class SampledRows:
     """The rows of logits of one step.
 
-    `req_indices` and `positions` int64 `[N]` on the host: the request slot of each row, and the position that its
-    sampled token will take,
-    which is the number of tokens before it. `row_of_req_index` int64 `[max_num_seqs]` is -1 for request slots without a row.
+    A request slot has one row, or with k drafts 1 + k of them, which follow each other by position; the tokens before a row's
+    position are in the token pool, drafts included. `req_indices` and `positions` int64 `[N]` on the host: the request slot of
+    each row, and the position that its sampled token will take, which is the number of tokens before it. `first_rows` and
+    `num_rows` int64 `[max_num_seqs]`: of each request slot its first row, and how many it has (0: none in this step).
     `composition` changes whenever a row or a request changes: what depends on these alone may be kept until then.
     """
 
     req_indices: Int64Array
     positions: Int64Array
-    row_of_req_index: Int64Array
+    first_rows: Int64Array
+    num_rows: Int64Array
     composition: int
+
+    def of(self, req_index: int) -> range:
+        """The rows of a request slot."""
+        first = int(self.first_rows[req_index])
+        return range(first, first + int(self.num_rows[req_index]))
 
 
 @dataclass(frozen=True, slots=True)

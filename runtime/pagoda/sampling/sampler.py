@@ -10,6 +10,7 @@ row's best token; then each group of rows that are not greedy draws its tokens i
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,14 @@ import numpy as np
 from torch import Tensor
 
 from pagoda.sampling import selection
-from pagoda.sampling.logits_processors import AllowedTokens, BadWords, LogitBias, LogitsProcessor, MinTokens
+from pagoda.sampling.logits_processors import (
+    AllowedTokens,
+    BadWords,
+    LogitBias,
+    LogitsProcessor,
+    MinTokens,
+    StepProcessor,
+)
 from pagoda.sampling.logprobs import LogprobTensors, RawDistribution
 from pagoda.sampling.noise import RequestNoise
 from pagoda.sampling.penalties import OutputPenalties, RepetitionPenalty
@@ -76,7 +84,8 @@ class Sampler:
         self._requests: dict[int, SlotRequest] = {}
         self._composition = 0
         self._req_indices = np.empty(0, dtype=np.int64)
-        self._row_of_req_index = np.full(token_pool.shape[0], -1, dtype=np.int64)
+        self._first_rows = np.zeros(token_pool.shape[0], dtype=np.int64)
+        self._num_rows = np.zeros(token_pool.shape[0], dtype=np.int64)
         self._grouper = RowGrouper(self.context, self._noise)
         self._groups: RowGroups | None = None
 
@@ -100,12 +109,18 @@ class Sampler:
         self._requests.pop(req_index, None)
         self._groups = None
 
-    def sample(self, logits: Tensor, req_indices: Int64Array, positions: Int64Array) -> SamplerOutput:
-        """Choose a token for each of N rows; at most one row a request slot.
+    def sample(
+        self,
+        logits: Tensor,
+        req_indices: Int64Array,
+        positions: Int64Array,
+        step_processors: Sequence[StepProcessor] = (),
+    ) -> SamplerOutput:
+        """Choose a token for each of N rows; several rows of a request slot follow each other, by position.
 
         `logits` float32 `[N, vocab_size]` may be changed. `req_indices` and `positions` int64 `[N]`: the row's request slot,
-        and the position that the token will take, which is the number of tokens the request has. `req_indices` must not be
-        changed later.
+        and the position that the token will take, which is the number of tokens before it. `req_indices` must not be
+        changed later. `step_processors` come after those of the requests' parameters.
         """
         logits = selection.pad_to_blocks(logits)
         rows, groups = self._rows(req_indices, positions)
@@ -116,6 +131,8 @@ class Sampler:
         for processor in self._processors:
             if processor.states:
                 processor.apply(logits, rows)
+        for step_processor in step_processors:
+            step_processor.apply(logits, rows)
         token_ids, best_logits = self.context.kernels.greedy_sample(logits)
         step = SamplingStep(logits, best_logits, rows, self._noise, self.context)
         for group in groups.random:
@@ -135,9 +152,11 @@ class Sampler:
         ):
             self._groups = None  # until all below has succeeded
             self._composition += 1
-            self._row_of_req_index[self._req_indices] = -1
+            self._num_rows[self._req_indices] = 0
             self._req_indices = req_indices
-            self._row_of_req_index[req_indices] = np.arange(len(req_indices))
+            self._num_rows += np.bincount(req_indices, minlength=len(self._num_rows))
+            # Backwards, for of several rows the last one written counts, which then is the first.
+            self._first_rows[req_indices[::-1]] = np.arange(len(req_indices) - 1, -1, -1)
             params = [self._requests[req_index].params for req_index in req_indices.tolist()]
             self._groups = self._grouper.group(params, req_indices)
-        return SampledRows(req_indices, positions, self._row_of_req_index, self._composition), self._groups
+        return SampledRows(req_indices, positions, self._first_rows, self._num_rows, self._composition), self._groups

@@ -82,6 +82,21 @@ class KVCacheManager:
         num_held = len(lease.blocks)
         return num_tokens <= num_held * self.block_size or lease.extend(self._blocks_for(num_tokens) - num_held)
 
+    def extend_for_drafts(self, request: Request, num_drafts: int, reserve: int) -> int:
+        """Allocate blocks for up to `num_drafts` tokens more than are planned, and return for how many there is room.
+
+        No block is taken that would leave fewer than `reserve` available.
+        """
+        lease = request.lease
+        assert lease is not None
+        room = len(lease.blocks) * self.block_size - request.num_computed_tokens
+        if num_drafts > room:
+            missing = -(-(num_drafts - room) // self.block_size)
+            missing = min(missing, max(0, self.pool.num_available - reserve))
+            lease.extend(missing)
+            room += missing * self.block_size
+        return min(num_drafts, room)
+
     def publish(self, requests: Iterable[Request]) -> None:
         """Add to the prefix cache the full blocks of running requests that are computed once the plans made so far have run.
 

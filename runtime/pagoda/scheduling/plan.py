@@ -9,6 +9,14 @@ holds only what changed, and its size does not grow with context length.
     token_pool[req_index]:   [ computed ………… │ scheduled in this step │ … ]     tokens computed..computed+scheduled-1 run;
                                                                        a row with samples[i] then writes its sampled token
                                                                        at position computed+scheduled
+
+Speculative decoding: the last k of a row's scheduled tokens may be drafts. Each of them, and the token before them, is a
+position whose next token is sampled, 1 + k in all. What was sampled counts as long as it equals the draft that stood there:
+
+    position            n-1     n     n+1    n+2    n+3        n tokens are known, k = 3 drafts, 4 tokens run
+    token               t       d0    d1     d2
+    sampled there       d0      d1    x      y                 d0 and d1 are right, so x is what follows them; y is dropped
+    sampled_token_ids           d0    d1     x                 what plain decoding gives, in one step instead of three
 """
 
 from __future__ import annotations
@@ -45,9 +53,11 @@ class StepPlan:
     `released_req_indices` were left by their requests since the last plan; they are released before `new_requests` enter.
     `new_block_ids[i]` are appended to the block table of `req_indices[i]` (empty for a row that enters: its blocks are in
     `NewRequest.block_ids`). `block_offsets[i]` is the length of that table before they are appended.
+    `draft_token_ids[i]` are the drafts of a row that samples and has any: the last ones of its scheduled tokens.
 
     Multi-step scheduling (`num_scheduler_steps`): in a plan in which every row samples one token, row i may run `num_steps[i]`
-    steps, each on the token sampled by the one before; its blocks are allocated. Otherwise `num_steps` is empty.
+    steps, each on the token sampled by the one before; its blocks are allocated. Otherwise, and with drafts, `num_steps` is
+    empty.
     """
 
     step_id: int
@@ -60,6 +70,7 @@ class StepPlan:
     new_block_ids: list[list[int]] = field(default_factory=list)
     block_offsets: list[int] = field(default_factory=list)
     samples: list[bool] = field(default_factory=list)
+    draft_token_ids: dict[int, list[int]] = field(default_factory=dict)
     num_steps: list[int] = field(default_factory=list)
 
     @property
@@ -103,10 +114,11 @@ NO_SAMPLED_TOKENS = SampledTokensUpdate()
 class StepResult:
     """The result of a plan; rows are indices into the plan's parallel lists.
 
-    `sampled_token_ids[i]`: the ids sampled for row i (several where it runs several steps), empty where it does not sample or
-    has failed. `logprobs[i]`: one entry a sampled id, only for rows that asked. `prompt_logprobs[i]`: for a row that asked,
-    entries for the prompt positions `computed+1 .. computed+scheduled` that this step predicted (the first prompt token has
-    none). `errors[i]`: the row failed alone, and why; it may not have written its KV.
+    `sampled_token_ids[i]`: the ids sampled for row i, several where it runs several steps, or where drafts were accepted: then
+    these and the one after them; empty where the row does not sample or has failed. `logprobs[i]`: one entry a sampled id,
+    only for rows that asked. `prompt_logprobs[i]`: for a row that asked, entries for the prompt positions `computed+1 ..
+    computed+scheduled` that this step predicted (the first prompt token has none). `errors[i]`: the row failed alone, and why;
+    it may not have written its KV.
     """
 
     step_id: int

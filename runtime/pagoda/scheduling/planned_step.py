@@ -58,6 +58,16 @@ class PlannedStep:
         request.num_computed_tokens += num_steps
         request.num_in_flight += num_steps
 
+    def add_drafts(self, row: int, draft_token_ids: list[int]) -> None:
+        """Let a row that samples one token verify drafts too; `Scheduler.apply` takes back what is refused."""
+        request = self.requests[row]
+        num_drafts = len(draft_token_ids)
+        self.plan.draft_token_ids[row] = draft_token_ids
+        self.plan.num_scheduled_tokens[row] += num_drafts
+        self.plan.new_block_ids[row] += _take_unsent_blocks(request)
+        request.num_computed_tokens += num_drafts
+        request.num_in_flight += num_drafts
+
     def rows(self) -> Iterable[tuple[int, Request]]:
         """The rows whose results count, by their place in the plan."""
         rows = enumerate(self.requests)

@@ -29,19 +29,28 @@ class Request:
         token_ids:          [ prompt …………… | output … ] [ in flight ]
         computed:           ────────────────────────────────▶
         to be scheduled:     num_tokens + num_in_flight - num_computed_tokens
+
+    Drafts count as computed and in flight until their step's result is known; then `num_computed_tokens` falls back by those
+    that were refused. Their blocks stay: the next tokens go there.
+
+    `waits_for_output`: it is not planned again while tokens are in flight, since what is planned next depends on them: with
+    pipeline stages the token itself, with speculative decoding how many there are and which drafts follow.
     """
 
     __slots__ = (
         "block_hashes",
+        "draft_state",
         "error",
         "error_kind",
         "finish_reason",
         "is_repetitive",
         "lease",
         "max_tokens",
+        "num_accepted_tokens",
         "num_blocks_sent",
         "num_cached_tokens",
         "num_computed_tokens",
+        "num_draft_tokens",
         "num_in_flight",
         "num_preemptions",
         "num_prompt_tokens",
@@ -56,6 +65,7 @@ class Request:
         "stop_ids",
         "stop_reason",
         "token_ids",
+        "waits_for_output",
     )
 
     def __init__(self, spec: EngineRequest) -> None:
@@ -76,6 +86,10 @@ class Request:
         self.block_hashes: list[bytes] = []
         self.num_preemptions = 0
         self.is_repetitive = False
+        self.waits_for_output = False
+        self.draft_state: object = None  # what the proposer of drafts keeps of this request
+        self.num_draft_tokens = 0  # that were verified
+        self.num_accepted_tokens = 0  # of these
         self.num_cached_tokens = 0
         self.scheduled_time: float | None = None
         params = spec.params
@@ -105,11 +119,19 @@ class Request:
         """Whether the request has ended: finished, aborted or failed."""
         return self.status is RequestStatus.FINISHED
 
+    @property
+    def must_wait_for_output(self) -> bool:
+        """Whether it can be planned again only when the tokens in flight are known."""
+        return self.waits_for_output and self.num_in_flight > 0
+
     def next_tokens(self) -> int:
         """Tokens that could be computed now.
 
-        0 while all output that is still allowed is in flight, so the length limit never costs a wasted step.
+        0 while it must wait for its output, and while all output that is still allowed is in flight, so the length limit
+        never costs a wasted step.
         """
+        if self.num_in_flight and self.must_wait_for_output:
+            return 0
         expected = len(self.token_ids) + self.num_in_flight
         if expected - self.num_prompt_tokens >= self.max_tokens:
             return 0

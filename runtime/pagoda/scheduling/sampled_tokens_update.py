@@ -18,7 +18,8 @@ class SampledTokensTracker:
 
     def __init__(self) -> None:
         self._num_releases: Counter[int] = Counter()
-        # By step: of each row that samples its index, request slot, position, and the releases of the request slot up to then.
+        # By step: of each row that samples its index, request slot, the position of its first sampled token, and the releases
+        # of the request slot up to then.
         self._in_flight: dict[int, list[tuple[int, int, int, int]]] = {}
         self._next = SampledTokensUpdate()
 
@@ -26,9 +27,10 @@ class SampledTokensTracker:
         """What goes with `plan`, which is about to be submitted."""
         update, self._next = self._next, SampledTokensUpdate()
         self._num_releases.update(plan.released_req_indices)
+        drafts = plan.draft_token_ids
         rows = zip(plan.req_indices, plan.num_computed_tokens, plan.num_scheduled_tokens, plan.samples, strict=True)
         self._in_flight[plan.step_id] = [
-            (row, req_index, computed + scheduled, self._num_releases[req_index])
+            (row, req_index, computed + scheduled - len(drafts.get(row, ())), self._num_releases[req_index])
             for row, (req_index, computed, scheduled, samples) in enumerate(rows)
             if samples
         ]
@@ -37,10 +39,11 @@ class SampledTokensTracker:
     def record(self, result: StepResult) -> None:
         """Take the tokens of a result; those of request slots that were released meanwhile are dropped."""
         for row, req_index, position, num_releases in self._in_flight.pop(result.step_id):
-            if self._num_releases[req_index] == num_releases and result.sampled_token_ids[row]:
-                self._next.req_indices.append(req_index)
-                self._next.positions.append(position)
-                self._next.token_ids.append(result.sampled_token_ids[row][0])
+            token_ids = result.sampled_token_ids[row]
+            if self._num_releases[req_index] == num_releases:
+                self._next.req_indices.extend([req_index] * len(token_ids))
+                self._next.positions.extend(range(position, position + len(token_ids)))
+                self._next.token_ids.extend(token_ids)
 
     def forget(self, step_id: int) -> None:
         """The step failed: it has no tokens."""

@@ -29,6 +29,7 @@ from pagoda.sampling.output import FinishReason, TokenLogprobs
 from pagoda.scheduling.config import SchedulerLimits
 from pagoda.scheduling.deadlines import Deadlines
 from pagoda.scheduling.kv_cache_manager import KVCacheManager
+from pagoda.scheduling.lookahead import Lookahead, MultiStep
 from pagoda.scheduling.plan import StepPlan, StepResult
 from pagoda.scheduling.planned_step import PlannedStep
 from pagoda.scheduling.repetition_detection import RepetitionDetector
@@ -51,13 +52,19 @@ class Scheduler:
     """Owns all requests of an engine from `add` until their one final update."""
 
     def __init__(
-        self, limits: SchedulerLimits, kv: KVCacheManager, clock: Callable[[], float] = time.monotonic
+        self,
+        limits: SchedulerLimits,
+        kv: KVCacheManager,
+        clock: Callable[[], float] = time.monotonic,
+        lookahead: Lookahead | None = None,
     ) -> None:
+        """`lookahead`: what rows do beyond the next token; None: what `limits.num_scheduler_steps` says."""
         self.limits = limits
         self.kv = kv
         self._clock = clock
         self.num_preemptions = 0
         self.repetition = RepetitionDetector(limits)
+        self._lookahead = lookahead or (MultiStep(limits, kv) if limits.num_scheduler_steps > 1 else Lookahead())
         self._budget = TokenBudget(limits.max_num_batched_tokens)
         self._longest_chunk = limits.long_prefill_token_threshold or limits.max_num_batched_tokens
         self._deadlines = Deadlines(limits.max_request_seconds, clock)
@@ -120,6 +127,8 @@ class Scheduler:
         request.max_tokens = min(request.max_tokens, longest - request.num_prompt_tokens)
         request.sequence_number = self._num_arrived
         self._num_arrived += 1
+        request.waits_for_output = limits.pipeline_parallel_size > 1
+        self._lookahead.add(request)
         self._requests[request.spec.request_id] = request
         self._waiting.push(request)
         self._deadlines.add(request)
@@ -205,8 +214,7 @@ class Scheduler:
             self._admit_waiting(step, budget)
         if not step.requests:
             return None
-        if self.limits.num_scheduler_steps > 1 and step.only_decodes:
-            self._extend_to_num_steps(step)
+        self._lookahead.extend(step, self._budget.tokens, len(self._running))
         step.plan.released_req_indices, self._released_req_indices = self._released_req_indices, []
         self._in_flight[self._num_steps] = step
         self._num_steps += 1
@@ -263,7 +271,7 @@ class Scheduler:
         candidates = []
         for request in running:
             decodes = request.next_tokens() == 1
-            if request.num_in_flight or (decodes and max_decodes == 0):
+            if request.must_wait_for_output or (decodes and max_decodes == 0):
                 continue
             max_decodes -= decodes
             candidates.append(request)
@@ -297,18 +305,6 @@ class Scheduler:
         """Plan so many tokens of each of these running requests, and publish the blocks that they fill."""
         step.add_rows(requests, num_new)
         self.kv.publish(requests)
-
-    def _extend_to_num_steps(self, step: PlannedStep) -> None:
-        """Extend every row up to `num_scheduler_steps` steps, its length limit, and the blocks that are free.
-
-        Nothing is preempted for later steps. Tokens sampled past the end of a request are dropped by `apply`.
-        """
-        for row, request in enumerate(step.requests):
-            allowed = request.max_tokens - request.num_output_tokens - request.num_in_flight
-            extra = min(self.limits.num_scheduler_steps - 1, allowed)
-            if not self.kv.extend(request, request.num_computed_tokens + extra):
-                extra = 0
-            step.extend_row(row, extra)
 
     def _priority_key(self, request: Request) -> tuple[int, int]:
         """Sorts by falling priority; the last is preempted first."""
@@ -363,6 +359,7 @@ class Scheduler:
             request.status = RequestStatus.FINISHED
             self._waiting.discard(request)
         self.kv.release(request)
+        self._lookahead.remove(request)
         del self._requests[request.spec.request_id]
 
     # ---- results --------------------------------------------------------------------------------------------------
@@ -374,6 +371,8 @@ class Scheduler:
         step = self._in_flight.pop(plan.step_id)
         if result.errors:
             self._fail_rows(step, result.errors)
+        if plan.draft_token_ids:
+            self._take_back_refused(step, result)
         for row, request in step.rows():
             if request.status is RequestStatus.FINISHED:
                 continue
@@ -384,6 +383,19 @@ class Scheduler:
             if plan.samples[row]:
                 updates.append(self._process_output(request, result.sampled_token_ids[row], result.logprobs.get(row)))
         return updates
+
+    def _take_back_refused(self, step: PlannedStep, result: StepResult) -> None:
+        """Let the counters of requests with drafts fall back to what was verified; their blocks stay."""
+        drafts = step.plan.draft_token_ids
+        for row, request in step.rows():
+            if row not in drafts or request.status is RequestStatus.FINISHED:
+                continue
+            num_drafts, num_accepted = len(drafts[row]), len(result.sampled_token_ids[row]) - 1
+            request.num_draft_tokens += num_drafts
+            request.num_accepted_tokens += num_accepted
+            request.num_in_flight -= num_drafts
+            if request.status is RequestStatus.RUNNING:  # one that was preempted meanwhile is computed anew
+                request.num_computed_tokens -= num_drafts - num_accepted
 
     def _fail_rows(self, step: PlannedStep, errors: dict[int, str]) -> None:
         """End the requests of failed rows, and recompute the requests that share blocks which these rows should have written.
@@ -434,7 +446,7 @@ class Scheduler:
             )
             assert 0 <= request.num_computed_tokens <= request.num_tokens + request.num_in_flight
             assert request.num_output_tokens + request.num_in_flight <= request.max_tokens
-            assert request.num_in_flight <= 1 or self.limits.pipeline_parallel_size == 1
+            assert request.num_in_flight <= 1 or request.must_wait_for_output or not request.waits_for_output
 
     def find_leak(self) -> str:
         """What an engine without requests holds all the same, for the log; empty when nothing. O(1)."""
