@@ -11,6 +11,8 @@ from benchmarks.gpu.engines import engine, run_all, workload
 
 # The driver loads the code of a kernel when it first runs, as may happen in some steps only.
 MOST_CODE_BYTES = 64 << 20
+# Four segments of the allocator's pool of small tensors.
+MOST_GROWN_BYTES = 8 << 20
 
 
 def run(context: Context) -> dict[str, Any]:
@@ -28,7 +30,7 @@ def run(context: Context) -> dict[str, Any]:
         "before": before,
         "after": after,
         "kv_equation": equation,
-        "passed": grown <= 0 and before["free"] - after["free"] <= MOST_CODE_BYTES,
+        "passed": grown <= MOST_GROWN_BYTES and before["free"] - after["free"] <= MOST_CODE_BYTES,
         "headline": {
             "bytes_reserved_after_ready": grown,
             "bytes_taken_from_the_driver": before["free"] - after["free"],

@@ -96,13 +96,15 @@ class Context:
             started = time.perf_counter()
             launch()
             return time.perf_counter() - started
-        side = torch.cuda.Stream()
+        # One stream for all timings, and none that an engine captures on: cuBLAS keeps a workspace for each, and torch may
+        # free that of a stream when a graph captured on it goes (pytorch/pytorch#193402).
+        side = self._timing_stream
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             launch()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=side):
             for _ in range(LAUNCHES):
                 launch()
         graph.replay()
@@ -115,6 +117,10 @@ class Context:
             end.synchronize()
             times.append(begin.elapsed_time(end) / 1000 / LAUNCHES)
         return statistics.median(times)
+
+    @cached_property
+    def _timing_stream(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream()
 
     @property
     def known_ceilings(self) -> dict[str, float] | None:

@@ -52,6 +52,8 @@ SECONDS_AN_ENTRY, SECONDS_TO_FINISH = 45, 12
 # Of each launch: keys and values at least, over several layers, so that the GPU's cache has none of them; and at most.
 LEAST_BYTES, MOST_SHARE_OF_MEMORY = 1 << 30, 0.25
 LEAST_GAIN = 1.01
+# Bytes a thread: one or two values that are kept outside the loop. More is a spill.
+MOST_DECODE_STACK = 16
 # Of each round but the last: shapes measured by then, and one of how many candidates goes on.
 SHAPES_AND_SHARE_BY_ROUND = ((1, 3), (4, 4))
 FEWEST_SURVIVORS = 3
@@ -235,7 +237,7 @@ class Search:
         return [index for index in survivors if index in fitting or index == 0]
 
     def _fits(self, choice: Candidate, compiled: Compiled) -> bool:
-        spills = self.entry.kind == "decode" and compiled.stack_bytes > 0
+        spills = self.entry.kind == "decode" and compiled.stack_bytes > MOST_DECODE_STACK
         if not (compiled.error or spills or compiled.shared_bytes > self.limits.shared_bytes):
             return True
         self.context.entries.append({"entry": self.name, **choice.change, "left_out": asdict(compiled)})

@@ -119,6 +119,14 @@ def test_float8_cache_saturates(either: KernelBackend, dtype: torch.dtype, large
     assert keys.float().count_nonzero() == 2
 
 
+@pytest.mark.parametrize("either", [BACKEND, REFERENCE], ids=["triton", "reference"])
+def test_float8_cache_keeps_nan(either: KernelBackend) -> None:
+    heads = torch.tensor([[1.0, 1.0], [torch.nan, -2.0], [3.0, torch.nan]]).view(1, 3, 2)
+    keys, values = stored_as_float8(either, heads, torch.float8_e5m2, (1.0, 1.0))
+    assert keys[1, 0, 1].float().isnan().all()  # the rotation mixes a pair
+    assert values[1, 0, 1].float().isnan().tolist() == [False, True]
+
+
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 def test_float8_cache_rounds_to_nearest(dtype: torch.dtype) -> None:
     """Beside float64: of two neighbours that a float8 type has, the nearer one. The interpreter loses the carry where rounding

@@ -113,7 +113,9 @@ def _normed_and_rotated(
 def _as_cached(x, inverse_scale, cache, FLOAT8_MAX: tl.constexpr):
     """float32 numbers as the cache keeps them; float8 ones are kept inside the type's range. FLOAT8_MAX 0: no float8."""
     if FLOAT8_MAX > 0:
-        x = tl.minimum(tl.maximum(x * inverse_scale, -FLOAT8_MAX), FLOAT8_MAX)
+        # NaN stays NaN, as in the twin: a prefix that another request finds must not look sane.
+        x = tl.maximum(x * inverse_scale, -FLOAT8_MAX, propagate_nan=tl.PropagateNan.ALL)
+        x = tl.minimum(x, FLOAT8_MAX, propagate_nan=tl.PropagateNan.ALL)
     return x.to(cache.dtype.element_ty)
 
 

@@ -76,6 +76,14 @@ _PHASE_OF = {CheckCommunication: "communication", LoadWeights: "weights", Measur
 _FLUSH_SECONDS = 5.0
 
 
+def results_executor(device_index: int) -> ThreadPoolExecutor:
+    """A thread that waits for the results of a GPU.
+
+    A new thread's device is GPU 0: without the initializer its first wait would make a CUDA context there, some 500 MiB.
+    """
+    return ThreadPoolExecutor(1, "rank-results", initializer=torch.cuda.set_device, initargs=(device_index,))
+
+
 class RankService:
     """The loop of one rank. `connected`: the stream to the driver, authenticated before it came here.
 
@@ -93,7 +101,7 @@ class RankService:
         self._start: StartRank
         self._config: PagodaConfig
         self._model_config: ModelConfig
-        self._worker: Worker
+        self._worker: Worker | None = None  # until the rendezvous
         self._num_steps = 0
         self._is_ending = False
         # Sends a step's result: from a thread that waits for the GPU; on a CPU, where the result is there at once, directly.
@@ -136,6 +144,7 @@ class RankService:
     def _bring_up(self, command: Command) -> None:
         """Do one of the commands between rendezvous and the first step."""
         worker = self._worker
+        assert worker is not None, f"{type(command).__name__} before the rendezvous"
         self._publish(_PHASE_OF.get(type(command), "unknown"))
         if isinstance(command, CheckCommunication):
             self._channel.send(CommunicationChecked(check_communication(self._groups, worker.device)))
@@ -171,7 +180,7 @@ class RankService:
         export_interface(interface)
         if config.device == "cuda":
             torch.cuda.set_device(start.device_index)
-            results = ThreadPoolExecutor(1, "rank-results")
+            results = results_executor(start.device_index)
             self._finish = lambda plan, handle, before: results.submit(self._finish_step, plan, handle, before)
         index = self._rank % start.ranks_on_host
         threads = choose_threads(
@@ -196,6 +205,8 @@ class RankService:
         self._publish("rendezvous")
         config = self._config
         assert config.max_num_batched_tokens is not None
+        # torch.distributed wants to know which GPU, not only that it is one.
+        device = torch.device("cuda", self._start.device_index) if config.device == "cuda" else torch.device("cpu")
         self._groups = connect_groups(
             ParallelLayout(config.tensor_parallel_size, config.pipeline_parallel_size),
             self._rank,
@@ -203,17 +214,18 @@ class RankService:
             port=command.port,
             backend="nccl" if config.device == "cuda" else "gloo",
             timeout_seconds=stall_bound(config.max_num_batched_tokens, config.collective_timeout_seconds),
-            device=torch.device(config.device),
+            device=device,
             rendezvous_timeout_seconds=config.rendezvous_timeout_seconds,
             listener=self._listener,
         )
-        self._worker = Worker(config, self._model_config, self._groups)
+        self._worker = Worker(config, self._model_config, self._groups, device)
         self._channel.send(PhaseDone("rendezvous"))
 
     # ---- steps ----------------------------------------------------------------------------------------------------
 
     def _run_step(self, command: RunStep) -> None:
         plan, before = command.plan, self._groups.num_operations
+        assert self._worker is not None, "a step before the rendezvous"
         try:
             handle = self._worker.execute(plan, command.update)
         except Exception as error:  # of model, kernels or device: reported to the driver, which decides
@@ -250,6 +262,9 @@ class RankService:
     def _end(self, command: EndRank) -> None:
         logger.info("this rank ends: %s", command.reason)
         self._is_ending = True
+        if self._worker is not None:
+            # NCCL waits for ever to destroy a communicator that live CUDA graphs use (pytorch/pytorch#115388).
+            self._worker.shutdown()
         self._groups.close()
         self._channel.close()
 

@@ -157,18 +157,19 @@ class CudaCapture:
 
     def __init__(self) -> None:
         self._pool: Any = None  # a handle that torch gives and takes
+        # One for all: cuBLAS keeps a workspace, 32 MiB on Hopper, for each stream that it has ever worked on.
+        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
     def __call__(self, step: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
         """Run `step` once, so that kernels are compiled and libraries have set themselves up, then capture it."""
-        warm_up = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        warm_up.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(warm_up):
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
             step()
-        torch.cuda.current_stream().wait_stream(warm_up)
+        torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
         # Only this thread's calls are captured, and only they must be of a kind that can be: others, such as those of NCCL's
         # watchdog, may call the device meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             hidden = step()
         self._pool = graph.pool()
         return graph.replay, hidden

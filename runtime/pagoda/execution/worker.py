@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from collections.abc import Sequence
@@ -43,6 +44,7 @@ logger = logging.getLogger(__name__)
 
 # The costliest way through the sampler: random, open, with log-probabilities.
 _WARM_UP_SAMPLING = SamplingParams(top_p=0.999, min_p=1e-6, repetition_penalty=1.1, frequency_penalty=0.1, logprobs=20)
+_SMALL_STEPS = (512, 128, 32, 8, 2)  # tokens
 _WARM_UP_TOKENS = 8  # on a CPU they take as long as one does: the weights are read once
 
 # The dtype of each `kv_cache_dtype` but auto, which is the model's.
@@ -56,7 +58,14 @@ class Worker:
     `groups` goes through the same calls with the same arguments: they exchange messages in most of them.
     """
 
-    def __init__(self, config: PagodaConfig, model_config: ModelConfig, groups: ParallelGroups = SINGLE_RANK) -> None:
+    def __init__(
+        self,
+        config: PagodaConfig,
+        model_config: ModelConfig,
+        groups: ParallelGroups = SINGLE_RANK,
+        device: torch.device | None = None,
+    ) -> None:
+        """`device`: this rank's, with its index; None: the only one, or the current one."""
         unresolved = [name for name in ("max_num_seqs", "max_num_batched_tokens") if getattr(config, name) is None]
         unresolved += [name for name in ("device", "dtype") if getattr(config, name) == "auto"]
         if unresolved:
@@ -66,7 +75,7 @@ class Worker:
         self.model_config = model_config
         self.groups = groups
         self.shard = ModelShard.of(model_config, groups.layout, groups.coordinates.rank)
-        self.device = torch.device(config.device)
+        self.device = device or torch.device(config.device)
         self.dtype: torch.dtype = getattr(torch, config.dtype)
         self.kv_dtype = _FLOAT8_TYPES.get(config.kv_cache_dtype, self.dtype)
         self.model: DecoderForCausalLM | None = None
@@ -171,8 +180,14 @@ class Worker:
         if self._uses_cuda_graphs():
             self._capture_cuda_graphs(self.runner)
         if self.device.type == "cuda":
-            # The memory of the greatest step is taken now, and not from the driver while requests run.
-            self._run_largest(self.runner, **self._largest_step(self.runner.batch.max_model_len))
+            # The memory of steps is taken now, and not from the driver while requests run: that of the greatest one, and
+            # of small ones, whose tensors the allocator keeps apart (those of 1 MiB and less).
+            max_model_len = self.runner.batch.max_model_len
+            largest = self._largest_step(max_model_len)
+            self._run_largest(self.runner, **largest)
+            for num_tokens in _SMALL_STEPS:
+                if num_tokens < min(largest["num_tokens"], max_model_len):
+                    self._run_largest(self.runner, num_rows=1, num_tokens=num_tokens)
 
     def execute(
         self, plan: StepPlan, update: SampledTokensUpdate = NO_SAMPLED_TOKENS
@@ -187,10 +202,13 @@ class Worker:
         return PendingMultiStep(first, [(rows, self.runner.execute(step)) for rows, step in later])
 
     def shutdown(self) -> None:
-        """Free model and KV cache."""
+        """Free model, KV cache and CUDA graphs, once the device has done its work."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         self.model = None
         self.runner = None
         if self.device.type == "cuda":
+            gc.collect()  # graphs and model refer to each other
             torch.cuda.empty_cache()
 
     def _available_bytes(self, num_ranks_on_host: int) -> int:
