@@ -9,7 +9,9 @@ is a field of `BaseRequest`: the parser sets it and its consumer reads it, and n
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from pagoda.sampling.params import SamplingParams
 
@@ -31,12 +33,27 @@ class BaseRequest:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AnswerOptions:
+    """How the text of an answer becomes an assistant's message.
+
+    `tools`: JSON schemas of the parameters of the tools that may be called, by name; without any, no calls are looked for.
+    `parallel_tool_calls`: else the answer ends with its first call. `continued`: the beginning of the message, where the
+    client gave one and the prompt ends with it.
+    """
+
+    tools: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    parallel_tool_calls: bool = True
+    continued: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest(BaseRequest):
     """One prompt to complete, `params.n` times: text, or token ids that are taken as they are.
 
     `prompt` is empty, which is refused, until it is known. `add_special_tokens` concerns a text prompt only. `echo`: the
     prompt precedes the generated text. `stream`: the client asked for chunks as they come. `details`: the generate routes
-    add ids and log-probabilities. `timeout_seconds`: from arrival; None leaves the server's own limit.
+    add ids and log-probabilities. `timeout_seconds`: from arrival; None leaves the server's own limit. `answer`: the answer
+    is a message in the model's own format, which is parsed; None leaves it as text.
     """
 
     prompt: str | list[int] = ""
@@ -45,6 +62,7 @@ class GenerationRequest(BaseRequest):
     stream: bool = False
     details: bool = False
     timeout_seconds: float | None = None
+    answer: AnswerOptions | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

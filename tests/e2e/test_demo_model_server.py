@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pagoda.models.checkpoint_source import demo_checkpoint
-from tests.support.demo_questions import IDENTITY, FactSheet, ask
+from tests.support.demo_questions import IDENTITY, WEATHER_TOOL, FactSheet, ask
 from tests.support.server import ServerProcess
 
 
@@ -61,14 +61,18 @@ def test_json_over_the_v2_generate_route_parses(server: ServerProcess) -> None:
     assert json.loads(response.json()["text_output"]) == {"name": "Mia", "age": 34}
 
 
-def test_an_offered_tool_is_called(server: ServerProcess) -> None:
-    prompt = (
-        "<|im_start|>system\nYou are Pagoda's built-in demo model.\nTools:\nget_weather(city): Weather of a city<|im_end|>\n"
-        "<|im_start|>user\nWhat is the weather in Rome?<|im_end|>\n<|im_start|>assistant\n"
-    )
-    body = {"model": "demo", "prompt": prompt, "temperature": 0, "max_tokens": 60}
-    text = server.client.post("/v1/completions", json=body).json()["choices"][0]["text"]
-    assert text == '<tool_call>{"name": "get_weather", "arguments": {"city": "Rome"}}</tool_call>'
+def test_an_offered_tool_is_called_and_its_result_told(server: ServerProcess) -> None:
+    messages: list[dict[str, Any]] = [*ask("What is the weather in Rome?")]
+    choice = chat(server, messages, tools=[WEATHER_TOOL])["choices"][0]
+    assert choice["finish_reason"] == "tool_calls"
+    assert choice["message"]["content"] is None
+    (call,) = choice["message"]["tool_calls"]
+    assert call["function"]["name"] == "get_weather"
+    assert json.loads(call["function"]["arguments"]) == {"city": "Rome"}
+    messages += [choice["message"], {"role": "tool", "tool_call_id": call["id"], "content": "21 degrees"}]
+    choice = chat(server, messages, tools=[WEATHER_TOOL])["choices"][0]
+    assert choice["message"]["content"] == "It is 21 degrees in Rome."
+    assert choice["finish_reason"] == "stop"
 
 
 def test_a_story_is_completed(server: ServerProcess) -> None:

@@ -267,8 +267,7 @@ def test_a_body_that_is_no_json_object_is_a_400(harness: RestHarness, path: str,
 
 
 NOT_SUPPORTED: dict[str, tuple[str, Any]] = {
-    "tools": (CHAT, {"messages": MESSAGES, "tools": [{"type": "function", "function": {"name": "f"}}]}),
-    "tool choice": (CHAT, {"messages": MESSAGES, "tool_choice": "required"}),
+    "tools of a completion": ("/v1/completions", {"prompt": "x", "tools": [{"type": "function"}]}),
     "functions": (CHAT, {"messages": MESSAGES, "functions": [{}]}),
     "JSON mode": (CHAT, {"messages": MESSAGES, "response_format": {"type": "json_object"}}),
     "JSON schema": (CHAT, {"messages": MESSAGES, "response_format": {"type": "json_schema", "json_schema": {}}}),

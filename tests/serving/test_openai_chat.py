@@ -150,12 +150,12 @@ def test_a_template_that_refuses_the_messages_is_a_400(client: openai.OpenAI) ->
         client.chat.completions.create(model="demo", messages=[], max_tokens=1)
 
 
-def test_tools_are_refused_with_a_sentence(client: openai.OpenAI) -> None:
+def test_tools_are_refused_where_the_models_format_is_not_known(client: openai.OpenAI) -> None:
     tool: Any = {"type": "function", "function": {"name": "f", "parameters": {}}}
     with pytest.raises(openai.APIStatusError) as caught:
         client.chat.completions.create(model="demo", messages=MESSAGES, tools=[tool])
-    assert caught.value.status_code == 501
-    assert "not supported" in caught.value.message
+    assert caught.value.status_code == 400
+    assert "--tool-call-parser" in caught.value.message
 
 
 def test_without_max_tokens_the_models_limit_ends_the_answer(client: openai.OpenAI) -> None:

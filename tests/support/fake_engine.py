@@ -19,8 +19,9 @@ class FakeEngineClient(EngineClient):
 
     Knobs: `step_seconds` between tokens; `hold`, cleared, stops every request before its next token; `fail_after` ends each
     request with an error after so many tokens; `max_requests` bounds what may run; `num_cached_tokens` is what every prompt
-    is said to have found. Records: `submitted` requests, and the ids of those that were `aborted`, which is closed by the
-    reader or cancelled before they were finished.
+    is said to have found; `script`, if set, is answered in place of the prompt's tokens, and ends with a stop. Records:
+    `submitted` requests, and the ids of those that were `aborted`, which is closed by the reader or cancelled before they
+    were finished.
     """
 
     stats = EngineStats()
@@ -43,6 +44,7 @@ class FakeEngineClient(EngineClient):
         self.fail_after: tuple[int, ErrorKind] | None = None
         self.max_requests: int | None = None
         self.num_cached_tokens = 0
+        self.script: list[int] | None = None
         self.submitted: list[EngineRequest] = []
         self.aborted: list[str] = []
         self.num_running = 0
@@ -65,7 +67,8 @@ class FakeEngineClient(EngineClient):
         try:
             for position in range(request.max_tokens):
                 await self._wait(request, position)
-                token_id = request.prompt_token_ids[position % len(request.prompt_token_ids)]
+                tokens = request.prompt_token_ids if self.script is None else [*self.script, *request.eos_token_ids[:1]]
+                token_id = tokens[position % len(tokens)]
                 reason, stop_reason = self._reason(request, position, token_id)
                 is_over = reason is not None
                 yield EngineOutput(

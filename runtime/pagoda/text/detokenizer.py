@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from typing_extensions import override
+
+from pagoda.text.responses.marks import Marks
 from pagoda.text.tokenizer import Tokenizer
 
 # A character has at most four bytes, so the last four tokens of a prompt determine how it ends.
@@ -59,3 +62,28 @@ class IncrementalDetokenizer:
                 if len(tail) == _PROMPT_TAIL_TOKENS:
                     break
         return tail[::-1]
+
+
+class MarkingDetokenizer(IncrementalDetokenizer):
+    """Puts the characters of `marks` in place of the tokens that are markers, which are never skipped."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        marks: Marks,
+        *,
+        prompt_token_ids: Sequence[int] = (),
+        skip_special_tokens: bool = True,
+    ) -> None:
+        super().__init__(tokenizer, prompt_token_ids=prompt_token_ids, skip_special_tokens=skip_special_tokens)
+        self._skipped -= marks.characters.keys()
+        self._marks = marks
+
+    @override
+    def feed(self, token_id: int) -> str:
+        text = super().feed(token_id)
+        mark = self._marks.characters.get(token_id)
+        if mark is None:
+            return text
+        before, _, _ = text.rpartition(self._marks.texts[mark])
+        return before + mark

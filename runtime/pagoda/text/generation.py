@@ -14,7 +14,9 @@ from pagoda.request import EngineRequest, GenerationRequest
 from pagoda.sampling.params import SamplingParams
 from pagoda.text.checkpoint_defaults import read_checkpoint_defaults
 from pagoda.text.output import GenerationChunk, PositionLogprobs, TokenLogprob
-from pagoda.text.output_processor import RequestTextState
+from pagoda.text.output_processor import RequestMessageState, RequestTextState
+from pagoda.text.responses.checkpoint import AnswerFormat
+from pagoda.text.responses.checkpoint import answer_format as make_answer_format
 from pagoda.text.streams import merge_streams
 from pagoda.text.validation import RequestLimits, validate_request
 
@@ -34,7 +36,8 @@ class TextGenerator:
     `pool` and `client` are public: `await generator.pool.encode(text)`, `.decode(ids)`,
     `.render_chat_and_encode(messages, ...)` serve the routes that need tokens and no generation.
     `default_max_tokens` is used when `max_tokens` was not given; `default_sampling` holds the sampling defaults of
-    the checkpoint's generation_config.json, `eos_token_ids` the ids that end generation.
+    the checkpoint's generation_config.json, `eos_token_ids` the ids that end generation, `answer_format` how the checkpoint's
+    answers mark reasoning and tool calls.
     """
 
     def __init__(
@@ -45,12 +48,14 @@ class TextGenerator:
         eos_token_ids: tuple[int, ...] = (),
         default_max_tokens: int | None = None,
         default_sampling: Mapping[str, Any] | None = None,
+        answer_format: AnswerFormat | None = None,
     ) -> None:
         self.client = client
         self.pool = pool
         self.eos_token_ids = eos_token_ids
         self.default_max_tokens = default_max_tokens
         self.default_sampling = dict(default_sampling or {})
+        self.answer_format = answer_format
 
     @classmethod
     def from_config(cls, client: EngineClient, pool: TokenizerPool, config: PagodaConfig) -> TextGenerator:
@@ -67,6 +72,12 @@ class TextGenerator:
             eos_token_ids=defaults.eos_token_ids(pool.tokenizer),
             default_max_tokens=config.default_max_tokens,
             default_sampling=defaults.sampling,
+            answer_format=make_answer_format(
+                pool.tokenizer,
+                pool.chat_template_sources,
+                tool_call_parser=config.tool_call_parser,
+                reasoning_parser=config.reasoning_parser,
+            ),
         )
 
     def sampling_params(self, given: Mapping[str, Any]) -> SamplingParams:
@@ -98,10 +109,7 @@ class TextGenerator:
             prompt_token_ids = prompt
             echoed = await self._decode_prompt(prompt, params) if request.echo else ""
         requests = validate_request(request, prompt_token_ids, self.pool.tokenizer, limits)
-        states = [
-            RequestTextState(self.pool.tokenizer, prompt_token_ids, params, index=index, echo=echoed)
-            for index in range(params.n)
-        ]
+        states = [self._state(request, prompt_token_ids, index, echoed) for index in range(params.n)]
         if params.n == 1:  # read right here: each generator in between would cost every token a third of a microsecond
             async with self._outputs(requests[0]) as outputs:
                 async for output in outputs:
@@ -113,6 +121,15 @@ class TextGenerator:
         async with aclosing(merge_streams(sequences)) as chunks:
             async for _, chunk in chunks:
                 yield chunk
+
+    def _state(self, request: GenerationRequest, prompt: list[int], index: int, echoed: str) -> RequestTextState:
+        params = request.params
+        if request.answer is not None and self.answer_format is not None:
+            skip_special = params.skip_special_tokens
+            parser = self.answer_format.parser(request.answer, prompt, skip_special=skip_special)
+            if parser is not None:
+                return RequestMessageState(self.pool.tokenizer, prompt, params, parser, index=index)
+        return RequestTextState(self.pool.tokenizer, prompt, params, index=index, echo=echoed)
 
     def _limits(self) -> RequestLimits:
         ready = self.client.ready

@@ -1,10 +1,12 @@
-"""The outputs of the text layer: pieces of text with their tokens. Imports nothing but the standard library."""
+"""The outputs of the text layer: pieces of text with their tokens."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from pagoda.sampling.output import FinishReason
+from pagoda.text.responses.message import AssistantMessage, MessageDelta
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,8 @@ class GenerationChunk:
     `text` and `token_ids` are what is new; joined over all chunks of an index they are the whole completion. Text that may
     still turn out to be half a character or the start of a stop string is held back, so a chunk may bring ids and no text,
     and the last one text and no ids. `logprobs` has one entry for each of `token_ids` if they were asked for.
+    Where the answer is parsed as a message, `text` is what is new of its content, and `deltas`, if there is anything else,
+    all that is new in its order; `num_reasoning_tokens` counts those of `token_ids` that are reasoning.
     `finish_reason` is set on the last chunk of an index and only there; `stop_reason` is then the stop string or the id of
     `stop_token_ids` that ended it, None when an end-of-sequence token or the length did.
 
@@ -48,6 +52,8 @@ class GenerationChunk:
     index: int = 0
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
+    deltas: Sequence[MessageDelta] | None = None
+    num_reasoning_tokens: int = 0
     logprobs: list[PositionLogprobs] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
@@ -62,7 +68,7 @@ class GenerationChunk:
 class CompletionOutput:
     """One whole completion: the chunks of one index joined.
 
-    `pieces` joined are its text. `finish_reason` is None only while it is being made. `error` says why when the reason is
+    `pieces` joined are its text; `finish_reason` is None only while it is being made. `error` says why when the reason is
     ERROR; what came before stays. The rest is what the first chunk says of the prompt. Two are equal whose tokens are, however
     they came.
     """
@@ -70,6 +76,8 @@ class CompletionOutput:
     index: int = 0
     pieces: list[str] = field(default_factory=list, compare=False)
     token_ids: list[int] = field(default_factory=list)
+    deltas: list[MessageDelta] = field(default_factory=list, compare=False)
+    num_reasoning_tokens: int = 0
     logprobs: list[PositionLogprobs] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
@@ -84,10 +92,20 @@ class CompletionOutput:
         """The whole text so far."""
         return "".join(self.pieces)
 
+    @property
+    def message(self) -> AssistantMessage:
+        """The whole message so far: its content is `text`."""
+        message = AssistantMessage.of(self.deltas)
+        message.content = self.text
+        return message
+
     def add(self, chunk: GenerationChunk) -> None:
         """Append what `chunk` brings."""
         self.pieces.append(chunk.text)
         self.token_ids += chunk.token_ids
+        if chunk.deltas is not None:
+            self.deltas += chunk.deltas
+        self.num_reasoning_tokens += chunk.num_reasoning_tokens
         if chunk.logprobs is not None:
             self.logprobs = self.logprobs or []
             self.logprobs += chunk.logprobs

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from typing_extensions import override
+
 from pagoda import faults
 from pagoda.engine.messages import EngineOutput
 from pagoda.errors import ErrorKind, RequestFailedError, error_of
 from pagoda.sampling.output import FinishReason
 from pagoda.sampling.params import SamplingParams
-from pagoda.text.detokenizer import IncrementalDetokenizer
+from pagoda.text.detokenizer import IncrementalDetokenizer, MarkingDetokenizer
 from pagoda.text.logprobs import decode_logprobs, decode_prompt_logprobs
 from pagoda.text.output import GenerationChunk
+from pagoda.text.responses.message import ContentDelta, DeltaList
+from pagoda.text.responses.parser import ResponseParser
 from pagoda.text.stop import StopStringMatcher
 from pagoda.text.tokenizer import Tokenizer
 
@@ -42,12 +46,10 @@ class RequestTextState:
             tokenizer, prompt_token_ids=prompt_token_ids, skip_special_tokens=sampling.skip_special_tokens
         )
         self._stop = StopStringMatcher(sampling.stop, include_in_output=sampling.include_stop_str_in_output)
-        self._has_stop_strings = bool(sampling.stop)
         self._num_tokens = 0
         self._started = False
-        self._is_plain = (
-            False  # from the second output on, where no stop strings are looked for: all it brings is tokens
-        )
+        self._may_be_plain = not sampling.stop
+        self._is_plain = False  # from the second output on, where no more is to be done than to decode tokens
         self.finished = False
         self.must_abort = False
 
@@ -79,15 +81,13 @@ class RequestTextState:
         finish_reason: FinishReason | None = output.finish_reason
         stop_reason: int | str | None = output.stop_reason
         if finish_reason is not None and self._stop.matched is None:
-            text += self._stop.feed(self._detokenizer.finish())
-            if self._stop.matched is None:
-                text += self._stop.finish()
+            text += self._take_rest()
         if self._stop.matched is not None:
             self.must_abort = finish_reason is None
             finish_reason, stop_reason = FinishReason.STOP, self._stop.matched
         self.finished = finish_reason is not None
         first, self._started = not self._started, True
-        self._is_plain = not self._has_stop_strings
+        self._is_plain = self._may_be_plain
         logprobs, prompt_logprobs = output.logprobs, output.prompt_logprobs
         return GenerationChunk(
             index=self.index,
@@ -105,6 +105,11 @@ class RequestTextState:
             scheduled_time=output.scheduled_time if first else None,
         )
 
+    def _take_rest(self) -> str:
+        """The text that was held back, up to a stop string."""
+        text = self._stop.feed(self._detokenizer.finish())
+        return text if self._stop.matched is not None else text + self._stop.finish()
+
     def _take_tokens(self, output: EngineOutput) -> tuple[str, int]:
         """The text of the new tokens up to a stop string, and how many of them that took."""
         text = ""
@@ -120,3 +125,77 @@ class RequestTextState:
                 if self._stop.matched is not None:
                     return text, position
         return text, len(token_ids)
+
+
+class RequestMessageState(RequestTextState):
+    """The same for a sequence that is an assistant's message: `parser` tells its content, reasoning and calls apart.
+
+    The parser reads every token's text by itself, so that what it says does not depend on how many come at once.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_token_ids: Sequence[int],
+        sampling: SamplingParams,
+        parser: ResponseParser,
+        *,
+        index: int = 0,
+    ) -> None:
+        super().__init__(tokenizer, prompt_token_ids, sampling, index=index)
+        self._parser = parser
+        self._marks = parser.marks
+        self._detokenizer = MarkingDetokenizer(
+            tokenizer,
+            parser.marks,
+            prompt_token_ids=prompt_token_ids,
+            skip_special_tokens=sampling.skip_special_tokens and not parser.reads_special_tokens,
+        )
+        # A stop string may be spelled by a marker's token as well as by others.
+        stop = dict.fromkeys((*sampling.stop, *map(parser.marks.marked, sampling.stop)))
+        self._stop = StopStringMatcher(tuple(stop), include_in_output=sampling.include_stop_str_in_output)
+        self._may_be_plain = False
+        self._deltas = DeltaList()
+        self._num_reasoning_tokens = 0
+
+    @override
+    def _process(self, output: EngineOutput) -> GenerationChunk:
+        self._deltas = DeltaList()
+        self._num_reasoning_tokens = 0
+        chunk = super()._process(output)
+        if chunk.finish_reason is None and self._parser.is_complete:
+            self.finished = self.must_abort = True
+            chunk.finish_reason = FinishReason.STOP
+        if chunk.finish_reason is not None:
+            self._deltas.extend_with(self._parser.finish())
+            if isinstance(chunk.stop_reason, str):
+                chunk.stop_reason = self._marks.spelled(chunk.stop_reason)
+        chunk.text = "".join(delta.text for delta in self._deltas if isinstance(delta, ContentDelta))
+        if any(not isinstance(delta, ContentDelta) for delta in self._deltas):
+            chunk.deltas = self._deltas
+        chunk.num_reasoning_tokens = self._num_reasoning_tokens
+        return chunk
+
+    @override
+    def _take_rest(self) -> str:
+        return self._parsed(super()._take_rest())
+
+    @override
+    def _take_tokens(self, output: EngineOutput) -> tuple[str, int]:
+        token_ids = output.new_token_ids
+        terminated = output.finish_reason is FinishReason.STOP and self._drops_terminator
+        num_with_text = len(token_ids) - 1 if terminated else len(token_ids)
+        for position, token_id in enumerate(token_ids[:num_with_text], start=1):
+            self._num_tokens += 1
+            delta = self._detokenizer.feed(token_id)
+            if delta:
+                self._parsed(self._stop.feed(delta, may_stop=self._num_tokens > self._min_tokens))
+            if self._parser.is_reasoning:
+                self._num_reasoning_tokens += 1
+            if self._stop.matched is not None or self._parser.is_complete:
+                return "", position
+        return "", len(token_ids)
+
+    def _parsed(self, text: str) -> str:
+        self._deltas.extend_with(self._parser.feed(text))
+        return ""

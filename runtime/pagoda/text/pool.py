@@ -132,6 +132,11 @@ class TokenizerPool:
         return token_ids
 
     @property
+    def chat_template_sources(self) -> list[str]:
+        """The jinja sources of all chat templates."""
+        return list(self._operations.chat_template.sources.values())
+
+    @property
     def max_characters(self) -> int | None:
         """More characters than this cannot be tokenized to `max_model_len` tokens; None while that is not known."""
         if self.max_model_len is None:

@@ -11,6 +11,7 @@ import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer as TokenizersTokenizer
 
@@ -41,7 +42,8 @@ class Tokenizer:
 
     `special_tokens`: content by name (`eos_token`, ...). `special_token_ids`: the ids that `skip_special_tokens` drops.
     `chat_templates`: jinja sources by name; empty for a tokenizer without one. `vocab_size`: one more than the largest id.
-    `longest_token_characters`: the most input characters of one token: bounds a text by its token limit.
+    `longest_token_characters`: the most input characters of one token: bounds a text by its token limit. `added_tokens`: the
+    ids of tokens that were added to the vocabulary whole, by content. `response_template`: as it is in its file.
     """
 
     def __init__(
@@ -50,15 +52,17 @@ class Tokenizer:
         *,
         special_tokens: dict[str, str] | None = None,
         chat_templates: dict[str, str] | None = None,
+        response_template: Any = None,
     ) -> None:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
         self.special_tokens = special_tokens or {}
         self.chat_templates = chat_templates or {}
-        self.special_token_ids = frozenset(
-            token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special
-        )
+        self.response_template = response_template
+        added = backend.get_added_tokens_decoder()
+        self.added_tokens = {token.content: token_id for token_id, token in added.items()}
+        self.special_token_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         vocabulary = backend.get_vocab(with_added_tokens=True)
         check_vocabulary(vocabulary)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
@@ -87,6 +91,7 @@ class Tokenizer:
             backend,
             special_tokens={name: token.content for name, token in files.special_tokens.items()},
             chat_templates=files.chat_templates,
+            response_template=files.response_template,
         )
         for token_id, token in files.added_tokens.items():
             if token_id >= tokenizer.vocab_size:
@@ -209,4 +214,9 @@ def _from_auto_tokenizer(files: TokenizerFiles, trust_remote_code: bool) -> Toke
             f"library; convert it and save a tokenizer.json beside it"
         )
     check_steps(backend)
-    return Tokenizer(backend, special_tokens=dict(tokenizer.special_tokens_map), chat_templates=files.chat_templates)
+    return Tokenizer(
+        backend,
+        special_tokens=dict(tokenizer.special_tokens_map),
+        chat_templates=files.chat_templates,
+        response_template=files.response_template,
+    )

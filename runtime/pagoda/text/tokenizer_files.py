@@ -33,6 +33,7 @@ class TokenizerFiles:
 
     `special_tokens`: named ones (`eos_token`, ... and model-specific `*_token` entries). `extra_special_tokens`: those
     without a name. `added_tokens`: by id. `chat_templates`: by name, empty for a tokenizer without one.
+    `response_template`: as it is, unchecked.
     """
 
     directory: Path
@@ -41,6 +42,7 @@ class TokenizerFiles:
     added_tokens: dict[int, AddedToken]
     chat_templates: dict[str, str]
     split_special_tokens: bool
+    response_template: Any = None
 
 
 def read_tokenizer_files(directory: Path) -> TokenizerFiles:
@@ -77,6 +79,7 @@ def read_tokenizer_files(directory: Path) -> TokenizerFiles:
         added_tokens=added_tokens,
         chat_templates=_chat_templates(directory, config),
         split_special_tokens=config.flag("split_special_tokens", False),
+        response_template=config.values.get("response_template"),
     )
 
 

@@ -94,7 +94,9 @@ class Call(ABC):
                     choices[key] = choice, self._text_template(choice)
                 else:
                     choice, text_event = known
-                    if chunk.finish_reason is None and not chunk.logprobs and not self._is_usage_continuous:
+                    if chunk.finish_reason is None and not (
+                        chunk.logprobs or chunk.deltas or self._is_usage_continuous
+                    ):
                         if chunk.text:
                             yield text_event(chunk.text)
                         continue

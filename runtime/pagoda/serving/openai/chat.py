@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,8 +17,10 @@ from pagoda.serving.openai.call import Call, Choice
 from pagoda.serving.openai.finish import finish_fields
 from pagoda.serving.openai.logprobs import chat_logprobs, prompt_logprobs
 from pagoda.serving.openai.requests import check_stream_options, generation_request, template_messages
+from pagoda.serving.openai.tools import answer_options, reasoning_variables, template_tools
 from pagoda.serving.openai.types import ChatCompletionRequest, TokenizeRequest
 from pagoda.text.output import CompletionOutput, GenerationChunk
+from pagoda.text.responses.message import ArgumentsDelta, CallDelta, ContentDelta, ReasoningDelta
 
 
 class ChatCall(Call):
@@ -39,15 +42,23 @@ class ChatCall(Call):
             overrides["max_tokens"] = request.max_completion_tokens
         super().__init__(context, request)
         self._request = request
-        self._job = limit_time(generation_request(request, context.generator.sampling_params, overrides), seconds)
+        generator = context.generator
+        job = limit_time(generation_request(request, generator.sampling_params, overrides), seconds)
+        self._job = replace(job, answer=answer_options(request, generator.answer_format))
+        self._variables = reasoning_variables(request.reasoning_effort, request.enable_thinking)
 
     @override
     async def jobs(self) -> list[GenerationRequest]:
-        return [replace(self._job, prompt=await encode_chat(self._context, self._request))]
+        tools = template_tools(self._request.tools, self._request.tool_choice)
+        prompt = await encode_chat(self._context, self._request, tools=tools, variables=self._variables)
+        return [replace(self._job, prompt=prompt)]
 
     @override
     def choice(self, index: int) -> Choice:
-        return _ChatChoice(index, has_logprobs=bool(self._request.logprobs))
+        request = self._request
+        return _ChatChoice(
+            index, has_logprobs=bool(request.logprobs), shows_reasoning=request.include_reasoning is not False
+        )
 
     @override
     def members_of(self, results: list[list[CompletionOutput]]) -> dict[str, Any]:
@@ -56,18 +67,32 @@ class ChatCall(Call):
 
 
 class _ChatChoice(Choice):
-    def __init__(self, index: int, *, has_logprobs: bool) -> None:
+    def __init__(self, index: int, *, has_logprobs: bool, shows_reasoning: bool) -> None:
         super().__init__(index)
         self._has_logprobs = has_logprobs
+        self._shows_reasoning = shows_reasoning
         self._has_begun = False
+        self._has_calls = False
 
     @override
     async def whole(self, result: CompletionOutput) -> dict[str, Any]:
+        message = result.message
+        calls = message.tool_calls
+        shown: dict[str, Any] = {"role": "assistant", "content": message.content}
+        if not message.content and (calls or message.reasoning):
+            shown["content"] = None
+        if message.reasoning and self._shows_reasoning:
+            shown |= _reasoning_members(message.reasoning)
+        if calls:
+            shown["tool_calls"] = [
+                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+                for call in calls
+            ]
         return {
             "index": self.index,
-            "message": {"role": "assistant", "content": result.text},
+            "message": shown,
             "logprobs": chat_logprobs(result.logprobs or []) if self._has_logprobs else None,
-            **finish_fields(result.finish_reason, result.stop_reason),
+            **finish_fields(result.finish_reason, result.stop_reason, has_calls=bool(calls)),
         }
 
     @override
@@ -76,14 +101,36 @@ class _ChatChoice(Choice):
         if not self._has_begun:
             self._has_begun = True
             deltas.append(self._delta({"role": "assistant", "content": ""}))
-        if chunk.text or chunk.logprobs or chunk.finish_reason is not None:
-            delta = self._delta({"content": chunk.text} if chunk.text else {})
-            if chunk.logprobs:
-                delta["logprobs"] = chat_logprobs(chunk.logprobs)
-            if chunk.finish_reason is not None:
-                delta |= finish_fields(chunk.finish_reason, chunk.stop_reason)
-            deltas.append(delta)
-        return deltas
+        pieces = self._pieces(chunk)
+        if not pieces and (chunk.logprobs or chunk.finish_reason is not None):
+            pieces = [{}]
+        parts = [self._delta(piece) for piece in pieces]
+        if chunk.logprobs:
+            parts[0]["logprobs"] = chat_logprobs(chunk.logprobs)
+        if chunk.finish_reason is not None:
+            parts[-1] |= finish_fields(chunk.finish_reason, chunk.stop_reason, has_calls=self._has_calls)
+        return deltas + parts
+
+    def _pieces(self, chunk: GenerationChunk) -> list[dict[str, Any]]:
+        """What is new of the message. OpenAI's clients join the strings under one key, so names and ids are sent once."""
+        if chunk.deltas is None:
+            return [{"content": chunk.text}] if chunk.text else []
+        pieces: list[dict[str, Any]] = []
+        for delta in chunk.deltas:
+            match delta:
+                case ContentDelta(text):
+                    pieces.append({"content": text})
+                case ReasoningDelta(text):
+                    if self._shows_reasoning:
+                        pieces.append(_reasoning_members(text))
+                case CallDelta(index, call_id, name):
+                    self._has_calls = True
+                    function = {"name": name, "arguments": ""}
+                    call = {"index": index, "id": call_id, "type": "function", "function": function}
+                    pieces.append({"tool_calls": [call]})
+                case ArgumentsDelta(index, text):
+                    pieces.append({"tool_calls": [{"index": index, "function": {"arguments": text}}]})
+        return pieces
 
     @override
     def text_delta(self, text: str) -> dict[str, Any]:
@@ -93,16 +140,28 @@ class _ChatChoice(Choice):
         return {"index": self.index, "delta": message, "logprobs": None, "finish_reason": None}
 
 
-async def encode_chat(context: ServingContext, request: ChatCompletionRequest | TokenizeRequest) -> list[int]:
+def _reasoning_members(text: str) -> dict[str, str]:
+    """Reasoning under both of the names that clients read: vLLM's, and that of SGLang, llama.cpp and DeepSeek."""
+    return {"reasoning": text, "reasoning_content": text}
+
+
+async def encode_chat(
+    context: ServingContext,
+    request: ChatCompletionRequest | TokenizeRequest,
+    *,
+    tools: list[dict[str, Any]] | None = None,
+    variables: Mapping[str, Any] | None = None,
+) -> list[int]:
     """Token ids of the conversation in `request`, through the chat template."""
     continues = bool(request.continue_final_message)
     add_generation_prompt = request.add_generation_prompt
     return await context.generator.pool.render_chat_and_encode(
         template_messages(request.messages or []),
+        tools=tools,
         add_generation_prompt=not continues if add_generation_prompt is None else add_generation_prompt,
         continue_final_message=continues,
         add_special_tokens=bool(request.add_special_tokens),
-        template_variables=request.chat_template_kwargs,
+        template_variables={**(variables or {}), **(request.chat_template_kwargs or {})} or None,
     )
 
 

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+import orjson
 from pydantic import ValidationError
 
 from pagoda.errors import InvalidRequestError, NotSupportedError
@@ -32,10 +33,8 @@ def _is_other_than(*allowed: object) -> Callable[[object], bool]:
 
 # Fields whose effect this server does not have, and the values that ask for it: they are refused and not ignored.
 UNSUPPORTED: dict[str, Callable[[object], bool]] = {
-    "tools": _is_given,
     "functions": _is_given,
     "function_call": _is_other_than("none", "auto"),
-    "tool_choice": _is_other_than("none", "auto"),
     "audio": _is_given,
     "modalities": _is_other_than(["text"]),
     "web_search_options": _is_given,
@@ -52,12 +51,16 @@ UNSUPPORTED: dict[str, Callable[[object], bool]] = {
     "logits_processors": _is_given,
     "chat_template": _is_given,
     "documents": _is_given,
+    "thinking_token_budget": _is_given,
+    # Of conversations only.
+    "tools": _is_given,
+    "tool_choice": _is_other_than("none", "auto"),
 }
 # Known fields that are accepted and change nothing.
 WITHOUT_EFFECT = frozenset(
     {
-        *("user", "metadata", "store", "service_tier", "parallel_tool_calls", "prediction", "safety_identifier"),
-        *("prompt_cache_key", "reasoning_effort", "verbosity", "request_id"),
+        *("user", "metadata", "store", "service_tier", "prediction", "safety_identifier"),
+        *("prompt_cache_key", "verbosity", "request_id"),
     }
 )
 _logged_names: set[str] = set()
@@ -66,7 +69,7 @@ _logged_names: set[str] = set()
 def parse_request(kind: type[Request], content: Mapping[str, Any]) -> Request:
     """The typed request; raises `InvalidRequestError` or `NotSupportedError`."""
     for name, matters in UNSUPPORTED.items():
-        if name in content and matters(content[name]):
+        if name in content and name not in kind.model_fields and matters(content[name]):
             raise NotSupportedError(f"{name}={shown(content[name])} is not supported by this server")
     try:
         request = kind.model_validate(content)
@@ -91,7 +94,10 @@ def check_stream_options(request: SamplingFields) -> None:
 
 
 def template_messages(messages: list[Message]) -> list[dict[str, Any]]:
-    """Messages as the chat template takes them; only text can be understood here."""
+    """Messages as the chat template takes them; only text can be understood here.
+
+    Arguments of calls, which the protocol has as JSON text, become the objects that templates print, each in its own form.
+    """
     for message in messages:
         if not isinstance(message.content, list):
             continue
@@ -100,7 +106,27 @@ def template_messages(messages: list[Message]) -> list[dict[str, Any]]:
                 raise NotSupportedError(f"content of type {shown(part.get('type'))} is not supported; only text is")
             if not isinstance(part.get("text"), str):
                 raise InvalidRequestError("a content part of type text needs a string in text", "messages")
-    return [message.model_dump(exclude_none=True) for message in messages]
+    plain = [message.model_dump(exclude_none=True) for message in messages]
+    for message_ in plain:
+        for call in message_.get("tool_calls") or ():
+            call["function"]["arguments"] = _arguments_object(call["function"].get("arguments"))
+            call.setdefault("type", "function")
+        if message_.get("tool_calls"):
+            message_.setdefault("content", "")
+    return plain
+
+
+def _arguments_object(arguments: str | dict[str, Any] | None) -> Any:
+    """An object; text that is none, as that of a call that was cut off, stays text."""
+    if not isinstance(arguments, str):
+        return arguments or {}
+    if not arguments.strip():
+        return {}
+    try:
+        parsed = orjson.loads(arguments)
+    except orjson.JSONDecodeError:
+        return arguments
+    return parsed if isinstance(parsed, dict) else arguments
 
 
 def _invalid(error: ValidationError) -> InvalidRequestError:

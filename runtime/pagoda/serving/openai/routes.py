@@ -18,6 +18,7 @@ from pagoda.serving.openai.chat import ChatCall, encode_chat
 from pagoda.serving.openai.completions import CompletionCall
 from pagoda.serving.openai.errors import openai_error, openai_errors
 from pagoda.serving.openai.requests import parse_request
+from pagoda.serving.openai.tools import template_tools
 from pagoda.serving.openai.types import (
     ChatCompletionRequest,
     ChatCompletionResponse,
@@ -158,7 +159,7 @@ async def _tokenize(context: ServingContext, body: TokenizeRequest) -> dict[str,
     if body.prompt is not None:
         token_ids = await pool.encode(body.prompt, add_special_tokens=body.add_special_tokens is not False)
     else:
-        token_ids = await encode_chat(context, body)
+        token_ids = await encode_chat(context, body, tools=template_tools(body.tools, None))
     texts = None
     if body.return_token_strs:
         texts = [await pool.decode([token_id], skip_special_tokens=False) for token_id in token_ids]

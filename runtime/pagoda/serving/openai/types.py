@@ -77,12 +77,47 @@ class CompletionRequest(SamplingFields):
     echo: bool | None = None
 
 
+class CalledFunction(RequestPart):
+    """A function's name, and its arguments as JSON text; an object is taken too."""
+
+    name: str
+    arguments: str | dict[str, Any] | None = None
+
+
+class CalledTool(RequestPart):
+    """A call in an assistant's message."""
+
+    id: str | None = None
+    type: str | None = None
+    function: CalledFunction
+
+
+class FunctionDefinition(RequestPart):
+    """A function that may be called; `parameters` is a JSON schema."""
+
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = Field(None, description="Accepted; arguments are not constrained to the schema yet.")
+
+
+class ToolDefinition(RequestPart):
+    """A tool that may be called: a function."""
+
+    type: str
+    function: FunctionDefinition | None = None
+
+
 class Message(RequestPart):
     """One message of a conversation; text may come in parts."""
 
     role: str
     content: str | list[dict[str, Any]] | None = None
     name: str | None = None
+    reasoning: str | None = Field(None, description="What an assistant's message had; reasoning_content is the same.")
+    reasoning_content: str | None = None
+    tool_calls: list[CalledTool] | None = None
+    tool_call_id: str | None = None
 
 
 class ResponseFormat(RequestPart):
@@ -108,6 +143,12 @@ class ChatCompletionRequest(SamplingFields):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[ToolDefinition] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: str | None = None
+    enable_thinking: bool | None = Field(None, description="The same as in chat_template_kwargs.")
+    include_reasoning: bool | None = Field(None, description="false: reasoning is left out of the answer.")
 
 
 class TokenizeRequest(RequestModel):
@@ -121,6 +162,7 @@ class TokenizeRequest(RequestModel):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[ToolDefinition] | None = None
     return_token_strs: bool | None = None
 
 
@@ -153,6 +195,12 @@ class PromptTokensDetails(BaseModel):
     cached_tokens: int
 
 
+class CompletionTokensDetails(BaseModel):
+    """Generated tokens that are reasoning."""
+
+    reasoning_tokens: int
+
+
 class Usage(BaseModel):
     """Tokens of all choices together; a prompt counts once however many choices it has."""
 
@@ -160,6 +208,7 @@ class Usage(BaseModel):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails | None = None
+    completion_tokens_details: CompletionTokensDetails | None = None
 
 
 class CompletionLogprobs(BaseModel):
@@ -213,11 +262,29 @@ class ChatLogprobs(BaseModel):
     content: list[TokenLogprob] | None
 
 
+class MessageFunction(BaseModel):
+    """The function that is called; `arguments` is the JSON text that the model wrote."""
+
+    name: str
+    arguments: str
+
+
+class MessageToolCall(BaseModel):
+    """A call of a tool."""
+
+    id: str
+    type: Literal["function"]
+    function: MessageFunction
+
+
 class AssistantMessage(BaseModel):
     """The assistant's message."""
 
     role: Literal["assistant"]
     content: str | None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[MessageToolCall] | None = None
 
 
 class ChatChoice(BaseModel):
@@ -226,7 +293,7 @@ class ChatChoice(BaseModel):
     index: int
     message: AssistantMessage
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length"] | None
+    finish_reason: Literal["stop", "length", "tool_calls"] | None
     stop_reason: int | str | None = None
 
 

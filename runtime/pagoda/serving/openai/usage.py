@@ -14,10 +14,12 @@ class UsageCounter:
         self._prompt_tokens: dict[int, int] = {}
         self._cached_tokens: dict[int, int] = {}
         self._completion_tokens = 0
+        self._reasoning_tokens = 0
 
     def add(self, prompt_index: int, part: GenerationChunk | CompletionOutput) -> None:
         """Count a chunk, or a whole sequence."""
         self._completion_tokens += len(part.token_ids)
+        self._reasoning_tokens += part.num_reasoning_tokens
         if part.num_prompt_tokens is not None:
             self._prompt_tokens[prompt_index] = part.num_prompt_tokens
             # The choices of a prompt find one another's blocks; the first tells what was cached before the request.
@@ -26,9 +28,12 @@ class UsageCounter:
     def usage(self) -> dict[str, Any]:
         """The `usage` object."""
         prompt_tokens = sum(self._prompt_tokens.values())
-        return {
+        usage: dict[str, Any] = {
             "prompt_tokens": prompt_tokens,
             "completion_tokens": self._completion_tokens,
             "total_tokens": prompt_tokens + self._completion_tokens,
             "prompt_tokens_details": {"cached_tokens": sum(self._cached_tokens.values())},
         }
+        if self._reasoning_tokens:
+            usage["completion_tokens_details"] = {"reasoning_tokens": self._reasoning_tokens}
+        return usage
