@@ -21,7 +21,7 @@ request_id_var: ContextVar[str | None] = ContextVar("pagoda_request_id", default
 
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 # Pagoda's, and those of the servers that it runs, which come with handlers and levels of their own.
-UNIFIED_LOGGERS = ("pagoda", "kserve", "kserve.trace", "uvicorn", "uvicorn.error", "uvicorn.access")
+UNIFIED_LOGGERS = ("pagoda", "kserve", "kserve.trace")
 # Asked every few seconds by Kubernetes and Prometheus; a successful answer is not logged.
 PROBE_PATHS = ("/health", "/v2/health/", "/metrics", "/ready", "/ping")
 MASK = "***"
@@ -166,8 +166,8 @@ def _add_request_id(record: logging.LogRecord) -> bool:
 
 
 def _is_no_probe(record: logging.LogRecord) -> bool:
-    """False for uvicorn's access line (client, method, path, version, status) of a probe that succeeded."""
-    if record.name != "uvicorn.access" or not isinstance(record.args, tuple) or len(record.args) != 5:
+    """False for the access line (client, method, path, version, status) of a probe that succeeded."""
+    if record.name != "pagoda.access" or not isinstance(record.args, tuple) or len(record.args) != 5:
         return True
     path, status = str(record.args[2]).partition("?")[0], record.args[4]
     is_probe = path.startswith(PROBE_PATHS) or path.endswith("/ready")

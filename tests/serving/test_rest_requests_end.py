@@ -14,7 +14,8 @@ import pytest
 
 from pagoda.engine.health import EngineState
 from pagoda.errors import ConfigError, ErrorKind
-from pagoda.serving.http import certificates, event_stream, server
+from pagoda.serving import certificates
+from pagoda.serving.http import event_stream, server
 from tests.support.rest_harness import RestHarness
 from tests.support.tls import write_self_signed_certificate
 from tests.support.waiting import wait_until

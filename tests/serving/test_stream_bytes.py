@@ -8,7 +8,6 @@ from typing import Any
 import orjson
 import pytest
 
-from pagoda.serving.http.chunk_writer import ChunkWriter
 from pagoda.serving.http.event_stream import EventTemplate, event
 from tests.support.rest_harness import RestHarness
 
@@ -87,34 +86,3 @@ def test_a_template_gives_the_event_of_its_content(text: str) -> None:
         return {"id": 'a "b"', "choices": [{"text": text, "finish_reason": None}], "usage": None}
 
     assert EventTemplate(content)(text) == event(content(text))
-
-
-class Transport:
-    """Keeps what is written."""
-
-    def __init__(self) -> None:
-        self.written = b""
-        self.closing = False
-
-    def write(self, data: bytes) -> None:
-        self.written += data
-
-    def is_closing(self) -> bool:
-        return self.closing
-
-
-class Flow:
-    write_paused = False
-
-
-def test_a_piece_is_written_as_a_chunk_unless_the_reader_is_behind_or_gone() -> None:
-    transport, flow = Transport(), Flow()
-    writer = ChunkWriter(transport, flow)  # type: ignore[arg-type]
-    assert writer.write(b"x" * 26)
-    assert transport.written == b"1a\r\n" + b"x" * 26 + b"\r\n"
-    flow.write_paused = True
-    assert not writer.write(b"later")
-    flow.write_paused = False
-    transport.closing = True
-    assert not writer.write(b"never")
-    assert transport.written == b"1a\r\n" + b"x" * 26 + b"\r\n"

@@ -68,7 +68,7 @@ ONLY_IN: Mapping[str, tuple[str, ...]] = {
     "kserve": (),  # its clients are tested against; its server is not used
     "fastapi": ("pagoda.serving",),
     "starlette": ("pagoda.serving",),
-    "uvicorn": ("pagoda.serving",),
+    "httptools": ("pagoda.serving.http",),
     "prometheus_client": ("pagoda.serving",),
     "grpc": ("pagoda.serving.grpc", "pagoda.benchmarking"),
     "google": ("pagoda.serving.grpc",),
@@ -79,7 +79,7 @@ ONLY_IN: Mapping[str, tuple[str, ...]] = {
 
 # What no import of `LLM`, or of anything below it, may load: the engine runs on a machine that has none of them.
 SERVER_PACKAGES = frozenset(
-    {"kserve", "fastapi", "starlette", "uvicorn", "prometheus_client", "grpc", "google", "pydantic", "ray"}
+    {"kserve", "fastapi", "starlette", "httptools", "prometheus_client", "grpc", "google", "pydantic", "ray"}
 )
 
 # Rooms and modules of which an import may load torch. Of all others none does, nor of those in `LIGHT`: the API process, the

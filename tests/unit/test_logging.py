@@ -111,7 +111,7 @@ def test_extra_fields_are_kept_in_both_formats(stream: io.StringIO) -> None:
 @pytest.mark.parametrize("log_format", ["text", "json"])
 def test_keys_are_masked_in_messages_arguments_extras_and_tracebacks(stream: io.StringIO, log_format: str) -> None:
     configure_logging("debug", log_format, secrets=["sk-secret", "sk-secret-longer"], stream=stream)  # type: ignore[arg-type]
-    logger = logging.getLogger("uvicorn.error")
+    logger = logging.getLogger("kserve")
     logger.info("key sk-secret-longer")
     logger.info("headers %s", {"authorization": "Bearer some-unknown-key"})
     logger.info("extra", extra={"token": "sk-secret", "nested": ["sk-secret"]})
@@ -145,7 +145,7 @@ def test_json_stays_one_line_with_a_traceback(stream: io.StringIO) -> None:
 
 
 def test_access_lines_of_probes_are_left_out_unless_they_fail_or_debugging(stream: io.StringIO) -> None:
-    access = logging.getLogger("uvicorn.access")
+    access = logging.getLogger("pagoda.access")
     line = '%s - "%s %s HTTP/%s" %d'
 
     def log(path: str, status: int) -> None:

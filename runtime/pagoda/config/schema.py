@@ -258,8 +258,68 @@ class PagodaConfig:
 
     # Limits and deadlines
     max_body_bytes: int = option(32 * 2**20, "limits", "Largest REST request body.", ge=1024, unit="bytes")
-    max_header_bytes: int = option(64 * 2**10, "limits", "Largest REST request head.", ge=1024, unit="bytes")
+    max_header_bytes: int = option(
+        64 * 2**10,
+        "limits",
+        "Largest REST request head, and most trailers behind a chunked body.",
+        ge=1024,
+        unit="bytes",
+        aliases=("h11_max_incomplete_event_size",),
+    )
+    max_header_count: int = option(
+        256, "limits", "Most headers of a REST request.", ge=16, aliases=("h11_max_header_count",)
+    )
     max_grpc_message_bytes: int = option(32 * 2**20, "limits", "Largest gRPC message.", ge=1024, unit="bytes")
+    max_connections: int = option(
+        8192,
+        "limits",
+        "Most connections at once, to each of the two ports. REST: where all are taken, the one that waits longest for a "
+        "request is closed for a new one; where none waits, a new one is answered 503.",
+        ge=1,
+        aliases=("limit_concurrency",),
+    )
+    max_connections_per_peer: int | None = option(
+        None,
+        "limits",
+        "Most REST connections of one client address (IPv6: of one /64); a proxy is one. None: half of max_connections.",
+        ge=1,
+        aliases=("limit_conn",),
+    )
+    keep_alive_timeout_seconds: float = option(
+        65.0,
+        "limits",
+        "Longest time that a REST connection may wait for a request; longer than the 60 s of the usual proxies, so that it is "
+        "they who close it.",
+        gt=0,
+        unit="seconds",
+        aliases=("timeout_keep_alive", "keepalive_timeout"),
+    )
+    header_timeout_seconds: float = option(
+        30.0,
+        "limits",
+        "Longest time that the head of a REST request may take, and a TLS handshake; then 408.",
+        gt=0,
+        unit="seconds",
+        aliases=("client_header_timeout",),
+    )
+    body_timeout_seconds: float = option(
+        60.0,
+        "limits",
+        "Longest time without a byte of a request's body, and for the whole of it at less than 1 KiB a second; then 408, in "
+        "gRPC DEADLINE_EXCEEDED.",
+        gt=0,
+        unit="seconds",
+        aliases=("client_body_timeout",),
+    )
+    send_timeout_seconds: float = option(
+        60.0,
+        "limits",
+        "Longest time in which a client may read nothing of a response that is there; then its request is aborted. A stream "
+        "that has nothing to send is not concerned.",
+        gt=0,
+        unit="seconds",
+        aliases=("send_timeout",),
+    )
     request_timeout_seconds: float | None = option(
         None, "limits", "Longest time a request may take in all; None: no limit but the client's.", gt=0, unit="seconds"
     )

@@ -22,7 +22,7 @@ INSTRUCTION_SETS = (
 )
 PACKAGES = (
     *("pagoda", "torch", "triton", "transformers", "tokenizers", "safetensors", "numpy", "pydantic", "msgspec"),
-    *("fastapi", "uvicorn", "grpcio", "protobuf", "prometheus-client", "ray"),
+    *("fastapi", "httptools", "uvloop", "grpcio", "protobuf", "prometheus-client", "ray"),
 )
 
 

@@ -121,7 +121,7 @@ class EventStream(Response):
             try:
                 await send_piece(await self._first)
                 async for piece in self._events:
-                    if writer is None or not writer.write(piece):
+                    if writer is None or not writer.write_chunk(piece):
                         await send_piece(piece)
             except ClientDisconnect:
                 raise

@@ -54,6 +54,8 @@ class RequestMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if scope["method"] == "HEAD":
+            scope = {**scope, "method": "GET"}  # the connection leaves out the body
         headers = Headers(scope=scope)
         request_id = _request_id(headers)
         has_started = False

@@ -22,6 +22,11 @@ def json_response(content: object, status: int = 200, headers: Mapping[str, str]
     return Response(orjson.dumps(content), status, headers, JSON)
 
 
+def error_body(message: str) -> bytes:
+    """The JSON of an error that no protocol's route has seen."""
+    return orjson.dumps({"error": message})
+
+
 def report_error(error: Exception, metrics: Metrics, path: str) -> ErrorReport:
     """The report of `error` for the client; counts it, and logs internal errors."""
     error_report = report(error)
