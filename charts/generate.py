@@ -25,7 +25,17 @@ CHART = Path(__file__).resolve().parent / "pagoda"
 
 # Settings that are values of the chart under other names: model.*, network.*, security.apiKeysSecret, mode, multiNode.*.
 CHART_SETTINGS = (
-    *("model", "model_name", "host", "http_port", "grpc_port", "api_keys", "ssl_certfile", "ssl_keyfile"),
+    *(
+        "model",
+        "model_name",
+        "host",
+        "http_port",
+        "grpc_port",
+        "api_keys",
+        "api_keys_file",
+        "ssl_certfile",
+        "ssl_keyfile",
+    ),
     *("distributed_executor_backend", "ray_address", "ray_num_cpus", "ray_first_port", "network_interface"),
 )
 _KEY = re.compile(r"(?P<indent> *)(?P<key>[A-Za-z_]\w*):(?P<rest>.*)")

@@ -15,6 +15,7 @@ class ErrorKind(StrEnum):
 
     INVALID_REQUEST = "invalid_request"
     UNAUTHENTICATED = "unauthenticated"
+    PERMISSION_DENIED = "permission_denied"
     NOT_FOUND = "not_found"
     TOO_LARGE = "too_large"
     QUEUE_FULL = "queue_full"
@@ -48,6 +49,12 @@ class AuthenticationError(PagodaError):
     """No API key was sent, or one that is not known."""
 
     kind = ErrorKind.UNAUTHENTICATED
+
+
+class PermissionDeniedError(PagodaError):
+    """The API key is known and does not have the scope that this needs."""
+
+    kind = ErrorKind.PERMISSION_DENIED
 
 
 class ModelNotFoundError(PagodaError):
@@ -130,6 +137,7 @@ ERROR_TYPES: dict[ErrorKind, type[PagodaError]] = {
     for cls in (
         InvalidRequestError,
         AuthenticationError,
+        PermissionDeniedError,
         ModelNotFoundError,
         RequestTooLargeError,
         NotSupportedError,

@@ -11,7 +11,7 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime
@@ -24,8 +24,11 @@ LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNI
 UNIFIED_LOGGERS = ("pagoda", "kserve", "kserve.trace")
 # Asked every few seconds by Kubernetes and Prometheus; a successful answer is not logged.
 PROBE_PATHS = ("/health", "/v2/health/", "/metrics", "/ready", "/ping")
+AUDIT_LOGGER = "pagoda.audit"
+"""What administrators did; logged at every level."""
 MASK = "***"
 _BEARER = re.compile(r"(?i)\b(bearer)\s+[^\s\"',;]+")
+_WORD = re.compile(r"[^\s\"'`,;:=?&/()<>\[\]{}]{8,}")
 _STANDARD_ATTRIBUTES = frozenset(logging.makeLogRecord({}).__dict__) | {
     "message",
     "asctime",
@@ -53,17 +56,18 @@ def configure_logging(
     *,
     model_name: str | None = None,
     secrets: Iterable[str] = (),
+    is_secret: Callable[[str], bool] | None = None,
     stream: TextIO | None = None,
 ) -> logging.Handler:
     """Send all logging of this process to `stream` (default: stderr) in one format; may be called again.
 
     `level` is one of `LEVELS` and governs Pagoda's and the servers' loggers; other libraries log from warning on.
-    `secrets` are masked everywhere. Returns the handler.
+    `secrets` are masked everywhere, and words for which `is_secret`. Returns the handler.
     """
     threshold = LEVELS[level]
     handler = logging.StreamHandler(stream or sys.stderr)
     formatter = JsonFormatter if log_format == "json" else TextFormatter
-    handler.setFormatter(formatter(model_name=model_name, secrets=secrets))
+    handler.setFormatter(formatter(model_name=model_name, secrets=secrets, is_secret=is_secret))
     handler.addFilter(_add_request_id)
     if threshold > logging.DEBUG:
         handler.addFilter(_is_no_probe)
@@ -76,6 +80,7 @@ def configure_logging(
         logger.propagate = True
         logger.disabled = False
         logger.setLevel(threshold)
+    logging.getLogger(AUDIT_LOGGER).setLevel(logging.INFO)
     logging.captureWarnings(True)
     return handler
 
@@ -83,8 +88,15 @@ def configure_logging(
 class _MaskingFormatter(logging.Formatter):
     """What both formats share: the model's name, extra fields, and the mask over secrets."""
 
-    def __init__(self, *, model_name: str | None = None, secrets: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        *,
+        model_name: str | None = None,
+        secrets: Iterable[str] = (),
+        is_secret: Callable[[str], bool] | None = None,
+    ) -> None:
         super().__init__()
+        self._is_secret = is_secret
         self.model_name = model_name
         # Longest first: a key that begins another must not leave the other's rest behind.
         self._secrets = sorted((secret for secret in secrets if secret), key=len, reverse=True)
@@ -92,6 +104,8 @@ class _MaskingFormatter(logging.Formatter):
     def mask(self, text: str) -> str:
         for secret in self._secrets:
             text = text.replace(secret, MASK)
+        if (is_secret := self._is_secret) is not None:
+            text = _WORD.sub(lambda word: MASK if is_secret(word[0]) else word[0], text)
         return _BEARER.sub(rf"\1 {MASK}", text)
 
     def fields(self, record: logging.LogRecord) -> dict[str, Any]:

@@ -21,8 +21,10 @@ IDS = [ord(character) for character in ANSWER]
 
 
 @pytest.fixture(scope="module")
-def harness() -> Iterator[GrpcHarness]:
-    with GrpcHarness(api_keys=(KEY,)) as running:
+def harness(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GrpcHarness]:
+    keys = tmp_path_factory.mktemp("keys") / "keys.json"
+    keys.write_text(json.dumps([{"key": KEY, "scopes": ["infer", "admin"]}]))
+    with GrpcHarness(api_keys_file=str(keys)) as running:
         yield running
 
 

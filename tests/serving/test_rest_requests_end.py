@@ -251,7 +251,7 @@ def test_a_reader_that_stalls_is_given_up_and_its_request_ends(
 
 def test_api_keys_are_asked_for_where_they_protect_something() -> None:
     with RestHarness(api_keys=("first", "second")) as harness:
-        public = ("/", "/health", "/metrics", "/v2/health/live", "/v2/health/ready", "/v2/models/demo/ready")
+        public = ("/", "/health", "/v2/health/live", "/v2/health/ready", "/v2/models/demo/ready")
         for path in public:
             assert harness.client.get(path).status_code == 200, path
         for header in (
@@ -264,7 +264,7 @@ def test_api_keys_are_asked_for_where_they_protect_something() -> None:
                 answer = harness.client.post(path, json=body, headers=header)
                 assert answer.status_code == 401
                 assert answer.headers["www-authenticate"] == "Bearer"
-            for path in ("/v1/models", "/v2", "/v2/models/demo", "/version"):
+            for path in ("/v1/models", "/v2", "/v2/models/demo", "/version", "/metrics"):
                 assert harness.client.get(path, headers=header).status_code == 401
         for key in ("first", "second"):
             headers = {"Authorization": f"Bearer {key}"}

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import grpc
 import pytest
 
+from pagoda.scheduling.prefix_hash import root_hash
 from tests.support.grpc_harness import GrpcHarness, infer_request
 from tests.support.rest_harness import RestHarness
 
@@ -45,10 +46,35 @@ def test_every_route_tells_the_engine_whose_request_it_is(rest: RestHarness, pat
     assert not any(key[:5] in tenant for key in KEYS for tenant in (first, second))
 
 
-@pytest.mark.parametrize("keys", [(), KEYS[:1]])
-def test_without_several_keys_nobody_is_anybody(keys: tuple[str, ...]) -> None:
-    with RestHarness(api_keys=keys) as harness:
-        assert tenants_of(harness, "/v1/completions", keys[0] if keys else None) == {""}
+def test_a_server_without_keys_has_no_tenants() -> None:
+    with RestHarness() as harness:
+        assert tenants_of(harness, "/v1/completions", None) == {""}
+
+
+def test_an_only_key_is_the_tenant_that_it_will_be_beside_others(rest: RestHarness) -> None:
+    """Keys come and go while the server runs: what is cached for one of them must be nobody else's afterwards."""
+    with RestHarness(api_keys=KEYS[:1]) as harness:
+        alone = tenants_of(harness, "/v1/completions", KEYS[0])
+    assert alone == tenants_of(rest, "/v1/completions", KEYS[0])
+
+
+@pytest.mark.parametrize("path", ROUTES)
+def test_every_route_puts_the_tenant_into_the_root_of_the_prefix_hash(rest: RestHarness, path: str) -> None:
+    for key in KEYS:
+        (tenant,) = tenants_of(rest, path, key)
+        assert {request.cache_keys for request in rest.engine.submitted} == {(f"tenant={tenant}",)}
+
+
+def test_a_salt_divides_a_tenants_own_cache_and_does_not_reach_anothers(rest: RestHarness) -> None:
+    roots = set()
+    for key in KEYS:
+        for salt in ("a", "b", f"tenant={tenants_of(rest, '/v1/completions', KEYS[0]).pop()}"):
+            rest.engine.submitted.clear()
+            body = {"prompt": "a", "max_tokens": 1, "cache_salt": salt}
+            answer = rest.client.post("/v1/completions", json=body, headers={"Authorization": f"Bearer {key}"})
+            assert answer.status_code == 200
+            roots.add(root_hash(rest.engine.submitted[0].cache_keys))
+    assert len(roots) == 6
 
 
 def test_grpc_tells_the_same_names_as_rest(rest: RestHarness) -> None:

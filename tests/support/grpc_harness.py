@@ -114,7 +114,7 @@ class GrpcHarness:
     async def _start(self) -> None:
         context = make_context(self.config, self.engine)
         context.runner.attach(self.generator)  # type: ignore[arg-type]
-        self.health, self.metrics = context.health, context.metrics
+        self.health, self.metrics, self.keys = context.health, context.metrics, context.keys
         self.engine.health.enter_phase("weights")
         self.health.text_is_ready()
         if self._is_ready:

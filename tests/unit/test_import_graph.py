@@ -45,6 +45,7 @@ ROOMS = (
     "pagoda.parallel",
     "pagoda.scheduling",
     "pagoda.request",
+    "pagoda.tenants",
     "pagoda.sampling",
     "pagoda.config",
     "pagoda.platform",

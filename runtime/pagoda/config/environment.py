@@ -11,9 +11,11 @@ from collections.abc import Mapping
 
 from pagoda.config.names import Given, nearest, settings_by_name
 from pagoda.config.rules import Problem
+from pagoda.config.schema import options
 
 PREFIX = "PAGODA_"
 CONFIG_FILE_VARIABLE = "PAGODA_CONFIG"
+EMPTY = "is empty, which would leave the server open to everybody: unset it if that is meant"
 _SERVICE_NAME = re.compile(
     r"PAGODA(_\w+)?_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(ADDR|PROTO|PORT))?)"
 )
@@ -31,11 +33,17 @@ def is_from_kubernetes(name: str, value: str) -> bool:
 def read_environment(environ: Mapping[str, str]) -> tuple[list[Given], list[Problem]]:
     """Settings of the environment and a problem for every `PAGODA_…` that is none.
 
-    An empty variable counts as not given: a chart writes one for a value that is not set.
+    An empty variable counts as not given: a chart writes one for a value that is not set. What `guards` must not be
+    empty.
     """
     given, problems = [], []
     for variable, value in sorted(environ.items()):
-        if not variable.startswith(PREFIX) or not value or variable == CONFIG_FILE_VARIABLE:
+        if not variable.startswith(PREFIX) or variable == CONFIG_FILE_VARIABLE:
+            continue
+        if not value:
+            key = settings_by_name().get(variable.removeprefix(PREFIX).lower())
+            if key is not None and options()[key].guards:
+                problems.append(Problem(variable, "", EMPTY, "environment"))
             continue
         if is_from_kubernetes(variable, value):
             continue

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pagoda.config.names import Given, nearest, normalized, settings_by_name
 from pagoda.config.rules import Problem
 from pagoda.errors import ConfigError
+
+if TYPE_CHECKING:
+    import yaml
 
 
 def read_file(path: str) -> tuple[list[Given], list[Problem]]:
@@ -45,7 +48,7 @@ def _parse_json(path: str, text: str) -> Any:
     import json
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        _refuse_duplicates(path, [key for key, _ in pairs])
+        _refuse_duplicates(f"--config={path}", [key for key, _ in pairs])
         return dict(pairs)
 
     try:
@@ -57,22 +60,30 @@ def _parse_json(path: str, text: str) -> Any:
 def _parse_yaml(path: str, text: str) -> Any:
     import yaml
 
-    class UniqueKeyLoader(yaml.SafeLoader):
-        """A safe loader that refuses a key given twice, of which YAML would silently keep the last."""
-
-        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-            _refuse_duplicates(path, [key.value for key, _ in node.value])
-            return super().construct_mapping(node, deep)
-
     try:
-        return yaml.load(text, UniqueKeyLoader)  # a subclass of SafeLoader
+        return yaml.load(text, unique_key_loader(f"--config={path}"))
     except yaml.YAMLError as error:
         raise ConfigError(f"--config={path}: is not YAML: {' '.join(str(error).split())}") from error
 
 
-def _refuse_duplicates(path: str, keys: list[Any]) -> None:
+def unique_key_loader(where: str) -> type[yaml.SafeLoader]:
+    """A safe loader of YAML that refuses a key given twice, of which YAML would silently keep the last.
+
+    It raises `ConfigError`, whose message begins with `where`.
+    """
+    import yaml
+
+    class UniqueKeyLoader(yaml.SafeLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+            _refuse_duplicates(where, [key.value for key, _ in node.value])
+            return super().construct_mapping(node, deep)
+
+    return UniqueKeyLoader
+
+
+def _refuse_duplicates(where: str, keys: list[Any]) -> None:
     seen = set()
     for key in map(str, keys):
         if normalized(key) in seen:
-            raise ConfigError(f"--config={path}: {key} is given twice")
+            raise ConfigError(f"{where}: {key} is given twice")
         seen.add(normalized(key))

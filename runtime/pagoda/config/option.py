@@ -28,6 +28,7 @@ class OptionInfo:
     `ge`, `le`, `gt`, `lt` bound a number. `pattern` must match a whole string, `pattern_help` describes it. `aliases` are
     other names under which every source accepts the setting. `path`: a file or directory that must exist, or a checkpoint
     (a directory or a Hugging Face id). `auto`: None means a value chosen at start. `secret`: the value is never printed.
+    `guards`: given empty it is an error, for what it guards would be open.
     """
 
     help: str
@@ -39,10 +40,11 @@ class OptionInfo:
     pattern: str | None = None
     pattern_help: str = ""
     unit: Literal["", "bytes", "seconds", "tokens"] = ""
-    path: Literal["", "file", "directory", "checkpoint"] = ""
+    path: Literal["", "file", "directory", "file or directory", "checkpoint"] = ""
     aliases: tuple[str, ...] = ()
     auto: bool = False
     secret: bool = False
+    guards: bool = False
 
 
 def option(default: T, group: str, help: str, **info: Any) -> T:

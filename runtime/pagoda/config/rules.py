@@ -17,6 +17,11 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pagoda.config.option import OptionInfo
 from pagoda.errors import ConfigError
 
+SCOPES = ("infer", "read", "admin")
+"""Of an API key."""
+
+_API_KEY = re.compile(r"[!-~]{1,512}")
+_HASHED_KEY = re.compile(r"sha256:[0-9a-fA-F]{64}")
 _TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a string", NoneType: "none"}
 
 
@@ -118,6 +123,16 @@ class Rules:
             refuse("grpc_port", "must differ from http_port")
         if any(not key for key in values["api_keys"]):
             refuse("api_keys", "must not hold an empty key")
+        elif any(_API_KEY.fullmatch(key) is None for key in values["api_keys"]):
+            refuse("api_keys", "must hold keys of visible ASCII characters without spaces, at most 512 of them")
+        elif any(key.startswith("sha256:") and _HASHED_KEY.fullmatch(key) is None for key in values["api_keys"]):
+            refuse("api_keys", "must have 64 hexadecimal digits after sha256:")
+        elif len(set(values["api_keys"])) < len(values["api_keys"]):
+            refuse("api_keys", "must not hold a key twice")
+        if not set(values["anonymous_scopes"]) <= set(SCOPES):
+            refuse("anonymous_scopes", f"must hold some of {', '.join(SCOPES)}")
+        elif values["anonymous_scopes"] and not values["api_keys"] and values["api_keys_file"] is None:
+            refuse("anonymous_scopes", "needs api_keys or api_keys_file: without keys everybody may do everything")
         if values["data_parallel_size"] > 1 and (
             values["distributed_executor_backend"] == "ray" or values["ray_address"] is not None
         ):
@@ -155,6 +170,8 @@ class Rules:
                 continue
             if info.path == "file" and not Path(value).is_file():
                 problems.append(Problem(key, self.shown(key, value), "there is no such file"))
+            elif info.path == "file or directory" and not Path(value).exists():
+                problems.append(Problem(key, self.shown(key, value), "there is no such file or directory"))
             elif info.path in ("directory", "checkpoint") and not Path(value).expanduser().is_dir():
                 if info.path == "checkpoint" and not value.startswith(("/", ".", "~")):
                     continue  # it may be a Hugging Face id

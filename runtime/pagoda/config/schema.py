@@ -247,7 +247,25 @@ class PagodaConfig:
     http_port: int = option(8080, "server", "Port of REST and OpenAI routes; 0: any free one.", ge=0, le=65535)
     grpc_port: int = option(8081, "server", "Port of gRPC; 0: any free one.", ge=0, le=65535)
     api_keys: tuple[str, ...] = option(
-        (), "server", "Keys of which a client must send one; none: no key is asked for.", secret=True
+        (),
+        "server",
+        "Keys of which a client must send one, each itself or as `sha256:` and its digest; with neither these nor "
+        "api_keys_file no key is asked for. They may infer, and nothing else.",
+        secret=True,
+        guards=True,
+    )
+    api_keys_file: str | None = option(
+        None,
+        "server",
+        "File of API keys, or directory of such files, as a Secret is mounted: one key a line, or YAML or JSON records with "
+        "scopes, tenant and limits. Read again when it changes.",
+        path="file or directory",
+        guards=True,
+    )
+    anonymous_scopes: tuple[str, ...] = option(
+        (),
+        "server",
+        "What is allowed without a key where there are keys: some of infer, read (metrics and details of health) and admin.",
     )
     ssl_certfile: str | None = option(
         None, "server", "PEM file of the certificate chain; together with ssl_keyfile.", path="file"

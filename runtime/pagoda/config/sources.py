@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pagoda.config.command_line import CommandLine, parse_command_line, unknown_arguments
-from pagoda.config.environment import CONFIG_FILE_VARIABLE, read_environment
+from pagoda.config.environment import CONFIG_FILE_VARIABLE, EMPTY, read_environment
 from pagoda.config.file import read_file
 from pagoda.config.names import Given, nearest, normalized, settings_by_name
 from pagoda.config.rules import Problem, raise_problems
-from pagoda.config.schema import PagodaConfig, default_model_name, option_defaults, rules
+from pagoda.config.schema import PagodaConfig, default_model_name, option_defaults, options, rules
 from pagoda.config.values import is_list, plain_value
 
 
@@ -48,6 +48,8 @@ def load(arguments: Sequence[str] = (), environ: Mapping[str, str] | None = None
         try:
             values[key] = typed_value(key, plain_value(key, value.raw))
             sources[key] = value.source
+            if options()[key].guards and not values[key]:
+                problems.append(Problem(value.name, "", EMPTY, value.source))
         except ValueError:
             problems.append(_wrong(value))
     between = rules().relation_problems(values) + rules().path_problems(values)

@@ -81,7 +81,8 @@ def _plain_text(key: str, text: str) -> Any:
     if info.unit == "bytes":
         return parse_bytes(text)
     if is_list(key):
-        return tuple(json.loads(text)) if text.lstrip().startswith("[") else tuple(text.split(","))
+        items = json.loads(text) if text.lstrip().startswith("[") else text.split(",")
+        return tuple(item.strip() if isinstance(item, str) else item for item in items)
     if any(get_origin(member) is Mapping for member in get_args(option_types()[key])):
         return json.loads(text)
     return text

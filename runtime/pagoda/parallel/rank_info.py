@@ -22,7 +22,19 @@ from pagoda.config.schema import PagodaConfig
 from pagoda.version import __version__
 
 # Settings that do not affect what the ranks compute, or may differ from node to node.
-_LOCAL_SETTINGS = frozenset({"model", "threads", "network_interface", "host", "http_port", "grpc_port", "api_keys"})
+_LOCAL_SETTINGS = frozenset(
+    {
+        "model",
+        "threads",
+        "network_interface",
+        "host",
+        "http_port",
+        "grpc_port",
+        "api_keys",
+        "api_keys_file",
+        "anonymous_scopes",
+    }
+)
 
 _HASH_LENGTH = 12
 _NUM_SAMPLES = 17

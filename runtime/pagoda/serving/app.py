@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from typing import Any
 
@@ -12,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 import pagoda
+from pagoda.serving.auth.routes import RouteAccess
 from pagoda.serving.context import ServingContext
 from pagoda.serving.http import documentation
 from pagoda.serving.http.middleware import RequestMiddleware
@@ -34,9 +34,6 @@ REQUEST_BODIES = (
     TokenizeRequest,
     DetokenizeRequest,
 )
-PUBLIC_PATHS = frozenset({"/", "/health", "/metrics", "/v2/health/live", "/v2/health/ready", "/docs", "/openapi.json"})
-PUBLIC_PATTERN = re.compile(r"/v2/models/[^/]+(/versions/[^/]+)?/ready")
-"""Probes and scrapers send no API key; these routes show nothing of what clients send."""
 
 
 def create_app(context: ServingContext, service: V2Service) -> FastAPI:
@@ -49,25 +46,24 @@ def create_app(context: ServingContext, service: V2Service) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,
     )
+    started = int(time.time())
+    routers = [
+        server_router(context),
+        v2_router(context, service),
+        generate_router(context, service),
+        repository_router(context, service),
+        *(openai_router(context, prefix, started) for prefix in PREFIXES),
+        tokenizer_router(context),
+    ]
+    access = RouteAccess([*app.routes, *(route for router in routers for route in router.routes)])
+    for router in routers:
+        app.include_router(router)
     app.add_middleware(
-        RequestMiddleware, keys=context.keys, metrics=context.metrics, is_public=is_public, error_body=error_body
+        RequestMiddleware, keys=context.keys, metrics=context.metrics, access=access, error_body=error_body
     )
     app.add_exception_handler(HTTPException, _raise_on)
-    app.include_router(server_router(context))
-    app.include_router(v2_router(context, service))
-    app.include_router(generate_router(context, service))
-    app.include_router(repository_router(context, service))
-    started = int(time.time())
-    for prefix in PREFIXES:
-        app.include_router(openai_router(context, prefix, started))
-    app.include_router(tokenizer_router(context))
     documentation.install(app, REQUEST_BODIES)
     return app
-
-
-def is_public(path: str) -> bool:
-    """Whether `path` needs no API key."""
-    return path in PUBLIC_PATHS or PUBLIC_PATTERN.fullmatch(path) is not None
 
 
 def error_body(path: str, report: ErrorReport) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pagoda.config.schema import PagodaConfig
 from pagoda.engine.client.client import EngineClient
 from pagoda.models.checkpoint_source import checkpoint_directory
-from pagoda.serving.auth import ApiKeys
+from pagoda.serving.auth.api_keys import ApiKeys
 from pagoda.serving.context import ServingContext
 from pagoda.serving.generation import GenerationRunner
 from pagoda.serving.health import ServerHealth
@@ -19,10 +19,12 @@ from pagoda.text.generation import TextGenerator
 from pagoda.text.pool import TokenizerPool
 
 
-def make_context(config: PagodaConfig, client: EngineClient) -> ServingContext:
+def make_context(config: PagodaConfig, client: EngineClient, keys: ApiKeys | None = None) -> ServingContext:
     """What all protocols share; the generator is attached to its runner once the checkpoint is there."""
+    keys = ApiKeys.from_config(config) if keys is None else keys
     metrics = Metrics(config.served_model_name, config.metrics_prefix)
     metrics.watch(client)
+    _report_keys(metrics, keys)
     health = ServerHealth(client)
     runner = GenerationRunner(
         None,
@@ -37,7 +39,21 @@ def make_context(config: PagodaConfig, client: EngineClient) -> ServingContext:
         runner=runner,
         health=health,
         metrics=metrics,
-        keys=ApiKeys(config.api_keys),
+        keys=keys,
+    )
+
+
+def _report_keys(metrics: Metrics, keys: ApiKeys) -> None:
+    metrics.report("api_keys", "Number of API keys in force.", lambda: len(keys))
+    if (file := keys.file) is None:
+        return
+    metrics.report(
+        "api_keys_last_reload_successful", "Whether api_keys_file could be used the last time.", lambda: file.is_current
+    )
+    metrics.report(
+        "api_keys_last_reload_success_timestamp_seconds",
+        "When the keys in force were last seen in api_keys_file.",
+        lambda: file.last_success,
     )
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pagoda.config.schema import PagodaConfig
-from pagoda.serving.auth import ApiKeys
+from pagoda.serving.auth.api_keys import ApiKeys
 from pagoda.serving.generation import GenerationRunner
 from pagoda.serving.health import ServerHealth
 from pagoda.serving.metrics.prometheus import Metrics

@@ -33,6 +33,8 @@ async def serve(context: ServingContext, load: Callable[[], Awaitable[None]], li
     scheme = "https" if context.config.ssl_certfile else "http"
     host, port = listener.getsockname()[:2]
     logger.info("REST on %s://%s:%d", scheme, f"[{host}]" if ":" in host else host, port)
+    context.keys.log_state(f"{host}:{port}")
+    watching = asyncio.ensure_future(context.keys.watch())
     serving = asyncio.ensure_future(http.serve(listener))
     try:
         status = await lifecycle.run(load(), serving)
@@ -41,4 +43,5 @@ async def serve(context: ServingContext, load: Callable[[], Awaitable[None]], li
         return status
     finally:
         http.close()
-        await asyncio.gather(serving, grpc.stop(GRPC_CLOSE_SECONDS), return_exceptions=True)
+        watching.cancel()
+        await asyncio.gather(watching, serving, grpc.stop(GRPC_CLOSE_SECONDS), return_exceptions=True)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from pagoda.errors import DeadlineExceededError, EngineNotReadyError, InvalidRequestError
 from pagoda.request import GenerationRequest
-from pagoda.serving.auth import tenant_var
+from pagoda.serving.auth.api_keys import caller_var
 from pagoda.serving.interruptible_wait import InterruptibleWait
 from pagoda.text.output import CompletionOutput, GenerationChunk
 from pagoda.text.streams import cancelling, merge_streams
@@ -44,6 +44,13 @@ def check_job_count(jobs: Sequence[GenerationRequest]) -> None:
         raise InvalidRequestError(
             f"the request asks for {count} sequences (prompts times n); at most {MAX_SEQUENCES_PER_REQUEST} are allowed"
         )
+
+
+def _of_caller(job: GenerationRequest, request_id: str) -> GenerationRequest:
+    """`job` as its caller's: cached prefixes are the tenant's own, for who sees what is cached sees what others asked."""
+    tenant = caller_var.get().tenant
+    cache_keys = (f"tenant={tenant}", *job.cache_keys) if tenant else job.cache_keys
+    return replace(job, request_id=request_id, tenant=tenant, cache_keys=cache_keys)
 
 
 def limit_time(job: GenerationRequest, seconds: float | None) -> GenerationRequest:
@@ -119,7 +126,7 @@ class GenerationRunner:
         timer = self._bound(wait, self._deadline(job, arrival))
         error: BaseException | None = None
         try:
-            chunks = self.generator.generate(replace(job, request_id=request_id, tenant=tenant_var.get()))
+            chunks = self.generator.generate(_of_caller(job, request_id))
             async with aclosing(chunks):
                 while True:
                     try:

@@ -65,6 +65,11 @@ class ServerHealth:
         if state is EngineState.DRAINING:
             raise EngineNotReadyError("the server is shutting down; send the request to another replica")
 
+    def summary(self) -> dict[str, Any]:
+        """Of `snapshot`, what a probe needs and everybody may know."""
+        health = self._engine.health
+        return {"state": str(health.state), "started": health.has_started, "stage": health.phase}
+
     def snapshot(self) -> dict[str, Any]:
         """The body of `/health`: plain values. `since` is when the state began, in seconds since the epoch.
 

@@ -16,6 +16,7 @@ from pagoda.engine.client.prelaunch import PrelaunchedProcess
 from pagoda.engine.data_parallel.client import create_engine_client
 from pagoda.logs import configure_logging
 from pagoda.process_control import uncollected
+from pagoda.serving.auth.api_keys import ApiKeys
 from pagoda.serving.http.listener import listen, raise_open_file_limit
 
 logger = logging.getLogger(__name__)
@@ -24,17 +25,24 @@ logger = logging.getLogger(__name__)
 def run(loaded: LoadedConfig, core: PrelaunchedProcess) -> int:
     """Serve until a signal, with an engine in `core`; returns the exit status.
 
-    Raises `ConfigError` for a port that is taken.
+    Raises `ConfigError` for a port that is taken, and for a file of API keys that cannot be used.
     """
     config = loaded.config
-    configure_logging(config.log_level, config.log_format, model_name=config.served_model_name, secrets=config.api_keys)
+    keys = ApiKeys.from_config(config)
+    configure_logging(
+        config.log_level,
+        config.log_format,
+        model_name=config.served_model_name,
+        secrets=config.api_keys,
+        is_secret=keys.is_known,
+    )
     faults.install(config.fault_injection)
     raise_open_file_limit()
     with listen(config) as listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_serve(config, listener, core))
+        return runner.run(_serve(config, listener, core, keys))
 
 
-async def _serve(config: PagodaConfig, listener: socket.socket, core: PrelaunchedProcess) -> int:
+async def _serve(config: PagodaConfig, listener: socket.socket, core: PrelaunchedProcess, keys: ApiKeys) -> int:
     client = create_engine_client(config, core)
     starting = asyncio.ensure_future(client.start())
     # The engine gets its settings before this process imports its servers, for nothing else runs meanwhile.
@@ -44,7 +52,7 @@ async def _serve(config: PagodaConfig, listener: socket.socket, core: Prelaunche
     with uncollected():
         from pagoda.serving.build import TextLayer, make_context
         from pagoda.serving.frontends import serve
-    context = make_context(config, client)
+    context = make_context(config, client, keys)
     text = TextLayer(config, client)
 
     async def load() -> None:

@@ -7,20 +7,27 @@ from pydantic import BaseModel
 from starlette.responses import Response
 
 import pagoda
+from pagoda.serving.auth.api_keys import caller_var
+from pagoda.serving.auth.scopes import Access
 from pagoda.serving.context import ServingContext
 from pagoda.serving.http.responses import json_response
 
 
-class HealthResponse(BaseModel):
-    """What the server is doing. `since`: seconds since the epoch; `running`, `waiting`: sequences in the engine.
-
-    `started`: whether the server was ready at some time. `step`: steps the engine has done; `seconds_since_progress`: age of
-    its last heartbeat; null while there is no engine.
-    """
+class HealthSummary(BaseModel):
+    """What everybody may know of the server: its state, whether it was ready at some time, its start-up stage."""
 
     state: str
     started: bool
     stage: str
+
+
+class HealthResponse(HealthSummary):
+    """What the server is doing. `since`: seconds since the epoch; `running`, `waiting`: sequences in the engine.
+
+    `step`: steps the engine has done; `seconds_since_progress`: age of
+    its last heartbeat; null while there is no engine.
+    """
+
     detail: str
     since: float
     cause: str | None
@@ -54,10 +61,15 @@ def server_router(context: ServingContext) -> APIRouter:
         status = "alive" if health.is_live else "dead"
         return json_response({"status": status}, 200 if health.is_live else 503)
 
-    @router.get("/health", response_model=HealthResponse, responses={503: {"model": HealthResponse}})
+    @router.get(
+        "/health",
+        response_model=HealthResponse | HealthSummary,
+        responses={503: {"model": HealthResponse | HealthSummary}},
+    )
     async def health_report() -> Response:
-        """State, start-up stage and load of the server; 200 while it accepts requests."""
-        return json_response(health.snapshot(), 200 if health.is_ready else 503)
+        """State of the server; 200 while it accepts requests. Load, causes and ranks are for keys with the scope `read`."""
+        may_read = Access.READ.admits(caller_var.get().scopes)
+        return json_response(health.snapshot() if may_read else health.summary(), 200 if health.is_ready else 503)
 
     @router.get("/metrics", responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}})
     async def metrics(request: Request) -> Response:

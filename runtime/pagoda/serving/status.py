@@ -24,6 +24,7 @@ class ProtocolStatus:
 STATUS_BY_KIND: dict[ErrorKind, ProtocolStatus] = {
     ErrorKind.INVALID_REQUEST: ProtocolStatus(400, "INVALID_ARGUMENT", "invalid_request_error"),
     ErrorKind.UNAUTHENTICATED: ProtocolStatus(401, "UNAUTHENTICATED", "authentication_error"),
+    ErrorKind.PERMISSION_DENIED: ProtocolStatus(403, "PERMISSION_DENIED", "permission_error"),
     ErrorKind.NOT_FOUND: ProtocolStatus(404, "NOT_FOUND", "not_found_error"),
     ErrorKind.TOO_LARGE: ProtocolStatus(413, "RESOURCE_EXHAUSTED", "invalid_request_error"),
     ErrorKind.QUEUE_FULL: ProtocolStatus(429, "RESOURCE_EXHAUSTED", "rate_limit_error"),

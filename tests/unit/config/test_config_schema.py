@@ -166,7 +166,8 @@ def test_the_json_schema_is_the_same_schema() -> None:
     assert schema["additionalProperties"] is False
     for key, node in schema["properties"].items():
         assert node["description"] == options()[key].help
-        assert node["default"] == (list(option_defaults()[key]) if key == "api_keys" else option_defaults()[key])
+        default = option_defaults()[key]
+        assert node["default"] == (list(default) if isinstance(default, tuple) else default)
     assert schema["properties"]["http_port"]["maximum"] == 65535
     assert {"const": "auto"} in schema["properties"]["max_model_len"]["anyOf"]
     assert any(form.get("type") == "string" for form in schema["properties"]["kv_cache_memory_bytes"]["anyOf"])

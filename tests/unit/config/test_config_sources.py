@@ -191,8 +191,33 @@ def test_other_variables_with_our_prefix_are_errors() -> None:
 
 
 def test_an_empty_variable_is_not_given() -> None:
-    loaded = load([], {"PAGODA_MAX_MODEL_LEN": "", "PAGODA_API_KEYS": ""})
-    assert loaded.sources["max_model_len"] == loaded.sources["api_keys"] == "default"
+    loaded = load([], {"PAGODA_MAX_MODEL_LEN": ""})
+    assert loaded.sources["max_model_len"] == "default"
+
+
+@pytest.mark.parametrize("text", ["", " ", ",", "a,,b", "[]", "a b", "schlüssel", "sha256:abc", "a, a"])
+def test_keys_that_are_none_leave_no_server_open(tmp_path: Path, text: str) -> None:
+    assert "api_keys" in problem_of([], {"PAGODA_API_KEYS": text}).lower()
+    assert "api_keys" in problem_of([f"--api-keys={text}"])
+    file = write(tmp_path / "p.json", json.dumps({"api_keys": text}))
+    assert "api_keys" in problem_of([f"--config={file}"])
+
+
+def test_neither_does_an_empty_list_nor_an_empty_name_of_a_file(tmp_path: Path) -> None:
+    empty = write(tmp_path / "p.json", json.dumps({"api_keys": []}))
+    assert "api_keys" in problem_of([f"--config={empty}"])
+    for arguments, environ in ((["--api-keys-file="], {}), ([], {"PAGODA_API_KEYS_FILE": ""})):
+        assert "is empty, which would leave the server open" in problem_of(arguments, environ)
+    assert "no such file or directory" in problem_of([f"--api-keys-file={tmp_path / 'none'}"])
+
+
+def test_whitespace_around_keys_is_no_part_of_them() -> None:
+    assert load([], {"PAGODA_API_KEYS": " a ,\tb\n"}).config.api_keys == ("a", "b")
+
+
+@pytest.mark.parametrize("scopes", ["everything", "read,everything", "read"])
+def test_anonymous_scopes_are_scopes_and_need_keys(scopes: str) -> None:
+    assert "anonymous_scopes" in problem_of([f"--anonymous-scopes={scopes}"])
 
 
 @pytest.mark.parametrize("name", ["pagoda.yaml", "pagoda.json"])

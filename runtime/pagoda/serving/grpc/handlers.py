@@ -10,12 +10,16 @@ import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Any
+from urllib.parse import unquote
 
 import grpc
 from google.protobuf.message import DecodeError
 from google.protobuf.message_factory import GetMessageClass
 
 from pagoda.errors import DeadlineExceededError, EngineNotReadyError, ErrorKind, InvalidRequestError
+from pagoda.serving.auth import audit
+from pagoda.serving.auth.routes import METHODS
+from pagoda.serving.auth.scopes import Access
 from pagoda.serving.context import ServingContext
 from pagoda.serving.grpc.messages import SERVICE_NAME, service_methods
 from pagoda.serving.grpc.service import ClientGoneError, InferenceService
@@ -25,8 +29,6 @@ from pagoda.serving.v2.service import V2Service
 
 logger = logging.getLogger("pagoda.serving.grpc")
 
-# Asked by probes, which have no key to send.
-METHODS_WITHOUT_KEY = frozenset({"ServerLive", "ServerReady", "ModelReady"})
 LOGGED_METHODS = frozenset({"ModelInfer", "ModelStreamInfer"})
 # A status message travels percent-encoded in a header, of which clients take 8 KiB by default.
 MAX_STATUS_MESSAGE_BYTES = 1536
@@ -73,9 +75,11 @@ class InferenceHandlers:
         return grpc.method_handlers_generic_handler(SERVICE_NAME, handlers)
 
     def _unary(self, name: str, parse: Parser, method: UnaryMethod) -> Callable[..., Awaitable[Any]]:
+        access = _access_of(name)
+
         async def handle(raw: bytes, call: grpc.aio.ServicerContext) -> Any:
             async def respond() -> Any:
-                self._authorize(name, call)
+                await self._admit(access, call)
                 return await method(_parse(parse, raw), call.time_remaining())
 
             return await self._guard(name, call, respond)
@@ -83,6 +87,8 @@ class InferenceHandlers:
         return handle
 
     def _stream(self, name: str, parse: Parser) -> Callable[..., Awaitable[None]]:
+        access = _access_of(name)
+
         async def handle(raw_messages: AsyncIterator[bytes], call: grpc.aio.ServicerContext) -> None:
             one_at_a_time = asyncio.Lock()
             stalled = asyncio.Event()
@@ -102,8 +108,8 @@ class InferenceHandlers:
                         raise ClientGoneError from error
 
             async def respond() -> None:
-                self._authorize(name, call)
-                messages = self._messages(parse, raw_messages, stalled)
+                await self._admit(access, call)
+                messages = self._messages(parse, raw_messages, stalled, access)
                 await self._service.model_stream_infer(messages, write, call.time_remaining)
                 if stalled.is_set():
                     raise DeadlineExceededError(f"no response was read for {STALLED_READER_SECONDS:g} s")
@@ -117,6 +123,10 @@ class InferenceHandlers:
 
     async def _guard(self, name: str, call: grpc.aio.ServicerContext, respond: Callable[[], Awaitable[Any]]) -> Any:
         """The response of `respond`, or the status of its error; one log line either way."""
+        with audit.recorded(_access_of(name), name, _address(call), lambda: _outcome(call)):
+            return await self._guarded(name, call, respond)
+
+    async def _guarded(self, name: str, call: grpc.aio.ServicerContext, respond: Callable[[], Awaitable[Any]]) -> Any:
         started = time.monotonic()
         level = logging.INFO if name in LOGGED_METHODS else logging.DEBUG
         try:
@@ -134,11 +144,9 @@ class InferenceHandlers:
         async with asyncio.timeout(LAST_STATUS_SECONDS):
             return await call.abort(grpc.StatusCode[failure.grpc_code], _clipped(failure.message), trailers)
 
-    def _authorize(self, name: str, call: grpc.aio.ServicerContext) -> None:
-        if name in METHODS_WITHOUT_KEY:
-            return
+    async def _admit(self, access: Access, call: grpc.aio.ServicerContext) -> None:
         metadata = dict(call.invocation_metadata() or ())
-        self._context.keys.check(metadata.get("authorization"))
+        await self._context.keys.admit(access, metadata.get("authorization"), _address(call))
 
     def _report(self, name: str, error: Exception) -> ErrorReport:
         """The report of `error` for the client; counts it, and logs it, with its trace if it is internal."""
@@ -151,11 +159,11 @@ class InferenceHandlers:
         return failure
 
     async def _messages(
-        self, parse: Parser, raw_messages: AsyncIterator[bytes], stalled: asyncio.Event
+        self, parse: Parser, raw_messages: AsyncIterator[bytes], stalled: asyncio.Event, access: Access
     ) -> AsyncGenerator[Any, None]:
         """The messages of a stream, until the client closes its side or reads nothing (`stalled`).
 
-        Raises `EngineNotReadyError` when the server shuts down.
+        Raises `EngineNotReadyError` when the server shuts down, and what `ApiKeys.check_again` does.
         """
         iterator = aiter(raw_messages)
         stopping = asyncio.ensure_future(self._stopping.wait())
@@ -175,10 +183,27 @@ class InferenceHandlers:
                     raw = arrival.result()
                 except StopAsyncIteration:
                     return
+                self._context.keys.check_again(access)
                 yield _parse(parse, raw)
         finally:
             stopping.cancel()
             stalling.cancel()
+
+
+def _outcome(call: grpc.aio.ServicerContext) -> str:
+    """The name of the status that the call has so far."""
+    code: grpc.StatusCode | None = call.code()
+    return code.name if isinstance(code, grpc.StatusCode) else "OK"
+
+
+def _access_of(name: str) -> Access:
+    return METHODS[f"/{SERVICE_NAME}/{name}"]
+
+
+def _address(call: grpc.aio.ServicerContext) -> str:
+    """The address of the client: `ipv4:10.0.0.1:4711` is `10.0.0.1`, `ipv6:%5B::1%5D:4711` is `::1`."""
+    kind, _, rest = call.peer().partition(":")
+    return unquote(rest).rpartition(":")[0].strip("[]") if kind in ("ipv4", "ipv6") else rest
 
 
 def _parse(parse: Parser, raw: bytes) -> Any:

@@ -14,6 +14,7 @@ REFERENCE = "#/components/schemas/{model}"
 ERRORS = {
     400: "The request is invalid.",
     401: "An API key is missing or not known.",
+    403: "The API key does not have the scope that this route needs.",
     404: "No such model or version.",
     413: "The body is larger than max_body_bytes.",
     429: "The queue is full; Retry-After says when to try again.",
@@ -32,7 +33,9 @@ def request_body(*models: type[BaseModel], media_type: str = "application/json")
 
 
 def error_responses(model: type[BaseModel], *statuses: int) -> dict[int | str, dict[str, Any]]:
-    """`responses` of a route for these error statuses, whose bodies are of `model`."""
+    """`responses` of a route for these error statuses, whose bodies are of `model`. A route with 401 has 403, too."""
+    if 401 in statuses:
+        statuses = (*statuses, 403)
     return {status: {"description": ERRORS[status], "model": model} for status in statuses}
 
 

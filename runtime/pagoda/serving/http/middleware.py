@@ -16,7 +16,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pagoda.errors import InvalidRequestError, ModelNotFoundError
 from pagoda.logs import bind_request_id
-from pagoda.serving.auth import ApiKeys
+from pagoda.serving.auth import audit
+from pagoda.serving.auth.api_keys import ApiKeys
+from pagoda.serving.auth.routes import RouteAccess
 from pagoda.serving.http.responses import json_response, report_error
 from pagoda.serving.metrics.prometheus import Metrics
 from pagoda.serving.status import ErrorReport
@@ -32,7 +34,7 @@ ErrorBody = Callable[[str, ErrorReport], dict[str, Any]]
 class RequestMiddleware:
     """ASGI middleware around all routes; no error reaches the server's own handler before the response has started.
 
-    `is_public`: whether a path needs no API key. `error_body`: the body of an error on a path.
+    `access`: what a request must bring. `error_body`: the body of an error on a path.
     """
 
     def __init__(
@@ -40,13 +42,13 @@ class RequestMiddleware:
         app: ASGIApp,
         keys: ApiKeys,
         metrics: Metrics,
-        is_public: Callable[[str], bool],
+        access: RouteAccess,
         error_body: ErrorBody,
     ) -> None:
         self._app = app
         self._keys = keys
         self._metrics = metrics
-        self._is_public = is_public
+        self._access = access
         self._error_body = error_body
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -59,19 +61,21 @@ class RequestMiddleware:
         headers = Headers(scope=scope)
         request_id = _request_id(headers)
         has_started = False
+        status = 0
 
         async def send_with_id(message: Message) -> None:
-            nonlocal has_started
+            nonlocal has_started, status
             if message["type"] == "http.response.start":
-                has_started = True
+                has_started, status = True, message["status"]
                 MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
             await send(message)
 
         path: str = scope["path"]
-        with bind_request_id(request_id):
+        access = self._access.of(scope["method"], path)
+        peer = scope["client"][0] if scope["client"] else ""
+        with bind_request_id(request_id), audit.recorded(access, f"{scope['method']} {path}", peer, lambda: status):
             try:
-                if not self._is_public(path):
-                    self._keys.check(headers.get("authorization"))
+                await self._keys.admit(access, _authorization(headers), peer)
                 await self._app(scope, receive, send_with_id)
             except ClientDisconnect:
                 logger.debug("client disconnected before the response to %s was complete", path)
@@ -97,6 +101,13 @@ class RequestMiddleware:
         if report.http_status == 401:
             headers["www-authenticate"] = "Bearer"
         return json_response(self._error_body(path, report), status or report.http_status, headers)
+
+
+def _authorization(headers: Headers) -> str | None:
+    """The key that was sent: as everywhere, or as Anthropic's clients send it."""
+    if (api_key := headers.get("x-api-key")) and "authorization" not in headers:
+        return f"Bearer {api_key}"
+    return headers.get("authorization")
 
 
 def _request_id(headers: Headers) -> str:

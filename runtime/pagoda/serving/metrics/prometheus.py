@@ -8,7 +8,17 @@ lists, so the number of series does not grow with traffic. What the engine count
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, GCCollector, Histogram, PlatformCollector, ProcessCollector
+from collections.abc import Callable
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    GCCollector,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+)
 from prometheus_client.exposition import choose_encoder
 
 from pagoda.engine.client.client import EngineClient
@@ -98,6 +108,11 @@ class Metrics:
         """Report `engine`'s own figures, read at each scrape. Call it once."""
         self.registry.register(EngineCollector(engine, self.model_name, self.prefix))
         self._step_meter = StepMeter(engine, self.iteration_tokens)
+
+    def report(self, name: str, help: str, value: Callable[[], float]) -> None:
+        """Report a gauge, whose `value` is asked at each scrape."""
+        gauge = Gauge(self.prefix + name, help, ["model_name"], registry=self.registry)
+        gauge.labels(self.model_name).set_function(value)
 
     def observe_steps(self) -> None:
         """Take in the engine's steps since the last call; cheap enough for every chunk."""

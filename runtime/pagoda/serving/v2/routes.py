@@ -6,6 +6,8 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from pagoda.errors import InvalidRequestError
+from pagoda.serving.auth.api_keys import caller_var
+from pagoda.serving.auth.scopes import Access
 from pagoda.serving.context import ServingContext
 from pagoda.serving.http.bodies import decode_body, parse_object
 from pagoda.serving.http.disconnect import until_disconnect
@@ -46,7 +48,8 @@ def v2_router(context: ServingContext, service: V2Service) -> APIRouter:
         """200 unless the engine is dead: a server that loads or drains is live."""
         if service.is_live:
             return json_response({"live": True})
-        return json_response({"live": False, "error": f"dead: {health.cause}"}, 503)
+        may_read = Access.READ.admits(caller_var.get().scopes)
+        return json_response({"live": False, "error": f"dead: {health.cause}" if may_read else "dead"}, 503)
 
     @router.get("/v2/health/ready", response_model=ReadyResponse, responses={503: {"model": ReadyResponse}})
     async def ready() -> Response:
