@@ -4,6 +4,7 @@ import json
 import re
 from typing import Any
 
+import helm_python
 import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
@@ -154,13 +155,32 @@ def test_probes_follow_the_engine() -> None:
         assert answers() == {"startup": False, "readiness": False, "liveness": False}
 
 
-def test_probes_and_scrapes_need_no_api_key() -> None:
-    objects = render({"monitoring": {"monitor": "pod"}})
-    container = server_container(objects)
+def test_probes_need_no_api_key() -> None:
+    container = server_container(render({}))
     paths = [container[f"{name}Probe"]["httpGet"]["path"] for name in ("startup", "readiness", "liveness")]
-    paths += [objects["PodMonitor"]["spec"]["podMetricsEndpoints"][0]["path"]]
     with RestHarness(api_keys=("secret",)) as server:
         assert {path: server.client.get(path).status_code for path in paths} == dict.fromkeys(paths, 200)
+
+
+@pytest.mark.parametrize("monitor", ["pod", "service"])
+def test_scrapes_send_the_key_of_the_secret_that_is_named(monitor: str) -> None:
+    values = {
+        "security": {"apiKeysSecret": {"name": "keys"}},
+        "monitoring": {"monitor": monitor, "apiKeySecret": {"name": "scrapes", "key": "prometheus"}},
+    }
+    objects = render(values)
+    spec = objects[f"{monitor.title()}Monitor"]["spec"]
+    (endpoint,) = spec.get("endpoints") or spec["podMetricsEndpoints"]
+    credentials = {"name": "scrapes", "key": "prometheus"}
+    assert endpoint["authorization"] == {"type": "Bearer", "credentials": credentials}
+
+
+def test_a_monitor_that_would_be_refused_is_not_rendered() -> None:
+    values = {"security": {"apiKeysSecret": {"name": "keys"}}, "monitoring": {"monitor": "pod"}}
+    with pytest.raises(helm_python.HelmError, match=r"monitoring\.apiKeySecret\.name is needed"):
+        render(values)
+    objects = render({**values, "engine": {"anonymous_scopes": ["read"]}})
+    assert "authorization" not in objects["PodMonitor"]["spec"]["podMetricsEndpoints"][0]
 
 
 def test_values_and_template_name_the_same_dashboard_label() -> None:

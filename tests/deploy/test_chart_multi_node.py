@@ -116,8 +116,7 @@ def test_settings_are_told_to_the_heads_alone(values: dict[str, Any]) -> None:
     assert objects["Head"]["spec"]["template"] != changed["Head"]["spec"]["template"]
     assert workers(objects) == workers(changed)
     for pod in worker_pods(objects):
-        assert not {"config", "tls"} & {volume["name"] for volume in pod["volumes"]}
-        assert "PAGODA_API_KEYS" not in environment(pod["containers"][0])
+        assert not {"config", "tls", "api-keys"} & {volume["name"] for volume in pod["volumes"]}
 
 
 @every_multi_node_set

@@ -50,4 +50,16 @@ def test_it_sends_the_first_key_of_the_release_s_secret() -> None:
     assert variable["valueFrom"]["secretKeyRef"] == {"name": "keys", "key": "clients.txt"}
     with RestHarness(api_keys=("first", "second")) as server:
         assert ask(server.url, values, **{variable["name"]: "first,second"}).returncode == 0
-        assert ask(server.url, values, **{variable["name"]: "wrong"}).returncode == 1
+        assert ask(server.url, values, **{variable["name"]: "# clients\nfirst\n"}).returncode == 0
+        for secret in ("wrong", "- name: first\n  key: first", "sha256:" + 64 * "0", ""):
+            done = ask(server.url, values, **{variable["name"]: secret})
+            assert done.returncode == 1
+            assert "401" in done.stderr
+
+
+def test_it_sends_the_key_of_a_secret_of_its_own_where_the_release_s_has_records() -> None:
+    own = {"test": {"apiKeySecret": {"name": "tester", "key": "key"}}}
+    for key in ("api-keys", ""):
+        values = {"security": {"apiKeysSecret": {"name": "keys", "key": key}}, **own}
+        (variable,) = render(values)["Pod"]["spec"]["containers"][0]["env"]
+        assert variable["valueFrom"]["secretKeyRef"] == {"name": "tester", "key": "key"}

@@ -4,6 +4,7 @@ import copy
 import json
 import re
 from math import ceil
+from pathlib import Path
 from typing import Any
 
 import helm_python
@@ -60,7 +61,7 @@ def test_a_misspelt_field_would_be_noticed() -> None:
 @every_value_set
 def test_pagoda_loads_the_rendered_settings(values: dict[str, Any], tmp_path: Any) -> None:
     settings = config_file(render(values))
-    for key in ("ssl_certfile", "ssl_keyfile"):  # these and the model are only there in the pod
+    for key in ("ssl_certfile", "ssl_keyfile", "api_keys_file"):  # these and the model are only there in the pod
         if key in settings:
             (tmp_path / key).touch()
             settings[key] = str(tmp_path / key)
@@ -236,9 +237,31 @@ def test_model_of_a_claim_is_the_directory_named() -> None:
 def test_secrets_are_referred_to_and_never_written() -> None:
     objects = render({**VALUE_SETS["api keys"], "model": {"hubId": "a/b", "hubTokenSecret": {"name": "hf"}}})
     environment = {variable["name"]: variable for variable in server_container(objects)["env"]}
-    assert environment["PAGODA_API_KEYS"]["valueFrom"]["secretKeyRef"] == {"name": "keys", "key": "clients.txt"}
+    assert "PAGODA_API_KEYS" not in environment
     assert environment["HF_TOKEN"]["valueFrom"]["secretKeyRef"] == {"name": "hf", "key": "token"}
     assert "api_keys" not in config_file(objects)
+
+
+@pytest.mark.parametrize(
+    ("key", "items", "file"),
+    [
+        ("clients.txt", [{"key": "clients.txt", "path": "clients.txt"}], "/etc/pagoda-keys/clients.txt"),
+        ("", None, "/etc/pagoda-keys"),
+    ],
+)
+def test_api_keys_are_mounted_as_files_that_change_with_their_secret(
+    key: str, items: list[dict[str, str]] | None, file: str
+) -> None:
+    objects = render({"security": {"apiKeysSecret": {"name": "keys", "key": key}}})
+    (volume,) = [volume for volume in server_pod(objects)["volumes"] if volume["name"] == "api-keys"]
+    assert volume["secret"]["secretName"] == "keys"
+    assert volume["secret"].get("items") == items
+    assert volume["secret"]["defaultMode"] == 0o440
+    (mount,) = [mount for mount in server_container(objects)["volumeMounts"] if mount["name"] == "api-keys"]
+    assert mount["readOnly"] is True
+    assert "subPath" not in mount  # which the kubelet would never update
+    assert config_file(objects)["api_keys_file"] == file
+    assert Path(file).is_relative_to(mount["mountPath"])
 
 
 def test_a_gpu_is_asked_for_and_its_taint_tolerated() -> None:
@@ -304,6 +327,7 @@ def test_notes_tell_how_to_ask_this_release() -> None:
     assert "kubectl -n tales port-forward service/story-pagoda 9000 9001" in notes
     assert "curl http://localhost:9000/v2/models/demo/generate -d '{" in notes
     assert "helm -n tales test story" in notes
-    notes = render_files({**VALUE_SETS["tls"], **VALUE_SETS["api keys"]})["NOTES.txt"]
+    scrapes = {"monitoring": {"monitor": "service", "apiKeySecret": {"name": "scrapes"}}}
+    notes = render_files({**VALUE_SETS["tls"], **VALUE_SETS["api keys"], **scrapes})["NOTES.txt"]
     assert "jsonpath='{.data.clients\\.txt}'" in notes
     assert 'curl -k -H "Authorization: Bearer $KEY" https://localhost:8080/v2/' in notes

@@ -361,5 +361,8 @@ def test_the_documented_kustomization_gives_image_keys_and_a_gateway(tmp_path: P
     built = {document["kind"]: document for document in yaml.safe_load_all(text)}
     container = container_of(built["InferenceService"])
     assert container["image"] == f"registry.example/pagoda:{pagoda.__version__}"
-    assert [variable["name"] for variable in container["env"]] == ["PAGODA_API_KEYS"]
+    assert container["args"][-1] == "--api_keys_file=/etc/pagoda-keys"
+    assert (
+        container["volumeMounts"][-1]["name"] == built["InferenceService"]["spec"]["predictor"]["volumes"][-1]["name"]
+    )
     assert len(built["NetworkPolicy"]["spec"]["ingress"][0]["from"]) == 2

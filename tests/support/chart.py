@@ -136,7 +136,12 @@ VALUE_SETS: dict[str, dict[str, Any]] = {
         "multiNode": {"nodes": 4, "ray": {"tokenSecret": {"name": "secrets", "key": "ray"}}},
         "security": {"apiKeysSecret": {"name": "keys"}},
         "network": {"tls": {"secretName": "cert"}, "policy": {"from": [{"podSelector": {}}]}},
-        "monitoring": {"monitor": "pod", "rules": {"enabled": True}, "dashboard": {"enabled": True}},
+        "monitoring": {
+            "monitor": "pod",
+            "apiKeySecret": {"name": "scrapes"},
+            "rules": {"enabled": True},
+            "dashboard": {"enabled": True},
+        },
     },
     "multi-node, upgraded group by group": {
         "mode": "multiNode",

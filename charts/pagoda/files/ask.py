@@ -17,8 +17,8 @@ def ask(url: str, model: str, prompt: str, seconds: float) -> str:
     """The model's answer; raises OSError if the server is out of reach and ValueError for an answer without text."""
     body = json.dumps({"text_input": prompt, "parameters": {"max_tokens": 16}}).encode()
     headers = {"Content-Type": "application/json"}
-    if keys := os.environ.get("API_KEYS"):
-        headers["Authorization"] = f"Bearer {keys.split(',')[0].strip()}"
+    if key := first_key(os.environ.get("API_KEYS", "")):
+        headers["Authorization"] = f"Bearer {key}"
     request = urllib.request.Request(f"{url}/v2/models/{quote(model, safe='')}/generate", body, headers)
     context = ssl.create_default_context()
     context.check_hostname = False  # the certificate is the cluster's own affair, as for the kubelet's probes
@@ -28,6 +28,13 @@ def ask(url: str, model: str, prompt: str, seconds: float) -> str:
     if not text:
         raise ValueError("the answer is empty")
     return text
+
+
+def first_key(text: str) -> str:
+    """The first key of a Secret with one a line; empty where it has none that could be sent: records, or hashes."""
+    words = [word.strip() for line in text.splitlines() if line.lstrip()[:1] != "#" for word in line.split(",")]
+    plain = [word for word in words if word and not word.startswith(("sha256:", "-", "{", "[")) and " " not in word]
+    return plain[0] if plain and not text.lstrip().startswith(("-", "{", "[", "keys:")) else ""
 
 
 def main() -> int:

@@ -51,6 +51,10 @@
 {{- if and $keys .Values.security.allowUnauthenticated -}}
 {{- fail "security: give security.apiKeysSecret.name or security.allowUnauthenticated=true, not both" -}}
 {{- end -}}
+{{- $scrapes := .Values.monitoring.apiKeySecret.name -}}
+{{- if and $keys (ne .Values.monitoring.monitor "none") (not $scrapes) (not (has "read" (.Values.engine.anonymous_scopes | default list))) -}}
+{{- fail "monitoring: monitoring.apiKeySecret.name is needed: the Secret with the key that Prometheus sends, which has the scope read; engine.anonymous_scopes=[read] opens the metrics instead" -}}
+{{- end -}}
 {{- with .Values.network.policy -}}
 {{- if and .enabled (not .from) (not .allowAllIngress) -}}
 {{- fail "network: network.policy.from is needed: the peers that may come in, such as [{podSelector: {}}] for the release's namespace; network.policy.allowAllIngress=true lets everybody in" -}}

@@ -39,6 +39,11 @@ demo
 {{- $_ := set $own "ssl_certfile" "/etc/pagoda-tls/tls.crt" -}}
 {{- $_ := set $own "ssl_keyfile" "/etc/pagoda-tls/tls.key" -}}
 {{- end -}}
+{{- with .Values.security.apiKeysSecret -}}
+{{- if .name -}}
+{{- $_ := set $own "api_keys_file" (printf "/etc/pagoda-keys/%s" .key | trimSuffix "/") -}}
+{{- end -}}
+{{- end -}}
 {{- if eq .Values.mode "multiNode" -}}
 {{- $_ := set $own "distributed_executor_backend" "ray" -}}
 {{- $_ := set $own "ray_first_port" .Values.multiNode.ray.firstPort -}}

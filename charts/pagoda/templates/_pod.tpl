@@ -54,15 +54,6 @@ capabilities:
 # For `kubectl exec … pagoda probe` and `pagoda doctor`, which then see what the server sees.
 - name: PAGODA_CONFIG
   value: /etc/pagoda/pagoda.json
-{{- with .Values.security.apiKeysSecret }}
-{{- if .name }}
-- name: PAGODA_API_KEYS
-  valueFrom:
-    secretKeyRef:
-      name: {{ .name }}
-      key: {{ .key }}
-{{- end }}
-{{- end }}
 {{ include "pagoda.environment" . }}
 {{- end -}}
 
@@ -169,6 +160,11 @@ scheme: {{ include "pagoda.scheme" (index . 0) | upper }}
   mountPath: /etc/pagoda-tls
   readOnly: true
 {{- end }}
+{{- if .Values.security.apiKeysSecret.name }}
+- name: api-keys
+  mountPath: /etc/pagoda-keys
+  readOnly: true
+{{- end }}
 {{ include "pagoda.volumeMounts" . }}
 {{- end -}}
 
@@ -204,6 +200,19 @@ scheme: {{ include "pagoda.scheme" (index . 0) | upper }}
 - name: tls
   secret:
     secretName: {{ . }}
+{{- end }}
+{{- with .Values.security.apiKeysSecret }}
+{{- if .name }}
+- name: api-keys
+  secret:
+    secretName: {{ .name }}
+    defaultMode: 0440
+    {{- with .key }}
+    items:
+      - key: {{ . }}
+        path: {{ . }}
+    {{- end }}
+{{- end }}
 {{- end }}
 {{ include "pagoda.volumes" . }}
 {{- end -}}

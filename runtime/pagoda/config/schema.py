@@ -432,6 +432,14 @@ class PagodaConfig:
         """Every setting by its name but the secret ones: what an engine core and its ranks may know."""
         return {name: value for name, value in asdict(self).items() if not options()[name].secret}
 
+    @classmethod
+    def of_fields(cls, fields: Mapping[str, Any]) -> PagodaConfig:
+        """What `without_secrets` gave, after a way on which tuples have become lists."""
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
+        }
+        return cls(**values)
+
 
 def default_model_name(model: str | None) -> str:
     """The name of a model that was given none: the last part of its path or Hugging Face id, without spaces."""

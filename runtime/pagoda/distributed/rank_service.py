@@ -167,7 +167,7 @@ class RankService:
 
     def _prepare(self, start: StartRank) -> None:
         """Take the configuration, look at the machine, and say what was found."""
-        config = PagodaConfig(**start.config)
+        config = PagodaConfig.of_fields(start.config)
         handler = configure_logging(config.log_level, config.log_format, model_name=config.served_model_name)
         handler.addFilter(self._add_rank)
         faults.install(config.fault_injection)

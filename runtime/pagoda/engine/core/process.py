@@ -222,7 +222,7 @@ def _serve(first: StartCore, connection: Connection, heartbeat: SharedHeartbeat)
     from pagoda.logs import configure_logging
 
     os.environ.update(first.environment)
-    config = PagodaConfig(**first.config)
+    config = PagodaConfig.of_fields(first.config)
     configure_logging(config.log_level, config.log_format, model_name=config.served_model_name)
     core = start_core(config, lambda name, detail: connection.send(EngineStartupPhase(name, detail)))
     gc.collect()
