@@ -72,7 +72,7 @@ test-pods: install ## the rendered release as pods on this machine, upgraded und
 	$(BIN)/python -m pytest -m pods tests/e2e $(ARGS)
 
 gpu-check: install ## on a machine with an NVIDIA GPU: kernels and engine checked, then measured. ARGS="--out DIR --parts kernels decode"
-	PYTHONPATH=runtime:kernels $(BIN)/python -m benchmarks.gpu --out gpu-results $(ARGS)
+	PYTHONPATH=runtime:kernels $(BIN)/python -m benchmarks.gpu --out gpu-results $(or $(ARGS),--run right)
 
 gpu-tune: install ## on a machine with an NVIDIA GPU: its tuning table, measured, into gpu-results/tuned. ARGS="--minutes 30"
 	PYTHONPATH=runtime:kernels $(BIN)/python -m benchmarks.gpu --out gpu-results --parts tune $(ARGS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -28,6 +28,20 @@ class AttentionBatch:
         return backend.active.paged_attention(
             self.query, *caches, self.metadata, self.scale, sliding_window, soft_cap, self.kv_scales
         )
+
+    def row(self, row: int) -> AttentionBatch:
+        """Row `row`, which decodes, alone."""
+        metadata = AttentionMetadata(
+            query_start_loc=self.metadata.query_start_loc[:2],
+            seq_lens=self.metadata.seq_lens[row : row + 1],
+            block_table=self.metadata.block_table[row : row + 1],
+            slot_mapping=self.metadata.slot_mapping[row : row + 1],
+            max_query_len=1,
+            max_seq_len=self.rows[row][1],
+            num_decode_rows=1,
+        )
+        query = self.query[row : row + 1]
+        return replace(self, rows=self.rows[row : row + 1], query=query, metadata=metadata)
 
     @property
     def scale(self) -> float:

@@ -35,16 +35,18 @@ class Context:
     dtype: torch.dtype
     environment: dict[str, Any]
     entries: list[dict[str, Any]] = field(default_factory=list)
-    """What the running part has measured so far: kept if it is cut off."""
-    children: list[subprocess.Popen[str]] = field(default_factory=list)
-    """Processes that must not outlive this one."""
+    """What the part has measured so far: kept if it is cut off."""
+    about: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def create(cls, out: Path, *, deadline: float, dry_run: bool) -> Context:
-        """For the GPU here, until `deadline` on the monotonic clock. Exits with a sentence where there is none."""
+        """For the GPU here and one part of a run, until `deadline` on the monotonic clock.
+
+        Exits with a sentence where there is no GPU.
+        """
         if not dry_run and not torch.cuda.is_available():
             raise SystemExit("torch sees no CUDA GPU here; --dry-run tries this program out without one")
-        out.mkdir(parents=True, exist_ok=True)
+        (out / "scratch").mkdir(parents=True, exist_ok=True)
         device = torch.device("cpu" if dry_run else "cuda")
         facts = environment()
         facts["device"] = "cpu (dry run)" if dry_run else torch.cuda.get_device_name()
@@ -53,33 +55,48 @@ class Context:
         return cls(out, dry_run, deadline, device, torch.float32 if dry_run else torch.bfloat16, facts)
 
     def seconds_left(self) -> float:
-        """Until the time for all parts is up."""
+        """Until the part is cut off."""
         return self.deadline - time.monotonic()
 
     def choose(self, full: Any, tiny: Any) -> Any:
         """`full`, or `tiny` in a dry run."""
         return tiny if self.dry_run else full
 
-    def write(self, name: str, result: dict[str, Any]) -> None:
-        """Write OUT/NAME.json."""
-        (self.out / f"{name}.json").write_text(json.dumps(result, indent=2, default=str) + "\n", encoding="utf-8")
+    @property
+    def scratch(self) -> Path:
+        """A folder of the run, for models and what parts leave for each other; gone at its end."""
+        return self.out / "scratch"
+
+    def begin(self, name: str, about: str) -> None:
+        """Say which part this is."""
+        self.about = {"part": name, "about": about, "environment": self.environment}
+        self.write({"status": "running"})
+
+    def write(self, result: dict[str, Any]) -> None:
+        """Write the part's file, whole or not at all."""
+        path = self.scratch / f"{self.about['part']}.json"
+        path.with_suffix(".new").write_text(json.dumps({**self.about, **result}, default=str), encoding="utf-8")
+        path.with_suffix(".new").replace(path)
 
     def keep(self, entry: dict[str, Any]) -> None:
-        """Print a figure of the running part, and keep it in `entries`."""
-        self.entries.append(entry)
+        """Print a figure of the part, and keep it in `entries` and in the part's file."""
         print(f"  {entry}", flush=True)
+        self.note(entry)
+
+    def note(self, entry: dict[str, Any]) -> None:
+        """Keep a figure without printing it."""
+        self.entries.append(entry)
+        self.write({"status": "running", "results": self.entries})
 
     def python(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
         """Start another Python with this one's import path; its output is text in `stdout`."""
         environment = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), **environment}
-        child = subprocess.Popen(
+        return subprocess.Popen(
             [sys.executable, *arguments], env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True
         )
-        self.children.append(child)
-        return child
 
     def release(self) -> None:
-        """Between parts: give memory back."""
+        """Between engines: give memory back."""
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.synchronize()
@@ -122,21 +139,21 @@ class Context:
     def _timing_stream(self) -> torch.cuda.Stream:
         return torch.cuda.Stream()
 
-    @property
-    def known_ceilings(self) -> dict[str, float] | None:
-        """`ceilings` if they have been measured."""
-        return self.__dict__.get("ceilings")
-
     @cached_property
     def ceilings(self) -> dict[str, float]:
-        """Measured here and now: bytes a second of a copy (read and written), FLOP/s of a matrix product on random data."""
+        """Measured once a run: bytes a second of a copy (read and written), FLOP/s of a matrix product on random data."""
+        known = self.scratch / "ceilings.json"
+        if known.exists():
+            return dict(json.loads(known.read_text()))
         source = torch.randn(self.choose(1 << 30, 1 << 12), device=self.device)
         target = torch.empty_like(source)
         copy_seconds = self.seconds_of(lambda: target.copy_(source))
         size = self.choose(8192, 64)
         left, right = (torch.randn(size, size, device=self.device, dtype=self.dtype) for _ in range(2))
         product_seconds = self.seconds_of(lambda: torch.mm(left, right))
-        return {
+        measured = {
             "copy_bytes_per_second": 2 * source.nbytes / copy_seconds,
             "matmul_flops_per_second": 2 * size**3 / product_seconds,
         }
+        known.write_text(json.dumps(measured), encoding="utf-8")
+        return measured

@@ -46,7 +46,7 @@ def spec_of(context: Context, name: str) -> DummySpec:
 @contextmanager
 def engine(context: Context, name: str, **settings: Any) -> Iterator[EngineCore]:
     """An engine with random weights in the shape of `name`, in this process."""
-    folder = context.out / "models" / name
+    folder = context.scratch / "models" / name
     if not folder.exists():
         write_dummy_checkpoint(folder, spec_of(context, name), weights=False)
     core = start_core(configuration(context, folder, load_format="dummy", **settings))

@@ -33,7 +33,7 @@ def run(context: Context) -> dict[str, Any]:
 def _transformers(context: Context, prompts: list[list[int]], lengths: list[int]) -> float:
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-    folder = context.out / "models" / MODEL
+    folder = context.scratch / "models" / MODEL
     config = AutoConfig.from_pretrained(folder)
     config._attn_implementation = "sdpa"
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval().to(context.device)

@@ -53,8 +53,7 @@ def draw(folder: Path) -> Path | None:
     for panel in panels:
         parts += _drawn(panel, top)
         top += panel.height
-    summary = folder / "summary.json"
-    device = json.loads(summary.read_text())["environment"]["device"] if summary.exists() else ""
+    device = _read(folder).get("environment", {}).get("device", "")
     head = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {top}" font-family="sans-serif" font-size="11">',
         f'<rect width="{WIDTH}" height="{top}" fill="white"/>',
@@ -65,9 +64,13 @@ def draw(folder: Path) -> Path | None:
     return path
 
 
+def _read(folder: Path) -> dict[str, Any]:
+    path = folder / "results.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 def _results(folder: Path, name: str) -> list[dict[str, Any]]:
-    path = folder / f"{name}.json"
-    found = json.loads(path.read_text()).get("results") if path.exists() else None
+    found = _read(folder).get("parts", {}).get(name, {}).get("results")
     return found if isinstance(found, list) else []
 
 
@@ -91,6 +94,14 @@ def _prefill(entries: list[dict[str, Any]]) -> Iterator[Panel]:
             beside.add(label, entry.get(f"over_{peer}"), peer)
     yield Panel("Prefill attention: TFLOP/s", rates.bars)
     yield Panel("Prefill attention: SDPA's time over ours", beside.bars, goal=1.0)
+
+
+def _profile(entries: list[dict[str, Any]]) -> Iterator[Panel]:
+    for entry in entries:
+        bars = _Bars()
+        for kernel in entry["kernels"][:10]:
+            bars.add(kernel["name"][:48], kernel["microseconds"])
+        yield Panel(f"{entry['step']}: µs a step, the ten longest kernels", bars.bars)
 
 
 def _workload(entries: list[dict[str, Any]]) -> Iterator[Panel]:
@@ -135,6 +146,8 @@ PANELS = {
     "decode": _decode,
     "prefill": _prefill,
     "workload": _workload,
+    "workload_more": _workload,
+    "profile": _profile,
     "online": _online,
     "elementwise": _elementwise,
     "cold_start": _cold_start,

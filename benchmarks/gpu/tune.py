@@ -229,7 +229,6 @@ class Search:
         with KernelPrecompiler(
             list({one: None for ones in wanted.values() for one in ones}), processes=processes
         ) as compiling:
-            self.context.children += compiling.children
             found = compiling.wait()
         fitting = {
             index for index, ones in wanted.items() if all(self._fits(choices[index], found[one]) for one in ones)

@@ -6,11 +6,14 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
+
+from tests.support.waiting import wait_until
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -41,13 +44,15 @@ def run_on_a_bare_machine(scratch: Path, *arguments: str) -> subprocess.Complete
     )
 
 
-def dry_run(scratch: Path, parts: list[str], *more: str) -> dict[str, dict[str, Any]]:
+def dry_run(scratch: Path, *arguments: str) -> dict[str, dict[str, Any]]:
+    """The parts of a run, by name."""
     out = scratch / "out"
-    done = run_on_a_bare_machine(
-        scratch, "-m", "benchmarks.gpu", "--dry-run", "--out", str(out), *more, "--parts", *parts
-    )
+    done = run_on_a_bare_machine(scratch, "-m", "benchmarks.gpu", "--dry-run", "--out", str(out), *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
-    return {part: json.loads((out / f"{part}.json").read_text()) for part in parts}
+    results = json.loads((out / "results.json").read_text())
+    assert results["environment"]["device"] == "cpu (dry run)"
+    assert {"commit", "versions", "tuning_table"} <= set(results["environment"])
+    return results["parts"]
 
 
 def test_a_bare_machine_is_bare(tmp_path: Path) -> None:
@@ -60,33 +65,51 @@ def test_a_bare_machine_is_bare(tmp_path: Path) -> None:
     [
         ["kernels", "decode", "workload"],
         pytest.param(
-            ["parity", "allocation", "prefill", "elementwise", "online", "peers", "cold_start"], marks=pytest.mark.slow
+            [
+                "parity",
+                "allocation",
+                "profile",
+                "prefill",
+                "elementwise",
+                "online",
+                "workload_more",
+                "peers",
+                "cold_start",
+            ],
+            marks=pytest.mark.slow,
         ),
     ],
     ids=["first", "rest"],
 )
 def test_every_part_has_its_figures(tmp_path: Path, parts: list[str]) -> None:
-    results = dry_run(tmp_path, parts)
+    results = dry_run(tmp_path, "--parts", *parts)
     assert {result["status"] for result in results.values()} == {"ok"}
-    for result in results.values():
-        assert result["headline"]
-        assert result["environment"]["device"] == "cpu (dry run)"
-        assert {"commit", "versions", "tuning_table"} <= set(result["environment"])
+    assert all(result["headline"] for result in results.values())
     out = tmp_path / "out"
     summary = json.loads((out / "summary.json").read_text())
-    assert list(summary["parts"]) == parts
-    assert not (out / "models").exists()
+    assert sorted(summary["parts"]) == sorted(parts)
+    assert not (out / "scratch").exists()
     plot = (out / "plots.svg").read_text()
     titles = {"decode": "Decode", "prefill": "Prefill", "workload": "256 requests", "online": "Poisson arrivals"}
-    assert all((title in plot) == (part in parts) for part, title in titles.items())
+    assert all((title in plot) == (part in parts or f"{part}_more" in parts) for part, title in titles.items())
     if "kernels" in parts:
         assert len(results["kernels"]["results"]) == results["kernels"]["headline"]["checks"] > 10
         assert {entry["kv_dtype"] for entry in results["decode"]["results"]} == {"float32", "float8_e4m3fn"}
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", ["right", "fast"])
+def test_the_two_runs_leave_few_files(tmp_path: Path, name: str) -> None:
+    results = dry_run(tmp_path, "--run", name)
+    assert {result["status"] for result in results.values()} == {"ok"}
+    files = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert files <= {"results.json", "summary.json", "plots.svg", "tuned/default.json"}
+
+
 @pytest.mark.timeout(300)
 def test_a_table_is_tuned_if_asked_for(tmp_path: Path) -> None:
-    result = dry_run(tmp_path, ["tune"])["tune"]
+    result = dry_run(tmp_path, "--parts", "tune")["tune"]
     assert result["status"] == "ok", result
     assert set(result["headline"]["gains"]) == {"decode 64 x 4 bytes", "segments", "prefill 64 x 4 bytes"}
     timed = [entry for entry in result["results"] if "microseconds" in entry]
@@ -106,67 +129,67 @@ def test_a_table_is_tuned_if_asked_for(tmp_path: Path) -> None:
         ]
 
 
-class Ended(BaseException):
-    """Stands for the end of the process."""
+PART_THAT = """
+import json, os, subprocess, sys, time
+from pathlib import Path
+
+name, out, *_ = sys.argv[1:]
+path = Path(out, "scratch", name + ".json")
+figures = {"part": name, "about": "", "environment": {"device": "none"}, "results": [1]}
+path.write_text(json.dumps({**figures, "status": "running"}))
+print("(c) a line that is no JSON")
+if name == "kernels":
+    os.abort()
+if name == "parity":
+    child = subprocess.Popen(["sleep", "600"])
+    path.with_name("child").write_text(str(child.pid))
+    time.sleep(600)
+path.write_text(json.dumps({**figures, "status": "ok"}))
+"""
 
 
-class OneEntry:
-    """A context, and a part that has measured one thing when the time is up."""
-
-    def __init__(self, out: Path) -> None:
-        self.out, self.dry_run, self.environment, self.known_ceilings = out, False, {"device": "none"}, None
-        self.entries: list[dict[str, Any]] = []
-        self.children = [SimpleNamespace(kill=lambda: self.killed.append(1))]
-        self.killed: list[int] = []
-        self.time_is_up: Any = None
-        self.left = 60.0
-
-    def seconds_left(self) -> float:
-        return self.left
-
-    def write(self, name: str, result: dict[str, Any]) -> None:
-        (self.out / f"{name}.json").write_text(json.dumps(result))
-
-    def run(self, context: Any) -> dict[str, Any]:
-        self.entries.append({"heads": 8, "kv_heads": 8, "batch": 1, "context": 1, "kv_dtype": "b", "share_of_copy": 1})
-        self.time_is_up()
-        raise AssertionError("the process went on")
-
-
-def test_a_part_that_runs_when_the_time_is_up_is_cut_off_with_what_it_has(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A session whose parts are `PART_THAT`: kernels dies, parity never ends, the others are done at once."""
     from benchmarks.gpu import __main__ as program
 
-    def end(status: int) -> None:
-        raise Ended(status)
-
-    context = OneEntry(tmp_path)
-    run = program.Run(context)
-    context.time_is_up = run.cut_off
-    monkeypatch.setattr(program.importlib, "import_module", lambda name: context)
-    monkeypatch.setattr(program.os, "_exit", end)
-    with pytest.raises(Ended):
-        run.part("decode")
-    written = json.loads((tmp_path / "decode.json").read_text())
-    assert (written["status"], written["results"]) == ("cut off", context.entries)
-    assert json.loads((tmp_path / "summary.json").read_text())["parts"]["decode"]["status"] == "cut off"
-    assert "Decode attention" in (tmp_path / "plots.svg").read_text()
-    assert context.killed
+    package = tmp_path / "benchmarks" / "gpu"
+    package.mkdir(parents=True)
+    for folder in (package.parent, package):
+        (folder / "__init__.py").touch()
+    (package / "part.py").write_text(PART_THAT)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    return program.Session(tmp_path / "out", deadline=time.monotonic() + 300)
 
 
-def test_a_part_for_which_too_little_time_is_left_says_so(tmp_path: Path) -> None:
-    from benchmarks.gpu.__main__ import Run
+def test_a_part_that_dies_or_never_ends_costs_itself_only(session: Any, tmp_path: Path) -> None:
+    session.run({"kernels": 60, "parity": 3})
+    child = int((session.scratch / "child").read_text())
+    session.run({"peers": 60})
+    session.end()
+    parts = json.loads((tmp_path / "out" / "results.json").read_text())["parts"]
+    assert {name: part["status"] for name, part in parts.items()} == {
+        "kernels": "failed",
+        "parity": "cut off",
+        "peers": "ok",
+    }
+    assert "status -6" in parts["kernels"]["error"]
+    assert all(part["results"] == [1] for part in parts.values())
+    wait_until(lambda: not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE)
 
-    context = OneEntry(tmp_path)
-    context.left = 3.0
-    Run(context).part("decode")
-    assert json.loads((tmp_path / "decode.json").read_text())["status"] == "no time left"
+
+def test_a_part_for_which_too_little_time_is_left_says_so(session: Any) -> None:
+    session.deadline = time.monotonic() + 3
+    session.run({"decode": 60})
+    assert session.results["decode"]["status"] == "no time left"
 
 
-def test_parts_that_are_left_out_for_want_of_time_fit_in_all() -> None:
-    from benchmarks.gpu.__main__ import DEFAULT_PARTS, PARTS, SECONDS_TO_END
+@pytest.mark.parametrize("name", ["right", "fast"])
+def test_parts_that_are_left_out_for_want_of_time_fit_in_all(name: str) -> None:
+    from benchmarks.gpu.__main__ import PARTS, RUNS, SECONDS_TO_END
 
-    assert sum(PARTS[name].least_seconds for name in DEFAULT_PARTS) + SECONDS_TO_END < 9 * 60
-    assert "tune" not in DEFAULT_PARTS
-    assert list(PARTS)[:3] == ["kernels", "parity", "allocation"], "first whether it is right"
+    run = RUNS[name]
+    least = sum(max(PARTS[part].least_seconds for part in group) for group in run.groups)
+    assert least + SECONDS_TO_END < 60 * run.minutes
+    assert RUNS["right"].groups[0] == ("kernels", "parity"), "first whether it is right"
