@@ -109,6 +109,7 @@ bench-peers: install ## Pagoda and its peers in turn on the same checkpoint and 
 
 docs: chart ## write docs/configuration.md, and what `chart` writes, out of the schema
 	$(BIN)/python -m pagoda.config.documentation > docs/configuration.md
+	$(BIN)/python -m pagoda.config.vllm_flags_page > docs/vllm-flags.md
 
 chart: install ## write the chart's README.md and values.schema.json out of values.yaml and the schema
 	$(BIN)/python charts/generate.py

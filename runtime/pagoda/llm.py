@@ -71,7 +71,7 @@ class LLM:
     def _start(self, config: PagodaConfig, on_phase: PhaseListener | None) -> None:
         if config.data_parallel_size > 1:
             raise ConfigError(f"data_parallel_size={config.data_parallel_size}: must be 1 without a server")
-        directory = str(checkpoint_directory(config.model))
+        directory = str(checkpoint_directory(config.model, config.revision, config.download_dir))
         self.config = config = replace(config, model=directory)
         defaults = read_checkpoint_defaults(config)
         self._text = TextOperations(
@@ -85,7 +85,7 @@ class LLM:
             max_model_len=self._core.ready.max_model_len,
             vocab_size=self._core.ready.vocab_size,
             eos_token_ids=defaults.eos_token_ids(self._text.tokenizer),
-            default_max_tokens=config.default_max_tokens,
+            default_max_tokens=defaults.max_tokens,
         )
         self._request_numbers = itertools.count()
         self._sequences: dict[str, _Sequence] = {}

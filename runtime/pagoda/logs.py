@@ -11,7 +11,7 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime
@@ -22,6 +22,7 @@ request_id_var: ContextVar[str | None] = ContextVar("pagoda_request_id", default
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 # Pagoda's, and those of the servers that it runs, which come with handlers and levels of their own.
 UNIFIED_LOGGERS = ("pagoda", "kserve", "kserve.trace")
+ACCESS_LOGGER = "pagoda.access"
 # Asked every few seconds by Kubernetes and Prometheus; a successful answer is not logged.
 PROBE_PATHS = ("/health", "/v2/health/", "/metrics", "/ready", "/ping")
 AUDIT_LOGGER = "pagoda.audit"
@@ -57,12 +58,15 @@ def configure_logging(
     model_name: str | None = None,
     secrets: Iterable[str] = (),
     is_secret: Callable[[str], bool] | None = None,
+    quiet_paths: Collection[str] = (),
+    access_log: bool = True,
     stream: TextIO | None = None,
 ) -> logging.Handler:
     """Send all logging of this process to `stream` (default: stderr) in one format; may be called again.
 
     `level` is one of `LEVELS` and governs Pagoda's and the servers' loggers; other libraries log from warning on.
-    `secrets` are masked everywhere, and words for which `is_secret`. Returns the handler.
+    `secrets` are masked everywhere, and words for which `is_secret`. Requests of `quiet_paths` are not logged, without
+    `access_log` none. Returns the handler.
     """
     threshold = LEVELS[level]
     handler = logging.StreamHandler(stream or sys.stderr)
@@ -71,6 +75,8 @@ def configure_logging(
     handler.addFilter(_add_request_id)
     if threshold > logging.DEBUG:
         handler.addFilter(_is_no_probe)
+    if quiet_paths:
+        handler.addFilter(lambda record: _request_path(record) not in quiet_paths)
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(max(threshold, logging.WARNING))
@@ -81,6 +87,7 @@ def configure_logging(
         logger.disabled = False
         logger.setLevel(threshold)
     logging.getLogger(AUDIT_LOGGER).setLevel(logging.INFO)
+    logging.getLogger(ACCESS_LOGGER).setLevel(logging.NOTSET if access_log else logging.WARNING)
     logging.captureWarnings(True)
     return handler
 
@@ -179,10 +186,18 @@ def _add_request_id(record: logging.LogRecord) -> bool:
     return True
 
 
+def _request_path(record: logging.LogRecord) -> str | None:
+    """The path of an access line (client, method, path, version, status); None of any other."""
+    if record.name != ACCESS_LOGGER or not isinstance(record.args, tuple) or len(record.args) != 5:
+        return None
+    return str(record.args[2]).partition("?")[0]
+
+
 def _is_no_probe(record: logging.LogRecord) -> bool:
-    """False for the access line (client, method, path, version, status) of a probe that succeeded."""
-    if record.name != "pagoda.access" or not isinstance(record.args, tuple) or len(record.args) != 5:
+    """False for the access line of a probe that succeeded."""
+    path = _request_path(record)
+    if path is None or not isinstance(record.args, tuple):
         return True
-    path, status = str(record.args[2]).partition("?")[0], record.args[4]
+    status = record.args[4]
     is_probe = path.startswith(PROBE_PATHS) or path.endswith("/ready")
     return not (is_probe and isinstance(status, int) and status < 400)

@@ -163,6 +163,22 @@ def test_access_lines_of_probes_are_left_out_unless_they_fail_or_debugging(strea
     assert len(stream.getvalue().splitlines()) == 3
 
 
+def test_access_lines_are_left_out_where_that_is_asked_for(stream: io.StringIO) -> None:
+    def log(*paths: str) -> None:
+        for path in paths:
+            logging.getLogger("pagoda.access").info('%s - "%s %s HTTP/%s" %d', "127.0.0.1:1", "GET", path, "1.1", 500)
+
+    configure_logging("debug", "text", stream=stream, quiet_paths=("/ping", "/v1/models"))
+    log("/ping?x=1", "/v1/models", "/v1/models/a", "/health")
+    assert [line.split('"')[1].split()[1] for line in stream.getvalue().splitlines()] == ["/v1/models/a", "/health"]
+    configure_logging("info", "text", stream=stream, access_log=False)
+    log("/v1/completions")
+    logging.getLogger("pagoda.serving").info("ready")
+    configure_logging("info", "text", stream=stream)
+    log("/v1/completions")
+    assert [line.split()[3] for line in stream.getvalue().splitlines()[2:]] == ["pagoda.serving:", "pagoda.access:"]
+
+
 def test_python_warnings_become_log_lines(stream: io.StringIO) -> None:
     configure_logging("info", "json", stream=stream)
     with warnings.catch_warnings():

@@ -70,7 +70,7 @@ def examine(settings: Sequence[str]) -> dict[str, Any]:
         "problem": None,
     }
     try:
-        loaded = load(settings)
+        loaded = load(settings, vllm=True)
         report["settings"] = _settings(loaded)
         gpus = () if loaded.config.device == "cpu" else gpu_reports()
         report["hardware"]["gpus"] = [asdict(gpu) for gpu in gpus]

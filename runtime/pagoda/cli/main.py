@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from pagoda import __version__
 from pagoda.errors import PagodaError
@@ -38,10 +38,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if words[0] not in COMMANDS:
         return _unknown(words[0])
+    return run_command(importlib.import_module(COMMANDS[words[0]][0]).run, words[1:], f"pagoda {words[0]}")
+
+
+def run_command(run: Callable[[Sequence[str]], int], arguments: Sequence[str], name: str) -> int:
+    """The exit status of `run(arguments)`; a `PagodaError` is printed without a traceback, after the command's `name`."""
     try:
-        return int(importlib.import_module(COMMANDS[words[0]][0]).run(words[1:]))
+        return int(run(arguments))
     except PagodaError as error:
-        print(f"pagoda {words[0]}: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         return USAGE_ERROR
     except KeyboardInterrupt:
         return 130  # the shell's status of a command ended by Ctrl-C

@@ -76,10 +76,10 @@ def load_on_cpu(
     from pagoda.models.build import build_model
     from pagoda.models.config import ModelConfig
     from pagoda.models.fused_layers import fuse_layers
-    from pagoda.models.loading.loader import load_weights
+    from pagoda.models.loading.loader import load_weights, with_tie_as_stored
     from pagoda.platform.hardware import cpu_report
 
-    config = ModelConfig.from_directory(directory)
+    config = with_tie_as_stored(ModelConfig.from_directory(directory), directory)
     choose_cpu_kernels("auto")
     if dtype is None:
         dtype = getattr(torch, choose_dtype("auto", config.dtype, None, cpu_report().instruction_sets).value)

@@ -6,19 +6,20 @@ from collections.abc import Sequence
 
 from pagoda.process_control import uncollected
 
-HEAD = """usage: pagoda serve [--model DIR|HF-ID] [OPTIONS]
+HEAD = """usage: pagoda serve [DIR|HF-ID] [OPTIONS]
 
 Serves a model over REST, gRPC and OpenAI routes. Settings come from the command line, then from the file that --config names
 (YAML or JSON), then from the environment (--max-model-len is PAGODA_MAX_MODEL_LEN), then from the defaults below. Dashes and
-underscores are the same; sizes may be written 512MiB or 2GiB; `pagoda doctor` shows what is in effect and why.
+underscores are the same; sizes may be written 512MiB or 2GiB; `pagoda doctor` shows what is in effect and why. The flags of
+`vllm serve` are taken, too: docs/vllm-flags.md says what becomes of each.
 
   --config FILE
           Settings in a file. Also: PAGODA_CONFIG
 """
 
 
-def run(arguments: Sequence[str]) -> int:
-    """Serve until SIGTERM; the exit status is the server's."""
+def run(arguments: Sequence[str], *, as_vllm: bool = False) -> int:
+    """Serve until SIGTERM; the exit status is the server's. `as_vllm`: with the defaults of `vllm serve`."""
     if "-h" in arguments or "--help" in arguments:
         from pagoda.config.command_line import options_help
 
@@ -30,8 +31,8 @@ def run(arguments: Sequence[str]) -> int:
     # First of all: the core's own imports take longer than everything that this process has to do.
     with PrelaunchedProcess() as core:
         with uncollected():
-            from pagoda.config.sources import load
+            from pagoda.config.sources import load, load_as_vllm
 
-            loaded = load(arguments)
+            loaded = load_as_vllm(arguments) if as_vllm else load(arguments, vllm=True)
             from pagoda.serving.server import run as run_server
         return int(run_server(loaded, core) or 0)

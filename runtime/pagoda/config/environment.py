@@ -12,10 +12,13 @@ from collections.abc import Mapping
 from pagoda.config.names import Given, nearest, settings_by_name
 from pagoda.config.rules import Problem
 from pagoda.config.schema import options
+from pagoda.config.vllm_flags import as_written_for_vllm
 
 PREFIX = "PAGODA_"
 CONFIG_FILE_VARIABLE = "PAGODA_CONFIG"
 EMPTY = "is empty, which would leave the server open to everybody: unset it if that is meant"
+# Variables of vLLM that somebody who changes from it relies on. A key that is not asked for would leave the server open.
+_OF_VLLM = {"VLLM_API_KEY": "api_keys", "VLLM_LOGGING_LEVEL": "log_level"}
 _SERVICE_NAME = re.compile(
     r"PAGODA(_\w+)?_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(ADDR|PROTO|PORT))?)"
 )
@@ -37,6 +40,13 @@ def read_environment(environ: Mapping[str, str]) -> tuple[list[Given], list[Prob
     empty.
     """
     given, problems = [], []
+    for variable, name in _OF_VLLM.items():
+        value = environ.get(variable, "")
+        if variable in environ and not value and options()[name].guards:
+            problems.append(Problem(variable, "", EMPTY, "environment"))
+        elif value and not environ.get(PREFIX + name.upper()):
+            raw = [value] if name == "api_keys" else as_written_for_vllm(name, value)
+            given.append(Given(name, raw, f"environment {variable}"))
     for variable, value in sorted(environ.items()):
         if not variable.startswith(PREFIX) or variable == CONFIG_FILE_VARIABLE:
             continue

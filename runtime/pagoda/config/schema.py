@@ -10,14 +10,18 @@ sources write `auto` and `none`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import cache
+from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from pagoda.config.option import OptionInfo, option, option_of
 from pagoda.config.rules import Rules, raise_problems
 from pagoda.platform.cpu_sets import CPU_SETS_PATTERN
+
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,10 +43,26 @@ class PagodaConfig:
     model_name: str | None = option(
         None,
         "model",
-        "Name of the model in requests. Default: the directory's name, or `demo` when no model is given.",
-        pattern=r"[^/\s]+",
-        pattern_help="without slashes and spaces, for it is a part of URLs",
+        "Name of the model in requests and metrics. Default: the directory's name, or `demo` when no model is given.",
+        pattern=r"\S+",
+        pattern_help="without spaces",
         aliases=("served_model_name",),
+    )
+    model_aliases: tuple[str, ...] = option(
+        (),
+        "model",
+        "Further names of the model in requests; /v1/models lists them, and --served-model-name NAME ALIAS … gives them, too. "
+        "The id of a model of the Hugging Face hub is one by itself where no model_name is given.",
+    )
+    revision: str | None = option(
+        None,
+        "model",
+        "Branch, tag or commit of a model of the Hugging Face hub; None: main.",
+        pattern=r"[\w][\w./-]*",
+        pattern_help="that is a branch, a tag or a commit",
+    )
+    download_dir: str | None = option(
+        None, "model", "Where models of the Hugging Face hub are kept; None: its own cache (HF_HUB_CACHE)."
     )
     tokenizer: str | None = option(
         None, "model", "Directory of the tokenizer, where it is not the model's own.", path="directory"
@@ -73,8 +93,18 @@ class PagodaConfig:
     generation_config: Literal["auto", "none"] = option(
         "auto", "model", "Take sampling defaults and end tokens from the checkpoint's generation_config.json, or not."
     )
+    override_generation_config: Mapping[str, Any] | None = option(
+        None,
+        "model",
+        'Values in place of those of generation_config.json, as a JSON object: {"temperature": 0.6}. Taken with '
+        "generation_config=none, too.",
+    )
     default_max_tokens: int | None = option(
-        None, "model", "max_tokens of a request that gives none; None: whatever fits below max_model_len.", ge=1
+        None,
+        "model",
+        "max_tokens of a request that gives none; None: max_new_tokens of the checkpoint's generation_config.json, else "
+        "whatever fits below max_model_len.",
+        ge=1,
     )
     trust_remote_code: bool = option(False, "model", "Let the checkpoint's tokenizer run Python code of its own.")
     seed: int = option(0, "model", "Seed of dummy weights and of requests that give no seed of their own.", ge=0)
@@ -417,6 +447,12 @@ class PagodaConfig:
         "observability",
         "Fault injection, for tests: POINT[@REQUEST_PREFIX][#N]=ACTION, with commas between.",
     )
+    disable_uvicorn_access_log: bool = option(False, "observability", "Log no line for each REST request.")
+    disable_access_log_for_endpoints: tuple[str, ...] = option(
+        (),
+        "observability",
+        "Paths whose REST requests are not logged, with commas between; those of probes and metrics that succeed never are.",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = option("info", "observability", "Least level logged.")
     log_format: Literal["text", "json"] = option("text", "observability", "Log lines for people, or one JSON each.")
 
@@ -445,6 +481,11 @@ def default_model_name(model: str | None) -> str:
     """The name of a model that was given none: the last part of its path or Hugging Face id, without spaces."""
     parts = [part for part in (model or "").replace("\\", "/").split("/") if part not in ("", ".", "..")]
     return "-".join(parts[-1].split()) or "demo" if parts else "demo"
+
+
+def is_hub_id(model: str) -> bool:
+    """Whether a model is named as on the Hugging Face hub, owner/name, and is no directory here."""
+    return _HUB_ID.fullmatch(model) is not None and not Path(model).is_dir()
 
 
 @cache

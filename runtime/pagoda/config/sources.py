@@ -15,8 +15,10 @@ from pagoda.config.environment import CONFIG_FILE_VARIABLE, EMPTY, read_environm
 from pagoda.config.file import read_file
 from pagoda.config.names import Given, nearest, normalized, settings_by_name
 from pagoda.config.rules import Problem, raise_problems
-from pagoda.config.schema import PagodaConfig, default_model_name, option_defaults, options, rules
+from pagoda.config.schema import PagodaConfig, default_model_name, is_hub_id, option_defaults, options, rules
 from pagoda.config.values import is_list, plain_value
+
+VLLM_PORT = 8000
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,25 +26,35 @@ class LoadedConfig:
     """The configuration in effect and where each of its values came from.
 
     `sources` has one entry a setting: `command line --dtype`, `file /etc/pagoda.yaml`, `environment PAGODA_DTYPE`, `default`,
-    or `derived` for a `model_name` made from the model.
+    or `derived` for a `model_name` made from the model. `notes`: what to log, of flags of vLLM that have no effect.
     """
 
     config: PagodaConfig
     sources: Mapping[str, str]
+    notes: tuple[str, ...] = ()
 
 
-def load(arguments: Sequence[str] = (), environ: Mapping[str, str] | None = None) -> LoadedConfig:
+def load(
+    arguments: Sequence[str] = (),
+    environ: Mapping[str, str] | None = None,
+    *,
+    vllm: bool = False,
+    defaults: Mapping[str, Any] | None = None,
+) -> LoadedConfig:
     """Read all sources. `arguments`: a command line of settings only; `environ`: the process's own if None.
 
+    `vllm`: the command line may be one of `vllm serve`, its first word the model. `defaults`: in place of the schema's.
     Raises:
         ConfigError: one message with every unknown name, wrong type, impossible value or contradiction in any source.
     """
     from pagoda.config.validation import typed_value
 
-    line = parse_command_line(arguments)
+    line = parse_command_line(arguments, vllm=vllm)
+    if vllm:
+        line.take_model()
     given, problems = gather(line, os.environ if environ is None else environ)
     problems = unknown_arguments(line) + problems
-    values = option_defaults() | {}
+    values = option_defaults() | dict(defaults or {})
     sources = dict.fromkeys(values, "default")
     for key, value in given.items():
         try:
@@ -57,7 +69,17 @@ def load(arguments: Sequence[str] = (), environ: Mapping[str, str] | None = None
     raise_problems(problems)
     if values["model_name"] is None:
         sources["model_name"] = "derived"
-    return LoadedConfig(_with_name(values), sources)
+    return LoadedConfig(_with_name(values), sources, tuple(line.notes))
+
+
+def load_as_vllm(arguments: Sequence[str], environ: Mapping[str, str] | None = None) -> LoadedConfig:
+    """As `load`, with the defaults that manifests made for vLLM rely on: port 8000, and the model's name as it is written."""
+    loaded = load(arguments, environ, vllm=True, defaults={"http_port": VLLM_PORT})
+    config = loaded.config
+    if loaded.sources["model_name"] != "derived" or config.model is None:
+        return loaded
+    aliases = tuple(alias for alias in config.model_aliases if alias != config.model)
+    return replace(loaded, config=replace(config, model_name=config.model, model_aliases=aliases))
 
 
 def from_kwargs(arguments: Mapping[str, Any]) -> PagodaConfig:
@@ -138,5 +160,11 @@ def _wrong(value: Given) -> Problem:
 
 
 def _with_name(values: dict[str, Any]) -> PagodaConfig:
-    """The configuration with its `model_name` derived from the model where none is given."""
-    return PagodaConfig(**{**values, "model_name": values["model_name"] or default_model_name(values["model"])})
+    """The configuration with its `model_name` derived from the model where none is given.
+
+    A model of the Hugging Face hub keeps its id as an alias: that is what its clients call it elsewhere.
+    """
+    model, name = values["model"], values["model_name"]
+    if name is None and model is not None and is_hub_id(model):
+        values = {**values, "model_aliases": tuple(dict.fromkeys((*values["model_aliases"], model)))}
+    return PagodaConfig(**{**values, "model_name": name or default_model_name(model)})

@@ -29,7 +29,13 @@ from pagoda.models.config import ModelConfig
 from pagoda.models.decoder import DecoderForCausalLM
 from pagoda.models.fused_layers import fuse_layers
 from pagoda.models.kv_scales import set_kv_scales
-from pagoda.models.loading.loader import LoadListener, check_weights, initialize_dummy_weights, load_weights
+from pagoda.models.loading.loader import (
+    LoadListener,
+    check_weights,
+    initialize_dummy_weights,
+    load_weights,
+    with_tie_as_stored,
+)
 from pagoda.models.loading.packed import weight_bytes
 from pagoda.models.quantization.schemes import QuantizationConfig, check_device, choose_quantization
 from pagoda.models.sharding import ModelShard, check_layout
@@ -92,6 +98,7 @@ class Worker:
         quantization = self._quantization()
         if self.config.load_format != "dummy" and self.config.model is not None:
             # Before memory is allocated for the sizes in config.json, which may be wrong.
+            self.model_config = with_tie_as_stored(self.model_config, self.config.model)
             check_weights(self.model_config, quantization, self.config.model)
         with self._compiling_kernels(quantization):
             self.model = build_model(

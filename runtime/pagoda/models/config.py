@@ -19,13 +19,15 @@ from pagoda.models.rope_config import RopeConfig
 CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
 DTYPES = ("float32", "bfloat16", "float16")
-ACTIVATIONS = ("silu",)
+# By the names that transformers has for them.
+ACTIVATIONS = {"silu": "silu", "swish": "silu"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationDefaults:
     """Sampling values that the checkpoint's generation_config.json recommends; None where it has none.
 
+    `top_k` of 0 is off; `max_new_tokens` is for requests that give no limit of their own.
     `do_sample` of False, or absent, means that transformers decodes greedily and ignores the others.
     """
 
@@ -35,6 +37,7 @@ class GenerationDefaults:
     top_p: float | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
+    max_new_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,7 +110,7 @@ class ModelConfig:
         model = cls(
             architecture=family.architecture,
             model_type=family.model_type,
-            eos_token_ids=generation_reader.token_ids("eos_token_id") or reader.token_ids("eos_token_id"),
+            eos_token_ids=_eos_token_ids(generation_reader, reader),
             generation=_generation_defaults(generation_reader),
             quantization=read_quantization(reader),
             **values,
@@ -170,6 +173,11 @@ class ModelConfig:
         return self.num_layers * (attention + mlp + 2 * self.hidden_size) + self.hidden_size + embeddings
 
 
+def _eos_token_ids(generation: ConfigReader, config: ConfigReader) -> tuple[int, ...]:
+    named_by_generation = generation.values.get("eos_token_id") not in (None, [])
+    return (generation if named_by_generation else config).token_ids("eos_token_id")
+
+
 def _common_values(reader: ConfigReader) -> dict[str, Any]:
     """The fields that all families spell alike; defaults are those of transformers' configuration classes."""
     hidden_act = reader.string("hidden_act", "silu")
@@ -188,19 +196,21 @@ def _common_values(reader: ConfigReader) -> dict[str, Any]:
         "num_heads": reader.integer("num_attention_heads", high=MAX_HEADS),
         "rms_norm_eps": reader.number("rms_norm_eps", 1e-6, high=1.0),
         "tie_word_embeddings": reader.flag("tie_word_embeddings", False),
-        "hidden_act": hidden_act,
+        "hidden_act": ACTIVATIONS[hidden_act],
         "dtype": dtype,
     }
 
 
 def _generation_defaults(reader: ConfigReader) -> GenerationDefaults:
-    do_sample = reader.values.get("do_sample")
+    # Top-k is written as -1, too, where it is off.
+    top_k = reader.whole_number("top_k", low=-1)
     return GenerationDefaults(
-        do_sample=None if do_sample is None else reader.flag("do_sample", False),
+        do_sample=reader.optional_flag("do_sample"),
         # The bounds of `SamplingParams`: else each request that leaves the value out would be refused for it.
         temperature=reader.optional_number("temperature", high=100.0, low_allowed=True),
-        top_k=reader.optional_integer("top_k", low=0),
-        top_p=reader.optional_number("top_p", high=1.0),
+        top_k=None if top_k is None else max(0, top_k),
+        top_p=reader.optional_number("top_p", high=1.0, low_allowed=True),
         min_p=reader.optional_number("min_p", high=1.0, low_allowed=True),
         repetition_penalty=reader.optional_number("repetition_penalty", high=100.0),
+        max_new_tokens=reader.whole_number("max_new_tokens", low=1),
     )

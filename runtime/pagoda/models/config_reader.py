@@ -82,6 +82,9 @@ class ConfigReader:
             raise self.error(key, "true or false")
         return value
 
+    def optional_flag(self, key: str) -> bool | None:
+        return None if self.values.get(key) is None else self.flag(key, False)
+
     def string(self, key: str, default: str | None = None) -> str:
         value = self.values.get(key)
         if value is None and default is not None:
@@ -90,17 +93,24 @@ class ConfigReader:
             raise self.error(key, "a string")
         return value
 
+    def whole_number(self, key: str, *, low: int) -> int | None:
+        """An integer of at least `low`, or a float that is one (`50.0`); None where the key is absent or null."""
+        value = self.values.get(key)
+        if isinstance(value, float) and value.is_integer() and low <= value <= MAX_INTEGER:
+            return int(value)
+        return self.optional_integer(key, low=low)
+
     def token_ids(self, key: str) -> tuple[int, ...]:
-        """One token id or a list of them; empty where the key is absent or null."""
+        """One token id or a list of them; empty where the key is absent or null. -1 means "none", and is left out."""
         value = self.values.get(key)
         if value is None:
             return ()
         ids = value if isinstance(value, list) else [value]
-        if len(ids) > MAX_TOKEN_IDS or not all(type(token) is int and 0 <= token <= MAX_INTEGER for token in ids):
+        if len(ids) > MAX_TOKEN_IDS or not all(type(token) is int and -1 <= token <= MAX_INTEGER for token in ids):
             raise self.error(
-                key, f"a token id of at least 0 and at most {MAX_INTEGER}, or a list of up to {MAX_TOKEN_IDS} of them"
+                key, f"a token id of at least -1 and at most {MAX_INTEGER}, or a list of up to {MAX_TOKEN_IDS} of them"
             )
-        return tuple(ids)
+        return tuple(token for token in ids if token >= 0)
 
     def strings(self, key: str) -> tuple[str, ...]:
         """A list of strings; empty where the key is absent or null."""

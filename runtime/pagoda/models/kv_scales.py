@@ -19,7 +19,14 @@ from pathlib import Path
 from pagoda.errors import CheckpointError
 from pagoda.models.checkpoint_files import shown
 from pagoda.models.decoder import DecoderForCausalLM, DecoderLayer
-from pagoda.models.loading.checkpoint import FLOAT_TYPES, StoredTensor, StoredTensors, stored_tensors, weight_files
+from pagoda.models.loading.checkpoint import (
+    FLOAT_TYPES,
+    StoredTensor,
+    StoredTensors,
+    stored_tensors,
+    weight_files,
+    with_model_names,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -30,10 +37,11 @@ def set_kv_scales(model: DecoderForCausalLM, directory: str | Path | None) -> No
     Raises `CheckpointError` for a scale that is no positive number, or that only one of keys and values has.
     """
     stored = stored_tensors(weight_files(Path(directory))) if directory is not None else {}
+    prefixes = [f"model.layers.{index}.self_attn." for index in model.shard.layers]
+    stored = with_model_names(stored, {name for prefix in prefixes for which in "kv" for name in _names(prefix, which)})
     num_calibrated = 0
-    for index, layer in zip(model.shard.layers, model.layers, strict=True):
+    for prefix, layer in zip(prefixes, model.layers, strict=True):
         assert isinstance(layer, DecoderLayer)
-        prefix = f"model.layers.{index}.self_attn."
         k_scale, v_scale = (_read_scale(stored, prefix, which) for which in ("k", "v"))
         if (k_scale is None) != (v_scale is None):
             raise CheckpointError(f"{directory} has a scale for only one of keys and values under {prefix}*")
@@ -42,11 +50,13 @@ def set_kv_scales(model: DecoderForCausalLM, directory: str | Path | None) -> No
     logger.info("float8 KV cache: scales of %d of %d layers from the checkpoint", num_calibrated, len(model.layers))
 
 
+def _names(prefix: str, which: str) -> tuple[str, str]:
+    return f"{prefix}{which}_scale", f"{prefix}{which}_proj.{which}_scale"
+
+
 def _read_scale(stored: Mapping[str, StoredTensor], prefix: str, which: str) -> float | None:
     """The scale of the keys (`which` = k) or values (v) of the layer under `prefix`; None where there is none."""
-    name = next(
-        (name for name in (f"{prefix}{which}_scale", f"{prefix}{which}_proj.{which}_scale") if name in stored), None
-    )
+    name = next((name for name in _names(prefix, which) if name in stored), None)
     if name is None:
         return None
     tensor = stored[name]

@@ -51,10 +51,11 @@ class RopeConfig:
 def read_rope_config(model: ConfigReader, max_position_embeddings: int) -> RopeConfig:
     """The rope part of config.json, in transformers 5's spelling (`rope_parameters`) or the older one.
 
-    Older: `rope_scaling` (null or an object whose type is under `rope_type` or `type`) and `rope_theta`, side by side.
+    Older: `rope_scaling` (null or an object whose type is under `rope_type` or `type`) and `rope_theta`, side by side. Where
+    both are given, `rope_scaling` is all that counts, as in transformers.
     Raises `CheckpointError` for a type that is not supported or a parameter that is missing or impossible.
     """
-    values: dict[str, Any] = {**model.mapping("rope_parameters"), **model.mapping("rope_scaling")}
+    values: dict[str, Any] = model.mapping("rope_scaling") or model.mapping("rope_parameters")
     if any(isinstance(value, dict) for value in values.values()):
         raise CheckpointError(f"{model.where}: rope_parameters that differ between layers are not supported")
     rope = ConfigReader(values, f"{model.where}, rope parameters")

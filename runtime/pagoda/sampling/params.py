@@ -20,8 +20,8 @@ class SamplingParams:
 
     Construction validates: `InvalidRequestError` names the field, its value and the allowed range. `max_tokens=None` means
     "not given" and is resolved at admission (docs/architecture.md, invariant 4); the engine reads `EngineRequest.max_tokens`
-    only. `temperature == 0` is greedy. `top_k` of 0 or -1 switches top-k off. Text fields (`stop`, `bad_words`,
-    `skip_special_tokens`, `include_stop_str_in_output`) are the text layer's; it turns `bad_words` into
+    only. `temperature == 0` is greedy, and so is `top_p == 0`. `top_k` of 0 or -1 switches top-k off. Text fields (`stop`,
+    `bad_words`, `skip_special_tokens`, `include_stop_str_in_output`) are the text layer's; it turns `bad_words` into
     `bad_words_token_ids` before the engine sees them. Ids are checked against the vocabulary at admission.
     """
 
@@ -59,7 +59,7 @@ class SamplingParams:
             )
         _number("temperature", self.temperature, 0.0, 100.0)
         _integer("top_k", self.top_k, -1, None)
-        _number("top_p", self.top_p, 0.0, 1.0, low_excluded=True)
+        _number("top_p", self.top_p, 0.0, 1.0)
         _number("min_p", self.min_p, 0.0, 1.0)
         _number("repetition_penalty", self.repetition_penalty, 0.0, 100.0, low_excluded=True)
         _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
@@ -91,7 +91,7 @@ class SamplingParams:
     @property
     def is_greedy(self) -> bool:
         """Whether the most probable token is taken, with no noise."""
-        return self.temperature < 1e-5
+        return self.temperature < 1e-5 or self.top_p == 0
 
 
 def _integer(name: str, value: object, low: int, high: int | None) -> None:

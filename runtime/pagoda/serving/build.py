@@ -35,7 +35,7 @@ def make_context(config: PagodaConfig, client: EngineClient, keys: ApiKeys | Non
     return ServingContext(
         config=config,
         client=client,
-        models=ServedModels(ServedModel(config.served_model_name, runner, health)),
+        models=ServedModels(ServedModel(config.served_model_name, runner, health, config.model_aliases)),
         runner=runner,
         health=health,
         metrics=metrics,
@@ -67,8 +67,9 @@ class TextLayer:
 
     async def start(self) -> None:
         """Find the checkpoint (which may be a download) and load its tokenizer."""
-        directory = await asyncio.to_thread(checkpoint_directory, self._config.model)
-        self._config = replace(self._config, model=str(directory))
+        config = self._config
+        directory = await asyncio.to_thread(checkpoint_directory, config.model, config.revision, config.download_dir)
+        self._config = replace(config, model=str(directory))
         self._pool = TokenizerPool.from_config(self._config)
         await self._pool.start()
 

@@ -13,11 +13,17 @@ from pagoda.serving.json_values import shown
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """A model, what runs its requests, and its health."""
+    """A model, what runs its requests, and its health. It may be asked for by its `aliases`, too; answers have its name."""
 
     name: str
     runner: GenerationRunner
     health: ServerHealth
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names, the model's own first."""
+        return tuple(dict.fromkeys((self.name, *self.aliases)))
 
 
 class ServedModels:
@@ -31,7 +37,7 @@ class ServedModels:
 
     def find(self, name: str) -> ServedModel:
         """The model of that name, ready or not; raises `ModelNotFoundError`."""
-        if name != self._model.name:
+        if name not in self._model.names:
             raise ModelNotFoundError(
                 f"model {shown(name)} is not served here; the served model is {self._model.name!r}"
             )

@@ -35,7 +35,11 @@ def run(loaded: LoadedConfig, core: PrelaunchedProcess) -> int:
         model_name=config.served_model_name,
         secrets=config.api_keys,
         is_secret=keys.is_known,
+        quiet_paths=config.disable_access_log_for_endpoints,
+        access_log=not config.disable_uvicorn_access_log,
     )
+    for note in loaded.notes:
+        logger.warning("%s", note)
     faults.install(config.fault_injection)
     raise_open_file_limit()
     with listen(config) as listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

@@ -70,7 +70,7 @@ class TextGenerator:
             client,
             pool,
             eos_token_ids=defaults.eos_token_ids(pool.tokenizer),
-            default_max_tokens=config.default_max_tokens,
+            default_max_tokens=defaults.max_tokens,
             default_sampling=defaults.sampling,
             answer_format=make_answer_format(
                 pool.tokenizer,

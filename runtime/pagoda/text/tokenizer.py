@@ -8,12 +8,14 @@ a checkpoint without one goes through AutoTokenizer, which converts its vocabula
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer as TokenizersTokenizer
+from tokenizers import decoders, models, pre_tokenizers
 
 from pagoda.errors import CheckpointError, InvalidRequestError
 from pagoda.models.checkpoint_files import (
@@ -85,6 +87,7 @@ class Tokenizer:
         if not has_file(path, TOKENIZER_FILE):
             return _from_auto_tokenizer(files, trust_remote_code)
         backend = load_tokenizer_json(path)
+        _apply_add_prefix_space(backend, files)
         _add_missing_tokens(backend, files)
         backend.encode_special_tokens = files.split_special_tokens
         tokenizer = cls(
@@ -167,6 +170,37 @@ class SettledTexts(dict[int, str | None]):
         return text
 
 
+def _apply_add_prefix_space(backend: TokenizersTokenizer, files: TokenizerFiles) -> None:
+    """Obey `add_prefix_space` of tokenizer_config.json where the tokenizer's class in transformers does."""
+    if files.add_prefix_space is None:
+        return
+    steps = list(_steps(backend.pre_tokenizer))
+    byte_level = [step for step in steps if isinstance(step, pre_tokenizers.ByteLevel)]
+    if files.tokenizer_class in ("GPT2Tokenizer", "Qwen2Tokenizer"):
+        for step in byte_level:
+            step.add_prefix_space = files.add_prefix_space
+    elif files.tokenizer_class == "LlamaTokenizer" and isinstance(backend.model, models.BPE) and not byte_level:
+        # That class makes these steps anew, whatever tokenizer.json says.
+        scheme = ("always" if files.legacy else "first") if files.add_prefix_space else "never"
+        backend.normalizer = None
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=scheme, split=False)
+        strip = [decoders.Strip(content=" ", left=1)] if files.add_prefix_space else []
+        backend.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+        )
+
+
+def _steps(
+    pre_tokenizer: pre_tokenizers.PreTokenizer | None,
+) -> Iterator[pre_tokenizers.PreTokenizer]:
+    """The steps of a pre-tokenizer; to change one changes it in the tokenizer."""
+    if isinstance(pre_tokenizer, pre_tokenizers.Sequence):
+        for step in pre_tokenizer:  # type: ignore[attr-defined]
+            yield from _steps(step)
+    elif pre_tokenizer is not None:
+        yield pre_tokenizer
+
+
 def _add_missing_tokens(backend: TokenizersTokenizer, files: TokenizerFiles) -> None:
     """Add the tokens that only the files beside tokenizer.json name, in transformers' order so that ids come out equal."""
     present = backend.get_added_tokens_decoder()
@@ -194,6 +228,9 @@ def _from_auto_tokenizer(files: TokenizerFiles, trust_remote_code: bool) -> Toke
             raise CheckpointError(
                 f"{files.directory / name} has {size} bytes; at most {MAX_TOKENIZER_BYTES} are allowed"
             )
+    models_only = names_ending_with(files.directory, (".model",)) and not has_file(files.directory, "vocab.json")
+    if models_only and find_spec("sentencepiece") is None:
+        raise _needs_conversion(files.directory, "the package sentencepiece, which reads it, is not installed")
     from transformers import AutoTokenizer
 
     try:
@@ -203,6 +240,8 @@ def _from_auto_tokenizer(files: TokenizerFiles, trust_remote_code: bool) -> Toke
     except BaseException as error:  # transformers raises whatever the converter of the vocabulary raised
         if not isinstance(error, Exception) and not is_panic(error):
             raise
+        if models_only:
+            raise _needs_conversion(files.directory, shown_reason(error)) from error
         raise CheckpointError(
             f"{files.directory} has no {TOKENIZER_FILE}, and transformers cannot load another tokenizer from it: "
             f"{shown_reason(error)}"
@@ -219,4 +258,12 @@ def _from_auto_tokenizer(files: TokenizerFiles, trust_remote_code: bool) -> Toke
         special_tokens=dict(tokenizer.special_tokens_map),
         chat_templates=files.chat_templates,
         response_template=files.response_template,
+    )
+
+
+def _needs_conversion(directory: Path, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"{directory} has the vocabulary of its tokenizer in a .model file only and no {TOKENIZER_FILE}, and it cannot be "
+        f"converted here: {reason}; where sentencepiece is installed, convert it once with "
+        "transformers.AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
     )

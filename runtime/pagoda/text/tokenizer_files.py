@@ -33,7 +33,8 @@ class TokenizerFiles:
 
     `special_tokens`: named ones (`eos_token`, ... and model-specific `*_token` entries). `extra_special_tokens`: those
     without a name. `added_tokens`: by id. `chat_templates`: by name, empty for a tokenizer without one.
-    `response_template`: as it is, unchecked.
+    `response_template`: as it is, unchecked. `tokenizer_class`: that of transformers, without `Fast`. `add_prefix_space`: None
+    where it is not given.
     """
 
     directory: Path
@@ -43,6 +44,9 @@ class TokenizerFiles:
     chat_templates: dict[str, str]
     split_special_tokens: bool
     response_template: Any = None
+    tokenizer_class: str = ""
+    add_prefix_space: bool | None = None
+    legacy: bool = False
 
 
 def read_tokenizer_files(directory: Path) -> TokenizerFiles:
@@ -80,7 +84,19 @@ def read_tokenizer_files(directory: Path) -> TokenizerFiles:
         chat_templates=_chat_templates(directory, config),
         split_special_tokens=config.flag("split_special_tokens", False),
         response_template=config.values.get("response_template"),
+        tokenizer_class=_tokenizer_class(directory, config),
+        add_prefix_space=config.optional_flag("add_prefix_space"),
+        legacy=config.optional_flag("legacy") or False,
     )
+
+
+def _tokenizer_class(directory: Path, config: ConfigReader) -> str:
+    """The class that transformers loads: for Qwen2 it goes by config.json, whatever tokenizer_config.json says."""
+    model_type = _read(directory, "config.json").values.get("model_type")
+    name = config.values.get("tokenizer_class")
+    if model_type == "qwen2" or (model_type == "qwen3" and name is None):
+        return "Qwen2Tokenizer"
+    return name.removesuffix("Fast") if isinstance(name, str) else ""
 
 
 def _read(directory: Path, name: str) -> ConfigReader:

@@ -40,7 +40,7 @@ def test_the_defaults_are_sound_and_every_setting_is_explained() -> None:
         ({"request_timeout_seconds": float("inf")}, "request_timeout_seconds=inf"),
         ({"dtype": "int8"}, "dtype=int8: must be one of auto, float32, bfloat16, float16"),
         ({"max_model_len": 0}, "must be an integer of at least 1, or auto"),
-        ({"model_name": "a/b"}, "model_name=a/b: must be a string without slashes"),
+        ({"model_name": "a b"}, "model_name=a b: must be a string without spaces"),
         ({"metrics_prefix": "1x"}, "metrics_prefix=1x"),
         ({"api_keys": ["a"]}, "must be a list of strings"),
         ({"api_keys": ("",)}, "must not hold an empty key"),

@@ -20,8 +20,21 @@ def test_no_model_is_the_demo_model() -> None:
 
 
 def test_a_hub_id_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda model, allow_patterns: str(tmp_path / model))
-    assert checkpoint_directory("owner/name") == tmp_path / "owner/name"
+    asked: list[dict[str, object]] = []
+
+    def snapshot_download(model: str, **arguments: object) -> str:
+        asked.append(arguments)
+        return str(tmp_path / model)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert checkpoint_directory("owner/name", "v1.0", "/models") == tmp_path / "owner/name"
+    assert {(call["revision"], call["cache_dir"]) for call in asked} == {("v1.0", "/models")}
+    (tmp_path / "owner/name").mkdir(parents=True)
+    (tmp_path / "owner/name/model.safetensors").touch()
+    asked.clear()
+    checkpoint_directory("owner/name")
+    (call,) = asked  # no weights a second time, as pytorch_model.bin
+    assert "pytorch_model*.bin" not in call["allow_patterns"]  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("model", ["/does/not/exist", "./nope", "nope"])
@@ -37,7 +50,7 @@ def test_a_file_is_no_checkpoint(tmp_path: Path) -> None:
 
 
 def test_a_failed_download_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    def snapshot_download(model: str, allow_patterns: list[str]) -> str:
+    def snapshot_download(model: str, **arguments: object) -> str:
         raise TimeoutError("no answer")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)

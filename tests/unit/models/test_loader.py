@@ -110,13 +110,6 @@ def test_tied_head_shares_storage_whatever_the_checkpoint_holds(stored: tuple[st
     assert model.lm_head.weight is model.embed_tokens.weight
 
 
-def test_tied_head_with_other_values_is_refused(tmp_path: Path) -> None:
-    model = model_of(tie_word_embeddings=True)
-    save(tmp_path, {**tensors_of(model), "lm_head.weight": torch.zeros(50, 16)})
-    with pytest.raises(CheckpointError, match=r"ties lm_head.weight to model.embed_tokens.weight .* different values"):
-        load_weights(model, tmp_path)
-
-
 def test_progress_ends_at_the_size_of_the_weights(tmp_path: Path) -> None:
     model = model_of(torch.bfloat16)
     tensors = tensors_of(model)
@@ -216,8 +209,7 @@ def test_broken_index_is_named(index: str, tmp_path: Path) -> None:
 
 
 def test_directory_without_weights_says_what_is_expected(tmp_path: Path) -> None:
-    (tmp_path / "pytorch_model.bin").touch()
-    with pytest.raises(CheckpointError, match=r"holds no weights: expected model.safetensors or"):
+    with pytest.raises(CheckpointError, match=r"holds no weights that can be loaded: expected model.safetensors or"):
         load_weights(model_of(), tmp_path)
 
 

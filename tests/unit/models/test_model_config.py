@@ -183,7 +183,10 @@ def test_kv_bytes_count_keys_and_values_of_all_layers() -> None:
     [
         ("{not json", "not valid JSON"),
         ("[1]", "must hold a JSON object, found list"),
-        (config_json() | {"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel is not supported.*Qwen3ForCausalLM"),
+        (
+            config_json() | {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"},
+            "GPT2LMHeadModel is not supported.*Qwen3ForCausalLM",
+        ),
         ({**SIZES}, "model_type None is not supported"),
         (config_json(hidden_act="gelu"), "activation 'gelu' is not supported.*silu"),
         (config_json(rope_scaling={"type": "longrope"}), "rope type 'longrope' is not supported.*yarn"),

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,29 @@ def test_reads_tokenizer_config_as_transformers_does(tmp_path, changes):
     assert ours.vocab_size == len(theirs)
 
 
+@pytest.mark.parametrize("kind", ["byte_level_bpe", "byte_fallback_bpe"])
+@pytest.mark.parametrize(
+    "tokenizer_class", ["PreTrainedTokenizerFast", "LlamaTokenizerFast", "GPT2TokenizerFast", None]
+)
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("add_prefix_space", [True, False])
+def test_add_prefix_space_is_obeyed_where_transformers_does(
+    tmp_path, kind, tokenizer_class, model_type, add_prefix_space
+):
+    if kind == "byte_fallback_bpe" and (tokenizer_class == "GPT2TokenizerFast" or model_type != "llama"):
+        pytest.skip("transformers makes another tokenizer of it, with ByteLevel")
+    save_tokenizer(tmp_path, kind)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config |= {"tokenizer_class": tokenizer_class, "add_prefix_space": add_prefix_space}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    ours, theirs = Tokenizer.from_directory(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("Once upon", " Once  upon", "", "one<|im_end|>two"):
+        ids = ours.encode(text, add_special_tokens=False)
+        assert ids == theirs.encode(text, add_special_tokens=False)
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
 def test_reads_the_older_files_as_transformers_does(tmp_path):
     path = save_tokenizer(tmp_path, "byte_level_bpe", eos_token=None, additional_special_tokens=None)
     (path / "special_tokens_map.json").write_text(
@@ -129,6 +153,21 @@ def test_checkpoint_without_tokenizer_json_goes_through_transformers(tmp_path):
     assert ours.decode(ours.encode(text)) == "Two pagodas 塔, isn't it?"
     assert ours.eos_token_id == theirs.eos_token_id
     assert ours.has_chat_template
+
+
+@pytest.mark.skipif(find_spec("sentencepiece") is not None, reason="transformers converts it")
+def test_a_directory_with_sentencepiece_only_says_how_to_convert_it(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(b"\n\x07\n\x05<unk>")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    program = (
+        "import sys; from pagoda.errors import CheckpointError; from pagoda.text.tokenizer import Tokenizer\n"
+        f"try: Tokenizer.from_directory({str(tmp_path)!r})\n"
+        "except CheckpointError as error: print('transformers' in sys.modules, error)"
+    )
+    printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert printed.startswith("False ")  # which would take seconds
+    assert "no tokenizer.json" in printed
+    assert "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)" in printed
 
 
 def test_loading_a_tokenizer_imports_no_torch(tmp_path):

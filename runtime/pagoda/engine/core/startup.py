@@ -41,7 +41,7 @@ def start_core(config: PagodaConfig, on_phase: PhaseListener | None = None) -> E
     phases = _StartupPhases(on_phase)
     faults.install(config.fault_injection)
     with phases.enter("config"):
-        directory = checkpoint_directory(config.model)
+        directory = checkpoint_directory(config.model, config.revision, config.download_dir)
         model_config = ModelConfig.from_directory(directory)
         check_layout(model_config, ParallelLayout(config.tensor_parallel_size, config.pipeline_parallel_size))
     with phases.enter("hardware"):

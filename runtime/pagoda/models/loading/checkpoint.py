@@ -1,8 +1,8 @@
-"""The safetensors files of a checkpoint directory, read through mmap."""
+"""The weight files of a checkpoint directory, read through mmap: safetensors, or what torch.save writes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,13 +15,32 @@ from pagoda.models.checkpoint_files import (
     MAX_NAMES_IN_ERROR,
     checkpoint_file,
     has_file,
+    names_ending_with,
     read_json_object,
     shown_name,
     shown_reason,
 )
+from pagoda.models.loading.torch_file import load_torch_file, type_name
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+TORCH_FILE = "pytorch_model.bin"
+TORCH_INDEX_FILE = "pytorch_model.bin.index.json"
+
+# Weights in other forms: the ends of their files' names, and what they are.
+_OTHER_WEIGHTS = {
+    "adapter_model.safetensors": "a LoRA adapter without its base model",
+    "adapter_model.bin": "a LoRA adapter without its base model",
+    ".gguf": "GGUF",
+    ".pth": "PyTorch weights in their author's own layout",
+    ".pt": "PyTorch weights in their author's own layout",
+    ".ckpt": "a training checkpoint",
+    ".h5": "TensorFlow weights",
+    ".msgpack": "Flax weights",
+    ".onnx": "ONNX",
+    ".safetensors": f"safetensors under another name than {SINGLE_FILE}, without {INDEX_FILE}",
+    ".bin": f"files under another name than {TORCH_FILE}, without {TORCH_INDEX_FILE}",
+}
 
 # Names in safetensors headers of the element types that a weight may have.
 FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
@@ -67,24 +86,35 @@ class TensorSource(Protocol):
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The files that hold the weights: those the index names, or the single one.
+    """The files that hold the weights, found in transformers' order: safetensors before torch.save, one file before an index.
 
     Raises `CheckpointError` where there are none, and for one that is missing, no regular file or outside of `directory`.
     """
-    if has_file(directory, INDEX_FILE):
-        weight_map = read_json_object(directory, INDEX_FILE, max_bytes=MAX_INDEX_BYTES).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise CheckpointError(
-                f"{directory / INDEX_FILE}: weight_map must be an object of tensor names and file names"
-            )
-        names = sorted(set(weight_map.values()))
-        missing = [name for name in names if not has_file(directory, name)]
-        if missing:
-            raise CheckpointError(f"{directory / INDEX_FILE} names files that do not exist: {listed(missing)}")
-        return [checkpoint_file(directory, name) for name in names]
-    if has_file(directory, SINGLE_FILE):
-        return [checkpoint_file(directory, SINGLE_FILE)]
-    raise CheckpointError(f"{directory} holds no weights: expected {SINGLE_FILE} or {INDEX_FILE}")
+    for single, index in ((SINGLE_FILE, INDEX_FILE), (TORCH_FILE, TORCH_INDEX_FILE)):
+        if has_file(directory, single):
+            return [checkpoint_file(directory, single)]
+        if has_file(directory, index):
+            return _files_in_index(directory, index)
+    raise CheckpointError(f"{directory} holds no weights that can be loaded: {_what_is_there(directory)}")
+
+
+def _files_in_index(directory: Path, index: str) -> list[Path]:
+    weight_map = read_json_object(directory, index, max_bytes=MAX_INDEX_BYTES).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(f"{directory / index}: weight_map must be an object of tensor names and file names")
+    names = sorted(set(weight_map.values()))
+    missing = [name for name in names if not has_file(directory, name)]
+    if missing:
+        raise CheckpointError(f"{directory / index} names files that do not exist: {listed(missing)}")
+    return [checkpoint_file(directory, name) for name in names]
+
+
+def _what_is_there(directory: Path) -> str:
+    expected = f"expected {SINGLE_FILE} or {INDEX_FILE} (or the same of {TORCH_FILE})"
+    for ending, description in _OTHER_WEIGHTS.items():
+        if names := names_ending_with(directory, (ending,)):
+            return f"{shown_name(names[0])} is {description}; {expected}: convert it with transformers' save_pretrained"
+    return expected
 
 
 def listed(names: Iterable[str]) -> str:
@@ -97,25 +127,50 @@ def listed(names: Iterable[str]) -> str:
 def stored_tensors(files: list[Path]) -> dict[str, StoredTensor]:
     """Name, place, shape and type of every tensor in `files`, from their headers alone.
 
-    Raises `CheckpointError` for a file that is not safetensors or is cut off, and for a name that two files hold.
+    Raises `CheckpointError` for a file that is not what its name says or is cut off, and for a name that two files hold.
     """
     tensors: dict[str, StoredTensor] = {}
     for file in files:
-        try:
-            _check_header_length(file)
-            with safe_open(file, framework="pt") as reader:
-                for name in reader.keys():  # noqa: SIM118 (a reader is no mapping)
-                    header = reader.get_slice(name)
-                    if name in tensors:
-                        raise CheckpointError(f"tensor {shown_name(name)} is in both {tensors[name].file} and {file}")
-                    if len(tensors) == MAX_TENSORS:
-                        raise CheckpointError(
-                            f"{file.parent} holds more than {MAX_TENSORS} tensors, as many as are allowed"
-                        )
-                    tensors[name] = StoredTensor(name, file, tuple(header.get_shape()), header.get_dtype())
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file} is not a whole safetensors file: {shown_reason(error)}") from error
+        for tensor in _torch_headers(file) if file.suffix == ".bin" else _safetensors_headers(file):
+            if tensor.name in tensors:
+                raise CheckpointError(
+                    f"tensor {shown_name(tensor.name)} is in both {tensors[tensor.name].file} and {file}"
+                )
+            if len(tensors) == MAX_TENSORS:
+                raise CheckpointError(f"{file.parent} holds more than {MAX_TENSORS} tensors, as many as are allowed")
+            tensors[tensor.name] = tensor
     return tensors
+
+
+def with_model_names(stored: Mapping[str, StoredTensor], names: Container[str]) -> dict[str, StoredTensor]:
+    """`stored` under the names that the model has for them, among `names`; a tensor with no such name keeps its own.
+
+    A checkpoint of the model without its head has no `model.` in front of its names, one that was wrapped has it twice:
+    transformers adds and removes one.
+    """
+    renamed = {}
+    for name, tensor in stored.items():
+        candidates = (name, f"model.{name}", name.removeprefix("model."))
+        found = next((candidate for candidate in candidates if candidate in names), name)
+        if found == name or found not in stored:
+            renamed[found] = tensor
+    return renamed
+
+
+def _safetensors_headers(file: Path) -> Iterator[StoredTensor]:
+    try:
+        _check_header_length(file)
+        with safe_open(file, framework="pt") as reader:
+            for name in reader.keys():  # noqa: SIM118 (a reader is no mapping)
+                header = reader.get_slice(name)
+                yield StoredTensor(name, file, tuple(header.get_shape()), header.get_dtype())
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} is not a whole safetensors file: {shown_reason(error)}") from error
+
+
+def _torch_headers(file: Path) -> Iterator[StoredTensor]:
+    for name, tensor in load_torch_file(file).items():
+        yield StoredTensor(name, file, tuple(tensor.shape), type_name(tensor))
 
 
 def _check_header_length(file: Path) -> None:
@@ -146,13 +201,29 @@ class StoredTensors:
         tensor = self._tensors[name]
         if tensor.file != self._file or self._bytes_read >= _MAPPED_BYTES:
             self._reader = None  # one map at a time
-            self._reader = safe_open(tensor.file, framework="pt", device="cpu")
+            self._reader = _TorchReader(tensor.file) if tensor.file.suffix == ".bin" else _open_safetensors(tensor.file)
             self._file, self._bytes_read = tensor.file, 0
         part: torch.Tensor = (
             self._reader.get_slice(tensor.name)[index] if index else self._reader.get_tensor(tensor.name)
         )
         self._bytes_read += part.nbytes
         return part
+
+
+def _open_safetensors(file: Path) -> Any:
+    return safe_open(file, framework="pt", device="cpu")
+
+
+class _TorchReader:
+    """A file of torch.save with the two calls that are made of a safetensors reader."""
+
+    def __init__(self, file: Path) -> None:
+        self._tensors = load_torch_file(file)
+
+    def get_tensor(self, name: str) -> torch.Tensor:
+        return self._tensors[name]
+
+    get_slice = get_tensor
 
 
 def chunks(rows: slice, row_bytes: int) -> Iterator[slice]:

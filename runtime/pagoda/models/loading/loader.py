@@ -8,6 +8,7 @@ a scale depends on the rest; names and shapes it checks against the whole model.
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import zlib
@@ -33,10 +34,13 @@ from pagoda.models.loading.checkpoint import (
     listed,
     stored_tensors,
     weight_files,
+    with_model_names,
 )
 from pagoda.models.loading.packed import PackedEmbedding, deferred_layers, load_packed_weights
 from pagoda.models.quantization.schemes import QuantizationConfig
 from pagoda.models.weights import WeightTarget
+
+logger = logging.getLogger(__name__)
 
 # Tensors that are no weights: what old checkpoints carry although it follows from the configuration, and the scales of a
 # float8 KV cache, which `models.kv_scales` reads where there is one.
@@ -58,17 +62,14 @@ class LoadListener(Protocol):
 def check_weights(
     config: ModelConfig, quantization: QuantizationConfig | None, directory: str | Path
 ) -> dict[str, StoredTensor]:
-    """The weights in `directory` by name, if they are those of the model that `config` describes.
+    """The weights in `directory` by the model's names, if they are those of the model that `config` describes.
 
-    Takes no memory for weights, so it can be called before a model of any size is built.
-    Raises `CheckpointError`: weights that are missing, unknown, of the wrong shape or of a type that is no float, files that
-    are missing or cut off. The message names the tensor, what was expected and what was found.
+    Takes no memory for weights, so it can be called before a model of any size is built. Tensors that the model has no place
+    for are left out, as transformers does, and logged; save beside a quantized layer, where one may change what others mean.
+    Raises `CheckpointError`: weights that are missing, of the wrong shape or of a type that is no float, files that are
+    missing or cut off. The message names the tensor, what was expected and what was found.
     """
-    stored = {
-        name: tensor
-        for name, tensor in stored_tensors(weight_files(Path(directory))).items()
-        if not name.endswith(IGNORED_SUFFIXES)
-    }
+    stored = stored_tensors(weight_files(Path(directory)))
     model = build_model(config, torch.float32, "meta", quantization=quantization)
     specs = {name: TensorSpec(target.full_shape, FLOAT_TYPES) for name, target in model.weight_targets().items()}
     specs |= _specs_of_deferred(model)
@@ -76,15 +77,40 @@ def check_weights(
         # Under either name, or under both.
         specs[second] = replace(specs[first], optional=True)
         specs[first] = replace(specs[first], optional=second in stored)
-    _check_names(stored, specs, directory)
+    stored = with_model_names(stored, specs)
+    unknown = [name for name in stored if name not in specs and not name.endswith(IGNORED_SUFFIXES)]
+    _check_names(stored, specs, unknown, directory)
+    if quantization is not None:
+        _check_quantized_layers(unknown, specs, directory)
+    if unknown:
+        logger.warning("%d tensors in %s are not used: %s", len(unknown), directory, listed(unknown))
+    stored = {name: tensor for name, tensor in stored.items() if name in specs}
     _check_specs(stored, specs)
     return stored
+
+
+def with_tie_as_stored(config: ModelConfig, directory: str | Path) -> ModelConfig:
+    """`config`, with a head of its own where config.json ties it to the embedding but the checkpoint holds two that differ.
+
+    transformers takes both as they are stored, too: the configuration of such a checkpoint is wrong.
+    """
+    if not config.tie_word_embeddings:
+        return config
+    names = ("lm_head.weight", "model.embed_tokens.weight")
+    stored = with_model_names(stored_tensors(weight_files(Path(directory))), names)
+    head, embedding = (stored.get(name) for name in names)
+    if head is None or embedding is None or _are_equal(head, embedding):
+        return config
+    logger.warning(
+        "tie_word_embeddings is true in config.json, but lm_head.weight and model.embed_tokens.weight differ: not tied"
+    )
+    return replace(config, tie_word_embeddings=False)
 
 
 def load_weights(model: DecoderForCausalLM, directory: str | Path, progress: LoadListener | None = None) -> None:
     """Fill every weight that `model` holds from the safetensors files in `directory`, converting to the model's dtype.
 
-    Raises `CheckpointError` before anything is copied: as `check_weights`, and tied weights that differ.
+    Raises `CheckpointError` before anything is copied: as `check_weights`.
     """
     stored = check_weights(model.config, model.quantization, directory)
     _narrow_embedding(model, stored)
@@ -175,31 +201,22 @@ def _settle_tied_names(
     second: str,
     first: str,
 ) -> None:
-    """A tied weight may be stored under either name, or under both if the values are the same: keep one of them."""
+    """A tied weight may be stored under either name, or under both (`with_tie_as_stored`): keep one of them."""
     if second not in stored:
         return
-    if first not in stored:
-        if first in targets:
-            targets[second] = targets.pop(first)
-        return
-    # Each rank compares its own part, all ranks together the whole; one that packs its part compares all.
-    index = targets[first].index if first in targets else tuple(slice(0, size) for size in stored[first].shape)
-    if not _are_equal(stored[first], stored[second], index):
-        raise CheckpointError(
-            f"the checkpoint ties {second} to {first} (tie_word_embeddings) but holds different values for them; "
-            "if they are meant to differ, set tie_word_embeddings to false in config.json"
-        )
-    del stored[second]
+    if first in stored:
+        del stored[second]
+    elif first in targets:
+        targets[second] = targets.pop(first)
 
 
-def _are_equal(first: StoredTensor, second: StoredTensor, index: tuple[slice, ...]) -> bool:
-    if first.shape != second.shape:
+def _are_equal(first: StoredTensor, second: StoredTensor) -> bool:
+    if first.shape != second.shape or not first.shape:
         return False
     sources = [StoredTensors({tensor.name: tensor}) for tensor in (first, second)]
-    rows, *others = index
     return all(
-        bool((sources[0].read(first.name, part, *others) == sources[1].read(second.name, part, *others)).all())
-        for part in chunks(rows, _row_bytes(first))
+        bool((sources[0].read(first.name, part) == sources[1].read(second.name, part)).all())
+        for part in chunks(slice(0, first.shape[0]), _row_bytes(first))
     )
 
 
@@ -208,16 +225,26 @@ def _row_bytes(tensor: StoredTensor) -> int:
     return 8 * math.prod(tensor.shape[1:])
 
 
-def _check_names(stored: Mapping[str, StoredTensor], specs: Mapping[str, TensorSpec], directory: str | Path) -> None:
+def _check_names(
+    stored: Mapping[str, StoredTensor], specs: Mapping[str, TensorSpec], unknown: list[str], directory: str | Path
+) -> None:
     missing = [name for name, spec in specs.items() if name not in stored and not spec.optional]
-    unknown = [name for name in stored if name not in specs]
-    problems = []
-    if missing:
-        problems.append(f"{len(missing)} tensors of the model are missing: {listed(missing)}")
+    if not missing:
+        return
+    problem = f"{len(missing)} tensors of the model are missing: {listed(missing)}"
     if unknown:
-        problems.append(f"{len(unknown)} tensors are unknown to the model: {listed(unknown)}")
-    if problems:
-        raise CheckpointError(f"{directory} does not fit its config.json: {'; '.join(problems)}")
+        problem += f"; {len(unknown)} tensors are unknown to the model: {listed(unknown)}"
+    raise CheckpointError(f"{directory} does not fit its config.json: {problem}")
+
+
+def _check_quantized_layers(unknown: list[str], specs: Mapping[str, TensorSpec], directory: str | Path) -> None:
+    layers = {name.rpartition(".")[0] for name, spec in specs.items() if not set(spec.types) <= set(FLOAT_TYPES)}
+    beside = [name for name in unknown if name.rpartition(".")[0] in layers]
+    if beside:
+        raise CheckpointError(
+            f"{directory} does not fit its config.json: {len(beside)} tensors of quantized layers are unknown to the model: "
+            f"{listed(beside)}"
+        )
 
 
 def _check_specs(stored: Mapping[str, StoredTensor], specs: Mapping[str, TensorSpec]) -> None:

@@ -23,8 +23,9 @@ from pagoda.models.loading.checkpoint import (
     StoredTensors,
     stored_tensors,
     weight_files,
+    with_model_names,
 )
-from pagoda.models.loading.loader import check_weights
+from pagoda.models.loading.loader import check_weights, with_tie_as_stored
 from pagoda.models.loading.packed import deferred_layers
 from pagoda.models.quantization.layers import DeferredQuantizedMethod
 from pagoda.models.quantization.layouts import pack_words
@@ -49,10 +50,10 @@ def write_quantized_checkpoint(
         CheckpointError: the source is no model that can be served, or the destination exists or cannot be written.
         ConfigError: the source is quantized already, or the group size does not fit it.
     """
-    config = ModelConfig.from_directory(source)
+    config = with_tie_as_stored(ModelConfig.from_directory(source), source)
     quantization = choose_quantization(kind, group_size, config.quantization, config.linear_input_sizes)
     assert quantization is not None
-    check_weights(config, None, source)
+    names = check_weights(config, None, source)
     if destination.exists():
         raise CheckpointError(f"{destination} exists already: name a directory that does not")
     try:
@@ -60,7 +61,8 @@ def write_quantized_checkpoint(
         with tempfile.TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}-") as directory:
             whole = Path(directory) / "checkpoint"
             _copy_other_files(source, whole)
-            _write_weights(source, whole, _schemes(config, quantization), progress)
+            stored = with_model_names(stored_tensors(weight_files(source)), names)
+            _write_weights(stored, whole, _schemes(config, quantization), progress)
             _write_config(source, whole, quantization)
             whole.rename(destination)
     except OSError as error:
@@ -85,12 +87,14 @@ def _copy_other_files(source: Path, whole: Path) -> None:
     whole.mkdir()
     for file in source.iterdir():
         if file.is_file() and not file.name.endswith(
-            (".safetensors", ".safetensors.index.json", ".bin", ".pth", ".gguf")
+            (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pth", ".gguf")
         ):
             shutil.copyfile(checkpoint_file(source, file.name), whole / file.name)
 
 
-def _write_weights(source: Path, whole: Path, schemes: dict[str, WeightScheme], progress: WriteListener) -> None:
+def _write_weights(
+    stored: dict[str, StoredTensor], whole: Path, schemes: dict[str, WeightScheme], progress: WriteListener
+) -> None:
     shards: list[Path] = []
     names_of: list[list[str]] = []
     pending: dict[str, torch.Tensor] = {}
@@ -104,7 +108,7 @@ def _write_weights(source: Path, whole: Path, schemes: dict[str, WeightScheme], 
         pending.clear()
 
     total_bytes = 0
-    for tensors in _converted(stored_tensors(weight_files(source)), schemes, progress):
+    for tensors in _converted(stored, schemes, progress):
         size = sum(tensor.nbytes for tensor in tensors.values())
         if pending and sum(tensor.nbytes for tensor in pending.values()) + size > _SHARD_BYTES:
             flush()

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from starlette.routing import BaseRoute
 
 OPENAI = ("/v1", "/openai/v1")
-MODEL = ("/v2/models/{model_name}", "/v2/models/{model_name}/versions/{model_version}")
+MODEL = ("/v2/models/{model_name:path}", "/v2/models/{model_name:path}/versions/{model_version}")
 
 ROUTES: Mapping[str, Access] = {
     # Probes; /health adds details for who may read them.
@@ -34,8 +34,7 @@ ROUTES: Mapping[str, Access] = {
         for model in MODEL
         for operation in ("infer", "generate", "generate_stream")
     },
-    **{f"GET {prefix}/models": Access.INFER for prefix in OPENAI},
-    **{f"GET {prefix}/models/{{model_name}}": Access.INFER for prefix in OPENAI},
+    **{f"GET {prefix}/models{end}": Access.INFER for prefix in OPENAI for end in ("", "/", "/{model_name:path}")},
     **{
         f"POST {prefix}/{operation}": Access.INFER
         for prefix in OPENAI
@@ -44,7 +43,7 @@ ROUTES: Mapping[str, Access] = {
     **dict.fromkeys(("POST /tokenize", "POST /detokenize"), Access.INFER),
     "POST /v2/repository/index": Access.INFER,
     # What changes for everybody.
-    **{f"POST /v2/repository/models/{{model_name}}/{action}": Access.ADMIN for action in ("load", "unload")},
+    **{f"POST /v2/repository/models/{{model_name:path}}/{action}": Access.ADMIN for action in ("load", "unload")},
 }
 
 METHODS: Mapping[str, Access] = {

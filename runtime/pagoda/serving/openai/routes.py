@@ -47,16 +47,18 @@ def openai_router(context: ServingContext, prefix: str, started: int) -> APIRout
     errors = openai_errors(*GENERATION_ERRORS)
 
     @router.get("/models", response_model=ModelList, responses=openai_errors(401, 503))
+    @router.get("/models/", include_in_schema=False)
     async def models() -> Response:
-        """The served model, once it is ready."""
+        """The served model under each of its names, once it is ready."""
         context.health.check_ready()
-        return json_response({"object": "list", "data": [_card(context, started)]})
+        names = [name for served in context.models for name in served.names]
+        return json_response({"object": "list", "data": [_card(context, name, started) for name in names]})
 
-    @router.get("/models/{model_name}", response_model=ModelCard, responses=openai_errors(401, 404, 503))
+    @router.get("/models/{model_name:path}", response_model=ModelCard, responses=openai_errors(401, 404, 503))
     async def model(model_name: str) -> Response:
-        """The served model by its name."""
+        """The served model by one of its names, which may have slashes."""
         context.models.find(model_name).health.check_ready()
-        return json_response(_card(context, started))
+        return json_response(_card(context, model_name, started))
 
     @router.post(
         "/completions",
@@ -139,10 +141,10 @@ def _seconds(request: Request) -> float | None:
     return parse_timeout_header(request.headers.get(TIMEOUT_HEADER))
 
 
-def _card(context: ServingContext, created: int) -> dict[str, Any]:
+def _card(context: ServingContext, name: str, created: int) -> dict[str, Any]:
     ready = context.client.ready
     return {
-        "id": context.model_name,
+        "id": name,
         "object": "model",
         "created": created,
         "owned_by": "pagoda",

@@ -28,7 +28,7 @@ from pagoda.serving.v2.schemas import (
 )
 from pagoda.serving.v2.service import V2Service
 
-MODEL = "/v2/models/{model_name}"
+MODEL = "/v2/models/{model_name:path}"  # a name may have slashes
 VERSION = MODEL + "/versions/{model_version}"
 
 
@@ -59,12 +59,6 @@ def v2_router(context: ServingContext, service: V2Service) -> APIRouter:
         reason = ", ".join(dict.fromkeys([str(health.state), health.phase]))
         return json_response({"ready": False, "error": f"not ready: {reason}"}, 503)
 
-    @router.get(MODEL, response_model=ModelMetadataResponse, responses=v2_errors(401, 404))
-    @router.get(VERSION, response_model=ModelMetadataResponse, responses=v2_errors(401, 404))
-    async def model_metadata(model_name: str, model_version: str | None = None) -> Response:
-        """Inputs and outputs of the model."""
-        return json_response(service.model_metadata(model_name, model_version))
-
     @router.get(f"{MODEL}/ready", response_model=ModelReadyResponse, responses=v2_errors(404, 503))
     @router.get(f"{VERSION}/ready", response_model=ModelReadyResponse, responses=v2_errors(404, 503))
     async def model_ready(model_name: str, model_version: str | None = None) -> Response:
@@ -86,6 +80,13 @@ def v2_router(context: ServingContext, service: V2Service) -> APIRouter:
         )
         return encode_infer(v2_request, await until_disconnect(request, service.infer(v2_request)))
 
+    # After the longer paths, which it would match too; the lower one is added first.
+    @router.get(MODEL, response_model=ModelMetadataResponse, responses=v2_errors(401, 404))
+    @router.get(VERSION, response_model=ModelMetadataResponse, responses=v2_errors(401, 404))
+    async def model_metadata(model_name: str, model_version: str | None = None) -> Response:
+        """Inputs and outputs of the model."""
+        return json_response(service.model_metadata(model_name, model_version))
+
     return router
 
 
@@ -102,13 +103,13 @@ def repository_router(context: ServingContext, service: V2Service) -> APIRouter:
             raise InvalidRequestError("ready must be true or false", "ready")
         return json_response(service.index(only_ready=only_ready))
 
-    @router.post("/models/{model_name}/load", response_model=LoadResponse, responses=v2_errors(400, 401, 404, 503))
+    @router.post("/models/{model_name:path}/load", response_model=LoadResponse, responses=v2_errors(400, 401, 404, 503))
     async def load(request: Request, model_name: str) -> Response:
         """Success once the model is loaded; there is nothing else to load."""
         await _optional_object(request)
         return json_response({"name": service.load(model_name).name, "load": True})
 
-    @router.post("/models/{model_name}/unload", responses=v2_errors(400, 401, 404, 501))
+    @router.post("/models/{model_name:path}/unload", responses=v2_errors(400, 401, 404, 501))
     async def unload(request: Request, model_name: str) -> None:
         """Not supported: the model is served as long as the server runs."""
         await _optional_object(request)
