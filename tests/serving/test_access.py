@@ -94,8 +94,8 @@ def test_a_route_without_a_declaration_ends_the_start() -> None:
         ("POST", "/metrics"),
         ("DELETE", "/health"),
         ("GET", "/metrics/"),
-        ("GET", "/v2/models/a/b/ready"),
-        ("GET", "/v1/models/"),
+        ("GET", "/v2/health/ready/"),
+        ("GET", "/v1/"),
         ("OPTIONS", "/v1/models"),
     ],
 )
