@@ -22,7 +22,8 @@ class BaseRequest:
 
     `request_id`: shown in logs and answers; may be used again. `params`: what to compute. `priority`: lower is served first.
     `tenant`: the waiting queue is round-robin over tenants. `cache_keys`: only requests for which they are equal share cached
-    prefixes. Each begins with its kind (`salt=…`), so that keys of two kinds are never equal.
+    prefixes. Each begins with its kind (`salt=…`), so that keys of two kinds are never equal. `num_speculative_tokens`: the
+    most drafts in a step, where that is less than `speculative_config` says; 0: no speculative decoding of this request.
     """
 
     request_id: str = ""
@@ -30,6 +31,7 @@ class BaseRequest:
     priority: int = 0
     tenant: str = ""
     cache_keys: tuple[str, ...] = ()
+    num_speculative_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,14 +53,16 @@ class GenerationRequest(BaseRequest):
     """One prompt to complete, `params.n` times: text, or token ids that are taken as they are.
 
     `prompt` is empty, which is refused, until it is known. `add_special_tokens` concerns a text prompt only. `echo`: the
-    prompt precedes the generated text. `stream`: the client asked for chunks as they come. `details`: the generate routes
-    add ids and log-probabilities. `timeout_seconds`: from arrival; None leaves the server's own limit. `answer`: the answer
-    is a message in the model's own format, which is parsed; None leaves it as text.
+    prompt precedes the generated text. `prediction`: what the output may be, for speculative decoding. `stream`: the client
+    asked for chunks as they come. `details`: the generate routes add ids and log-probabilities. `timeout_seconds`: from
+    arrival; None leaves the server's own limit. `answer`: the answer is a message in the model's own format, which is parsed;
+    None leaves it as text.
     """
 
     prompt: str | list[int] = ""
     add_special_tokens: bool = True
     echo: bool = False
+    prediction: str = ""
     stream: bool = False
     details: bool = False
     timeout_seconds: float | None = None
@@ -71,13 +75,15 @@ class EngineRequest(BaseRequest):
 
     `request_id` is unique in an engine core; `EngineClient.submit` makes it so. `prompt_token_ids`: at least one id, all below
     the vocabulary size; the list is shared and never changed. `max_tokens`: resolved, at least 1, and
-    `len(prompt_token_ids) + max_tokens <= max_model_len`. `eos_token_ids` end generation unless `params.ignore_eos`.
+    `len(prompt_token_ids) + max_tokens <= max_model_len`. `prediction_token_ids`: what the output may be, for speculative
+    decoding; ids within the vocabulary. `eos_token_ids` end generation unless `params.ignore_eos`.
     `arrival_time`: `time.monotonic()` seconds.
     """
 
     prompt_token_ids: list[int]
     max_tokens: int
     eos_token_ids: tuple[int, ...] = ()
+    prediction_token_ids: list[int] = field(default_factory=list)
     arrival_time: float = 0.0
 
     @classmethod
@@ -88,6 +94,7 @@ class EngineRequest(BaseRequest):
         prompt_token_ids: list[int],
         max_tokens: int,
         eos_token_ids: tuple[int, ...],
+        prediction_token_ids: list[int],
         arrival_time: float,
     ) -> EngineRequest:
         """The engine's form of `request`: all of `BaseRequest` as it is, whatever fields that has."""
@@ -96,6 +103,7 @@ class EngineRequest(BaseRequest):
             prompt_token_ids=prompt_token_ids,
             max_tokens=max_tokens,
             eos_token_ids=eos_token_ids,
+            prediction_token_ids=prediction_token_ids,
             arrival_time=arrival_time,
         )
 

@@ -167,3 +167,51 @@ def test_request_that_cannot_be_sampled_fails_where_it_would_without_drafts(kern
     for seed in range(6):
         speculate(core, {"r0": Answer([9] * 30)}, seed, share=1.0)
         assert answers_of(core, requests) == plain
+
+
+@pytest.mark.parametrize("method", ["ngram", "suffix"])
+def test_methods_change_no_answer_and_save_steps_where_text_repeats(method: str) -> None:
+    directory = shared_checkpoint(SPECS["qwen2"])
+    requests = requests_of(SAMPLINGS, max_tokens=60)
+    plain = answers_of(make_core(directory), requests)
+    core = make_core(directory, speculative_config={"method": method, "num_speculative_tokens": 6})
+    for _ in range(2):
+        assert answers_of(core, requests) == plain
+    # Every request once more, alone: a small model repeats itself, and past outputs are known.
+    for request in requests:
+        assert answers_of(core, [request])[request.request_id] == plain[request.request_id]
+    assert core.stats().num_blocks_in_use == 0
+
+
+def test_endless_generation_of_many_ends_within_every_cap_and_leaves_all_blocks_free() -> None:
+    """Nothing stops these requests but their lengths; the KV cache is full all the time, and drafts fill what is left."""
+    core = make_core(
+        shared_checkpoint(SPECS["qwen3"]),
+        speculative_config={"method": "ngram", "prompt_lookup_min": 1, "num_speculative_tokens": 8},
+        max_num_seqs=16,
+        num_gpu_blocks_override=41,
+        kv_cache_watermark=0.0,
+        max_num_batched_tokens=128,
+    )
+    prompt = [11, 12, 13, 14] * 4
+    requests = [
+        EngineRequest(
+            request_id=str(index),
+            prompt_token_ids=prompt[index % 8 :],
+            params=SamplingParams(temperature=0.0, ignore_eos=True, logit_bias={11 + index % 4: 30.0}),
+            max_tokens=10_000 if index % 2 else 40,
+        )
+        for index in range(32)
+    ]
+    answers = answers_of(core, requests)
+    for request in requests:
+        answer = answers[request.request_id]
+        assert answer.finish_reason is FinishReason.LENGTH
+        longest = 160 - len(request.prompt_token_ids)
+        assert len(answer.tokens) == min(request.max_tokens, longest)
+    stats = core.stats()
+    assert stats.num_preemptions > 0
+    assert stats.num_spec_draft_tokens > 0
+    assert stats.num_blocks_in_use == 0
+    core._scheduler.check_integrity()
+    assert not core._scheduler.find_leak()

@@ -21,19 +21,24 @@ class ArbitraryDrafts:
         self._share = share
 
     def add(self, request: Request) -> None:
-        request.waits_for_output |= self._random.random() < self._share
+        request.speculates = self._random.random() < self._share
 
-    def choose(self, requests: list[Request], num_other_tokens: int) -> list[int]:
-        assert num_other_tokens >= len(requests)
-        return [self._random.choice([0, 1, 3, 8]) for _ in requests]
+    def propose(
+        self, requests: Sequence[Request], limits: Sequence[int], num_outputs: int, num_tokens: int
+    ) -> list[list[int]]:
+        assert len(requests) <= num_outputs <= num_tokens
+        return [self._drafts(request, limit) for request, limit in zip(requests, limits, strict=True)]
 
-    def propose(self, request: Request, limit: int) -> list[int]:
-        assert limit >= 1
-        assert request.waits_for_output
-        count = self._random.randint(0, limit)
+    def _drafts(self, request: Request, limit: int) -> list[int]:
+        assert request.speculates
+        count = self._random.randint(0, max(0, min(limit, self._random.choice([0, 1, 3, 8]))))
         num_right = self._random.choice([0, count // 2, count])
         drafts = list(self._truth(request, num_right))[:num_right]
         return drafts + [self._random.randrange(self._vocab_size) for _ in range(count - len(drafts))]
+
+    def observe(self, num_tokens: int, seconds: float) -> None:
+        assert num_tokens >= 1
+        assert seconds >= 0
 
     def remove(self, request: Request) -> None:
         pass

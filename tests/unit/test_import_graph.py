@@ -38,6 +38,7 @@ ROOMS = (
     "pagoda.engine.client",
     "pagoda.engine.core",
     "pagoda.engine",
+    "pagoda.speculation",
     "pagoda.distributed.ray",
     "pagoda.distributed",
     "pagoda.execution",

@@ -28,6 +28,7 @@ VALUES = {
     "priority": -3,
     "tenant": "a tenant",
     "cache_keys": ("salt=x", "another"),
+    "num_speculative_tokens": 2,
 }
 
 

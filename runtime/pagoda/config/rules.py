@@ -15,6 +15,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 from pagoda.config.option import OptionInfo
+from pagoda.config.speculation import SpeculativeConfig
 from pagoda.errors import ConfigError
 
 SCOPES = ("infer", "read", "admin")
@@ -155,7 +156,10 @@ class Rules:
         if values["quantization_group_size"] is not None and values["quantization"] != "int4":
             refuse("quantization_group_size", "needs quantization=int4: nothing else is quantized in groups at load")
         if values["speculative_config"] is not None:
-            refuse("speculative_config", "must be none: this version does not speculate")
+            try:
+                SpeculativeConfig.parse(values["speculative_config"])
+            except ValueError as error:
+                refuse("speculative_config", str(error))
         return problems
 
     def path_problems(self, values: Mapping[str, Any]) -> list[Problem]:

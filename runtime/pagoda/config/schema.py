@@ -19,6 +19,7 @@ from typing import Any, Literal, get_type_hints
 
 from pagoda.config.option import OptionInfo, option, option_of
 from pagoda.config.rules import Rules, raise_problems
+from pagoda.config.speculation import SpeculativeConfig
 from pagoda.platform.cpu_sets import CPU_SETS_PATTERN
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -206,7 +207,10 @@ class PagodaConfig:
 
     # Speculative decoding
     speculative_config: Mapping[str, Any] | None = option(
-        None, "speculation", "Speculative decoding, as a JSON object; not supported yet."
+        None,
+        "speculation",
+        "Speculative decoding, as a JSON object with vLLM's keys: method (ngram, suffix), num_speculative_tokens "
+        "(the most drafts of a sequence in a step), and those of the method. None: off.",
     )
 
     # Parallelism
@@ -463,6 +467,11 @@ class PagodaConfig:
     def served_model_name(self) -> str:
         """`model_name`, or the last part of the model's path or id, or `demo` without a model."""
         return self.model_name or default_model_name(self.model)
+
+    @property
+    def speculation(self) -> SpeculativeConfig | None:
+        """`speculative_config`, parsed."""
+        return None if self.speculative_config is None else SpeculativeConfig.parse(self.speculative_config)
 
     def without_secrets(self) -> dict[str, Any]:
         """Every setting by its name but the secret ones: what an engine core and its ranks may know."""

@@ -24,7 +24,8 @@ class EngineOutput:
     `finish_reason` is set on the last output of the request and only there; `stop_reason` is then the stop token's id when
     one of `stop_token_ids` ended it, or the name of the setting that did (`max_request_seconds`). `error_kind` and `error`
     are set when the reason is ERROR.
-    `scheduled_time` is when the request first left the waiting queue.
+    `scheduled_time` is when the request first left the waiting queue. `num_draft_tokens` of speculative decoding were verified
+    for the request so far, `num_accepted_tokens` of them accepted.
     """
 
     request_id: str
@@ -37,12 +38,16 @@ class EngineOutput:
     error: str | None = None
     num_cached_tokens: int = 0
     scheduled_time: float | None = None
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
     """Gauges as of now, and counts since the core started; the receiver takes differences of the counts.
 
+    `num_spec_drafts`: times that drafts of a sequence were verified, `num_spec_draft_tokens` in all, of which
+    `num_spec_accepted_tokens` were accepted, by their place among the drafts `num_spec_accepted_tokens_per_pos`.
     `degradation`: a description of the reduced capacity; empty at full capacity.
     """
 
@@ -56,6 +61,10 @@ class EngineStats:
     num_preemptions: int = 0
     num_repetitions: int = 0
     num_scheduled_tokens: int = 0
+    num_spec_drafts: int = 0
+    num_spec_draft_tokens: int = 0
+    num_spec_accepted_tokens: int = 0
+    num_spec_accepted_tokens_per_pos: list[int] = field(default_factory=list)
     step_seconds: float = 0.0
     degradation: str = ""
 
@@ -78,7 +87,8 @@ class EngineOutputs:
 class EngineReady:
     """Sent once by a core that can take requests: the limits that admission needs.
 
-    `device` is "cpu" or "cuda". `kv_equation` is the printed sentence that says how many KV blocks there are and why;
+    `device` is "cpu" or "cuda". `num_speculative_tokens`: the most drafts of a sequence in a step; 0 without speculative
+    decoding. `kv_equation` is the printed sentence that says how many KV blocks there are and why;
     `phase_seconds` holds the time each start-up phase took.
     """
 
@@ -89,6 +99,7 @@ class EngineReady:
     block_size: int
     vocab_size: int
     device: str = "cpu"
+    num_speculative_tokens: int = 0
     kv_equation: str = ""
     phase_seconds: dict[str, float] = field(default_factory=dict)
 

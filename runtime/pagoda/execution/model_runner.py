@@ -75,10 +75,12 @@ class PendingStep:
         token_ids = sampled.token_ids.tolist()
         errors = _output_errors(sampled)
         verified = self._verified(token_ids, errors)
+        plan_rows, sampled_token_ids = self._sampling_plan_rows, result.sampled_token_ids
         for index in verified:
-            result.sampled_token_ids[self._sampling_plan_rows[index]].append(token_ids[index])
-        for index in errors.keys() & set(verified):
-            result.errors.setdefault(self._sampling_plan_rows[index], errors[index])
+            sampled_token_ids[plan_rows[index]].append(token_ids[index])
+        if errors:
+            for index in errors.keys() & set(verified):
+                result.errors.setdefault(plan_rows[index], errors[index])
         for plan_row in result.errors:
             result.sampled_token_ids[plan_row] = []
         if sampled.logprobs is not None:
@@ -86,7 +88,7 @@ class PendingStep:
                 zip(sampled.logprob_rows.tolist(), sampled.logprobs.to_lists(sampled.logprob_counts), strict=True)
             )
             for index in verified:
-                plan_row = self._sampling_plan_rows[index]
+                plan_row = plan_rows[index]
                 if index in entries and plan_row not in result.errors:
                     result.logprobs.setdefault(plan_row, []).append(entries[index])
 

@@ -10,7 +10,8 @@ class SchedulerLimits:
     """`long_prefill_token_threshold` of 0 lets one request take the whole budget of a step.
 
     A request preempted `max_preemptions` times is protected: others are chosen as victims while there are any.
-    `num_scheduler_steps` above 1 lets a batch that only decodes run so many steps on one plan. `max_request_seconds`, from
+    `num_scheduler_steps` above 1 lets a batch that only decodes run so many steps on one plan. `num_speculative_tokens`: the
+    most drafts of a row, 0 without speculative decoding. `max_request_seconds`, from
     arrival, ends a request with what it has. `repetition_detection` (off, warn, stop) looks for an output whose last
     `repetition_min_tokens` tokens repeat a period of at most `repetition_max_period`. With `pipeline_parallel_size` above 1 so
     many plans are in flight at once, and the first stage has a sampled token only when the result of its step is there.
@@ -24,6 +25,7 @@ class SchedulerLimits:
     max_preemptions: int = 4
     policy: str = "fcfs"
     num_scheduler_steps: int = 1
+    num_speculative_tokens: int = 0
     pipeline_parallel_size: int = 1
     max_request_seconds: float | None = None
     repetition_detection: str = "off"

@@ -9,12 +9,14 @@ are free. Nothing is preempted for it, and no request waits for it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from typing_extensions import override
 
 from pagoda.scheduling.config import SchedulerLimits
 from pagoda.scheduling.kv_cache_manager import KVCacheManager
+from pagoda.scheduling.plan import StepPlan
 from pagoda.scheduling.planned_step import PlannedStep
 from pagoda.scheduling.request import Request
 
@@ -27,6 +29,9 @@ class Lookahead:
 
     def extend(self, step: PlannedStep, num_tokens: int, num_running: int) -> None:
         """Let rows of `step`, which may hold `num_tokens` tokens, do more; `num_running` requests hold blocks."""
+
+    def observe(self, plan: StepPlan, seconds: float) -> None:
+        """The turn of the engine's loop that ran `plan` took so long."""
 
     def remove(self, request: Request) -> None:
         """A request has ended."""
@@ -59,14 +64,19 @@ class Proposer(Protocol):
     """Where drafts come from (`pagoda.speculation`)."""
 
     def add(self, request: Request) -> None:
-        """A request was accepted; sets `waits_for_output` if drafts may be made for it."""
+        """A request was accepted; sets `speculates` if drafts may be made for it."""
 
-    def choose(self, requests: list[Request], num_other_tokens: int) -> list[int]:
-        """For each of these requests, which sample in a step of `num_other_tokens` tokens without drafts, how many drafts at
-        most would make it faster; 0 for none."""
+    def propose(
+        self, requests: Sequence[Request], limits: Sequence[int], num_outputs: int, num_tokens: int
+    ) -> Sequence[Sequence[int]]:
+        """For each of these requests, whose tokens are all known, as many tokens that may follow them as are worth verifying.
 
-    def propose(self, request: Request, limit: int) -> list[int]:
-        """Up to `limit` (at least 1) tokens that may follow the known tokens of `request`, ids within the vocabulary."""
+        `limits`: the most that each may have. `num_outputs` and `num_tokens`: the rows that sample and the tokens, of the
+        step without drafts. Ids are within the vocabulary.
+        """
+
+    def observe(self, num_tokens: int, seconds: float) -> None:
+        """A step of so many tokens, drafts included, all of whose rows sampled, took so long."""
 
     def remove(self, request: Request) -> None:
         """A request has ended; its tokens are still there."""
@@ -75,7 +85,7 @@ class Proposer(Protocol):
 class Speculation(Lookahead):
     """Rows that sample verify drafts: see `StepPlan`.
 
-    Drafts take what is left of a step's budget and of `max_draft_tokens`, and never a block that another running request may
+    Drafts take what is left of a step's budget, up to `max_draft_tokens`, and never a block that another running request may
     need for its next token: at least so many are left as requests run.
     """
 
@@ -102,6 +112,12 @@ class Speculation(Lookahead):
         if not step.plan.draft_token_ids:
             self._otherwise.extend(step, num_tokens, num_running)
 
+    @override
+    def observe(self, plan: StepPlan, seconds: float) -> None:
+        num_outputs = sum(plan.samples) + sum(map(len, plan.draft_token_ids.values()))
+        if num_outputs == plan.total_tokens and not plan.num_steps:
+            self._proposer.observe(num_outputs, seconds)
+
     def _add_drafts(self, step: PlannedStep, num_tokens: int, num_running: int) -> None:
         """Add drafts to the rows that sample, in order, while there is room for them."""
         plan = step.plan
@@ -109,18 +125,20 @@ class Speculation(Lookahead):
         rows = [
             row
             for row, request in enumerate(step.requests)
-            if plan.samples[row] and request.waits_for_output and request.num_in_flight == 1
+            if request.speculates and plan.samples[row] and request.num_in_flight == 1
         ]
         if not rows:
             return
-        left = min(num_tokens - plan.total_tokens, self._max_draft_tokens)
-        counts = self._proposer.choose([step.requests[row] for row in rows], plan.total_tokens)
-        for row, count in zip(rows, counts, strict=True):
-            request = step.requests[row]
-            # The token that the row samples anyway is one of those still allowed.
-            limit = min(count, left, request.max_tokens - request.num_output_tokens - 1)
-            drafts = self._proposer.propose(request, limit) if limit > 0 else []
-            room = self._kv.extend_for_drafts(request, len(drafts), num_running)
-            if drafts and room > 0:
-                step.add_drafts(row, drafts[:room])
-                left -= min(room, len(drafts))
+        requests = [step.requests[row] for row in rows]
+        num_step_tokens = plan.total_tokens
+        left = min(num_tokens - num_step_tokens, self._max_draft_tokens)
+        # The token that a row samples anyway is one of those that are still allowed.
+        limits = [min(left, request.max_tokens - request.num_output_tokens - 1) for request in requests]
+        proposals = self._proposer.propose(requests, limits, sum(plan.samples), num_step_tokens)
+        for row, request, proposal in zip(rows, requests, proposals, strict=True):
+            if not proposal or left <= 0:
+                continue
+            room = self._kv.extend_for_drafts(request, min(left, len(proposal)), num_running)
+            if room > 0:
+                step.add_drafts(row, list(proposal[:room]))
+                left -= room

@@ -33,8 +33,8 @@ class Request:
     Drafts count as computed and in flight until their step's result is known; then `num_computed_tokens` falls back by those
     that were refused. Their blocks stay: the next tokens go there.
 
-    `waits_for_output`: it is not planned again while tokens are in flight, since what is planned next depends on them: with
-    pipeline stages the token itself, with speculative decoding how many there are and which drafts follow.
+    With `waits_for_output`, as of pipeline stages, and `speculates` it is not planned again while tokens are in flight: what
+    is planned next depends on them, on how many there are, and on the drafts that follow.
     """
 
     __slots__ = (
@@ -61,6 +61,7 @@ class Request:
         "scheduled_time",
         "sequence_number",
         "spec",
+        "speculates",
         "status",
         "stop_ids",
         "stop_reason",
@@ -87,6 +88,7 @@ class Request:
         self.num_preemptions = 0
         self.is_repetitive = False
         self.waits_for_output = False
+        self.speculates = False  # drafts may be made for it
         self.draft_state: object = None  # what the proposer of drafts keeps of this request
         self.num_draft_tokens = 0  # that were verified
         self.num_accepted_tokens = 0  # of these
@@ -122,7 +124,7 @@ class Request:
     @property
     def must_wait_for_output(self) -> bool:
         """Whether it can be planned again only when the tokens in flight are known."""
-        return self.waits_for_output and self.num_in_flight > 0
+        return self.num_in_flight > 0 and (self.waits_for_output or self.speculates)
 
     def next_tokens(self) -> int:
         """Tokens that could be computed now.

@@ -34,6 +34,7 @@ from pagoda.scheduling.plan import StepPlan, StepResult
 from pagoda.scheduling.planned_step import PlannedStep
 from pagoda.scheduling.repetition_detection import RepetitionDetector
 from pagoda.scheduling.request import Request, RequestStatus
+from pagoda.scheduling.speculation_stats import SpeculationStats
 from pagoda.scheduling.token_budget import TokenBudget
 from pagoda.scheduling.waiting_queue import make_waiting_queue
 
@@ -64,6 +65,7 @@ class Scheduler:
         self._clock = clock
         self.num_preemptions = 0
         self.repetition = RepetitionDetector(limits)
+        self.speculation = SpeculationStats(num_accepted_per_position=[0] * limits.num_speculative_tokens)
         self._lookahead = lookahead or (MultiStep(limits, kv) if limits.num_scheduler_steps > 1 else Lookahead())
         self._budget = TokenBudget(limits.max_num_batched_tokens)
         self._longest_chunk = limits.long_prefill_token_threshold or limits.max_num_batched_tokens
@@ -384,6 +386,10 @@ class Scheduler:
                 updates.append(self._process_output(request, result.sampled_token_ids[row], result.logprobs.get(row)))
         return updates
 
+    def observe(self, plan: StepPlan, seconds: float) -> None:
+        """The turn of the engine's loop that ended with the result of `plan` took so long."""
+        self._lookahead.observe(plan, seconds)
+
     def _take_back_refused(self, step: PlannedStep, result: StepResult) -> None:
         """Let the counters of requests with drafts fall back to what was verified; their blocks stay."""
         drafts = step.plan.draft_token_ids
@@ -393,6 +399,7 @@ class Scheduler:
             num_drafts, num_accepted = len(drafts[row]), len(result.sampled_token_ids[row]) - 1
             request.num_draft_tokens += num_drafts
             request.num_accepted_tokens += num_accepted
+            self.speculation.count(num_drafts, num_accepted)
             request.num_in_flight -= num_drafts
             if request.status is RequestStatus.RUNNING:  # one that was preempted meanwhile is computed anew
                 request.num_computed_tokens -= num_drafts - num_accepted

@@ -125,6 +125,7 @@ OPTION_FIELDS: dict[str, Converter] = {
     "details": as_boolean,
     "priority": as_integer,
     "cache_salt": as_string,
+    "num_speculative_tokens": as_integer,
     "timeout_seconds": as_number,
     "timeout": as_integer,  # whole microseconds, as Triton's clients send it
 }
@@ -159,6 +160,11 @@ def parse_parameters(parameters: Mapping[str, object], make_sampling: MakeSampli
 
 def _request_fields(options: dict[str, Any]) -> dict[str, Any]:
     """Fields of a request from converted values, ranges checked."""
+    num_drafts = options.get("num_speculative_tokens", 0)
+    if num_drafts < 0:
+        raise InvalidRequestError(
+            f"num_speculative_tokens must be at least 0, got {num_drafts}", "num_speculative_tokens"
+        )
     microseconds = options.pop("timeout", 0)
     if microseconds < 0:
         raise InvalidRequestError(f"timeout must be at least 0 microseconds, got {microseconds}", "timeout")

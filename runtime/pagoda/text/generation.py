@@ -108,7 +108,10 @@ class TextGenerator:
         else:
             prompt_token_ids = prompt
             echoed = await self._decode_prompt(prompt, params) if request.echo else ""
-        requests = validate_request(request, prompt_token_ids, self.pool.tokenizer, limits)
+        prediction: list[int] = []
+        if request.prediction and limits.num_speculative_tokens:
+            prediction = await self.pool.encode(request.prediction, add_special_tokens=False)
+        requests = validate_request(request, prompt_token_ids, self.pool.tokenizer, limits, prediction)
         states = [self._state(request, prompt_token_ids, index, echoed) for index in range(params.n)]
         if params.n == 1:  # read right here: each generator in between would cost every token a third of a microsecond
             async with self._outputs(requests[0]) as outputs:
@@ -139,6 +142,7 @@ class TextGenerator:
         return RequestLimits(
             max_model_len=ready.max_model_len,
             vocab_size=ready.vocab_size,
+            num_speculative_tokens=ready.num_speculative_tokens,
             eos_token_ids=self.eos_token_ids,
             default_max_tokens=self.default_max_tokens,
         )

@@ -47,6 +47,9 @@ class GenerationChunk:
     Only on the first chunk of an index: `num_prompt_tokens`, `prompt_token_ids`, `num_cached_tokens` (prompt tokens found in
     the prefix cache) and `scheduled_time` (monotonic seconds); and on that of index 0, if they were asked for,
     `prompt_logprobs`, whose first entry is None.
+
+    Only on the last chunk of an index: `num_draft_tokens` of speculative decoding were verified, `num_accepted_tokens` of them
+    accepted.
     """
 
     index: int = 0
@@ -62,6 +65,8 @@ class GenerationChunk:
     prompt_logprobs: list[PositionLogprobs | None] | None = None
     num_cached_tokens: int | None = None
     scheduled_time: float | None = None
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -86,6 +91,8 @@ class CompletionOutput:
     prompt_token_ids: list[int] = field(default_factory=list)
     prompt_logprobs: list[PositionLogprobs | None] | None = None
     num_cached_tokens: int = field(default=0, compare=False)
+    num_draft_tokens: int = field(default=0, compare=False)
+    num_accepted_tokens: int = field(default=0, compare=False)
 
     @property
     def text(self) -> str:
@@ -116,6 +123,7 @@ class CompletionOutput:
             self.num_cached_tokens = chunk.num_cached_tokens or 0
         if chunk.finish_reason is not None:
             self.finish_reason, self.stop_reason = chunk.finish_reason, chunk.stop_reason
+            self.num_draft_tokens, self.num_accepted_tokens = chunk.num_draft_tokens, chunk.num_accepted_tokens
 
 
 @dataclass(slots=True, kw_only=True)

@@ -103,6 +103,8 @@ class RequestTextState:
             ),
             num_cached_tokens=output.num_cached_tokens if first else None,
             scheduled_time=output.scheduled_time if first else None,
+            num_draft_tokens=output.num_draft_tokens if self.finished else 0,
+            num_accepted_tokens=output.num_accepted_tokens if self.finished else 0,
         )
 
     def _take_rest(self) -> str:

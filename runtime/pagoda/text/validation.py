@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 
 from pagoda.errors import InvalidRequestError
 from pagoda.request import EngineRequest, GenerationRequest
@@ -17,21 +18,28 @@ MAX_BAD_WORD_CHARACTERS = 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestLimits:
-    """What a request must fit into. `max_model_len`: tokens of prompt and completion. `vocab_size`: the model's."""
+    """What a request must fit into. `max_model_len`: tokens of prompt and completion. `vocab_size`: the model's.
+    `num_speculative_tokens` of 0: no speculative decoding."""
 
     max_model_len: int
     vocab_size: int
+    num_speculative_tokens: int = 0
     eos_token_ids: tuple[int, ...] = ()
     default_max_tokens: int | None = None
 
 
 def validate_request(
-    request: GenerationRequest, prompt_token_ids: list[int], tokenizer: Tokenizer, limits: RequestLimits
+    request: GenerationRequest,
+    prompt_token_ids: list[int],
+    tokenizer: Tokenizer,
+    limits: RequestLimits,
+    prediction_token_ids: Sequence[int] = (),
 ) -> list[EngineRequest]:
     """The `params.n` engine requests of one request, with `max_tokens` resolved and `bad_words` as ids.
 
-    `prompt_token_ids`: the prompt as tokens. With `n > 1` the requests are named `request_id-0`, ... and, when seeded, have
-    the seeds `seed`, `seed + 1`, ...; prompt log-probabilities are asked of the first alone, as all share the prompt.
+    `prompt_token_ids`: the prompt as tokens; `prediction_token_ids`: what the output may be. With `n > 1` the requests are
+    named `request_id-0`, ... and, when seeded, have the seeds `seed`, `seed + 1`, ...; prompt log-probabilities are asked of
+    the first alone, as all share the prompt.
     Raises `InvalidRequestError` naming the field and the numbers that do not fit: this is where a client's mistake is found.
     """
     params = request.params
@@ -44,6 +52,8 @@ def validate_request(
         prompt_token_ids=prompt_token_ids,
         max_tokens=max_tokens,
         eos_token_ids=limits.eos_token_ids,
+        # No more than can be generated, and no id that only the tokenizer has.
+        prediction_token_ids=list(takewhile(lambda id: id < limits.vocab_size, prediction_token_ids[:max_tokens])),
         arrival_time=time.monotonic(),
     )
     return [

@@ -65,7 +65,10 @@ def test_the_defaults_are_sound_and_every_setting_is_explained() -> None:
         ),
         ({"quantization": "int4", "quantization_group_size": 48}, "must be 32, 64 or 128, or auto"),
         ({"quantization": "int8", "quantization_group_size": 64}, "needs quantization=int4"),
-        ({"speculative_config": {"method": "ngram"}}, "this version does not speculate"),
+        (
+            {"speculative_config": {"method": "eagle3"}},
+            "method='eagle3' is not one of them: it must be one of ngram, suffix",
+        ),
     ],
 )
 def test_construction_refuses_what_cannot_work(settings: dict, message: str) -> None:

@@ -73,6 +73,7 @@ def _adds_only_tokens(earlier: EngineOutput, later: EngineOutput) -> bool:
         and later.prompt_logprobs is None
         and later.num_cached_tokens == earlier.num_cached_tokens
         and later.scheduled_time == earlier.scheduled_time
+        and later.num_draft_tokens == earlier.num_draft_tokens
     )
 
 

@@ -88,7 +88,7 @@ class EngineCore:
         """
         started = time.monotonic()
         self._plan_ahead()
-        updates = self._collect_oldest()
+        updates = self._collect_oldest(started)
         updates += self._scheduler.take_ended()
         if not self.has_work and not self._was_idle:
             self._check_idle()
@@ -119,7 +119,7 @@ class EngineCore:
                 self._fail_step(plan, error)
                 return
 
-    def _collect_oldest(self) -> list[RequestUpdate]:
+    def _collect_oldest(self, started: float) -> list[RequestUpdate]:
         if not self._in_flight:
             return []
         plan, handle, _ = self._in_flight.popleft()
@@ -129,7 +129,9 @@ class EngineCore:
             self._fail_step(plan, error)
             return []
         self._num_steps += 1
-        return self._scheduler.apply(plan, result)
+        updates = self._scheduler.apply(plan, result)
+        self._scheduler.observe(plan, time.monotonic() - started)
+        return updates
 
     def _fail_step(self, plan: StepPlan, error: Exception) -> None:
         """Out of memory: plan the step again, smaller. Any other error ends the requests of the step.
@@ -162,7 +164,7 @@ class EngineCore:
 
     def stats(self) -> EngineStats:
         """The engine's figures as of now."""
-        kv = self._scheduler.kv
+        kv, speculation = self._scheduler.kv, self._scheduler.speculation
         return EngineStats(
             step=self._num_steps,
             num_running=self._scheduler.num_running,
@@ -174,6 +176,10 @@ class EngineCore:
             num_preemptions=self._scheduler.num_preemptions,
             num_repetitions=self._scheduler.repetition.num_found,
             num_scheduled_tokens=self._num_scheduled_tokens,
+            num_spec_drafts=speculation.num_drafts,
+            num_spec_draft_tokens=speculation.num_draft_tokens,
+            num_spec_accepted_tokens=speculation.num_accepted_tokens,
+            num_spec_accepted_tokens_per_pos=list(speculation.num_accepted_per_position),
             step_seconds=self._step_seconds,
             degradation=self._scheduler.degradation,
         )
@@ -195,4 +201,6 @@ def _output(update: RequestUpdate) -> EngineOutput:
         error=request.error,
         num_cached_tokens=request.num_cached_tokens,
         scheduled_time=request.scheduled_time,
+        num_draft_tokens=request.num_draft_tokens,
+        num_accepted_tokens=request.num_accepted_tokens,
     )

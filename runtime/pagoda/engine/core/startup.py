@@ -30,6 +30,7 @@ from pagoda.platform.hardware import cpu_report, gpu_reports
 from pagoda.scheduling.config import SchedulerLimits
 from pagoda.scheduling.kv_cache_manager import KVCacheManager
 from pagoda.scheduling.scheduler import Scheduler
+from pagoda.speculation.build import make_lookahead
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +65,7 @@ def start_core(config: PagodaConfig, on_phase: PhaseListener | None = None) -> E
         block_size=config.block_size,
         vocab_size=model_config.vocab_size,
         device=settings.device,
+        num_speculative_tokens=scheduler.limits.num_speculative_tokens,
         kv_equation=fit.equation,
         phase_seconds=phases.seconds,
     )
@@ -122,13 +124,14 @@ def _make_scheduler(
         max_preemptions=config.max_preemptions,
         policy=config.scheduling_policy,
         num_scheduler_steps=config.num_scheduler_steps,
+        num_speculative_tokens=config.speculation.num_speculative_tokens if config.speculation is not None else 0,
         pipeline_parallel_size=config.pipeline_parallel_size,
         max_request_seconds=config.max_request_seconds,
         repetition_detection=config.runaway_detection,
         repetition_max_period=config.runaway_max_period,
         repetition_min_tokens=config.runaway_min_tokens,
     )
-    return Scheduler(limits, kv)
+    return Scheduler(limits, kv, lookahead=make_lookahead(config.speculation, limits, kv))
 
 
 class _StartupPhases:

@@ -15,6 +15,7 @@ import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
+from itertools import zip_longest
 from typing import TYPE_CHECKING, cast
 
 from typing_extensions import override
@@ -266,6 +267,12 @@ def sum_of(stats: Sequence[EngineStats]) -> EngineStats:
         num_preemptions=sum(one.num_preemptions for one in stats),
         num_repetitions=sum(one.num_repetitions for one in stats),
         num_scheduled_tokens=sum(one.num_scheduled_tokens for one in stats),
+        num_spec_drafts=sum(one.num_spec_drafts for one in stats),
+        num_spec_draft_tokens=sum(one.num_spec_draft_tokens for one in stats),
+        num_spec_accepted_tokens=sum(one.num_spec_accepted_tokens for one in stats),
+        num_spec_accepted_tokens_per_pos=[
+            sum(counts) for counts in zip_longest(*(one.num_spec_accepted_tokens_per_pos for one in stats), fillvalue=0)
+        ],
         step_seconds=max(one.step_seconds for one in stats),
         degradation="; ".join(one.degradation for one in stats if one.degradation),
     )

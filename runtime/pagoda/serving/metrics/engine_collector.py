@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 
 from prometheus_client import Histogram
@@ -55,10 +56,32 @@ class EngineCollector(Collector):
             "Number of outputs found to repeat themselves without end.",
             sum(part.runaways() for part in self._parts),
         )
+        yield from self._speculation(stats)
         yield from self._health(state)
         yield from self._rank_health()
         if self._engine.replicas:
             yield from self._replicas()
+
+    def _speculation(self, stats: EngineStats) -> Iterator[Metric]:
+        """Of an engine with speculative decoding, from its first report on."""
+        if not stats.num_spec_accepted_tokens_per_pos:
+            return
+        figures: list[tuple[str, str, Callable[[_Part], int]]] = [
+            ("spec_decode_num_drafts", "Number of spec decoding drafts.", _Part.drafts),
+            ("spec_decode_num_draft_tokens", "Number of draft tokens.", _Part.draft_tokens),
+            ("spec_decode_num_accepted_tokens", "Number of accepted tokens.", _Part.accepted_tokens),
+        ]
+        for name, help, figure in figures:
+            yield self._count(name, help, sum(map(figure, self._parts)))
+        family = CounterMetricFamily(
+            f"{self._prefix}spec_decode_num_accepted_tokens_per_pos",
+            "Accepted tokens per draft position.",
+            labels=["model_name", "position"],
+        )
+        for position in range(len(stats.num_spec_accepted_tokens_per_pos)):
+            count = sum(part.accepted_tokens_at(position) for part in self._parts)
+            family.add_metric([self._model_name, str(position)], count)
+        yield family
 
     def _replicas(self) -> Iterator[Metric]:
         """A series a replica."""
@@ -175,6 +198,10 @@ class _Part:
         self._hits = _Total()
         self._preemptions = _Total()
         self._runaways = _Total()
+        self._drafts = _Total()
+        self._draft_tokens = _Total()
+        self._accepted_tokens = _Total()
+        self._accepted_tokens_per_position: defaultdict[int, _Total] = defaultdict(_Total)
 
     @property
     def stats(self) -> EngineStats:
@@ -195,6 +222,19 @@ class _Part:
 
     def runaways(self) -> int:
         return self._runaways(self.stats.num_repetitions)
+
+    def drafts(self) -> int:
+        return self._drafts(self.stats.num_spec_drafts)
+
+    def draft_tokens(self) -> int:
+        return self._draft_tokens(self.stats.num_spec_draft_tokens)
+
+    def accepted_tokens(self) -> int:
+        return self._accepted_tokens(self.stats.num_spec_accepted_tokens)
+
+    def accepted_tokens_at(self, position: int) -> int:
+        counts = self.stats.num_spec_accepted_tokens_per_pos
+        return self._accepted_tokens_per_position[position](counts[position] if position < len(counts) else 0)
 
     def restarts(self) -> int:
         return sum(times for (_, to), times in self._engine.health.transitions.items() if to == EngineState.STARTING)

@@ -69,7 +69,7 @@ class Call(ABC):
         """The response when everything is done; cancelling the call aborts it in the engine."""
         jobs = await self.jobs()
         results = await self._context.runner.collect_all(jobs, self._response_id)
-        usage = UsageCounter()
+        usage = UsageCounter(has_drafts=self._context.config.speculative_config is not None)
         choices: list[dict[str, Any]] = []
         for prompt_index, sequences in enumerate(results):
             for result in sequences:
@@ -82,7 +82,7 @@ class Call(ABC):
     async def events(self) -> Events:
         """The response in events; closing the iterator aborts it in the engine."""
         jobs = await self.jobs()
-        usage = UsageCounter()
+        usage = UsageCounter(has_drafts=self._context.config.speculative_config is not None)
         choices: dict[tuple[int, int], tuple[Choice, EventTemplate]] = {}
         async with aclosing(self._context.runner.stream_all(jobs, self._response_id)) as chunks:
             async for prompt_index, chunk in chunks:

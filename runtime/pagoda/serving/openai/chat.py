@@ -44,6 +44,8 @@ class ChatCall(Call):
         self._request = request
         generator = context.generator
         job = limit_time(generation_request(request, generator.sampling_params, overrides), seconds)
+        if request.prediction is not None:
+            job = replace(job, prediction=request.prediction.text)
         self._job = replace(job, answer=answer_options(request, generator.answer_format))
         self._variables = reasoning_variables(request.reasoning_effort, request.enable_thinking)
 

@@ -59,7 +59,7 @@ UNSUPPORTED: dict[str, Callable[[object], bool]] = {
 # Known fields that are accepted and change nothing.
 WITHOUT_EFFECT = frozenset(
     {
-        *("user", "metadata", "store", "service_tier", "prediction", "safety_identifier"),
+        *("user", "metadata", "store", "service_tier", "safety_identifier"),
         *("prompt_cache_key", "verbosity", "request_id"),
     }
 )

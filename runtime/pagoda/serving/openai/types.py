@@ -63,6 +63,9 @@ class SamplingFields(RequestModel):
     priority: int | None = None
     cache_salt: str | None = None
     timeout_seconds: float | None = Field(None, description="Seconds from arrival after which the request is ended.")
+    num_speculative_tokens: int | None = Field(
+        None, description="Most drafts in a step, below the server's own number; 0: no speculative decoding."
+    )
 
 
 class CompletionRequest(SamplingFields):
@@ -126,6 +129,25 @@ class ResponseFormat(RequestPart):
     type: str = "text"
 
 
+class TextPart(RequestPart):
+    """A part of a text."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Prediction(RequestPart):
+    """What the answer will mostly be, such as a file that is edited; with speculative decoding it then comes faster."""
+
+    type: Literal["content"]
+    content: str | list[TextPart]
+
+    @property
+    def text(self) -> str:
+        """The parts joined."""
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
 class ChatCompletionRequest(SamplingFields):
     """A conversation to be continued by the assistant."""
 
@@ -139,6 +161,7 @@ class ChatCompletionRequest(SamplingFields):
     max_completion_tokens: int | None = Field(None, description="Wins over max_tokens.")
     logprobs: bool | None = None
     top_logprobs: int | None = None
+    prediction: Prediction | None = None
     response_format: ResponseFormat | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
@@ -196,9 +219,11 @@ class PromptTokensDetails(BaseModel):
 
 
 class CompletionTokensDetails(BaseModel):
-    """Generated tokens that are reasoning."""
+    """Generated tokens that are reasoning; drafts of speculative decoding, of which accepted ones are part of the completion."""
 
-    reasoning_tokens: int
+    reasoning_tokens: int | None = None
+    accepted_prediction_tokens: int | None = None
+    rejected_prediction_tokens: int | None = None
 
 
 class Usage(BaseModel):

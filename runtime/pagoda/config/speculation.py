@@ -1,0 +1,101 @@
+"""`speculative_config`: the keys that vLLM's has, for the methods that there are here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+METHODS = ("ngram", "suffix")
+
+# More drafts than this in a row are never all right often enough to pay for their positions.
+MAX_SPECULATIVE_TOKENS = 128
+
+_DEFAULT_TOKENS = {"ngram": 16, "suffix": 24, "draft_model": 4}
+_COMMON = ("method", "num_speculative_tokens")
+_KEYS = {
+    "ngram": ("prompt_lookup_min", "prompt_lookup_max"),
+    "suffix": (
+        "suffix_decoding_max_tree_depth",
+        "suffix_decoding_max_cached_requests",
+        "suffix_decoding_max_spec_factor",
+        "suffix_decoding_min_token_prob",
+    ),
+    "draft_model": ("model",),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpeculativeConfig:
+    """How drafts are made. Names and meaning are vLLM's; `num_speculative_tokens` is the most drafts of a row in a step.
+
+    ngram: what followed the last tokens when at least `prompt_lookup_min` of them stood earlier in prompt or output; the
+    occurrence with the most equal tokens counts, up to `prompt_lookup_max`. suffix: what followed most often, in prompt and
+    output and in earlier outputs of the same tenant, up to `max_cached_requests` of them; at most `max_spec_factor` times as
+    many drafts as tokens are equal, while their estimated probability is at least `min_token_prob`. draft_model: what the
+    small model `model`, a directory, generates.
+    """
+
+    method: str
+    num_speculative_tokens: int
+    model: str | None = None
+    prompt_lookup_min: int = 3
+    prompt_lookup_max: int = 16
+    suffix_decoding_max_tree_depth: int = 24
+    suffix_decoding_max_cached_requests: int = 10_000
+    suffix_decoding_max_spec_factor: float = 1.0
+    suffix_decoding_min_token_prob: float = 0.1
+
+    @classmethod
+    def parse(cls, value: Mapping[str, Any]) -> SpeculativeConfig:
+        """Of the JSON object that a user gave. Raises `ValueError` with a sentence on the first key that is wrong."""
+        known = {field.name for field in fields(cls)}
+        unknown = [key for key in value if key not in known]
+        method = value.get("method", "draft_model" if "model" in value else None)
+        if method == "[ngram]":  # vLLM's older spelling
+            method = "ngram"
+        if method not in METHODS:
+            given = f"method={method!r} is not one of them" if method is not None else "method is missing"
+            raise ValueError(f"{given}: it must be one of {', '.join(METHODS)}")
+        allowed = (*_COMMON, *_KEYS[method])
+        for key in unknown or [key for key in value if key not in allowed]:
+            raise ValueError(f"{str(key)[:80]!r} is not a key of method {method}, which has {', '.join(allowed)}")
+        lookup = [value[key] for key in ("prompt_lookup_min", "prompt_lookup_max") if key in value]
+        settings: dict[str, Any] = {
+            "num_speculative_tokens": value.get("suffix_decoding_max_tree_depth", _DEFAULT_TOKENS[method])
+        }
+        if len(lookup) == 1:  # as in vLLM, the other is the same
+            settings |= {"prompt_lookup_min": lookup[0], "prompt_lookup_max": lookup[0]}
+        config = cls(**(settings | {**value, "method": method}))
+        config._check()
+        return config
+
+    def _check(self) -> None:
+        _integer("num_speculative_tokens", self.num_speculative_tokens, 1, MAX_SPECULATIVE_TOKENS)
+        _integer("prompt_lookup_min", self.prompt_lookup_min, 1, 128)
+        _integer("prompt_lookup_max", self.prompt_lookup_max, 1, 128)
+        if self.prompt_lookup_min > self.prompt_lookup_max:
+            raise ValueError(
+                f"prompt_lookup_min={self.prompt_lookup_min} must be at most prompt_lookup_max={self.prompt_lookup_max}"
+            )
+        _integer("suffix_decoding_max_tree_depth", self.suffix_decoding_max_tree_depth, 1, MAX_SPECULATIVE_TOKENS)
+        _integer("suffix_decoding_max_cached_requests", self.suffix_decoding_max_cached_requests, 0, 1_000_000)
+        _number("suffix_decoding_max_spec_factor", self.suffix_decoding_max_spec_factor, 0.0, 128.0)
+        _number("suffix_decoding_min_token_prob", self.suffix_decoding_min_token_prob, 0.0, 1.0)
+        if self.method != "draft_model":
+            return
+        if not isinstance(self.model, str) or not self.model:
+            raise ValueError("method draft_model needs model, the directory of the small model")
+        if not Path(self.model).expanduser().is_dir():
+            raise ValueError(f"model={self.model[:200]!r}: there is no such directory")
+
+
+def _integer(name: str, value: object, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ValueError(f"{name}={value!r} must be an integer between {low} and {high}")
+
+
+def _number(name: str, value: object, low: float, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise ValueError(f"{name}={value!r} must be a number between {low:g} and {high:g}")

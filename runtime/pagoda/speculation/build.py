@@ -1,0 +1,41 @@
+"""From the settings to the scheduler's lookahead."""
+
+from __future__ import annotations
+
+from pagoda.config.speculation import SpeculativeConfig
+from pagoda.scheduling.config import SchedulerLimits
+from pagoda.scheduling.kv_cache_manager import KVCacheManager
+from pagoda.scheduling.lookahead import Lookahead, MultiStep, Speculation
+from pagoda.speculation.ngram import NgramDrafter
+from pagoda.speculation.proposer import HostProposer
+from pagoda.speculation.suffix import PastOutputs, SuffixDrafter
+
+# Drafts of all rows of a step together: more never pay, and their logits take memory.
+_MAX_DRAFT_TOKENS = 128
+
+
+def max_draft_tokens(config: SpeculativeConfig | None, limits: SchedulerLimits) -> int:
+    """The most drafts in a step."""
+    if config is None:
+        return 0
+    return min(max(limits.max_num_seqs, _MAX_DRAFT_TOKENS), limits.max_num_batched_tokens)
+
+
+def make_lookahead(config: SpeculativeConfig | None, limits: SchedulerLimits, kv: KVCacheManager) -> Lookahead:
+    """What rows do beyond the next token."""
+    plain = MultiStep(limits, kv) if limits.num_scheduler_steps > 1 else Lookahead()
+    if config is None:
+        return plain
+    return Speculation(kv, _make_proposer(config), max_draft_tokens(config, limits), plain)
+
+
+def _make_proposer(config: SpeculativeConfig) -> HostProposer:
+    if config.method == "ngram":
+        return HostProposer(
+            config.num_speculative_tokens,
+            lambda request: NgramDrafter(request, config.prompt_lookup_min, config.prompt_lookup_max),
+        )
+    past = PastOutputs(config.suffix_decoding_max_cached_requests)
+    return HostProposer(
+        config.num_speculative_tokens, lambda request: SuffixDrafter(request, config, past), on_end=past.add
+    )
