@@ -219,7 +219,7 @@ class PromptTokensDetails(BaseModel):
 
 
 class CompletionTokensDetails(BaseModel):
-    """Generated tokens that are reasoning; drafts of speculative decoding, of which accepted ones are part of the completion."""
+    """Reasoning among the generated tokens, and drafts of speculative decoding: accepted ones are part of the completion."""
 
     reasoning_tokens: int | None = None
     accepted_prediction_tokens: int | None = None
