@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pagoda.serving.anthropic.types import CountTokensRequest, MessagesRequest
 from pagoda.serving.openai.types import ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from pagoda.serving.parameters import FIELDS
 from pagoda.serving.v2.inference import OUTPUT_NAMES
@@ -39,7 +40,20 @@ VALUES = st.recursive(
 LIKELY: dict[str, Any] = {
     "prompt": st.one_of(st.just("ab"), st.lists(st.integers(0, 511), min_size=1, max_size=5)),
     "text_input": st.just("ab"),
-    "messages": st.just([{"role": "user", "content": "hi"}]),
+    "messages": st.sampled_from(
+        [
+            [{"role": "user", "content": "hi"}],
+            [{"role": "assistant", "content": [{"type": "tool_use", "id": "1", "name": "f", "input": 1}]}],
+            [{"role": "user", "content": [{"type": "tool_result", "content": [{"type": "text"}]}]}],
+            [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "["}}]}],
+        ]
+    ),
+    "tools": st.sampled_from(
+        [
+            [{"type": "function", "function": {"name": "f", "parameters": {"properties": 1}}}],
+            [{"name": "f", "input_schema": {}}],
+        ]
+    ),
     "tokens": st.lists(st.integers(0, 600), max_size=5),
     "max_tokens": st.integers(1, 5),
     "model": st.just("demo"),
@@ -81,6 +95,8 @@ BODIES: dict[str, st.SearchStrategy[Any]] = {
     "/v2/models/demo/generate_stream": GENERATE,
     "/v1/completions": objects(fields_of(CompletionRequest)),
     "/v1/chat/completions": objects(fields_of(ChatCompletionRequest)),
+    "/v1/messages": objects(fields_of(MessagesRequest)),
+    "/v1/messages/count_tokens": objects(fields_of(CountTokensRequest)),
     "/tokenize": objects(fields_of(TokenizeRequest)),
     "/detokenize": objects(fields_of(DetokenizeRequest)),
 }
@@ -88,7 +104,7 @@ BODIES: dict[str, st.SearchStrategy[Any]] = {
 
 @pytest.fixture(scope="module")
 def harness() -> Iterator[RestHarness]:
-    with RestHarness(log_level="warning") as running:
+    with RestHarness(log_level="warning", tool_call_parser="qwen3_coder", reasoning_parser="qwen3") as running:
         yield running
 
 

@@ -25,6 +25,7 @@ ROOMS = (
     # Of a server: what puts it together, then the protocols, then what they share.
     *("pagoda.serving.server", "pagoda.serving.frontends", "pagoda.serving.lifecycle", "pagoda.serving.build"),
     *("pagoda.serving.app", "pagoda.serving.server_routes"),
+    "pagoda.serving.anthropic",
     "pagoda.serving.openai",
     "pagoda.serving.grpc",
     "pagoda.serving.v2",

@@ -11,6 +11,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 import pagoda
+from pagoda.serving.anthropic.errors import anthropic_error, is_anthropic_path
+from pagoda.serving.anthropic.routes import anthropic_router
+from pagoda.serving.anthropic.types import CountTokensRequest, MessagesRequest
 from pagoda.serving.auth.routes import RouteAccess
 from pagoda.serving.context import ServingContext
 from pagoda.serving.http import documentation
@@ -33,6 +36,8 @@ REQUEST_BODIES = (
     ChatCompletionRequest,
     TokenizeRequest,
     DetokenizeRequest,
+    MessagesRequest,
+    CountTokensRequest,
 )
 
 
@@ -53,6 +58,7 @@ def create_app(context: ServingContext, service: V2Service) -> FastAPI:
         generate_router(context, service),
         repository_router(context, service),
         *(openai_router(context, prefix, started) for prefix in PREFIXES),
+        anthropic_router(context),
         tokenizer_router(context),
     ]
     access = RouteAccess([*app.routes, *(route for router in routers for route in router.routes)])
@@ -68,6 +74,8 @@ def create_app(context: ServingContext, service: V2Service) -> FastAPI:
 
 def error_body(path: str, report: ErrorReport) -> dict[str, Any]:
     """The body of an error on `path`, in the shape that the clients of its protocol read."""
+    if is_anthropic_path(path):
+        return anthropic_error(report)
     return openai_error(report) if is_openai_path(path) else v2_error(report)
 
 

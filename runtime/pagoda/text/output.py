@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from pagoda.sampling.output import FinishReason
-from pagoda.text.responses.message import AssistantMessage, MessageDelta
+from pagoda.text.responses.message import AssistantMessage, ContentDelta, MessageDelta
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +67,12 @@ class GenerationChunk:
     scheduled_time: float | None = None
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
+
+    def all_deltas(self) -> Sequence[MessageDelta]:
+        """What is new of the message, content too."""
+        if self.deltas is not None:
+            return self.deltas
+        return [ContentDelta(self.text)] if self.text else []
 
 
 @dataclass(slots=True, kw_only=True)

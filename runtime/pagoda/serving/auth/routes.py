@@ -40,6 +40,7 @@ ROUTES: Mapping[str, Access] = {
         for prefix in OPENAI
         for operation in ("completions", "chat/completions", "embeddings")
     },
+    **dict.fromkeys(("POST /v1/messages", "POST /v1/messages/count_tokens"), Access.INFER),
     **dict.fromkeys(("POST /tokenize", "POST /detokenize"), Access.INFER),
     "POST /v2/repository/index": Access.INFER,
     # What changes for everybody.

@@ -32,11 +32,17 @@ DONE = b"data: [DONE]\n\n"
 
 Events = AsyncGenerator[bytes, None]
 ErrorBody = Callable[[ErrorReport], dict[str, Any]]
+ErrorEvent = Callable[[ErrorReport], bytes]
 
 
 def event(content: object) -> bytes:
     """`content` (plain values) as one event."""
     return b"data: " + orjson.dumps(content) + b"\n\n"
+
+
+def named_event(name: str, content: dict[str, Any]) -> bytes:
+    """`content` as one event of that name, which its member `type` says too (Anthropic's and OpenAI's Responses)."""
+    return b"event: %s\ndata: %s\n\n" % (name.encode(), orjson.dumps({"type": name, **content}))
 
 
 class EventTemplate:
@@ -51,10 +57,12 @@ class EventTemplate:
         return self._before + orjson.dumps(text) + self._after
 
 
-async def open_event_stream(request: Request, events: Events, error_body: ErrorBody, metrics: Metrics) -> EventStream:
+async def open_event_stream(
+    request: Request, events: Events, error_body: ErrorBody | ErrorEvent, metrics: Metrics
+) -> EventStream:
     """The response that streams `events`; raises what the source raises before its first event.
 
-    `error_body` makes the last event of a stream whose source raised later.
+    `error_body` makes the last event of a stream whose source raised later, or its content.
     """
     first = asyncio.ensure_future(_first(events))
     leaving = asyncio.ensure_future(wait_for_disconnect(request.receive))
@@ -71,7 +79,8 @@ async def open_event_stream(request: Request, events: Events, error_body: ErrorB
         raise
 
     def error_event(error: Exception) -> bytes:
-        return event(error_body(report_error(error, metrics, request.url.path)))
+        made = error_body(report_error(error, metrics, request.url.path))
+        return made if isinstance(made, bytes) else event(made)
 
     return EventStream(first, events, leaving, error_event)
 

@@ -68,8 +68,8 @@ def openai_router(context: ServingContext, prefix: str, started: int) -> APIRout
     )
     async def completions(request: Request) -> Response:
         """Complete prompts; `stream: true` streams events that end with `[DONE]`."""
-        body = await _read(context, request, CompletionRequest)
-        call = CompletionCall(context, body, _seconds(request))
+        body = await read_request(context, request, CompletionRequest)
+        call = CompletionCall(context, body, requested_seconds(request))
         if body.stream:
             return await open_event_stream(request, call.events(), openai_error, context.metrics)
         return json_response(await until_disconnect(request, call.whole()))
@@ -82,8 +82,8 @@ def openai_router(context: ServingContext, prefix: str, started: int) -> APIRout
     )
     async def chat_completions(request: Request) -> Response:
         """Continue a conversation; `stream: true` streams events that end with `[DONE]`."""
-        body = await _read(context, request, ChatCompletionRequest)
-        call = ChatCall(context, body, _seconds(request))
+        body = await read_request(context, request, ChatCompletionRequest)
+        call = ChatCall(context, body, requested_seconds(request))
         if body.stream:
             return await open_event_stream(request, call.events(), openai_error, context.metrics)
         return json_response(await until_disconnect(request, call.whole()))
@@ -109,7 +109,7 @@ def tokenizer_router(context: ServingContext) -> APIRouter:
     )
     async def tokenize(request: Request) -> Response:
         """Token ids of a prompt or of a conversation."""
-        body = await _read(context, request, TokenizeRequest)
+        body = await read_request(context, request, TokenizeRequest)
         return json_response(await until_disconnect(request, _tokenize(context, body)))
 
     @router.post(
@@ -120,14 +120,15 @@ def tokenizer_router(context: ServingContext) -> APIRouter:
     )
     async def detokenize(request: Request) -> Response:
         """Text of token ids."""
-        body = await _read(context, request, DetokenizeRequest)
+        body = await read_request(context, request, DetokenizeRequest)
         work = context.generator.pool.decode(body.tokens, skip_special_tokens=False)
         return json_response({"prompt": await until_disconnect(request, work)})
 
     return router
 
 
-async def _read(context: ServingContext, request: Request, kind: type[Body]) -> Body:
+async def read_request(context: ServingContext, request: Request, kind: type[Body]) -> Body:
+    """The checked body of a request for the served model, once that is ready."""
     context.health.check_ready()
     body = await decode_body(
         request, context.config.max_body_bytes, lambda content: parse_request(kind, parse_object(content))
@@ -137,7 +138,8 @@ async def _read(context: ServingContext, request: Request, kind: type[Body]) -> 
     return body
 
 
-def _seconds(request: Request) -> float | None:
+def requested_seconds(request: Request) -> float | None:
+    """The time that the client's header allows."""
     return parse_timeout_header(request.headers.get(TIMEOUT_HEADER))
 
 
