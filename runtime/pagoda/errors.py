@@ -7,7 +7,10 @@ what is allowed, and is sent to the client.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence, Set
 from enum import StrEnum
+
+MAX_SHOWN_CHARACTERS = 80
 
 
 class ErrorKind(StrEnum):
@@ -24,6 +27,18 @@ class ErrorKind(StrEnum):
     ENGINE_DEAD = "engine_dead"
     DEADLINE_EXCEEDED = "deadline_exceeded"
     INTERNAL = "internal"
+
+
+def shown(value: object) -> str:
+    """A value of a request for an error message, a line at most; of containers the type: they may be huge or deep."""
+    if isinstance(value, Mapping):
+        return "a dict"
+    if isinstance(value, str | bytes | bytearray):
+        value = value[: MAX_SHOWN_CHARACTERS + 1]
+    elif isinstance(value, Sequence | Set):
+        return "a list"
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN_CHARACTERS else f"{text[: MAX_SHOWN_CHARACTERS - 3]}..."
 
 
 class PagodaError(Exception):

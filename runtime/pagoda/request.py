@@ -9,11 +9,42 @@ is a field of `BaseRequest`: the parser sets it and its consumer reads it, and n
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, overload
+
+import numpy as np
+import numpy.typing as npt
 
 from pagoda.sampling.params import SamplingParams
+
+MAX_TOKEN_ID = 2**31 - 1
+
+
+class TokenIds(Sequence[int]):
+    """Token ids of a large request, four bytes each until the request is admitted. `array`: int32, from 0."""
+
+    __slots__ = ("array",)
+
+    def __init__(self, array: npt.NDArray[np.int32]) -> None:
+        self.array = array
+
+    @overload
+    def __getitem__(self, index: int) -> int: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> TokenIds: ...
+
+    def __getitem__(self, index: int | slice) -> int | TokenIds:
+        return TokenIds(self.array[index]) if isinstance(index, slice) else int(self.array[index])
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def tolist(self) -> list[int]:
+        """As the engine takes them."""
+        ids: list[int] = self.array.tolist()
+        return ids
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +90,7 @@ class GenerationRequest(BaseRequest):
     None leaves it as text.
     """
 
-    prompt: str | list[int] = ""
+    prompt: str | list[int] | TokenIds = ""
     add_special_tokens: bool = True
     echo: bool = False
     prediction: str = ""

@@ -6,10 +6,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pagoda.errors import InvalidRequestError
+from pagoda.errors import InvalidRequestError, shown
 
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
+MAX_STOP_CHARACTERS = 4096
+"""Of all stop strings together: the end of every output is compared with them."""
 MAX_N = 64
 MAX_SEED = 2**63 - 1
 
@@ -70,17 +72,20 @@ class SamplingParams:
         if self.allowed_token_ids is not None:
             if not self.allowed_token_ids:
                 raise InvalidRequestError("allowed_token_ids is empty: at least one id is needed", "allowed_token_ids")
-            for token_id in self.allowed_token_ids:
-                _integer("allowed_token_ids", token_id, 0, None)
-        for token_id in self.stop_token_ids:
-            _integer("stop_token_ids", token_id, 0, None)
+            _token_ids("allowed_token_ids", self.allowed_token_ids)
+        _token_ids("stop_token_ids", self.stop_token_ids)
         if len(self.stop) > MAX_STOP_STRINGS:
             raise InvalidRequestError(
                 f"stop has {len(self.stop)} strings; at most {MAX_STOP_STRINGS} are allowed", "stop"
             )
         for name, strings in (("stop", self.stop), ("bad_words", self.bad_words)):
-            if any(not isinstance(s, str) or not s for s in strings):
-                raise InvalidRequestError(f"{name} must hold non-empty strings, got {list(strings)!r}", name)
+            for string in strings:
+                if not isinstance(string, str) or not string:
+                    raise InvalidRequestError(f"{name} must hold non-empty strings, got {shown(string)}", name)
+        if (num_characters := sum(map(len, self.stop))) > MAX_STOP_CHARACTERS:
+            raise InvalidRequestError(
+                f"stop has {num_characters} characters; at most {MAX_STOP_CHARACTERS} are allowed", "stop"
+            )
         if self.seed is not None:
             _integer("seed", self.seed, -MAX_SEED - 1, MAX_SEED)
         if self.logprobs is not None:
@@ -89,15 +94,29 @@ class SamplingParams:
             _integer("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
 
     @property
+    def num_ids(self) -> int:
+        """Ids in all its lists: what the engine is sent, and looks at, for every sequence."""
+        lists = (self.logit_bias, self.allowed_token_ids, self.stop_token_ids, *self.bad_words_token_ids)
+        return sum(len(ids) for ids in lists if ids is not None)
+
+    @property
     def is_greedy(self) -> bool:
         """Whether the most probable token is taken, with no noise."""
         return self.temperature < 1e-5 or self.top_p == 0
 
 
+def _token_ids(name: str, ids: tuple[int, ...]) -> None:
+    # There may be as many as the vocabulary has, so the usual case must not run a line of Python for each.
+    if not ids or (set(map(type, ids)) == {int} and min(ids) >= 0):
+        return
+    for token_id in ids:
+        _integer(name, token_id, 0, None)
+
+
 def _integer(name: str, value: object, low: int, high: int | None) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
         allowed = f"at least {low}" if high is None else f"between {low} and {high}"
-        raise InvalidRequestError(f"{name} must be an integer {allowed}, got {value!r}", name.split(" ")[0])
+        raise InvalidRequestError(f"{name} must be an integer {allowed}, got {shown(value)}", name.split(" ")[0])
 
 
 def _number(name: str, value: object, low: float, high: float, *, low_excluded: bool = False) -> None:
@@ -105,5 +124,5 @@ def _number(name: str, value: object, low: float, high: float, *, low_excluded: 
     if not ok or not (low <= value <= high) or (low_excluded and value == low):  # type: ignore[operator]
         bracket = "(" if low_excluded else "["
         raise InvalidRequestError(
-            f"{name} must be a number in {bracket}{low:g}, {high:g}], got {value!r}", name.split("[")[0]
+            f"{name} must be a number in {bracket}{low:g}, {high:g}], got {shown(value)}", name.split("[")[0]
         )

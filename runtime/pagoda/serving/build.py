@@ -10,6 +10,7 @@ from pagoda.engine.client.client import EngineClient
 from pagoda.models.checkpoint_source import checkpoint_directory
 from pagoda.serving.auth.api_keys import ApiKeys
 from pagoda.serving.context import ServingContext
+from pagoda.serving.decoding_threads import DecodingThreads
 from pagoda.serving.generation import GenerationRunner
 from pagoda.serving.health import ServerHealth
 from pagoda.serving.metrics.prometheus import Metrics
@@ -40,6 +41,7 @@ def make_context(config: PagodaConfig, client: EngineClient, keys: ApiKeys | Non
         health=health,
         metrics=metrics,
         keys=keys,
+        decoding=DecodingThreads(),
     )
 
 

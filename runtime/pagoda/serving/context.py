@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 
 from pagoda.config.schema import PagodaConfig
 from pagoda.serving.auth.api_keys import ApiKeys
-from pagoda.serving.generation import GenerationRunner
+from pagoda.serving.decoding_threads import DecodingThreads
+from pagoda.serving.generation import MAX_SEQUENCES_PER_REQUEST, GenerationRunner
 from pagoda.serving.health import ServerHealth
+from pagoda.serving.json_decoding import NO_LIMITS, JsonLimits
 from pagoda.serving.metrics.prometheus import Metrics
 from pagoda.serving.models import ServedModels
 
@@ -28,11 +30,20 @@ class ServingContext:
     health: ServerHealth
     metrics: Metrics
     keys: ApiKeys
+    decoding: DecodingThreads
 
     @property
     def generator(self) -> TextGenerator:
         """The text layer; raises `EngineNotReadyError` while the model loads."""
         return self.runner.generator
+
+    @property
+    def json_limits(self) -> JsonLimits:
+        """What a body may hold: prompts that fit the model's context, as many as a request may have."""
+        ready = self.client.ready
+        if ready is None:
+            return NO_LIMITS
+        return JsonLimits(self.generator.pool.max_characters, MAX_SEQUENCES_PER_REQUEST * ready.max_model_len)
 
     @property
     def model_name(self) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from pagoda.errors import DeadlineExceededError, EngineNotReadyError, InvalidRequestError
 from pagoda.request import GenerationRequest
+from pagoda.sampling.params import SamplingParams
 from pagoda.serving.auth.api_keys import caller_var
 from pagoda.serving.interruptible_wait import InterruptibleWait
 from pagoda.text.output import CompletionOutput, GenerationChunk
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from pagoda.text.generation import TextGenerator
 
 MAX_SEQUENCES_PER_REQUEST = 512
+MAX_PARAMETER_IDS_PER_REQUEST = 2**20
+"""Each sequence has its own in the engine: 512 prompts with a vocabulary of allowed_token_ids would be gigabytes."""
 
 
 class RequestObserver(Protocol):
@@ -37,12 +40,21 @@ ObserverFactory = Callable[[GenerationRequest, float], RequestObserver]
 """Makes the observer of a job; the second argument is its arrival, in `time.monotonic()` seconds."""
 
 
-def check_job_count(jobs: Sequence[GenerationRequest]) -> None:
-    """Refuse a request that asks for more sequences at once than any may."""
-    count = sum(job.params.n for job in jobs)
+def check_cost(params: SamplingParams, num_prompts: int) -> None:
+    """Refuse a request of so many prompts that asks for more sequences, or ids of parameters in all of them, than any may.
+
+    To be called before its jobs are made.
+    """
+    count = num_prompts * params.n
     if count > MAX_SEQUENCES_PER_REQUEST:
         raise InvalidRequestError(
             f"the request asks for {count} sequences (prompts times n); at most {MAX_SEQUENCES_PER_REQUEST} are allowed"
+        )
+    num_ids = count * params.num_ids
+    if count > 1 and num_ids > MAX_PARAMETER_IDS_PER_REQUEST:
+        raise InvalidRequestError(
+            f"the request has {params.num_ids} ids in logit_bias, allowed_token_ids and stop_token_ids for each of {count} "
+            f"sequences; at most {MAX_PARAMETER_IDS_PER_REQUEST} in all of them are allowed"
         )
 
 
@@ -160,9 +172,12 @@ class GenerationRunner:
         """The results of all jobs, side by side; the first error aborts the others and is raised."""
         if len(jobs) == 1:
             return [await self.collect(jobs[0], request_id)]
-        tasks = [asyncio.create_task(self.collect(job, f"{request_id}-{index}")) for index, job in enumerate(jobs)]
+        tasks: list[asyncio.Task[list[CompletionOutput]]] = []
         try:
             async with cancelling(tasks):
+                for index, job in enumerate(jobs):
+                    tasks.append(asyncio.create_task(self.collect(job, f"{request_id}-{index}")))
+                    await asyncio.sleep(0)  # each begins in a turn of the loop of its own: they may have much to do
                 return await asyncio.gather(*tasks)
         finally:
             del tasks  # their errors hold this frame through their tracebacks

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pagoda.errors import ModelNotFoundError
+from pagoda.errors import ModelNotFoundError, shown
 from pagoda.serving.generation import GenerationRunner
 from pagoda.serving.health import ServerHealth
-from pagoda.serving.json_values import shown
 
 
 @dataclass(frozen=True, slots=True)

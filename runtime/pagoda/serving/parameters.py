@@ -9,18 +9,22 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import orjson
 
-from pagoda.errors import InvalidRequestError
-from pagoda.request import GenerationRequest
+from pagoda.errors import InvalidRequestError, shown
+from pagoda.request import GenerationRequest, TokenIds
 from pagoda.sampling.params import SamplingParams
-from pagoda.serving.json_values import shown
+from pagoda.serving import json_decoding
 
 MAX_INTEGER = 2**31 - 1
 MICROSECONDS = 1_000_000
 TIMEOUT_HEADER = "x-request-timeout-seconds"
 MAX_CACHE_SALT_CHARACTERS = 256
 MAX_TIMEOUT_SECONDS = 7 * 24 * 3600.0
+MAX_PARAMETER_STRINGS = 256
+MAX_PARAMETER_IDS = 2**19
+"""Ids of a list such as allowed_token_ids; no vocabulary has more."""
 
 
 def as_integer(name: str, value: object) -> int:
@@ -55,6 +59,10 @@ def as_string(name: str, value: object) -> str:
 def as_strings(name: str, value: object) -> tuple[str, ...]:
     """A string (taken as one, never as JSON) or a list of strings."""
     values = value if isinstance(value, list) else [value]
+    if len(values) > MAX_PARAMETER_STRINGS:
+        raise InvalidRequestError(
+            f"{name} has {len(values)} strings; at most {MAX_PARAMETER_STRINGS} are allowed", name
+        )
     if not all(isinstance(item, str) for item in values):
         raise InvalidRequestError(f"{name} must be a string or a list of strings", name)
     return tuple(values)
@@ -64,7 +72,11 @@ def as_token_ids(name: str, value: object) -> tuple[int, ...]:
     """A token id, a list of token ids, or (where the protocol has only scalars) a JSON list in a string."""
     if isinstance(value, str):
         value = _from_json_text(name, value, "[13, 198]")
-    values = value if isinstance(value, list) else [value]
+    values = value if isinstance(value, list | TokenIds) else [value]
+    if len(values) > MAX_PARAMETER_IDS:
+        raise InvalidRequestError(f"{name} has {len(values)} ids; at most {MAX_PARAMETER_IDS} are allowed", name)
+    if isinstance(values, TokenIds):
+        return tuple(np.unique(values.array).tolist())  # as a set they are meant
     return tuple(as_integer(name, item) for item in values)
 
 
@@ -85,7 +97,7 @@ def as_logit_bias(name: str, value: object) -> dict[int, float]:
 
 def _from_json_text(name: str, text: str, example: str) -> object:
     try:
-        return orjson.loads(text)
+        return json_decoding.loads(text.encode())
     except orjson.JSONDecodeError:
         raise InvalidRequestError(
             f"{name} as a string must be JSON such as {example}, got {shown(text)}", name

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from pagoda.config.schema import PagodaConfig
 from pagoda.engine.messages import EngineOutput
 from pagoda.errors import EngineNotReadyError, InvalidRequestError, RequestFailedError
-from pagoda.request import EngineRequest, GenerationRequest
+from pagoda.request import EngineRequest, GenerationRequest, TokenIds
 from pagoda.sampling.params import SamplingParams
 from pagoda.text.checkpoint_defaults import read_checkpoint_defaults
 from pagoda.text.output import GenerationChunk, PositionLogprobs, TokenLogprob
@@ -18,7 +18,7 @@ from pagoda.text.output_processor import RequestMessageState, RequestTextState
 from pagoda.text.responses.checkpoint import AnswerFormat
 from pagoda.text.responses.checkpoint import answer_format as make_answer_format
 from pagoda.text.streams import merge_streams
-from pagoda.text.validation import RequestLimits, validate_request
+from pagoda.text.validation import RequestLimits, check_num_tokens, validate_request
 
 if TYPE_CHECKING:
     from pagoda.engine.client.client import EngineClient
@@ -106,8 +106,10 @@ class TextGenerator:
             prompt_token_ids = await self.pool.encode(prompt, add_special_tokens=request.add_special_tokens)
             echoed = prompt if request.echo else ""
         else:
-            prompt_token_ids = prompt
-            echoed = await self._decode_prompt(prompt, params) if request.echo else ""
+            check_num_tokens(len(prompt), limits)
+            prompt_token_ids = prompt.tolist() if isinstance(prompt, TokenIds) else prompt
+            echoed = await self._decode_prompt(prompt_token_ids, params) if request.echo else ""
+        self.pool.check_response(len(echoed) * params.n)
         prediction: list[int] = []
         if request.prediction and limits.num_speculative_tokens:
             prediction = await self.pool.encode(request.prediction, add_special_tokens=False)

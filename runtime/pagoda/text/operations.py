@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from pagoda.errors import PagodaError, RequestFailedError
+from pagoda.errors import InvalidRequestError, PagodaError, RequestFailedError
 from pagoda.models.checkpoint_files import shown_reason
 from pagoda.text.chat_template import ChatTemplate, Message, chat_template_from_config
 from pagoda.text.template_process import TemplateProcess
 from pagoda.text.tokenizer import Tokenizer
 from pagoda.text.tokenizer_loading import is_panic
+
+CHARACTERS_A_TOKEN = 6
+"""A text with more of them for each token of the context is most likely too long; in most languages a token has 2 to 5."""
+PIECE_CHARACTERS = 2**14
+DECODED_AT_ONCE = 512
 
 
 class TextOperations:
@@ -40,6 +45,7 @@ class TextOperations:
         self._operations: dict[str, Callable[..., Any]] = {
             "encode": self.encode,
             "decode": self.decode,
+            "decode_each": self.decode_each,
             "render_chat_and_encode": self.render_chat_and_encode,
         }
 
@@ -61,11 +67,49 @@ class TextOperations:
                 f"{operation} failed in the tokenizer: {type(error).__name__}: {shown_reason(error)}"
             ) from error
 
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool, max_tokens: int | None = None) -> list[int]:
+        """Token ids of `text`; refuses one of very many more than `max_tokens` tokens, for each takes a hundred bytes here."""
+        if max_tokens is not None and len(text) > max(PIECE_CHARACTERS, CHARACTERS_A_TOKEN * max_tokens):
+            self._check_length(text, max_tokens)
         return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
-    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool, max_characters: int | None = None) -> str:
+        """Text of `token_ids`, which may have `max_characters`."""
+        self._check_characters(token_ids, max_characters)
         return self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    def decode_each(self, token_ids: Sequence[int], *, max_characters: int | None = None) -> list[str]:
+        """The text of each of `token_ids` by itself; together they may have `max_characters`."""
+        self._check_characters(token_ids, max_characters)
+        unique = list(dict.fromkeys(token_ids))
+        texts: dict[int, str] = {}
+        for start in range(0, len(unique), DECODED_AT_ONCE):
+            ids = unique[start : start + DECODED_AT_ONCE]
+            texts.update(zip(ids, self.tokenizer.decode_each(ids), strict=True))
+        return [texts[token_id] for token_id in token_ids]
+
+    def _check_length(self, text: str, max_tokens: int) -> None:
+        """Refuse `text` if its pieces have twice as many tokens as are allowed; cutting it adds a few at each cut."""
+        num_tokens = 0
+        for start in range(0, len(text), PIECE_CHARACTERS):
+            num_tokens += len(self.tokenizer.encode(text[start : start + PIECE_CHARACTERS], add_special_tokens=False))
+            if num_tokens > 2 * max_tokens:
+                raise InvalidRequestError(
+                    f"the prompt of {len(text)} characters has more than {2 * max_tokens} tokens; the model's context has "
+                    f"{max_tokens}",
+                    "prompt",
+                )
+
+    def _check_characters(self, token_ids: Sequence[int], max_characters: int | None) -> None:
+        if max_characters is None:
+            return
+        lengths = {token_id: len(self.tokenizer.token(token_id) or "") for token_id in set(token_ids)}
+        if sum(lengths[token_id] for token_id in token_ids) > max_characters:
+            raise InvalidRequestError(
+                f"the text of these {len(token_ids)} tokens has more than {max_characters} characters, which are allowed in "
+                "one response",
+                "tokens",
+            )
 
     def render_chat_and_encode(
         self, messages: Sequence[Message], *, add_special_tokens: bool, **template_arguments: Any

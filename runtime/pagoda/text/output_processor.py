@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from typing_extensions import override
 
 from pagoda import faults
@@ -30,7 +28,7 @@ class RequestTextState:
     def __init__(
         self,
         tokenizer: Tokenizer,
-        prompt_token_ids: Sequence[int],
+        prompt_token_ids: list[int],
         sampling: SamplingParams,
         *,
         index: int = 0,
@@ -97,7 +95,7 @@ class RequestTextState:
             finish_reason=finish_reason,
             stop_reason=stop_reason,
             num_prompt_tokens=len(self._prompt_token_ids) if first else None,
-            prompt_token_ids=list(self._prompt_token_ids) if first else None,
+            prompt_token_ids=self._prompt_token_ids if first else None,
             prompt_logprobs=(
                 None if prompt_logprobs is None else decode_prompt_logprobs(self._tokenizer, prompt_logprobs)
             ),
@@ -138,7 +136,7 @@ class RequestMessageState(RequestTextState):
     def __init__(
         self,
         tokenizer: Tokenizer,
-        prompt_token_ids: Sequence[int],
+        prompt_token_ids: list[int],
         sampling: SamplingParams,
         parser: ResponseParser,
         *,

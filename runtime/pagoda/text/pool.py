@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pagoda.config.schema import PagodaConfig
 from pagoda.errors import ConfigError, EngineNotReadyError, InvalidRequestError
+from pagoda.request import TokenIds
 from pagoda.text.chat_template import Message
 from pagoda.text.operations import TextOperations
 from pagoda.text.process_workers import ProcessWorkers
@@ -19,6 +20,8 @@ from pagoda.text.workers import WorkerOptions, Workers
 # it, and the event loop is blocked for about 0.1 ms.
 INLINE_CHARACTERS = 128
 INLINE_TOKENS = 128
+MIN_DECODED_CHARACTERS = 2**20
+DECODED_CHARACTERS_A_TOKEN = 16
 
 
 class TokenizerPool:
@@ -88,7 +91,7 @@ class TokenizerPool:
                 f"{limit} at most",
                 "prompt",
             )
-        arguments = {"text": text, "add_special_tokens": add_special_tokens}
+        arguments = {"text": text, "add_special_tokens": add_special_tokens, "max_tokens": self.max_model_len}
         token_ids: list[int] = await self._call("encode", arguments, inline=len(text) <= INLINE_CHARACTERS)
         return token_ids
 
@@ -99,6 +102,23 @@ class TokenizerPool:
         arguments = {"token_ids": list(token_ids), "skip_special_tokens": skip_special_tokens}
         text: str = await self._call("decode", arguments, inline=len(token_ids) <= INLINE_TOKENS)
         return text
+
+    async def decode_request(self, token_ids: Sequence[int]) -> str:
+        """Text of the ids that a client sent, special tokens too; no more of them than the model's context has.
+
+        Raises `InvalidRequestError` for more, and for a text that is too long for a response.
+        """
+        self._check_count(token_ids)
+        ids = token_ids.tolist() if isinstance(token_ids, TokenIds) else token_ids
+        arguments = {"token_ids": ids, "skip_special_tokens": False, "max_characters": self._max_decoded}
+        text: str = await self._call("decode", arguments, inline=False)
+        return text
+
+    async def decode_each(self, token_ids: Sequence[int]) -> list[str]:
+        """The text of each id by itself, special tokens too. Raises what `decode_request` does."""
+        arguments = {"token_ids": token_ids, "max_characters": self._max_decoded}
+        texts: list[str] = await self._call("decode_each", arguments, inline=False)
+        return texts
 
     async def render_chat_and_encode(
         self,
@@ -130,6 +150,26 @@ class TokenizerPool:
         }
         token_ids: list[int] = await self._call("render_chat_and_encode", arguments, inline=False)
         return token_ids
+
+    def _check_count(self, token_ids: Sequence[int]) -> None:
+        if self.max_model_len is not None and len(token_ids) > self.max_model_len:
+            raise InvalidRequestError(
+                f"there are {len(token_ids)} tokens; the model's context has {self.max_model_len}", "tokens"
+            )
+
+    def check_response(self, num_characters: int) -> None:
+        """Refuse to repeat so many characters of prompts in one response."""
+        if num_characters > self._max_decoded:
+            raise InvalidRequestError(
+                f"echo would repeat {num_characters} characters (the prompt's times n); at most {self._max_decoded} are "
+                "allowed in one response",
+                "echo",
+            )
+
+    @property
+    def _max_decoded(self) -> int:
+        """Characters of a response that is the text of tokens; vocabularies have tokens of thousands of characters."""
+        return max(MIN_DECODED_CHARACTERS, DECODED_CHARACTERS_A_TOKEN * (self.max_model_len or 0))
 
     @property
     def chat_template_sources(self) -> list[str]:

@@ -46,8 +46,11 @@ async def merge_streams(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGene
         else:
             await queue.put(_End(None))
 
-    tasks = [asyncio.create_task(read(index, stream)) for index, stream in enumerate(streams)]
+    tasks: list[asyncio.Task[None]] = []
     async with cancelling(tasks):
+        for index, stream in enumerate(streams):
+            tasks.append(asyncio.create_task(read(index, stream)))
+            await asyncio.sleep(0)  # each begins in a turn of the loop of its own: they may have much to do
         num_open = len(tasks)
         while num_open:
             item = await queue.get()

@@ -122,6 +122,11 @@ class Tokenizer:
         text: str = self._backend.decode_batch([list(token_ids)], skip_special_tokens=skip_special_tokens)[0]
         return text
 
+    def decode_each(self, token_ids: Sequence[int]) -> list[str]:
+        """`decode` of each id by itself, special tokens too."""
+        texts: list[str] = self._backend.decode_batch([[token_id] for token_id in token_ids], skip_special_tokens=False)
+        return texts
+
     def token(self, token_id: int) -> str | None:
         """The vocabulary entry of an id as it is written in the vocabulary; None for an id without one."""
         token: str | None = self._backend.id_to_token(token_id)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import takewhile
 
 from pagoda.errors import InvalidRequestError
@@ -43,10 +44,14 @@ def validate_request(
     Raises `InvalidRequestError` naming the field and the numbers that do not fit: this is where a client's mistake is found.
     """
     params = request.params
-    _check_prompt(prompt_token_ids, limits)
+    check_num_tokens(len(prompt_token_ids), limits)
+    _check_range("prompt", prompt_token_ids, limits.vocab_size)
     max_tokens = _resolve_max_tokens(params, len(prompt_token_ids), limits)
     _check_ids(params, limits.vocab_size)
-    bad_words_token_ids = (*params.bad_words_token_ids, *_bad_words_token_ids(params.bad_words, tokenizer.encode))
+    bad_words_token_ids = (
+        *params.bad_words_token_ids,
+        *_bad_words_token_ids(tuple(params.bad_words), tokenizer.encode),
+    )
     whole = EngineRequest.of(
         request,
         prompt_token_ids=prompt_token_ids,
@@ -72,16 +77,16 @@ def validate_request(
     ]
 
 
-def _check_prompt(prompt_token_ids: Sequence[int], limits: RequestLimits) -> None:
-    if not prompt_token_ids:
+def check_num_tokens(num_prompt_tokens: int, limits: RequestLimits) -> None:
+    """Refuse a prompt of so many tokens unless it leaves one for the completion."""
+    if num_prompt_tokens == 0:
         raise InvalidRequestError("the prompt is empty: at least one token is needed", "prompt")
-    if len(prompt_token_ids) >= limits.max_model_len:
+    if num_prompt_tokens >= limits.max_model_len:
         raise InvalidRequestError(
-            f"the prompt has {len(prompt_token_ids)} tokens, which leaves no token for a completion: the model's context "
+            f"the prompt has {num_prompt_tokens} tokens, which leaves no token for a completion: the model's context "
             f"has {limits.max_model_len} tokens",
             "prompt",
         )
-    _check_range("prompt", prompt_token_ids, limits.vocab_size)
 
 
 def _resolve_max_tokens(params: SamplingParams, num_prompt_tokens: int, limits: RequestLimits) -> int:
@@ -123,7 +128,8 @@ def _check_range(param: str, token_ids: Collection[int], vocab_size: int) -> Non
             )
 
 
-def _bad_words_token_ids(bad_words: Sequence[str], encode: Callable[..., list[int]]) -> list[tuple[int, ...]]:
+@lru_cache(maxsize=16)  # the prompts of a request have the same ones
+def _bad_words_token_ids(bad_words: tuple[str, ...], encode: Callable[..., list[int]]) -> list[tuple[int, ...]]:
     """Each word alone and after a space; the tokens differ in most vocabularies."""
     if len(bad_words) > MAX_BAD_WORDS or sum(map(len, bad_words)) > MAX_BAD_WORD_CHARACTERS:
         raise InvalidRequestError(

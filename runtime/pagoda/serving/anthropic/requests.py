@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from pagoda.errors import InvalidRequestError, NotSupportedError
+from pagoda.errors import InvalidRequestError, NotSupportedError, shown
 from pagoda.serving.anthropic.types import AnthropicMessage, Blocks, CountTokensRequest, MessagesRequest
-from pagoda.serving.json_values import shown
 from pagoda.serving.openai.requests import parse_request
 from pagoda.serving.openai.types import ChatCompletionRequest
 

@@ -25,8 +25,10 @@ def anthropic_router(context: ServingContext) -> APIRouter:
     @router.post("", responses={200: {"content": EVENTS}}, openapi_extra=request_body(MessagesRequest))
     async def messages(request: Request) -> Response:
         """Continue a conversation; `stream: true` streams Anthropic's events."""
-        body = await read_request(context, request, MessagesRequest)
-        call = MessagesCall(context, body, requested_seconds(request))
+        seconds = requested_seconds(request)
+        body, call = await read_request(
+            context, request, MessagesRequest, lambda body: (body, MessagesCall(context, body, seconds))
+        )
         if body.stream:
             return await open_event_stream(request, call.events(), anthropic_error_event, context.metrics)
         return json_response(await until_disconnect(request, call.whole()))
@@ -34,8 +36,10 @@ def anthropic_router(context: ServingContext) -> APIRouter:
     @router.post("/count_tokens", openapi_extra=request_body(CountTokensRequest))
     async def count_tokens(request: Request) -> Response:
         """Tokens of the prompt that a conversation becomes."""
-        body = await read_request(context, request, CountTokensRequest)
-        (job,) = await until_disconnect(request, ChatCall(context, chat_request(body), None).jobs())
+        chat = await read_request(
+            context, request, CountTokensRequest, lambda body: ChatCall(context, chat_request(body), None)
+        )
+        (job,) = await until_disconnect(request, chat.jobs())
         return json_response({"input_tokens": len(job.prompt)})
 
     return router

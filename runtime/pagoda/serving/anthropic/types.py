@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field
 
-from pagoda.serving.openai.types import RequestModel, RequestPart
+from pagoda.serving.openai.types import MAX_TOOLS, RequestModel, RequestPart, Strings
 
-Blocks = list[dict[str, Any]]
+Blocks = Annotated[list[dict[str, Any]], Field(fail_fast=True)]
 
 
 class AnthropicMessage(RequestPart):
@@ -51,9 +51,9 @@ class OutputConfig(RequestPart):
 class CountTokensRequest(RequestModel):
     """A conversation whose prompt is to be counted."""
 
-    messages: list[AnthropicMessage]
+    messages: Annotated[list[AnthropicMessage], Field(fail_fast=True)]
     system: str | Blocks | None = None
-    tools: list[AnthropicTool] | None = None
+    tools: Annotated[list[AnthropicTool], Field(fail_fast=True, max_length=MAX_TOOLS)] | None = None
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
@@ -71,7 +71,7 @@ class MessagesRequest(CountTokensRequest):
     max_tokens: int | None = Field(
         None, description="A bound; what does not fit the model's context is left out of it."
     )
-    stop_sequences: list[str] | None = None
+    stop_sequences: Strings | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None

@@ -9,10 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pagoda.errors import InvalidRequestError
+from pagoda.errors import InvalidRequestError, shown
 from pagoda.serving.grpc.messages import InferTensorContents, ModelInferResponse, ModelStreamInferResponse
-from pagoda.serving.json_values import shown
-from pagoda.serving.v2.inference import V2Request, refuse_shared_memory, requested_output
+from pagoda.serving.v2.inference import (
+    V2Request,
+    check_num_tensors,
+    check_request_id,
+    refuse_shared_memory,
+    requested_output,
+)
 from pagoda.serving.v2.tensors import (
     BYTES,
     DATATYPES,
@@ -20,6 +25,7 @@ from pagoda.serving.v2.tensors import (
     raw_from_tensor,
     tensor_from_raw,
     tensor_from_values,
+    values_of,
 )
 
 CONTENTS_FIELDS = {
@@ -44,6 +50,8 @@ _CHANGING_OUTPUTS = frozenset({"text_output", "output_ids", "num_output_tokens"}
 def decode_request(message: Any, timeout_seconds: float | None) -> V2Request:
     """A `ModelInferRequest` whose client waits `timeout_seconds`; raises `InvalidRequestError` for what does not fit."""
     raw = message.raw_input_contents
+    check_num_tensors("inputs", len(message.inputs))
+    check_num_tensors("outputs", len(message.outputs))
     if raw and len(raw) != len(message.inputs):
         raise InvalidRequestError(
             f"raw_input_contents has {len(raw)} entries for {len(message.inputs)} inputs; one for each is needed",
@@ -64,7 +72,7 @@ def decode_request(message: Any, timeout_seconds: float | None) -> V2Request:
         method="grpc",
         model_name=message.model_name,
         model_version=message.model_version,
-        request_id=message.id,
+        request_id=check_request_id(message.id),
         inputs=inputs,
         parameters=decode_parameters(message.parameters),
         outputs=tuple(
@@ -156,7 +164,7 @@ def _tensor_from_contents(tensor: Any) -> Tensor:
 
 
 def _contents_of(tensor: Tensor) -> Any:
-    values = tensor.data
+    values = values_of(tensor.data)
     if tensor.datatype == BYTES:
         values = [element.encode() if isinstance(element, str) else element for element in values]
     return InferTensorContents(**{CONTENTS_FIELDS[tensor.datatype]: values})

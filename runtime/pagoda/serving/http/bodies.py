@@ -5,7 +5,6 @@ tritonclient.http sends JSON without a Content-Type, so the header is not consul
 
 from __future__ import annotations
 
-import asyncio
 import zlib
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -14,21 +13,25 @@ import orjson
 from starlette.requests import Request
 
 from pagoda.errors import InvalidRequestError, RequestTooLargeError
+from pagoda.serving import json_decoding
+from pagoda.serving.decoding_threads import DecodingThreads
+from pagoda.serving.json_decoding import LARGE_BYTES, NO_LIMITS, JsonLimits
 
 T = TypeVar("T")
 
 # 32 + 15: either a gzip or a zlib header, with the largest window.
 GZIP_OR_ZLIB_WINDOW_BITS = 47
 ENCODINGS = {"gzip", "x-gzip", "deflate"}
-THREAD_ABOVE_BYTES = 2**20
-"""A larger body is decoded by a thread, so that the event loop's streams go on.
+MAX_COMPRESSION_RATIO = 100
+"""JSON becomes a fifth, one prompt in many variants a fiftieth; deflate could make a thousandth of zeros."""
+ANY_RATIO_BYTES = 2**20
+"""What a body may become whatever its ratio."""
+_PIECE = 2**17
 
-Decompression releases the GIL, and the checks of what was parsed can be interrupted. The one call of orjson cannot: it is
-milliseconds for a MiB of text, and more for a MiB of numbers.
-"""
 
-
-async def decode_body(request: Request, limit: int, decode: Callable[[bytes], T]) -> T:
+async def decode_body(
+    request: Request, limit: int, threads: DecodingThreads, decode: Callable[[bytes | bytearray], T]
+) -> T:
     """`decode` of the decompressed body, in a thread where that may take long.
 
     Neither the body nor what it decompresses to is ever held beyond `limit` bytes. Raises what `decode` raises,
@@ -38,22 +41,22 @@ async def decode_body(request: Request, limit: int, decode: Callable[[bytes], T]
     body = await _read(request, limit)
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
     if encoding in ("", "identity"):
-        return decode(body) if len(body) <= THREAD_ABOVE_BYTES else await asyncio.to_thread(decode, body)
+        return await threads.run(len(body), lambda: decode(body))
     if encoding not in ENCODINGS:
         raise InvalidRequestError(f"Content-Encoding must be gzip, deflate or identity, got {encoding[:40]!r}")
     # A small body may decompress to a large one.
-    return await asyncio.to_thread(lambda: decode(_decompress(body, limit)))
+    return await threads.run(LARGE_BYTES + 1, lambda: decode(_decompress(body, limit)))
 
 
-def parse_object(body: bytes) -> dict[str, Any]:
-    """The JSON object that `body` is.
+def parse_object(body: bytes | bytearray | memoryview, limits: JsonLimits = NO_LIMITS) -> dict[str, Any]:
+    """The JSON object that `body` is; raises what `json_decoding.loads` does, but `InvalidRequestError` for what is no JSON.
 
     NaN, infinity, lone surrogates, invalid UTF-8 and nesting beyond about a thousand levels are not JSON here either.
     """
     if not body:
         raise InvalidRequestError("the body is empty; a JSON object is needed")
     try:
-        value = orjson.loads(body)
+        value = json_decoding.loads(body, limits)
     except orjson.JSONDecodeError as error:
         raise InvalidRequestError(f"the body is not valid JSON: {error}") from None
     if not isinstance(value, dict):
@@ -61,29 +64,49 @@ def parse_object(body: bytes) -> dict[str, Any]:
     return value
 
 
-async def _read(request: Request, limit: int) -> bytes:
+async def _read(request: Request, limit: int) -> bytes | bytearray:
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > limit:
         raise _too_large(limit)
-    pieces: list[bytes] = []
-    size = 0
+    body: bytes | bytearray = b""
     async for piece in request.stream():
-        size += len(piece)
-        if size > limit:
+        if len(body) + len(piece) > limit:
             raise _too_large(limit)
-        pieces.append(piece)
-    return b"".join(pieces)
+        if not body:
+            body = piece
+        elif isinstance(body, bytearray):
+            body += piece
+        else:
+            body = bytearray(body) + piece
+    return body
 
 
-def _decompress(body: bytes, limit: int) -> bytes:
+def _decompress(body: bytes | bytearray, limit: int) -> bytearray:
+    """`body` decompressed, piece by piece, so that nothing is made beyond a limit."""
     decompressor = zlib.decompressobj(GZIP_OR_ZLIB_WINDOW_BITS)
+    decompressed = bytearray()
+    ratio_limit = max(ANY_RATIO_BYTES, MAX_COMPRESSION_RATIO * len(body))
+    start = 0
     try:
-        decompressed = decompressor.decompress(body, limit + 1)
+        while start < len(body) and not decompressor.eof:
+            rest: bytes | bytearray = body[start : start + _PIECE]
+            start += len(rest)
+            is_cut = True
+            while is_cut:
+                made = decompressor.decompress(rest, _PIECE)
+                rest = decompressor.unconsumed_tail
+                is_cut = not decompressor.eof and (bool(rest) or len(made) == _PIECE)
+                decompressed += made
+                if len(decompressed) > limit:
+                    raise _too_large(limit)
+                if len(decompressed) > ratio_limit:
+                    raise RequestTooLargeError(
+                        f"the body becomes more than {MAX_COMPRESSION_RATIO} times as large when it is decompressed, and "
+                        f"larger than {ANY_RATIO_BYTES} bytes; compress it less, or not at all"
+                    )
     except zlib.error as error:
         raise InvalidRequestError(f"the body cannot be decompressed: {error}") from None
-    if len(decompressed) > limit:
-        raise _too_large(limit)
-    if not decompressor.eof or decompressor.unused_data:
+    if not decompressor.eof or decompressor.unused_data or start < len(body):
         raise InvalidRequestError("the body cannot be decompressed: it is cut short, or something follows it")
     return decompressed
 

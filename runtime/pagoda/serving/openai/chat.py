@@ -12,7 +12,7 @@ from pagoda.errors import InvalidRequestError, NotSupportedError
 from pagoda.request import GenerationRequest
 from pagoda.sampling.params import MAX_LOGPROBS
 from pagoda.serving.context import ServingContext
-from pagoda.serving.generation import limit_time
+from pagoda.serving.generation import check_cost, limit_time
 from pagoda.serving.openai.call import Call, Choice
 from pagoda.serving.openai.finish import finish_fields
 from pagoda.serving.openai.logprobs import chat_logprobs, prompt_logprobs
@@ -42,17 +42,21 @@ class ChatCall(Call):
             overrides["max_tokens"] = request.max_completion_tokens
         super().__init__(context, request)
         self._request = request
+        self._messages = template_messages(request.messages)
         generator = context.generator
         job = limit_time(generation_request(request, generator.sampling_params, overrides), seconds)
         if request.prediction is not None:
             job = replace(job, prediction=request.prediction.text)
+        check_cost(job.params, 1)
         self._job = replace(job, answer=answer_options(request, generator.answer_format))
         self._variables = reasoning_variables(request.reasoning_effort, request.enable_thinking)
 
     @override
     async def jobs(self) -> list[GenerationRequest]:
         tools = template_tools(self._request.tools, self._request.tool_choice)
-        prompt = await encode_chat(self._context, self._request, tools=tools, variables=self._variables)
+        prompt = await encode_chat(
+            self._context, self._request, self._messages, tools=tools, variables=self._variables
+        )
         return [replace(self._job, prompt=prompt)]
 
     @override
@@ -150,15 +154,16 @@ def _reasoning_members(text: str) -> dict[str, str]:
 async def encode_chat(
     context: ServingContext,
     request: ChatCompletionRequest | TokenizeRequest,
+    messages: list[dict[str, Any]],
     *,
     tools: list[dict[str, Any]] | None = None,
     variables: Mapping[str, Any] | None = None,
 ) -> list[int]:
-    """Token ids of the conversation in `request`, through the chat template."""
+    """Token ids of the conversation in `request`, whose `messages` are in the template's form, through the chat template."""
     continues = bool(request.continue_final_message)
     add_generation_prompt = request.add_generation_prompt
     return await context.generator.pool.render_chat_and_encode(
-        template_messages(request.messages or []),
+        messages,
         tools=tools,
         add_generation_prompt=not continues if add_generation_prompt is None else add_generation_prompt,
         continue_final_message=continues,

@@ -8,14 +8,14 @@ from typing import Any
 
 from typing_extensions import override
 
-from pagoda.errors import InvalidRequestError, NotSupportedError
+from pagoda.errors import NotSupportedError
 from pagoda.request import GenerationRequest
 from pagoda.serving.context import ServingContext
-from pagoda.serving.generation import check_job_count, limit_time
+from pagoda.serving.generation import check_cost, limit_time
 from pagoda.serving.openai.call import Call, Choice
 from pagoda.serving.openai.finish import finish_fields
 from pagoda.serving.openai.logprobs import CompletionLogprobs, joined, prompt_logprobs
-from pagoda.serving.openai.requests import PROMPT_FORMS, check_stream_options, generation_request
+from pagoda.serving.openai.requests import check_stream_options, generation_request
 from pagoda.serving.openai.types import CompletionRequest
 from pagoda.text.output import CompletionOutput, GenerationChunk
 from pagoda.text.pool import TokenizerPool
@@ -39,11 +39,8 @@ class CompletionCall(Call):
         super().__init__(context, request)
         self._request = request
         add_special_tokens = request.add_special_tokens is not False
-        self._jobs = [
-            replace(job, prompt=prompt, add_special_tokens=add_special_tokens)
-            for prompt in split_prompt(request.prompt)
-        ]
-        check_job_count(self._jobs)
+        check_cost(job.params, len(request.prompt))
+        self._jobs = [replace(job, prompt=prompt, add_special_tokens=add_special_tokens) for prompt in request.prompt]
 
     @override
     async def jobs(self) -> list[GenerationRequest]:
@@ -102,20 +99,3 @@ class _CompletionChoice(Choice):
         if part.logprobs:
             parts.append(self._logprobs.add(part.logprobs))
         return joined(parts) if parts else None
-
-
-def split_prompt(prompt: object) -> list[str | list[int]]:
-    """The prompts of a request: text, or token ids, one or several."""
-    if isinstance(prompt, str):
-        return [prompt]
-    if isinstance(prompt, list) and prompt:
-        if isinstance(prompt[0], int):
-            return [_ids(prompt)]
-        return [entry if isinstance(entry, str) else _ids(entry) for entry in prompt]
-    raise InvalidRequestError(f"prompt must be {PROMPT_FORMS}, and not empty", "prompt")
-
-
-def _ids(entry: object) -> list[int]:
-    if not isinstance(entry, list) or not entry or min(entry) < 0 or max(entry) >= 2**31:
-        raise InvalidRequestError("a prompt of token ids must hold at least one id, and none below 0", "prompt")
-    return entry

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence, Sized
 from typing import Any, TypeVar
 
 import orjson
 from pydantic import ValidationError
 
-from pagoda.errors import InvalidRequestError, NotSupportedError
+from pagoda.errors import InvalidRequestError, NotSupportedError, shown
 from pagoda.request import GenerationRequest
-from pagoda.serving.json_values import shown
-from pagoda.serving.openai.types import Message, RequestModel, SamplingFields
+from pagoda.serving import json_decoding
+from pagoda.serving.openai.types import RequestModel, SamplingFields
+from pagoda.serving.openai.validators import first_error
 from pagoda.serving.parameters import FIELDS, MakeSampling, parse_parameters
 
 logger = logging.getLogger(__name__)
@@ -20,11 +21,10 @@ logger = logging.getLogger(__name__)
 Request = TypeVar("Request", bound=RequestModel)
 
 MAX_NAMES_LOGGED = 100
-PROMPT_FORMS = "a string, a list of strings, a list of token ids, or a list of lists of token ids"
 
 
 def _is_given(value: object) -> bool:
-    return value is not None and value is not False and value not in ("", [], {})
+    return value is not None and value is not False and (not isinstance(value, Sized) or len(value) > 0)
 
 
 def _is_other_than(*allowed: object) -> Callable[[object], bool]:
@@ -83,7 +83,7 @@ def generation_request(
     request: SamplingFields, make_sampling: MakeSampling, overrides: Mapping[str, Any]
 ) -> GenerationRequest:
     """What the given fields ask for, but for the prompt; `overrides` replace or add fields, None removes one."""
-    given = request.model_dump(exclude_none=True, include=set(FIELDS) & set(type(request).model_fields))
+    given = {name: getattr(request, name) for name in type(request).model_fields if name in FIELDS}
     return parse_parameters({**given, **overrides}, make_sampling)
 
 
@@ -93,27 +93,40 @@ def check_stream_options(request: SamplingFields) -> None:
         raise InvalidRequestError("stream_options is allowed only with stream: true", "stream_options")
 
 
-def template_messages(messages: list[Message]) -> list[dict[str, Any]]:
+def template_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Messages as the chat template takes them; only text can be understood here.
 
     Arguments of calls, which the protocol has as JSON text, become the objects that templates print, each in its own form.
     """
     for message in messages:
-        if not isinstance(message.content, list):
-            continue
-        for part in message.content:
+        content = message.get("content")
+        for part in content if isinstance(content, list) else ():
             if part.get("type") != "text":
                 raise NotSupportedError(f"content of type {shown(part.get('type'))} is not supported; only text is")
             if not isinstance(part.get("text"), str):
                 raise InvalidRequestError("a content part of type text needs a string in text", "messages")
-    plain = [message.model_dump(exclude_none=True) for message in messages]
-    for message_ in plain:
-        for call in message_.get("tool_calls") or ():
-            call["function"]["arguments"] = _arguments_object(call["function"].get("arguments"))
-            call.setdefault("type", "function")
-        if message_.get("tool_calls"):
-            message_.setdefault("content", "")
+    return [_template_message(message) for message in messages]
+
+
+def _template_message(message: Mapping[str, Any]) -> dict[str, Any]:
+    plain = _without_none(message)
+    if calls := plain.get("tool_calls"):
+        plain["tool_calls"] = [_template_call(call) for call in calls]
+        plain.setdefault("content", "")
     return plain
+
+
+def _template_call(call: Mapping[str, Any]) -> dict[str, Any]:
+    function = _without_none(call["function"])
+    return {
+        "type": "function",
+        **_without_none(call),
+        "function": {**function, "arguments": _arguments_object(function.get("arguments"))},
+    }
+
+
+def _without_none(value: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: item for name, item in value.items() if item is not None}
 
 
 def _arguments_object(arguments: str | dict[str, Any] | None) -> Any:
@@ -123,24 +136,20 @@ def _arguments_object(arguments: str | dict[str, Any] | None) -> Any:
     if not arguments.strip():
         return {}
     try:
-        parsed = orjson.loads(arguments)
+        parsed = json_decoding.loads(arguments.encode())
     except orjson.JSONDecodeError:
         return arguments
     return parsed if isinstance(parsed, dict) else arguments
 
 
 def _invalid(error: ValidationError) -> InvalidRequestError:
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    field = str(first["loc"][0]) if first["loc"] else None
-    if field == "prompt" and first["type"] != "missing":
-        return InvalidRequestError(f"prompt must be {PROMPT_FORMS}", "prompt")
-    where = ".".join(str(part) for part in first["loc"]) or "the body"
-    return InvalidRequestError(f"{where[:200]}: {first['msg'][:300]}", field)
+    where, what = first_error(error)
+    return InvalidRequestError(f"{where or 'the body'}: {what}", where.partition(".")[0] or None)
 
 
 def _log_unknown(names: set[str]) -> None:
     """Say once for each name that it is ignored; the set of names is bounded, clients choose them."""
-    for name in sorted(names - _logged_names):
+    for name in names - _logged_names:
         if len(_logged_names) >= MAX_NAMES_LOGGED:
             return
         _logged_names.add(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
@@ -17,7 +18,7 @@ from pagoda.serving.http.responses import json_response
 from pagoda.serving.openai.chat import ChatCall, encode_chat
 from pagoda.serving.openai.completions import CompletionCall
 from pagoda.serving.openai.errors import openai_error, openai_errors
-from pagoda.serving.openai.requests import parse_request
+from pagoda.serving.openai.requests import parse_request, template_messages
 from pagoda.serving.openai.tools import template_tools
 from pagoda.serving.openai.types import (
     ChatCompletionRequest,
@@ -39,6 +40,7 @@ GENERATION_ERRORS = (400, 401, 404, 413, 429, 500, 501, 503, 504)
 EVENTS = {"text/event-stream": {"schema": {"type": "string"}}}
 
 Body = TypeVar("Body", bound=RequestModel)
+Made = TypeVar("Made")
 
 
 def openai_router(context: ServingContext, prefix: str, started: int) -> APIRouter:
@@ -68,8 +70,10 @@ def openai_router(context: ServingContext, prefix: str, started: int) -> APIRout
     )
     async def completions(request: Request) -> Response:
         """Complete prompts; `stream: true` streams events that end with `[DONE]`."""
-        body = await read_request(context, request, CompletionRequest)
-        call = CompletionCall(context, body, requested_seconds(request))
+        seconds = requested_seconds(request)
+        body, call = await read_request(
+            context, request, CompletionRequest, lambda body: (body, CompletionCall(context, body, seconds))
+        )
         if body.stream:
             return await open_event_stream(request, call.events(), openai_error, context.metrics)
         return json_response(await until_disconnect(request, call.whole()))
@@ -82,8 +86,10 @@ def openai_router(context: ServingContext, prefix: str, started: int) -> APIRout
     )
     async def chat_completions(request: Request) -> Response:
         """Continue a conversation; `stream: true` streams events that end with `[DONE]`."""
-        body = await read_request(context, request, ChatCompletionRequest)
-        call = ChatCall(context, body, requested_seconds(request))
+        seconds = requested_seconds(request)
+        body, call = await read_request(
+            context, request, ChatCompletionRequest, lambda body: (body, ChatCall(context, body, seconds))
+        )
         if body.stream:
             return await open_event_stream(request, call.events(), openai_error, context.metrics)
         return json_response(await until_disconnect(request, call.whole()))
@@ -109,7 +115,7 @@ def tokenizer_router(context: ServingContext) -> APIRouter:
     )
     async def tokenize(request: Request) -> Response:
         """Token ids of a prompt or of a conversation."""
-        body = await read_request(context, request, TokenizeRequest)
+        body = await read_request(context, request, TokenizeRequest, _checked)
         return json_response(await until_disconnect(request, _tokenize(context, body)))
 
     @router.post(
@@ -120,22 +126,30 @@ def tokenizer_router(context: ServingContext) -> APIRouter:
     )
     async def detokenize(request: Request) -> Response:
         """Text of token ids."""
-        body = await read_request(context, request, DetokenizeRequest)
-        work = context.generator.pool.decode(body.tokens, skip_special_tokens=False)
+        tokens = await read_request(context, request, DetokenizeRequest, lambda body: body.tokens)
+        work = context.generator.pool.decode_request(tokens)
         return json_response({"prompt": await until_disconnect(request, work)})
 
     return router
 
 
-async def read_request(context: ServingContext, request: Request, kind: type[Body]) -> Body:
-    """The checked body of a request for the served model, once that is ready."""
+async def read_request(
+    context: ServingContext, request: Request, kind: type[Body], make: Callable[[Body], Made]
+) -> Made:
+    """What `make` makes of the checked body of a request for the served model, once that is ready.
+
+    A large body is parsed and checked, and `make` called, beside the event loop.
+    """
     context.health.check_ready()
-    body = await decode_body(
-        request, context.config.max_body_bytes, lambda content: parse_request(kind, parse_object(content))
-    )
-    if body.model is not None:
-        context.models.find(body.model)
-    return body
+    limits = context.json_limits
+
+    def decode(content: bytes | bytearray) -> Made:
+        body = parse_request(kind, parse_object(content, limits))
+        if body.model is not None:
+            context.models.find(body.model)
+        return make(body)
+
+    return await decode_body(request, context.config.max_body_bytes, context.decoding, decode)
 
 
 def requested_seconds(request: Request) -> float | None:
@@ -156,21 +170,23 @@ def _card(context: ServingContext, name: str, created: int) -> dict[str, Any]:
     }
 
 
-async def _tokenize(context: ServingContext, body: TokenizeRequest) -> dict[str, Any]:
+def _checked(body: TokenizeRequest) -> TokenizeRequest:
     if (body.prompt is None) == (body.messages is None):
         raise InvalidRequestError("give exactly one of prompt and messages", "prompt")
+    return body
+
+
+async def _tokenize(context: ServingContext, body: TokenizeRequest) -> dict[str, Any]:
     pool = context.generator.pool
     if body.prompt is not None:
         token_ids = await pool.encode(body.prompt, add_special_tokens=body.add_special_tokens is not False)
     else:
-        token_ids = await encode_chat(context, body, tools=template_tools(body.tools, None))
-    texts = None
-    if body.return_token_strs:
-        texts = [await pool.decode([token_id], skip_special_tokens=False) for token_id in token_ids]
+        messages = template_messages(body.messages or [])
+        token_ids = await encode_chat(context, body, messages, tools=template_tools(body.tools, None))
     ready = context.client.ready
     return {
         "count": len(token_ids),
         "max_model_len": ready.max_model_len if ready is not None else None,
         "tokens": token_ids,
-        "token_strs": texts,
+        "token_strs": await pool.decode_each(token_ids) if body.return_token_strs else None,
     }

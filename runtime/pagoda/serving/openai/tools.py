@@ -6,9 +6,8 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from pagoda.errors import InvalidRequestError
+from pagoda.errors import InvalidRequestError, shown
 from pagoda.request import AnswerOptions
-from pagoda.serving.json_values import shown
 from pagoda.serving.openai.types import ChatCompletionRequest, ToolDefinition
 from pagoda.text.responses.checkpoint import AnswerFormat
 
@@ -116,7 +115,7 @@ def _continued(request: ChatCompletionRequest) -> str:
     """The beginning of the answer that the client gave."""
     if not request.continue_final_message or not request.messages:
         return ""
-    content = request.messages[-1].content
+    content = request.messages[-1].get("content")
     if isinstance(content, list):
         return str(content[-1].get("text", "")) if content else ""
     return content or ""

@@ -1,15 +1,19 @@
 """What OpenAI's routes take and give, with the extra fields that vLLM's clients know.
 
-Requests are checked strictly (a string is no number) and keep unknown fields, which are logged once and otherwise ignored: new
-clients send new fields. Responses are built as plain dictionaries; the response types here document them and check them in
-tests.
+Requests are checked strictly (a string is no number) and to the first error: pydantic would make one for every element of a
+list and every branch of a union. Unknown fields are kept, logged once and otherwise ignored: new clients send new fields.
+Responses are built as plain dictionaries; the response types here document them and check them in tests.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError
+
+from pagoda.errors import InvalidRequestError, shown
+from pagoda.request import TokenIds
+from pagoda.serving.openai.validators import first_error, mapping, prompts, strings, token_ids
 
 
 class RequestPart(BaseModel):
@@ -22,6 +26,12 @@ class RequestModel(RequestPart):
     """Base of all request types."""
 
     model: str | None = Field(None, description="The served model; may be left out.")
+
+
+Strings = Annotated[list[str], PlainValidator(strings, json_schema_input_type=list[str])]
+Ids = Annotated[list[int] | TokenIds, PlainValidator(token_ids, json_schema_input_type=list[int])]
+LogitBias = Annotated[dict[str, float], PlainValidator(mapping, json_schema_input_type=dict[str, float])]
+"""Its values are checked where it is read."""
 
 
 class StreamOptions(RequestPart):
@@ -38,11 +48,11 @@ class SamplingFields(RequestModel):
     temperature: float | None = None
     top_p: float | None = None
     n: int | None = None
-    stop: str | list[str] | None = None
+    stop: str | Strings | None = None
     seed: int | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: LogitBias | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, description="Accepted and not used.")
@@ -53,11 +63,11 @@ class SamplingFields(RequestModel):
     repetition_penalty: float | None = None
     min_tokens: int | None = None
     ignore_eos: bool | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: Ids | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
-    bad_words: list[str] | None = None
-    allowed_token_ids: list[int] | None = None
+    bad_words: Strings | None = None
+    allowed_token_ids: Ids | None = None
     prompt_logprobs: int | None = None
     add_special_tokens: bool | None = None
     priority: int | None = None
@@ -75,9 +85,15 @@ class CompletionRequest(SamplingFields):
         strict=True, extra="allow", json_schema_extra={"example": {"prompt": "Once upon a time", "max_tokens": 32}}
     )
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: Annotated[
+        list[str | list[int] | TokenIds],
+        PlainValidator(prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
+    ]
     logprobs: int | None = None
     echo: bool | None = None
+
+
+MAX_TOOLS = 1024
 
 
 class CalledFunction(RequestPart):
@@ -111,16 +127,36 @@ class ToolDefinition(RequestPart):
     function: FunctionDefinition | None = None
 
 
+Tools = Annotated[list[ToolDefinition], Field(fail_fast=True, max_length=MAX_TOOLS)]
+
+
 class Message(RequestPart):
     """One message of a conversation; text may come in parts."""
 
     role: str
-    content: str | list[dict[str, Any]] | None = None
+    content: str | Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
     name: str | None = None
     reasoning: str | None = Field(None, description="What an assistant's message had; reasoning_content is the same.")
     reasoning_content: str | None = None
-    tool_calls: list[CalledTool] | None = None
+    tool_calls: Annotated[list[CalledTool], Field(fail_fast=True)] | None = None
     tool_call_id: str | None = None
+
+
+def _messages(value: object) -> list[dict[str, Any]]:
+    """Messages as the client wrote them: a `Message` of each would take ten times its memory."""
+    if not isinstance(value, list):
+        raise ValueError(f"a list of messages is needed, got {shown(value)}")
+    for index, message in enumerate(value):
+        try:
+            Message.model_validate(message)
+        except ValidationError as error:
+            where, what = first_error(error)
+            where = ".".join(("messages", str(index), where)) if where else f"messages.{index}"
+            raise InvalidRequestError(f"{where}: {what}", "messages") from None
+    return value
+
+
+Messages = Annotated[list[dict[str, Any]], PlainValidator(_messages, json_schema_input_type=list[Message])]
 
 
 class ResponseFormat(RequestPart):
@@ -157,7 +193,7 @@ class ChatCompletionRequest(SamplingFields):
         json_schema_extra={"example": {"messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 32}},
     )
 
-    messages: list[Message]
+    messages: Messages
     max_completion_tokens: int | None = Field(None, description="Wins over max_tokens.")
     logprobs: bool | None = None
     top_logprobs: int | None = None
@@ -166,7 +202,7 @@ class ChatCompletionRequest(SamplingFields):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    tools: list[ToolDefinition] | None = None
+    tools: Tools | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: str | None = None
@@ -180,12 +216,12 @@ class TokenizeRequest(RequestModel):
     model_config = ConfigDict(strict=True, extra="allow", json_schema_extra={"example": {"prompt": "Hello"}})
 
     prompt: str | None = None
-    messages: list[Message] | None = None
+    messages: Messages | None = None
     add_special_tokens: bool | None = Field(None, description="Default: true for a prompt, false for messages.")
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    tools: list[ToolDefinition] | None = None
+    tools: Tools | None = None
     return_token_strs: bool | None = None
 
 
@@ -194,7 +230,7 @@ class DetokenizeRequest(RequestModel):
 
     model_config = ConfigDict(strict=True, extra="allow", json_schema_extra={"example": {"tokens": [10, 11]}})
 
-    tokens: list[int]
+    tokens: Ids
 
 
 class OpenAIError(BaseModel):

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pagoda.errors import InvalidRequestError
+from pagoda.errors import InvalidRequestError, shown
+from pagoda.request import TokenIds
 from pagoda.serving.http.bodies import parse_object
-from pagoda.serving.json_values import shown
+from pagoda.serving.json_decoding import JsonLimits
 from pagoda.serving.parameters import TIMEOUT_HEADER, parse_timeout_header
-from pagoda.serving.v2.inference import INPUT_IDS, TEXT_INPUT, V2Request, logprobs_json
+from pagoda.serving.v2.inference import INPUT_IDS, TEXT_INPUT, V2Request, check_request_id, logprobs_json
 from pagoda.serving.v2.service import MODEL_VERSION, V2Call
 from pagoda.serving.v2.tensors import BYTES, tensor_from_values
 from pagoda.text.output import CompletionOutput
@@ -18,26 +19,28 @@ from pagoda.text.output import CompletionOutput
 _MEMBERS = frozenset({TEXT_INPUT, INPUT_IDS, "id", "parameters"})
 
 
-def decode_generate(body: bytes, headers: Mapping[str, str], model_name: str, model_version: str | None) -> V2Request:
+def decode_generate(
+    body: bytes | bytearray, headers: Mapping[str, str], model_name: str, model_version: str | None, limits: JsonLimits
+) -> V2Request:
     """The request in a body: `text_input` or `input_ids`, and parameters in `parameters` or beside them."""
-    content = parse_object(body)
+    content = parse_object(body, limits)
     request_id = content.get("id")
     if request_id is not None and not isinstance(request_id, str):
         raise InvalidRequestError(f"id must be a string, got {shown(request_id)}", "id")
     inputs = []
     if (text := content.get(TEXT_INPUT)) is not None:
         # A list here is no batch, and not the nesting that the tensor's own check would speak of.
-        if isinstance(text, list):
+        if isinstance(text, list | TokenIds):
             raise InvalidRequestError(f"{TEXT_INPUT} must be one string here, got {shown(text)}", TEXT_INPUT)
         inputs.append(tensor_from_values(TEXT_INPUT, BYTES, [1], [text]))
     if (ids := content.get(INPUT_IDS)) is not None:
-        length = len(ids) if isinstance(ids, list) else 1
+        length = len(ids) if isinstance(ids, list | TokenIds) else 1
         inputs.append(tensor_from_values(INPUT_IDS, "INT64", [length], ids))
     return V2Request(
         method="generate",
         model_name=model_name,
         model_version=model_version or "",
-        request_id=request_id or "",
+        request_id=check_request_id(request_id or ""),
         inputs=inputs,
         parameters=_parameters(content),
         timeout_seconds=parse_timeout_header(headers.get(TIMEOUT_HEADER)),

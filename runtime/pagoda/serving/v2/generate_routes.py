@@ -46,12 +46,13 @@ def generate_router(context: ServingContext, service: V2Service) -> APIRouter:
 
     async def _prepare(request: Request, model_name: str, model_version: str | None) -> V2Call:
         service.find_ready(model_name, model_version)  # before the body is read
-        v2_request = await decode_body(
+        headers, limits = request.headers, context.json_limits
+        call = await decode_body(
             request,
             context.config.max_body_bytes,
-            lambda body: decode_generate(body, request.headers, model_name, model_version),
+            context.decoding,
+            lambda body: service.prepare(decode_generate(body, headers, model_name, model_version, limits)),
         )
-        call = service.prepare(v2_request)
         if call.batch.jobs[0].params.n > 1:
             raise InvalidRequestError("n must be 1 here; infer and /v1/completions return several sequences", "n")
         return call

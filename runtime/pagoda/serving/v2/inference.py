@@ -13,14 +13,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import orjson
 
-from pagoda.errors import InvalidRequestError, NotSupportedError
-from pagoda.request import GenerationRequest
-from pagoda.serving.generation import check_job_count, limit_time
-from pagoda.serving.json_values import finite_logprob, shown
-from pagoda.serving.parameters import FIELDS, LIST_FIELDS, MakeSampling, parse_parameters
-from pagoda.serving.v2.tensors import BYTES, INTEGER_DATATYPES, Tensor, text_of
+from pagoda.errors import InvalidRequestError, NotSupportedError, shown
+from pagoda.request import MAX_TOKEN_ID, GenerationRequest, TokenIds
+from pagoda.serving.generation import MAX_SEQUENCES_PER_REQUEST, check_cost, limit_time
+from pagoda.serving.json_values import finite_logprob
+from pagoda.serving.parameters import FIELDS, LIST_FIELDS, MAX_PARAMETER_IDS, MakeSampling, parse_parameters
+from pagoda.serving.v2.tensors import BYTES, INTEGER_DATATYPES, Tensor, text_of, values_of
 from pagoda.text.output import CompletionOutput, PositionLogprobs, TokenLogprob
 
 TEXT_INPUT = "text_input"
@@ -39,6 +40,8 @@ OUTPUTS: tuple[dict[str, Any], ...] = (
     {"name": "logprobs", "datatype": BYTES, "shape": [-1]},
 )
 OUTPUT_NAMES = tuple(output["name"] for output in OUTPUTS)
+MAX_TENSORS = 64
+MAX_REQUEST_ID_CHARACTERS = 256
 PADDING_ID = -1
 """Fills `output_ids` behind the shorter sequences."""
 
@@ -96,6 +99,21 @@ class V2Batch:
         return self.jobs[0].stream
 
 
+def check_num_tensors(name: str, count: int) -> None:
+    """Refuse more `inputs` or `outputs` than there are names of them, before any is decoded."""
+    if count > MAX_TENSORS:
+        raise InvalidRequestError(f"{name} has {count} entries; at most {MAX_TENSORS} are allowed", name)
+
+
+def check_request_id(request_id: str) -> str:
+    """`request_id`, which every response and every event of a stream repeats."""
+    if len(request_id) > MAX_REQUEST_ID_CHARACTERS:
+        raise InvalidRequestError(
+            f"id has {len(request_id)} characters; at most {MAX_REQUEST_ID_CHARACTERS} are allowed", "id"
+        )
+    return request_id
+
+
 def requested_output(name: str, parameters: Mapping[str, object]) -> RequestedOutput:
     """One entry of a request's `outputs`, checked."""
     if name not in OUTPUT_NAMES:
@@ -135,10 +153,7 @@ def parse_infer(request: V2Request, make_sampling: MakeSampling) -> V2Batch:
         if name in request.parameters:
             raise InvalidRequestError(f"{name} is given both as a tensor and as a parameter", name)
     columns = {name: _column(tensor, len(prompts)) for name, tensor in tensors.items()}
-    jobs = []
-    for index, prompt in enumerate(prompts):
-        row = {name: column[index] for name, column in columns.items()}
-        jobs.append(_job(prompt, {**request.parameters, **row}, make_sampling))
+    jobs = _jobs(prompts, request.parameters, columns, make_sampling)
     output_names = _output_names(request.outputs, jobs)
     _check_together(jobs)
     return V2Batch([limit_time(job, request.timeout_seconds) for job in jobs], output_names)
@@ -169,42 +184,52 @@ def _candidate(token: TokenLogprob) -> dict[str, Any]:
     }
 
 
-def _prompts(text: Tensor | None, ids: Tensor | None) -> list[str | list[int]]:
+def _prompts(text: Tensor | None, ids: Tensor | None) -> list[str | list[int] | TokenIds]:
     if text is not None and ids is not None:
         raise InvalidRequestError(f"give {TEXT_INPUT} or {INPUT_IDS}, not both", "inputs")
     if text is not None:
         if text.datatype != BYTES:
             raise InvalidRequestError(f"{TEXT_INPUT} must be BYTES, got {text.datatype}", TEXT_INPUT)
-        if not (len(text.shape) == 1 or (len(text.shape) == 2 and text.shape[1] == 1)) or not text.data:
+        if not (len(text.shape) == 1 or (len(text.shape) == 2 and text.shape[1] == 1)) or not len(text.data):
             raise InvalidRequestError(
                 f"{TEXT_INPUT} must have shape [n] or [n, 1], n at least 1, got {list(text.shape)}", TEXT_INPUT
             )
+        _check_num_prompts(TEXT_INPUT, len(text.data))
         return [text_of(TEXT_INPUT, element) for element in text.data]
     if ids is None:
         raise InvalidRequestError(f"an input {TEXT_INPUT} (BYTES) or {INPUT_IDS} (INT64) is required", "inputs")
     if ids.datatype not in INTEGER_DATATYPES:
         raise InvalidRequestError(f"{INPUT_IDS} must be INT64, got {ids.datatype}", INPUT_IDS)
-    if len(ids.shape) not in (1, 2) or not ids.data:
+    if len(ids.shape) not in (1, 2) or not len(ids.data):
         raise InvalidRequestError(
             f"{INPUT_IDS} must have shape [t] or [n, t], both at least 1, got {list(ids.shape)}", INPUT_IDS
         )
     length = ids.shape[-1]
-    return [_token_ids(ids.data[start : start + length]) for start in range(0, len(ids.data), length)]
+    _check_num_prompts(INPUT_IDS, len(ids.data) // length)
+    data = np.asarray(ids.data)  # integers all of them
+    if data.min() < 0 or data.max() > MAX_TOKEN_ID:
+        wrong = int(data.min()) if data.min() < 0 else int(data.max())
+        raise InvalidRequestError(f"{INPUT_IDS} must hold token ids from 0, got {wrong}", INPUT_IDS)
+    data = data.astype(np.int32)
+    return [TokenIds(data[start : start + length]) for start in range(0, len(data), length)]
 
 
-def _token_ids(values: list[Any]) -> list[int]:
-    """Ids that are integers from 0; whether the vocabulary has them is checked at admission."""
-    if not values:
-        raise InvalidRequestError(f"{INPUT_IDS} must hold at least one token id", INPUT_IDS)
-    if set(map(type, values)) == {int} and min(values) >= 0 and max(values) < 2**31:
-        return values
-    wrong = next(value for value in values if type(value) is not int or not 0 <= value < 2**31)
-    raise InvalidRequestError(f"{INPUT_IDS} must hold token ids from 0, got {shown(wrong)}", INPUT_IDS)
+def _check_num_prompts(name: str, num_prompts: int) -> None:
+    if num_prompts > MAX_SEQUENCES_PER_REQUEST:
+        raise InvalidRequestError(
+            f"{name} has {num_prompts} prompts; at most {MAX_SEQUENCES_PER_REQUEST} are allowed", name
+        )
 
 
 def _column(tensor: Tensor, num_prompts: int) -> list[Any]:
     """One value a prompt of a tensor that carries a parameter."""
-    values = [text_of(tensor.name, value) for value in tensor.data] if tensor.datatype == BYTES else tensor.data
+    if len(tensor.data) > MAX_PARAMETER_IDS:
+        raise InvalidRequestError(
+            f"{tensor.name} has {len(tensor.data)} elements; at most {MAX_PARAMETER_IDS} are allowed", tensor.name
+        )
+    values = values_of(tensor.data)
+    if tensor.datatype == BYTES:
+        values = [text_of(tensor.name, value) for value in values]
     if tensor.name in LIST_FIELDS:
         if len(tensor.shape) <= 1:
             return [values] * num_prompts
@@ -223,11 +248,26 @@ def _column(tensor: Tensor, num_prompts: int) -> list[Any]:
     )
 
 
-def _job(prompt: str | list[int], parameters: Mapping[str, object], make_sampling: MakeSampling) -> GenerationRequest:
-    job = parse_parameters(parameters, make_sampling)
-    if job.params.prompt_logprobs is not None:
+def _jobs(
+    prompts: Sequence[str | list[int] | TokenIds],
+    parameters: Mapping[str, object],
+    columns: Mapping[str, list[Any]],
+    make_sampling: MakeSampling,
+) -> list[GenerationRequest]:
+    """A job for each prompt, with one record of parameters where they are the same for all."""
+    differing = {name for name, column in columns.items() if any(value is not column[0] for value in column)}
+    shared = {**parameters, **{name: column[0] for name, column in columns.items() if name not in differing}}
+    job = parse_parameters(shared, make_sampling)
+    if job.params.prompt_logprobs is not None or "prompt_logprobs" in differing:
         raise InvalidRequestError("prompt_logprobs is available on /v1/completions only", "prompt_logprobs")
-    return replace(job, prompt=prompt)
+    check_cost(job.params, len(prompts))
+    if not differing:
+        return [replace(job, prompt=prompt) for prompt in prompts]
+    jobs = []
+    for index, prompt in enumerate(prompts):
+        row = {name: columns[name][index] for name in differing}
+        jobs.append(replace(parse_parameters({**shared, **row}, make_sampling), prompt=prompt))
+    return jobs
 
 
 def _output_names(outputs: tuple[RequestedOutput, ...], jobs: list[GenerationRequest]) -> tuple[str, ...]:
@@ -236,7 +276,7 @@ def _output_names(outputs: tuple[RequestedOutput, ...], jobs: list[GenerationReq
         return OUTPUT_NAMES if wants_logprobs else OUTPUT_NAMES[:-1]
     names = tuple(output.name for output in outputs)
     if len(set(names)) != len(names):
-        raise InvalidRequestError(f"an output is named twice in {list(names)}", "outputs")
+        raise InvalidRequestError(f"an output is named twice in {', '.join(names[: len(OUTPUT_NAMES)])}", "outputs")
     return names
 
 
@@ -247,7 +287,7 @@ def _check_together(jobs: list[GenerationRequest]) -> None:
         raise InvalidRequestError("n must be the same for all prompts of a request", "n")
     if any(_shared(job) != _shared(first) for job in others):
         raise InvalidRequestError("stream and timeout must be the same for all prompts of a request", "stream")
-    check_job_count(jobs)
+    check_cost(first.params, len(jobs))
 
 
 def _shared(job: GenerationRequest) -> tuple[object, ...]:

@@ -14,24 +14,34 @@ from typing import Any
 import orjson
 from starlette.responses import Response
 
-from pagoda.errors import InvalidRequestError
+from pagoda.errors import InvalidRequestError, shown
 from pagoda.serving.http.bodies import parse_object
 from pagoda.serving.http.responses import json_response
-from pagoda.serving.json_values import shown
+from pagoda.serving.json_decoding import JsonLimits
 from pagoda.serving.parameters import TIMEOUT_HEADER, as_boolean, parse_timeout_header
-from pagoda.serving.v2.inference import RequestedOutput, V2Request, V2Response, refuse_shared_memory, requested_output
-from pagoda.serving.v2.tensors import Tensor, raw_from_tensor, tensor_from_raw, tensor_from_values
+from pagoda.serving.v2.inference import (
+    RequestedOutput,
+    V2Request,
+    V2Response,
+    check_num_tensors,
+    check_request_id,
+    refuse_shared_memory,
+    requested_output,
+)
+from pagoda.serving.v2.tensors import Tensor, raw_from_tensor, tensor_from_raw, tensor_from_values, values_of
 
 LENGTH_HEADER = "inference-header-content-length"
 BINARY = "application/octet-stream"
 BINARY_OUTPUT = "binary_data_output"
 
 
-def decode_infer(body: bytes, headers: Mapping[str, str], model_name: str, model_version: str | None) -> V2Request:
+def decode_infer(
+    body: bytes | bytearray, headers: Mapping[str, str], model_name: str, model_version: str | None, limits: JsonLimits
+) -> V2Request:
     """The request in a body; raises `InvalidRequestError` or `NotSupportedError` for what does not fit."""
     json_length = headers.get(LENGTH_HEADER)
     end = len(body) if json_length is None else _json_end(json_length, len(body))
-    content = parse_object(body[:end])
+    content = parse_object(memoryview(body)[:end], limits)
     request_id = content.get("id") or ""
     if not isinstance(request_id, str):
         raise InvalidRequestError(f"id must be a string, got {shown(request_id)}", "id")
@@ -44,7 +54,7 @@ def decode_infer(body: bytes, headers: Mapping[str, str], model_name: str, model
         method="infer",
         model_name=model_name,
         model_version=model_version or "",
-        request_id=request_id,
+        request_id=check_request_id(request_id),
         inputs=inputs,
         parameters=parameters,
         outputs=tuple(_decode_output(entry) for entry in _objects(content.get("outputs") or [], "outputs")),
@@ -66,7 +76,7 @@ def encode_infer(request: V2Request, response: V2Response) -> Response:
             entry["parameters"] = {"binary_data_size": len(raw)}
             pieces.append(raw)
         else:
-            entry["data"] = tensor.data
+            entry["data"] = values_of(tensor.data)
         outputs.append(entry)
     content = {
         "model_name": response.model_name,
@@ -114,6 +124,8 @@ def _json_end(json_length: str, body_length: int) -> int:
 
 
 def _objects(value: object, name: str) -> list[dict[str, Any]]:
+    if isinstance(value, list):
+        check_num_tensors(name, len(value))
     if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
         raise InvalidRequestError(f"{name} must be a list of objects, got {shown(value)}", name)
     return value

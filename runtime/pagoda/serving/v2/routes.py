@@ -73,12 +73,14 @@ def v2_router(context: ServingContext, service: V2Service) -> APIRouter:
     async def infer(request: Request, model_name: str, model_version: str | None = None) -> Response:
         """Generate for a batch of prompts; tensors as JSON or as binary data behind it."""
         service.find_ready(model_name, model_version)  # before the body is read
-        v2_request = await decode_body(
+        headers, limits = request.headers, context.json_limits
+        call = await decode_body(
             request,
             context.config.max_body_bytes,
-            lambda body: decode_infer(body, request.headers, model_name, model_version),
+            context.decoding,
+            lambda body: service.prepare(decode_infer(body, headers, model_name, model_version, limits)),
         )
-        return encode_infer(v2_request, await until_disconnect(request, service.infer(v2_request)))
+        return encode_infer(call.request, await until_disconnect(request, call.infer()))
 
     # After the longer paths, which it would match too; the lower one is added first.
     @router.get(MODEL, response_model=ModelMetadataResponse, responses=v2_errors(401, 404))
@@ -117,7 +119,7 @@ def repository_router(context: ServingContext, service: V2Service) -> APIRouter:
 
     async def _optional_object(request: Request) -> dict[str, object]:
         return await decode_body(
-            request, context.config.max_body_bytes, lambda body: parse_object(body) if body else {}
+            request, context.config.max_body_bytes, context.decoding, lambda body: parse_object(body) if body else {}
         )
 
     return router

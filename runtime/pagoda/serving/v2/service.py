@@ -14,9 +14,8 @@ from typing import Any
 
 import pagoda
 from pagoda.engine.health import EngineState
-from pagoda.errors import InvalidRequestError, ModelNotFoundError, NotSupportedError
+from pagoda.errors import InvalidRequestError, ModelNotFoundError, NotSupportedError, shown
 from pagoda.serving.health import ServerHealth
-from pagoda.serving.json_values import shown
 from pagoda.serving.models import ServedModel, ServedModels
 from pagoda.serving.v2.inference import (
     INPUTS,
@@ -170,10 +169,6 @@ class V2Service:
         model = self.find_ready(request.model_name, request.model_version)
         batch = parse_infer(request, model.runner.generator.sampling_params)
         return V2Call(model, request, batch, f"{request.method}-{uuid.uuid4().hex}")
-
-    async def infer(self, request: V2Request) -> V2Response:
-        """Generate for every prompt of `request`; cancelling the call aborts them in the engine."""
-        return await self.prepare(request).infer()
 
 
 def _state_of(model: ServedModel) -> ModelState:

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from pagoda.errors import InvalidRequestError
-from pagoda.serving.json_values import shown
+from pagoda.errors import InvalidRequestError, shown
+from pagoda.request import TokenIds
 
 BYTES = "BYTES"
 BOOL = "BOOL"
@@ -37,6 +38,9 @@ INTEGER_DATATYPES = frozenset(name for name in NUMPY_DTYPES if "INT" in name)
 FLOAT_DATATYPES = frozenset(name for name in NUMPY_DTYPES if name.startswith("FP"))
 DATATYPES = (*NUMPY_DTYPES, BYTES)
 MAX_DIMENSIONS = 8
+MAX_STRINGS = 2**14
+"""Elements of a BYTES tensor: 512 prompts, or the stop strings of each."""
+MAX_NUMBERS = 2**26
 _INTEGER_RANGES = {
     name: (int(np.iinfo(dtype).min), int(np.iinfo(dtype).max))
     for name, dtype in NUMPY_DTYPES.items()
@@ -48,20 +52,30 @@ _INTEGER_RANGES = {
 class Tensor:
     """A tensor of the V2 protocol, checked: `len(data) == prod(shape)`, row-major.
 
-    Elements are `str` or `bytes` (BYTES), `bool` (BOOL), `int` or finite `float`, within the range of `datatype`.
+    Elements are `str` or `bytes` (BYTES), `bool` (BOOL), `int` or finite `float`, within the range of `datatype`. Many numbers
+    are one array, until `values_of` makes them elements.
     """
 
     name: str
     datatype: str
     shape: tuple[int, ...]
-    data: list[Any]
+    data: list[Any] | npt.NDArray[Any]
+
+
+def values_of(data: list[Any] | npt.NDArray[Any]) -> list[Any]:
+    """The elements of a tensor, or of a part of one."""
+    return data if isinstance(data, list) else data.tolist()
 
 
 def tensor_from_values(name: str, datatype: str, shape: Sequence[int], values: object) -> Tensor:
     """A tensor from JSON-like values: a flat row-major list, or lists nested exactly as `shape` says."""
     dimensions = _checked_shape(name, datatype, shape)
-    if not isinstance(values, list):
-        raise InvalidRequestError(f"input {name!r}: data must be a list, got {type(values).__name__}", name)
+    if isinstance(values, TokenIds):
+        values = [values]
+    elif not isinstance(values, list):
+        raise InvalidRequestError(f"input {shown(name)}: data must be a list, got {type(values).__name__}", name)
+    if any(isinstance(part, TokenIds) for part in values):
+        return Tensor(name, datatype, dimensions, _joined_ids(name, datatype, values, dimensions))
     flat = _flatten(name, values, dimensions)
     if not _are_plainly_right(datatype, flat):
         for value in flat:
@@ -78,13 +92,14 @@ def tensor_from_raw(name: str, datatype: str, shape: Sequence[int], raw: bytes |
     dtype = np.dtype(NUMPY_DTYPES[datatype])
     if len(raw) != count * dtype.itemsize:
         raise InvalidRequestError(
-            f"input {name!r}: shape {list(dimensions)} of {datatype} needs {count * dtype.itemsize} bytes, got {len(raw)}",
+            f"input {shown(name)}: shape {list(dimensions)} of {datatype} needs {count * dtype.itemsize} bytes, "
+            f"got {len(raw)}",
             name,
         )
     array = np.frombuffer(raw, dtype=dtype)
     if datatype in FLOAT_DATATYPES and not np.isfinite(array).all():
-        raise InvalidRequestError(f"input {name!r}: NaN and infinity are not allowed", name)
-    return Tensor(name, datatype, dimensions, array.tolist())
+        raise InvalidRequestError(f"input {shown(name)}: NaN and infinity are not allowed", name)
+    return Tensor(name, datatype, dimensions, array)
 
 
 def raw_from_tensor(tensor: Tensor) -> bytes:
@@ -105,24 +120,61 @@ def text_of(name: str, element: str | bytes) -> str:
     try:
         return element.decode()
     except UnicodeDecodeError as error:
-        raise InvalidRequestError(f"input {name!r} is not valid UTF-8: {error}", name) from None
+        raise InvalidRequestError(f"input {shown(name)} is not valid UTF-8: {error}", name) from None
 
 
 def _checked_shape(name: str, datatype: str, shape: Sequence[int]) -> tuple[int, ...]:
     if datatype not in DATATYPES:
         raise InvalidRequestError(
-            f"input {name!r}: datatype must be one of {', '.join(DATATYPES)}, got {datatype!r}", name
+            f"input {shown(name)}: datatype must be one of {', '.join(DATATYPES)}, got {shown(datatype)}", name
         )
     if len(shape) > MAX_DIMENSIONS:
         raise InvalidRequestError(
-            f"input {name!r}: at most {MAX_DIMENSIONS} dimensions are allowed, got {len(shape)}", name
+            f"input {shown(name)}: at most {MAX_DIMENSIONS} dimensions are allowed, got {len(shape)}", name
         )
+    num_elements = 1
     for size in shape:
         if isinstance(size, bool) or not isinstance(size, int) or not 0 <= size < 2**31:
             raise InvalidRequestError(
-                f"input {name!r}: shape must hold integers from 0 to {2**31 - 1}, got {shown(size)}", name
+                f"input {shown(name)}: shape must hold integers from 0 to {2**31 - 1}, got {shown(size)}", name
             )
+        num_elements *= size
+    allowed = MAX_STRINGS if datatype == BYTES else MAX_NUMBERS
+    if num_elements > allowed:
+        raise InvalidRequestError(
+            f"input {shown(name)}: shape {list(shape)} has {num_elements} elements; at most {allowed} of {datatype} are "
+            "allowed",
+            name,
+        )
     return tuple(shape)
+
+
+def _joined_ids(name: str, datatype: str, parts: list[Any], shape: tuple[int, ...]) -> npt.NDArray[np.int32]:
+    """The ids of `parts`, which are all there is, or the rows of `shape`."""
+    if datatype not in INTEGER_DATATYPES:
+        raise InvalidRequestError(f"input {shown(name)}: {datatype} data must not have so many integers", name)
+    low, high = _INTEGER_RANGES[datatype]
+    arrays = []
+    for part in parts:
+        if isinstance(part, TokenIds):
+            arrays.append(part.array)
+        elif isinstance(part, list) and (not part or _are_plainly_right("INT32", part)):
+            arrays.append(np.array(part, np.int32))
+        else:
+            raise InvalidRequestError(f"input {shown(name)}: data is not nested as shape {list(shape)} says", name)
+    array = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+    if len(arrays) > 1 and (len(shape) != 2 or any(len(row) != shape[1] for row in arrays)):
+        raise InvalidRequestError(f"input {shown(name)}: data is not nested as shape {list(shape)} says", name)
+    if len(array) != math.prod(shape):
+        raise InvalidRequestError(
+            f"input {shown(name)}: shape {list(shape)} needs {math.prod(shape)} elements, got {len(array)}", name
+        )
+    if len(array) and not (low <= array.min() and array.max() <= high):
+        raise InvalidRequestError(
+            f"input {shown(name)}: a {datatype} element must be an integer from {low} to {high}, got {array.max()}",
+            name,
+        )
+    return array
 
 
 def _flatten(name: str, values: list[Any], shape: tuple[int, ...]) -> list[Any]:
@@ -138,10 +190,10 @@ def _flatten(name: str, values: list[Any], shape: tuple[int, ...]) -> list[Any]:
                 if matches:
                     flat = [element for value in flat for element in value]
             if not matches or (is_last and list in set(map(type, flat))):
-                raise InvalidRequestError(f"input {name!r}: data is not nested as shape {list(shape)} says", name)
+                raise InvalidRequestError(f"input {shown(name)}: data is not nested as shape {list(shape)} says", name)
     if len(flat) != math.prod(shape):
         raise InvalidRequestError(
-            f"input {name!r}: shape {list(shape)} needs {math.prod(shape)} elements, got {len(flat)}", name
+            f"input {shown(name)}: shape {list(shape)} needs {math.prod(shape)} elements, got {len(flat)}", name
         )
     return flat
 
@@ -160,20 +212,24 @@ def _are_plainly_right(datatype: str, values: list[Any]) -> bool:
 def _check_element(name: str, datatype: str, value: object) -> None:
     if datatype == BYTES:
         if not isinstance(value, str | bytes):
-            raise InvalidRequestError(f"input {name!r}: a BYTES element must be a string, got {shown(value)}", name)
+            raise InvalidRequestError(
+                f"input {shown(name)}: a BYTES element must be a string, got {shown(value)}", name
+            )
     elif datatype == BOOL:
         if not isinstance(value, bool):
-            raise InvalidRequestError(f"input {name!r}: a BOOL element must be true or false, got {shown(value)}", name)
+            raise InvalidRequestError(
+                f"input {shown(name)}: a BOOL element must be true or false, got {shown(value)}", name
+            )
     elif datatype in INTEGER_DATATYPES:
         low, high = _INTEGER_RANGES[datatype]
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             raise InvalidRequestError(
-                f"input {name!r}: a {datatype} element must be an integer from {low} to {high}, got {shown(value)}",
+                f"input {shown(name)}: a {datatype} element must be an integer from {low} to {high}, got {shown(value)}",
                 name,
             )
     elif isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise InvalidRequestError(
-            f"input {name!r}: a {datatype} element must be a finite number, got {shown(value)}", name
+            f"input {shown(name)}: a {datatype} element must be a finite number, got {shown(value)}", name
         )
 
 
@@ -186,10 +242,10 @@ def _split_bytes(name: str, raw: memoryview, count: int) -> list[Any]:
             end += struct.unpack_from("<I", raw, offset)[0]
         if end > len(raw):
             raise InvalidRequestError(
-                f"input {name!r}: element {len(elements)} of the binary BYTES data ends beyond the data", name
+                f"input {shown(name)}: element {len(elements)} of the binary BYTES data ends beyond the data", name
             )
         elements.append(bytes(raw[offset + 4 : end]))
         offset = end
     if len(elements) != count:
-        raise InvalidRequestError(f"input {name!r}: shape needs {count} BYTES elements, got {len(elements)}", name)
+        raise InvalidRequestError(f"input {shown(name)}: shape needs {count} BYTES elements, got {len(elements)}", name)
     return elements

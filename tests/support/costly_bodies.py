@@ -1,0 +1,255 @@
+"""Bodies that cost more than their bytes: long, wide, deep and compressed, for every route that takes one."""
+
+from __future__ import annotations
+
+import json
+import struct
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from pagoda.serving.grpc.messages import ModelInferRequest, message_class
+
+MODEL = "/v2/models/demo"
+REST_ROUTES = {
+    "completions": "/v1/completions",
+    "chat": "/v1/chat/completions",
+    "tokenize": "/tokenize",
+    "detokenize": "/detokenize",
+    "infer": f"{MODEL}/infer",
+    "generate": f"{MODEL}/generate",
+    "generate_stream": f"{MODEL}/generate_stream",
+    "index": "/v2/repository/index",
+    "load": "/v2/repository/models/demo/load",
+}
+FIELDS = {
+    "completions": (
+        *("prompt", "stop", "bad_words", "logit_bias", "allowed_token_ids", "stop_token_ids", "tools", "unknown"),
+        *("stream_options", "max_tokens", "user", "cache_salt"),
+    ),
+    "chat": (
+        *("messages", "stop", "bad_words", "logit_bias", "chat_template_kwargs", "response_format", "tools", "unknown"),
+        "modalities",
+    ),
+    "tokenize": ("prompt", "messages", "chat_template_kwargs", "unknown"),
+    "detokenize": ("tokens", "unknown"),
+    "infer": ("inputs", "outputs", "parameters", "id", "text_input", "input_ids", "stop", "shape", "parameter"),
+    "generate": ("text_input", "input_ids", "parameters", "stop", "logit_bias", "id", "unknown"),
+    "generate_stream": ("text_input", "stop", "id"),
+    "index": ("ready", "unknown"),
+    "load": ("parameters",),
+}
+"""Where a value can be put, by route; of `infer`, also names of tensors."""
+VALUES: dict[str, tuple[str, str, str]] = {
+    "ids": ("[", "257", "]"),
+    "small ids": ("[", "1", "]"),
+    "wide ids": ("[", "123456", "]"),
+    "negative": ("[", "-1", "]"),
+    "floats": ("[", "1.5", "]"),
+    "nulls": ("[", "null", "]"),
+    "empty strings": ("[", '""', "]"),
+    "strings": ("[", '"ab"', "]"),
+    "lists": ("[", "[]", "]"),
+    "lists of one": ("[", "[1]", "]"),
+    "objects": ("[", "{}", "]"),
+    "messages": ("[", '{"role":"user","content":"a"}', "]"),
+    "parts": ('[{"role":"user","content":[', '{"type":"text","text":"a"}', "]}]"),
+    "keys": ("{", '"%d":1', "}"),
+    "letters": ('"', "a", '"'),
+    "words": ('"', "word word, ", '"'),
+    "digits": ('"', "7", '"'),
+    "letters and an emoji": ('"\N{GRINNING FACE}', "a", '"'),
+    "emoji": ('"', "\N{GRINNING FACE}", '"'),
+    "escapes": ('"', r"\u00e9", '"'),
+    "escaped emoji": ('"', r"\ud83d\ude00", '"'),
+    "quotes": ('"', r"\"\\", '"'),
+    "controls": ('"', r"\u0001", '"'),
+}
+WITH_COMMA = frozenset(name for name, (head, _, _) in VALUES.items() if head[0] in "[{")
+
+
+@dataclass(frozen=True)
+class Body:
+    """`path`: of REST, or the method of gRPC. `size`: bytes when uncompressed."""
+
+    path: str
+    content: bytes
+    size: int
+    headers: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def is_grpc(self) -> bool:
+        return not self.path.startswith("/")
+
+    def deflated(self) -> Body:
+        """The same, compressed."""
+        return Body(self.path, zlib.compress(self.content), self.size, (*self.headers, ("content-encoding", "deflate")))
+
+
+def value(kind: str, size: int, end: str = "") -> str:
+    """JSON of about `size` bytes; `end`: a last element."""
+    head, element, tail = VALUES[kind]
+    if kind == "keys":
+        return head + ",".join(element % number for number in range(max(1, size // 10))) + tail
+    separator = "," if kind in WITH_COMMA else ""
+    count = max(1, size // len((element + separator).encode()))
+    return head + separator.join([element] * count + ([end] if end and separator else [])) + tail
+
+
+def nested(depth: int) -> str:
+    """Lists in lists."""
+    return "[" * depth + "]" * depth
+
+
+def rest_body(route: str, field: str, json_value: str, **others: Any) -> Body:
+    """A request of `route` that is right but for `field`."""
+    path = REST_ROUTES[route]
+    members: dict[str, str] = {name: json.dumps(other) for name, other in others.items()}
+    if route in ("completions", "chat"):
+        members |= (
+            {"max_tokens": "1", "prompt": '"a"'}
+            if route == "completions"
+            else {
+                "max_tokens": "1",
+                "messages": '[{"role":"user","content":"hi"}]',
+            }
+        )
+        members[field] = json_value
+    elif route == "infer":
+        members |= _infer_members(field, json_value)
+    elif route.startswith("generate"):
+        members |= {"text_input": '"a"', "max_tokens": "1"}
+        if field == "input_ids":
+            del members["text_input"]
+        members[field] = json_value
+    else:
+        members[field] = json_value
+    content = ("{" + ",".join(f'"{name}":{text}' for name, text in members.items()) + "}").encode()
+    return Body(path, content, len(content))
+
+
+def _infer_members(field: str, json_value: str) -> dict[str, str]:
+    text = '{"name":"text_input","datatype":"BYTES","shape":[1],"data":["a"]}'
+    if field in ("inputs", "outputs", "parameters", "id"):
+        return {"inputs": f"[{text}]", "parameters": '{"max_tokens":1}', field: json_value}
+    if field == "shape":
+        tensor = f'{{"name":"text_input","datatype":"BYTES","shape":{json_value},"data":["a"]}}'
+        return {"inputs": f"[{tensor}]"}
+    if field == "parameter":
+        return {"inputs": f"[{text}]", "parameters": f'{{"max_tokens":1,"allowed_token_ids":{json_value}}}'}
+    datatype = "INT64" if field == "input_ids" else "BYTES"
+    count = max(1, json_value.count(",") + 1)
+    tensor = f'{{"name":"{field}","datatype":"{datatype}","shape":[{count}],"data":{json_value}}}'
+    others = "" if field in ("input_ids", "text_input") else f",{text}"
+    return {"inputs": f"[{tensor}{others}]", "parameters": '{"max_tokens":1}'}
+
+
+def grpc_body(method: str, content: bytes) -> Body:
+    """A message of this serialized form."""
+    return Body(method, content, len(content))
+
+
+def infer_message(**fields: Any) -> Any:
+    """A right `ModelInferRequest`, and `fields` in it."""
+    message = ModelInferRequest(model_name="demo")
+    message.parameters["max_tokens"].int64_param = 1
+    for name, content in fields.items():
+        setattr(message, name, content)
+    return message
+
+
+def _tensor(name: str, datatype: str, shape: list[int]) -> Any:
+    message = infer_message()
+    message.inputs.add(name=name, datatype=datatype, shape=shape)
+    return message
+
+
+def grpc_typed_ids(size: int, *, each_alone: bool = False) -> bytes:
+    """One-byte ids as typed contents, `[t]` or `[n, 1]`."""
+    message = _tensor("input_ids", "INT64", [size, 1] if each_alone else [size])
+    message.inputs[0].contents.int64_contents.extend([1] * size)
+    return bytes(message.SerializeToString())
+
+
+def grpc_raw_ids(size: int, *, each_alone: bool = False) -> bytes:
+    """Ids in binary, `[t]` or `[n, 1]`."""
+    count = size // 8
+    message = _tensor("input_ids", "INT64", [count, 1] if each_alone else [count])
+    message.raw_input_contents.append(struct.pack("<q", 300) * count)
+    return bytes(message.SerializeToString())
+
+
+def grpc_raw_texts(size: int) -> bytes:
+    """Texts of three characters in binary."""
+    count = size // 7
+    message = _tensor("text_input", "BYTES", [count])
+    message.raw_input_contents.append(struct.pack("<I3s", 3, b"abc") * count)
+    return bytes(message.SerializeToString())
+
+
+def grpc_typed_texts(size: int) -> bytes:
+    """Empty texts as typed contents."""
+    count = size // 2
+    message = _tensor("text_input", "BYTES", [count])
+    message.inputs[0].contents.bytes_contents.extend([b""] * count)
+    return bytes(message.SerializeToString())
+
+
+def grpc_repeated(field: int, size: int) -> bytes:
+    """Field number `field` of the message, empty, again and again: `inputs`, `outputs`, `parameters`, raw contents."""
+    return bytes(infer_message().SerializeToString()) + bytes([field << 3 | 2, 0]) * (size // 2)
+
+
+def grpc_unpacked_ids(size: int) -> bytes:
+    """Ids that each have a tag of their own."""
+    tensor = bytes(_tensor("input_ids", "INT64", [size // 2]).inputs[0].SerializeToString())
+    ids = b"\x18\x01" * (size // 2)
+    inner = tensor + b"\x2a" + _varint(len(ids)) + ids
+    return bytes(infer_message().SerializeToString()) + b"\x2a" + _varint(len(inner)) + inner
+
+
+def grpc_long_text(size: int) -> bytes:
+    """One text."""
+    message = _tensor("text_input", "BYTES", [1])
+    message.inputs[0].contents.bytes_contents.append(b"7" * size)
+    return bytes(message.SerializeToString())
+
+
+def grpc_deep(size: int) -> bytes:
+    """Unknown groups in groups."""
+    return bytes(infer_message().SerializeToString()) + b"\xa3\x06" * (size // 4) + b"\xa4\x06" * (size // 4)
+
+
+def _varint(number: int) -> bytes:
+    encoded = bytearray()
+    while number > 127:
+        encoded.append(number & 127 | 128)
+        number >>= 7
+    return bytes([*encoded, number])
+
+
+GRPC: dict[str, Callable[[int], bytes]] = {
+    "typed ids": grpc_typed_ids,
+    "typed ids [n, 1]": lambda size: grpc_typed_ids(size, each_alone=True),
+    "unpacked ids": grpc_unpacked_ids,
+    "raw ids": grpc_raw_ids,
+    "raw ids [n, 1]": lambda size: grpc_raw_ids(size, each_alone=True),
+    "raw texts": grpc_raw_texts,
+    "typed texts": grpc_typed_texts,
+    "long text": grpc_long_text,
+    "parameters": lambda size: grpc_repeated(4, size),
+    "inputs": lambda size: grpc_repeated(5, size),
+    "outputs": lambda size: grpc_repeated(6, size),
+    "raw contents": lambda size: grpc_repeated(7, size),
+    "unknown fields": lambda size: grpc_repeated(12, size),
+    "deep": grpc_deep,
+    "long id": lambda size: bytes(infer_message(id="i" * size).SerializeToString()),
+    "long version": lambda size: bytes(infer_message(model_version="v" * size).SerializeToString()),
+    "long model": lambda size: bytes(infer_message(model_name="\x01" * size).SerializeToString()),
+}
+
+
+def index_message(size: int) -> bytes:
+    """Of a method that needs no more than a name."""
+    return bytes(message_class("RepositoryIndexRequest")(repository_name="r" * size).SerializeToString())
