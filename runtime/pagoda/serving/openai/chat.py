@@ -54,9 +54,7 @@ class ChatCall(Call):
     @override
     async def jobs(self) -> list[GenerationRequest]:
         tools = template_tools(self._request.tools, self._request.tool_choice)
-        prompt = await encode_chat(
-            self._context, self._request, self._messages, tools=tools, variables=self._variables
-        )
+        prompt = await encode_chat(self._context, self._request, self._messages, tools=tools, variables=self._variables)
         return [replace(self._job, prompt=prompt)]
 
     @override
