@@ -199,7 +199,7 @@ def test_what_an_unknown_key_sends_is_not_kept() -> None:
             for client in clients:
                 response = client.read()
                 assert response is not None
-                assert response.status == 401
+                assert response.status in (401, 429)  # many unknown keys are answered slowly, or not at all
         assert grown < 64 * MIB
 
 

@@ -85,7 +85,7 @@ CASES = {
     "an unknown method": refused(b"BREW / HTTP/1.1\r\nHost: x\r\n\r\n", 501),
     "a method in lower case": refused(b"get / HTTP/1.1\r\nHost: x\r\n\r\n", 501),
     "CONNECT": refused(b"CONNECT x:80 HTTP/1.1\r\nHost: x\r\n\r\n", 405),
-    "TRACE": served(b"TRACE / HTTP/1.1\r\nHost: x\r\n\r\n", 405),
+    "TRACE": served(b"TRACE / HTTP/1.1\r\nHost: x\r\n" + AUTHORIZED + b"\r\n", 405),
     "OPTIONS of the server": served(b"OPTIONS * HTTP/1.1\r\nHost: x\r\n" + AUTHORIZED + b"\r\n", 404),
     "an absolute target": served(get(path=b"http://other/v2/health/live")),
     "an absolute target without a path": served(get(path=b"http://other")),
@@ -211,8 +211,8 @@ CASES = {
     "no key and a large body": Case((post(b"Content-Length: 10000000", key=b""), SHORT, b"x" * 1_000_000), (401,)),
     # HEAD
     **{
-        f"HEAD {path.decode()}": served(b"HEAD %b HTTP/1.1\r\nHost: x\r\n\r\n" % path)
-        for path in (b"/", b"/health", b"/metrics", b"/v2/health/live", b"/v2/health/ready", b"/v2/models/demo/ready")
+        f"HEAD {path.decode()}": served(b"HEAD %b HTTP/1.1\r\nHost: x\r\n%b\r\n" % (path, AUTHORIZED))
+        for path in (b"/", b"/health", b"/v2/health/live", b"/v2/health/ready", b"/v2/models/demo/ready")
     },
     "HEAD of what takes POST": served(b"HEAD /v1/completions HTTP/1.1\r\nHost: x\r\n" + AUTHORIZED + b"\r\n", 405),
     "HEAD of nothing": served(b"HEAD /none HTTP/1.1\r\nHost: x\r\n" + AUTHORIZED + b"\r\n", 404),

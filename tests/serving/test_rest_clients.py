@@ -1,9 +1,12 @@
-"""tritonclient over HTTP (plain and asyncio) and KServe's REST client, against our V2 routes."""
+"""tritonclient over HTTP (plain and asyncio), KServe's REST client, curl and Java's HttpClient, against our V2 routes."""
 
 from __future__ import annotations
 
 import asyncio
+import shutil
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -162,3 +165,37 @@ def test_kserves_client_infers(harness: RestHarness, expected: list[str], is_bin
     assert answer.id == "9"
     assert texts(answer.get_output_by_name("text_output").as_numpy()) == expected
     assert answer.get_output_by_name("output_ids").as_numpy().shape == (2, 6)
+
+
+UPGRADING_JAVA = """
+import java.net.URI;
+import java.net.http.*;
+
+class Ask {
+    public static void main(String[] arguments) throws Exception {
+        var body = HttpRequest.BodyPublishers.ofString(arguments[1]);
+        var request = HttpRequest.newBuilder(URI.create(arguments[0])).POST(body).build();
+        for (int count = 0; count < 2; count++) {
+            var answer = HttpClient.newHttpClient().send(request, HttpResponse.BodyHandlers.ofString());
+            System.out.println(answer.statusCode() + " " + answer.body());
+        }
+    }
+}
+"""
+
+
+@pytest.mark.parametrize("program", ["curl", "java"])
+def test_clients_that_offer_http_2_are_served_with_their_body(
+    harness: RestHarness, tmp_path: Path, program: str
+) -> None:
+    if shutil.which(program) is None:
+        pytest.skip(f"{program} is not installed")
+    url, body = f"{harness.url}/v2/models/demo/generate", '{"text_input": "a", "max_tokens": 2}'
+    if program == "curl":
+        command = ["curl", "--silent", "--http2", "--data", body, url, url]
+    else:
+        source = tmp_path / "Ask.java"
+        source.write_text(UPGRADING_JAVA)
+        command = ["java", "-XX:TieredStopAtLevel=1", str(source), url, body]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.stdout.count('"text_output":"aa"') == 2, done

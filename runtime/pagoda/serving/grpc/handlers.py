@@ -21,6 +21,7 @@ from pagoda.serving.auth import audit
 from pagoda.serving.auth.routes import METHODS
 from pagoda.serving.auth.scopes import Access
 from pagoda.serving.context import ServingContext
+from pagoda.serving.grpc.message_reader import MessageReader
 from pagoda.serving.grpc.messages import SERVICE_NAME, service_methods
 from pagoda.serving.grpc.service import ClientGoneError, InferenceService
 from pagoda.serving.stalled_client import StalledClientTimeout
@@ -43,8 +44,11 @@ UnaryMethod = Callable[[Any, float | None], Awaitable[Any]]
 class InferenceHandlers:
     """The handlers of the service; `stopping` is set when the server shuts down."""
 
-    def __init__(self, context: ServingContext, service: V2Service, stopping: asyncio.Event) -> None:
+    def __init__(
+        self, context: ServingContext, service: V2Service, reader: MessageReader, stopping: asyncio.Event
+    ) -> None:
         self._context = context
+        self._reader = reader
         self._stopping = stopping
         self._service = InferenceService(service, lambda error: self._report("ModelStreamInfer", error))
 
@@ -67,19 +71,24 @@ class InferenceHandlers:
         for method in service_methods():
             parse = GetMessageClass(method.input_type).FromString
             if method.name in unary:
-                behavior = self._unary(method.name, parse, unary[method.name])
-                handlers[method.name] = grpc.unary_unary_rpc_method_handler(behavior, response_serializer=_serialize)
+                # One of streams, so that the message is received when the key was checked.
+                behavior = self._unary(method.name, parse, unary[method.name], is_empty=not method.input_type.fields)
+                handlers[method.name] = grpc.stream_unary_rpc_method_handler(behavior, response_serializer=_serialize)
             else:
                 stream = self._stream(method.name, parse)
                 handlers[method.name] = grpc.stream_stream_rpc_method_handler(stream, response_serializer=_serialize)
         return grpc.method_handlers_generic_handler(SERVICE_NAME, handlers)
 
-    def _unary(self, name: str, parse: Parser, method: UnaryMethod) -> Callable[..., Awaitable[Any]]:
+    def _unary(self, name: str, parse: Parser, method: UnaryMethod, *, is_empty: bool) -> Callable[..., Awaitable[Any]]:
+        """`is_empty`: the request has no fields, so nothing of it is received."""
         access = _access_of(name)
 
-        async def handle(raw: bytes, call: grpc.aio.ServicerContext) -> Any:
+        async def handle(_: object, call: grpc.aio.ServicerContext) -> Any:
             async def respond() -> Any:
-                await self._admit(access, call)
+                is_known = await self.admit(access, call)
+                raw = b"" if is_empty else await self._reader.read(call, is_known=is_known)
+                if raw is None:
+                    raise InvalidRequestError("the call has no message")
                 return await method(_parse(parse, raw), call.time_remaining())
 
             return await self._guard(name, call, respond)
@@ -108,7 +117,7 @@ class InferenceHandlers:
                         raise ClientGoneError from error
 
             async def respond() -> None:
-                await self._admit(access, call)
+                await self.admit(access, call)
                 messages = self._messages(parse, raw_messages, stalled, access)
                 await self._service.model_stream_infer(messages, write, call.time_remaining)
                 if stalled.is_set():
@@ -144,9 +153,14 @@ class InferenceHandlers:
         async with asyncio.timeout(LAST_STATUS_SECONDS):
             return await call.abort(grpc.StatusCode[failure.grpc_code], _clipped(failure.message), trailers)
 
-    async def _admit(self, access: Access, call: grpc.aio.ServicerContext) -> None:
+    async def admit(self, access: Access, call: grpc.aio.ServicerContext) -> bool:
+        """Let the current task speak for the caller; whether it may do more than what is public.
+
+        Raises what `ApiKeys.admit` does.
+        """
         metadata = dict(call.invocation_metadata() or ())
-        await self._context.keys.admit(access, metadata.get("authorization"), _address(call))
+        caller = await self._context.keys.admit(access, metadata.get("authorization"), _address(call))
+        return bool(caller.scopes)
 
     def _report(self, name: str, error: Exception) -> ErrorReport:
         """The report of `error` for the client; counts it, and logs it, with its trace if it is internal."""

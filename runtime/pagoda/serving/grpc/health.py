@@ -14,25 +14,32 @@ SERVICES = ("", SERVICE_NAME)
 """The server as a whole and the inference service; both are SERVING while requests are accepted."""
 
 
+MAX_WATCHES = 1024
+
+
 class HealthService:
     """Check responds at once; Watch sends every change until the client leaves or `stopping` is set."""
 
     def __init__(self, health: ServerHealth, stopping: asyncio.Event) -> None:
         self._health = health
         self._stopping = stopping
+        self._num_watches = 0
 
     async def Check(  # noqa: N802
         self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext
     ) -> health_pb2.HealthCheckResponse:
         """SERVING or NOT_SERVING; NOT_FOUND for a service that is not here."""
         if request.service not in SERVICES:
-            await context.abort(grpc.StatusCode.NOT_FOUND, f"service {request.service!r} is not served here")
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"service {request.service[:200]!r} is not served here")
         return health_pb2.HealthCheckResponse(status=self._status(request.service))
 
     async def Watch(  # noqa: N802
         self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext
     ) -> None:
         """The status now and after each change; SERVICE_UNKNOWN, and no error, for a service that is not here."""
+        if self._num_watches >= MAX_WATCHES:
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{MAX_WATCHES} clients watch already")
+        self._num_watches += 1
         changed = asyncio.Event()
         unsubscribe = self._health.subscribe(changed.set)
         stopping = asyncio.ensure_future(self._stopping.wait())
@@ -55,6 +62,7 @@ class HealthService:
                 finally:
                     change.cancel()
         finally:
+            self._num_watches -= 1
             stopping.cancel()
             unsubscribe()
 
