@@ -38,6 +38,75 @@ CHART_SETTINGS = (
     ),
     *("distributed_executor_backend", "ray_address", "ray_num_cpus", "ray_first_port", "network_interface"),
 )
+# What charts of others call a value, and what it is called here. The schema takes none of them, and says so by name.
+OTHER_NAMES = {
+    "": {
+        "affinity": "placement.affinity",
+        "annotations": "podAnnotations",
+        "apiKey": "security.apiKeysSecret.name",
+        "args": "extraArgs",
+        "commonLabels": "extraLabels",
+        "env": "extraEnv",
+        "envFrom": "extraEnvFrom",
+        "extraInit": "extraInitContainers",
+        "extraManifests": "extraObjects",
+        "extraPodLabels": "podLabels",
+        "extraVolumeMounts": "storage.extraVolumeMounts",
+        "extraVolumes": "storage.extraVolumes",
+        "gateway": "network.httpRoute",
+        "httpRoute": "network.httpRoute",
+        "imagePullSecrets": "image.pullSecrets",
+        "inferencePool": "network.inferencePool",
+        "ingress": "network.ingress",
+        "initContainers": "extraInitContainers",
+        "labels": "extraLabels",
+        "livenessProbe": "probes.liveness",
+        "maxReplicas": "autoscaling.maxReplicas",
+        "metrics": "monitoring",
+        "networkPolicy": "network.policy",
+        "nodeSelector": "placement.nodeSelector",
+        "persistence": "storage.cache",
+        "podDisruptionBudget": "rollout.podDisruptionBudget",
+        "podSecurityContext": "security.runAsUser, security.fsGroup",
+        "priorityClassName": "placement.priorityClassName",
+        "readinessProbe": "probes.readiness",
+        "replicaCount": "replicas",
+        "runtimeClassName": "placement.runtimeClassName",
+        "schedulerName": "placement.schedulerName",
+        "securityContext": "security.runAsUser, security.fsGroup",
+        "service": "network.service",
+        "serviceAccount": "security.serviceAccount",
+        "serviceMonitor": "monitoring.monitor",
+        "sidecars": "extraContainers",
+        "startupProbe": "probes.startup",
+        "strategy": "rollout",
+        "terminationGracePeriodSeconds": "engine.grace_period_seconds",
+        "tls": "network.tls.secretName",
+        "tolerations": "placement.tolerations",
+        "topologySpreadConstraints": "placement.topologySpreadConstraints",
+        "updateStrategy": "rollout",
+        "volumeMounts": "storage.extraVolumeMounts",
+        "volumes": "storage.extraVolumes",
+    },
+    "image": {"imagePullPolicy": "image.pullPolicy", "imagePullSecrets": "image.pullSecrets"},
+    "model": {
+        "id": "model.hubId",
+        "path": "model.claim.path",
+        "pvc": "model.claim.name",
+        "repo": "model.hubId",
+        "servedModelName": "model.name",
+        "storageUri": "model.uri",
+    },
+    "resources": {"gpu": "resources.gpus", "shmSize": "resources.sharedMemory"},
+    "network": {"port": "network.httpPort", "gateway": "network.httpRoute"},
+    "network.service": {
+        "nodePort": "network.service.httpNodePort",
+        "port": "network.service.httpPort",
+        "servicePort": "network.service.httpPort",
+    },
+    "autoscaling": {"enabled": "autoscaling.type", "hpa": "autoscaling.type", "replicas": "autoscaling.minReplicas"},
+    "storage": {"pvc": "storage.cache.claim", "volumes": "storage.extraVolumes"},
+}
 _KEY = re.compile(r"(?P<indent> *)(?P<key>[A-Za-z_]\w*):(?P<rest>.*)")
 _TYPES = {str: "string", bool: "boolean", int: "integer", float: "number", list: "array", dict: "object"}
 
@@ -118,7 +187,10 @@ def main() -> int:
 
 
 def _object(values: list[Value]) -> dict[str, Any]:
-    properties = {value.path[-1]: _node(value) for value in values}
+    """An object of these keys and no other; the names that others have for them are refused by a value that nobody gives."""
+    properties: dict[str, Any] = {value.path[-1]: _node(value) for value in values}
+    for other, name in OTHER_NAMES.get(".".join(values[0].path[:-1]), {}).items():
+        properties[other] = {"const": f"(no value of this chart: it is called {name})"}
     return {"type": "object", "additionalProperties": False, "properties": properties}
 
 

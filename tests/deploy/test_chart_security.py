@@ -129,8 +129,8 @@ def test_pods_keep_the_pod_security_standard_that_the_values_name(values: dict[s
     objects = render(values)
     pods = [server_pod(objects), objects["Pod"]["spec"], *(w["spec"]["template"]["spec"] for w in workers(objects))]
     found = {violation for pod in pods for violation in violations(pod)}
-    is_restricted = values.get("security", {}).get("podSecurityStandard", "restricted") == "restricted"
-    assert found == (set() if is_restricted else {"adds IPC_LOCK"})
+    standard = values.get("security", {}).get("podSecurityStandard", "restricted")
+    assert found == {"restricted": set(), "baseline": {"volume image"}, "privileged": {"adds IPC_LOCK"}}[standard]
 
 
 @pytest.mark.parametrize(

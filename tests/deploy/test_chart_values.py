@@ -59,6 +59,34 @@ WRONG_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"engine": {"distributed_executor_backend": "ray"}}, "distributed_executor_backend"),
     ({"engine": {"tensor_parallel_size": 4}, "resources": {"gpus": 2}}, "resources.gpus"),
     ({"engine": {"data_parallel_size": 2}, "resources": {"gpus": 1}}, "engine.data_parallel_size = 2"),
+    ({"resources": {"gpus": 2}}, "resources.gpus"),
+    ({"resources": {"gpus": 1}, "engine": {"device": "cpu"}}, "engine.device = cpu"),
+    ({"engine": {"device": "cuda"}}, "engine.device = cuda"),
+    ({"resources": {"gpus": 1, "claims": [{"name": "g", "resourceClaimName": "c", "gpus": 1}]}}, "resources.claims"),
+    ({"resources": {"claims": [{"name": "g", "gpus": 1}]}}, "resourceClaimTemplateName"),
+    ({"model": {"uri": "ftp://there/x"}}, "uri"),
+    ({"model": {"uri": "s3://bucket/x"}}, "model.storageInitializer.image"),
+    ({"model": {"uri": "hf://owner"}}, "hf://owner/name"),
+    ({"model": {"uri": "hf://a/b", "hubId": "a/b"}}, "model.uri, model.hubId"),
+    ({"model": {"uri": "pvc://claim/x", "revision": "main"}}, "model.revision"),
+    ({"model": {"uri": "oci://r/x:1"}}, "security.podSecurityStandard"),
+    ({"storage": {"cache": {"claimName": "c", "claim": {"create": True}}}}, "storage.cache.claim.create"),
+    ({"network": {"httpRoute": {"enabled": True}}}, "network.httpRoute.parentRefs"),
+    ({"network": {"inferencePool": {"enabled": True}}}, "network.inferencePool.endpointPicker.name"),
+    ({"network": {"service": {"httpNodePort": 30080}}}, "network.service.type"),
+    ({"network": {"service": {"httpPort": 80, "grpcPort": 80}}}, "network.service.grpcPort"),
+    ({"autoscaling": {"type": "hpa", "minReplicas": 0}}, "autoscaling.minReplicas = 0"),
+    (
+        {"autoscaling": {"type": "keda", "minReplicas": 0, "keda": {"prometheusAddress": "http://p"}}},
+        "autoscaling.keda.triggers",
+    ),
+    ({"autoscaling": {"type": "keda", "keda": {"ownTriggers": False}}}, "autoscaling.keda.ownTriggers"),
+    # Names of other charts: the message has the one that is meant here.
+    ({"replicaCount": 2}, "it is called replicas"),
+    ({"nodeSelector": {"a": "b"}}, "it is called placement.nodeSelector"),
+    ({"ingress": {"enabled": True}}, "it is called network.ingress"),
+    ({"network": {"service": {"port": 80}}}, "it is called network.service.httpPort"),
+    ({"model": {"storageUri": "hf://a/b"}}, "it is called model.uri"),
     ({**MULTI_NODE, "engine": {"pipeline_parallel_size": 2, "data_parallel_size": 2}}, "engine.data_parallel_size"),
     ({**MULTI_NODE, "engine": {"pipeline_parallel_size": 3}}, "engine.pipeline_parallel_size = 3"),
     ({**MULTI_NODE, "engine": {"tensor_parallel_size": 2}}, "multiNode.nodes"),
@@ -97,6 +125,16 @@ def generator() -> ModuleType:
 def test_readme_and_schema_are_current(generator: ModuleType) -> None:
     for path, text in generator.outputs().items():
         assert path.read_text() == text, f"{path.name}: run `make chart`"
+
+
+def test_names_of_other_charts_point_to_values_that_there_are(generator: ModuleType) -> None:
+    def paths(values: list[Any]) -> set[str]:
+        return {path for v in values for path in ({".".join(v.path)} | paths(v.children))}
+
+    known = paths(generator.read_values(CHART / "values.yaml"))
+    for names in generator.OTHER_NAMES.values():
+        for name in names.values():
+            assert set(name.split(", ")) <= known, name
 
 
 def test_every_setting_is_a_value_or_set_by_the_chart(generator: ModuleType) -> None:

@@ -107,6 +107,96 @@ VALUE_SETS: dict[str, dict[str, Any]] = {
         "placement": {"affinity": {"nodeAffinity": {}}, "spreadOver": []},
     },
     "several GPUs": {"engine": {"tensor_parallel_size": 4}, "resources": {"gpus": 4}},
+    "GPUs by dynamic resource allocation": {
+        "engine": {"tensor_parallel_size": 2},
+        "resources": {"claims": [{"name": "gpus", "resourceClaimTemplateName": "two-gpus", "gpus": 2}]},
+    },
+    "checkpoint of a bucket": {
+        "model": {
+            "uri": "s3://models/qwen3",
+            "storageInitializer": {
+                "image": "kserve/storage-initializer:v0.16.0",
+                "envFrom": [{"secretRef": {"name": "minio"}}],
+                "env": [{"name": "AWS_ENDPOINT_URL", "value": "http://minio.infra:9000"}],
+                "sizeLimit": "20Gi",
+            },
+        },
+        "network": {
+            "policy": {
+                "from": [{"podSelector": {}}],
+                "egress": [
+                    {
+                        "to": [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "infra"}}}],
+                        "ports": [{"port": 9000, "protocol": "TCP"}],
+                    }
+                ],
+            }
+        },
+    },
+    "checkpoint of a claim by its URI": {"model": {"uri": "pvc://weights/qwen/latest"}},
+    "checkpoint of an image": {
+        "model": {"uri": "oci://registry.example/models/qwen3:1"},
+        "security": {"podSecurityStandard": "baseline"},
+    },
+    "what a cluster of many teams asks for": {
+        "extraArgs": ["--log-level", "debug"],
+        "extraEnvFrom": [{"secretRef": {"name": "proxy"}}],
+        "extraInitContainers": [{"name": "wait", "image": "busybox:1", "command": ["true"]}],
+        "extraContainers": [{"name": "logs", "image": "shipper:1"}],
+        "extraObjects": [
+            {
+                "apiVersion": "v1",
+                "kind": "Secret",
+                "metadata": {"name": "{{ .Release.Name }}-extra", "namespace": "{{ .Release.Namespace }}"},
+            }
+        ],
+        "lifecycle": {"postStart": {"exec": {"command": ["true"]}}},
+        "podLabels": {"team": "tales"},
+        "placement": {
+            "schedulerName": "volcano",
+            "topologySpreadConstraints": [
+                {"topologyKey": "kubernetes.io/hostname", "maxSkew": 1, "whenUnsatisfiable": "DoNotSchedule"}
+            ],
+        },
+        "storage": {"cache": {"claim": {"create": True, "storageClassName": "fast"}}},
+        "network": {
+            "service": {
+                "type": "NodePort",
+                "httpPort": 80,
+                "httpNodePort": 30080,
+                "grpcNodePort": 30081,
+                "labels": {"tier": "models"},
+                "sessionAffinity": "ClientIP",
+                "extraSpec": {"externalTrafficPolicy": "Local"},
+            },
+            "ingress": {
+                "enabled": True,
+                "className": "nginx",
+                "annotations": {"nginx.ingress.kubernetes.io/proxy-buffering": "off"},
+                "hosts": ["tales.example", "old.example"],
+                "paths": ["/v1", "/v2"],
+                "tls": [{"secretName": "cert", "hosts": ["tales.example"]}],
+            },
+        },
+    },
+    "a gateway and a pool": {
+        "network": {
+            "httpRoute": {"enabled": True, "parentRefs": [{"name": "gateway"}], "hostnames": ["tales.example"]},
+            "inferencePool": {"enabled": True, "endpointPicker": {"name": "picker"}},
+        }
+    },
+    "a gateway alone": {"network": {"httpRoute": {"enabled": True, "parentRefs": [{"name": "gateway"}]}}},
+    "keda, down to nothing": {
+        "autoscaling": {
+            "type": "keda",
+            "minReplicas": 0,
+            "behavior": {"scaleUp": {"stabilizationWindowSeconds": 0}},
+            "keda": {
+                "ownTriggers": False,
+                "triggers": [{"type": "external-push", "metadata": {"scalerAddress": "a:1"}}],
+            },
+        }
+    },
     "multi-node, two pods": {
         "mode": "multiNode",
         "engine": {"pipeline_parallel_size": 2},
@@ -246,5 +336,5 @@ def workers(objects: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
 
 def server_container(objects: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """The server's container."""
-    (container,) = server_pod(objects)["containers"]
+    (container,) = [one for one in server_pod(objects)["containers"] if one["name"] == "pagoda"]
     return container

@@ -15,12 +15,12 @@ KUBERNETES_VERSIONS = ("1.29", "1.33", "1.37")
 utils.schema_contents = cache(utils.schema_contents)
 
 
-def validate(document: dict[str, Any]) -> None:
-    """Raise for an object that one of the versions would refuse, and for a kind that it has no schema for."""
-    _validate(json.dumps(document))
+def validate(document: dict[str, Any], oldest: str = KUBERNETES_VERSIONS[0]) -> None:
+    """Raise for an object that one of the versions, from `oldest` on, would refuse, and for a kind without a schema."""
+    _validate(json.dumps(document), oldest)
 
 
 @cache
-def _validate(document: str) -> None:
-    for version in KUBERNETES_VERSIONS:
+def _validate(document: str, oldest: str) -> None:
+    for version in KUBERNETES_VERSIONS[KUBERNETES_VERSIONS.index(oldest) :]:
         assert kubernetes_validate.validate(json.loads(document), version, strict=True) == version

@@ -4,7 +4,23 @@
 {{- include "pagoda.securityChecks" . -}}
 {{- $ranks := mul (int (.Values.engine.tensor_parallel_size | default 1)) (int (.Values.engine.pipeline_parallel_size | default 1)) -}}
 {{- $sizes := printf "engine.tensor_parallel_size × engine.pipeline_parallel_size = %d" $ranks -}}
-{{- $gpus := int .Values.resources.gpus -}}
+{{- $gpus := include "pagoda.gpus" . | int -}}
+{{- if and (int .Values.resources.gpus) (ne $gpus (int .Values.resources.gpus)) -}}
+{{- fail "resources: give GPUs by resources.gpus or by resources.claims, not both" -}}
+{{- end -}}
+{{- if and $gpus (eq (.Values.engine.device | default "cuda") "cpu") -}}
+{{- fail "resources: engine.device = cpu uses no GPU, yet the pods ask for some: resources.gpus, resources.claims" -}}
+{{- end -}}
+{{- if and (not $gpus) (eq (.Values.engine.device | default "auto") "cuda") -}}
+{{- fail "resources: engine.device = cuda needs GPUs: resources.gpus, or resources.claims with gpus" -}}
+{{- end -}}
+{{- range .Values.resources.claims -}}
+{{- if eq (empty .resourceClaimName) (empty .resourceClaimTemplateName) -}}
+{{- fail (printf "resources: resources.claims: %s needs one of resourceClaimName and resourceClaimTemplateName" .name) -}}
+{{- end -}}
+{{- end -}}
+{{- include "pagoda.networkChecks" . -}}
+{{- include "pagoda.modelChecks" . -}}
 {{- if eq .Values.mode "multiNode" -}}
 {{- $nodes := int .Values.multiNode.nodes -}}
 {{- $stages := int (.Values.engine.pipeline_parallel_size | default 1) -}}
@@ -36,8 +52,46 @@
 {{- end -}}
 {{- else -}}
 {{- $copies := int (.Values.engine.data_parallel_size | default 1) -}}
-{{- if and $gpus (gt (mul $ranks $copies) $gpus) -}}
-{{- fail (printf "resources: %s, times engine.data_parallel_size = %d, need as many resources.gpus, not %d; over several pods only in mode multiNode" $sizes $copies $gpus) -}}
+{{- if and $gpus (ne (mul $ranks $copies) $gpus) -}}
+{{- fail (printf "resources: %s, times engine.data_parallel_size = %d, need as many GPUs, not %d (resources.gpus); over several pods only in mode multiNode" $sizes $copies $gpus) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "pagoda.modelChecks" -}}
+{{- $source := include "pagoda.modelSource" . -}}
+{{- if and (eq $source "storageInitializer") (not .Values.model.storageInitializer.image) -}}
+{{- fail (printf "model: model.uri = %s needs model.storageInitializer.image, such as kserve/storage-initializer; hf://, pvc:// and oci:// need none" .Values.model.uri) -}}
+{{- end -}}
+{{- if and (hasPrefix "hf://" .Values.model.uri) (not (regexMatch "^\\w[\\w.-]*/\\w[\\w.-]*$" (include "pagoda.hubId" .))) -}}
+{{- fail (printf "model: model.uri = %s must be hf://owner/name or hf://owner/name:revision" .Values.model.uri) -}}
+{{- end -}}
+{{- if and (eq $source "image") (eq .Values.security.podSecurityStandard "restricted") -}}
+{{- fail "model: model.uri = oci://… is an image volume, which the Pod Security Standard restricted does not list: set security.podSecurityStandard to baseline where the namespace admits it" -}}
+{{- end -}}
+{{- if and .Values.model.revision (ne $source "hub") -}}
+{{- fail "model: model.revision is of a Hugging Face model: model.hubId or model.uri = hf://owner/name" -}}
+{{- end -}}
+{{- with .Values.storage.cache -}}
+{{- if and .claimName .claim.create -}}
+{{- fail "storage: give storage.cache.claimName or storage.cache.claim.create=true, not both" -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "pagoda.networkChecks" -}}
+{{- with .Values.network -}}
+{{- if and .httpRoute.enabled (not .httpRoute.parentRefs) -}}
+{{- fail "network: network.httpRoute.parentRefs is needed: the gateways, such as [{name: gateway, namespace: infra}]" -}}
+{{- end -}}
+{{- if and .inferencePool.enabled (not .inferencePool.endpointPicker.name) -}}
+{{- fail "network: network.inferencePool.endpointPicker.name is needed: the Service of the endpoint picker" -}}
+{{- end -}}
+{{- if and (or .service.httpNodePort .service.grpcNodePort) (eq .service.type "ClusterIP") -}}
+{{- fail "network: network.service.httpNodePort and grpcNodePort need network.service.type NodePort or LoadBalancer" -}}
+{{- end -}}
+{{- if eq (int (.service.httpPort | default .httpPort)) (int (.service.grpcPort | default .grpcPort)) -}}
+{{- fail "network: the Service needs two ports: network.service.httpPort and network.service.grpcPort are equal" -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}

@@ -1,15 +1,72 @@
 {{/* The model, the file of settings, and the times that follow from them. */}}
 
-{{/* Where the checkpoint comes from: demo, hub, claim or initContainer. */}}
+{{/* Where the checkpoint comes from: demo, hub, claim, image, storageInitializer or initContainer. */}}
 {{- define "pagoda.modelSource" -}}
 {{- $given := list -}}
 {{- if .Values.model.hubId -}}{{- $given = append $given "hub" -}}{{- end -}}
 {{- if .Values.model.claim.name -}}{{- $given = append $given "claim" -}}{{- end -}}
 {{- if .Values.model.initContainer.image -}}{{- $given = append $given "initContainer" -}}{{- end -}}
+{{- with .Values.model.uri -}}
+{{- $scheme := splitList "://" . | first -}}
+{{- $given = append $given (get (dict "hf" "hub" "pvc" "claim" "oci" "image") $scheme | default "storageInitializer") -}}
+{{- end -}}
 {{- if gt (len $given) 1 -}}
-{{- fail "model: give one of model.hubId, model.claim.name and model.initContainer.image, not several" -}}
+{{- fail "model: give one of model.uri, model.hubId, model.claim.name and model.initContainer.image, not several" -}}
 {{- end -}}
 {{- first (append $given "demo") -}}
+{{- end -}}
+
+{{/* What stands behind the scheme of model.uri. */}}
+{{- define "pagoda.modelPath" -}}
+{{- splitList "://" .Values.model.uri | rest | join "://" | trimSuffix "/" -}}
+{{- end -}}
+
+{{/* The Hugging Face id, however it was given. */}}
+{{- define "pagoda.hubId" -}}
+{{- if hasPrefix "hf://" .Values.model.uri -}}
+{{- include "pagoda.modelPath" . | splitList ":" | first -}}
+{{- else -}}
+{{- .Values.model.hubId -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Branch, tag or commit: model.revision, or what stands behind a colon in hf://owner/name:revision, as KServe writes it. */}}
+{{- define "pagoda.revision" -}}
+{{- if .Values.model.revision -}}
+{{- .Values.model.revision -}}
+{{- else if hasPrefix "hf://" .Values.model.uri -}}
+{{- include "pagoda.modelPath" . | splitList ":" | rest | join ":" -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Name and path of the claim with the checkpoint, however they were given; empty where there is none. */}}
+{{- define "pagoda.modelClaim" -}}
+{{- if hasPrefix "pvc://" .Values.model.uri -}}
+{{- $parts := include "pagoda.modelPath" . | splitList "/" -}}
+{{- dict "name" (first $parts) "path" (rest $parts | join "/") | toYaml -}}
+{{- else if .Values.model.claim.name -}}
+{{- toYaml .Values.model.claim -}}
+{{- end -}}
+{{- end -}}
+
+{{/* The volume with the checkpoint; empty where there is none. */}}
+{{- define "pagoda.modelVolume" -}}
+{{- $source := include "pagoda.modelSource" . -}}
+{{- if eq $source "claim" -}}
+persistentVolumeClaim:
+  claimName: {{ (include "pagoda.modelClaim" . | fromYaml).name }}
+  readOnly: true
+{{- else if eq $source "image" -}}
+image:
+  reference: {{ include "pagoda.modelPath" . }}
+  pullPolicy: {{ .Values.image.pullPolicy }}
+{{- else if eq $source "storageInitializer" -}}
+emptyDir:
+  sizeLimit: {{ .Values.model.storageInitializer.sizeLimit }}
+{{- else if eq $source "initContainer" -}}
+emptyDir:
+  sizeLimit: {{ .Values.model.initContainer.sizeLimit }}
+{{- end -}}
 {{- end -}}
 
 {{- define "pagoda.modelName" -}}
@@ -18,7 +75,7 @@
 {{- else if eq (include "pagoda.modelSource" .) "demo" -}}
 demo
 {{- else -}}
-{{- .Values.model.hubId | base | trimPrefix "." | default (include "pagoda.fullname" .) -}}
+{{- include "pagoda.hubId" . | base | trimPrefix "." | default (include "pagoda.fullname" .) -}}
 {{- end -}}
 {{- end -}}
 
@@ -31,7 +88,10 @@ demo
   "http_port" .Values.network.httpPort
   "grpc_port" .Values.network.grpcPort -}}
 {{- if eq $source "hub" -}}
-{{- $_ := set $own "model" .Values.model.hubId -}}
+{{- $_ := set $own "model" (include "pagoda.hubId" .) -}}
+{{- with include "pagoda.revision" . -}}
+{{- $_ := set $own "revision" . -}}
+{{- end -}}
 {{- else if ne $source "demo" -}}
 {{- $_ := set $own "model" "/models" -}}
 {{- end -}}
@@ -44,10 +104,13 @@ demo
 {{- $_ := set $own "api_keys_file" (printf "/etc/pagoda-keys/%s" .key | trimSuffix "/") -}}
 {{- end -}}
 {{- end -}}
+{{- if and (include "pagoda.gpus" . | int) (not .Values.engine.device) -}}
+{{- $_ := set $own "device" "cuda" -}}
+{{- end -}}
 {{- if eq .Values.mode "multiNode" -}}
 {{- $_ := set $own "distributed_executor_backend" "ray" -}}
 {{- $_ := set $own "ray_first_port" .Values.multiNode.ray.firstPort -}}
-{{- if not .Values.resources.gpus -}}
+{{- if not (include "pagoda.gpus" . | int) -}}
 {{- $_ := set $own "ray_num_cpus" (include "pagoda.cpuRanks" . | int) -}}
 {{- end -}}
 {{- /* Workers may have an image to pull first. */ -}}

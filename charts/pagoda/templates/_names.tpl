@@ -52,6 +52,15 @@ pagoda/ranks: {{ include "pagoda.fullname" . }}
 {{- merge $own .Values.extraLabels | toYaml -}}
 {{- end -}}
 
+{{- define "pagoda.cacheClaimName" -}}
+{{- include "pagoda.fullname" . }}-cache
+{{- end -}}
+
+{{/* The Service's ports. */}}
+{{- define "pagoda.servicePort" -}}
+{{- int (.Values.network.service.httpPort | default .Values.network.httpPort) -}}
+{{- end -}}
+
 {{- define "pagoda.serviceAccountName" -}}
 {{- if .Values.security.serviceAccount.create -}}
 {{- .Values.security.serviceAccount.name | default (include "pagoda.fullname" .) -}}
@@ -76,7 +85,7 @@ pagoda/ranks: {{ include "pagoda.fullname" . }}
 {{- end -}}
 
 {{- define "pagoda.url" -}}
-{{- printf "%s://%s:%d" (include "pagoda.scheme" .) (include "pagoda.fullname" .) (int .Values.network.httpPort) -}}
+{{- printf "%s://%s:%d" (include "pagoda.scheme" .) (include "pagoda.fullname" .) (include "pagoda.servicePort" . | int) -}}
 {{- end -}}
 
 {{/* Names inside a release of mode multiNode. Call with the root context, or a list of it and the number of a group. */}}

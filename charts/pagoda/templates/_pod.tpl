@@ -16,8 +16,15 @@ imagePullSecrets:
   {{- end }}
 {{- end }}
 securityContext: {{- include "pagoda.podSecurityContext" . | nindent 2 }}
-{{- if eq (include "pagoda.modelSource" .) "initContainer" }}
-initContainers: {{- include "pagoda.initContainers" . | nindent 2 }}
+{{- $initContainers := concat (include "pagoda.initContainers" . | fromYamlArray) (include "pagoda.lockedDown" (list . .Values.extraInitContainers) | fromYamlArray) }}
+{{- with $initContainers }}
+initContainers: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .Values.resources.claims }}
+resourceClaims:
+  {{- range . }}
+  - {{- omit . "request" "gpus" | toYaml | nindent 4 }}
+  {{- end }}
 {{- end }}
 volumes: {{- include (ternary "pagoda.serverVolumes" "pagoda.volumes" (eq (len $place) 1)) . | nindent 2 }}
 {{- include "pagoda.placement" $place | trim | nindent 0 }}
@@ -39,6 +46,16 @@ allowPrivilegeEscalation: false
 readOnlyRootFilesystem: true
 capabilities:
   drop: [ALL]
+{{- end -}}
+
+{{/* The user's own containers: the chart's security context where they bring none. Takes the root context and the containers. */}}
+{{- define "pagoda.lockedDown" -}}
+{{- $context := dict "securityContext" (include "pagoda.containerSecurityContext" (index . 0) | fromYaml) -}}
+{{- $containers := list -}}
+{{- range index . 1 -}}
+{{- $containers = append $containers (ternary . (merge (deepCopy .) $context) (hasKey . "securityContext")) -}}
+{{- end -}}
+{{- toYaml $containers -}}
 {{- end -}}
 
 {{/* Of a container with ranks: RDMA pins memory. "pagoda.securityChecks" admits it under `privileged` alone. */}}
@@ -76,6 +93,13 @@ capabilities:
 {{- end }}
 {{- end -}}
 
+{{/* GPUs of a pod, by whichever way they are asked for. */}}
+{{- define "pagoda.gpus" -}}
+{{- $gpus := int .Values.resources.gpus -}}
+{{- range .Values.resources.claims -}}{{- $gpus = add $gpus (int .gpus) -}}{{- end -}}
+{{- $gpus -}}
+{{- end -}}
+
 {{- define "pagoda.rankEnvironment" -}}
 {{- with .Values.multiNode -}}
 - name: RAY_AUTH_TOKEN
@@ -104,7 +128,13 @@ capabilities:
 {{- if and (eq .Values.mode "multiNode") .Values.multiNode.rdma.resource -}}
 {{- $_ := set $limits .Values.multiNode.rdma.resource (int .Values.multiNode.rdma.count) -}}
 {{- end -}}
-{{- dict "requests" .Values.resources.requests "limits" $limits | toYaml -}}
+{{- $resources := dict "requests" .Values.resources.requests "limits" $limits -}}
+{{- with .Values.resources.claims -}}
+{{- $claims := list -}}
+{{- range . -}}{{- $claims = append $claims (pick . "name" "request") -}}{{- end -}}
+{{- $_ := set $resources "claims" $claims -}}
+{{- end -}}
+{{- toYaml $resources -}}
 {{- end -}}
 
 {{/* The kubelet asks the server itself: no process is started in the pod, and the answers are the engine's state. */}}
@@ -175,17 +205,13 @@ scheme: {{ include "pagoda.scheme" (index . 0) | upper }}
   mountPath: /tmp
 - name: shm
   mountPath: /dev/shm
-{{- if eq (include "pagoda.modelSource" .) "claim" }}
+{{- if ne (include "pagoda.modelVolume" .) "" }}
 - name: model
   mountPath: /models
   readOnly: true
-  {{- with .Values.model.claim.path }}
+  {{- with (include "pagoda.modelClaim" . | fromYaml).path }}
   subPath: {{ . }}
   {{- end }}
-{{- else if eq (include "pagoda.modelSource" .) "initContainer" }}
-- name: model
-  mountPath: /models
-  readOnly: true
 {{- end }}
 {{- with .Values.storage.extraVolumeMounts }}
 {{ toYaml . }}
@@ -219,9 +245,9 @@ scheme: {{ include "pagoda.scheme" (index . 0) | upper }}
 
 {{- define "pagoda.volumes" -}}
 - name: cache
-  {{- if .Values.storage.cache.claimName }}
+  {{- if or .Values.storage.cache.claimName .Values.storage.cache.claim.create }}
   persistentVolumeClaim:
-    claimName: {{ .Values.storage.cache.claimName }}
+    claimName: {{ .Values.storage.cache.claimName | default (include "pagoda.cacheClaimName" .) }}
   {{- else }}
   emptyDir:
     sizeLimit: {{ .Values.storage.cache.sizeLimit }}
@@ -233,15 +259,9 @@ scheme: {{ include "pagoda.scheme" (index . 0) | upper }}
   emptyDir:
     medium: Memory
     sizeLimit: {{ .Values.resources.sharedMemory }}
-{{- if eq (include "pagoda.modelSource" .) "claim" }}
+{{- with include "pagoda.modelVolume" . }}
 - name: model
-  persistentVolumeClaim:
-    claimName: {{ .Values.model.claim.name }}
-    readOnly: true
-{{- else if eq (include "pagoda.modelSource" .) "initContainer" }}
-- name: model
-  emptyDir:
-    sizeLimit: {{ .Values.model.initContainer.sizeLimit }}
+  {{- . | nindent 2 }}
 {{- end }}
 {{- with .Values.storage.extraVolumes }}
 {{ toYaml . }}
@@ -249,6 +269,26 @@ scheme: {{ include "pagoda.scheme" (index . 0) | upper }}
 {{- end -}}
 
 {{- define "pagoda.initContainers" -}}
+{{- if eq (include "pagoda.modelSource" .) "storageInitializer" -}}
+{{- with .Values.model.storageInitializer -}}
+- name: model
+  image: {{ .image }}
+  imagePullPolicy: {{ $.Values.image.pullPolicy }}
+  args: [{{ $.Values.model.uri | quote }}, /models]
+  {{- with .env }}
+  env: {{- toYaml . | nindent 4 }}
+  {{- end }}
+  {{- with .envFrom }}
+  envFrom: {{- toYaml . | nindent 4 }}
+  {{- end }}
+  securityContext: {{- include "pagoda.containerSecurityContext" $ | nindent 4 }}
+  volumeMounts:
+    - name: model
+      mountPath: /models
+    - name: tmp
+      mountPath: /tmp
+{{- end -}}
+{{- else if eq (include "pagoda.modelSource" .) "initContainer" -}}
 {{- with .Values.model.initContainer -}}
 - name: model
   image: {{ .image }}
@@ -268,6 +308,7 @@ scheme: {{ include "pagoda.scheme" (index . 0) | upper }}
       mountPath: /models
     - name: tmp
       mountPath: /tmp
+{{- end -}}
 {{- end -}}
 {{- end -}}
 
@@ -311,9 +352,15 @@ affinity:
   {{- end }}
   {{- end }}
 {{- if eq (len $place) 1 }}
-{{- with .Values.placement.spreadOver }}
+{{- if .Values.placement.topologySpreadConstraints }}
+{{- $selector := dict "labelSelector" (dict "matchLabels" (include "pagoda.selectorLabels" . | fromYaml)) }}
 topologySpreadConstraints:
-  {{- range . }}
+  {{- range .Values.placement.topologySpreadConstraints }}
+  - {{- merge (deepCopy .) $selector | toYaml | nindent 4 }}
+  {{- end }}
+{{- else if .Values.placement.spreadOver }}
+topologySpreadConstraints:
+  {{- range .Values.placement.spreadOver }}
   - topologyKey: {{ . }}
     maxSkew: 1
     whenUnsatisfiable: ScheduleAnyway
@@ -321,6 +368,9 @@ topologySpreadConstraints:
       matchLabels: {{- include "pagoda.selectorLabels" (first $place) | nindent 8 }}
   {{- end }}
 {{- end }}
+{{- end }}
+{{- with .Values.placement.schedulerName }}
+schedulerName: {{ . }}
 {{- end }}
 {{- with .Values.placement.priorityClassName }}
 priorityClassName: {{ . }}

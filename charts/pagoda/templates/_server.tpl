@@ -2,7 +2,7 @@
 
 {{- define "pagoda.serverPodTemplate" -}}
 metadata:
-  labels: {{- include "pagoda.podLabels" . | nindent 4 }}
+  labels: {{- merge (include "pagoda.podLabels" . | fromYaml) .Values.podLabels | toYaml | nindent 4 }}
   annotations:
     # Settings are read at start: a change of the file is a new pod.
     checksum/config: {{ include "pagoda.configFile" . | sha256sum }}
@@ -15,8 +15,11 @@ spec:
     - name: pagoda
       image: {{ include "pagoda.image" . }}
       imagePullPolicy: {{ .Values.image.pullPolicy }}
-      args: [serve, --config, /etc/pagoda/pagoda.json]
+      args: {{- concat (list "serve" "--config" "/etc/pagoda/pagoda.json") .Values.extraArgs | toYaml | nindent 8 }}
       env: {{- include "pagoda.serverEnvironment" . | nindent 8 }}
+      {{- with .Values.extraEnvFrom }}
+      envFrom: {{- toYaml . | nindent 8 }}
+      {{- end }}
       ports:
         - name: http1
           containerPort: {{ int .Values.network.httpPort }}
@@ -27,11 +30,12 @@ spec:
           containerPort: 6379
         {{- end }}
       {{- include "pagoda.probes" . | nindent 6 }}
-      lifecycle:
-        preStop:
-          exec:
-            command: [sleep, {{ .Values.rollout.preStopSeconds | int | toString | quote }}]
+      {{- $wait := dict "preStop" (dict "exec" (dict "command" (list "sleep" (.Values.rollout.preStopSeconds | int | toString)))) }}
+      lifecycle: {{- merge (pick .Values.lifecycle "postStart" "stopSignal") (ternary (pick .Values.lifecycle "preStop") $wait (hasKey .Values.lifecycle "preStop")) | toYaml | nindent 8 }}
       resources: {{- include "pagoda.resources" . | nindent 8 }}
       securityContext: {{- include "pagoda.rankSecurityContext" . | nindent 8 }}
       volumeMounts: {{- include "pagoda.serverVolumeMounts" . | nindent 8 }}
+    {{- if .Values.extraContainers }}
+    {{- include "pagoda.lockedDown" (list . .Values.extraContainers) | nindent 4 }}
+    {{- end }}
 {{- end -}}
