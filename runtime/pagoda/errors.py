@@ -17,12 +17,13 @@ class ErrorKind(StrEnum):
     """The kind of an error, as sent between processes."""
 
     INVALID_REQUEST = "invalid_request"
+    CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
     UNAUTHENTICATED = "unauthenticated"
     PERMISSION_DENIED = "permission_denied"
     NOT_FOUND = "not_found"
     TOO_LARGE = "too_large"
     QUEUE_FULL = "queue_full"
-    NOT_SUPPORTED = "not_supported"
+    NOT_SUPPORTED = "unsupported_parameter"
     NOT_READY = "not_ready"
     ENGINE_DEAD = "engine_dead"
     DEADLINE_EXCEEDED = "deadline_exceeded"
@@ -60,6 +61,19 @@ class InvalidRequestError(PagodaError):
         self.param = param
 
 
+class ContextLengthError(InvalidRequestError):
+    """Prompt and completion do not fit the model's context.
+
+    litellm and langchain look for the kind, or for the words that the message begins with, and try another model.
+    """
+
+    kind = ErrorKind.CONTEXT_LENGTH_EXCEEDED
+
+    def __init__(self, problem: str, param: str | None = None, max_model_len: int | None = None) -> None:
+        length = "exceeded" if max_model_len is None else f"{max_model_len} tokens"
+        super().__init__(f"This model's maximum context length is {length}: {problem}", param)
+
+
 class AuthenticationError(PagodaError):
     """No API key was sent, or one that is not known."""
 
@@ -85,9 +99,13 @@ class RequestTooLargeError(PagodaError):
 
 
 class NotSupportedError(PagodaError):
-    """A known feature that this server does not have."""
+    """A known feature that this server does not have; `param` names the field that asks for it where there is one."""
 
     kind = ErrorKind.NOT_SUPPORTED
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
 
 
 class QueueFullError(PagodaError):
@@ -148,6 +166,9 @@ class CommunicationError(PagodaError):
 
 
 ERROR_TYPES: dict[ErrorKind, type[PagodaError]] = {
+    # Its message is whole already.
+    ErrorKind.CONTEXT_LENGTH_EXCEEDED: InvalidRequestError,
+} | {
     cls.kind: cls
     for cls in (
         InvalidRequestError,
@@ -167,4 +188,6 @@ ERROR_TYPES: dict[ErrorKind, type[PagodaError]] = {
 
 def error_of(kind: ErrorKind, message: str) -> PagodaError:
     """The exception for a `kind` that came from another process."""
-    return ERROR_TYPES[kind](message)
+    error = ERROR_TYPES[kind](message)
+    error.kind = kind
+    return error

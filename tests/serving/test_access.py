@@ -176,7 +176,7 @@ def test_every_call_of_an_administrator_is_on_record(rest: RestHarness, caplog: 
     wait_until(lambda: len(audited(caplog)) >= 4, "audit lines")
     assert audited(caplog) == [
         f"POST {load} by name-of-admin from 127.0.0.1: 200",
-        f"POST {unload} by name-of-admin from 127.0.0.1: 501",
+        f"POST {unload} by name-of-admin from 127.0.0.1: 400",
         f"POST {load} by name-of-infer from 127.0.0.1: 403",
         f"POST {load} by anonymous from 127.0.0.1: 401",
     ]

@@ -1,4 +1,4 @@
-"""Every mistake of a client is answered with the right 4xx (or 501) and a sentence, and the next good request is served."""
+"""Every mistake of a client is answered with the right 4xx and a sentence, and the next good request is served."""
 
 from __future__ import annotations
 
@@ -168,7 +168,6 @@ BAD_JSON_VALUES: dict[str, tuple[str, Any, str]] = {
     "generate: more tokens than 64 bits": (GENERATE, {"text_input": "a", "max_tokens": 2**80}, "max_tokens must be"),
     "generate: negative temperature": (GENERATE, {"text_input": "a", "temperature": -1}, "temperature must be"),
     "generate: temperature as a list": (GENERATE, {"text_input": "a", "temperature": [1]}, "temperature must be"),
-    "generate: top_p of zero": (GENERATE, {"text_input": "a", "top_p": 0}, "top_p must be"),
     "generate: top_k below -1": (GENERATE, {"text_input": "a", "top_k": -2}, "top_k must be"),
     "generate: stop of numbers": (GENERATE, {"text_input": "a", "stop": [1]}, "stop must be"),
     "generate: empty stop": (GENERATE, {"text_input": "a", "stop": [""]}, "stop must hold non-empty"),
@@ -226,6 +225,11 @@ BAD_JSON_VALUES: dict[str, tuple[str, Any, str]] = {
     "tokenize: a number": ("/tokenize", {"prompt": 1}, "prompt"),
     "detokenize: nothing": ("/detokenize", {}, "tokens"),
     "detokenize: text": ("/detokenize", {"tokens": "a"}, "tokens"),
+    "detokenize: beyond the vocabulary": (
+        "/detokenize",
+        {"tokens": [1, 100_000]},
+        "100000; ids of this model are below",
+    ),
     "detokenize: negative": ("/detokenize", {"tokens": [-1]}, "token ids"),
     "index: ready is text": ("/v2/repository/index", {"ready": "x"}, "ready must be"),
     "load: a list": ("/v2/repository/models/demo/load", [], "JSON object"),
@@ -292,11 +296,39 @@ NOT_SUPPORTED: dict[str, tuple[str, Any]] = {
 
 
 @pytest.mark.parametrize("case", NOT_SUPPORTED)
-def test_what_this_server_does_not_have_is_a_501_with_a_sentence(harness: RestHarness, case: str) -> None:
+def test_what_this_server_does_not_have_is_a_400_with_a_sentence(harness: RestHarness, case: str) -> None:
+    """A 501 would be sent again, three times, by OpenAI's SDKs."""
     path, body = NOT_SUPPORTED[case]
     answer = harness.client.post(path, json=body)
-    assert answer.status_code == 501
+    assert answer.status_code == 400
+    if path.startswith("/v1/"):
+        assert answer.json()["error"]["code"] == "unsupported_parameter"
     assert "not supported" in message_of(answer) or "cannot" in message_of(answer)
+
+
+TOO_LONG = {
+    "a prompt of text": (COMPLETIONS, {"prompt": "word " * 100}),
+    "a prompt of many characters": (COMPLETIONS, {"prompt": "x" * 8000}),
+    "a prompt of ids": (COMPLETIONS, {"prompt": [1] * 128}),
+    "max_tokens": (COMPLETIONS, {"prompt": "a", "max_tokens": 128}),
+    "a conversation": (CHAT, {"messages": [{"role": "user", "content": "word " * 100}]}),
+    "a conversation of many characters": (CHAT, {"messages": [{"role": "user", "content": "x" * 8000}]}),
+}
+
+
+@pytest.mark.parametrize("case", TOO_LONG)
+def test_a_context_overflow_has_the_code_and_the_words_that_litellm_and_langchain_look_for(
+    harness: RestHarness, case: str
+) -> None:
+    path, body = TOO_LONG[case]
+    answer = harness.client.post(path, json=body)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["type"]) == (
+        400,
+        "context_length_exceeded",
+        "invalid_request_error",
+    )
+    assert "this model's maximum context length is" in error["message"].lower()
 
 
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT, "/tokenize"])
@@ -307,12 +339,20 @@ def test_another_model_is_404(harness: RestHarness, path: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["/nothing", "/v1/nothing", "/v2/models", "/v2/models/demo/explain", "/v1/models/demo/x"]
+    ("path", "named"),
+    [
+        ("/nothing", "/nothing"),
+        ("/v1/nothing", "/v1/nothing"),
+        ("/v2/models", "/v2/models"),
+        # Names of models may have slashes.
+        ("/v2/models/demo/explain", "'demo/explain'"),
+        ("/v1/models/demo/x", "'demo/x'"),
+    ],
 )
-def test_unknown_routes_are_404_in_json(harness: RestHarness, path: str) -> None:
+def test_unknown_routes_are_404_in_json(harness: RestHarness, path: str, named: str) -> None:
     answer = harness.client.get(path)
     assert answer.status_code == 404
-    assert path in message_of(answer)
+    assert named in message_of(answer)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -16,7 +17,9 @@ from pagoda.serving.openai.logprobs import CompletionLogprobs, chat_logprobs, pr
 from pagoda.serving.openai.types import ChatCompletionResponse
 from pagoda.serving.v2.inference import logprobs_json
 from pagoda.text.output import PositionLogprobs, TokenLogprob
+from pagoda.text.tokenizer import Tokenizer
 from tests.support.rest_harness import RestHarness
+from tests.support.tokenizers import save_tokenizer
 
 MESSAGES: list[Any] = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "grün 🙂?"}]
 
@@ -173,10 +176,12 @@ async def test_the_asynchronous_client_streams(harness: RestHarness) -> None:
     assert text == whole.choices[0].message.content
 
 
-def test_a_token_that_cannot_come_has_a_logprob_that_json_can_hold() -> None:
+def test_a_token_that_cannot_come_has_a_logprob_that_json_can_hold(tmp_path: Path) -> None:
     impossible = TokenLogprob(token_id=5, token="x", bytes=[120], logprob=float("-inf"), rank=9)
     position = PositionLogprobs(chosen=impossible, top=[impossible])
-    shapes = [chat_logprobs([position]), prompt_logprobs([position]), CompletionLogprobs().add([position])]
+    tokenizer = Tokenizer.from_directory(save_tokenizer(tmp_path, "byte_level_bpe"))
+    of_completion = CompletionLogprobs(tokenizer, skip_special_tokens=True, as_token_ids=False).add([position])
+    shapes = [chat_logprobs([position]), prompt_logprobs([position]), of_completion]
     for shape in [*shapes, logprobs_json([position])]:
         assert json.loads(orjson.dumps(shape)) == shape
         assert "-9999.0" in json.dumps(shape)

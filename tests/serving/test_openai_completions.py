@@ -98,6 +98,44 @@ def test_echo_puts_the_prompt_before_the_completion(client: openai.OpenAI) -> No
     assert echoed.choices[0].text == PROMPT + plain.choices[0].text
 
 
+@pytest.mark.parametrize("prompt", [PROMPT, [70, 71, 72]])
+@pytest.mark.parametrize("n", [1, 2])
+def test_echo_without_a_completion_shows_the_prompt_alone(client: openai.OpenAI, prompt: Any, n: int) -> None:
+    arguments: dict[str, Any] = {"model": "demo", "prompt": prompt, "echo": True, "n": n}
+    more = client.completions.create(**arguments, max_tokens=3, logprobs=1)
+    answer = client.completions.create(**arguments, max_tokens=0, logprobs=1)
+    choices, usage = joined_stream(client, **arguments, max_tokens=0, stream_options={"include_usage": True})
+    assert more.usage is not None
+    for whole, choice in zip(more.choices, answer.choices, strict=True):
+        assert whole.text.startswith(choice.text)
+        assert choice.finish_reason == "length"
+        assert choice.logprobs is not None
+        assert choice.logprobs.tokens is not None
+        assert whole.logprobs is not None
+        assert whole.logprobs.tokens is not None
+        assert whole.logprobs.tokens[:-3] == choice.logprobs.tokens
+        assert len(choice.logprobs.tokens) == more.usage.prompt_tokens
+        assert choices[choice.index] == {"text": choice.text, "finish_reason": "length", "logprobs": None}
+    assert usage == answer.usage
+    assert usage.completion_tokens == 0
+
+
+def test_tokens_may_go_by_their_ids_in_logprobs(client: openai.OpenAI) -> None:
+    answer = client.completions.create(
+        model="demo",
+        prompt=[70, 71],
+        max_tokens=2,
+        logprobs=1,
+        echo=True,
+        extra_body={"return_tokens_as_token_ids": True},
+    )
+    logprobs = answer.choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.tokens == ["token_id:70", "token_id:71", "token_id:70", "token_id:71"]
+    assert logprobs.top_logprobs is not None
+    assert all(name.startswith("token_id:") for top in logprobs.top_logprobs[1:] for name in top)
+
+
 def test_logprobs_have_one_entry_a_token_and_offsets_into_the_text(client: openai.OpenAI) -> None:
     answer = client.completions.create(model="demo", prompt=PROMPT, max_tokens=30, logprobs=2)
     text, logprobs = answer.choices[0].text, answer.choices[0].logprobs

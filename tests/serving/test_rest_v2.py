@@ -273,12 +273,73 @@ def test_streamed_pieces_join_to_the_whole_answer(harness: RestHarness) -> None:
     assert {**pieces[-1], "text_output": whole["text_output"]} == whole
 
 
+TRITON_NAMES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "TensorRT-LLM": (
+        {
+            "max_tokens": 4,
+            "bad_words": "",
+            "stop_words": "",
+            "pad_id": 2,
+            "end_id": 2,
+            "beam_width": 1,
+            "random_seed": 7,
+            "min_length": 1,
+            "return_log_probs": False,
+        },
+        {"max_tokens": 4, "stop_token_ids": (2,), "seed": 7, "min_tokens": 1, "bad_words": (), "stop": ()},
+    ),
+    "stop words": ({"max_new_tokens": 3, "stop_words": ["x", "yz"]}, {"max_tokens": 3, "stop": ("x", "yz")}),
+    "vLLM": (
+        {"sampling_parameters": '{"temperature": 0.5, "max_tokens": 2}', "stream": False},
+        {"temperature": 0.5, "max_tokens": 2},
+    ),
+    "log probs": ({"return_log_probs": True, "max_tokens": 1}, {"logprobs": 0}),
+}
+
+
+@pytest.mark.parametrize("case", TRITON_NAMES)
+def test_generate_takes_the_names_of_tritons_llm_models(harness: RestHarness, case: str) -> None:
+    given, expected = TRITON_NAMES[case]
+    for body in ({"text_input": "a", **given}, {"text_input": "a", "parameters": given}):
+        answer = harness.client.post("/v2/models/demo/generate", json=body)
+        assert answer.status_code == 200, answer.text
+        request = harness.engine.submitted[-1]
+        found = {name: getattr(request.params, name) for name in expected} | {"max_tokens": request.max_tokens}
+        assert found == {"max_tokens": request.max_tokens, **expected}
+        assert ("details" in answer.json()) == (case == "log probs")
+
+
+@pytest.mark.parametrize("shows_input", [True, False])
+def test_generate_shows_the_input_where_it_is_not_excluded(harness: RestHarness, shows_input: bool) -> None:
+    body = {"text_input": "ab", "max_tokens": 2, "exclude_input_in_output": not shows_input}
+    answer = harness.client.post("/v2/models/demo/generate", json=body).json()
+    assert answer["text_output"] == ("abab" if shows_input else "ab")
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"beam_width": 4}, "no beam search"),
+        ({"max_new_tokens": 3, "max_tokens": 4}, "given twice"),
+        ({"sampling_parameters": "{"}, "sampling_parameters must be a JSON object"),
+        ({"return_log_probs": 1}, "return_log_probs must be true or false"),
+        ({"random_seeds": 1}, "unknown parameter"),
+    ],
+)
+def test_what_generate_cannot_do_under_tritons_names_is_said(
+    harness: RestHarness, given: dict[str, Any], words: str
+) -> None:
+    answer = harness.client.post("/v2/models/demo/generate", json={"text_input": "a", **given})
+    assert answer.status_code == 400
+    assert words in answer.json()["error"]
+
+
 def test_repository_knows_the_one_model(harness: RestHarness) -> None:
     index = harness.client.post("/v2/repository/index", json={}).json()
     assert index == [{"name": "demo", "version": "1", "state": "READY", "reason": ""}]
     load = harness.client.post("/v2/repository/models/demo/load", json={})
     assert (load.status_code, load.json()) == (200, {"name": "demo", "load": True})
-    assert harness.client.post("/v2/repository/models/demo/unload").status_code == 501
+    assert harness.client.post("/v2/repository/models/demo/unload").status_code == 400
     assert harness.client.post("/v2/repository/models/other/load").status_code == 404
     assert harness.client.post("/v2/repository/models/other/unload").status_code == 404
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pagoda.errors import ErrorKind, InvalidRequestError, PagodaError, QueueFullError
+from pagoda.errors import ErrorKind, InvalidRequestError, NotSupportedError, PagodaError, QueueFullError
 
 RETRY_AFTER_NOT_READY_SECONDS = 5
 
@@ -23,12 +23,14 @@ class ProtocolStatus:
 
 STATUS_BY_KIND: dict[ErrorKind, ProtocolStatus] = {
     ErrorKind.INVALID_REQUEST: ProtocolStatus(400, "INVALID_ARGUMENT", "invalid_request_error"),
+    ErrorKind.CONTEXT_LENGTH_EXCEEDED: ProtocolStatus(400, "INVALID_ARGUMENT", "invalid_request_error"),
     ErrorKind.UNAUTHENTICATED: ProtocolStatus(401, "UNAUTHENTICATED", "authentication_error"),
     ErrorKind.PERMISSION_DENIED: ProtocolStatus(403, "PERMISSION_DENIED", "permission_error"),
     ErrorKind.NOT_FOUND: ProtocolStatus(404, "NOT_FOUND", "not_found_error"),
     ErrorKind.TOO_LARGE: ProtocolStatus(413, "RESOURCE_EXHAUSTED", "invalid_request_error"),
     ErrorKind.QUEUE_FULL: ProtocolStatus(429, "RESOURCE_EXHAUSTED", "rate_limit_error"),
-    ErrorKind.NOT_SUPPORTED: ProtocolStatus(501, "UNIMPLEMENTED", "not_supported_error"),
+    # Not 501, which OpenAI's SDKs send again: it would fail three times.
+    ErrorKind.NOT_SUPPORTED: ProtocolStatus(400, "UNIMPLEMENTED", "invalid_request_error"),
     ErrorKind.NOT_READY: ProtocolStatus(503, "UNAVAILABLE", "service_unavailable_error"),
     ErrorKind.ENGINE_DEAD: ProtocolStatus(503, "UNAVAILABLE", "service_unavailable_error"),
     ErrorKind.DEADLINE_EXCEEDED: ProtocolStatus(504, "DEADLINE_EXCEEDED", "timeout_error"),
@@ -67,6 +69,6 @@ def report(error: BaseException) -> ErrorReport:
         http_status=status.http_status,
         grpc_code=status.grpc_code,
         openai_type=status.openai_type,
-        param=error.param if isinstance(error, InvalidRequestError) else None,
+        param=error.param if isinstance(error, InvalidRequestError | NotSupportedError) else None,
         retry_after_seconds=retry_after,
     )

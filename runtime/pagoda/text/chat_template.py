@@ -13,7 +13,7 @@ from typing import Any
 
 import jinja2
 
-from pagoda.errors import ConfigError, InvalidRequestError
+from pagoda.errors import ConfigError, ContextLengthError, InvalidRequestError
 from pagoda.text.jinja_sandbox import check_syntax, compile_template
 from pagoda.text.tokenizer_files import DEFAULT_TEMPLATE
 
@@ -201,9 +201,9 @@ class _Budget:
             raise _too_long(self._used, self._max)
 
 
-def _too_long(characters: int, max_characters: int) -> InvalidRequestError:
-    return InvalidRequestError(
-        f"the conversation has at least {characters} characters; the model's context holds {max_characters} at most",
+def _too_long(characters: int, max_characters: int) -> ContextLengthError:
+    return ContextLengthError(
+        f"the conversation has at least {characters} characters; it holds {max_characters} at most",
         "messages",
     )
 

@@ -35,6 +35,7 @@ def result_of(body: bytes) -> Any:
     if "error" not in answer:
         return answer["result"]
     error = answer["error"]
-    if error["kind"] == ErrorKind.INVALID_REQUEST:
-        raise InvalidRequestError(error["message"], error["param"])
-    raise error_of(ErrorKind(error["kind"]), error["message"])
+    raised = error_of(ErrorKind(error["kind"]), error["message"])
+    if isinstance(raised, InvalidRequestError):
+        raised.param = error["param"]
+    raise raised

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from pagoda.errors import InvalidRequestError, PagodaError, RequestFailedError
+from pagoda.errors import ContextLengthError, InvalidRequestError, PagodaError, RequestFailedError
 from pagoda.models.checkpoint_files import shown_reason
 from pagoda.text.chat_template import ChatTemplate, Message, chat_template_from_config
 from pagoda.text.template_process import TemplateProcess
@@ -94,10 +94,8 @@ class TextOperations:
         for start in range(0, len(text), PIECE_CHARACTERS):
             num_tokens += len(self.tokenizer.encode(text[start : start + PIECE_CHARACTERS], add_special_tokens=False))
             if num_tokens > 2 * max_tokens:
-                raise InvalidRequestError(
-                    f"the prompt of {len(text)} characters has more than {2 * max_tokens} tokens; the model's context has "
-                    f"{max_tokens}",
-                    "prompt",
+                raise ContextLengthError(
+                    f"the prompt of {len(text)} characters has more than {2 * max_tokens}", "prompt", max_tokens
                 )
 
     def _check_characters(self, token_ids: Sequence[int], max_characters: int | None) -> None:

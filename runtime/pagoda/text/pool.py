@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from pagoda.config.schema import PagodaConfig
-from pagoda.errors import ConfigError, EngineNotReadyError, InvalidRequestError
+from pagoda.errors import ConfigError, ContextLengthError, EngineNotReadyError, InvalidRequestError
 from pagoda.request import TokenIds
 from pagoda.text.chat_template import Message
 from pagoda.text.operations import TextOperations
@@ -86,10 +86,8 @@ class TokenizerPool:
         """
         limit = self.max_characters
         if limit is not None and len(text) > limit:
-            raise InvalidRequestError(
-                f"the prompt has {len(text)} characters; the model's context of {self.max_model_len} tokens holds "
-                f"{limit} at most",
-                "prompt",
+            raise ContextLengthError(
+                f"the prompt has {len(text)} characters, and they hold {limit} at most", "prompt", self.max_model_len
             )
         arguments = {"text": text, "add_special_tokens": add_special_tokens, "max_tokens": self.max_model_len}
         token_ids: list[int] = await self._call("encode", arguments, inline=len(text) <= INLINE_CHARACTERS)
@@ -103,12 +101,16 @@ class TokenizerPool:
         text: str = await self._call("decode", arguments, inline=len(token_ids) <= INLINE_TOKENS)
         return text
 
-    async def decode_request(self, token_ids: Sequence[int]) -> str:
+    async def decode_request(self, token_ids: Sequence[int], vocab_size: int) -> str:
         """Text of the ids that a client sent, special tokens too; no more of them than the model's context has.
 
-        Raises `InvalidRequestError` for more, and for a text that is too long for a response.
+        Raises `InvalidRequestError` for more, for one that is not below `vocab_size`, and for a text that is too long for a
+        response.
         """
         self._check_count(token_ids)
+        largest = int(token_ids.array.max(initial=0)) if isinstance(token_ids, TokenIds) else max(token_ids, default=0)
+        if largest >= vocab_size:
+            raise InvalidRequestError(f"tokens holds {largest}; ids of this model are below {vocab_size}", "tokens")
         ids = token_ids.tolist() if isinstance(token_ids, TokenIds) else token_ids
         arguments = {"token_ids": ids, "skip_special_tokens": False, "max_characters": self._max_decoded}
         text: str = await self._call("decode", arguments, inline=False)

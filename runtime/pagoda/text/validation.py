@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import struct
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import takewhile
 
-from pagoda.errors import InvalidRequestError
+from pagoda.errors import ContextLengthError, InvalidRequestError
 from pagoda.request import EngineRequest, GenerationRequest
-from pagoda.sampling.params import MAX_SEED, SamplingParams
+from pagoda.sampling.params import SamplingParams
 from pagoda.text.tokenizer import Tokenizer
 
 MAX_BAD_WORDS = 256
@@ -39,8 +41,8 @@ def validate_request(
     """The `params.n` engine requests of one request, with `max_tokens` resolved and `bad_words` as ids.
 
     `prompt_token_ids`: the prompt as tokens; `prediction_token_ids`: what the output may be. With `n > 1` the requests are
-    named `request_id-0`, ... and, when seeded, have the seeds `seed`, `seed + 1`, ...; prompt log-probabilities are asked of
-    the first alone, as all share the prompt.
+    named `request_id-0`, ... and, when seeded, have seeds that follow from `seed`, the first one `seed` itself; prompt
+    log-probabilities are asked of the first alone, as all share the prompt.
     Raises `InvalidRequestError` naming the field and the numbers that do not fit: this is where a client's mistake is found.
     """
     params = request.params
@@ -82,10 +84,10 @@ def check_num_tokens(num_prompt_tokens: int, limits: RequestLimits) -> None:
     if num_prompt_tokens == 0:
         raise InvalidRequestError("the prompt is empty: at least one token is needed", "prompt")
     if num_prompt_tokens >= limits.max_model_len:
-        raise InvalidRequestError(
-            f"the prompt has {num_prompt_tokens} tokens, which leaves no token for a completion: the model's context "
-            f"has {limits.max_model_len} tokens",
+        raise ContextLengthError(
+            f"the prompt has {num_prompt_tokens} tokens, which leaves no token for a completion",
             "prompt",
+            limits.max_model_len,
         )
 
 
@@ -93,10 +95,11 @@ def _resolve_max_tokens(params: SamplingParams, num_prompt_tokens: int, limits: 
     remaining = limits.max_model_len - num_prompt_tokens
     if params.max_tokens is not None:
         if params.max_tokens > remaining:
-            raise InvalidRequestError(
-                f"max_tokens={params.max_tokens} is too large: the model's context has {limits.max_model_len} tokens and "
-                f"the prompt has {num_prompt_tokens}, so max_tokens may be {remaining} at most",
+            raise ContextLengthError(
+                f"max_tokens={params.max_tokens} is too large; the prompt has {num_prompt_tokens} tokens, so max_tokens may "
+                f"be {remaining} at most",
                 "max_tokens",
+                limits.max_model_len,
             )
         return params.max_tokens
     max_tokens = remaining if limits.default_max_tokens is None else min(limits.default_max_tokens, remaining)
@@ -143,5 +146,11 @@ def _bad_words_token_ids(bad_words: tuple[str, ...], encode: Callable[..., list[
 
 
 def _nth_seed(seed: int, index: int) -> int:
-    """`seed + index`, wrapped to the range of seeds."""
-    return (seed + index + MAX_SEED + 1) % (2 * MAX_SEED + 2) - MAX_SEED - 1
+    """The seed of a choice: the request's for the first, and for others one that no request is likely to have chosen.
+
+    With `seed + index`, choices of requests whose seeds follow one another would be the same texts.
+    """
+    if index == 0:
+        return seed
+    digest = hashlib.blake2b(struct.pack("<qI", seed, index), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)

@@ -5,7 +5,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-from pagoda.errors import InvalidRequestError
+from pagoda.errors import ContextLengthError, InvalidRequestError
 from pagoda.request import GenerationRequest
 from pagoda.sampling.params import MAX_SEED, SamplingParams
 from pagoda.text.tokenizer import Tokenizer
@@ -46,10 +46,29 @@ def test_one_request_becomes_one_for_the_engine_with_everything_that_was_asked()
 def test_choices_become_requests_of_their_own_with_seeds_of_their_own():
     requests = validated([1], SamplingParams(n=3, seed=MAX_SEED - 1, prompt_logprobs=0))
     assert [request.request_id for request in requests] == ["r-0", "r-1", "r-2"]
-    assert [request.params.seed for request in requests] == [MAX_SEED - 1, MAX_SEED, -MAX_SEED - 1]
+    assert requests[0].params.seed == MAX_SEED - 1
+    SamplingParams(seed=requests[1].params.seed)  # in the range of seeds
     assert [request.params.n for request in requests] == [1, 1, 1]
     assert [request.params.prompt_logprobs for request in requests] == [0, None, None]
     assert [request.params.seed for request in validated([1], SamplingParams(n=2))] == [None, None]
+
+
+def test_choices_of_neighbouring_seeds_are_all_different():
+    """With `seed + index`, the second choice of seed 1 would be the first of seed 2."""
+    seeds = [
+        request.params.seed for seed in range(-50, 50) for request in validated([1], SamplingParams(n=8, seed=seed))
+    ]
+    assert len(set(seeds)) == len(seeds) == 800
+    again = [request.params.seed for request in validated([1], SamplingParams(n=8, seed=-50))]
+    assert seeds[:8] == again
+
+
+@pytest.mark.parametrize(("prompt", "params"), [([1] * 100, {}), ([1] * 10, {"max_tokens": 91}), ([1] * 150, {})])
+def test_what_is_too_long_is_said_in_the_words_that_clients_look_for(prompt, params):
+    with pytest.raises(ContextLengthError) as caught:
+        validated(prompt, SamplingParams(**params))
+    assert caught.value.kind == "context_length_exceeded"
+    assert str(caught.value).startswith("This model's maximum context length is 100 tokens: ")
 
 
 BAD = {
@@ -59,7 +78,7 @@ BAD = {
     "negative prompt id": ([-1], {}, "-1", "prompt"),
     "prompt id that is no integer": ([1, "2"], {}, "'2'", "prompt"),
     "prompt id that is a boolean": ([True], {}, "True", "prompt"),
-    "too many tokens": ([1] * 10, {"max_tokens": 91}, "max_tokens=91.*100 tokens.*has 10.*90 at most", "max_tokens"),
+    "too many tokens": ([1] * 10, {"max_tokens": 91}, "100 tokens: max_tokens=91.*has 10.*90 at most", "max_tokens"),
     "min_tokens beyond what fits": ([1] * 10, {"min_tokens": 91}, "min_tokens=91.*90", "min_tokens"),
     "allowed id": ([1], {"allowed_token_ids": (1, 400)}, "allowed_token_ids holds 400", "allowed_token_ids"),
     "biased id": ([1], {"logit_bias": {1: 0.5, 999: 1.0}}, "logit_bias holds 999", "logit_bias"),

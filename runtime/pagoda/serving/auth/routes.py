@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 from starlette.routing import compile_path
 
 from pagoda.serving.auth.scopes import Access
+from pagoda.serving.model_paths import MODEL_NAME, V2_MODEL, V2_VERSION
 
 if TYPE_CHECKING:
     from starlette.routing import BaseRoute
 
 OPENAI = ("/v1", "/openai/v1")
-MODEL = ("/v2/models/{model_name:path}", "/v2/models/{model_name:path}/versions/{model_version}")
+MODEL = (V2_MODEL, V2_VERSION)
 
 ROUTES: Mapping[str, Access] = {
     # Probes; /health adds details for who may read them.
@@ -34,7 +35,7 @@ ROUTES: Mapping[str, Access] = {
         for model in MODEL
         for operation in ("infer", "generate", "generate_stream")
     },
-    **{f"GET {prefix}/models{end}": Access.INFER for prefix in OPENAI for end in ("", "/", "/{model_name:path}")},
+    **{f"GET {prefix}/models{end}": Access.INFER for prefix in OPENAI for end in ("", "/", f"/{MODEL_NAME}")},
     **{
         f"POST {prefix}/{operation}": Access.INFER
         for prefix in OPENAI
@@ -44,7 +45,7 @@ ROUTES: Mapping[str, Access] = {
     **dict.fromkeys(("POST /tokenize", "POST /detokenize"), Access.INFER),
     "POST /v2/repository/index": Access.INFER,
     # What changes for everybody.
-    **{f"POST /v2/repository/models/{{model_name:path}}/{action}": Access.ADMIN for action in ("load", "unload")},
+    **{f"POST /v2/repository/models/{MODEL_NAME}/{action}": Access.ADMIN for action in ("load", "unload")},
 }
 
 METHODS: Mapping[str, Access] = {

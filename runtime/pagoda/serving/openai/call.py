@@ -9,7 +9,7 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from contextlib import aclosing
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from pagoda.request import GenerationRequest
 from pagoda.serving.context import ServingContext
@@ -17,6 +17,8 @@ from pagoda.serving.http.event_stream import DONE, Events, EventTemplate, event
 from pagoda.serving.openai.types import SamplingFields
 from pagoda.serving.openai.usage import UsageCounter
 from pagoda.text.output import CompletionOutput, GenerationChunk
+
+Part = TypeVar("Part", GenerationChunk, CompletionOutput)
 
 
 class Choice(ABC):
@@ -61,6 +63,10 @@ class Call(ABC):
     def choice(self, index: int) -> Choice:
         """The choice of that number, before its first chunk; choices are numbered through all prompts."""
 
+    def shown(self, prompt_index: int, part: Part) -> Part:
+        """What of a chunk, or of a whole sequence, is shown and counted."""
+        return part
+
     def members_of(self, results: list[list[CompletionOutput]]) -> dict[str, Any]:
         """What a whole response has beside its choices and usage; `results[prompt][sequence]`."""
         return {}
@@ -72,7 +78,8 @@ class Call(ABC):
         usage = UsageCounter(has_drafts=self._context.config.speculative_config is not None)
         choices: list[dict[str, Any]] = []
         for prompt_index, sequences in enumerate(results):
-            for result in sequences:
+            for sequence in sequences:
+                result = self.shown(prompt_index, sequence)
                 # The engine computes them for the first sequence of a prompt only; they are the same for all.
                 result.prompt_logprobs = sequences[0].prompt_logprobs
                 usage.add(prompt_index, result)
@@ -85,7 +92,8 @@ class Call(ABC):
         usage = UsageCounter(has_drafts=self._context.config.speculative_config is not None)
         choices: dict[tuple[int, int], tuple[Choice, EventTemplate]] = {}
         async with aclosing(self._context.runner.stream_all(jobs, self._response_id)) as chunks:
-            async for prompt_index, chunk in chunks:
+            async for prompt_index, made in chunks:
+                chunk = self.shown(prompt_index, made)
                 usage.add(prompt_index, chunk)
                 key = (prompt_index, chunk.index)
                 known = choices.get(key)

@@ -61,7 +61,10 @@ class ChatCall(Call):
     def choice(self, index: int) -> Choice:
         request = self._request
         return _ChatChoice(
-            index, has_logprobs=bool(request.logprobs), shows_reasoning=request.include_reasoning is not False
+            index,
+            has_logprobs=bool(request.logprobs),
+            as_token_ids=bool(request.return_tokens_as_token_ids),
+            shows_reasoning=request.include_reasoning is not False,
         )
 
     @override
@@ -71,9 +74,10 @@ class ChatCall(Call):
 
 
 class _ChatChoice(Choice):
-    def __init__(self, index: int, *, has_logprobs: bool, shows_reasoning: bool) -> None:
+    def __init__(self, index: int, *, has_logprobs: bool, as_token_ids: bool, shows_reasoning: bool) -> None:
         super().__init__(index)
         self._has_logprobs = has_logprobs
+        self._as_token_ids = as_token_ids
         self._shows_reasoning = shows_reasoning
         self._has_begun = False
         self._has_calls = False
@@ -95,7 +99,9 @@ class _ChatChoice(Choice):
         return {
             "index": self.index,
             "message": shown,
-            "logprobs": chat_logprobs(result.logprobs or []) if self._has_logprobs else None,
+            "logprobs": chat_logprobs(result.logprobs or [], as_token_ids=self._as_token_ids)
+            if self._has_logprobs
+            else None,
             **finish_fields(result.finish_reason, result.stop_reason, has_calls=bool(calls)),
         }
 
@@ -110,7 +116,7 @@ class _ChatChoice(Choice):
             pieces = [{}]
         parts = [self._delta(piece) for piece in pieces]
         if chunk.logprobs:
-            parts[0]["logprobs"] = chat_logprobs(chunk.logprobs)
+            parts[0]["logprobs"] = chat_logprobs(chunk.logprobs, as_token_ids=self._as_token_ids)
         if chunk.finish_reason is not None:
             parts[-1] |= finish_fields(chunk.finish_reason, chunk.stop_reason, has_calls=self._has_calls)
         return deltas + parts
@@ -172,7 +178,7 @@ async def encode_chat(
 
 def _num_logprobs(request: ChatCompletionRequest) -> int | None:
     top = request.top_logprobs
-    if top is not None and not request.logprobs:
+    if top and not request.logprobs:
         raise InvalidRequestError("top_logprobs is allowed only with logprobs: true", "top_logprobs")
     if top is not None and not 0 <= top <= MAX_LOGPROBS:
         raise InvalidRequestError(

@@ -70,7 +70,7 @@ def parse_request(kind: type[Request], content: Mapping[str, Any]) -> Request:
     """The typed request; raises `InvalidRequestError` or `NotSupportedError`."""
     for name, matters in UNSUPPORTED.items():
         if name in content and name not in kind.model_fields and matters(content[name]):
-            raise NotSupportedError(f"{name}={shown(content[name])} is not supported by this server")
+            raise NotSupportedError(f"{name}={shown(content[name])} is not supported by this server", name)
     try:
         request = kind.model_validate(content)
     except ValidationError as error:

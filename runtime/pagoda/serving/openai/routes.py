@@ -15,6 +15,7 @@ from pagoda.serving.http.disconnect import until_disconnect
 from pagoda.serving.http.documentation import request_body
 from pagoda.serving.http.event_stream import open_event_stream
 from pagoda.serving.http.responses import json_response
+from pagoda.serving.model_paths import MODEL_NAME
 from pagoda.serving.openai.chat import ChatCall, encode_chat
 from pagoda.serving.openai.completions import CompletionCall
 from pagoda.serving.openai.errors import openai_error, openai_errors
@@ -36,7 +37,7 @@ from pagoda.serving.openai.types import (
 from pagoda.serving.parameters import TIMEOUT_HEADER, parse_timeout_header
 
 PREFIXES = ("/v1", "/openai/v1")
-GENERATION_ERRORS = (400, 401, 404, 413, 429, 500, 501, 503, 504)
+GENERATION_ERRORS = (400, 401, 404, 413, 429, 500, 503, 504)
 EVENTS = {"text/event-stream": {"schema": {"type": "string"}}}
 
 Body = TypeVar("Body", bound=RequestModel)
@@ -56,7 +57,7 @@ def openai_router(context: ServingContext, prefix: str, started: int) -> APIRout
         names = [name for served in context.models for name in served.names]
         return json_response({"object": "list", "data": [_card(context, name, started) for name in names]})
 
-    @router.get("/models/{model_name:path}", response_model=ModelCard, responses=openai_errors(401, 404, 503))
+    @router.get(f"/models/{MODEL_NAME}", response_model=ModelCard, responses=openai_errors(401, 404, 503))
     async def model(model_name: str) -> Response:
         """The served model by one of its names, which may have slashes."""
         context.models.find(model_name).health.check_ready()
@@ -94,7 +95,7 @@ def openai_router(context: ServingContext, prefix: str, started: int) -> APIRout
             return await open_event_stream(request, call.events(), openai_error, context.metrics)
         return json_response(await until_disconnect(request, call.whole()))
 
-    @router.post("/embeddings", responses=openai_errors(401, 501), response_class=Response)
+    @router.post("/embeddings", responses=openai_errors(400, 401), response_class=Response)
     async def embeddings() -> Response:
         """Not supported."""
         raise NotSupportedError("embeddings are not supported by this server; it serves a generating model")
@@ -105,7 +106,7 @@ def openai_router(context: ServingContext, prefix: str, started: int) -> APIRout
 def tokenizer_router(context: ServingContext) -> APIRouter:
     """Text to token ids and back, in vLLM's shapes."""
     router = APIRouter(tags=["tokenizer"])
-    errors = openai_errors(400, 401, 404, 413, 500, 501, 503, 504)
+    errors = openai_errors(400, 401, 404, 413, 500, 503, 504)
 
     @router.post(
         "/tokenize",
@@ -127,7 +128,7 @@ def tokenizer_router(context: ServingContext) -> APIRouter:
     async def detokenize(request: Request) -> Response:
         """Text of token ids."""
         tokens = await read_request(context, request, DetokenizeRequest, lambda body: body.tokens)
-        work = context.generator.pool.decode_request(tokens)
+        work = context.generator.pool.decode_request(tokens, _num_token_ids(context))
         return json_response({"prompt": await until_disconnect(request, work)})
 
     return router
@@ -168,6 +169,12 @@ def _card(context: ServingContext, name: str, created: int) -> dict[str, Any]:
         "parent": None,
         "max_model_len": ready.max_model_len if ready is not None else None,
     }
+
+
+def _num_token_ids(context: ServingContext) -> int:
+    """Ids of the model or of its tokenizer: either may have some that the other has not."""
+    ready = context.client.ready
+    return max(context.generator.pool.tokenizer.vocab_size, ready.vocab_size if ready is not None else 0)
 
 
 def _checked(body: TokenizeRequest) -> TokenizeRequest:

@@ -70,6 +70,9 @@ class SamplingFields(RequestModel):
     allowed_token_ids: Ids | None = None
     prompt_logprobs: int | None = None
     add_special_tokens: bool | None = None
+    return_tokens_as_token_ids: bool | None = Field(
+        None, description="Tokens in logprobs as `token_id:N`: texts of tokens may be equal, or no text at all."
+    )
     priority: int | None = None
     cache_salt: str | None = None
     timeout_seconds: float | None = Field(None, description="Seconds from arrival after which the request is ended.")

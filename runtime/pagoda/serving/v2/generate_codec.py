@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pagoda.errors import InvalidRequestError, shown
+import orjson
+
+from pagoda.errors import InvalidRequestError, NotSupportedError, shown
 from pagoda.request import TokenIds
 from pagoda.serving.http.bodies import parse_object
 from pagoda.serving.json_decoding import JsonLimits
-from pagoda.serving.parameters import TIMEOUT_HEADER, parse_timeout_header
+from pagoda.serving.parameters import TIMEOUT_HEADER, as_boolean, parse_timeout_header
 from pagoda.serving.v2.inference import INPUT_IDS, TEXT_INPUT, V2Request, check_request_id, logprobs_json
 from pagoda.serving.v2.service import MODEL_VERSION, V2Call
 from pagoda.serving.v2.tensors import BYTES, tensor_from_values
@@ -72,7 +74,71 @@ def encode_result(call: V2Call, result: CompletionOutput) -> dict[str, Any]:
     return content
 
 
+# What TensorRT-LLM's and vLLM's models of Triton call parameters, and what they are here.
+_TRITON_NAMES = {
+    "max_new_tokens": "max_tokens",
+    "request_output_len": "max_tokens",
+    "output_len": "max_tokens",
+    "stop_words": "stop",
+    "stop_words_list": "stop",
+    "bad_words_list": "bad_words",
+    "random_seed": "seed",
+    "min_length": "min_tokens",
+    "runtime_top_k": "top_k",
+    "runtime_top_p": "top_p",
+}
+_MAX_JSON_CHARACTERS = 1 << 16
+_OF_TRITONS_BEAMS = {"beam_width": 1, "len_penalty": 1.0, "length_penalty": 1.0, "early_stopping": 0}
+
+
 def _parameters(content: Mapping[str, object]) -> dict[str, object]:
+    return _without_triton_names(_given_parameters(content))
+
+
+def _without_triton_names(given: Mapping[str, object]) -> dict[str, object]:
+    """The parameters by Pagoda's names; those of beams are taken with the values that mean none."""
+    parameters: dict[str, object] = {}
+
+    def put(name: str, value: object, written: str) -> None:
+        if name in parameters:
+            raise InvalidRequestError(f"{written} is given twice, as {name} too", written)
+        parameters[name] = value
+
+    for written, value in given.items():
+        if written in _OF_TRITONS_BEAMS:
+            if value not in (None, False, _OF_TRITONS_BEAMS[written]):
+                raise NotSupportedError(f"{written}={shown(value)} is not supported: there is no beam search", written)
+        elif written == "end_id":
+            put("stop_token_ids", [value], written)
+        elif written == "return_log_probs":
+            if as_boolean(written, value):
+                put("logprobs", 0, written)
+                put("details", True, written)
+        elif written == "exclude_input_in_output":
+            put("echo", not as_boolean(written, value), written)
+        elif written == "sampling_parameters":
+            for name, inner in _of_json_text(written, value).items():
+                put(name, inner, written)
+        elif written != "pad_id":  # nothing is padded
+            value = [] if written in ("stop_words", "bad_words") and value == "" else value
+            put(_TRITON_NAMES.get(written, written), value, written)
+    return parameters
+
+
+def _of_json_text(name: str, value: object) -> Mapping[str, object]:
+    """vLLM's model takes its sampling parameters as JSON text in one."""
+    parsed = value
+    if isinstance(value, str) and len(value) <= _MAX_JSON_CHARACTERS:
+        try:
+            parsed = orjson.loads(value or "{}")
+        except orjson.JSONDecodeError:
+            parsed = None
+    if not isinstance(parsed, Mapping):
+        raise InvalidRequestError(f"{name} must be a JSON object in a string, got {shown(value)}", name)
+    return parsed
+
+
+def _given_parameters(content: Mapping[str, object]) -> dict[str, object]:
     beside = {name: value for name, value in content.items() if name not in _MEMBERS}
     inside = content.get("parameters")
     if inside is None:

@@ -14,9 +14,9 @@ from pagoda.serving.http.disconnect import until_disconnect
 from pagoda.serving.http.documentation import event_stream, request_body
 from pagoda.serving.http.event_stream import Events, EventTemplate, event, open_event_stream
 from pagoda.serving.http.responses import json_response
+from pagoda.serving.model_paths import V2_MODEL, V2_VERSION
 from pagoda.serving.v2.errors import v2_errors, v2_stream_error
 from pagoda.serving.v2.generate_codec import decode_generate, encode_result, envelope
-from pagoda.serving.v2.routes import MODEL, VERSION
 from pagoda.serving.v2.schemas import GenerateRequest, GenerateResponse
 from pagoda.serving.v2.service import V2Call, V2Service
 from pagoda.text.output import CompletionOutput
@@ -25,20 +25,20 @@ from pagoda.text.output import CompletionOutput
 def generate_router(context: ServingContext, service: V2Service) -> APIRouter:
     """`generate` and `generate_stream` of the model."""
     router = APIRouter(tags=["generate"])
-    errors = v2_errors(400, 401, 404, 413, 429, 500, 501, 503, 504)
+    errors = v2_errors(400, 401, 404, 413, 429, 500, 503, 504)
     body = request_body(GenerateRequest)
     stream = {200: event_stream("Each event is a GenerateResponse; the last one has the finish reason."), **errors}
 
-    @router.post(f"{MODEL}/generate", response_model=GenerateResponse, responses=errors, openapi_extra=body)
-    @router.post(f"{VERSION}/generate", response_model=GenerateResponse, responses=errors, openapi_extra=body)
+    @router.post(f"{V2_MODEL}/generate", response_model=GenerateResponse, responses=errors, openapi_extra=body)
+    @router.post(f"{V2_VERSION}/generate", response_model=GenerateResponse, responses=errors, openapi_extra=body)
     async def generate(request: Request, model_name: str, model_version: str | None = None) -> Response:
         """Complete one prompt."""
         call = await _prepare(request, model_name, model_version)
         ((result,),) = await until_disconnect(request, call.results())
         return json_response({**envelope(call), **encode_result(call, result)})
 
-    @router.post(f"{MODEL}/generate_stream", response_class=Response, responses=stream, openapi_extra=body)
-    @router.post(f"{VERSION}/generate_stream", response_class=Response, responses=stream, openapi_extra=body)
+    @router.post(f"{V2_MODEL}/generate_stream", response_class=Response, responses=stream, openapi_extra=body)
+    @router.post(f"{V2_VERSION}/generate_stream", response_class=Response, responses=stream, openapi_extra=body)
     async def generate_stream(request: Request, model_name: str, model_version: str | None = None) -> Response:
         """Complete one prompt in a stream."""
         call = await _prepare(request, model_name, model_version)

@@ -13,6 +13,7 @@ from pagoda.serving.http.bodies import decode_body, parse_object
 from pagoda.serving.http.disconnect import until_disconnect
 from pagoda.serving.http.documentation import request_body
 from pagoda.serving.http.responses import json_response
+from pagoda.serving.model_paths import MODEL_NAME, V2_MODEL, V2_VERSION
 from pagoda.serving.v2.errors import v2_errors
 from pagoda.serving.v2.json_codec import decode_infer, encode_infer
 from pagoda.serving.v2.schemas import (
@@ -27,9 +28,6 @@ from pagoda.serving.v2.schemas import (
     ServerMetadataResponse,
 )
 from pagoda.serving.v2.service import V2Service
-
-MODEL = "/v2/models/{model_name:path}"  # a name may have slashes
-VERSION = MODEL + "/versions/{model_version}"
 
 
 def v2_router(context: ServingContext, service: V2Service) -> APIRouter:
@@ -59,17 +57,17 @@ def v2_router(context: ServingContext, service: V2Service) -> APIRouter:
         reason = ", ".join(dict.fromkeys([str(health.state), health.phase]))
         return json_response({"ready": False, "error": f"not ready: {reason}"}, 503)
 
-    @router.get(f"{MODEL}/ready", response_model=ModelReadyResponse, responses=v2_errors(404, 503))
-    @router.get(f"{VERSION}/ready", response_model=ModelReadyResponse, responses=v2_errors(404, 503))
+    @router.get(f"{V2_MODEL}/ready", response_model=ModelReadyResponse, responses=v2_errors(404, 503))
+    @router.get(f"{V2_VERSION}/ready", response_model=ModelReadyResponse, responses=v2_errors(404, 503))
     async def model_ready(model_name: str, model_version: str | None = None) -> Response:
         """200 while a request to the model would be accepted."""
         return json_response({"name": service.find_ready(model_name, model_version).name, "ready": True})
 
-    errors = v2_errors(400, 401, 404, 413, 429, 500, 501, 503, 504)
+    errors = v2_errors(400, 401, 404, 413, 429, 500, 503, 504)
     body = request_body(InferenceRequest)
 
-    @router.post(f"{MODEL}/infer", response_model=InferenceResponse, responses=errors, openapi_extra=body)
-    @router.post(f"{VERSION}/infer", response_model=InferenceResponse, responses=errors, openapi_extra=body)
+    @router.post(f"{V2_MODEL}/infer", response_model=InferenceResponse, responses=errors, openapi_extra=body)
+    @router.post(f"{V2_VERSION}/infer", response_model=InferenceResponse, responses=errors, openapi_extra=body)
     async def infer(request: Request, model_name: str, model_version: str | None = None) -> Response:
         """Generate for a batch of prompts; tensors as JSON or as binary data behind it."""
         service.find_ready(model_name, model_version)  # before the body is read
@@ -83,8 +81,8 @@ def v2_router(context: ServingContext, service: V2Service) -> APIRouter:
         return encode_infer(call.request, await until_disconnect(request, call.infer()))
 
     # After the longer paths, which it would match too; the lower one is added first.
-    @router.get(MODEL, response_model=ModelMetadataResponse, responses=v2_errors(401, 404))
-    @router.get(VERSION, response_model=ModelMetadataResponse, responses=v2_errors(401, 404))
+    @router.get(V2_MODEL, response_model=ModelMetadataResponse, responses=v2_errors(401, 404))
+    @router.get(V2_VERSION, response_model=ModelMetadataResponse, responses=v2_errors(401, 404))
     async def model_metadata(model_name: str, model_version: str | None = None) -> Response:
         """Inputs and outputs of the model."""
         return json_response(service.model_metadata(model_name, model_version))
@@ -105,13 +103,13 @@ def repository_router(context: ServingContext, service: V2Service) -> APIRouter:
             raise InvalidRequestError("ready must be true or false", "ready")
         return json_response(service.index(only_ready=only_ready))
 
-    @router.post("/models/{model_name:path}/load", response_model=LoadResponse, responses=v2_errors(400, 401, 404, 503))
+    @router.post(f"/models/{MODEL_NAME}/load", response_model=LoadResponse, responses=v2_errors(400, 401, 404, 503))
     async def load(request: Request, model_name: str) -> Response:
         """Success once the model is loaded; there is nothing else to load."""
         await _optional_object(request)
         return json_response({"name": service.load(model_name).name, "load": True})
 
-    @router.post("/models/{model_name:path}/unload", responses=v2_errors(400, 401, 404, 501))
+    @router.post(f"/models/{MODEL_NAME}/unload", responses=v2_errors(400, 401, 404))
     async def unload(request: Request, model_name: str) -> None:
         """Not supported: the model is served as long as the server runs."""
         await _optional_object(request)
