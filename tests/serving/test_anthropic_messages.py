@@ -241,7 +241,7 @@ def test_thinking_reaches_the_template(
         ({"messages": [{"role": "user", "content": [{"type": "x"}]}]}, 400, "invalid_request_error", "'x'"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]},
-            501,
+            400,
             "invalid_request_error",
             "image",
         ),

@@ -19,7 +19,6 @@ ERRORS = {
     413: "The body is larger than max_body_bytes.",
     429: "The queue is full; Retry-After says when to try again.",
     500: "An internal error ended this request.",
-    501: "A known feature that this server does not support.",
     503: "The model is loading, the server is shutting down, or the engine is dead.",
     504: "The request's deadline passed.",
 }
