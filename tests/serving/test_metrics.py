@@ -10,7 +10,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from pagoda.engine.heartbeat import EngineHeartbeat
-from pagoda.engine.messages import EngineStats
+from pagoda.engine.messages import EngineReady, EngineStats
 from pagoda.errors import (
     DeadlineExceededError,
     EngineDeadError,
@@ -78,6 +78,7 @@ class Engine:
     heartbeat: EngineHeartbeat | None = None
     ranks: list[RankHealth] = field(default_factory=list)
     replicas: tuple[Engine, ...] = ()
+    ready: EngineReady | None = None
 
 
 def samples(metrics: Metrics) -> dict[str, float]:
@@ -360,3 +361,38 @@ def test_two_servers_in_one_process_do_not_share_series() -> None:
     one, two = Metrics("a"), Metrics("b")
     one.count_error(ErrorKind.INTERNAL)
     assert samples(two)["pagoda_request_errors_total{kind=internal}"] == 0
+
+
+def test_vllms_metrics_are_shown_under_its_names_too(metrics: Metrics, clock: Clock) -> None:
+    engine = Engine(EngineStats(num_running=3, num_waiting=2, num_blocks=8, num_blocks_in_use=2))
+    metrics.watch(engine)  # type: ignore[arg-type]
+    meter = begin(metrics, clock, max_tokens=20)
+    meter.on_chunk(first_chunk([1, 2], finish_reason=FinishReason.STOP))
+    found = samples(metrics)
+    # What llm-d's endpoint picker reads.
+    assert found["vllm:num_requests_running"] == 3
+    assert found["vllm:num_requests_waiting"] == 2
+    assert found["vllm:kv_cache_usage_perc"] == 0.25
+    assert not any(name.startswith("vllm:cache_config_info") for name in found)
+    engine.ready = EngineReady(
+        max_model_len=10, max_num_seqs=1, max_num_batched_tokens=10, num_blocks=77, block_size=16, vocab_size=5
+    )
+    found = samples(metrics)
+    assert found["vllm:cache_config_info{block_size=16,num_gpu_blocks=77}"] == 1
+    ours = {name.removeprefix("pagoda_"): value for name, value in found.items() if name.startswith("pagoda_")}
+    theirs = {name.removeprefix("vllm:"): value for name, value in found.items() if name.startswith("vllm:")}
+    assert {name: ours[name] for name in theirs} == theirs
+    of_pagoda = {name.partition("{")[0] for name in ours.keys() - theirs.keys()}
+    assert not of_pagoda & {
+        name
+        for name in NAMES_READ_BY_AUTOSCALERS_AND_DASHBOARDS
+        if not name.startswith(("engine_", "run", "request_a"))
+    } - {"request_errors_total"}
+
+
+def test_names_are_there_once_where_that_is_asked_for() -> None:
+    for metrics in (Metrics("demo", "vllm:"), Metrics("demo", vllm_names=False)):
+        metrics.watch(Engine())  # type: ignore[arg-type]
+        families = [family.name for family in text_string_to_metric_families(metrics.render()[0].decode())]
+        assert len(families) == len(set(families))
+        assert sum("num_requests_running" in name for name in families) == 1

@@ -446,6 +446,11 @@ class PagodaConfig:
         pattern=r"[a-zA-Z_:][a-zA-Z0-9_:]*",
         pattern_help="of letters, digits, `_` and `:`, with no digit first",
     )
+    vllm_metric_names: bool = option(
+        True,
+        "observability",
+        "Show metrics that vLLM has under its names (`vllm:…`), too, for endpoint pickers and dashboards that read those.",
+    )
     fault_injection: str | None = option(
         None,
         "observability",

@@ -23,7 +23,7 @@ from pagoda.text.pool import TokenizerPool
 def make_context(config: PagodaConfig, client: EngineClient, keys: ApiKeys | None = None) -> ServingContext:
     """What all protocols share; the generator is attached to its runner once the checkpoint is there."""
     keys = ApiKeys.from_config(config) if keys is None else keys
-    metrics = Metrics(config.served_model_name, config.metrics_prefix)
+    metrics = Metrics(config.served_model_name, config.metrics_prefix, vllm_names=config.vllm_metric_names)
     metrics.watch(client)
     _report_keys(metrics, keys)
     health = ServerHealth(client)

@@ -56,11 +56,24 @@ class EngineCollector(Collector):
             "Number of outputs found to repeat themselves without end.",
             sum(part.runaways() for part in self._parts),
         )
+        yield from self._cache_config()
         yield from self._speculation(stats)
         yield from self._health(state)
         yield from self._rank_health()
         if self._engine.replicas:
             yield from self._replicas()
+
+    def _cache_config(self) -> Iterator[Metric]:
+        """Size and number of KV blocks, from which llm-d's prefix scorer learns what a replica can hold."""
+        ready = self._engine.ready
+        if ready is None:
+            return
+        values = {"block_size": str(ready.block_size), "num_gpu_blocks": str(ready.num_blocks)}
+        family = GaugeMetricFamily(
+            self._prefix + "cache_config_info", "1; KV blocks are in the labels.", labels=["model_name", *values]
+        )
+        family.add_metric([self._model_name, *values.values()], 1)
+        yield family
 
     def _speculation(self, stats: EngineStats) -> Iterator[Metric]:
         """Of an engine with speculative decoding, from its first report on."""

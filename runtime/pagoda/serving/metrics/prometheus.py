@@ -24,6 +24,7 @@ from prometheus_client.exposition import choose_encoder
 from pagoda.engine.client.client import EngineClient
 from pagoda.errors import ErrorKind
 from pagoda.sampling.output import FinishReason
+from pagoda.serving.metrics import vllm_names as vllm
 from pagoda.serving.metrics.engine_collector import EngineCollector, StepMeter
 from pagoda.serving.metrics.token_collector import TokenCollector
 
@@ -49,13 +50,17 @@ REQUEST_TOKENS_BUCKETS = tuple(mantissa * 10**exponent for exponent in range(6) 
 class Metrics:
     """Every metric of one served model. `prefix` comes before each name as it is: `pagoda_`, `vllm:`.
 
+    `vllm_names`: metrics that vLLM has are rendered under its names, too.
+
     For one event loop's thread: counting from elsewhere is safe, but `RequestTimer`s are not.
     """
 
-    def __init__(self, model_name: str, prefix: str = "pagoda_") -> None:
+    def __init__(self, model_name: str, prefix: str = "pagoda_", *, vllm_names: bool = True) -> None:
         self.model_name = model_name
         self.prefix = prefix
         self.registry = CollectorRegistry()
+        shows_both = vllm_names and prefix != vllm.PREFIX
+        self._rendered = vllm.WithVllmNames(self.registry, prefix) if shows_both else self.registry
         self._step_meter: StepMeter | None = None
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
@@ -127,7 +132,7 @@ class Metrics:
         """The body of `/metrics` and its content type, in the format that the `Accept` header prefers."""
         self.observe_steps()
         encode, content_type = choose_encoder(accept)
-        return encode(self.registry), content_type
+        return encode(self._rendered), content_type
 
     def _counter(self, name: str, help: str) -> Counter:
         return Counter(self.prefix + name, help, ["model_name"], registry=self.registry).labels(self.model_name)
