@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pagoda.serving.anthropic.types import CountTokensRequest, MessagesRequest
+from pagoda.serving.openai.responses.types import ResponsesRequest
 from pagoda.serving.openai.types import ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from pagoda.serving.parameters import FIELDS
 from pagoda.serving.v2.inference import OUTPUT_NAMES
@@ -46,6 +47,13 @@ LIKELY: dict[str, Any] = {
             [{"role": "assistant", "content": [{"type": "tool_use", "id": "1", "name": "f", "input": 1}]}],
             [{"role": "user", "content": [{"type": "tool_result", "content": [{"type": "text"}]}]}],
             [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "["}}]}],
+        ]
+    ),
+    "input": st.sampled_from(
+        [
+            "hi",
+            [{"role": "user", "content": [{"type": "input_text", "text": "hi"}]}],
+            [{"type": "function_call", "name": "f", "arguments": "["}, {"type": "reasoning", "content": 1}],
         ]
     ),
     "tools": st.sampled_from(
@@ -95,6 +103,7 @@ BODIES: dict[str, st.SearchStrategy[Any]] = {
     "/v2/models/demo/generate_stream": GENERATE,
     "/v1/completions": objects(fields_of(CompletionRequest)),
     "/v1/chat/completions": objects(fields_of(ChatCompletionRequest)),
+    "/v1/responses": objects(fields_of(ResponsesRequest)),
     "/v1/messages": objects(fields_of(MessagesRequest)),
     "/v1/messages/count_tokens": objects(fields_of(CountTokensRequest)),
     "/tokenize": objects(fields_of(TokenizeRequest)),

@@ -425,6 +425,13 @@ class PagodaConfig:
         None, "text", "File with a Jinja chat template, in place of the tokenizer's own.", path="file"
     )
 
+    response_store_bytes: int = option(
+        64 << 20,
+        "text",
+        "Memory for responses that `previous_response_id` may name, for an hour at most; 0: none is kept.",
+        ge=0,
+        unit="bytes",
+    )
     tool_call_parser: str = option(
         "auto",
         "text",

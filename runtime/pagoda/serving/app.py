@@ -19,6 +19,9 @@ from pagoda.serving.context import ServingContext
 from pagoda.serving.http import documentation
 from pagoda.serving.http.middleware import RequestMiddleware
 from pagoda.serving.openai.errors import is_openai_path, openai_error
+from pagoda.serving.openai.responses.routes import responses_router
+from pagoda.serving.openai.responses.store import ResponseStore
+from pagoda.serving.openai.responses.types import ResponsesRequest
 from pagoda.serving.openai.routes import PREFIXES, openai_router, tokenizer_router
 from pagoda.serving.openai.types import ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from pagoda.serving.server_routes import server_router
@@ -36,6 +39,7 @@ REQUEST_BODIES = (
     ChatCompletionRequest,
     TokenizeRequest,
     DetokenizeRequest,
+    ResponsesRequest,
     MessagesRequest,
     CountTokensRequest,
 )
@@ -52,12 +56,14 @@ def create_app(context: ServingContext, service: V2Service) -> FastAPI:
         redirect_slashes=False,
     )
     started = int(time.time())
+    responses = ResponseStore(context.config.response_store_bytes)
     routers = [
         server_router(context),
         v2_router(context, service),
         generate_router(context, service),
         repository_router(context, service),
         *(openai_router(context, prefix, started) for prefix in PREFIXES),
+        *(responses_router(context, prefix, responses) for prefix in PREFIXES),
         anthropic_router(context),
         tokenizer_router(context),
     ]

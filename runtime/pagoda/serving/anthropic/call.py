@@ -10,7 +10,6 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterable
 from contextlib import aclosing
-from dataclasses import replace
 from typing import Any
 
 import pydantic_core
@@ -21,7 +20,7 @@ from pagoda.serving.anthropic.requests import chat_request
 from pagoda.serving.anthropic.types import MessagesRequest
 from pagoda.serving.context import ServingContext
 from pagoda.serving.http.event_stream import Events, named_event
-from pagoda.serving.openai.chat import ChatCall
+from pagoda.serving.openai.chat import ChatCall, within_context
 from pagoda.text.output import CompletionOutput, GenerationChunk
 from pagoda.text.responses.message import ArgumentsDelta, CallDelta, ContentDelta, MessageDelta, ReasoningDelta
 
@@ -72,15 +71,8 @@ class MessagesCall:
         yield named_event("message_stop", {})
 
     async def _job(self) -> GenerationRequest:
-        """The chat's job. `max_tokens` is a bound here, which clients set without knowing the context."""
         (job,) = await self._chat.jobs()
-        ready = self._context.client.ready
-        if ready is None or job.params.max_tokens is None:
-            return job
-        remaining = max(1, ready.max_model_len - len(job.prompt))
-        if job.params.max_tokens <= remaining:
-            return job
-        return replace(job, params=replace(job.params, max_tokens=remaining))
+        return within_context(job, self._context)
 
     def _message(self, blocks: list[dict[str, Any]], stop: dict[str, Any], usage: dict[str, int]) -> dict[str, Any]:
         return {

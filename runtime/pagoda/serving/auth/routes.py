@@ -39,7 +39,12 @@ ROUTES: Mapping[str, Access] = {
     **{
         f"POST {prefix}/{operation}": Access.INFER
         for prefix in OPENAI
-        for operation in ("completions", "chat/completions", "embeddings")
+        for operation in ("completions", "chat/completions", "responses", "embeddings")
+    },
+    **{
+        f"{method} {prefix}/responses/{{response_id}}": Access.INFER
+        for prefix in OPENAI
+        for method in ("GET", "DELETE")
     },
     **dict.fromkeys(("POST /v1/messages", "POST /v1/messages/count_tokens"), Access.INFER),
     **dict.fromkeys(("POST /tokenize", "POST /detokenize"), Access.INFER),

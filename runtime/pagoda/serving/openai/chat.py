@@ -155,6 +155,17 @@ def _reasoning_members(text: str) -> dict[str, str]:
     return {"reasoning": text, "reasoning_content": text}
 
 
+def within_context(job: GenerationRequest, context: ServingContext) -> GenerationRequest:
+    """`job`, whose prompt is encoded, with `max_tokens` cut to what fits the model's context: a bound, as protocols that give
+    it in every request mean it.
+    """
+    ready, max_tokens = context.client.ready, job.params.max_tokens
+    if ready is None or max_tokens is None:
+        return job
+    remaining = max(1, ready.max_model_len - len(job.prompt))
+    return job if max_tokens <= remaining else replace(job, params=replace(job.params, max_tokens=remaining))
+
+
 async def encode_chat(
     context: ServingContext,
     request: ChatCompletionRequest | TokenizeRequest,

@@ -1,0 +1,1 @@
+"""OpenAI's Responses over the chats of this server: what Codex and OpenAI's SDKs speak."""
