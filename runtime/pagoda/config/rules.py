@@ -14,6 +14,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
+from pagoda.config.kv_events import KVEventsConfig
 from pagoda.config.option import OptionInfo
 from pagoda.config.speculation import SpeculativeConfig
 from pagoda.errors import ConfigError
@@ -160,6 +161,11 @@ class Rules:
                 SpeculativeConfig.parse(values["speculative_config"])
             except ValueError as error:
                 refuse("speculative_config", str(error))
+        if values["kv_events_config"] is not None:
+            try:
+                KVEventsConfig.parse(values["kv_events_config"])
+            except (TypeError, ValueError) as error:
+                refuse("kv_events_config", str(error))
         return problems
 
     def path_problems(self, values: Mapping[str, Any]) -> list[Problem]:

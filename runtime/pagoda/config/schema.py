@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
+from pagoda.config.kv_events import KVEventsConfig
 from pagoda.config.option import OptionInfo, option, option_of
 from pagoda.config.rules import Rules, raise_problems
 from pagoda.config.speculation import SpeculativeConfig
@@ -169,6 +170,13 @@ class PagodaConfig:
         0.9, "kv", "Share of the GPU's memory that weights, activations and KV cache may take together.", gt=0, le=1
     )
     enable_prefix_caching: bool = option(True, "kv", "Reuse the KV blocks of equal prompt beginnings.")
+    kv_events_config: Mapping[str, Any] | None = option(
+        None,
+        "kv",
+        "Publish changes of the prefix cache over ZeroMQ, for routers that send requests to cached prefixes: a JSON object "
+        'with vLLM\'s keys, such as {"enable_kv_cache_events": true, "endpoint": "tcp://*:5557"}. Events hold the token ids '
+        "of prompts, and ZeroMQ asks nobody for a key: let only the router reach the port. None: off.",
+    )
 
     # Scheduler
     max_num_seqs: int | None = option(
@@ -479,6 +487,11 @@ class PagodaConfig:
     def served_model_name(self) -> str:
         """`model_name`, or the last part of the model's path or id, or `demo` without a model."""
         return self.model_name or default_model_name(self.model)
+
+    @property
+    def kv_events(self) -> KVEventsConfig:
+        """`kv_events_config`, parsed; off by default."""
+        return KVEventsConfig.parse(self.kv_events_config or {})
 
     @property
     def speculation(self) -> SpeculativeConfig | None:

@@ -45,10 +45,10 @@ class VllmFlag:
 # Flags that are settings under their own names, as vLLM passes values to them.
 TAKEN = """
     model tokenizer dtype load-format generation-config trust-remote-code seed max-model-len block-size kv-cache-memory-bytes
-    kv-cache-dtype num-gpu-blocks-override gpu-memory-utilization enable-prefix-caching max-num-seqs max-num-batched-tokens
-    long-prefill-token-threshold scheduling-policy speculative-config tensor-parallel-size pipeline-parallel-size
-    data-parallel-size distributed-executor-backend host ssl-certfile ssl-keyfile chat-template enforce-eager quantization
-    served-model-name config grpc-port log-level revision download-dir override-generation-config
+    kv-cache-dtype kv-events-config num-gpu-blocks-override gpu-memory-utilization enable-prefix-caching max-num-seqs
+    max-num-batched-tokens long-prefill-token-threshold scheduling-policy speculative-config tensor-parallel-size
+    pipeline-parallel-size data-parallel-size distributed-executor-backend host ssl-certfile ssl-keyfile chat-template
+    enforce-eager quantization served-model-name config grpc-port log-level revision download-dir override-generation-config
     disable-uvicorn-access-log disable-access-log-for-endpoints
 """
 SHORT = {
@@ -140,7 +140,6 @@ WITHOUT_EFFECT = {
     "traces are not exported": """
         otlp-traces-endpoint collect-detailed-traces* enable-layerwise-nvtx-tracing! enable-trace-replay! profiler-config
         ray-workers-use-nsight!""",
-    "KV events are not published": "kv-events-config",
     "/docs needs nothing from outside": "enable-offline-docs!",
     "headers are bounded by max_header_bytes": "h11-max-incomplete-event-size h11-max-header-count",
     "the field is left out of answers": "fingerprint-mode fingerprint-value",

@@ -19,6 +19,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
+from pagoda.scheduling.cache_events import CacheEvents
+
 NULL_BLOCK_ID = 0
 
 
@@ -86,15 +88,19 @@ class _FreeList:
 
 
 class BlockPool:
-    """All KV blocks of an engine. `num_blocks` counts the null block; `num_usable` does not."""
+    """All KV blocks of an engine. `num_blocks` counts the null block; `num_usable` does not.
 
-    def __init__(self, num_blocks: int) -> None:
+    `events`: is told of blocks that can be found by their hashes no longer.
+    """
+
+    def __init__(self, num_blocks: int, events: CacheEvents | None = None) -> None:
         if num_blocks < 2:
             raise ValueError(f"num_blocks must be at least 2 (one is the null block), got {num_blocks}")
         self.blocks = [Block(block_id) for block_id in range(num_blocks)]
         self.null_block = self.blocks[NULL_BLOCK_ID]
         self.null_block.ref_count = 1
         self.num_usable = num_blocks - 1
+        self._events = events or CacheEvents()
         self._free_list = _FreeList()
         for block in self.blocks[1:]:
             self._free_list.append(block)
@@ -161,12 +167,15 @@ class BlockPool:
         """The block, in use or cached, that holds the prefix with this hash."""
         return self._block_of_hash.get(block_hash)
 
-    def publish(self, block: Block, block_hash: bytes) -> None:
-        """Let others find `block` by its content. The first block of a hash keeps it: tables are append-only, never merged."""
+    def publish(self, block: Block, block_hash: bytes) -> bool:
+        """Let others find `block` by its content; whether it is new. The first block of a hash keeps it: tables are
+        append-only, never merged."""
         assert block.ref_count > 0, f"{block} is published with a reference count of 0"
-        if block.block_hash is None and block_hash not in self._block_of_hash:
-            block.block_hash = block_hash
-            self._block_of_hash[block_hash] = block
+        if block.block_hash is not None or block_hash in self._block_of_hash:
+            return False
+        block.block_hash = block_hash
+        self._block_of_hash[block_hash] = block
+        return True
 
     def forget_all(self) -> None:
         """Drop every hash, for instance when a failed step may have left published blocks without their content."""
@@ -174,10 +183,12 @@ class BlockPool:
             block.block_hash = None
         self._block_of_hash.clear()
         self._num_cached = 0
+        self._events.cleared()
 
     def _forget(self, block: Block) -> None:
         assert block.block_hash is not None
         del self._block_of_hash[block.block_hash]
+        self._events.removed(block.block_hash)
         block.block_hash = None
 
     def check_integrity(self, leases: Sequence[BlockLease] = ()) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from itertools import takewhile
 
 from pagoda.scheduling.block_pool import Block, BlockLease, BlockPool
+from pagoda.scheduling.cache_events import CacheEvents
 from pagoda.scheduling.prefix_hash import extend_hashes, root_hash
 from pagoda.scheduling.request import Request
 
@@ -30,12 +31,15 @@ class KVCacheManager:
         enable_prefix_caching: bool = True,
         sliding_window: int | None = None,
         watermark: float = 0.0,
+        events: CacheEvents | None = None,
     ) -> None:
         """`sliding_window` is set when *every* layer has that window; blocks outside of it are then freed.
 
-        `watermark` is the share of blocks that an admission must leave available while others run.
+        `watermark` is the share of blocks that an admission must leave available while others run. `events`: is told what
+        happens to the prefix cache.
         """
-        self.pool = BlockPool(num_blocks)
+        self._events = events or CacheEvents()
+        self.pool = BlockPool(num_blocks, self._events)
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
         self.num_prefix_queries = 0
@@ -113,10 +117,13 @@ class KVCacheManager:
     def _publish_up_to(self, request: Request, full_blocks: int) -> None:
         assert request.lease is not None
         self._hash_blocks(request)
-        for index in range(request.num_published_blocks, full_blocks):
+        first = request.num_published_blocks
+        for index in range(first, full_blocks):
             block = request.lease.blocks[index]
-            if block is not self.pool.null_block:
-                self.pool.publish(block, request.block_hashes[index])
+            if block is self.pool.null_block or not self.pool.publish(block, request.block_hashes[index]):
+                self._events.stored(request, first, index)
+                first = index + 1
+        self._events.stored(request, first, full_blocks)
         request.num_published_blocks = full_blocks
 
     def drop_out_of_window(self, request: Request) -> None:
@@ -156,7 +163,8 @@ class KVCacheManager:
 
     def reset(self) -> None:
         """Make all blocks free, whoever holds them, and forget every cached prefix. Leases given before are of no use."""
-        self.pool = BlockPool(len(self.pool.blocks))
+        self.pool = BlockPool(len(self.pool.blocks), self._events)
+        self._events.cleared()
 
     def check_integrity(self, requests: Iterable[Request]) -> None:
         """Assert that the leases of `requests` are all there are. O(num_blocks); for tests."""

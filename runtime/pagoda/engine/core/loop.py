@@ -19,6 +19,7 @@ from pagoda.errors import EngineDeadError, InvalidRequestError
 from pagoda.execution.executor import Executor, StepHandle, is_out_of_memory
 from pagoda.parallel.rank_health import RankHealth
 from pagoda.request import EngineRequest
+from pagoda.scheduling.cache_events import CacheEventSink
 from pagoda.scheduling.plan import StepPlan
 from pagoda.scheduling.request import Request
 from pagoda.scheduling.scheduler import RequestUpdate, Scheduler
@@ -40,8 +41,15 @@ class _InFlight(NamedTuple):
 class EngineCore:
     """A scheduler and an executor; independent of text and protocols. Not thread-safe: one thread drives it."""
 
-    def __init__(self, scheduler: Scheduler, executor: Executor, ready: EngineReady) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        executor: Executor,
+        ready: EngineReady,
+        kv_events: CacheEventSink | None = None,
+    ) -> None:
         """`ready` holds the limits that were found at start-up (see `engine.core.startup.start_core`)."""
+        self._kv_events = kv_events or CacheEventSink()
         self.ready = ready
         self._scheduler = scheduler
         self._executor = executor
@@ -93,6 +101,7 @@ class EngineCore:
         if not self.has_work and not self._was_idle:
             self._check_idle()
         self._was_idle = not self.has_work
+        self._kv_events.flush()
         now = time.monotonic()
         self._step_seconds = now - started
         return EngineOutputs([_output(update) for update in updates], self.stats(), now)
@@ -185,6 +194,7 @@ class EngineCore:
         )
 
     def shutdown(self) -> None:
+        self._kv_events.close()
         self._executor.shutdown()
 
 

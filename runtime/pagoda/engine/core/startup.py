@@ -27,6 +27,7 @@ from pagoda.models.config import ModelConfig
 from pagoda.models.sharding import check_layout
 from pagoda.parallel.layout import ParallelLayout
 from pagoda.platform.hardware import cpu_report, gpu_reports
+from pagoda.scheduling.cache_events import CacheEventLog, CacheEvents, CacheEventSink
 from pagoda.scheduling.config import SchedulerLimits
 from pagoda.scheduling.kv_cache_manager import KVCacheManager
 from pagoda.scheduling.scheduler import Scheduler
@@ -51,12 +52,16 @@ def start_core(config: PagodaConfig, on_phase: PhaseListener | None = None) -> E
             logger.info("%s", choice)
         config = _resolved(config, settings, str(directory))
         executor = create_executor(config, model_config)
+    events, sink = CacheEvents(), CacheEventSink()
     try:
+        if config.kv_events.is_on:
+            events, sink = _publish_kv_events(config, settings.device)
         fit = _bring_up(executor, config, model_config, phases)
     except BaseException:  # re-raised; its ranks may be processes, also on other machines
         executor.shutdown()
+        sink.close()
         raise
-    scheduler = _make_scheduler(config, settings, model_config, fit)
+    scheduler = _make_scheduler(config, settings, model_config, fit, events)
     ready = EngineReady(
         max_model_len=fit.max_model_len,
         max_num_seqs=settings.max_num_seqs,
@@ -70,7 +75,16 @@ def start_core(config: PagodaConfig, on_phase: PhaseListener | None = None) -> E
         phase_seconds=phases.seconds,
     )
     logger.info("engine ready after %s", ", ".join(f"{name} {taken:.2f} s" for name, taken in phases.seconds.items()))
-    return EngineCore(scheduler, executor, ready)
+    return EngineCore(scheduler, executor, ready, sink)
+
+
+def _publish_kv_events(config: PagodaConfig, device: str) -> tuple[CacheEvents, CacheEventSink]:
+    """What the KV cache tells its changes, and what sends them."""
+    # Where nothing is published, neither ZeroMQ nor msgspec need be installed.
+    from pagoda.engine.core.kv_events import KVEventPublisher
+
+    log = CacheEventLog(config.block_size)
+    return log, KVEventPublisher(config.kv_events, log, block_size=config.block_size, device=device)
 
 
 def _bring_up(executor: Executor, config: PagodaConfig, model_config: ModelConfig, phases: _StartupPhases) -> KVFit:
@@ -104,7 +118,11 @@ def _resolved(config: PagodaConfig, settings: ResolvedSettings, directory: str) 
 
 
 def _make_scheduler(
-    config: PagodaConfig, settings: ResolvedSettings, model_config: ModelConfig, fit: KVFit
+    config: PagodaConfig,
+    settings: ResolvedSettings,
+    model_config: ModelConfig,
+    fit: KVFit,
+    events: CacheEvents,
 ) -> Scheduler:
     windows = set(model_config.layer_windows)
     kv = KVCacheManager(
@@ -114,6 +132,7 @@ def _make_scheduler(
         # A block may be freed only when it is outside the window of every layer.
         sliding_window=None if None in windows else max(window for window in windows if window is not None),
         watermark=config.kv_cache_watermark,
+        events=events,
     )
     limits = SchedulerLimits(
         max_num_seqs=settings.max_num_seqs,

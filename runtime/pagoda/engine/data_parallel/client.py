@@ -82,7 +82,9 @@ class DataParallelClient(EngineClient):
             )
         self._replicas = [
             ProcessEngineClient(
-                replace(share, cpu_thread_affinity=affinities[index]),
+                replace(
+                    share, cpu_thread_affinity=affinities[index], kv_events_config=config.kv_events.of_replica(index)
+                ),
                 name=f"engine replica {index}",
                 environment={_DEVICES_VARIABLE: devices_of(index, num_ranks, os.environ.get(_DEVICES_VARIABLE))},
                 launched=launched if index == 0 else None,
