@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pagoda.serving.http import server
+from pagoda.serving.http import connections, server
 from tests.support.raw_http import Pause, RawClient
 from tests.support.rest_harness import RestHarness
 from tests.support.tls import write_self_signed_certificate
@@ -96,6 +96,21 @@ def test_one_with_a_request_under_way_makes_no_room(small: RestHarness) -> None:
         assert new.read()
 
 
+def test_the_oldest_heads_make_room_where_all_together_are_too_large(
+    small: RestHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "MAX_HEAD_BYTES", 10_000)
+    with RawClient(small.port) as first, RawClient(small.port) as second, RawClient(small.port) as third:
+        for client in (first, second, third):
+            client.send(LIVE[:-2] + b"A: " + b"a" * 4000)
+            wait_until(lambda: client.port in ports_of(small))  # noqa: B023
+        assert first.read() is None
+        for client in (second, third):
+            client.send(b"\r\n\r\n")
+            assert client.read()
+    assert small.server._connections._num_head_bytes == 0
+
+
 def test_a_peer_has_its_share_and_others_the_rest() -> None:
     with RestHarness(max_connections=8, max_connections_per_peer=2) as harness, ExitStack() as stack:
         harness.client.close()
@@ -150,6 +165,17 @@ def test_a_client_that_reads_nothing_is_cut_and_its_requests_end(hasty: RestHarn
         connection.sendall(sent)
         wait_until(lambda: connection.getsockname()[1] not in ports_of(hasty))
     wait_until(lambda: hasty.engine.num_running == 0)
+
+
+def test_a_slow_reader_gets_everything(hasty: RestHarness) -> None:
+    with RawClient(hasty.port) as client:
+        client.send(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * 200)
+        for index in range(200):
+            if index % 40 == 0:
+                time.sleep(TIMEOUT / 2)
+            response = client.read()
+            assert response is not None
+            assert response.status == 200
 
 
 def test_a_client_that_closes_ends_its_request(hasty: RestHarness) -> None:

@@ -23,7 +23,6 @@ MUCH = infer_request("x" * 60, parameters={"n": 64, "max_tokens": 60})
 def test_a_stream_that_nobody_reads_ends_and_so_do_its_requests(
     monkeypatch: pytest.MonkeyPatch, is_half_closed: bool
 ) -> None:
-    monkeypatch.setattr(handlers, "STALLED_READER_SECONDS", 0.5)
     monkeypatch.setattr(handlers, "LAST_STATUS_SECONDS", 0.5)
     no_more = threading.Event()
 
@@ -32,7 +31,10 @@ def test_a_stream_that_nobody_reads_ends_and_so_do_its_requests(
         if not is_half_closed:
             no_more.wait(60)
 
-    with GrpcHarness() as harness, grpc.insecure_channel(harness.address, options=NARROW) as channel:
+    with (
+        GrpcHarness(send_timeout_seconds=0.5) as harness,
+        grpc.insecure_channel(harness.address, options=NARROW) as channel,
+    ):
         responses = harness.stub("ModelStreamInfer", channel)(requests())
         next(responses)
         wait_until(lambda: bool(harness.generator.left))

@@ -233,22 +233,6 @@ def test_a_stream_that_waits_long_is_opened_and_kept_open_by_comments(
     assert rest[-1] == "data: [DONE]"
 
 
-def test_a_reader_that_stalls_is_given_up_and_its_request_ends(
-    harness: RestHarness, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(event_stream, "STALLED_READER_SECONDS", 0.3)
-    content = json.dumps({"prompt": ["a"] * 200, "max_tokens": 120, "logprobs": 20, "stream": True}).encode()
-    with socket.socket() as connection:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        connection.connect(("127.0.0.1", harness.port))
-        connection.sendall(
-            f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n".encode() + content
-        )
-        wait_until(lambda: len(harness.engine.submitted) == 200)
-        wait_until(lambda: harness.engine.num_running == 0)
-    assert harness.engine.aborted
-
-
 def test_api_keys_are_asked_for_where_they_protect_something() -> None:
     with RestHarness(api_keys=("first", "second")) as harness:
         public = ("/", "/health", "/v2/health/live", "/v2/health/ready", "/v2/models/demo/ready")

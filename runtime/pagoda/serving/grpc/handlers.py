@@ -33,7 +33,6 @@ logger = logging.getLogger("pagoda.serving.grpc")
 LOGGED_METHODS = frozenset({"ModelInfer", "ModelStreamInfer"})
 # A status message travels percent-encoded in a header, of which clients take 8 KiB by default.
 MAX_STATUS_MESSAGE_BYTES = 1536
-STALLED_READER_SECONDS = 60.0
 LAST_STATUS_SECONDS = 5.0
 """For the status to reach a client that has stopped reading."""
 
@@ -49,6 +48,7 @@ class InferenceHandlers:
     ) -> None:
         self._context = context
         self._reader = reader
+        self._send_timeout = context.config.send_timeout_seconds
         self._stopping = stopping
         self._service = InferenceService(service, lambda error: self._report("ModelStreamInfer", error))
 
@@ -101,7 +101,7 @@ class InferenceHandlers:
         async def handle(raw_messages: AsyncIterator[bytes], call: grpc.aio.ServicerContext) -> None:
             one_at_a_time = asyncio.Lock()
             stalled = asyncio.Event()
-            watch = StalledClientTimeout(STALLED_READER_SECONDS, TimeoutError)
+            watch = StalledClientTimeout(self._send_timeout, TimeoutError)
 
             async def write(message: Any) -> None:
                 async with one_at_a_time:
@@ -121,7 +121,7 @@ class InferenceHandlers:
                 messages = self._messages(parse, raw_messages, stalled, access)
                 await self._service.model_stream_infer(messages, write, call.time_remaining)
                 if stalled.is_set():
-                    raise DeadlineExceededError(f"no response was read for {STALLED_READER_SECONDS:g} s")
+                    raise DeadlineExceededError(f"no response was read for {self._send_timeout:g} s")
 
             try:
                 await self._guard(name, call, respond)

@@ -19,6 +19,8 @@ from pagoda.config.schema import PagodaConfig
 
 logger = logging.getLogger(__name__)
 
+MAX_HEAD_BYTES = 16 * 2**20
+"""What the unfinished heads of all connections may take together."""
 SLOWEST_BODY_BYTES_PER_SECOND = 1024
 LONGEST_CHECK_SECONDS = 1.0
 CHECKS_PER_TIMEOUT = 4
@@ -95,6 +97,10 @@ class Connections:
         self._peers: dict[str, Peer] = {}
         self._connections: dict[Connection, Peer] = {}
         self._waiting: dict[Connection, None] = {}
+        self._heads: dict[
+            Connection, int
+        ] = {}  # bytes of their unfinished heads, the one that was begun first in front
+        self._num_head_bytes = 0
         self._reported = float("-inf")
 
     def __len__(self) -> int:
@@ -122,12 +128,26 @@ class Connections:
 
     def is_waiting(self, connection: Connection) -> None:
         """The connection waits for a request."""
+        self._drop_head(connection)
         peer = self._connections.get(connection)
         if peer is not None:
             self._waiting[connection] = peer.waiting[connection] = None
 
+    def holds_head(self, connection: Connection, num_bytes: int) -> None:
+        """The connection has so many bytes of a head; the oldest heads make room where all together are too many."""
+        self._num_head_bytes += num_bytes - self._heads.get(connection, 0)
+        self._heads[connection] = num_bytes
+        while self._num_head_bytes > MAX_HEAD_BYTES:
+            oldest = next(iter(self._heads))
+            self.remove(oldest)
+            oldest.evict()
+
+    def _drop_head(self, connection: Connection) -> None:
+        self._num_head_bytes -= self._heads.pop(connection, 0)
+
     def is_busy(self, connection: Connection) -> None:
         """The connection has a request under way."""
+        self._drop_head(connection)
         if self._waiting.pop(connection, connection) is None:
             del self._connections[connection].waiting[connection]
 
@@ -136,6 +156,7 @@ class Connections:
         peer = self._connections.pop(connection, None)
         if peer is None:
             return
+        self._drop_head(connection)
         self._waiting.pop(connection, None)
         peer.waiting.pop(connection, None)
         peer.num_connections -= 1

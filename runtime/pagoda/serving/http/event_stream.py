@@ -21,12 +21,10 @@ from pagoda.serving.http.chunk_writer import CHUNK_WRITER, ChunkWriter
 from pagoda.serving.http.disconnect import end_tasks, wait_for_disconnect
 from pagoda.serving.http.responses import report_error
 from pagoda.serving.metrics.prometheus import Metrics
-from pagoda.serving.stalled_client import StalledClientTimeout
 from pagoda.serving.status import ErrorReport
 
 OPEN_AFTER_SECONDS = 10.0
 COMMENT_EVERY_SECONDS = 15.0
-STALLED_READER_SECONDS = 60.0
 COMMENT = b": waiting for the first token\n\n"
 DONE = b"data: [DONE]\n\n"
 
@@ -86,7 +84,7 @@ async def open_event_stream(
 
 
 class EventStream(Response):
-    """The response of `open_event_stream`. A client that reads nothing for `STALLED_READER_SECONDS` is disconnected."""
+    """The response of `open_event_stream`."""
 
     media_type = "text/event-stream"
 
@@ -118,26 +116,22 @@ class EventStream(Response):
 
     async def _send_all(self, send: Send, writer: ChunkWriter | None) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        watch = StalledClientTimeout(STALLED_READER_SECONDS, ClientDisconnect)
 
         async def send_piece(body: bytes) -> None:
-            await watch.run(send({"type": "http.response.body", "body": body, "more_body": True}))
+            await send({"type": "http.response.body", "body": body, "more_body": True})
 
+        while not self._first.done():
+            await send_piece(COMMENT)
+            await asyncio.wait((self._first,), timeout=COMMENT_EVERY_SECONDS)
         try:
-            while not self._first.done():
-                await send_piece(COMMENT)
-                await asyncio.wait((self._first,), timeout=COMMENT_EVERY_SECONDS)
-            try:
-                await send_piece(await self._first)
-                async for piece in self._events:
-                    if writer is None or not writer.write_chunk(piece):
-                        await send_piece(piece)
-            except ClientDisconnect:
-                raise
-            except Exception as error:  # the status line is sent: any error becomes the last event
-                await send_piece(self._error_event(error))
-        finally:
-            watch.close()
+            await send_piece(await self._first)
+            async for piece in self._events:
+                if writer is None or not writer.write_chunk(piece):
+                    await send_piece(piece)
+        except ClientDisconnect:
+            raise
+        except Exception as error:  # the status line is sent: any error becomes the last event
+            await send_piece(self._error_event(error))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

@@ -254,6 +254,7 @@ class HttpProtocol(asyncio.Protocol):
         if end < 0:
             check_beginning(buffer, self._num_scanned)
             self._num_scanned = max(0, size - len(HEAD_END) + 1)
+            self._connections.holds_head(self, size)
             if self._state is State.WAITING:
                 self._state = State.HEAD
                 self._deadline = self._loop.time() + limits.header_timeout
