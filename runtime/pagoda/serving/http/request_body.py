@@ -15,6 +15,7 @@ CHUNK_OVERHEAD_ALLOWED = 16
 _TEXT = rb"[\t\x20-\x7e\x80-\xff]*"
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;%b)?" % _TEXT)
 _TRAILER = re.compile(rb"[!#$%%&'*+\-.^_`|~0-9A-Za-z]+:%b" % _TEXT)
+_SMALL_SIZES = {b"%x" % size: size for size in range(1, 256)}
 
 
 class RequestBody(Protocol):
@@ -59,7 +60,7 @@ class ChunkedBody:
     def __init__(self, max_trailer_bytes: int) -> None:
         self.is_complete = False
         self._max_trailer_bytes = max_trailer_bytes
-        self._line = b""  # its beginning, while its end has not come
+        self._line = bytearray()  # its beginning, while its end has not come
         self._remaining = 0  # bytes of the current chunk
         self._ends_chunk = False  # the next line is the empty one behind a chunk's bytes
         self._is_in_trailers = False
@@ -68,7 +69,15 @@ class ChunkedBody:
 
     def feed(self, data: bytes) -> bytes:
         if self._line:
-            data, self._line = self._line + data, b""
+            num_known = len(self._line)
+            self._line += data
+            line_end = self._line.find(CRLF, num_known - 1)
+            if line_end < 0:
+                self._check_unfinished(num_known - 1)
+                return b""
+            line, data = bytes(self._line[:line_end]), bytes(self._line[line_end + len(CRLF) :])
+            self._line.clear()
+            self._take_line(line)
         pieces: list[bytes] = []
         position, end = 0, len(data)
         while position < end and not self.is_complete:
@@ -77,12 +86,17 @@ class ChunkedBody:
                 pieces.append(piece)
                 position += len(piece)
                 self._remaining -= len(piece)
-                self._ends_chunk = not self._remaining
+                if self._remaining:
+                    break
+                if data.startswith(CRLF, position):
+                    position += len(CRLF)
+                else:
+                    self._ends_chunk = True
                 continue
             line_end = data.find(CRLF, position)
             if line_end < 0:
-                self._line = data[position:]
-                self._check_unfinished()
+                self._line += data[position:]
+                self._check_unfinished(0)
                 break
             self._take_line(data[position:line_end])
             position = line_end + len(CRLF)
@@ -91,6 +105,11 @@ class ChunkedBody:
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def _take_line(self, line: bytes) -> None:
+        # A body may consist of tiny chunks; the sizes of those are looked up.
+        size = None if self._ends_chunk or self._is_in_trailers else _SMALL_SIZES.get(line)
+        if size is not None:
+            self._remaining = size
+            return
         if self._ends_chunk:
             if line:
                 raise _invalid("a chunk is longer than its size")
@@ -103,20 +122,20 @@ class ChunkedBody:
                 raise _invalid("a trailer is not valid")
             self._check_trailers(self._num_trailer_bytes)
         else:
-            size = _CHUNK_SIZE.fullmatch(line)
-            if size is None:
+            match = _CHUNK_SIZE.fullmatch(line)
+            if match is None:
                 raise _invalid("the size of a chunk is not a hexadecimal number")
-            self._remaining = int(size[1], 16)
+            self._remaining = int(match[1], 16)
             self._is_in_trailers = self._remaining == 0
             # As in Go's net/http: a short line comes free with each chunk, more of it with a longer one.
             allowed = CHUNK_OVERHEAD_ALLOWED + 2 * self._remaining
             self._overhead = max(0, self._overhead + len(line) + len(CRLF) - allowed)
             self._check_overhead(self._overhead)
 
-    def _check_unfinished(self) -> None:
-        """Refuse a line without an end that can only become wrong."""
+    def _check_unfinished(self, start: int) -> None:
+        """Refuse a line without an end that can only become wrong; all before `start` was checked already."""
         line = self._line
-        if b"\n" in line or b"\r" in line[:-1] or (self._ends_chunk and line != b"\r"):
+        if line.find(b"\n", start) >= 0 or line.find(b"\r", start, -1) >= 0 or (self._ends_chunk and line != b"\r"):
             raise _invalid("a line does not end in CRLF")
         if self._is_in_trailers:
             self._check_trailers(self._num_trailer_bytes + len(line))
