@@ -312,6 +312,17 @@ class KernelBackend:
         """
         raise self._not_implemented("sample_top_p_by_rejection")
 
+    def apply_token_bitmask(self, logits: torch.Tensor, rows: torch.Tensor, bitmask: torch.Tensor) -> None:
+        """Set the logits of tokens that are not allowed to minus infinity, in place.
+
+        Args:
+            logits: contiguous float32 [N, V].
+            rows: int64 [M], rows of the logits, each at most once.
+            bitmask: contiguous int32 [M, W] with 32 * W <= V: bit i % 32 of word i // 32 is set where token i is allowed in
+                `rows[m]`. Logits from 32 * W on are left as they are.
+        """
+        raise self._not_implemented("apply_token_bitmask")
+
     # ---- memory --------------------------------------------------------------------------------------------------------
 
     def reserve_workspace(self, max_num_seqs: int, num_heads: int, head_dim: int, device: torch.device) -> int:

@@ -14,6 +14,7 @@ from tests.ops.test_greedy_sample import (
     test_infinite_logits,
     test_lowest_id_of_equals,
 )
+from tests.ops.test_token_bitmask import test_what_is_not_allowed_becomes_minus_infinity
 from tests.support.cpu_kernels import kernels, require_cpu_kernels
 from tests.support.naive_sampler import Row
 from tests.support.sampler_rows import sample_rows
@@ -27,6 +28,7 @@ __all__ = [
     "test_lowest_id_of_equals",
     "test_a_row_with_nan_says_so_and_its_neighbours_do_not",
     "test_infinite_logits",
+    "test_what_is_not_allowed_becomes_minus_infinity",
 ]
 
 

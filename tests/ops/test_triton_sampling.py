@@ -17,6 +17,7 @@ from tests.ops.test_greedy_sample import (
     test_infinite_logits,
     test_lowest_id_of_equals,
 )
+from tests.ops.test_token_bitmask import test_what_is_not_allowed_becomes_minus_infinity
 from tests.support.sampler_rows import request_of
 from tests.support.triton_kernels import kernels, require_interpreter
 
@@ -30,6 +31,7 @@ __all__ = [
     "test_lowest_id_of_equals",
     "test_a_row_with_nan_says_so_and_its_neighbours_do_not",
     "test_infinite_logits",
+    "test_what_is_not_allowed_becomes_minus_infinity",
 ]
 
 VOCABULARY = 300

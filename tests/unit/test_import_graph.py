@@ -40,6 +40,7 @@ ROOMS = (
     "pagoda.engine.core",
     "pagoda.engine",
     "pagoda.speculation",
+    "pagoda.structured",
     "pagoda.distributed.ray",
     "pagoda.distributed",
     "pagoda.execution",
@@ -49,6 +50,7 @@ ROOMS = (
     "pagoda.request",
     "pagoda.tenants",
     "pagoda.sampling",
+    "pagoda.structured.spec",  # what a request asks for, beside its other parameters
     "pagoda.config",
     "pagoda.platform",
     *(

@@ -26,6 +26,7 @@ _linear_quantized = torch.ops.pagoda_cpu.linear_quantized.default
 _packed_rows = torch.ops.pagoda_cpu.packed_rows.default
 _pack = torch.ops.pagoda_cpu.pack.default
 _greedy_sample = torch.ops.pagoda_cpu.greedy_sample.default
+_apply_token_bitmask = torch.ops.pagoda_cpu.apply_token_bitmask.default
 
 
 def available_levels() -> list[str]:
@@ -217,6 +218,10 @@ class CpuBackend(KernelBackend):
     def greedy_sample(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         token_ids, best_logits = _greedy_sample(logits)
         return token_ids, best_logits
+
+    @override
+    def apply_token_bitmask(self, logits: torch.Tensor, rows: torch.Tensor, bitmask: torch.Tensor) -> None:
+        _apply_token_bitmask(logits, rows, bitmask)
 
 
 BACKEND = CpuBackend()

@@ -19,8 +19,8 @@ from pagoda_kernels.gpu.elementwise import (
     rotate_constants,
 )
 from pagoda_kernels.gpu.elementwise_kernels import gated_activation_kernel, rms_norm_kernel, rotate_and_store_kernel
-from pagoda_kernels.gpu.sampling import SAMPLING_TILE, SAMPLING_WARPS, num_tiles
-from pagoda_kernels.gpu.sampling_kernels import greedy_kernel, sample_top_p_kernel
+from pagoda_kernels.gpu.sampling import BITMASK_TILE, BITMASK_WARPS, SAMPLING_TILE, SAMPLING_WARPS, num_tiles
+from pagoda_kernels.gpu.sampling_kernels import greedy_kernel, sample_top_p_kernel, token_bitmask_kernel
 from pagoda_kernels.gpu.step import GATHER_TILE, GATHER_WARPS
 from pagoda_kernels.gpu.step_kernels import gather_step_kernel
 from pagoda_kernels.gpu.tuning import AttentionTiles, TuningTable, load_table, table_name
@@ -223,6 +223,20 @@ def _sampling_builds() -> Iterator[KernelBuild]:
         constants=constants,
         aligned_integers=frozenset({"row_stride"}),
         num_warps=SAMPLING_WARPS,
+        is_decode=True,
+    )
+    yield KernelBuild(
+        name="apply_token_bitmask",
+        kernel=token_bitmask_kernel,
+        types={
+            "logits": "*fp32",
+            "rows": "*i64",
+            "bitmask": "*i32",
+            **dict.fromkeys(("row_stride", "num_words"), "i32"),
+        },
+        constants={"TILE": BITMASK_TILE},
+        aligned_integers=frozenset({"row_stride"}),
+        num_warps=BITMASK_WARPS,
         is_decode=True,
     )
     yield KernelBuild(

@@ -6,16 +6,18 @@ import torch
 import triton
 from typing_extensions import override
 
-from pagoda_kernels.gpu.sampling_kernels import greedy_kernel, sample_top_p_kernel
+from pagoda_kernels.gpu.sampling_kernels import greedy_kernel, sample_top_p_kernel, token_bitmask_kernel
 from pagoda_kernels.interface import KernelBackend
 
 # Logits a program looks at together, and its warps: 4 numbers a thread, so that two programs fit a multiprocessor.
 SAMPLING_TILE = 2048
 SAMPLING_WARPS = 16
+BITMASK_TILE = 4096
+BITMASK_WARPS = 8
 
 
 class TritonSampling(KernelBackend):
-    """One launch for the best tokens of all rows, another for all rows that draw from the whole vocabulary."""
+    """One launch for the best tokens of all rows, one for all masks, one for all rows that draw from the whole vocabulary."""
 
     @override
     def greedy_sample(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -57,6 +59,14 @@ class TritonSampling(KernelBackend):
             num_warps=SAMPLING_WARPS,
         )
         return token_ids
+
+    @override
+    def apply_token_bitmask(self, logits: torch.Tensor, rows: torch.Tensor, bitmask: torch.Tensor) -> None:
+        num_rows, num_words = bitmask.shape
+        grid = (num_rows, triton.cdiv(32 * num_words, BITMASK_TILE))
+        token_bitmask_kernel[grid](
+            logits, rows, bitmask, logits.stride(0), num_words, BITMASK_TILE, num_warps=BITMASK_WARPS
+        )
 
 
 def num_tiles(vocabulary: int) -> int:

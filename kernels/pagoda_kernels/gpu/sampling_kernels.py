@@ -48,6 +48,18 @@ def greedy_kernel(
 
 
 @triton.jit
+def token_bitmask_kernel(logits, rows, bitmask, row_stride, num_words, TILE: tl.constexpr):
+    """Grid (rows, tiles of TILE tokens): minus infinity for tokens whose bit is not set; nothing else is written."""
+    mask_row = tl.program_id(0).to(tl.int64)
+    row = tl.load(rows + mask_row)
+    ids = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    is_inside = ids < num_words * 32
+    words = tl.load(bitmask + mask_row * num_words + ids // 32, mask=is_inside, other=-1)
+    is_forbidden = ((words >> (ids % 32)) & 1) == 0
+    tl.store(logits + row * row_stride + ids, NEGATIVE_INFINITY, mask=is_inside & is_forbidden)
+
+
+@triton.jit
 def _uniform(seed, position, attempt):
     """A number in [0, 1) with 53 random bits: float64, from uint64 seed and int64 position."""
     low = position.to(tl.uint32)

@@ -1,4 +1,4 @@
-"""Greedy sampling in torch. Drawing is the sampler's own torch code, which the GPU's kernel is tested against."""
+"""Greedy sampling and masks in torch. Drawing is the sampler's own torch code, which the GPU's kernel is tested against."""
 
 from __future__ import annotations
 
@@ -15,3 +15,11 @@ class ReferenceSampling(KernelBackend):
     def greedy_sample(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         best_logits, token_ids = logits.max(dim=-1)
         return token_ids, best_logits
+
+    @override
+    def apply_token_bitmask(self, logits: torch.Tensor, rows: torch.Tensor, bitmask: torch.Tensor) -> None:
+        bits = torch.arange(32, dtype=torch.int32, device=bitmask.device)
+        forbidden = ((bitmask[:, :, None] >> bits) & 1).view(len(rows), -1) == 0
+        masked = logits.index_select(0, rows)
+        masked[:, : forbidden.shape[1]].masked_fill_(forbidden, float("-inf"))
+        logits.index_copy_(0, rows, masked)

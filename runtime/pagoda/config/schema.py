@@ -429,6 +429,13 @@ class PagodaConfig:
     tokenizer_timeout_seconds: float = option(
         30.0, "text", "Longest time one text may take to tokenize.", gt=0, unit="seconds"
     )
+    structured_outputs_timeout_seconds: float = option(
+        5.0,
+        "text",
+        "Longest time that compiling the grammar of a structured output may take; then 400.",
+        gt=0,
+        unit="seconds",
+    )
     chat_template: str | None = option(
         None, "text", "File with a Jinja chat template, in place of the tokenizer's own.", path="file"
     )

@@ -233,6 +233,8 @@ class RankGroup(Executor):
             return FailedStep(EngineDeadError(self._end_cause or "the ranks are not connected"))
         update = NO_SAMPLED_TOKENS if self._sampled_tokens is None else self._sampled_tokens.update_for(plan)
         self._in_flight.add(plan.step_id)
+        if plan.token_masks is not None:
+            plan.token_masks = plan.token_masks.settled()
         self._links.send_all(RunStep(plan, update))
         return _RankStep(self, plan)
 

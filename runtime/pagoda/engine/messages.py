@@ -23,7 +23,8 @@ class EngineOutput:
     `prompt_logprobs` comes once, with the output that completes the prompt: one entry a prompt token, the first None.
     `finish_reason` is set on the last output of the request and only there; `stop_reason` is then the stop token's id when
     one of `stop_token_ids` ended it, or the name of the setting that did (`max_request_seconds`). `error_kind` and `error`
-    are set when the reason is ERROR.
+    are set when the reason is ERROR. `is_complete`: the reason is STOP since nothing may follow in a constrained output; its
+    last token is part of the text.
     `scheduled_time` is when the request first left the waiting queue. `num_draft_tokens` of speculative decoding were verified
     for the request so far, `num_accepted_tokens` of them accepted.
     """
@@ -36,6 +37,7 @@ class EngineOutput:
     stop_reason: int | str | None = None
     error_kind: ErrorKind | None = None
     error: str | None = None
+    is_complete: bool = False
     num_cached_tokens: int = 0
     scheduled_time: float | None = None
     num_draft_tokens: int = 0

@@ -12,7 +12,9 @@ from torch import Tensor
 from pagoda import faults
 from pagoda.execution.cuda_graphs import Capture, DecodeGraphs
 from pagoda.execution.input_batch import InputBatch, StepInputs
+from pagoda.execution.token_masks import AllowedByMasks
 from pagoda.models.decoder import DecoderForCausalLM, KVCache
+from pagoda.sampling.logits_processors import StepProcessor
 from pagoda.sampling.logprobs import LogprobTensors, RawDistribution
 from pagoda.sampling.output import TokenLogprobs
 from pagoda.sampling.params import SamplingParams
@@ -211,7 +213,8 @@ class ModelRunner:
         if hidden is None:  # the next pipeline stage goes on with it
             return PendingStep(plan, errors, self.batch.device)
         prompt_logprobs = self._compute_prompt_logprobs(inputs, hidden) if self._prompt_logprobs else []
-        sampled = self._sample(inputs, hidden) if inputs.sampled_positions.size else None
+        step_processors = [] if plan.token_masks is None else [AllowedByMasks(plan, self.sampler.context)]
+        sampled = self._sample(inputs, hidden, step_processors) if inputs.sampled_positions.size else None
         return PendingStep(plan, errors, self.batch.device, inputs, sampled, prompt_logprobs)
 
     def _forward(self, inputs: StepInputs) -> Tensor | None:
@@ -240,7 +243,9 @@ class ModelRunner:
             self.sampler.add(new.req_index, replace(spec, params=_GREEDY, eos_token_ids=()))
             raise
 
-    def _sample(self, inputs: StepInputs, hidden: Tensor) -> SamplerOutput | None:
+    def _sample(
+        self, inputs: StepInputs, hidden: Tensor, step_processors: Sequence[StepProcessor]
+    ) -> SamplerOutput | None:
         """Sample the outputs of the rows that have come to their last token, and put what was sampled into the pool.
 
         The sampling rank samples and broadcasts to its tensor group; returns None on the others.
@@ -252,7 +257,9 @@ class ModelRunner:
             sampled = None
             token_ids = torch.empty(len(hidden), dtype=torch.int64, device=hidden.device)
         else:
-            sampled = self.sampler.sample(logits, inputs.layout.sampling_req_indices, inputs.sampled_positions)
+            sampled = self.sampler.sample(
+                logits, inputs.layout.sampling_req_indices, inputs.sampled_positions, step_processors
+            )
             token_ids = sampled.token_ids
         if self._shares_samples:
             token_ids = self.groups.tp_group.broadcast(token_ids)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pagoda.errors import InvalidRequestError, shown
+from pagoda.structured.spec import GrammarSpec
 
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
@@ -25,6 +26,8 @@ class SamplingParams:
     only. `temperature == 0` is greedy, and so is `top_p == 0`. `top_k` of 0 or -1 switches top-k off. Text fields (`stop`,
     `bad_words`, `skip_special_tokens`, `include_stop_str_in_output`) are the text layer's; it turns `bad_words` into
     `bad_words_token_ids` before the engine sees them. Ids are checked against the vocabulary at admission.
+    `structured_outputs`: what the output must keep to; then `min_tokens` and `ignore_eos` hold its end back only while
+    something else may follow.
     """
 
     n: int = 1
@@ -49,6 +52,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    structured_outputs: GrammarSpec | None = None
 
     def __post_init__(self) -> None:
         _integer("n", self.n, 1, MAX_N)

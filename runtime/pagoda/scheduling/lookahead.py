@@ -54,7 +54,8 @@ class MultiStep(Lookahead):
             return
         for row, request in enumerate(step.requests):
             allowed = request.max_tokens - request.num_output_tokens - request.num_in_flight
-            extra = min(self._limits.num_scheduler_steps - 1, allowed)
+            # What a constrained output allows next is known when its last token is.
+            extra = 0 if request.constraint is not None else min(self._limits.num_scheduler_steps - 1, allowed)
             if not self._kv.extend(request, request.num_computed_tokens + extra):
                 extra = 0
             step.extend_row(row, extra)

@@ -47,6 +47,20 @@ class NewRequest:
 
 
 @dataclass(slots=True)
+class TokenMasks:
+    """Which tokens may be sampled in rows that are constrained: of each row of `rows` (of the plan, ascending) one mask, or
+    with k drafts 1 + k. `words`: int32 `[masks, words a mask]` as bytes, see `KernelBackend.apply_token_bitmask`.
+    """
+
+    rows: list[int]
+    words: bytes = b""
+
+    def settled(self) -> TokenMasks:
+        """The same, with the words in place; waits for those that are still being found."""
+        return self
+
+
+@dataclass(slots=True)
 class StepPlan:
     """One step. The parallel lists have one entry for each scheduled request, in batch order.
 
@@ -54,6 +68,8 @@ class StepPlan:
     `new_block_ids[i]` are appended to the block table of `req_indices[i]` (empty for a row that enters: its blocks are in
     `NewRequest.block_ids`). `block_offsets[i]` is the length of that table before they are appended.
     `draft_token_ids[i]` are the drafts of a row that samples and has any: the last ones of its scheduled tokens.
+
+    `token_masks` are those of the rows that are constrained, None where none is.
 
     Multi-step scheduling (`num_scheduler_steps`): in a plan in which every row samples one token, row i may run `num_steps[i]`
     steps, each on the token sampled by the one before; its blocks are allocated. Otherwise, and with drafts, `num_steps` is
@@ -72,6 +88,7 @@ class StepPlan:
     samples: list[bool] = field(default_factory=list)
     draft_token_ids: dict[int, list[int]] = field(default_factory=dict)
     num_steps: list[int] = field(default_factory=list)
+    token_masks: TokenMasks | None = None
 
     @property
     def total_tokens(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum, auto
+from typing import Protocol
 
 from pagoda.errors import ErrorKind
 from pagoda.request import EngineRequest
@@ -16,6 +17,17 @@ class RequestStatus(Enum):
     WAITING = auto()
     RUNNING = auto()
     FINISHED = auto()
+
+
+class OutputConstraint(Protocol):
+    """What an output keeps to (`pagoda.structured`). The tokens that may be sampled come with each plan (`TokenMasks`)."""
+
+    @property
+    def error(self) -> str | None:
+        """Why the output cannot be completed; None as long as it can."""
+
+    def advance(self, token_id: int) -> bool:
+        """Take a token of the output; whether the output is complete, so that nothing may follow."""
 
 
 class Request:
@@ -33,16 +45,18 @@ class Request:
     Drafts count as computed and in flight until their step's result is known; then `num_computed_tokens` falls back by those
     that were refused. Their blocks stay: the next tokens go there.
 
-    With `waits_for_output`, as of pipeline stages, and `speculates` it is not planned again while tokens are in flight: what
-    is planned next depends on them, on how many there are, and on the drafts that follow.
+    With `waits_for_output`, as of pipeline stages and of a `constraint`, and `speculates` it is not planned again while tokens
+    are in flight: what is planned next depends on them, on how many there are, and on the drafts that follow.
     """
 
     __slots__ = (
         "block_hashes",
+        "constraint",
         "draft_state",
         "error",
         "error_kind",
         "finish_reason",
+        "is_complete",
         "is_repetitive",
         "lease",
         "max_tokens",
@@ -69,8 +83,9 @@ class Request:
         "waits_for_output",
     )
 
-    def __init__(self, spec: EngineRequest) -> None:
+    def __init__(self, spec: EngineRequest, constraint: OutputConstraint | None = None) -> None:
         self.spec = spec
+        self.constraint = constraint
         self.max_tokens = spec.max_tokens
         self.token_ids = list(spec.prompt_token_ids)
         self.num_prompt_tokens = len(spec.prompt_token_ids)
@@ -87,6 +102,7 @@ class Request:
         self.block_hashes: list[bytes] = []
         self.num_preemptions = 0
         self.is_repetitive = False
+        self.is_complete = False  # ended by its constraint: its last token is none that ends an output
         self.waits_for_output = False
         self.speculates = False  # drafts may be made for it
         self.draft_state: object = None  # what the proposer of drafts keeps of this request
@@ -154,6 +170,17 @@ class Request:
             self.finish_reason = FinishReason.STOP
             if token_id in self.spec.params.stop_token_ids:
                 self.stop_reason = token_id
+        if self.constraint is not None:
+            self._advance(self.constraint, token_id)
+
+    def _advance(self, constraint: OutputConstraint, token_id: int) -> None:
+        """Let the constraint of the output end the request: complete, or with an error."""
+        if constraint.advance(token_id):
+            self.finish_reason = FinishReason.STOP
+            self.is_complete = token_id not in self.stop_ids and token_id not in self.spec.eos_token_ids
+        elif constraint.error is not None and self.finish_reason is None:
+            self.finish_reason = FinishReason.ERROR
+            self.error_kind, self.error = ErrorKind.INVALID_REQUEST, constraint.error
 
     def collect_prompt_logprobs(self, num_computed: int, entries: list[TokenLogprobs]) -> None:
         """Keep the entries, of positions from `num_computed + 1` on, that are new: a preempted request computes some again."""

@@ -129,7 +129,7 @@ class Scheduler:
         request.max_tokens = min(request.max_tokens, longest - request.num_prompt_tokens)
         request.sequence_number = self._num_arrived
         self._num_arrived += 1
-        request.waits_for_output = limits.pipeline_parallel_size > 1
+        request.waits_for_output = limits.pipeline_parallel_size > 1 or request.constraint is not None
         self._lookahead.add(request)
         self._requests[request.spec.request_id] = request
         self._waiting.push(request)
@@ -151,6 +151,10 @@ class Scheduler:
             raise QueueFullError(
                 f"per-key queue limit reached: {num_own} requests of this API key are waiting, and {num_free} places are free"
             )
+
+    def requests_of(self, plan: StepPlan) -> list[Request]:
+        """The requests of a plan's rows, until its result is applied."""
+        return self._in_flight[plan.step_id].requests
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """End requests with ABORT, in any state. Unknown ids (already ended) are ignored."""

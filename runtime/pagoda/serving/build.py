@@ -66,6 +66,7 @@ class TextLayer:
         self._config = config
         self._client = client
         self._pool: TokenizerPool | None = None
+        self._generator: TextGenerator | None = None
 
     async def start(self) -> None:
         """Find the checkpoint (which may be a download) and load its tokenizer."""
@@ -78,9 +79,12 @@ class TextLayer:
     def generator(self) -> TextGenerator:
         """The text layer of the served checkpoint, after `start`."""
         assert self._pool is not None
-        return TextGenerator.from_config(self._client, self._pool, self._config)
+        self._generator = TextGenerator.from_config(self._client, self._pool, self._config)
+        return self._generator
 
     async def shutdown(self) -> None:
-        """End the tokenizers."""
+        """End the tokenizers, and what compiles grammars."""
+        if self._generator is not None:
+            await self._generator.shutdown()
         if self._pool is not None:
             await self._pool.shutdown()

@@ -16,6 +16,7 @@ from pagoda.errors import InvalidRequestError, shown
 from pagoda.request import GenerationRequest, TokenIds
 from pagoda.sampling.params import SamplingParams
 from pagoda.serving import json_decoding
+from pagoda.serving.structured_outputs import STRUCTURED_FIELDS, grammar_of
 
 MAX_INTEGER = 2**31 - 1
 MICROSECONDS = 1_000_000
@@ -142,7 +143,7 @@ OPTION_FIELDS: dict[str, Converter] = {
     "timeout": as_integer,  # whole microseconds, as Triton's clients send it
 }
 LIST_FIELDS = frozenset({"stop", "bad_words", "stop_token_ids", "allowed_token_ids"})
-FIELDS = SAMPLING_FIELDS | OPTION_FIELDS
+FIELDS = frozenset({*SAMPLING_FIELDS, *OPTION_FIELDS, *STRUCTURED_FIELDS})
 # What clients and proxies add for the protocol's own sake; nothing in generation depends on it.
 PROTOCOL_PARAMETERS = frozenset(
     {"binary_data_output", "sequence_id", "sequence_start", "sequence_end", "triton_enable_empty_final_response"}
@@ -163,10 +164,13 @@ def parse_parameters(parameters: Mapping[str, object], make_sampling: MakeSampli
             sampling[name] = SAMPLING_FIELDS[name](name, value)
         elif name in OPTION_FIELDS:
             options[name] = OPTION_FIELDS[name](name, value)
-        else:
+        elif name not in STRUCTURED_FIELDS:
             raise InvalidRequestError(
                 f"unknown parameter {shown(name)}; known are {', '.join(sorted(FIELDS))}", name[:80]
             )
+    grammar = grammar_of(parameters)
+    if grammar is not None:
+        sampling["structured_outputs"] = grammar
     return GenerationRequest(params=make_sampling(sampling), **_request_fields(options))
 
 

@@ -12,6 +12,7 @@ from pagoda.engine.messages import EngineOutput
 from pagoda.errors import EngineNotReadyError, InvalidRequestError, RequestFailedError
 from pagoda.request import EngineRequest, GenerationRequest, TokenIds
 from pagoda.sampling.params import SamplingParams
+from pagoda.structured.admission import GrammarAdmission
 from pagoda.text.checkpoint_defaults import read_checkpoint_defaults
 from pagoda.text.output import GenerationChunk, PositionLogprobs, TokenLogprob
 from pagoda.text.output_processor import RequestMessageState, RequestTextState
@@ -37,7 +38,8 @@ class TextGenerator:
     `.render_chat_and_encode(messages, ...)` serve the routes that need tokens and no generation.
     `default_max_tokens` is used when `max_tokens` was not given; `default_sampling` holds the sampling defaults of
     the checkpoint's generation_config.json, `eos_token_ids` the ids that end generation, `answer_format` how the checkpoint's
-    answers mark reasoning and tool calls.
+    answers mark reasoning and tool calls. `grammars` compiles each on trial before the engine sees it; None leaves it to the
+    engine.
     """
 
     def __init__(
@@ -49,8 +51,10 @@ class TextGenerator:
         default_max_tokens: int | None = None,
         default_sampling: Mapping[str, Any] | None = None,
         answer_format: AnswerFormat | None = None,
+        grammars: GrammarAdmission | None = None,
     ) -> None:
         self.client = client
+        self._grammars = grammars
         self.pool = pool
         self.eos_token_ids = eos_token_ids
         self.default_max_tokens = default_max_tokens
@@ -78,7 +82,15 @@ class TextGenerator:
                 tool_call_parser=config.tool_call_parser,
                 reasoning_parser=config.reasoning_parser,
             ),
+            grammars=GrammarAdmission(
+                config.tokenizer or config.model or "", timeout=config.structured_outputs_timeout_seconds
+            ),
         )
+
+    async def shutdown(self) -> None:
+        """End the processes that compile grammars."""
+        if self._grammars is not None:
+            await self._grammars.close()
 
     def sampling_params(self, given: Mapping[str, Any]) -> SamplingParams:
         """`SamplingParams` from what the client gave; the checkpoint's defaults apply to fields not given.
@@ -102,6 +114,8 @@ class TextGenerator:
         """
         limits = self._limits()
         params, prompt = request.params, request.prompt
+        if params.structured_outputs is not None and self._grammars is not None:
+            await self._grammars.check(params.structured_outputs)
         if isinstance(prompt, str):
             prompt_token_ids = await self.pool.encode(prompt, add_special_tokens=request.add_special_tokens)
             echoed = prompt if request.echo else ""

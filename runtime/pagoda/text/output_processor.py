@@ -115,7 +115,7 @@ class RequestTextState:
         text = ""
         token_ids = output.new_token_ids
         # A token that ended the request is part of its ids and, unless it was asked for, not of its text.
-        terminated = output.finish_reason is FinishReason.STOP and self._drops_terminator
+        terminated = output.finish_reason is FinishReason.STOP and self._drops_terminator and not output.is_complete
         num_with_text = len(token_ids) - 1 if terminated else len(token_ids)
         for position, token_id in enumerate(token_ids[:num_with_text], start=1):
             self._num_tokens += 1

@@ -187,7 +187,7 @@ def _rendered(template: ChatTemplate, arguments: Mapping[str, Any], seconds: flo
         raise _out_of_limits(f"more CPU time ({seconds:.1f} s)") from None
     except MemoryError:
         raise _out_of_limits("more memory") from None
-    except RecursionError:
+    except (RecursionError, SystemError):  # the latter where the time is up at the very depth where the stack is
         raise _out_of_limits("more nested calls") from None
     except PagodaError:
         raise

@@ -7,6 +7,7 @@
 #include <torch/custom_class.h>
 #include <torch/library.h>
 
+#include <limits>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -288,6 +289,32 @@ std::tuple<Tensor, Tensor> greedy_sample(const Tensor& logits) {
   return {ids, best};
 }
 
+// Memory-bound, and most words are all zeros or all ones: there is nothing for an instruction set to gain.
+void apply_token_bitmask(Tensor logits, const Tensor& rows, const Tensor& bitmask) {
+  const int64_t count = rows.size(0), words = bitmask.size(1), size = logits.size(1);
+  check(logits, "logits", {logits.size(0), size}, at::kFloat);
+  check(rows, "rows", {count}, at::kLong);
+  check(bitmask, "bitmask", {count, words}, at::kInt);
+  TORCH_CHECK(32 * words <= size, "bitmask has ", words, " words for a vocabulary of ", size);
+  float* const output = logits.mutable_data_ptr<float>();
+  const int64_t* const row = rows.const_data_ptr<int64_t>();
+  const uint32_t* const mask = reinterpret_cast<const uint32_t*>(bitmask.const_data_ptr<int32_t>());
+  for (int64_t m = 0; m < count; ++m) {
+    TORCH_CHECK(row[m] >= 0 && row[m] < logits.size(0), "rows has ", row[m], " of ", logits.size(0), " rows");
+  }
+  constexpr float kForbidden = -std::numeric_limits<float>::infinity();
+  at::parallel_for(0, count * words, 16384, [&](int64_t begin, int64_t end) {
+    for (int64_t w = begin; w < end; ++w) {
+      const uint32_t allowed = mask[w];
+      if (allowed == ~0u) continue;
+      float* const to = output + row[w / words] * size + w % words * 32;
+      for (int64_t bit = 0; bit < 32; ++bit) {
+        if (!(allowed >> bit & 1)) to[bit] = kForbidden;
+      }
+    }
+  });
+}
+
 void use_level(const std::string& level) {
   TORCH_CHECK(pagoda::use_level(level), "this processor cannot run ", level);
 }
@@ -321,6 +348,7 @@ TORCH_LIBRARY(pagoda_cpu, m) {
       "int group_size, bool four_bits, ScalarType? out_dtype=None) -> Tensor");
   m.def("pack(Tensor weight, Tensor(a!) packed) -> ()");
   m.def("greedy_sample(Tensor logits) -> (Tensor, Tensor)");
+  m.def("apply_token_bitmask(Tensor(a!) logits, Tensor rows, Tensor bitmask) -> ()");
   m.def("packed_rows(Tensor weight, Tensor ids, int num_rows, bool as_float) -> Tensor");
   m.class_<pagoda::Decoder>("Decoder")
       .def(torch::init<int64_t, int64_t, int64_t, int64_t, double, Tensor>())
@@ -342,5 +370,6 @@ TORCH_LIBRARY_IMPL(pagoda_cpu, CPU, m) {
   m.impl("linear_quantized", &linear_quantized);
   m.impl("pack", &pack);
   m.impl("greedy_sample", &greedy_sample);
+  m.impl("apply_token_bitmask", &apply_token_bitmask);
   m.impl("packed_rows", &packed_rows);
 }

@@ -15,17 +15,21 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from pagoda.engine.messages import EngineOutput, EngineOutputs, EngineReady, EngineStats
-from pagoda.errors import EngineDeadError, InvalidRequestError
+from pagoda.errors import EngineDeadError, InvalidRequestError, NotSupportedError, PagodaError
 from pagoda.execution.executor import Executor, StepHandle, is_out_of_memory
 from pagoda.parallel.rank_health import RankHealth
 from pagoda.request import EngineRequest
+from pagoda.sampling.output import FinishReason
 from pagoda.scheduling.cache_events import CacheEventSink
 from pagoda.scheduling.plan import StepPlan
 from pagoda.scheduling.request import Request
 from pagoda.scheduling.scheduler import RequestUpdate, Scheduler
 from pagoda.scheduling.step_timeout import tokens_to_wait_for
+from pagoda.structured.outputs import StructuredOutputs
 
 logger = logging.getLogger(__name__)
+
+_COMPILE_WAIT_SECONDS = 0.05
 
 SubmitListener = Callable[[int, int], None]
 
@@ -47,10 +51,14 @@ class EngineCore:
         executor: Executor,
         ready: EngineReady,
         kv_events: CacheEventSink | None = None,
+        structured: StructuredOutputs | None = None,
     ) -> None:
         """`ready` holds the limits that were found at start-up (see `engine.core.startup.start_core`)."""
         self._kv_events = kv_events or CacheEventSink()
         self.ready = ready
+        self._structured = structured
+        # Final outputs of requests that did not come as far as the scheduler.
+        self._refused: list[EngineOutput] = []
         self._scheduler = scheduler
         self._executor = executor
         self._in_flight: deque[_InFlight] = deque()
@@ -65,7 +73,7 @@ class EngineCore:
     @property
     def has_work(self) -> bool:
         """Whether a `step` would do anything."""
-        return self._scheduler.has_work or bool(self._in_flight)
+        return self._scheduler.has_work or bool(self._in_flight) or self._has_unscheduled
 
     @property
     def num_tokens_in_flight(self) -> int:
@@ -82,10 +90,19 @@ class EngineCore:
         if prompt and not 0 <= min(prompt) <= max(prompt) < vocab_size:
             # The embedding would be read out of bounds, which on a GPU is the end of the process.
             raise InvalidRequestError(f"the prompt has token ids outside of 0 to {vocab_size - 1}", "prompt")
-        self._scheduler.add(Request(request))
+        if request.params.structured_outputs is None:
+            self._scheduler.add(Request(request))
+        elif self._structured is None:
+            raise NotSupportedError("this engine has no structured outputs")
+        else:
+            self._structured.add(request)
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """Abort requests; unknown ids and those of finished requests are ignored."""
+        request_ids = list(request_ids)
+        if self._structured is not None:
+            for request_id in self._structured.discard(request_ids):
+                self._refused.append(EngineOutput(request_id=request_id, finish_reason=FinishReason.ABORT))
         self._scheduler.abort(request_ids)
 
     def step(self) -> EngineOutputs:
@@ -95,6 +112,8 @@ class EngineCore:
         executor is unusable.
         """
         started = time.monotonic()
+        if self._has_unscheduled:
+            self._schedule_compiled()
         self._plan_ahead()
         updates = self._collect_oldest(started)
         updates += self._scheduler.take_ended()
@@ -104,7 +123,34 @@ class EngineCore:
         self._kv_events.flush()
         now = time.monotonic()
         self._step_seconds = now - started
-        return EngineOutputs([_output(update) for update in updates], self.stats(), now)
+        outputs = [_output(update) for update in updates]
+        if self._refused:
+            outputs += self._refused
+            self._refused = []
+        return EngineOutputs(outputs, self.stats(), now)
+
+    @property
+    def _has_unscheduled(self) -> bool:
+        return bool(self._refused) or (self._structured is not None and self._structured.num_compiling > 0)
+
+    def _schedule_compiled(self) -> None:
+        """Hand the requests whose grammars are compiled to the scheduler; with nothing else to do, wait a moment for one."""
+        assert self._structured is not None
+        is_idle = not (self._scheduler.has_work or self._in_flight or self._refused)
+        for request, outcome in self._structured.take_compiled(_COMPILE_WAIT_SECONDS if is_idle else 0.0):
+            try:
+                if isinstance(outcome, PagodaError):
+                    raise outcome
+                self._scheduler.add(Request(request, outcome))
+            except PagodaError as error:
+                self._refused.append(
+                    EngineOutput(
+                        request_id=request.request_id,
+                        finish_reason=FinishReason.ERROR,
+                        error_kind=error.kind,
+                        error=str(error),
+                    )
+                )
 
     def _check_idle(self) -> None:
         """Mend a leak: it is an error, but no reason to end the engine, and without requests everything can be taken back."""
@@ -118,6 +164,8 @@ class EngineCore:
             plan = self._scheduler.schedule()
             if plan is None:
                 return
+            if self._structured is not None:
+                self._structured.mask(plan, self._scheduler.requests_of(plan))
             self._num_scheduled_tokens += plan.total_tokens
             num_tokens = tokens_to_wait_for(plan)
             if self.on_submit is not None:
@@ -195,6 +243,8 @@ class EngineCore:
 
     def shutdown(self) -> None:
         self._kv_events.close()
+        if self._structured is not None:
+            self._structured.shutdown()
         self._executor.shutdown()
 
 
@@ -209,6 +259,7 @@ def _output(update: RequestUpdate) -> EngineOutput:
         stop_reason=request.stop_reason,
         error_kind=request.error_kind,
         error=request.error,
+        is_complete=request.is_complete,
         num_cached_tokens=request.num_cached_tokens,
         scheduled_time=request.scheduled_time,
         num_draft_tokens=request.num_draft_tokens,

@@ -32,6 +32,8 @@ from pagoda.scheduling.config import SchedulerLimits
 from pagoda.scheduling.kv_cache_manager import KVCacheManager
 from pagoda.scheduling.scheduler import Scheduler
 from pagoda.speculation.build import make_lookahead
+from pagoda.structured.outputs import StructuredOutputs
+from pagoda.structured.vocabulary import GrammarVocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -53,11 +55,18 @@ def start_core(config: PagodaConfig, on_phase: PhaseListener | None = None) -> E
         config = _resolved(config, settings, str(directory))
         executor = create_executor(config, model_config)
     events, sink = CacheEvents(), CacheEventSink()
+    vocab_size = model_config.vocab_size
+    structured = StructuredOutputs(
+        lambda: GrammarVocabulary.from_directory(checkpoint_directory(config.tokenizer or str(directory)), vocab_size),
+        vocab_size,
+    )
     try:
         if config.kv_events.is_on:
             events, sink = _publish_kv_events(config, settings.device)
         fit = _bring_up(executor, config, model_config, phases)
+        structured.wait_until_loaded()
     except BaseException:  # re-raised; its ranks may be processes, also on other machines
+        structured.shutdown()
         executor.shutdown()
         sink.close()
         raise
@@ -75,7 +84,7 @@ def start_core(config: PagodaConfig, on_phase: PhaseListener | None = None) -> E
         phase_seconds=phases.seconds,
     )
     logger.info("engine ready after %s", ", ".join(f"{name} {taken:.2f} s" for name, taken in phases.seconds.items()))
-    return EngineCore(scheduler, executor, ready, sink)
+    return EngineCore(scheduler, executor, ready, sink, structured)
 
 
 def _publish_kv_events(config: PagodaConfig, device: str) -> tuple[CacheEvents, CacheEventSink]:

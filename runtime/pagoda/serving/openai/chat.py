@@ -33,8 +33,6 @@ class ChatCall(Call):
     def __init__(self, context: ServingContext, request: ChatCompletionRequest, seconds: float | None) -> None:
         """Check everything that can be checked before the template is applied; `seconds` is the header's limit."""
         check_stream_options(request)
-        if request.response_format is not None and request.response_format.type != "text":
-            raise NotSupportedError(f"response_format {request.response_format.type[:40]!r} is not supported; text is")
         if (request.model_extra or {}).get("echo"):
             raise NotSupportedError("echo is not supported for conversations; /v1/completions has it")
         overrides: dict[str, Any] = {"logprobs": _num_logprobs(request)}

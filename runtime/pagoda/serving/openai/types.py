@@ -80,6 +80,20 @@ class SamplingFields(RequestModel):
         None, description="Most drafts in a step, below the server's own number; 0: no speculative decoding."
     )
 
+    # The form of the answer, by OpenAI's and by vLLM's names.
+    response_format: dict[str, Any] | None = Field(
+        None, description="Of type text, json_object, json_schema or structural_tag."
+    )
+    structured_outputs: dict[str, Any] | None = Field(
+        None, description="One of json, json_object, regex, choice, grammar, structural_tag."
+    )
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    guided_whitespace_pattern: str | None = None
+    guided_decoding_backend: str | None = Field(None, description="Accepted and not used.")
+
 
 class CompletionRequest(SamplingFields):
     """A prompt, or several: text, or token ids."""
@@ -162,12 +176,6 @@ def _messages(value: object) -> list[dict[str, Any]]:
 Messages = Annotated[list[dict[str, Any]], PlainValidator(_messages, json_schema_input_type=list[Message])]
 
 
-class ResponseFormat(RequestPart):
-    """The form of the response; only `text` is supported."""
-
-    type: str = "text"
-
-
 class TextPart(RequestPart):
     """A part of a text."""
 
@@ -201,7 +209,6 @@ class ChatCompletionRequest(SamplingFields):
     logprobs: bool | None = None
     top_logprobs: int | None = None
     prediction: Prediction | None = None
-    response_format: ResponseFormat | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None

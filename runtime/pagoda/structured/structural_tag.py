@@ -1,0 +1,210 @@
+"""Structural tags to Lark: free text in which tags open parts that keep to schemas, as tool calls do.
+
+Two forms are read, which vLLM and SGLang read too: the older `{"structures": [{"begin", "schema", "end"}], "triggers":
+[...]}`, and xgrammar's `{"format": {"type": ...}}` with the types in `_FORMATS`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import llguidance
+
+from pagoda.errors import InvalidRequestError
+
+_TEXT = "TEXT"
+_FIRST_LINES = r"TEXT: /(.|\n)*/"
+_MAX_RULES = 2000
+
+
+def lark_of_structural_tag(
+    tag: Mapping[str, Any], special_tokens: Mapping[str, int], json_options: Mapping[str, Any]
+) -> str:
+    """The Lark grammar of a structural tag. `special_tokens`: texts of the tokens that stand for themselves in it.
+
+    Raises `InvalidRequestError` that names what is missing, or is of a type that is not read.
+    """
+    writer = _Writer(special_tokens, json_options)
+    if "structures" in tag:
+        start = writer.triggered(_from_structures(tag))
+    else:
+        start = writer.expression(_member(tag, "format", Mapping, "structural_tag"))
+    return "\n".join([f"start: {start}", _FIRST_LINES, *writer.rules])
+
+
+def _from_structures(tag: Mapping[str, Any]) -> dict[str, Any]:
+    structures = _member(tag, "structures", list, "structural_tag")
+    return {
+        "triggers": _member(tag, "triggers", list, "structural_tag"),
+        "tags": [
+            {
+                "begin": _member(each, "begin", str, "structures"),
+                "content": {"type": "json_schema", "json_schema": each.get("schema", {})},
+                "end": _member(each, "end", str, "structures"),
+            }
+            for each in structures
+        ],
+    }
+
+
+def _member(value: object, name: str, kind: Any, where: str) -> Any:
+    if not isinstance(value, Mapping):
+        raise _wrong(f"{where} has a value that is no object")
+    if name not in value:
+        raise _wrong(f"{where} has no {name!r}")
+    if not isinstance(value[name], kind):
+        raise _wrong(f"{name!r} in {where} has the wrong type, {type(value[name]).__name__}")
+    return value[name]
+
+
+def _wrong(message: str) -> InvalidRequestError:
+    return InvalidRequestError(message, "structural_tag")
+
+
+class _Writer:
+    """Collects the rules of a grammar; its methods give the expression for a part of the tag."""
+
+    def __init__(self, special_tokens: Mapping[str, int], json_options: Mapping[str, Any]) -> None:
+        self._special = re.compile("|".join(map(re.escape, sorted(special_tokens, key=len, reverse=True))) or r"(?!)")
+        self._json_options = json_options
+        self.rules: list[str] = []
+
+    def expression(self, part: Mapping[str, Any]) -> str:
+        """The expression of a format, by its type."""
+        kind = _member(part, "type", str, "a format")
+        write = _FORMATS.get(kind)
+        if write is None:
+            raise _wrong(f"a format has the type {kind!r}; known types are {', '.join(sorted(_FORMATS))}")
+        return write(self, part)
+
+    def literal(self, text: str) -> str:
+        """A text, in which special tokens stand for themselves."""
+        pieces, end = [], 0
+        for match in self._special.finditer(text):
+            pieces += [json.dumps(text[end : match.start()], ensure_ascii=False)] if match.start() > end else []
+            pieces.append(_token_reference(match[0]))
+            end = match.end()
+        if end < len(text):
+            pieces.append(json.dumps(text[end:], ensure_ascii=False))
+        return " ".join(pieces)
+
+    def json(self, schema: object) -> str:
+        """An expression for what is valid under a schema."""
+        if not isinstance(schema, Mapping | bool):
+            raise _wrong(f"a schema has the wrong type, {type(schema).__name__}")
+        return self._rule(f"%json {json_source(schema, self._json_options)}")
+
+    def tag(self, part: Mapping[str, Any], begin_after: str = "") -> str:
+        """A tag, whose `begin` is there as far as `begin_after`."""
+        begin = _member(part, "begin", str, "a tag")[len(begin_after) :]
+        content = _member(part, "content", Mapping, "a tag")
+        ends = part.get("end", "")
+        ends = ends if isinstance(ends, list) else [ends]
+        if not ends or not all(isinstance(end, str) for end in ends):
+            raise _wrong("'end' in a tag must be a text or a list of texts")
+        if content.get("type") == "any_text" and not any(self._special.match(end) for end in ends) and all(ends):
+            name = f"TEXT_{len(self.rules)}"
+            choices = " | ".join(json.dumps(end, ensure_ascii=False) for end in ends)
+            self._add(f"{name.lower()}[lazy]: {_TEXT} ({choices})")
+            return _sequence(self.literal(begin), name.lower())
+        end_choice = " | ".join(self.literal(end) for end in ends)
+        return _sequence(
+            self.literal(begin), self.expression(content), f"({end_choice})" if len(ends) > 1 else end_choice
+        )
+
+    def triggered(self, part: Mapping[str, Any]) -> str:
+        """Free text, in which a trigger must be the beginning of one of the tags."""
+        triggers, tags = (
+            _member(part, "triggers", list, "triggered_tags"),
+            _member(part, "tags", list, "triggered_tags"),
+        )
+        if not triggers or not tags or not all(isinstance(trigger, str) and trigger for trigger in triggers):
+            raise _wrong("triggered tags need triggers, which are texts that are not empty, and tags")
+        alternatives = []
+        left = {id(tag): _member(tag, "begin", str, "a tag") for tag in tags}
+        for trigger in triggers:
+            own = [tag for tag in tags if left.get(id(tag), "").startswith(trigger)]
+            if not own:
+                raise _wrong(f"no tag begins with the trigger {trigger[:80]!r}")
+            choices = " | ".join(self._rule(self.tag(tag, begin_after=trigger) or '""') for tag in own)
+            for tag in own:
+                del left[id(tag)]
+            alternatives.append(self._rule(f"{self._up_to(trigger)} ({choices})"))
+        if left:
+            raise _wrong(f"no trigger begins the tag {next(iter(left.values()))[:80]!r}")
+        one = " | ".join(alternatives)
+        at_least_one, only_one = bool(part.get("at_least_one")), bool(part.get("stop_after_first"))
+        if only_one:
+            return f"({one})" if at_least_one else f"({one} | {_TEXT})"
+        return f"({one}){'+' if at_least_one else '*'} {_TEXT}"
+
+    def separated(self, part: Mapping[str, Any]) -> str:
+        """Tags with a separator between them and nothing else."""
+        tags = _member(part, "tags", list, "tags_with_separator")
+        separator = self.literal(_member(part, "separator", str, "tags_with_separator"))
+        one = self._rule(" | ".join(self._rule(self.tag(tag)) for tag in tags))
+        several = one if part.get("stop_after_first") else f"{one} ({separator} {one})*"
+        return several if part.get("at_least_one") else f"({several})?"
+
+    def sequence(self, part: Mapping[str, Any]) -> str:
+        """Formats one after another."""
+        return _sequence(*map(self.expression, _member(part, "elements", list, "sequence")))
+
+    def choice(self, part: Mapping[str, Any]) -> str:
+        """One of several formats."""
+        return f"({' | '.join(map(self.expression, _member(part, 'elements', list, 'or')))})"
+
+    def regex(self, part: Mapping[str, Any]) -> str:
+        """What a regular expression matches."""
+        return self._rule(f"/{llguidance.regex_to_lark(_member(part, 'pattern', str, 'regex'), '')}/")
+
+    def _up_to(self, trigger: str) -> str:
+        """Free text that ends where the trigger does."""
+        special = self._special.match(trigger)
+        if special is not None:
+            return _sequence(_TEXT, self.literal(trigger))
+        name = f"trigger_{len(self.rules)}"
+        self._add(f"{name}[lazy]: {_TEXT} {json.dumps(trigger, ensure_ascii=False)}")
+        return name
+
+    def _rule(self, body: str) -> str:
+        name = f"rule_{len(self.rules)}"
+        self._add(f"{name}: {body}")
+        return name
+
+    def _add(self, rule: str) -> None:
+        if len(self.rules) >= _MAX_RULES:
+            raise _wrong(f"structural_tag has more than {_MAX_RULES} parts")
+        self.rules.append(rule)
+
+
+def json_source(schema: Mapping[str, Any] | bool, json_options: Mapping[str, Any]) -> str:
+    """A schema as llguidance reads it, with its options: what the client says of them itself does not count."""
+    if schema is False:
+        raise InvalidRequestError("json_schema is false: no answer is valid under it", "json_schema")
+    members = {} if schema is True else schema
+    return json.dumps({**members, "x-guidance": dict(json_options)}, ensure_ascii=False, separators=(",", ":"))
+
+
+def _token_reference(token: str) -> str:
+    return token if re.fullmatch(r"<[^<>\s]+>", token) else json.dumps(token, ensure_ascii=False)
+
+
+def _sequence(*parts: str) -> str:
+    return " ".join(part for part in parts if part)
+
+
+_FORMATS: dict[str, Callable[[_Writer, Mapping[str, Any]], str]] = {
+    "any_text": lambda _, __: _TEXT,
+    "const_string": lambda writer, part: writer.literal(_member(part, "value", str, "const_string")),
+    "json_schema": lambda writer, part: writer.json(_member(part, "json_schema", Mapping | bool, "json_schema")),
+    "or": _Writer.choice,
+    "regex": _Writer.regex,
+    "sequence": _Writer.sequence,
+    "tag": lambda writer, part: writer.tag(part),
+    "tags_with_separator": _Writer.separated,
+    "triggered_tags": _Writer.triggered,
+}
