@@ -22,6 +22,9 @@ MAX_TOKENS = (1, 24, 80)
 START_SECONDS = 700.0
 NOTICE_SECONDS = 90.0
 
+TOKEN = {"RAY_AUTH_TOKEN": "t" * 32}
+"""Of the cluster: else the head would make one in the home directory."""
+
 Question = tuple[str, int]
 QUESTIONS: tuple[Question, ...] = tuple((prompt, length) for prompt in PROMPTS for length in MAX_TOKENS)
 
@@ -56,13 +59,13 @@ class TwoNodes:
         """Start the server on the head's node."""
         words = ["--distributed-executor-backend=ray", "--pipeline-parallel-size=2", "--dtype=float32"]
         words += ["--ray-num-cpus=1", "--max-engine-restarts=50", "--rendezvous-timeout-seconds=600"]
-        self.server = self.head.start(PAGODA, "serve", *words, *settings, log="serve.log")
+        self.server = self.head.start(PAGODA, "serve", *words, *settings, log="serve.log", environ=TOKEN)
 
     def join(self, *settings: str) -> None:
         """Start the worker on its node."""
         words = [f"{self.head.name}:6379", "--ray-num-cpus=1", f"--state-directory={self.state_directory}"]
         words.append("--rendezvous-timeout-seconds=600")
-        self.joined = self.worker.start(PAGODA, "join", *words, *settings, log="join.log")
+        self.joined = self.worker.start(PAGODA, "join", *words, *settings, log="join.log", environ=TOKEN)
 
     def health(self) -> dict[str, str]:
         """What the server says of itself; `state` is `none` while nothing answers."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pagoda.cli.doctor_cluster import cluster_as_text, examine_cluster
+from pagoda.cli.doctor_security import examine_security, security_as_lines
 from pagoda.config.command_line import parse_command_line
 from pagoda.config.schema import PagodaConfig, options, rules
 from pagoda.config.sources import LoadedConfig, load
@@ -57,13 +58,14 @@ def run(arguments: Sequence[str]) -> int:
 def examine(settings: Sequence[str]) -> dict[str, Any]:
     """The whole report as plain values.
 
-    Keys: `hardware` (`cpu`, `memory`, `gpus`), `versions`, `settings` (by name: `value`, `source`, `help`), `model`,
+    Keys: `hardware` (`cpu`, `memory`, `gpus`), `versions`, `settings` (by name: `value`, `source`, `help`), `security`, `model`,
     `choices` (`key`, `value`, `reason`), `kv_cache` (the expected equation), `problem` (a sentence, or None).
     """
     report: dict[str, Any] = {
         "hardware": {"cpu": asdict(cpu_report()), "memory": asdict(memory_report()), "gpus": []},
         "versions": versions(),
         "settings": {},
+        "security": None,
         "model": None,
         "choices": [],
         "kv_cache": None,
@@ -72,6 +74,7 @@ def examine(settings: Sequence[str]) -> dict[str, Any]:
     try:
         loaded = load(settings, vllm=True)
         report["settings"] = _settings(loaded)
+        report["security"] = examine_security(loaded.config)
         gpus = () if loaded.config.device == "cpu" else gpu_reports()
         report["hardware"]["gpus"] = [asdict(gpu) for gpu in gpus]
         _examine_model(report, loaded.config, cpu_report(), memory_report(), gpus)
@@ -88,6 +91,8 @@ def as_text(report: dict[str, Any]) -> str:
         lines += ["", "Settings"]
     for key, setting in report["settings"].items():
         lines += [f"  {key} = {setting['value']}    [{setting['source']}]", f"      {setting['help']}"]
+    if report["security"]:
+        lines += ["", "Open", *security_as_lines(report["security"])]
     if report["model"]:
         lines += ["", "Model", *(f"  {name:<18} {value}" for name, value in report["model"].items())]
     if report["choices"]:

@@ -22,7 +22,7 @@ HEAD_LOST = 1
 
 def run(arguments: Sequence[str]) -> int:
     """Belong to the cluster until SIGTERM (exit status 0), or until the head does not come back (1)."""
-    from pagoda.distributed.node_state import default_directory
+    from pagoda.distributed.private_directory import default_directory
     from pagoda.distributed.ray.node import RayNode
     from pagoda.distributed.ray.worker_node import WorkerNode
     from pagoda.logs import configure_logging

@@ -67,9 +67,14 @@ def _print(name: str, passed: bool, answer: str) -> int:
 
 
 def _probe_ranks(name: str, directory: Path | None) -> tuple[bool, str]:
-    from pagoda.distributed.node_state import default_directory, evaluate_probe, published
+    from pagoda.distributed.node_state import evaluate_probe, published
+    from pagoda.distributed.private_directory import default_directory, trouble_with_directory
 
-    return evaluate_probe(name, *published(directory or default_directory()))
+    if directory is None:
+        directory = default_directory()
+        if trouble := trouble_with_directory(directory):
+            return False, trouble
+    return evaluate_probe(name, *published(directory))
 
 
 def probe(name: str, port: int, scheme: str, timeout: float) -> tuple[bool, str]:

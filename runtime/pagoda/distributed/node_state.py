@@ -12,13 +12,14 @@ from __future__ import annotations
 import json
 import logging
 import os
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from pagoda.distributed.private_directory import default_directory, make_private
 
 logger = logging.getLogger(__name__)
 
@@ -91,14 +92,15 @@ class StateFile:
             logger.warning("the state of %s could not be published: %s", self._name, error)
 
 
-def default_directory() -> Path:
-    """Where state is published by default: one directory for each user."""
-    return Path(tempfile.gettempdir()) / f"pagoda-node-{os.getuid()}"
-
-
 def prepare_directory(directory: Path) -> None:
-    """Make the directory, for this user only, and clear what an earlier process left there."""
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    """Make the directory, for this user only, and clear what an earlier process left there.
+
+    Raises `ConfigError` for the default one if another user made it.
+    """
+    if directory == default_directory():
+        make_private(directory)
+    else:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     for path in directory.glob("*.json"):
         path.unlink(missing_ok=True)
 

@@ -84,3 +84,26 @@ def test_the_text_report_reads_well(checkpoint: Path, capsys: pytest.CaptureFixt
     assert "s3cret" not in text
     assert main(["doctor", "--device", "cpu", "--foo"]) == 1
     assert "PROBLEM: --foo" in capsys.readouterr().out
+
+
+def test_what_is_open_is_said(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for variable in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"):
+        monkeypatch.delenv(variable, raising=False)
+    found = doctor(capsys, "--model", str(checkpoint))["security"]
+    assert found["server"].endswith("ports 8080 (REST) and 8081 (gRPC), no TLS, open to everybody")
+    assert found["ray"] is None
+    assert "no API keys" in found["warnings"][0]
+    (tmp_path / "keys").write_text("one-key\nanother-key")
+    keys = f"--api-keys-file={tmp_path / 'keys'}"
+    found = doctor(capsys, "--model", str(checkpoint), keys, "--distributed-executor-backend=ray")["security"]
+    assert found["server"].endswith("2 API keys")
+    assert found["ray"].startswith("a token will be made for the head")
+    assert found["warnings"] == []
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    found = doctor(capsys, "--model", str(checkpoint), keys, "--distributed-executor-backend=ray")["security"]
+    assert "whoever reaches its ports runs code" in found["warnings"][0]
+    (tmp_path / "keys").write_text("")
+    assert "holds no API key" in doctor(capsys, "--model", str(checkpoint), keys)["problem"]

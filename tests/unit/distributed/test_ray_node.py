@@ -51,20 +51,6 @@ def test_the_environment_is_tuned_and_what_is_given_stays() -> None:
     assert "RAY_AUTH_MODE" not in environ
 
 
-@pytest.mark.parametrize("variable", ["RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"])
-def test_a_token_turns_authentication_on(variable: str) -> None:
-    assert ray_environment({variable: "t"})["RAY_AUTH_MODE"] == "token"
-    assert ray_environment({variable: "t", "RAY_AUTH_MODE": "disabled"})["RAY_AUTH_MODE"] == "disabled"
-
-
-def test_the_token_that_ray_keeps_in_the_home_directory_turns_authentication_on(tmp_path: Path) -> None:
-    """`ray start` takes it by itself: a driver that does not would be refused by its own head."""
-    assert "RAY_AUTH_MODE" not in ray_environment({"HOME": str(tmp_path)})
-    (tmp_path / ".ray").mkdir()
-    (tmp_path / ".ray" / "auth_token").write_text("t")
-    assert ray_environment({"HOME": str(tmp_path)})["RAY_AUTH_MODE"] == "token"
-
-
 @pytest.mark.parametrize(
     ("address", "parts"),
     [
@@ -168,7 +154,7 @@ def test_a_raylet_that_runs_here_counts_more_than_what_was_joined_last(
     ray_directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (ray_directory / "ray_current_cluster").write_text("10.0.0.9:6379")
-    info = {"name": "raylet", "cmdline": ["raylet", "--gcs-address=10.0.0.1:6379"]}
+    info = {"name": "raylet", "cmdline": ["raylet", "--gcs-address=10.0.0.1:6379"], "uids": SimpleNamespace(real=0)}
     here = SimpleNamespace(pid=os.getpid(), info=info)
     monkeypatch.setattr("psutil.process_iter", lambda attributes: iter([here]))
     assert address_of_cluster("auto") == "10.0.0.1:6379"

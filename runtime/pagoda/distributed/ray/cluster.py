@@ -6,11 +6,12 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pagoda.config.schema import PagodaConfig
+from pagoda.distributed.ray.authentication import RayAuthentication
 from pagoda.distributed.ray.head import ensure_head
 from pagoda.distributed.ray.node import (
     RayNode,
@@ -53,8 +54,12 @@ def connect_cluster(config: PagodaConfig, deadline: float, on_progress: Callable
         CommunicationError: no answer in time.
     """
     version = require_ray()
-    os.environ.update(ray_environment(os.environ))  # read by Ray as it is imported, and by what it starts
     address = config.ray_address
+    authentication = (RayAuthentication.of_head if address is None else RayAuthentication.of_member)(os.environ)
+    if not authentication.has_token:
+        logger.warning("Ray: %s", authentication)
+    # Read by Ray as it is imported, and by what it starts.
+    os.environ.update(ray_environment(os.environ, authentication))
     if address is None:
         address = ensure_head(
             owner_process(),
@@ -176,11 +181,18 @@ def _connect(address: str, version: str, deadline: float) -> None:
 
 
 def _cluster_error(error: Exception, address: str, version: str) -> PagodaError:
-    text = " ".join(str(error).split())
+    text = " ".join(" ".join(str(cause) for cause in _causes(error)).split())
     refusal = refusal_in(text, address, version)
     if refusal is not None:
         return ConfigError(refusal)
     return CommunicationError(f"the Ray cluster at {address} cannot be joined: {text}")
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An exception and what led to it: Ray says why it was refused in the first of them only."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _describe_room(layout: ParallelLayout, kind: str) -> str:

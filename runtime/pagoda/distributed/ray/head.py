@@ -26,12 +26,14 @@ from pagoda.distributed.node_state import (
     READY,
     PublishedState,
     StateFile,
-    default_directory,
     is_alive,
     process_start,
     published,
 )
+from pagoda.distributed.private_directory import default_directory, make_private
+from pagoda.distributed.ray.authentication import RayAuthentication
 from pagoda.distributed.ray.node import HEAD_PORT, RayNode, ray_environment, split_address, trouble_with
+from pagoda.distributed.ray.open_ports import describe_open_ports
 from pagoda.errors import CommunicationError, ConfigError
 from pagoda.parallel.interfaces import listen_on
 from pagoda.process_control import become_subreaper, end_with_parent, reap_orphans
@@ -70,7 +72,12 @@ def ensure_head(
             return found.detail
         address = _remembered(lock, owner) or choose_address()
         _remember(lock, owner, address)
-        return _ensure_head(owner, replace(offer, address=address), deadline, on_progress)
+        started = _ensure_head(owner, replace(offer, address=address), deadline, on_progress)
+        logger.info(
+            "the Ray head at %s: %s; nodes that join need the same", started, RayAuthentication.of_head(os.environ)
+        )
+        describe_open_ports(address, logger)
+        return started
 
 
 def _remembered(lock: IO[str], owner: int) -> str | None:
@@ -127,7 +134,7 @@ def _start(owner: int, head: RayNode, address: str, log: Path) -> subprocess.Pop
     with log.open("wb") as output:
         return subprocess.Popen(
             [sys.executable, "-m", "pagoda.distributed.ray.head", str(owner), address, str(log), *head.command()],
-            env=ray_environment(os.environ),
+            env=ray_environment(os.environ, RayAuthentication.of_head(os.environ)),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -173,9 +180,7 @@ def _name(owner: int) -> str:
 
 
 def _directory() -> Path:
-    directory = default_directory() / "heads"
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return directory
+    return make_private(make_private(default_directory()) / "heads")
 
 
 def main(owner: int, address: str, log: Path, command: list[str]) -> int:

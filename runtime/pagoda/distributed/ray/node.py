@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 
 from pagoda.config.schema import PagodaConfig
+from pagoda.distributed.ray.authentication import RayAuthentication
 from pagoda.errors import CommunicationError, ConfigError
 from pagoda.parallel.rank_info import installed_version
 from pagoda.platform.hardware import cpu_report
@@ -78,7 +79,7 @@ class RayNode:
 
     def command(self) -> list[str]:
         """The command line: a head at `head_port`, or a worker of the head at `head_address` (HOST:PORT)."""
-        words = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
+        words = [sys.executable, "-m", "pagoda.distributed.ray.start", "start", "--block", "--disable-usage-stats"]
         if self.head_port is not None:
             words += ["--head", f"--port={self.head_port}", "--include-dashboard=false", "--no-monitor"]
         else:
@@ -90,17 +91,13 @@ class RayNode:
         return [*words, f"--num-cpus={self.num_cpus}"]
 
 
-def ray_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """`environ` and what makes Ray notice losses in time; what is set there already stays.
+def ray_environment(environ: Mapping[str, str], authentication: RayAuthentication | None = None) -> dict[str, str]:
+    """`environ`, what makes Ray notice losses in time, and the token; what is set there already stays.
 
-    A token in `RAY_AUTH_TOKEN`, `RAY_AUTH_TOKEN_PATH` or Ray's own file turns on Ray's authentication by it. A head finds that
-    file by itself, and those who connect to it do not.
+    `authentication`: of this machine as a member of a cluster, if None. Raises `ConfigError` for a token that cannot be used.
     """
-    added = dict(_ENVIRONMENT)
-    own_file = Path(environ.get("HOME", "/"), ".ray", "auth_token")
-    if environ.get("RAY_AUTH_TOKEN") or environ.get("RAY_AUTH_TOKEN_PATH") or own_file.is_file():
-        added["RAY_AUTH_MODE"] = "token"
-    return {**added, **environ}
+    authentication = authentication or RayAuthentication.of_member(environ)
+    return {**_ENVIRONMENT, **authentication.environment, **environ}
 
 
 def require_ray() -> str:
@@ -176,15 +173,24 @@ def _clusters_here() -> list[str]:
     """Addresses of the clusters whose raylets run here, in this network; then that of the one that was last joined here."""
     network = _network_of("self")
     found = []
-    for process in psutil.process_iter(["name", "cmdline"]):
-        if process.info["name"] == "raylet" and _network_of(str(process.pid)) == network:
+    for process in psutil.process_iter(["name", "cmdline", "uids"]):
+        if (
+            process.info["name"] == "raylet"
+            and _is_trusted(process.info["uids"].real)
+            and _network_of(str(process.pid)) == network
+        ):
             found += [
                 word.partition("=")[2] for word in process.info["cmdline"] or () if word.startswith("--gcs-address=")
             ]
     last = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster"
-    if last.is_file():
+    if last.is_file() and _is_trusted(last.stat().st_uid):
         found.append(last.read_text(encoding="utf-8").strip())
     return [address for address in dict.fromkeys(found) if address]
+
+
+def _is_trusted(user: int) -> bool:
+    """Whether this user may say where our cluster is: whoever is believed is sent its token."""
+    return user in (0, os.getuid())
 
 
 def _network_of(process: str) -> str | None:

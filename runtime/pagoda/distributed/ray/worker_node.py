@@ -21,8 +21,10 @@ from pathlib import Path
 
 from pagoda.config.schema import PagodaConfig
 from pagoda.distributed.node_state import DIRECTORY_VARIABLE, JOINED, StateFile, node_file, prepare_directory
+from pagoda.distributed.ray.authentication import RayAuthentication
 from pagoda.distributed.ray.head import STARTED, end_ray, last_error
 from pagoda.distributed.ray.node import RayNode, ray_environment, refusal_in, require_ray, split_address, wait_for_head
+from pagoda.distributed.ray.open_ports import describe_open_ports
 from pagoda.errors import CommunicationError, ConfigError
 from pagoda.parallel.interfaces import choose_interface, export_interface
 from pagoda.process_control import reap_orphans
@@ -74,6 +76,7 @@ class WorkerNode:
         self._directory = state_directory
         self._stopped = threading.Event()
         self._state: StateFile
+        self._authentication: RayAuthentication
         self._last_status = ""
 
     def stop(self) -> None:
@@ -89,6 +92,9 @@ class WorkerNode:
         """
         version = require_ray()
         prepare_directory(self._directory)
+        self._authentication = RayAuthentication.of_member(os.environ)
+        if not self._authentication.has_token:
+            logger.warning("Ray: %s", self._authentication)
         self._state = node_file(self._directory, _SILENCE_SECONDS)
         patience = self._config.rendezvous_timeout_seconds
         deadline = self._clock() + patience
@@ -114,7 +120,7 @@ class WorkerNode:
         """Run Ray until it ends, `stop` is called, or `deadline` comes before it has joined."""
         interface = choose_interface(self._config.network_interface, self._host)
         logger.info("joining the Ray cluster at %s over %s", self._address, interface)
-        environ = {**ray_environment(os.environ), DIRECTORY_VARIABLE: str(self._directory)}
+        environ = {**ray_environment(os.environ, self._authentication), DIRECTORY_VARIABLE: str(self._directory)}
         if self._config.network_interface is not None:
             export_interface(interface, environ)  # so that ranks of this node use it too
         node = replace(self._offer, address=interface.address, head_address=self._address)
@@ -135,6 +141,7 @@ class WorkerNode:
                     began = True
                     logger.info("this node belongs to the Ray cluster at %s", self._address)
                     self._state.enter(JOINED, self._address)
+                    describe_open_ports(interface.address, logger)
                 self._state.beat()
                 if self._is_subreaper:
                     reap_orphans(ray.pid)
