@@ -8,7 +8,7 @@ import gc
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 # Dumps the stacks of all threads to stderr, without ending the process.
@@ -18,6 +18,25 @@ _SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 _SET_CHILD_SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER
 
 _owner = os.getpid()
+
+
+# Of an environment, what a process needs that parses what may be hostile. HF_TOKEN and the like are not among it.
+_PLAIN = frozenset(
+    {"PATH", "HOME", "LANG", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "XDG_CACHE_HOME", "HF_HOME"}
+)
+_PLAIN_PREFIXES = ("LC_", "PYTHON", "HF_MODULES", "HF_HUB_OFFLINE", "TOKENIZERS_", "RAYON_", "MALLOC_", "COVERAGE_")
+_API_KEYS = "PAGODA_API_KEY"
+
+
+def environment_of_parser(added: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The environment of a child process that parses what clients or checkpoints hold: no secrets of this one's."""
+    kept = {name: value for name, value in os.environ.items() if name in _PLAIN or name.startswith(_PLAIN_PREFIXES)}
+    return {**kept, **(added or {})}
+
+
+def environment_without_keys() -> dict[str, str]:
+    """The environment of an engine core, and so of its ranks: all of it but the API keys, which only the server compares."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(_API_KEYS)}
 
 
 def owner_process() -> int:

@@ -3,6 +3,11 @@
 import subprocess
 import sys
 
+import pytest
+
+from pagoda.engine.client.prelaunch import PrelaunchedProcess
+from pagoda.process_control import environment_of_parser, environment_without_keys
+
 SCRIPT = """
 import os, subprocess, sys, time
 from pagoda.process_control import become_subreaper, reap_orphans
@@ -27,3 +32,31 @@ print(parent == os.getpid(), os.path.exists(f"/proc/{orphan}"), own.wait())
 def test_orphans_are_taken_in_and_let_go_and_a_child_of_ones_own_is_left_alone() -> None:
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=60, check=False)
     assert done.stdout.split() == ["True", "False", "-9"], done.stderr
+
+
+SECRETS = (
+    "PAGODA_API_KEYS",
+    "HF_TOKEN",
+    "HUGGING_FACE_HUB_TOKEN",
+    "RAY_AUTH_TOKEN",
+    "AWS_SECRET_ACCESS_KEY",
+    "OPENAI_API_KEY",
+)
+
+
+def test_what_parses_hostile_input_is_given_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in SECRETS:
+        monkeypatch.setenv(name, "a-secret")
+    environ = environment_of_parser({"MALLOC_ARENA_MAX": "1"})
+    assert "a-secret" not in environ.values()
+    assert environ["MALLOC_ARENA_MAX"] == "1"
+    done = subprocess.run([sys.executable, "-c", "import pagoda.text.worker_process"], env=environ, check=False)
+    assert done.returncode == 0
+
+
+def test_an_engine_core_does_not_know_the_api_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PAGODA_API_KEYS", "a-secret")
+    monkeypatch.setenv("HF_TOKEN", "for its download")
+    assert environment_without_keys()["HF_TOKEN"] == "for its download"
+    with PrelaunchedProcess() as core, open(f"/proc/{core.process.pid}/environ", "rb") as environ:
+        assert b"a-secret" not in environ.read()

@@ -58,8 +58,8 @@ def run(arguments: Sequence[str]) -> int:
 def examine(settings: Sequence[str]) -> dict[str, Any]:
     """The whole report as plain values.
 
-    Keys: `hardware` (`cpu`, `memory`, `gpus`), `versions`, `settings` (by name: `value`, `source`, `help`), `security`, `model`,
-    `choices` (`key`, `value`, `reason`), `kv_cache` (the expected equation), `problem` (a sentence, or None).
+    Keys: `hardware` (`cpu`, `memory`, `gpus`), `versions`, `settings` (by name: `value`, `source`, `help`), `security`,
+    `model`, `choices` (`key`, `value`, `reason`), `kv_cache` (the expected equation), `problem` (a sentence, or None).
     """
     report: dict[str, Any] = {
         "hardware": {"cpu": asdict(cpu_report()), "memory": asdict(memory_report()), "gpus": []},

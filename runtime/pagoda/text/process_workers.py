@@ -13,6 +13,7 @@ from dataclasses import asdict
 from typing import Any
 
 from pagoda.errors import EngineNotReadyError, InvalidRequestError, PagodaError, RequestFailedError
+from pagoda.process_control import environment_of_parser
 from pagoda.text.frames import LENGTH_BYTES, encode_frame, result_of
 from pagoda.text.workers import WorkerOptions, call_took_too_long, not_started_in_time
 
@@ -34,6 +35,7 @@ class _Worker:
             sys.executable,
             "-m",
             "pagoda.text.worker_process",
+            env=environment_of_parser(),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
         )

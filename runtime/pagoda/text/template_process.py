@@ -29,6 +29,7 @@ import jinja2
 
 from pagoda.errors import ConfigError, InvalidRequestError, PagodaError, RequestFailedError
 from pagoda.models.checkpoint_files import shown_reason
+from pagoda.process_control import environment_of_parser
 from pagoda.text.chat_template import ChatTemplate, Message
 from pagoda.text.frames import LENGTH_BYTES, encode_error, encode_frame, result_of
 
@@ -87,7 +88,7 @@ class TemplateProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
-            env={**os.environ, "MALLOC_ARENA_MAX": "1"},
+            env=environment_of_parser({"MALLOC_ARENA_MAX": "1"}),
         )
         self._exchange(self._setup, _COMPILE_SECONDS + 5 * _GRACE_SECONDS)
 

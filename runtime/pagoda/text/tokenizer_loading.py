@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import resource
 import signal
 import subprocess
@@ -19,6 +18,7 @@ from tokenizers import Tokenizer as TokenizersTokenizer
 
 from pagoda.errors import CheckpointError
 from pagoda.models.checkpoint_files import read_file, shown_reason
+from pagoda.process_control import environment_of_parser
 from pagoda.text.tokenizer_bounds import check_steps, matches_in_decoder
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -78,7 +78,7 @@ def _try_in_process(data: bytes) -> str | None:
             input=data,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env={**os.environ, **_ENVIRONMENT},
+            env=environment_of_parser(_ENVIRONMENT),
             timeout=_MAX_SECONDS,
             check=False,
         )

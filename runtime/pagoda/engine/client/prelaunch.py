@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Self
 
 from pagoda.engine.heartbeat import SharedHeartbeat
+from pagoda.process_control import environment_without_keys
 
 
 class PrelaunchedProcess:
@@ -32,6 +33,7 @@ class PrelaunchedProcess:
                 self.process = subprocess.Popen(
                     [sys.executable, "-m", "pagoda.engine.core.process", str(theirs.fileno()), str(self.heartbeat.fd)],
                     pass_fds=(theirs.fileno(), self.heartbeat.fd),
+                    env=environment_without_keys(),
                     stdin=subprocess.DEVNULL,
                 )
         except BaseException:  # raised on: what was opened for the process must be closed
