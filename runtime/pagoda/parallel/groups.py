@@ -6,6 +6,7 @@ are: with one rank these are objects whose methods give back what they are given
 
 from __future__ import annotations
 
+import os
 import socket
 from collections import deque
 from collections.abc import Callable
@@ -219,7 +220,8 @@ def connect_groups(
     meeting = timedelta(seconds=rendezvous_timeout_seconds or timeout_seconds)
     timeout = timedelta(seconds=timeout_seconds)
     what = f"rank {rank} of {layout.world_size} at the rendezvous on {host}:{port}"
-    store = _checked(what, _open_store, layout, host, port, listener, meeting)
+    listening = None if listener is None else listener.detach()
+    store = _checked(what, _open_store, layout, host, port, listening, meeting)
     _checked(
         what,
         dist.init_process_group,
@@ -231,20 +233,34 @@ def connect_groups(
         device_id=device if device.type == "cuda" else None,
     )
     try:
-        return _checked(what, _make_groups, layout, rank, timeout)
+        groups = _checked(what, _make_groups, layout, rank, timeout)
+        _checked(what, _close_rendezvous, store, layout, rank, listening)
+        return groups
     except BaseException:  # raised on: a group that is half made must not stay
         dist.destroy_process_group()
         raise
 
 
-def _open_store(
-    layout: ParallelLayout, host: str, port: int, listener: socket.socket | None, timeout: timedelta
-) -> Any:
-    """A `TCPStore`, which torch does not export to type checkers. Rank 0's takes the listening socket over."""
-    own: dict[str, Any] = {} if listener is None else {"master_listen_fd": listener.detach()}
+def _open_store(layout: ParallelLayout, host: str, port: int, listening: int | None, timeout: timedelta) -> Any:
+    """A `TCPStore`, which torch does not export to type checkers. `listening`: rank 0's socket, which it takes over."""
+    own: dict[str, Any] = {} if listening is None else {"master_listen_fd": listening}
     return dist.TCPStore(  # type: ignore[attr-defined]
-        host, port, layout.world_size, is_master=listener is not None, timeout=timeout, **own
+        host, port, layout.world_size, is_master=listening is not None, timeout=timeout, **own
     )
+
+
+def _close_rendezvous(store: Any, layout: ParallelLayout, rank: int, listening: int | None) -> None:
+    """Stop listening once all ranks have met: a store asks nobody who it is, and takes and gives whatever is asked of it.
+
+    The ranks' connections stay. torch has no call for that, so another socket takes the place of the one that listens, which
+    the kernel closes then; the store closes the other one at its end.
+    """
+    store.set(f"pagoda/met/{rank}", "")
+    if listening is None:
+        return
+    store.wait([f"pagoda/met/{other}" for other in range(layout.world_size)])
+    with socket.socket(socket.AF_UNIX) as inert:
+        os.dup2(inert.fileno(), listening, inheritable=False)
 
 
 def _make_groups(layout: ParallelLayout, rank: int, timeout: timedelta) -> ParallelGroups:
