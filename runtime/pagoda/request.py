@@ -51,16 +51,18 @@ class TokenIds(Sequence[int]):
 class BaseRequest:
     """What all forms of a request have.
 
-    `request_id`: shown in logs and answers; may be used again. `params`: what to compute. `priority`: lower is served first.
-    `tenant`: the waiting queue is round-robin over tenants. `cache_keys`: only requests for which they are equal share cached
-    prefixes. Each begins with its kind (`salt=…`), so that keys of two kinds are never equal. `num_speculative_tokens`: the
-    most drafts in a step, where that is less than `speculative_config` says; 0: no speculative decoding of this request.
+    `request_id`: shown in logs and answers; may be used again. `params`: what to compute. `priority`: lower is served first,
+    among the requests of its tenant. `tenant`: whose it is; tenants share the engine by their `tenant_weight`.
+    `cache_keys`: only requests for which they are equal share cached prefixes. Each begins with its kind (`salt=…`), so that
+    keys of two kinds are never equal. `num_speculative_tokens`: the most drafts in a step, where that is less than
+    `speculative_config` says; 0: no speculative decoding of this request.
     """
 
     request_id: str = ""
     params: SamplingParams
     priority: int = 0
     tenant: str = ""
+    tenant_weight: float = 1.0
     cache_keys: tuple[str, ...] = ()
     num_speculative_tokens: int | None = None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -22,6 +22,7 @@ from pagoda.scheduling.sampled_tokens_update import SampledTokensTracker
 from pagoda.scheduling.scheduler import RequestUpdate, Scheduler
 from tests.support.drafts import ArbitraryDrafts
 from tests.support.simulated_runner import SimulatedFirstStage, SimulatedRunner, simulated_token
+from tests.support.virtual_time import Clock
 
 EOS = 7
 
@@ -44,8 +45,13 @@ OPTIONS = st.fixed_dictionaries(
         "ignore_eos": st.booleans(),
         "priority": st.integers(0, 2),
         "salt": st.sampled_from([None, None, None, "a"]),
+        "tenant": st.sampled_from("aaabc"),
+        "weight": st.sampled_from([1.0, 1.0, 3.0]),
     }
 )
+# Steps of others that may run before one with a request that runs, or with any of a tenant's.
+MAX_STEPS_WITHOUT_REQUEST = 60
+MAX_STEPS_WITHOUT_TENANT = 200
 
 
 def undisturbed(prompt: list[int], max_tokens: int, ignore_eos: bool, min_tokens: int) -> list[int]:
@@ -71,9 +77,9 @@ class SchedulerMachine(RuleBasedStateMachine):
     @initialize(
         num_usable=st.integers(1, 24),
         block_size=st.sampled_from([1, 2, 4]),
-        max_num_seqs=st.integers(1, 5),
+        max_num_seqs=st.sampled_from([1, 2, 3, 4, 5, 9]),
         budget=st.sampled_from([1, 3, 8, 64]),
-        threshold=st.sampled_from([0, 2]),
+        threshold=st.sampled_from([0, 2, None]),
         depth=st.integers(1, 3),
         policy=st.sampled_from(["fcfs", "priority"]),
         caching=st.booleans(),
@@ -82,6 +88,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_steps=st.sampled_from([1, 1, 4]),
         stages=st.sampled_from([1, 1, 2, 3]),
         drafts=st.one_of(st.none(), st.randoms(use_true_random=False)),
+        tokens_of_a_step=st.sampled_from([0.0, 5.0, 1000.0]),
     )
     def build(
         self,
@@ -98,6 +105,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_steps,
         stages,
         drafts,
+        tokens_of_a_step,
     ) -> None:
         self.kv = KVCacheManager(
             num_usable + 1, block_size, enable_prefix_caching=caching, sliding_window=window, watermark=watermark
@@ -117,7 +125,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         if drafts is not None:
             multi_step = MultiStep(limits, self.kv) if limits.num_scheduler_steps > 1 else None
             lookahead = Speculation(self.kv, ArbitraryDrafts(drafts, true_continuation), 7, multi_step)
-        self.scheduler = Scheduler(limits, self.kv, lookahead=lookahead)
+        self.clock = Clock()
+        self.tokens_of_a_step = tokens_of_a_step
+        self.scheduler = Scheduler(limits, self.kv, self.clock, lookahead=lookahead)
         self.runner = SimulatedRunner(block_size, window)
         self.depth = depth if stages == 1 else stages
         self.first_stage = SimulatedFirstStage()
@@ -127,13 +137,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.outputs: dict[str, list[int]] = {}
         self.ends: dict[str, FinishReason] = {}
         self.counter = 0
+        self.steps_without: Counter[str] = Counter()  # by request and by tenant, those that could have run
 
     @rule(arrivals=st.lists(st.tuples(PROMPTS, OPTIONS), min_size=1, max_size=4))
     def arrive(self, arrivals) -> None:
         for prompt, options in arrivals:
             self._arrive(prompt, **options)
 
-    def _arrive(self, prompt, max_tokens, min_tokens, ignore_eos, priority, salt) -> None:
+    def _arrive(self, prompt, max_tokens, min_tokens, ignore_eos, priority, salt, tenant, weight) -> None:
         request = Request(
             EngineRequest(
                 request_id=str(self.counter),
@@ -143,11 +154,16 @@ class SchedulerMachine(RuleBasedStateMachine):
                 eos_token_ids=(EOS,),
                 priority=priority,
                 cache_keys=() if salt is None else (salt,),
+                tenant=tenant,
+                tenant_weight=weight,
             )
         )
         self.counter += 1
         fits = 0 < len(prompt) < min(30, self.kv.pool.num_usable * self.kv.block_size + 1)
+        num_own = self.scheduler._waiting.num_of(tenant)
+        num_tenants = len({*self.scheduler._waiting.tenants, tenant})
         room = self.scheduler.num_waiting + self.scheduler.num_running < 6 + self.scheduler.limits.max_num_seqs
+        room |= num_own < 6 // num_tenants
         try:
             self.scheduler.add(request)
         except (InvalidRequestError, QueueFullError) as error:
@@ -162,6 +178,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def step(self) -> None:
         while len(self.in_flight) < self.depth and (plan := self.scheduler.schedule()) is not None:
             assert sum(plan.num_scheduled_tokens) <= self.scheduler.limits.max_num_batched_tokens
+            self._check_turns(plan)
             self.in_flight.append((plan, self._execute(plan)))
         had_work = bool(self.in_flight)
         if had_work:
@@ -169,8 +186,33 @@ class SchedulerMachine(RuleBasedStateMachine):
         self._record(self.scheduler.take_ended())
         assert had_work or not self.scheduler.has_work, "requests wait, and nothing can run"
 
+    def _check_turns(self, plan: StepPlan) -> None:
+        """Nobody waits for ever, and nothing is left idle."""
+        running = self.scheduler._running.values()
+        names = {request.spec.request_id for request in running if request.next_tokens()}
+        names |= self.scheduler._shares.tenants.keys()
+        ran = set(plan.request_ids) | {self.requests[name].spec.tenant for name in plan.request_ids}
+        self.steps_without = Counter({name: self.steps_without[name] + 1 for name in names - ran})
+        for name, count in self.steps_without.items():
+            assert count <= (MAX_STEPS_WITHOUT_TENANT if name in "abc" else MAX_STEPS_WITHOUT_REQUEST), f"{name} waits"
+        if len(self.scheduler._shares.tenants) == 1:
+            self._check_lone_tenant(plan)
+
+    def _check_lone_tenant(self, plan: StepPlan) -> None:
+        """All its rows that decode run, where the budget has a token for each, and it has every request slot."""
+        scheduler = self.scheduler
+        budget = scheduler._budget.tokens
+        if scheduler.limits.pipeline_parallel_size == 1 and budget >= scheduler.num_running:
+            could_run = {
+                request.spec.request_id
+                for request in scheduler._running.values()
+                if request not in scheduler._composer.prompts and request.next_tokens()
+            }
+            assert could_run <= set(plan.request_ids)
+
     def _execute(self, plan: StepPlan, failed_row: int | None = None) -> StepResult:
         """Run a plan. With stages, the first one must know every token of it: none may still be on the way."""
+        self.clock.advance(self.tokens_of_a_step + plan.total_tokens)
         if self.scheduler.limits.pipeline_parallel_size == 1:
             return self.runner.execute(plan, failed_row)
         on_the_way = {
@@ -276,6 +318,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.step()
         assert set(self.ends) == set(self.requests), "a request never ended"
         assert not self.scheduler.find_leak()
+        assert self.kv.pool.num_free + self.kv.pool.num_cached == self.kv.pool.num_usable
 
     def _record(self, updates: list[RequestUpdate]) -> None:
         for update in updates:

@@ -54,6 +54,7 @@ ROOMS = (
     "pagoda.config",
     "pagoda.platform",
     *(
+        "pagoda.fair_turns",
         "pagoda.faults",
         "pagoda.framing",
         "pagoda.logs",

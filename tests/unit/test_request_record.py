@@ -27,6 +27,7 @@ VALUES = {
     "params": SamplingParams(temperature=0.25, seed=7),
     "priority": -3,
     "tenant": "a tenant",
+    "tenant_weight": 2.0,
     "cache_keys": ("salt=x", "another"),
     "num_speculative_tokens": 2,
 }

@@ -190,19 +190,27 @@ class PagodaConfig:
         unit="tokens",
         auto=True,
     )
-    long_prefill_token_threshold: int = option(
-        0,
+    long_prefill_token_threshold: int | None = option(
+        None,
         "scheduler",
-        "Most tokens of one prompt in a step; 0: only max_num_batched_tokens counts.",
+        "Most tokens of one prompt in a step; 0: only max_num_batched_tokens counts. Auto: beside requests that generate, as "
+        "many tokens of prompts as make their step up to 1.75 times as long, by measured times; without any no limit.",
         ge=0,
         unit="tokens",
+        auto=True,
     )
     scheduling_policy: Literal["fcfs", "priority"] = option(
         "fcfs",
         "scheduler",
-        "Order of waiting requests: by arrival, or by their priority (lower first), then by arrival.",
+        "Order of one tenant's waiting requests: by arrival, or by their priority (lower first), then by arrival. Tenants (of "
+        "API keys) share the engine by their weights, whatever priorities their requests have.",
     )
-    max_num_waiting: int = option(1024, "scheduler", "Most requests that wait; one more is answered 429.", ge=1)
+    max_num_waiting: int = option(
+        1024,
+        "scheduler",
+        "Most requests that wait; one more is answered 429, but from a tenant with less than an equal part of them.",
+        ge=1,
+    )
     kv_cache_watermark: float = option(
         0.02, "scheduler", "Share of KV blocks kept free when a waiting request is let in.", ge=0, lt=1
     )
@@ -425,6 +433,13 @@ class PagodaConfig:
     tokenizer_pool_type: Literal["thread", "process"] = option("thread", "text", "What a tokenizer worker is.")
     tokenizer_start_timeout_seconds: float = option(
         60.0, "text", "Longest time until the tokenizer workers are up.", gt=0, unit="seconds"
+    )
+    tokenizer_max_num_waiting: int = option(
+        1024,
+        "text",
+        "Most texts that wait for a tokenizer worker; one more is answered 429, but from a tenant with less than an equal "
+        "part of them.",
+        ge=1,
     )
     tokenizer_timeout_seconds: float = option(
         30.0, "text", "Longest time one text may take to tokenize.", gt=0, unit="seconds"

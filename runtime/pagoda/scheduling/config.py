@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerLimits:
-    """`long_prefill_token_threshold` of 0 lets one request take the whole budget of a step.
+    """`long_prefill_token_threshold`: the most tokens of one prompt in a step; 0: the whole budget; None: see `StepComposer`.
 
     A request preempted `max_preemptions` times is protected: others are chosen as victims while there are any.
     `num_scheduler_steps` above 1 lets a batch that only decodes run so many steps on one plan. `num_speculative_tokens`: the
@@ -21,7 +21,7 @@ class SchedulerLimits:
     max_num_batched_tokens: int
     max_model_len: int
     max_num_waiting: int
-    long_prefill_token_threshold: int = 0
+    long_prefill_token_threshold: int | None = 0
     max_preemptions: int = 4
     policy: str = "fcfs"
     num_scheduler_steps: int = 1

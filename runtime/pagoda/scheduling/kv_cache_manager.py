@@ -60,7 +60,7 @@ class KVCacheManager:
         """
         assert request.lease is None
         hits = self._find_prefix(request)
-        needed = self._blocks_for(request.num_tokens) - len(hits)
+        needed = self.blocks_for(request.num_tokens) - len(hits)
         # A cached block that is hit leaves the free list as well.
         taken = needed + sum(block.ref_count == 0 for block in hits)
         left = self._watermark_blocks if leave_watermark else 0
@@ -84,7 +84,7 @@ class KVCacheManager:
         lease = request.lease
         assert lease is not None
         num_held = len(lease.blocks)
-        return num_tokens <= num_held * self.block_size or lease.extend(self._blocks_for(num_tokens) - num_held)
+        return num_tokens <= num_held * self.block_size or lease.extend(self.blocks_for(num_tokens) - num_held)
 
     def extend_for_drafts(self, request: Request, num_drafts: int, reserve: int) -> int:
         """Allocate blocks for up to `num_drafts` tokens more than are planned, and return for how many there is room.
@@ -170,7 +170,8 @@ class KVCacheManager:
         """Assert that the leases of `requests` are all there are. O(num_blocks); for tests."""
         self.pool.check_integrity([request.lease for request in requests if request.lease is not None])
 
-    def _blocks_for(self, num_tokens: int) -> int:
+    def blocks_for(self, num_tokens: int) -> int:
+        """How many blocks so many tokens fill."""
         return -(-num_tokens // self.block_size)
 
     def _hash_blocks(self, request: Request) -> None:

@@ -13,10 +13,13 @@ from pagoda.scheduling.request import Request
 class PlannedStep:
     """`requests[i]` is the request of row i of `plan`. Writing a row moves the counters of its request forward.
 
-    Results of the rows of `discarded` requests are dropped: these requests are recomputed in a later plan.
+    Results of the rows of `discarded` requests are dropped: these requests are recomputed in a later plan. `planned_at`: in
+    seconds of the scheduler's clock; `num_base_tokens`: see `StepComposition`.
     """
 
     plan: StepPlan
+    planned_at: float = 0.0
+    num_base_tokens: int | None = None
     requests: list[Request] = field(default_factory=list)
     discarded: set[Request] = field(default_factory=set)
 

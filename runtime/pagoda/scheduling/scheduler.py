@@ -8,8 +8,13 @@ advances these counters under one token budget:
 
 Running requests come first. One that needs a block when none is left preempts the running request of lowest priority: its
 blocks are freed, and it waits at the front to be recomputed (its published blocks usually still hit). A step that preempted
-admits no request. Plans may be made while earlier ones are in flight: counters advance when a step is planned, and
-`Request.num_in_flight` counts the sampled tokens that are not known yet.
+admits no request.
+
+Whose requests are admitted and preempted where there are several tenants is up to `TenantShares`, and what of a step each of
+them, and prompts beside rows that decode, may have is up to `StepComposer`.
+
+Plans may be made while earlier ones are in flight: counters advance when a step is planned, and `Request.num_in_flight` counts
+the sampled tokens that are not known yet.
 
 With pipeline stages a request can be planned again only when its last sampled token is known. So each plan takes its share
 of the requests that decode, and all stages have a batch to work on:
@@ -35,8 +40,10 @@ from pagoda.scheduling.planned_step import PlannedStep
 from pagoda.scheduling.repetition_detection import RepetitionDetector
 from pagoda.scheduling.request import Request, RequestStatus
 from pagoda.scheduling.speculation_stats import SpeculationStats
+from pagoda.scheduling.step_composition import StepComposer, StepComposition
+from pagoda.scheduling.tenant_shares import TenantShares
 from pagoda.scheduling.token_budget import TokenBudget
-from pagoda.scheduling.waiting_queue import make_waiting_queue
+from pagoda.scheduling.waiting_queue import WaitingQueue
 
 
 @dataclass(slots=True)
@@ -68,11 +75,13 @@ class Scheduler:
         self.speculation = SpeculationStats(num_accepted_per_position=[0] * limits.num_speculative_tokens)
         self._lookahead = lookahead or (MultiStep(limits, kv) if limits.num_scheduler_steps > 1 else Lookahead())
         self._budget = TokenBudget(limits.max_num_batched_tokens)
-        self._longest_chunk = limits.long_prefill_token_threshold or limits.max_num_batched_tokens
         self._deadlines = Deadlines(limits.max_request_seconds, clock)
         self._requests: dict[str, Request] = {}
-        self._waiting = make_waiting_queue(limits.policy)
+        self._waiting = WaitingQueue(limits.policy)
+        self._shares = TenantShares(limits.max_num_seqs, kv, self._priority_key)
+        self._composer = StepComposer(limits, self._shares)
         self._running: dict[str, Request] = {}
+        self._entering: dict[Request, None] = {}  # running, and in no plan yet
         self._free_req_indices = _all_req_indices(limits)
         self._released_req_indices: list[int] = []
         self._in_flight: dict[int, PlannedStep] = {}  # by step id
@@ -80,6 +89,7 @@ class Scheduler:
         self._ended: list[RequestUpdate] = []
         self._num_arrived = 0
         self._num_steps = 0
+        self._last_result_at = clock()
 
     # ---- adding and ending requests -------------------------------------------------------------------------------
 
@@ -132,25 +142,31 @@ class Scheduler:
         request.waits_for_output = limits.pipeline_parallel_size > 1 or request.constraint is not None
         self._lookahead.add(request)
         self._requests[request.spec.request_id] = request
+        self._shares.add(request)
         self._waiting.push(request)
         self._deadlines.add(request)
 
     def _check_queue(self, tenant: str) -> None:
         """Raise `QueueFullError` where `tenant` may not have one more request wait.
 
-        A tenant may hold at most as many places in the queue as it leaves free, so some are always left for others: a single
-        busy tenant gets half of them, each of two a third. The tenant with an empty name is the only one, and may have all.
+        All of them together have `max_num_waiting` places. A tenant with less than an equal part of these is not refused when
+        others have taken them, so that the queue may become longer by the parts of those that came late.
         """
         # Requests for which a request slot is free do not count: the next step may admit them.
         num_waiting = max(0, len(self._waiting) - len(self._free_req_indices))
-        num_free = self.limits.max_num_waiting - num_waiting
-        if num_free <= 0:
+        limit = self.limits.max_num_waiting
+        if num_waiting < limit:
+            return
+        num_own = self._waiting.num_of(tenant)
+        num_tenants = len(self._waiting.tenants) + (num_own == 0)
+        if num_own < limit // num_tenants:
+            return
+        if num_tenants == 1:
             raise QueueFullError(f"{num_waiting} requests are waiting, as many as max_num_waiting allows")
-        num_own = min(num_waiting, self._waiting.num_of(tenant))
-        if tenant and num_own >= num_free:
-            raise QueueFullError(
-                f"per-key queue limit reached: {num_own} requests of this API key are waiting, and {num_free} places are free"
-            )
+        raise QueueFullError(
+            f"{num_waiting} requests are waiting, {num_own} of them of this API key; with max_num_waiting of {limit} each of "
+            f"{num_tenants} keys has {limit // num_tenants} places"
+        )
 
     def requests_of(self, plan: StepPlan) -> list[Request]:
         """The requests of a plan's rows, until its result is applied."""
@@ -208,34 +224,38 @@ class Scheduler:
             request.finish_reason, request.stop_reason = FinishReason.LENGTH, "max_request_seconds"
             self._finish(request)
             self._ended.append(RequestUpdate(request, []))
-        scheduled, preempted = self._schedule_running()
+        self._shares.begin_step()
+        self._admit_claims()
+        composition, scheduled, preempted = self._schedule_running()
         gave_way = preempted
         while gave_way and not scheduled:
             # All requests of this plan's share were preempted: take the next share.
-            scheduled, gave_way = self._schedule_running()
+            composition, scheduled, gave_way = self._schedule_running()
         budget = self._budget.tokens - sum(scheduled.values())
-        step = PlannedStep(StepPlan(step_id=self._num_steps))
+        step = PlannedStep(StepPlan(step_id=self._num_steps), self._clock(), composition.num_base_tokens)
+        for request in [entering for entering in self._entering if entering in scheduled]:
+            self._enter(step, request)
         self._add_rows(step, list(scheduled), list(scheduled.values()))
         if not preempted:
-            self._admit_waiting(step, budget)
+            self._admit_waiting(step, composition, budget)
         if not step.requests:
             return None
-        self._lookahead.extend(step, self._budget.tokens, len(self._running))
+        self._lookahead.extend(step, composition.num_tokens, len(self._running))
         step.plan.released_req_indices, self._released_req_indices = self._released_req_indices, []
         self._in_flight[self._num_steps] = step
         self._num_steps += 1
         return step.plan
 
-    def _schedule_running(self) -> tuple[dict[Request, int], bool]:
+    def _schedule_running(self) -> tuple[StepComposition, dict[Request, int], bool]:
         """How many tokens each running request moves forward, and whether any was preempted for it."""
         scheduled: dict[Request, int] = {}
         budget = self._budget.tokens
-        longest_chunk = self._longest_chunk
         slides = self.kv.sliding_window is not None
         preempted = False
         candidates = self._candidates()
-        for request in candidates:
-            num_new = min(request.next_tokens(), budget, longest_chunk)
+        composition = self._composer.compose(candidates, self._waiting, len(self._free_req_indices), budget)
+        for request, limit in zip(composition.candidates, composition.limits, strict=False):
+            num_new = min(request.next_tokens(), budget, limit)
             if num_new == 0 or request.req_index < 0:
                 continue  # nothing to do, no budget, or preempted a moment ago for one before it
             if slides:
@@ -251,7 +271,7 @@ class Scheduler:
                 scheduled[request] = num_new
                 budget -= num_new
         self._first_left_out = None if budget else self._first_without_tokens(candidates, scheduled)
-        return scheduled, preempted
+        return composition, scheduled, preempted
 
     def _first_without_tokens(self, candidates: list[Request], scheduled: dict[Request, int]) -> Request | None:
         """The first request that could run and for which the budget had no tokens left."""
@@ -283,33 +303,74 @@ class Scheduler:
             candidates.append(request)
         return candidates
 
-    def _admit_waiting(self, step: PlannedStep, budget: int) -> None:
-        """Admit waiting requests in order while budget, request slots and blocks last; none is skipped."""
-        while budget > 0 and self._free_req_indices and (request := self._waiting.peek()) is not None:
+    def _admit_claims(self) -> None:
+        """Admit requests of tenants that have less than their share, before those that run get anything.
+
+        Where there is no room for one, running requests of tenants with more than their share are preempted for it.
+        """
+        while (request := self._admit_claim()) is not None:
+            self._waiting.pop(request.spec.tenant)
+            self._assign_req_index(request)
+
+    def _admit_claim(self) -> Request | None:
+        for request in self._shares.claims(self._waiting):
+            victims = self._shares.giving_way_to(request, len(self._free_req_indices))
+            for victim in victims or ():
+                self._preempt(victim)
+            # Their blocks may be shared with others, and so still be held.
+            if victims is not None and self.kv.allocate_for(request, leave_watermark=False):
+                return request
+            if not self._shares.pass_over(request):
+                break
+        return None
+
+    def _admit_waiting(self, step: PlannedStep, composition: StepComposition, budget: int) -> None:
+        """Admit waiting requests in turn while budget, request slots and blocks last; none is skipped within a tenant."""
+        names = list(self._waiting.tenants)
+        while budget > 0 and self._free_req_indices and (tenant := self._shares.next_tenant(names)) is not None:
+            chunk = composition.allowed(tenant.name)
+            if not chunk or not self._shares.may_admit(tenant, len(self._free_req_indices)):
+                names.remove(tenant.name)
+                continue
+            request = self._waiting.peek(tenant.name)
             if request.num_in_flight:
                 break  # preempted with a token in flight, which must be known first
             if not self.kv.allocate_for(request, leave_watermark=bool(self._running)):
                 break
-            self._waiting.pop()
-            self._assign_req_index(step, request)
-            num_new = min(request.next_tokens(), budget, self._longest_chunk)
+            self._waiting.pop(tenant.name)
+            if not self._waiting.num_of(tenant.name):
+                names.remove(tenant.name)
+            self._assign_req_index(request)
+            self._enter(step, request)
+            num_new = min(request.next_tokens(), budget, chunk)
             budget -= num_new
+            composition.use(tenant.name, num_new)
             # The row publishes its blocks at once, so the next in line with the same prompt shares them within this very
             # step: in every layer all KV is written before any of it is read.
             self._add_rows(step, [request], [num_new])
 
-    def _assign_req_index(self, step: PlannedStep, request: Request) -> None:
+    def _assign_req_index(self, request: Request) -> None:
         """Move an admitted request into a request slot."""
         request.status = RequestStatus.RUNNING
         request.req_index = self._free_req_indices.pop()
         if request.scheduled_time is None:
             request.scheduled_time = self._clock()
         self._running[request.spec.request_id] = request
+        self._entering[request] = None
+        self._shares.enter(request)
+        self._composer.prompts[request] = None
+
+    def _enter(self, step: PlannedStep, request: Request) -> None:
+        """Give a running request that was in no plan yet to the first one with a row of it."""
+        del self._entering[request]
         step.enter(request)
 
     def _add_rows(self, step: PlannedStep, requests: list[Request], num_new: list[int]) -> None:
         """Plan so many tokens of each of these running requests, and publish the blocks that they fill."""
+        first = len(step.requests)
         step.add_rows(requests, num_new)
+        self._composer.note_rows(requests, step.plan.samples[first:])
+        self._shares.note_rows(requests, num_new)
         self.kv.publish(requests)
 
     def _priority_key(self, request: Request) -> tuple[int, int]:
@@ -320,8 +381,9 @@ class Scheduler:
     def _choose_victim(self) -> Request:
         """The running request to preempt: lowest priority, among those not preempted too often while there are any."""
         protected_from = self.limits.max_preemptions
-        candidates = [request for request in self._running.values() if request.num_preemptions < protected_from]
-        victim = max(candidates or self._running.values(), key=self._priority_key)
+        rows = self._shares.rows_to_preempt(self._running.values())
+        candidates = [request for request in rows if request.num_preemptions < protected_from]
+        victim = max(candidates or rows, key=self._priority_key)
         assert len(self._running) > 1, "a request that has all blocks to itself ends by its length, never here"
         return victim
 
@@ -352,8 +414,13 @@ class Scheduler:
 
     def _free_req_index(self, request: Request) -> None:
         del self._running[request.spec.request_id]
+        self._shares.leave(request)
+        self._composer.prompts.pop(request, None)
         self._free_req_indices.append(request.req_index)
-        self._released_req_indices.append(request.req_index)
+        if request in self._entering:
+            del self._entering[request]  # no plan has it
+        else:
+            self._released_req_indices.append(request.req_index)
         request.req_index = -1
 
     def _finish(self, request: Request) -> None:
@@ -366,6 +433,7 @@ class Scheduler:
             self._waiting.discard(request)
         self.kv.release(request)
         self._lookahead.remove(request)
+        self._shares.remove(request)
         del self._requests[request.spec.request_id]
 
     # ---- results --------------------------------------------------------------------------------------------------
@@ -375,6 +443,7 @@ class Scheduler:
         updates: list[RequestUpdate] = []
         self._budget.count_good_step()
         step = self._in_flight.pop(plan.step_id)
+        self._note_time(step)
         if result.errors:
             self._fail_rows(step, result.errors)
         if plan.draft_token_ids:
@@ -407,6 +476,17 @@ class Scheduler:
             request.num_in_flight -= num_drafts
             if request.status is RequestStatus.RUNNING:  # one that was preempted meanwhile is computed anew
                 request.num_computed_tokens -= num_drafts - num_accepted
+
+    def _note_time(self, step: PlannedStep) -> None:
+        """Learn from a step: it ran since it was planned or, when others were in flight, since the result before."""
+        now = self._clock()
+        seconds = now - max(step.planned_at, self._last_result_at)
+        self._last_result_at = now
+        if not step.plan.num_steps:
+            num_tokens = step.plan.total_tokens
+            num_base = step.num_base_tokens
+            base = num_tokens if num_base is None else min(num_base, num_tokens)
+            self._composer.times.note(num_tokens, base, seconds, is_pure=base == num_tokens or step.only_decodes)
 
     def _fail_rows(self, step: PlannedStep, errors: dict[int, str]) -> None:
         """End the requests of failed rows, and recompute the requests that share blocks which these rows should have written.
@@ -474,8 +554,11 @@ class Scheduler:
         leaked = set(range(self.limits.max_num_seqs)).difference(self._free_req_indices)
         self._released_req_indices += sorted(leaked.difference(self._released_req_indices))
         self._free_req_indices = _all_req_indices(self.limits)
-        self._waiting = make_waiting_queue(self.limits.policy)
+        self._waiting = WaitingQueue(self.limits.policy)
+        self._shares = TenantShares(self.limits.max_num_seqs, self.kv, self._priority_key)
+        self._composer = StepComposer(self.limits, self._shares)
         self._running.clear()
+        self._entering.clear()
         self.kv.reset()
 
 

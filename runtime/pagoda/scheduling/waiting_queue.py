@@ -1,78 +1,62 @@
-"""The waiting queue: one interface, two policies. Every operation is O(1) (first come, first served) or O(log n) (priority).
+"""The waiting queue: the requests of each tenant in an order of their own, under one of two policies.
 
-Removing a request from the middle (an abort) only decreases the count; its entry is skipped when it reaches the front, and
-such stale entries are removed together when they outnumber the others, so aborts cannot make the queue grow.
+Whose request is next is not decided here but by `TenantShares`. Every operation is O(1) (first come, first served) or O(log n)
+(priority). Removing a request from the middle (an abort) only decreases the count; its entry is skipped when it reaches the
+front, and such stale entries are removed together when they outnumber the others, so aborts cannot make the queue grow.
 """
 
 from __future__ import annotations
 
 import heapq
 from abc import ABC, abstractmethod
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Collection
+
+from typing_extensions import override
 
 from pagoda.scheduling.request import Request, RequestStatus
 
 _SWEEP_FROM = 64  # stale entries that are not worth a sweep
 
 
-class WaitingQueue(ABC):
-    """Requests that wait for admission, in the policy's order."""
+class TenantQueue(ABC):
+    """The waiting requests of one tenant, in the policy's order."""
 
     def __init__(self) -> None:
-        self._length = 0
-        self._num_of: Counter[str] = Counter()  # waiting requests of each tenant that has any
-        self._num_dead = 0
-
-    def __len__(self) -> int:
-        return self._length
-
-    def num_of(self, tenant: str) -> int:
-        """How many requests of `tenant` wait."""
-        return self._num_of[tenant]
+        self.length = 0
+        self._num_stale = 0
 
     def push(self, request: Request) -> None:
         """Add a request that has just arrived."""
-        self._count_in(request)
+        self.length += 1
         self._insert(request)
 
     def push_preempted(self, request: Request) -> None:
-        """Add a request that had already been running; it goes before all that never ran."""
-        self._count_in(request)
+        """Add a request that had already been running."""
+        self.length += 1
         self._insert_preempted(request)
 
-    def peek(self) -> Request | None:
-        """The request to admit next, or None."""
-        while (request := self._first()) is not None and request.status is not RequestStatus.WAITING:
-            self._drop_first(ends_turn=False)
-            self._num_dead -= 1
+    def peek(self) -> Request:
+        """The request to admit next; there is one."""
+        while (request := self._first()).status is not RequestStatus.WAITING:
+            self._drop_first()
+            self._num_stale -= 1
         return request
 
     def pop(self) -> Request:
-        """Take the request that `peek` showed."""
+        """Take the request that `peek` shows."""
         request = self.peek()
-        assert request is not None, "the waiting queue is empty"
-        self._drop_first(ends_turn=True)
-        self._count_out(request)
+        self._drop_first()
+        self.length -= 1
         return request
 
-    def discard(self, request: Request) -> None:
-        """Count out a request that was finished while it waited (its status is FINISHED by now)."""
-        self._count_out(request)
-        self._num_dead += 1
-        if self._num_dead > _SWEEP_FROM + len(self):
+    def discard(self) -> None:
+        """Count out a request that was finished while it waited; it is not WAITING any more."""
+        self.length -= 1
+        self._num_stale += 1
+        if self._num_stale > _SWEEP_FROM + self.length:
             self._sweep()
-            self._num_dead = 0
-
-    def _count_in(self, request: Request) -> None:
-        self._length += 1
-        self._num_of[request.spec.tenant] += 1
-
-    def _count_out(self, request: Request) -> None:
-        self._length -= 1
-        self._num_of[request.spec.tenant] -= 1
-        if not self._num_of[request.spec.tenant]:
-            del self._num_of[request.spec.tenant]
+            self._num_stale = 0
 
     @abstractmethod
     def _insert(self, request: Request) -> None: ...
@@ -81,88 +65,126 @@ class WaitingQueue(ABC):
     def _insert_preempted(self, request: Request) -> None: ...
 
     @abstractmethod
-    def _first(self) -> Request | None: ...
+    def _first(self) -> Request: ...
 
     @abstractmethod
-    def _drop_first(self, *, ends_turn: bool) -> None: ...
+    def _drop_first(self) -> None: ...
 
     @abstractmethod
     def _sweep(self) -> None: ...
 
 
-class FirstComeFirstServedQueue(WaitingQueue):
-    """Order of arrival within a tenant; round-robin over tenants. Preempted requests come before all others.
-
-    With one tenant (no API keys, or one) this is the order of arrival.
-    """
+class FirstComeFirstServed(TenantQueue):
+    """Order of arrival; preempted requests come before all that never ran."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._preempted: deque[Request] = deque()
-        self._tenants: dict[str, deque[Request]] = {}
-        self._turns: deque[str] = deque()  # tenants with entries, whose turn is next first
+        self._entries: deque[Request] = deque()
 
+    @override
     def _insert(self, request: Request) -> None:
-        entries = self._tenants.get(request.spec.tenant)
-        if entries is None:
-            entries = self._tenants[request.spec.tenant] = deque()
-            self._turns.append(request.spec.tenant)
-        entries.append(request)
+        self._entries.append(request)
 
+    @override
     def _insert_preempted(self, request: Request) -> None:
-        self._preempted.appendleft(request)
+        self._entries.appendleft(request)
 
-    def _first(self) -> Request | None:
-        if self._preempted:
-            return self._preempted[0]
-        return self._tenants[self._turns[0]][0] if self._turns else None
+    @override
+    def _first(self) -> Request:
+        return self._entries[0]
 
-    def _drop_first(self, *, ends_turn: bool) -> None:
-        if self._preempted:
-            self._preempted.popleft()
-            return
-        tenant = self._turns[0]
-        self._tenants[tenant].popleft()
-        if not self._tenants[tenant]:
-            del self._tenants[tenant]
-            self._turns.popleft()
-        elif ends_turn:
-            self._turns.rotate(-1)
+    @override
+    def _drop_first(self) -> None:
+        self._entries.popleft()
 
+    @override
     def _sweep(self) -> None:
-        self._preempted = deque(_waiting(self._preempted))
-        swept = {tenant: deque(_waiting(entries)) for tenant, entries in self._tenants.items()}
-        self._tenants = {tenant: entries for tenant, entries in swept.items() if entries}
-        self._turns = deque(tenant for tenant in self._turns if tenant in self._tenants)
+        self._entries = deque(entry for entry in self._entries if entry.status is RequestStatus.WAITING)
 
 
-class PriorityQueue(WaitingQueue):
+class ByPriority(TenantQueue):
     """Lower `priority` first; among equals the order of arrival, which a preempted request keeps."""
 
     def __init__(self) -> None:
         super().__init__()
         self._heap: list[tuple[int, int, Request]] = []
 
+    @override
     def _insert(self, request: Request) -> None:
         heapq.heappush(self._heap, (request.spec.priority, request.sequence_number, request))
 
     _insert_preempted = _insert
 
-    def _first(self) -> Request | None:
-        return self._heap[0][2] if self._heap else None
+    @override
+    def _first(self) -> Request:
+        return self._heap[0][2]
 
-    def _drop_first(self, *, ends_turn: bool) -> None:
+    @override
+    def _drop_first(self) -> None:
         heapq.heappop(self._heap)
 
+    @override
     def _sweep(self) -> None:
         self._heap = [entry for entry in self._heap if entry[2].status is RequestStatus.WAITING]
         heapq.heapify(self._heap)
 
 
-def _waiting(requests: Iterable[Request]) -> Iterator[Request]:
-    return (request for request in requests if request.status is RequestStatus.WAITING)
+_POLICIES: dict[str, type[TenantQueue]] = {"fcfs": FirstComeFirstServed, "priority": ByPriority}
 
 
-def make_waiting_queue(policy: str) -> WaitingQueue:
-    """The queue of a `scheduling_policy`: `fcfs` or `priority`."""
-    return {"fcfs": FirstComeFirstServedQueue, "priority": PriorityQueue}[policy]()
+class WaitingQueue:
+    """The queues of all tenants that have waiting requests. `policy`: `fcfs` or `priority`."""
+
+    def __init__(self, policy: str) -> None:
+        self._new_queue = _POLICIES[policy]
+        self._queues: dict[str, TenantQueue] = {}
+        self._length = 0
+
+    def __len__(self) -> int:
+        return self._length
+
+    @property
+    def tenants(self) -> Collection[str]:
+        """The tenants with waiting requests."""
+        return self._queues.keys()
+
+    def num_of(self, tenant: str) -> int:
+        """How many requests of `tenant` wait."""
+        queue = self._queues.get(tenant)
+        return 0 if queue is None else queue.length
+
+    def push(self, request: Request) -> None:
+        """Add a request that has just arrived."""
+        self._length += 1
+        self._queue_of(request).push(request)
+
+    def push_preempted(self, request: Request) -> None:
+        """Add a request that had already been running."""
+        self._length += 1
+        self._queue_of(request).push_preempted(request)
+
+    def peek(self, tenant: str) -> Request:
+        """The request of `tenant`, which is one of `tenants`, to admit next."""
+        return self._queues[tenant].peek()
+
+    def pop(self, tenant: str) -> Request:
+        """Take the request that `peek` shows."""
+        request = self._queues[tenant].pop()
+        self._count_out(tenant)
+        return request
+
+    def discard(self, request: Request) -> None:
+        """Count out a request that was finished while it waited (its status is FINISHED by now)."""
+        self._queues[request.spec.tenant].discard()
+        self._count_out(request.spec.tenant)
+
+    def _queue_of(self, request: Request) -> TenantQueue:
+        queue = self._queues.get(request.spec.tenant)
+        if queue is None:
+            queue = self._queues[request.spec.tenant] = self._new_queue()
+        return queue
+
+    def _count_out(self, tenant: str) -> None:
+        self._length -= 1
+        if not self._queues[tenant].length:
+            del self._queues[tenant]

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pagoda.config.schema import PagodaConfig
 from pagoda.engine.client.client import EngineClient
 from pagoda.models.checkpoint_source import checkpoint_directory
-from pagoda.serving.auth.api_keys import ApiKeys
+from pagoda.serving.auth.api_keys import ApiKeys, caller_var
 from pagoda.serving.context import ServingContext
 from pagoda.serving.decoding_threads import DecodingThreads
 from pagoda.serving.generation import GenerationRunner
@@ -73,7 +73,7 @@ class TextLayer:
         config = self._config
         directory = await asyncio.to_thread(checkpoint_directory, config.model, config.revision, config.download_dir)
         self._config = replace(config, model=str(directory))
-        self._pool = TokenizerPool.from_config(self._config)
+        self._pool = TokenizerPool.from_config(self._config, caller=_caller)
         await self._pool.start()
 
     def generator(self) -> TextGenerator:
@@ -88,3 +88,8 @@ class TextLayer:
             await self._generator.shutdown()
         if self._pool is not None:
             await self._pool.shutdown()
+
+
+def _caller() -> tuple[str, float]:
+    caller = caller_var.get()
+    return caller.tenant, caller.limits.weight

@@ -60,9 +60,11 @@ def check_cost(params: SamplingParams, num_prompts: int) -> None:
 
 def _of_caller(job: GenerationRequest, request_id: str) -> GenerationRequest:
     """`job` as its caller's: cached prefixes are the tenant's own, for who sees what is cached sees what others asked."""
-    tenant = caller_var.get().tenant
+    caller = caller_var.get()
+    tenant = caller.tenant
     cache_keys = (f"tenant={tenant}", *job.cache_keys) if tenant else job.cache_keys
-    return replace(job, request_id=request_id, tenant=tenant, cache_keys=cache_keys)
+    weight = caller.limits.weight
+    return replace(job, request_id=request_id, tenant=tenant, tenant_weight=weight, cache_keys=cache_keys)
 
 
 def limit_time(job: GenerationRequest, seconds: float | None) -> GenerationRequest:

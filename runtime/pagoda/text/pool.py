@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
 from pagoda.config.schema import PagodaConfig
 from pagoda.errors import ConfigError, ContextLengthError, EngineNotReadyError, InvalidRequestError
+from pagoda.fair_turns import FairTurns
 from pagoda.request import TokenIds
 from pagoda.text.chat_template import Message
 from pagoda.text.operations import TextOperations
 from pagoda.text.process_workers import ProcessWorkers
 from pagoda.text.thread_workers import ThreadWorkers, load_in_thread
 from pagoda.text.tokenizer import Tokenizer
-from pagoda.text.workers import WorkerOptions, Workers
+from pagoda.text.workers import WorkerOptions, Workers, call_took_too_long
 
 # Handing a text to a thread and back takes 45 us, tokenizing 100 characters 90 us (AMD Zen 5): up to here that is not worth
 # it, and the event loop is blocked for about 0.1 ms.
@@ -22,25 +23,39 @@ INLINE_CHARACTERS = 128
 INLINE_TOKENS = 128
 MIN_DECODED_CHARACTERS = 2**20
 DECODED_CHARACTERS_A_TOKEN = 16
+DEFAULT_MAX_WAITING = 1024
+
+Caller = Callable[[], tuple[str, float]]
+"""For whom the current task calls: tenant and weight."""
 
 
 class TokenizerPool:
     """Tokenizes, renders chats and decodes, in `size` threads or processes.
 
     `max_model_len`, once it is known, refuses texts that are longer than that many tokens can be, before they are
-    tokenized. Every call ends: with a result, with the client's error, or with `DeadlineExceededError`.
+    tokenized. Every call ends: with a result, with the client's error, with `QueueFullError` where too many wait for a worker,
+    or with `DeadlineExceededError`. Tenants take turns at the workers.
     """
 
-    def __init__(self, options: WorkerOptions, kind: Literal["thread", "process"] = "thread") -> None:
+    def __init__(
+        self,
+        options: WorkerOptions,
+        kind: Literal["thread", "process"] = "thread",
+        *,
+        max_waiting: int = DEFAULT_MAX_WAITING,
+        caller: Caller = lambda: ("", 1.0),
+    ) -> None:
         self._options = options
         self._kind = kind
+        self._turns = FairTurns(options.size, max_waiting, "a tokenizer worker")
+        self._caller = caller
         self._loaded: TextOperations | None = None
         self._workers: Workers | None = None
         self.max_model_len: int | None = None
 
     @classmethod
-    def from_config(cls, config: PagodaConfig) -> TokenizerPool:
-        """The pool that the configuration asks for."""
+    def from_config(cls, config: PagodaConfig, **more: Any) -> TokenizerPool:
+        """The pool that the configuration asks for; `more`: further arguments of `TokenizerPool`."""
         directory = config.tokenizer or config.model
         if directory is None:
             raise ConfigError("there is no tokenizer: neither model nor tokenizer is set")
@@ -52,7 +67,7 @@ class TokenizerPool:
             chat_template=config.chat_template,
             trust_remote_code=config.trust_remote_code,
         )
-        return cls(options, config.tokenizer_pool_type)
+        return cls(options, config.tokenizer_pool_type, max_waiting=config.tokenizer_max_num_waiting, **more)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -196,4 +211,11 @@ class TokenizerPool:
             return self._operations.call(operation, arguments)
         if self._workers is None:
             raise EngineNotReadyError("the tokenizer is still loading")
-        return await self._workers.call(operation, arguments)
+        try:
+            await self._turns.take(*self._caller(), self._options.call_timeout)
+        except TimeoutError:
+            raise call_took_too_long(operation, self._options) from None
+        try:
+            return await self._workers.call(operation, arguments)
+        finally:
+            self._turns.give_back()

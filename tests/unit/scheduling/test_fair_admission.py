@@ -60,11 +60,11 @@ def test_tenants_take_turns_however_much_one_of_them_sends() -> None:
     assert Counter(entered[:9]) == {"a": 3, "b": 3, "c": 3}
 
 
-def test_one_tenant_cannot_fill_the_queue_for_the_others() -> None:
+def test_one_tenant_may_have_the_whole_queue_and_does_not_keep_others_out() -> None:
     scheduler = make_scheduler(max_num_waiting=12)
-    assert fill(scheduler, "a") == 2 + 6  # both request slots, and half of the queue
-    assert fill(scheduler, "b") == 3
-    assert fill(scheduler, "c") == 2
+    assert fill(scheduler, "a") == 2 + 12  # both request slots, and the queue
+    assert fill(scheduler, "b") == 6
+    assert fill(scheduler, "c") == 4
     assert fill(scheduler, "a", "again") == 0
     scheduler.check_integrity()
 

@@ -210,7 +210,7 @@ def test_sending_and_aborting_for_ever_does_not_grow_the_queue() -> None:
     for index in range(2000):
         scheduler.add(make_request(f"r{index}"))
         scheduler.abort([f"r{index}"])
-    assert len(scheduler._waiting._tenants[""]) < 200  # type: ignore[attr-defined]
+    assert len(scheduler._waiting._queues[""]._entries) < 200  # type: ignore[attr-defined]
     assert scheduler.num_waiting == 1
 
 
