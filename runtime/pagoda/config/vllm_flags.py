@@ -92,7 +92,7 @@ WITHOUT_EFFECT = {
     "always done": """
         async-scheduling! enable-chunked-prefill! enable-ssl-refresh! enable-request-id-headers! enable-prompt-tokens-details!
         enable-server-load-tracking! enable-flashinfer-autotune! scheduler-reserve-full-isl! use-tqdm-on-load!
-        enable-log-deltas! aggregate-engine-logging!""",
+        enable-log-deltas! aggregate-engine-logging! enable-auto-tool-choice! exclude-tools-when-tool-choice-none!""",
     "chosen by the engine, from the device and the model": """
         attention-backend attention-config linear-backend kernel-config ir-op-priority optimization-level performance-mode
         compilation-config cudagraph-capture-sizes* max-cudagraph-capture-size disable-custom-all-reduce! disable-cascade-attn!
@@ -168,9 +168,8 @@ REFUSED = {
     "no Python class is loaded into the server": """
         middleware scheduler-cls=vllm.v1.core.sched.scheduler.scheduler worker-cls=auto worker-extension-cls logits-processors*
         io-processor-plugin reasoning-parser-plugin tool-parser-plugin model-class-overrides={}""",
-    "tool calls and reasoning are not parsed": """
-        enable-auto-tool-choice! tool-call-parser reasoning-parser reasoning-config tool-server tool-strict-level=auto""",
-    "tools are part of the prompt": "exclude-tools-when-tool-choice-none!",
+    "tools run at the client, and the end of reasoning is the model's": """
+        tool-call-parser reasoning-parser reasoning-config tool-server tool-strict-level=auto""",
     "the chat template decides, and is the server's": """
         chat-template-content-format=auto trust-request-chat-template! default-chat-template-kwargs={}
         response-role=assistant""",

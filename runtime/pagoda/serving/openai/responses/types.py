@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field
 
-from pagoda.serving.openai.types import RequestModel, RequestPart
+from pagoda.serving.openai.types import MAX_TOOLS, RequestModel, RequestPart
+
+Objects = Annotated[list[dict[str, Any]], Field(fail_fast=True)]
 
 
 class Reasoning(RequestPart):
@@ -30,9 +32,9 @@ class ResponsesRequest(RequestModel):
         strict=True, extra="allow", json_schema_extra={"example": {"input": "Hello!", "max_output_tokens": 32}}
     )
 
-    input: str | list[dict[str, Any]]
+    input: str | Objects
     instructions: str | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: Annotated[list[dict[str, Any]], Field(fail_fast=True, max_length=MAX_TOOLS)] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     reasoning: Reasoning | None = None
