@@ -37,7 +37,7 @@ def key_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def rest(key_file: Path) -> Iterator[RestHarness]:
-    with RestHarness(api_keys_file=str(key_file)) as running:
+    with RestHarness(api_keys_file=str(key_file), enable_tokenizer_info_endpoint=True) as running:
         yield running
 
 
@@ -108,7 +108,7 @@ def test_what_is_not_declared_needs_a_key(rest: RestHarness, method: str, path: 
 @pytest.mark.parametrize("route", sorted(ROUTES))
 def test_a_route_lets_in_the_keys_that_it_declares_and_no_others(rest: RestHarness, route: str) -> None:
     method, path = route.split(" ")
-    path = path.replace("{model_name}", "demo").replace("{model_version}", "1")
+    path = path.replace("{model_name:model}", "demo").replace("{model_version}", "1")
     access = ROUTES[route]
     for scope, key in (*KEYS.items(), (None, None)):
         status = rest.client.request(method, path, headers=bearer(key)).status_code
@@ -245,7 +245,7 @@ def test_a_stream_of_requests_ends_with_its_key(tmp_path: Path) -> None:
 
 
 def test_guesses_are_slowed_down_while_a_good_key_of_the_same_peer_is_not(key_file: Path) -> None:
-    with RestHarness(api_keys_file=str(key_file)) as harness:
+    with RestHarness(api_keys_file=str(key_file), enable_tokenizer_info_endpoint=True) as harness:
         slept: list[float] = []
 
         async def sleep(seconds: float) -> None:

@@ -39,6 +39,7 @@ class FakeEngineClient(EngineClient):
             kv_equation="none",
         )
         self.step_seconds = 0.0
+        self.num_resets = 0
         self.hold = asyncio.Event()
         self.hold.set()
         self.fail_after: tuple[int, ErrorKind] | None = None
@@ -88,6 +89,9 @@ class FakeEngineClient(EngineClient):
             self.stats = EngineStats(num_running=self.num_running)
             if not is_over:
                 self.aborted.append(request.request_id)
+
+    def reset_prefix_cache(self) -> None:
+        self.num_resets += 1
 
     async def shutdown(self) -> None:
         self.health.transition(EngineState.DEAD, "shut down")

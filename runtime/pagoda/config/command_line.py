@@ -207,8 +207,8 @@ def default_text(key: str) -> str:
         return "auto" if info.auto else "none"
     if isinstance(default, bool):
         return str(default).lower()
-    if default == ():
-        return "none"
+    if isinstance(default, tuple):
+        return ",".join(default) or "none"
     if info.unit == "bytes":
         return format_bytes(default)
     return f"{default:g}" if isinstance(default, float) else str(default)

@@ -324,6 +324,19 @@ class PagodaConfig:
         None, "server", "PEM file of the private key; together with ssl_certfile.", path="file"
     )
 
+    allowed_origins: tuple[str, ...] = option(
+        (),
+        "server",
+        "Origins (`https://app.example.com`, or `*`) whose pages may ask this server in a browser (CORS); none: only its own.",
+    )
+    allowed_methods: tuple[str, ...] = option(("*",), "server", "Methods that pages of allowed_origins may use.")
+    allowed_headers: tuple[str, ...] = option(("*",), "server", "Headers that pages of allowed_origins may send.")
+    allow_credentials: bool = option(False, "server", "Whether pages of allowed_origins may send cookies.")
+    disable_fastapi_docs: bool = option(False, "server", "Without /docs and /openapi.json, which describe the routes.")
+    enable_tokenizer_info_endpoint: bool = option(
+        False, "server", "With /tokenizer_info, which shows special tokens and chat templates to keys with `infer`."
+    )
+
     # Limits and deadlines
     max_body_bytes: int = option(32 * 2**20, "limits", "Largest REST request body.", ge=1024, unit="bytes")
     max_header_bytes: int = option(

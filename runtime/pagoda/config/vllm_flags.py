@@ -49,7 +49,8 @@ TAKEN = """
     max-num-batched-tokens long-prefill-token-threshold scheduling-policy speculative-config tensor-parallel-size
     pipeline-parallel-size data-parallel-size distributed-executor-backend host ssl-certfile ssl-keyfile chat-template
     enforce-eager quantization served-model-name config grpc-port log-level revision download-dir override-generation-config
-    disable-uvicorn-access-log disable-access-log-for-endpoints
+    disable-uvicorn-access-log disable-access-log-for-endpoints allowed-origins allowed-methods allowed-headers
+    allow-credentials disable-fastapi-docs enable-tokenizer-info-endpoint
 """
 SHORT = {
     "-tp": "tensor-parallel-size",
@@ -198,10 +199,6 @@ REFUSED = {
     "a layer's sliding window is part of the model": "disable-sliding-window! kv-cache-dtype-skip-layers*",
     "a rank that fails is restarted with its engine": "enable-fault-tolerance! fault-tolerance-config",
     "set speculative_config": "spec-method spec-model spec-tokens",
-    "/docs is always there, and describes no more than the routes": "disable-fastapi-docs!",
-    "the template and the vocabulary are the operator's": "enable-tokenizer-info-endpoint!",
-    "pages of other sites may not ask this server": """
-        allowed-origins=[] allowed-methods=["*"] allowed-headers=["*"] allow-credentials!""",
 }
 
 

@@ -148,5 +148,10 @@ class AbortRequests:
 
 
 @dataclass(frozen=True, slots=True)
+class ResetPrefixCache:
+    """Let no later request find what is cached; requests that share blocks keep them."""
+
+
+@dataclass(frozen=True, slots=True)
 class Shutdown:
     """End the core; requests in it are aborted."""

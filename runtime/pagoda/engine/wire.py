@@ -11,6 +11,7 @@ from pagoda.engine.messages import (
     EngineRanks,
     EngineReady,
     EngineStartupPhase,
+    ResetPrefixCache,
     Shutdown,
     StartCore,
 )
@@ -22,6 +23,7 @@ Message = (
     StartCore
     | EngineRequest
     | AbortRequests
+    | ResetPrefixCache
     | Shutdown
     | EngineStartupPhase
     | EngineReady
@@ -41,6 +43,7 @@ _CODEC = FrameCodec(
         EngineOutputs,
         EngineRanks,
         EngineFailed,
+        ResetPrefixCache,
     )
 )
 

@@ -189,6 +189,10 @@ class Scheduler:
             self._finish(request)
             self._ended.append(RequestUpdate(request, []))
 
+    def reset_prefix_cache(self) -> None:
+        """Let no later request find what is cached now; requests that share blocks keep them."""
+        self.kv.forget_prefixes()
+
     def fail_in_flight(self, message: str) -> None:
         """A step raised: the requests of all steps in flight end with an error.
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -22,8 +23,9 @@ from pagoda.serving.openai.errors import is_openai_path, openai_error
 from pagoda.serving.openai.responses.routes import responses_router
 from pagoda.serving.openai.responses.store import ResponseStore
 from pagoda.serving.openai.responses.types import ResponsesRequest
-from pagoda.serving.openai.routes import PREFIXES, openai_router, tokenizer_router
+from pagoda.serving.openai.routes import PREFIXES, invocations_router, openai_router, tokenizer_router
 from pagoda.serving.openai.types import ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from pagoda.serving.platform_routes import platform_router
 from pagoda.serving.server_routes import server_router
 from pagoda.serving.status import ErrorReport
 from pagoda.serving.v2.errors import v2_error
@@ -44,14 +46,18 @@ REQUEST_BODIES = (
     CountTokensRequest,
 )
 
+EXPOSED_HEADERS = ("x-request-id", "retry-after")
+
 
 def create_app(context: ServingContext, service: V2Service) -> FastAPI:
     """The application with all routes."""
+    config = context.config
     app = FastAPI(
         title="Pagoda",
         description="LLM serving over the Open Inference Protocol (V2), the generate extension and OpenAI's routes.",
         version=pagoda.__version__,
-        docs_url="/docs",
+        docs_url=None if config.disable_fastapi_docs else "/docs",
+        openapi_url=None if config.disable_fastapi_docs else "/openapi.json",
         redoc_url=None,
         redirect_slashes=False,
     )
@@ -66,6 +72,8 @@ def create_app(context: ServingContext, service: V2Service) -> FastAPI:
         *(responses_router(context, prefix, responses) for prefix in PREFIXES),
         anthropic_router(context),
         tokenizer_router(context),
+        invocations_router(context),
+        platform_router(context),
     ]
     access = RouteAccess([*app.routes, *(route for router in routers for route in router.routes)])
     for router in routers:
@@ -73,6 +81,16 @@ def create_app(context: ServingContext, service: V2Service) -> FastAPI:
     app.add_middleware(
         RequestMiddleware, keys=context.keys, metrics=context.metrics, access=access, error_body=error_body
     )
+    if config.allowed_origins:
+        # Outermost: a browser sends no key with the request that asks whether it may.
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.allowed_origins,
+            allow_methods=config.allowed_methods,
+            allow_headers=config.allowed_headers,
+            allow_credentials=config.allow_credentials,
+            expose_headers=EXPOSED_HEADERS,
+        )
     app.add_exception_handler(HTTPException, _raise_on)
     documentation.install(app, REQUEST_BODIES)
     return app

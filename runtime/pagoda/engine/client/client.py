@@ -36,6 +36,7 @@ from pagoda.engine.messages import (
     EngineReady,
     EngineStartupPhase,
     EngineStats,
+    ResetPrefixCache,
     Shutdown,
 )
 from pagoda.errors import (
@@ -100,6 +101,10 @@ class EngineClient(ABC):
         Raises `EngineNotReadyError`, `EngineDeadError`, `QueueFullError` or `InvalidRequestError` in place of the first
         output, and `EngineDeadError` later if the engine fails. Closing the iterator aborts the request in the engine.
         """
+
+    @abstractmethod
+    def reset_prefix_cache(self) -> None:
+        """Let no request that is submitted from now on find what is cached. Raises `EngineNotReadyError` without an engine."""
 
     @abstractmethod
     async def shutdown(self) -> None:
@@ -191,6 +196,12 @@ class ProcessEngineClient(EngineClient):
             del self._collectors[request_id]
             if not is_over:
                 child.send(AbortRequests([request_id]))
+
+    @override
+    def reset_prefix_cache(self) -> None:
+        if self._child is None or not self._child.is_connected:
+            raise EngineNotReadyError(f"the engine is {self.health.state} (stage: {self.health.phase})")
+        self._child.send(ResetPrefixCache())
 
     def _check_queue(self) -> EngineCoreHandle:
         """The core, if it takes one more request; else raises the reason."""

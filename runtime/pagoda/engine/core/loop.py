@@ -105,6 +105,10 @@ class EngineCore:
                 self._refused.append(EngineOutput(request_id=request_id, finish_reason=FinishReason.ABORT))
         self._scheduler.abort(request_ids)
 
+    def reset_prefix_cache(self) -> None:
+        """Let no later request find what is cached now."""
+        self._scheduler.reset_prefix_cache()
+
     def step(self) -> EngineOutputs:
         """Run one turn of the loop and return the output of every request that has any.
 

@@ -29,6 +29,7 @@ from pagoda.engine.messages import (
     EngineOutputs,
     EngineRanks,
     EngineStartupPhase,
+    ResetPrefixCache,
     Shutdown,
     StartCore,
 )
@@ -167,6 +168,8 @@ class EngineCoreLoop:
             self._refuse(message.request_id, message.reason)
         elif isinstance(message, AbortRequests):
             self._core.abort(message.request_ids)
+        elif isinstance(message, ResetPrefixCache):
+            self._core.reset_prefix_cache()
         elif isinstance(message, Shutdown):
             self._is_ending = True
         else:

@@ -13,7 +13,7 @@ import asyncio
 import logging
 import os
 from collections.abc import AsyncIterator, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import replace
 from itertools import zip_longest
 from typing import TYPE_CHECKING, cast
@@ -136,6 +136,13 @@ class DataParallelClient(EngineClient):
             scheduled_tokens=sum(one.scheduled_tokens for one in found),
             is_busy=any(one.is_busy for one in found),
         )
+
+    @override
+    def reset_prefix_cache(self) -> None:
+        """Of every replica; one that is not there has nothing cached."""
+        for replica in self.replicas:
+            with suppress(EngineNotReadyError):
+                replica.reset_prefix_cache()
 
     # ---- requests -------------------------------------------------------------------------------------------------
 

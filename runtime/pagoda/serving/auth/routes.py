@@ -27,7 +27,8 @@ ROUTES: Mapping[str, Access] = {
     # The description of the API, the same on every server of this version.
     **dict.fromkeys(("GET /docs", "GET /docs/oauth2-redirect", "GET /openapi.json"), Access.PUBLIC),
     **dict.fromkeys(("GET /version", "GET /v2", "GET /v2/"), Access.ANY_KEY),
-    "GET /metrics": Access.READ,
+    **dict.fromkeys(("GET /metrics", "GET /load", "GET /server_info"), Access.READ),
+    **dict.fromkeys(("GET /ping", "POST /ping"), Access.PUBLIC),
     # The model, and what it does.
     **{f"GET {model}": Access.INFER for model in MODEL},
     **{
@@ -47,9 +48,10 @@ ROUTES: Mapping[str, Access] = {
         for method in ("GET", "DELETE")
     },
     **dict.fromkeys(("POST /v1/messages", "POST /v1/messages/count_tokens"), Access.INFER),
-    **dict.fromkeys(("POST /tokenize", "POST /detokenize"), Access.INFER),
+    **dict.fromkeys(("POST /tokenize", "POST /detokenize", "POST /invocations", "GET /tokenizer_info"), Access.INFER),
     "POST /v2/repository/index": Access.INFER,
     # What changes for everybody.
+    "POST /reset_prefix_cache": Access.ADMIN,
     **{f"POST /v2/repository/models/{MODEL_NAME}/{action}": Access.ADMIN for action in ("load", "unload")},
 }
 

@@ -9,7 +9,7 @@ from pagoda.serving.http.documentation import error_responses
 from pagoda.serving.openai.types import OpenAIErrorResponse
 from pagoda.serving.status import ErrorReport
 
-PATH_PREFIXES = ("/v1/", "/openai/", "/tokenize", "/detokenize")
+PATH_PREFIXES = ("/v1/", "/openai/", "/tokenize", "/detokenize", "/invocations")
 
 openai_errors = partial(error_responses, OpenAIErrorResponse)
 """`responses` of a route for these error statuses."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
@@ -16,6 +16,7 @@ from pagoda.serving.http.documentation import request_body
 from pagoda.serving.http.event_stream import open_event_stream
 from pagoda.serving.http.responses import json_response
 from pagoda.serving.model_paths import MODEL_NAME
+from pagoda.serving.openai.call import Call
 from pagoda.serving.openai.chat import ChatCall, encode_chat
 from pagoda.serving.openai.completions import CompletionCall
 from pagoda.serving.openai.errors import openai_error, openai_errors
@@ -31,6 +32,7 @@ from pagoda.serving.openai.types import (
     ModelCard,
     ModelList,
     RequestModel,
+    SamplingFields,
     TokenizeRequest,
     TokenizeResponse,
 )
@@ -75,9 +77,7 @@ def openai_router(context: ServingContext, prefix: str, started: int) -> APIRout
         body, call = await read_request(
             context, request, CompletionRequest, lambda body: (body, CompletionCall(context, body, seconds))
         )
-        if body.stream:
-            return await open_event_stream(request, call.events(), openai_error, context.metrics)
-        return json_response(await until_disconnect(request, call.whole()))
+        return await _response(context, request, body, call)
 
     @router.post(
         "/chat/completions",
@@ -91,14 +91,39 @@ def openai_router(context: ServingContext, prefix: str, started: int) -> APIRout
         body, call = await read_request(
             context, request, ChatCompletionRequest, lambda body: (body, ChatCall(context, body, seconds))
         )
-        if body.stream:
-            return await open_event_stream(request, call.events(), openai_error, context.metrics)
-        return json_response(await until_disconnect(request, call.whole()))
+        return await _response(context, request, body, call)
 
     @router.post("/embeddings", responses=openai_errors(400, 401), response_class=Response)
     async def embeddings() -> Response:
         """Not supported."""
         raise NotSupportedError("embeddings are not supported by this server; it serves a generating model")
+
+    return router
+
+
+def invocations_router(context: ServingContext) -> APIRouter:
+    """SageMaker's one route for requests: a conversation where the body has messages, else prompts."""
+    router = APIRouter(tags=["openai"])
+
+    @router.post(
+        "/invocations",
+        response_model=ChatCompletionResponse | CompletionResponse,
+        responses={200: {"content": EVENTS}, **openai_errors(*GENERATION_ERRORS)},
+        openapi_extra=request_body(ChatCompletionRequest),
+    )
+    async def invocations(request: Request) -> Response:
+        """What `/v1/chat/completions` or `/v1/completions` answer."""
+        seconds = requested_seconds(request)
+
+        def parsed(content: Mapping[str, Any]) -> tuple[SamplingFields, Call]:
+            if "messages" in content:
+                conversation = _for_model(context, parse_request(ChatCompletionRequest, content))
+                return conversation, ChatCall(context, conversation, seconds)
+            completion = _for_model(context, parse_request(CompletionRequest, content))
+            return completion, CompletionCall(context, completion, seconds)
+
+        body, call = await _read_object(context, request, parsed)
+        return await _response(context, request, body, call)
 
     return router
 
@@ -141,16 +166,30 @@ async def read_request(
 
     A large body is parsed and checked, and `make` called, beside the event loop.
     """
+    return await _read_object(context, request, lambda content: make(_for_model(context, parse_request(kind, content))))
+
+
+async def _read_object(context: ServingContext, request: Request, make: Callable[[Mapping[str, Any]], Made]) -> Made:
     context.health.check_ready()
     limits = context.json_limits
+    return await decode_body(
+        request,
+        context.config.max_body_bytes,
+        context.decoding,
+        lambda content: make(parse_object(content, limits)),
+    )
 
-    def decode(content: bytes | bytearray) -> Made:
-        body = parse_request(kind, parse_object(content, limits))
-        if body.model is not None:
-            context.models.find(body.model)
-        return make(body)
 
-    return await decode_body(request, context.config.max_body_bytes, context.decoding, decode)
+def _for_model(context: ServingContext, body: Body) -> Body:
+    if body.model is not None:
+        context.models.find(body.model)
+    return body
+
+
+async def _response(context: ServingContext, request: Request, body: SamplingFields, call: Call) -> Response:
+    if body.stream:
+        return await open_event_stream(request, call.events(), openai_error, context.metrics)
+    return json_response(await until_disconnect(request, call.whole()))
 
 
 def requested_seconds(request: Request) -> float | None:
