@@ -24,7 +24,7 @@ ROOMS = (
     "pagoda.benchmarking",
     # Of a server: what puts it together, then the protocols, then what they share.
     *("pagoda.serving.server", "pagoda.serving.frontends", "pagoda.serving.lifecycle", "pagoda.serving.build"),
-    *("pagoda.serving.app", "pagoda.serving.server_routes"),
+    *("pagoda.serving.app", "pagoda.serving.server_routes", "pagoda.serving.platform_routes"),
     "pagoda.serving.anthropic",
     "pagoda.serving.openai",
     "pagoda.serving.grpc",
