@@ -141,6 +141,17 @@ class KernelBackend:
         """
         raise self._not_implemented("paged_attention")
 
+    def short_query_len(self, heads_per_kv: int) -> int:
+        """The most tokens of a row that the backend attends to as it does to a decode row, its context cut into parts; 1 where
+        it makes no difference. `heads_per_kv`: query heads of a KV head."""
+        del heads_per_kv
+        return 1
+
+    def max_short_rows(self, heads_per_kv: int) -> int:
+        """The most rows of two tokens or more in a step that may be `AttentionMetadata.num_short_rows`."""
+        del heads_per_kv
+        return 0
+
     def write_kv(
         self,
         key: torch.Tensor,

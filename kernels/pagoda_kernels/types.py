@@ -32,6 +32,8 @@ class AttentionMetadata:
         max_query_len: largest query length of a row.
         max_seq_len: largest entry of `seq_lens`.
         num_decode_rows: the first that many rows have query length 1 (their tokens are the first `num_decode_rows` tokens).
+        num_short_rows: that many rows after them have at most `KernelBackend.short_query_len` tokens, and go to a kernel for
+            few tokens in long contexts; 0 where the backend has none.
         derived: values that an implementation works out from the others once a step and not once a layer. Metadata
             therefore belongs to one step: its tensors must not be changed after the first use.
     """
@@ -43,6 +45,7 @@ class AttentionMetadata:
     max_query_len: int
     max_seq_len: int
     num_decode_rows: int
+    num_short_rows: int = 0
     derived: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
 

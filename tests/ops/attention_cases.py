@@ -81,6 +81,7 @@ def make_case(
     dtype: torch.dtype = torch.float32,
     poison: float = math.nan,
     num_decode_rows: int | None = None,
+    num_short_rows: int = 0,
     seed: int = 0,
 ) -> AttentionCase:
     """A batch of `(query_len, seq_len)` rows, in blocks of random order.
@@ -118,6 +119,7 @@ def make_case(
         max_query_len=max(query_lens),
         max_seq_len=max(seq_len for _, seq_len in rows),
         num_decode_rows=num_decode_rows,
+        num_short_rows=num_short_rows,
     )
     query = torch.randn((sum(query_lens), num_heads, head_dim), generator=generator).to(dtype) * 2
     return AttentionCase(query, k_cache, v_cache, metadata, keys, values)

@@ -149,6 +149,9 @@ def row_of(case: AttentionCase, row: int) -> AttentionCase:
         max_query_len=last - first,
         max_seq_len=int(case.metadata.seq_lens[row]),
         num_decode_rows=int(row < case.metadata.num_decode_rows),
+        num_short_rows=int(
+            0 <= row - case.metadata.num_decode_rows < case.metadata.num_short_rows,
+        ),
         derived={},
     )
     return dataclasses.replace(case, query=case.query[first:last], metadata=metadata)
@@ -164,6 +167,48 @@ def test_a_row_is_the_same_to_the_bit_alone_and_in_a_batch(
     starts = case.metadata.query_start_loc.tolist()
     for row, (first, last) in enumerate(itertools.pairwise(starts)):
         assert torch.equal(row_of(case, row).run(sliding_window), together[first:last])
+
+
+@pytest.mark.parametrize(
+    ("query_len", "num_heads", "num_kv_heads", "sliding_window"),
+    [
+        (1, 3, 1, None),
+        (2, 8, 1, 21),
+        (3, 2, 2, None),
+        (4, 3, 1, 21),
+        (5, 8, 1, None),
+        (6, 2, 2, 21),
+        (7, 3, 1, None),
+        (8, 8, 1, 5),
+    ],
+)
+def test_rows_of_few_tokens_are_cut_into_segments_and_see_what_is_before_them(
+    small_tiles: TuningTable, query_len: int, num_heads: int, num_kv_heads: int, sliding_window: int | None
+) -> None:
+    lengths = [(query_len, seq_len) for seq_len in (query_len, 31, 33, 64 + query_len, 130)]
+    rows = [(1, 40), *lengths, (2, 2), (11, 50)]
+    case = make_case(
+        rows, num_heads=num_heads, num_kv_heads=num_kv_heads, num_decode_rows=1, num_short_rows=len(lengths) + 1
+    )
+    case.assert_matches(sliding_window)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_row_of_few_tokens_is_the_same_to_the_bit_alone_and_in_a_batch(
+    small_tiles: TuningTable, dtype: torch.dtype
+) -> None:
+    rows = [(1, 70), (4, 200), (2, 9), (5, 70), (7, 7), (20, 20)]
+    case = make_case(rows, num_heads=3, num_kv_heads=1, dtype=dtype, num_short_rows=4)
+    together = case.run(40)
+    starts = case.metadata.query_start_loc.tolist()
+    for row, (first, last) in enumerate(itertools.pairwise(starts)):
+        assert torch.equal(row_of(case, row).run(40), together[first:last])
+
+
+def test_slots_of_no_token_never_change_a_bit_of_a_row_of_few_tokens(small_tiles: TuningTable) -> None:
+    rows = [(3, 9), (2, 50), (5, 30)]
+    clean = make_case(rows, poison=0.0, num_kv_heads=1, num_short_rows=3).run(13)
+    assert torch.equal(make_case(rows, num_kv_heads=1, num_short_rows=3).run(13), clean)
 
 
 def test_upper_bounds_of_lengths_change_nothing(small_tiles: TuningTable) -> None:

@@ -14,6 +14,11 @@ from pagoda_kernels.gpu.workspace import DECODE_WORKSPACE
 from pagoda_kernels.interface import KernelBackend
 from pagoda_kernels.types import AttentionMetadata
 
+# Queries and heads of a short row in one tile. The same for all, so that a row's result does not depend on its company.
+SHORT_TILE_ROWS = 64
+# Tokens that short rows may have together, which bounds the workspace: more rows than that fill a GPU without being cut.
+SHORT_TOKENS = 256
+
 
 @dataclass(frozen=True, slots=True)
 class AttentionGeometry:
@@ -44,8 +49,10 @@ class AttentionGeometry:
         needed: int = triton.next_power_of_2(self.heads_per_kv)
         return max(tiles.rows, needed)
 
-    def constants(self, tiles: AttentionTiles, segments: SegmentRule, *, decode: bool) -> dict[str, int | bool]:
-        """The constants of `paged_attention_kernel`."""
+    def constants(
+        self, tiles: AttentionTiles, segments: SegmentRule, *, decode: bool, short: bool = False
+    ) -> dict[str, int | bool]:
+        """The constants of `paged_attention_kernel`; `short`: of rows with several tokens that are cut as in decode."""
         return {
             "NUM_KV_HEADS": self.num_kv_heads,
             "HEADS_PER_KV": self.heads_per_kv,
@@ -54,16 +61,18 @@ class AttentionGeometry:
             "BLOCK_SIZE": self.block_size,
             "WINDOW": self.sliding_window or 0,
             "HAS_SOFT_CAP": self.has_soft_cap,
-            "DECODE": decode,
-            "ROWS": self.tile_rows(tiles),
+            "DECODE": decode or short,
+            "QUERY_LEN": short_query_len(self.heads_per_kv) if short else 1,
+            "ROWS": SHORT_TILE_ROWS if short else self.tile_rows(tiles),
             "TILE": tiles.tile,
             "SEGMENT_TOKENS": segments.tokens,
-            "MAX_SEGMENTS": segments.max_segments if decode else 1,
+            "MAX_SEGMENTS": segments.max_segments if decode or short else 1,
         }
 
-    def reduce_constants(self, segments: SegmentRule) -> dict[str, int]:
+    def reduce_constants(self, segments: SegmentRule, *, short: bool = False) -> dict[str, int]:
         """The constants of `reduce_segments_kernel`."""
         return {
+            "QUERY_LEN": short_query_len(self.heads_per_kv) if short else 1,
             "NUM_HEADS": self.num_heads,
             "HEAD_DIM": self.head_dim,
             "PADDED_DIM": triton.next_power_of_2(self.head_dim),
@@ -83,7 +92,7 @@ class AttentionGeometry:
 
 
 class TritonAttention(KernelBackend):
-    """Attention in two launches, for decode rows and for the others; no length is read from the device.
+    """Attention in up to three launches, for decode rows, short rows and the others; no length is read from the device.
 
     The order in which a decode row's sums are taken depends on its own length only; `AttentionMetadata.max_seq_len` and
     `max_query_len` may be any upper bounds.
@@ -107,13 +116,30 @@ class TritonAttention(KernelBackend):
         scales = (scale, soft_cap or 0.0, *(kv_scales or (1.0, 1.0)))
         if metadata.num_decode_rows:
             _decode(output, tensors, scales, metadata, geometry)
-        if metadata.num_decode_rows < metadata.seq_lens.numel():
+        if metadata.num_short_rows:
+            _decode(output, tensors, scales, metadata, geometry, short=True)
+        if metadata.num_decode_rows + metadata.num_short_rows < metadata.seq_lens.numel():
             _prefill(output, tensors, scales, metadata, geometry)
         return output
 
     @override
+    def short_query_len(self, heads_per_kv: int) -> int:
+        return short_query_len(heads_per_kv)
+
+    @override
+    def max_short_rows(self, heads_per_kv: int) -> int:
+        query_len = short_query_len(heads_per_kv)
+        return SHORT_TOKENS // query_len if query_len > 1 else 0
+
+    @override
     def reserve_workspace(self, max_num_seqs: int, num_heads: int, head_dim: int, device: torch.device) -> int:
-        return DECODE_WORKSPACE.reserve(max_num_seqs, num_heads, table_of_device(device).segments, head_dim, device)
+        num_tokens = max(max_num_seqs, SHORT_TOKENS)
+        return DECODE_WORKSPACE.reserve(num_tokens, num_heads, table_of_device(device).segments, head_dim, device)
+
+
+def short_query_len(heads_per_kv: int) -> int:
+    """The most tokens of a row in one tile of `SHORT_TILE_ROWS`; see `KernelBackend.short_query_len`."""
+    return max(1, SHORT_TILE_ROWS // heads_per_kv)
 
 
 def _decode(
@@ -122,34 +148,44 @@ def _decode(
     scales: tuple[float, float, float, float],
     metadata: AttentionMetadata,
     geometry: AttentionGeometry,
+    *,
+    short: bool = False,
 ) -> None:
     query, k_cache, _, block_table, seq_lens, query_start_loc = tensors
     table = table_of_device(query.device)
-    tiles = table.decode_tiles(geometry.head_dim, element_bytes(query.dtype, k_cache.dtype))
-    num_rows, num_segments = metadata.num_decode_rows, geometry.most_segments(metadata.max_seq_len, table.segments)
-    partials = DECODE_WORKSPACE.partials(num_rows, geometry.num_heads, table.segments, geometry.head_dim, query.device)
+    chosen = table.prefill_tiles if short else table.decode_tiles
+    tiles = chosen(geometry.head_dim, element_bytes(query.dtype, k_cache.dtype))
+    first_row, num_rows = (
+        (metadata.num_decode_rows, metadata.num_short_rows) if short else (0, metadata.num_decode_rows)
+    )
+    query_len = short_query_len(geometry.heads_per_kv) if short else 1
+    num_segments = geometry.most_segments(metadata.max_seq_len, table.segments)
+    partials = DECODE_WORKSPACE.partials(
+        num_rows * query_len, geometry.num_heads, table.segments, geometry.head_dim, query.device
+    )
     num_programs = geometry.programs_per_row(num_rows, num_segments, table.segments)
     paged_attention_kernel[(num_rows, geometry.num_kv_heads, num_programs)](
         output,
         *partials,
         *tensors,
-        0,
-        num_rows,
+        first_row,
+        first_row + num_rows,
         *scales,
         query.stride(0),
         block_table.stride(0),
-        **geometry.constants(tiles, table.segments, decode=True),
+        **geometry.constants(tiles, table.segments, decode=not short, short=short),
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
     )
     if num_segments > 1:
-        reduce_segments_kernel[(num_rows, geometry.num_heads)](
+        reduce_segments_kernel[(num_rows, geometry.num_heads, query_len)](
             output,
             *partials,
             seq_lens,
             query_start_loc,
+            first_row,
             scales[-1],
-            **geometry.reduce_constants(table.segments),
+            **geometry.reduce_constants(table.segments, short=short),
             num_warps=REDUCE_WARPS,
         )
 
@@ -165,7 +201,7 @@ def _prefill(
     table = table_of_device(query.device)
     tiles = table.prefill_tiles(geometry.head_dim, element_bytes(query.dtype, k_cache.dtype))
     tokens_per_tile = geometry.tile_rows(tiles) // geometry.heads_per_kv
-    first_row, num_rows = metadata.num_decode_rows, seq_lens.numel()
+    first_row, num_rows = metadata.num_decode_rows + metadata.num_short_rows, seq_lens.numel()
     # An upper bound that needs no length from the device; see `_first_tile_of`.
     num_tiles = (query.shape[0] - first_row) // tokens_per_tile + num_rows - first_row
     unused = DECODE_WORKSPACE.unused(query.device)

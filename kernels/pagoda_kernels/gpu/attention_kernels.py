@@ -5,6 +5,7 @@ and values are read once for all of them; with H heads a KV head, row m of the t
 
     prefill, H = 3, ROWS = 64      token 0: heads 0 1 2 │ token 1: heads 0 1 2 │ … │ token 20 │ 1 row unused
     decode,  H = 8, ROWS = 16      the row's only token: heads 0 … 7            │ 8 rows unused
+    short,   H = 8, ROWS = 64      up to 8 tokens, as verified drafts are, over a context that is cut as in decode
 
 Keys come in tiles of TILE consecutive positions, wherever their blocks are: position p is slot `p % BLOCK_SIZE` of block
 `block_table[p // BLOCK_SIZE]`. A tile begins at a multiple of TILE; it may hold several blocks, or a part of one. Its blocks
@@ -35,23 +36,24 @@ def num_segments_of(num_keys, SEGMENT_TOKENS: tl.constexpr, MAX_SEGMENTS: tl.con
 
 
 @triton.jit
-def _first_tile_of(query_start_loc, row, first_row, TOKENS_PER_TILE: tl.constexpr):
-    """The number of the first query tile of `row`, where tiles are counted from row `first_row` on.
+def _first_tile_of(query_start_loc, row, first_row, first_token, TOKENS_PER_TILE: tl.constexpr):
+    """The number of the first query tile of `row`, where tiles are counted from row `first_row` on, which begins at
+    `first_token`.
 
-    All rows before `first_row` have one token. The numbering leaves at most one tile unused after each row, and it needs
-    nothing but lengths that are on the device: the grid's size, `tokens // TOKENS_PER_TILE + rows`, is known without them.
+    The numbering leaves at most one tile unused after each row, and it needs nothing but lengths that are on the device: the
+    grid's size, `tokens // TOKENS_PER_TILE + rows`, is known without them.
     """
-    return (tl.load(query_start_loc + row) - first_row) // TOKENS_PER_TILE + row - first_row
+    return (tl.load(query_start_loc + row) - first_token) // TOKENS_PER_TILE + row - first_row
 
 
 @triton.jit
-def _row_of_tile(query_start_loc, first_row, num_rows, tile, TOKENS_PER_TILE: tl.constexpr):
+def _row_of_tile(query_start_loc, first_row, first_token, num_rows, tile, TOKENS_PER_TILE: tl.constexpr):
     """The last row that starts at query tile `tile` or before."""
     low = first_row
     high = num_rows
     while high - low > 1:
         middle = (low + high) // 2
-        if _first_tile_of(query_start_loc, middle, first_row, TOKENS_PER_TILE) <= tile:
+        if _first_tile_of(query_start_loc, middle, first_row, first_token, TOKENS_PER_TILE) <= tile:
             low = middle
         else:
             high = middle
@@ -123,12 +125,13 @@ def _attend_tile(
     WINDOW: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr,
     MASKED: tl.constexpr,
-    DECODE: tl.constexpr,
+    SINGLE: tl.constexpr,
 ):
     """Fold the keys `start .. start + TILE - 1`, which are in `blocks`, into the running softmax.
 
-    `start` is a multiple of TILE. MASKED: some query may not see some of the keys. Scores stay as the product leaves them;
-    times `log2_scale`, which must be positive, they are exponents of 2. Where the maximum is subtracted, that comes for free.
+    `start` is a multiple of TILE. MASKED: some query may not see some of the keys. SINGLE: all rows are of one token. Scores
+    stay as the product leaves them; times `log2_scale`, which must be positive, they are exponents of 2. Where the maximum is
+    subtracted, that comes for free.
     """
     # Slots outside the context may hold anything, NaN too: they are never loaded.
     loaded = tl.full([TILE, 1], True, tl.int1)
@@ -145,7 +148,7 @@ def _attend_tile(
         # cap * tanh(x / cap), with tanh(y) = 1 - 2 / (exp(2 y) + 1); the cap is in `log2_scale`.
         scores = 1.0 - 2.0 / (tl.exp2(scores * score_scale) + 1.0)
     if MASKED:
-        if DECODE:  # the only token sees every key of the context
+        if SINGLE:  # the only token sees every key of the context
             visible = in_context[None, :]
         else:  # a row's queries see no key outside of it; what rows of the tile without a query see is thrown away
             reach = (positions - start)[:, None]
@@ -162,7 +165,7 @@ def _attend_tile(
     exponent = base * log2_scale
     weights = tl.exp2(scores * log2_scale[:, None] - exponent[:, None])
     shrink = tl.exp2(row_max * log2_scale - exponent)
-    if DECODE:  # a sum for each place in a tile, put together at the end: warps that share a row need not synchronize
+    if SINGLE:  # a sum for each place in a tile, put together at the end: warps that share a row need not synchronize
         row_sum = row_sum * shrink[:, None] + weights
     else:
         row_sum = row_sum * shrink + tl.sum(weights, 1)
@@ -209,34 +212,38 @@ def paged_attention_kernel(
     WINDOW: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr,
     DECODE: tl.constexpr,
+    QUERY_LEN: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
     SEGMENT_TOKENS: tl.constexpr,
     MAX_SEGMENTS: tl.constexpr,
 ):
-    """Decode: grid (rows, KV heads, programs that share a row's segments), one query token a row. Prefill: grid (query tiles,
-    KV heads).
+    """Decode: grid (rows, KV heads, programs that share a row's segments), up to QUERY_LEN tokens a row, all in one tile; with
+    QUERY_LEN 1 exactly one. Prefill: grid (query tiles, KV heads).
 
     Pointers: output and query [T, heads, HEAD_DIM], the query with `query_stride` elements a token; caches [blocks, KV heads,
     BLOCK_SIZE, HEAD_DIM] of the query's type or float8, whose numbers count `k_scale` and `v_scale` times; block_table int32
-    with `table_stride` a row; seq_lens and query_start_loc int32. Decode takes rows from 0 on, prefill the rows `first_row ..
-    num_rows - 1`, before which every row has one token. WINDOW 0: none. Only with DECODE and more than one segment:
-    partial_output float32 [rows, heads, MAX_SEGMENTS, HEAD_DIM], partial_max and partial_sum float32 [rows, heads,
-    MAX_SEGMENTS], for `reduce_segments_kernel`.
+    with `table_stride` a row; seq_lens and query_start_loc int32. Rows are those from `first_row` on, in prefill up to
+    `num_rows - 1`. WINDOW 0: none. Only with DECODE and more than one segment: partial_output float32 [rows, QUERY_LEN, heads,
+    MAX_SEGMENTS, HEAD_DIM], partial_max and partial_sum float32 [rows, QUERY_LEN, heads, MAX_SEGMENTS], for
+    `reduce_segments_kernel`.
     """
     TOKENS_PER_TILE: tl.constexpr = ROWS // HEADS_PER_KV
     NUM_HEADS: tl.constexpr = NUM_KV_HEADS * HEADS_PER_KV
     kv_head = tl.program_id(1)
     if DECODE:
-        row = tl.program_id(0)
+        row = first_row + tl.program_id(0)
         token = tl.load(query_start_loc + row)
         num_tokens = 1
+        if QUERY_LEN > 1:
+            num_tokens = tl.load(query_start_loc + row + 1) - token
         tile_token = 0
     else:
-        row = _row_of_tile(query_start_loc, first_row, num_rows, tl.program_id(0), TOKENS_PER_TILE)
+        first_token = tl.load(query_start_loc + first_row)
+        row = _row_of_tile(query_start_loc, first_row, first_token, num_rows, tl.program_id(0), TOKENS_PER_TILE)
         token = tl.load(query_start_loc + row)
         num_tokens = tl.load(query_start_loc + row + 1) - token
-        tile_in_row = tl.program_id(0) - _first_tile_of(query_start_loc, row, first_row, TOKENS_PER_TILE)
+        tile_in_row = tl.program_id(0) - _first_tile_of(query_start_loc, row, first_row, first_token, TOKENS_PER_TILE)
         num_tiles = (num_tokens + TOKENS_PER_TILE - 1) // TOKENS_PER_TILE
         if tile_in_row >= num_tiles:
             return
@@ -248,7 +255,7 @@ def paged_attention_kernel(
     tile_row = tl.arange(0, ROWS)
     token_in_row = tile_token + tile_row // HEADS_PER_KV
     is_real = (tile_row < TOKENS_PER_TILE * HEADS_PER_KV) & (token_in_row < num_tokens)
-    if DECODE:
+    if DECODE and QUERY_LEN == 1:
         is_real = tile_row < HEADS_PER_KV
     head = kv_head * HEADS_PER_KV + tile_row % HEADS_PER_KV
     positions = seq_len - num_tokens + token_in_row
@@ -303,21 +310,28 @@ def paged_attention_kernel(
             end = tl.minimum(begin + segment_keys, last_key)
             weighted = tl.full([ROWS, PADDED_DIM], 0.0, dtype=tl.float32)
             row_max = tl.full([ROWS], NEGATIVE_INFINITY, dtype=tl.float32)
-            row_sums = tl.full([ROWS, TILE], 0.0, dtype=tl.float32)
+            if QUERY_LEN == 1:
+                row_sums = tl.full([ROWS, TILE], 0.0, dtype=tl.float32)
+            else:
+                row_sums = tl.full([ROWS], 0.0, dtype=tl.float32)
             blocks = _blocks_in_context(table, begin, first_key, end, BLOCK_SIZE, TILE, WINDOW)
             for start in range(begin, end, TILE):
                 following = _blocks_in_context(table, start + TILE, first_key, end, BLOCK_SIZE, TILE, WINDOW)
                 weighted, row_max, row_sums = _attend_tile(
                     weighted, row_max, row_sums, queries, k_page, v_page, blocks, start, first_key, end, positions,
                     score_scale, log2_scale, dims, dim_is_real, block_stride,
-                    BLOCK_SIZE, HEAD_DIM, TILE, WINDOW, HAS_SOFT_CAP, True, DECODE,
+                    BLOCK_SIZE, HEAD_DIM, TILE, WINDOW, HAS_SOFT_CAP, True, QUERY_LEN == 1,
                 )  # fmt: skip
                 blocks = following
-            row_sum = tl.sum(row_sums, 1)
+            if QUERY_LEN == 1:
+                row_sum = tl.sum(row_sums, 1)
+            else:
+                row_sum = row_sums
             if num_segments == 1:
                 tl.store(result_at, _normalized(weighted, row_sum, v_scale).to(output.dtype.element_ty), mask=exists)
             else:
-                part = (row.to(tl.int64) * NUM_HEADS + head) * MAX_SEGMENTS + segment
+                place = (row - first_row).to(tl.int64) * QUERY_LEN + token_in_row
+                part = (place * NUM_HEADS + head) * MAX_SEGMENTS + segment
                 tl.store(partial_max + part, row_max * log2_scale, mask=is_real)
                 tl.store(partial_sum + part, row_sum, mask=is_real)
                 tl.store(partial_output + part[:, None] * HEAD_DIM + dims[None, :], weighted, mask=exists)
@@ -336,7 +350,7 @@ def paged_attention_kernel(
                 weighted, row_max, row_sum = _attend_tile(
                     weighted, row_max, row_sum, queries, k_page, v_page, blocks, start, first_key, last_key, positions,
                     score_scale, log2_scale, dims, dim_is_real, block_stride,
-                    BLOCK_SIZE, HEAD_DIM, TILE, WINDOW, HAS_SOFT_CAP, False, DECODE,
+                    BLOCK_SIZE, HEAD_DIM, TILE, WINDOW, HAS_SOFT_CAP, False, False,
                 )  # fmt: skip
                 blocks = following
         blocks = _blocks_in_context(table, masked_from, first_key, last_key, BLOCK_SIZE, TILE, WINDOW)
@@ -345,13 +359,13 @@ def paged_attention_kernel(
             weighted, row_max, row_sum = _attend_tile(
                 weighted, row_max, row_sum, queries, k_page, v_page, blocks, start, first_key, last_key, positions,
                 score_scale, log2_scale, dims, dim_is_real, block_stride,
-                BLOCK_SIZE, HEAD_DIM, TILE, WINDOW, HAS_SOFT_CAP, True, DECODE,
+                BLOCK_SIZE, HEAD_DIM, TILE, WINDOW, HAS_SOFT_CAP, True, False,
             )  # fmt: skip
             blocks = following
         tl.store(result_at, _normalized(weighted, row_sum, v_scale).to(output.dtype.element_ty), mask=exists)
 
 
-@triton.jit(do_not_specialize_on_alignment=["seq_lens", "query_start_loc"])
+@triton.jit(do_not_specialize=["first_row"], do_not_specialize_on_alignment=["seq_lens", "query_start_loc"])
 def reduce_segments_kernel(
     output,
     partial_output,
@@ -359,7 +373,9 @@ def reduce_segments_kernel(
     partial_sum,
     seq_lens,
     query_start_loc,
+    first_row,
     v_scale,
+    QUERY_LEN: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
@@ -367,19 +383,28 @@ def reduce_segments_kernel(
     SEGMENT_TOKENS: tl.constexpr,
     MAX_SEGMENTS: tl.constexpr,
 ):
-    """Put the segments of decode rows together: grid (rows, heads). Rows of one segment are complete and left alone."""
-    row = tl.program_id(0)
+    """Put the segments of rows from `first_row` on together: grid (rows, heads, QUERY_LEN). Rows of one segment are complete
+    and left alone."""
+    row = first_row + tl.program_id(0)
     head = tl.program_id(1)
+    token_in_row = tl.program_id(2)
+    token = tl.load(query_start_loc + row).to(tl.int64)
+    num_tokens = 1
+    if QUERY_LEN > 1:
+        num_tokens = (tl.load(query_start_loc + row + 1) - token).to(tl.int32)
+        if token_in_row >= num_tokens:
+            return
     num_keys = tl.load(seq_lens + row)
     if WINDOW > 0:
-        num_keys = tl.minimum(num_keys, WINDOW)
+        num_keys = tl.minimum(num_keys, num_tokens - 1 + WINDOW)
     num_segments = num_segments_of(num_keys, SEGMENT_TOKENS, MAX_SEGMENTS)
     if num_segments == 1:
         return
     segments = tl.arange(0, MAX_SEGMENTS)
     dims = tl.arange(0, PADDED_DIM)
     exists = segments < num_segments
-    part = (row.to(tl.int64) * NUM_HEADS + head) * MAX_SEGMENTS + segments
+    place = (row - first_row).to(tl.int64) * QUERY_LEN + token_in_row
+    part = (place * NUM_HEADS + head) * MAX_SEGMENTS + segments
     maxima = tl.load(partial_max + part, mask=exists, other=NEGATIVE_INFINITY)
     sums = tl.load(partial_sum + part, mask=exists, other=0.0)
     weighted = tl.load(
@@ -391,9 +416,8 @@ def reduce_segments_kernel(
     shares = tl.where(maxima == NEGATIVE_INFINITY, 0.0, tl.exp2(maxima - tl.max(maxima, 0)))
     total = tl.sum(shares * sums, 0)
     result = tl.sum(shares[:, None] * weighted, 0) / total * v_scale
-    token = tl.load(query_start_loc + row).to(tl.int64)
     tl.store(
-        output + (token * NUM_HEADS + head) * HEAD_DIM + dims,
+        output + ((token + token_in_row) * NUM_HEADS + head) * HEAD_DIM + dims,
         result.to(output.dtype.element_ty),
         mask=dims < HEAD_DIM,
     )

@@ -65,6 +65,11 @@ def tuned_builds(arch: int) -> Iterator[KernelBuild]:
                     yield from attention_builds(table, tiles, dtype, decode=decode)
     for head_dim in (64, 128, 256):
         yield _reduce_build(table, head_dim)
+        yield _reduce_build(table, head_dim, short=True)
+        tiles = table.prefill_tiles(head_dim, 2)
+        yield from attention_builds(
+            table, tiles, "float16" if arch < FIRST_ARCH_WITH_BFLOAT16 else "bfloat16", decode=False, short=True
+        )
     for dtype in ("float16",) if arch < FIRST_ARCH_WITH_BFLOAT16 else ("bfloat16", "float16", "float32"):
         yield from _norm_builds(dtype)
         yield from _activation_builds(dtype)
@@ -91,14 +96,20 @@ def _dtypes_served(table: TuningTable, tiles: AttentionTiles, *, decode: bool) -
 
 
 def attention_builds(
-    table: TuningTable, tiles: AttentionTiles, dtype: str, *, decode: bool, kv_dtype: str | None = None
+    table: TuningTable,
+    tiles: AttentionTiles,
+    dtype: str,
+    *,
+    decode: bool,
+    short: bool = False,
+    kv_dtype: str | None = None,
 ) -> Iterator[KernelBuild]:
     """The attention kernel with `tiles`, in each of `ATTENTION_VARIANTS`."""
     of_element, of_cache = TRITON_TYPES[dtype], TRITON_TYPES[kv_dtype or dtype]
     # With float8 the commonest heads only: the rest of the kernel is the same.
     for heads_per_kv, window, has_soft_cap in ATTENTION_VARIANTS[:2] if kv_dtype else ATTENTION_VARIANTS:
         geometry = AttentionGeometry(8 * heads_per_kv, 8, tiles.head_dim, 16, window, has_soft_cap)
-        kind = "decode" if decode else "prefill"
+        kind = "short" if short else "decode" if decode else "prefill"
         extra = f" window={window}" * bool(window) + " soft_cap" * has_soft_cap + f" kv={kv_dtype}" * bool(kv_dtype)
         yield KernelBuild(
             name=f"{kind}_attention {dtype} head_dim={tiles.head_dim} heads_per_kv={heads_per_kv}{extra}",
@@ -111,7 +122,7 @@ def attention_builds(
                 **dict.fromkeys(("first_row", "num_rows", "query_stride", "table_stride"), "i32"),
                 **dict.fromkeys(("scale", "soft_cap", "k_scale", "v_scale"), "fp32"),
             },
-            constants=geometry.constants(tiles, table.segments, decode=decode),
+            constants=geometry.constants(tiles, table.segments, decode=decode, short=short),
             aligned_integers=frozenset({"query_stride"}),
             num_warps=tiles.num_warps,
             num_stages=tiles.num_stages,
@@ -119,18 +130,19 @@ def attention_builds(
         )
 
 
-def _reduce_build(table: TuningTable, head_dim: int) -> KernelBuild:
+def _reduce_build(table: TuningTable, head_dim: int, *, short: bool = False) -> KernelBuild:
     geometry = AttentionGeometry(32, 8, head_dim, 16, None, False)
     return KernelBuild(
-        name=f"reduce_segments head_dim={head_dim}",
+        name=f"reduce_segments head_dim={head_dim}" + " short" * short,
         kernel=reduce_segments_kernel,
         types={
             "output": "*bf16" if table.name != "default" else "*fp16",
             **dict.fromkeys(("partial_output", "partial_max", "partial_sum"), "*fp32"),
             **dict.fromkeys(("seq_lens", "query_start_loc"), "*i32"),
+            "first_row": "i32",
             "v_scale": "fp32",
         },
-        constants=geometry.reduce_constants(table.segments),
+        constants=geometry.reduce_constants(table.segments, short=short),
         num_warps=REDUCE_WARPS,
         is_decode=True,
     )

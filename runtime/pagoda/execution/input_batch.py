@@ -36,8 +36,9 @@ logger = logging.getLogger(__name__)
 class RowLayout:
     """Which rows run how many tokens: R rows, T tokens, S outputs. While it stays the same it is not made again.
 
-    Rows are in batch order: those with one token first. An output is a position whose next token is sampled: the last token of
-    a row that samples, and with k drafts the k tokens before it too. A row's outputs follow each other, by position.
+    Rows are in batch order: those with one token first, then those with few. An output is a position whose next token is
+    sampled: the last token of a row that samples, and with k drafts the k tokens before it too. A row's outputs follow each
+    other, by position.
 
     On the host, int64: of each row its index in the plan (`plan_rows`), its request slot, its number of tokens and the index
     of its first token in the batch, `[R]`; of each output its row, that row's index in the plan and request slot, the number
@@ -61,6 +62,7 @@ class RowLayout:
     num_tokens: int
     max_query_len: int
     num_decode_rows: int
+    num_short_rows: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +91,7 @@ class StepInputs:
             max_query_len=self.layout.max_query_len,
             max_seq_len=self.max_seq_len,
             num_decode_rows=self.layout.num_decode_rows,
+            num_short_rows=self.layout.num_short_rows,
         )
 
 
@@ -111,11 +114,16 @@ class InputBatch:
         block_size: int,
         num_blocks: int,
         device: torch.device,
+        short_query_len: int = 1,
+        max_short_rows: int = 0,
     ) -> None:
+        """`short_query_len` and `max_short_rows`: see `KernelBackend`."""
         self.max_model_len = max_model_len
         self.vocab_size = vocab_size
         self.block_size = block_size
         self.num_blocks = num_blocks
+        self._short_query_len = short_query_len
+        self._max_short_rows = max_short_rows
         self.max_blocks = -(-max_model_len // block_size)
         self.device = device
         self.token_pool = torch.zeros((max_num_seqs, max_model_len + 1), dtype=torch.int64, device=device)
@@ -242,11 +250,15 @@ class InputBatch:
         key = (plan.req_indices, plan.num_scheduled_tokens, plan.samples, num_drafts, blocked)
         if key != self._layout_key:
             rows = [row for row, req_index in enumerate(plan.req_indices) if req_index not in self._cannot_run]
-            rows.sort(key=lambda row: plan.num_scheduled_tokens[row] > 1)
+            rows.sort(key=lambda row: self._kind_of_row(plan.num_scheduled_tokens[row]))
             self._layout_key = None
             self._layout = self._make_layout(plan, rows) if rows else None
             self._layout_key = key
         return self._layout
+
+    def _kind_of_row(self, num_tokens: int) -> int:
+        """0: decode, 1: short, 2: any other. Rows of a kind go to attention together, in this order."""
+        return (num_tokens > 1) + (num_tokens > self._short_query_len)
 
     def _make_layout(self, plan: StepPlan, rows: list[int]) -> RowLayout:
         """The layout of these rows of the plan, in this order."""
@@ -283,6 +295,9 @@ class InputBatch:
             num_tokens=num_tokens,
             max_query_len=int(scheduled.max()),
             num_decode_rows=int((scheduled == 1).sum()),
+            num_short_rows=min(
+                int(((scheduled > 1) & (scheduled <= self._short_query_len)).sum()), self._max_short_rows
+            ),
         )
 
     def _fail_wrong_rows(self, layout: RowLayout, computed: Int64Array) -> bool:

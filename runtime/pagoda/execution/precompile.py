@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # More tokens or longer contexts than these need no other kernels.
-_PROMPT_TOKENS, _DECODE_ROWS, _CONTEXT_TOKENS = 16, 2, 1 << 16
+_PROMPT_TOKENS, _SHORT_TOKENS, _DECODE_ROWS, _CONTEXT_TOKENS = 16, 2, 2, 1 << 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,9 +92,14 @@ def wanted_kernels(build: ModelBuild) -> list[Specialization]:
     ]
     with table_in_use(table_of_device(build.device)), torch.inference_mode(), recorded_launches() as wanted:
         _gather(build.block_size)
-        for num_tokens, num_decode_rows in ((_PROMPT_TOKENS, 0), (_DECODE_ROWS, _DECODE_ROWS)):
+        short_rows = int(bool(backend.active.max_short_rows(shard.heads.size // shard.kv_heads.size)))
+        for num_tokens, num_decode_rows, num_short_rows in (
+            (_PROMPT_TOKENS, 0, 0),
+            (_SHORT_TOKENS, 0, short_rows),
+            (_DECODE_ROWS, _DECODE_ROWS, 0),
+        ):
             ids = torch.empty(num_tokens, dtype=torch.int64, device=meta)
-            metadata = _metadata(num_tokens, num_decode_rows, build.block_size)
+            metadata = _metadata(num_tokens, num_decode_rows, num_short_rows, build.block_size)
             hidden = model.forward(ids, ids, caches, metadata)
             logits = model.compute_logits(hidden[:1]) if hidden is not None else None
             if logits is not None:
@@ -102,8 +107,8 @@ def wanted_kernels(build: ModelBuild) -> list[Specialization]:
     return wanted
 
 
-def _metadata(num_tokens: int, num_decode_rows: int, block_size: int) -> AttentionMetadata:
-    """One prompt, or rows that decode in contexts long enough to be cut into segments."""
+def _metadata(num_tokens: int, num_decode_rows: int, num_short_rows: int, block_size: int) -> AttentionMetadata:
+    """One prompt, a row of few tokens, or rows that decode in contexts long enough to be cut into segments."""
     num_rows = num_decode_rows or 1
 
     def empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
@@ -117,6 +122,7 @@ def _metadata(num_tokens: int, num_decode_rows: int, block_size: int) -> Attenti
         max_query_len=num_tokens // num_rows,
         max_seq_len=_CONTEXT_TOKENS,
         num_decode_rows=num_decode_rows,
+        num_short_rows=num_short_rows,
     )
 
 

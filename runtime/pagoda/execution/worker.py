@@ -44,6 +44,7 @@ from pagoda.platform.hardware import memory_report
 from pagoda.request import EngineRequest
 from pagoda.sampling.params import SamplingParams
 from pagoda.scheduling.plan import NO_SAMPLED_TOKENS, NewRequest, SampledTokensUpdate, StepPlan
+from pagoda_kernels import backend
 from pagoda_kernels.huge_pages import zeros_on_huge_pages
 
 logger = logging.getLogger(__name__)
@@ -249,6 +250,7 @@ class Worker:
         shape = (num_blocks, self.shard.kv_heads.size, config.block_size, model_config.head_dim)
         tensors = self._zeros(2 * len(self.shard.layers), shape)
         kv_caches = list(zip(tensors[::2], tensors[1::2], strict=True))
+        heads_per_kv = self.shard.heads.size // self.shard.kv_heads.size
         batch = InputBatch(
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
@@ -256,6 +258,8 @@ class Worker:
             block_size=config.block_size,
             num_blocks=num_blocks,
             device=self.device,
+            short_query_len=backend.active.short_query_len(heads_per_kv),
+            max_short_rows=backend.active.max_short_rows(heads_per_kv),
         )
         return ModelRunner(self.model, kv_caches, batch, seed=config.seed)
 
