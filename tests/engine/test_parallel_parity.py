@@ -204,6 +204,16 @@ def test_drafts_change_no_token(layout, case_of, start) -> None:
     assert num_steps < core.stats().step - num_steps, "no draft was accepted"
 
 
+@pytest.mark.parametrize("layout", [(2, 1), (2, 2)], ids=["tp2", "tp2-pp2"])
+def test_draft_model_on_the_sampling_rank_changes_no_token(layout, case_of, start) -> None:
+    case = case_of("qwen2")
+    speculation = {"method": "draft_model", "model": str(case.directory), "num_speculative_tokens": 3}
+    core, _ = start(config_of(case.directory, layout, 32, speculative_config=speculation))
+    assert run_greedily(core, case, "first-") == case.expected
+    assert run_greedily(core, case, "second-") == case.expected
+    assert core.stats().num_spec_accepted_tokens > 0
+
+
 @pytest.mark.parametrize("layout", [(2, 1), (1, 2)], ids=["tp2", "pp2"])
 def test_request_that_cannot_be_prepared_fails_alone(layout, case_of, start) -> None:
     """The sampler's state is on one rank: a fault there must not change what the ranks exchange."""

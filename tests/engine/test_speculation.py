@@ -6,7 +6,7 @@ some point: tokens, log-probabilities to the bit, finish reasons and stop reason
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
 
@@ -15,12 +15,14 @@ import pytest
 from pagoda.config.schema import PagodaConfig
 from pagoda.engine.core.loop import EngineCore
 from pagoda.engine.core.startup import start_core
+from pagoda.errors import CheckpointError, ConfigError
 from pagoda.models.dummy import DummySpec
 from pagoda.request import EngineRequest
 from pagoda.sampling.output import FinishReason, TokenLogprobs
 from pagoda.sampling.params import SamplingParams
 from pagoda.scheduling.lookahead import Speculation
 from pagoda.scheduling.request import Request
+from pagoda.speculation.model_proposer import ModelProposer
 from tests.support.checkpoints import shared_checkpoint
 from tests.support.drafts import ArbitraryDrafts
 
@@ -215,3 +217,59 @@ def test_endless_generation_of_many_ends_within_every_cap_and_leaves_all_blocks_
     assert stats.num_blocks_in_use == 0
     core._scheduler.check_integrity()
     assert not core._scheduler.find_leak()
+
+
+class Steady(ModelProposer):
+    """Asks for as many drafts as may be, whatever they cost."""
+
+    def wanted(self, requests, num_outputs):
+        super().wanted(requests, num_outputs)
+        return [self._most if request.draft_state is not None else None for request in requests]
+
+    def propose(self, requests, limits, num_outputs, num_tokens):
+        return [self._drafts_of(request)[: max(0, limit)] for request, limit in zip(requests, limits, strict=True)]
+
+
+@pytest.mark.parametrize("is_right", [True, False])
+@pytest.mark.parametrize("blocks", [None, 40])
+def test_draft_model_changes_no_answer_and_is_believed_where_it_is_the_model(
+    is_right: bool, blocks: int | None
+) -> None:
+    """A draft model that is the model itself is right wherever it has the same history, at any temperature."""
+    directory = shared_checkpoint(SPECS["llama"])
+    drafter = directory if is_right else shared_checkpoint(replace(SPECS["qwen3"], seed=7))
+    requests = requests_of(SAMPLINGS)
+    plain = answers_of(make_core(directory), requests)
+    core = make_core(
+        directory,
+        speculative_config={"method": "draft_model", "model": str(drafter), "num_speculative_tokens": 3},
+        num_gpu_blocks_override=blocks,
+        kv_cache_watermark=0.0,
+    )
+    core._scheduler._lookahead._proposer = Steady(3)
+    for _ in range(2):
+        assert answers_of(core, requests) == plain
+    stats = core.stats()
+    assert (stats.num_preemptions > 0) == (blocks is not None)
+    assert stats.num_spec_draft_tokens > 200
+    share = stats.num_spec_accepted_tokens / stats.num_spec_draft_tokens
+    if is_right:
+        assert share > (0.95 if blocks is None else 0.5)
+    else:
+        assert share < 0.5
+    assert stats.num_blocks_in_use == 0
+
+
+def test_draft_model_is_used_where_it_pays_and_rests_where_it_does_not() -> None:
+    directory = shared_checkpoint(SPECS["llama"])
+    core = make_core(directory, speculative_config={"method": "draft_model", "model": str(directory)})
+    requests = requests_of(SAMPLINGS, max_tokens=60)
+    assert answers_of(core, requests) == answers_of(make_core(directory), requests)
+
+
+def test_draft_model_of_another_vocabulary_is_refused_before_anything_loads() -> None:
+    other = shared_checkpoint(DummySpec(vocab_size=300))
+    with pytest.raises(ConfigError, match="vocabulary of 300 tokens, the model one of 512"):
+        make_core(shared_checkpoint(SPECS["llama"]), speculative_config={"model": str(other)})
+    with pytest.raises(CheckpointError, match="there is no directory /nowhere"):
+        make_core(shared_checkpoint(SPECS["llama"]), speculative_config={"model": "/nowhere"})

@@ -177,7 +177,7 @@ def test_a_row_is_the_same_to_the_bit_alone_and_in_a_batch(
         (3, 2, 2, None),
         (4, 3, 1, 21),
         (5, 8, 1, None),
-        (6, 2, 2, 21),
+        (6, 2, 2, 30),
         (7, 3, 1, None),
         (8, 8, 1, 5),
     ],

@@ -223,6 +223,7 @@ def step(query_lens):
         max_query_len=max(query_lens),
         max_seq_len=600,
         num_decode_rows=query_lens.count(1),
+        num_short_rows=sum(1 < length < 20 for length in query_lens),
     )
     ids = torch.zeros(tokens, dtype=torch.int64)
     hidden = model.forward(ids, ids, caches, metadata)
@@ -236,6 +237,7 @@ def step(query_lens):
 with tuning.table_in_use(load_table("sm_90")), torch.inference_mode(), recorded_launches() as launched:
     step([1, 1, 1])
     step([1, 7, 3])
+    step([1, 7, 40])
 
 layout = ParallelLayout(2, 2)
 parallel = {}

@@ -36,6 +36,15 @@ class ArbitraryDrafts:
         drafts = list(self._truth(request, num_right))[:num_right]
         return drafts + [self._random.randrange(self._vocab_size) for _ in range(count - len(drafts))]
 
+    def wanted(self, requests: Sequence[Request], num_outputs: int) -> list[int | None]:
+        return [None] * len(requests)
+
+    def receive(self, request: Request, draft_token_ids: list[int]) -> None:
+        raise AssertionError
+
+    def observe_drafting(self, num_drafts: int, seconds: float) -> None:
+        raise AssertionError
+
     def observe(self, num_tokens: int, seconds: float) -> None:
         assert num_tokens >= 1
         assert seconds >= 0

@@ -81,9 +81,9 @@ class AttentionGeometry:
             "MAX_SEGMENTS": segments.max_segments,
         }
 
-    def most_segments(self, max_seq_len: int, segments: SegmentRule) -> int:
-        """The most segments that a row of up to `max_seq_len` tokens is cut into."""
-        visible = min(max_seq_len, self.sliding_window or max_seq_len)
+    def most_segments(self, max_seq_len: int, segments: SegmentRule, query_len: int = 1) -> int:
+        """The most segments that a row of up to `max_seq_len` tokens, `query_len` of them queries, is cut into."""
+        visible = min(max_seq_len, (self.sliding_window or max_seq_len) + query_len - 1)
         return min(max(1, -(-visible // segments.tokens)), segments.max_segments)
 
     def programs_per_row(self, num_rows: int, num_segments: int, segments: SegmentRule) -> int:
@@ -159,7 +159,7 @@ def _decode(
         (metadata.num_decode_rows, metadata.num_short_rows) if short else (0, metadata.num_decode_rows)
     )
     query_len = short_query_len(geometry.heads_per_kv) if short else 1
-    num_segments = geometry.most_segments(metadata.max_seq_len, table.segments)
+    num_segments = geometry.most_segments(metadata.max_seq_len, table.segments, query_len)
     partials = DECODE_WORKSPACE.partials(
         num_rows * query_len, geometry.num_heads, table.segments, geometry.head_dim, query.device
     )

@@ -158,9 +158,12 @@ class Rules:
             refuse("quantization_group_size", "needs quantization=int4: nothing else is quantized in groups at load")
         if values["speculative_config"] is not None:
             try:
-                SpeculativeConfig.parse(values["speculative_config"])
+                method = SpeculativeConfig.parse(values["speculative_config"]).method
             except ValueError as error:
                 refuse("speculative_config", str(error))
+            else:
+                if method == "draft_model" and values["num_scheduler_steps"] > 1:
+                    refuse("num_scheduler_steps", "must be 1 with a draft model, which follows every step")
         if values["kv_events_config"] is not None:
             try:
                 KVEventsConfig.parse(values["kv_events_config"])

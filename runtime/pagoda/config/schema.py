@@ -225,7 +225,7 @@ class PagodaConfig:
     speculative_config: Mapping[str, Any] | None = option(
         None,
         "speculation",
-        "Speculative decoding, as a JSON object with vLLM's keys: method (ngram, suffix), num_speculative_tokens "
+        "Speculative decoding, as a JSON object with vLLM's keys: method (ngram, suffix, draft_model), num_speculative_tokens "
         "(the most drafts of a sequence in a step), and those of the method. None: off.",
     )
 

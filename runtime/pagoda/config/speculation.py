@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
-METHODS = ("ngram", "suffix")
+METHODS = ("ngram", "suffix", "draft_model")
 
 # More drafts than this in a row are never all right often enough to pay for their positions.
 MAX_SPECULATIVE_TOKENS = 128
@@ -34,7 +33,7 @@ class SpeculativeConfig:
     occurrence with the most equal tokens counts, up to `prompt_lookup_max`. suffix: what followed most often, in prompt and
     output and in earlier outputs of the same tenant, up to `max_cached_requests` of them; at most `max_spec_factor` times as
     many drafts as tokens are equal, while their estimated probability is at least `min_token_prob`. draft_model: what the
-    small model `model`, a directory, generates.
+    small model `model`, a directory or a Hugging Face id, generates.
     """
 
     method: str
@@ -71,6 +70,10 @@ class SpeculativeConfig:
         config._check()
         return config
 
+    def max_draft_tokens(self, max_num_seqs: int, max_num_batched_tokens: int) -> int:
+        """The most drafts of all rows of a step together: more would not pay, and their logits take memory."""
+        return min(max(max_num_seqs, MAX_SPECULATIVE_TOKENS), max_num_batched_tokens)
+
     def _check(self) -> None:
         _integer("num_speculative_tokens", self.num_speculative_tokens, 1, MAX_SPECULATIVE_TOKENS)
         _integer("prompt_lookup_min", self.prompt_lookup_min, 1, 128)
@@ -86,9 +89,7 @@ class SpeculativeConfig:
         if self.method != "draft_model":
             return
         if not isinstance(self.model, str) or not self.model:
-            raise ValueError("method draft_model needs model, the directory of the small model")
-        if not Path(self.model).expanduser().is_dir():
-            raise ValueError(f"model={self.model[:200]!r}: there is no such directory")
+            raise ValueError("method draft_model needs model, the directory or the Hugging Face id of the small model")
 
 
 def _integer(name: str, value: object, low: int, high: int) -> None:

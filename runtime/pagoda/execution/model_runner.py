@@ -155,15 +155,22 @@ class ModelRunner:
     """
 
     def __init__(
-        self, model: DecoderForCausalLM, kv_caches: list[KVCache], batch: InputBatch, *, seed: int | None
+        self,
+        model: DecoderForCausalLM,
+        kv_caches: list[KVCache],
+        batch: InputBatch,
+        *,
+        seed: int | None,
+        sampler: Sampler | None = None,
     ) -> None:
+        """`sampler`: that of another model's runner on the same request slots; None: one of its own."""
         self.model = model
         self.groups = model.groups
         # With several stages the sampled tokens come with a later plan, by way of the driver, to all ranks alike.
         self._shares_samples = self.groups.layout.pipeline_parallel_size == 1
         self.kv_caches = kv_caches
         self.batch = batch
-        self.sampler = Sampler(
+        self.sampler = sampler or Sampler(
             vocab_size=batch.vocab_size, token_pool=batch.token_pool, kernels=backend.active, seed=seed
         )
         # Request slots whose requests want prompt logprobs: how many best tokens, and the length of the prompt.
@@ -209,6 +216,10 @@ class ModelRunner:
             return PendingStep(plan, errors, self.batch.device)
         if faults.is_installed("sample") and self.groups.coordinates.is_sampling_rank:
             _fire_sample_faults(plan, errors)
+        return self.compute(plan, inputs, errors)
+
+    def compute(self, plan: StepPlan, inputs: StepInputs, errors: dict[int, str]) -> PendingStep:
+        """Run the model on the inputs of a plan, and sample; `errors`: of its rows, what is wrong with them already."""
         hidden = self._forward(inputs)
         if hidden is None:  # the next pipeline stage goes on with it
             return PendingStep(plan, errors, self.batch.device)

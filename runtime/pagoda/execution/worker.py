@@ -14,6 +14,8 @@ from pagoda.config.schema import PagodaConfig
 from pagoda.config.values import format_bytes
 from pagoda.errors import ConfigError
 from pagoda.execution.cuda_graphs import CudaCapture, graph_sizes, reserved_bytes, uses_cuda_graphs
+from pagoda.execution.draft_model import DraftModel
+from pagoda.execution.executor import StepHandle
 from pagoda.execution.input_batch import InputBatch
 from pagoda.execution.kernel_choice import (
     choose_cpu_kernels,
@@ -22,11 +24,11 @@ from pagoda.execution.kernel_choice import (
     reserve_decode_workspace,
 )
 from pagoda.execution.kv_memory import choose_cpu_kv_cache_bytes
-from pagoda.execution.model_runner import ModelRunner, PendingMultiStep, PendingStep
+from pagoda.execution.model_runner import ModelRunner, PendingMultiStep
 from pagoda.execution.precompile import ModelBuild, kernels_compiled_meanwhile
 from pagoda.models.build import build_model
 from pagoda.models.config import ModelConfig
-from pagoda.models.decoder import DecoderForCausalLM
+from pagoda.models.decoder import DecoderForCausalLM, KVCache
 from pagoda.models.fused_layers import fuse_layers
 from pagoda.models.kv_scales import set_kv_scales
 from pagoda.models.loading.loader import (
@@ -87,6 +89,10 @@ class Worker:
         self.kv_dtype = _FLOAT8_TYPES.get(config.kv_cache_dtype, self.dtype)
         self.model: DecoderForCausalLM | None = None
         self.runner: ModelRunner | None = None
+        # Of speculative decoding by a draft model, which is whole on the rank that samples.
+        self._draft_config = self._read_draft_config()
+        self._small_model: DecoderForCausalLM | None = None
+        self._draft_model: DraftModel | None = None
 
     def load(self, progress: LoadListener | None = None) -> None:
         """Set up the device and fill the weights. Raises `CheckpointError` for a checkpoint that does not fit."""
@@ -119,11 +125,33 @@ class Worker:
         if self.kv_dtype != self.dtype:
             set_kv_scales(self.model, self.config.model if self.config.load_format != "dummy" else None)
         fuse_layers(self.model)
+        if self._draft_config is not None:
+            self._small_model = self._load_draft_model(self._draft_config)
         logger.info("weights take %s", format_bytes(weight_bytes(self.model)))
         if self.device.type == "cuda":
             reserve_decode_workspace(
                 self._max_num_seqs(), self.shard.heads.size, self.model_config.head_dim, self.device
             )
+
+    def _read_draft_config(self) -> ModelConfig | None:
+        speculation = self.config.speculation
+        if speculation is None or speculation.model is None or not self.groups.coordinates.is_sampling_rank:
+            return None
+        return ModelConfig.from_directory(speculation.model)
+
+    def _load_draft_model(self, config: ModelConfig) -> DecoderForCausalLM:
+        speculation = self.config.speculation
+        assert speculation is not None
+        assert speculation.model is not None
+        quantization = choose_quantization(None, None, config.quantization, config.linear_input_sizes)
+        if quantization is not None:
+            check_device(quantization, self.device.type, self.config.dtype)
+        packed = packs_weights(self.dtype)
+        model = build_model(config, self.dtype, self.device, SINGLE_RANK, quantization, packed=packed)
+        load_weights(model, speculation.model)
+        fuse_layers(model)
+        logger.info("weights of the draft model take %s", format_bytes(weight_bytes(model)))
+        return model
 
     def _compiling_kernels(self, quantization: QuantizationConfig | None) -> AbstractContextManager[None]:
         """On a GPU, compile the model's kernels in the background."""
@@ -156,8 +184,13 @@ class Worker:
         return quantization.from_floats() if self.config.load_format == "dummy" else quantization
 
     def kv_block_bytes(self, block_size: int) -> int:
-        """Bytes of one KV block of `block_size` tokens: keys and values, in the layers and of the KV heads of this rank."""
-        return self.shard.kv_bytes_per_token(self.kv_dtype.itemsize) * block_size
+        """Bytes of one KV block of `block_size` tokens: keys and values, in the layers and of the KV heads of this rank, and
+        of the draft model where it has one."""
+        of_token = self.shard.kv_bytes_per_token(self.kv_dtype.itemsize)
+        if self._draft_config is not None:
+            whole = ModelShard.of(self._draft_config, SINGLE_RANK.layout, 0)
+            of_token += whole.kv_bytes_per_token(self.dtype.itemsize)
+        return of_token * block_size
 
     def available_kv_bytes(self, num_ranks_on_host: int = 1) -> int:
         """Memory that the KV cache may take, with the weights loaded. On a GPU, a step of the greatest size is run.
@@ -185,6 +218,8 @@ class Worker:
         """
         self.runner = self._make_runner(num_blocks, max_model_len or self._longest_sequence(), self._max_num_seqs())
         self._run_largest(self.runner, num_rows=1, num_tokens=min(_WARM_UP_TOKENS, self.runner.batch.max_model_len - 1))
+        if self._small_model is not None:
+            self._draft_model = self._make_draft_model(self._small_model, self.runner)
         if self._uses_cuda_graphs():
             self._capture_cuda_graphs(self.runner)
         if self.device.type == "cuda":
@@ -197,13 +232,13 @@ class Worker:
                 if num_tokens < min(largest["num_tokens"], max_model_len):
                     self._run_largest(self.runner, num_rows=1, num_tokens=num_tokens)
 
-    def execute(
-        self, plan: StepPlan, update: SampledTokensUpdate = NO_SAMPLED_TOKENS
-    ) -> PendingStep | PendingMultiStep:
+    def execute(self, plan: StepPlan, update: SampledTokensUpdate = NO_SAMPLED_TOKENS) -> StepHandle:
         """Run a plan, see `ModelRunner.execute`; all steps of a multi-step plan, each on what the one before sampled."""
         if self.runner is None:
             raise RuntimeError("the KV cache is not initialized: no step can run")
         first = self.runner.execute(plan, update)
+        if self._draft_model is not None:
+            return self._draft_model.follow(plan, first)
         if not plan.num_steps:
             return first
         later = [plan.nth_step(index) for index in range(1, max(plan.num_steps))]
@@ -213,8 +248,8 @@ class Worker:
         """Free model, KV cache and CUDA graphs, once the device has done its work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        self.model = None
-        self.runner = None
+        self.model = self._small_model = None
+        self.runner = self._draft_model = None
         if self.device.type == "cuda":
             gc.collect()  # graphs and model refer to each other
             torch.cuda.empty_cache()
@@ -247,9 +282,7 @@ class Worker:
         if self.model is None:
             raise RuntimeError("the model is not loaded: there is nothing to run")
         config, model_config = self.config, self.model_config
-        shape = (num_blocks, self.shard.kv_heads.size, config.block_size, model_config.head_dim)
-        tensors = self._zeros(2 * len(self.shard.layers), shape)
-        kv_caches = list(zip(tensors[::2], tensors[1::2], strict=True))
+        kv_caches = self._kv_caches(self.shard, model_config, self.kv_dtype, num_blocks)
         heads_per_kv = self.shard.heads.size // self.shard.kv_heads.size
         batch = InputBatch(
             max_num_seqs=max_num_seqs,
@@ -262,6 +295,21 @@ class Worker:
             max_short_rows=backend.active.max_short_rows(heads_per_kv),
         )
         return ModelRunner(self.model, kv_caches, batch, seed=config.seed)
+
+    def _kv_caches(
+        self, shard: ModelShard, model_config: ModelConfig, dtype: torch.dtype, num_blocks: int
+    ) -> list[KVCache]:
+        shape = (num_blocks, shard.kv_heads.size, self.config.block_size, model_config.head_dim)
+        tensors = self._zeros(2 * len(shard.layers), shape, dtype)
+        return list(zip(tensors[::2], tensors[1::2], strict=True))
+
+    def _make_draft_model(self, model: DecoderForCausalLM, large: ModelRunner) -> DraftModel:
+        """The draft model on the request slots of `large`; runs a first step."""
+        assert self.config.max_num_batched_tokens is not None
+        kv_caches = self._kv_caches(model.shard, model.config, self.dtype, large.batch.num_blocks)
+        runner = ModelRunner(model, kv_caches, large.batch, seed=self.config.seed, sampler=large.sampler)
+        self._run_largest(runner, num_rows=1, num_tokens=min(_WARM_UP_TOKENS, large.batch.max_model_len - 1))
+        return DraftModel(runner, self.config.max_num_batched_tokens)
 
     def _capture_cuda_graphs(self, runner: ModelRunner) -> None:
         torch.cuda.synchronize()
@@ -277,11 +325,11 @@ class Worker:
             format_bytes(max(0, free_before - torch.cuda.mem_get_info()[0])),
         )
 
-    def _zeros(self, num_tensors: int, shape: tuple[int, ...]) -> Sequence[torch.Tensor]:
+    def _zeros(self, num_tensors: int, shape: tuple[int, ...], dtype: torch.dtype) -> Sequence[torch.Tensor]:
         """Keys and values of all layers. On a CPU, all of their memory is taken now, on huge pages where there are any."""
         if self.device.type == "cpu":
-            return zeros_on_huge_pages((num_tensors, *shape), self.kv_dtype).unbind()
-        return [torch.zeros(shape, dtype=self.kv_dtype, device=self.device) for _ in range(num_tensors)]
+            return zeros_on_huge_pages((num_tensors, *shape), dtype).unbind()
+        return [torch.zeros(shape, dtype=dtype, device=self.device) for _ in range(num_tensors)]
 
     def _run_largest(self, runner: ModelRunner, *, num_rows: int, num_tokens: int) -> None:
         """Run `num_tokens` tokens in `num_rows` rows that all sample, and then one more of each. Uses the null block only."""
@@ -324,7 +372,10 @@ class Worker:
         slots."""
         assert self.config.max_num_batched_tokens is not None
         num_tokens = self.config.max_num_batched_tokens
-        num_rows = min(self._max_num_seqs(), num_tokens)
+        speculation, max_num_seqs = self.config.speculation, self._max_num_seqs()
+        # A draft is one more row of logits.
+        num_drafts = 0 if speculation is None else speculation.max_draft_tokens(max_num_seqs, num_tokens)
+        num_rows = min(max_num_seqs + num_drafts, num_tokens)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_reserved()

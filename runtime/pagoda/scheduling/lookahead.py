@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from pagoda.scheduling.config import SchedulerLimits
 from pagoda.scheduling.kv_cache_manager import KVCacheManager
-from pagoda.scheduling.plan import StepPlan
+from pagoda.scheduling.plan import StepPlan, StepResult
 from pagoda.scheduling.planned_step import PlannedStep
 from pagoda.scheduling.request import Request
 
@@ -30,7 +30,10 @@ class Lookahead:
     def extend(self, step: PlannedStep, num_tokens: int, num_running: int) -> None:
         """Let rows of `step`, which may hold `num_tokens` tokens, do more; `num_running` requests hold blocks."""
 
-    def observe(self, plan: StepPlan, seconds: float) -> None:
+    def receive(self, request: Request, draft_token_ids: list[int]) -> None:
+        """The draft model has made drafts that follow the request's known tokens."""
+
+    def observe(self, plan: StepPlan, result: StepResult, seconds: float) -> None:
         """The turn of the engine's loop that ran `plan` took so long."""
 
     def remove(self, request: Request) -> None:
@@ -76,8 +79,18 @@ class Proposer(Protocol):
         step without drafts. Ids are within the vocabulary.
         """
 
+    def wanted(self, requests: Sequence[Request], num_outputs: int) -> Sequence[int | None]:
+        """Of each of these requests how many drafts the ranks should make for its next step, 0 to follow it only; None where
+        no draft model is needed, or not now."""
+
+    def receive(self, request: Request, draft_token_ids: list[int]) -> None:
+        """The ranks have made drafts that follow the request's known tokens."""
+
     def observe(self, num_tokens: int, seconds: float) -> None:
-        """A step of so many tokens, drafts included, all of whose rows sampled, took so long."""
+        """A step of so many tokens, drafts included, all of whose rows sampled, took so long without its draft model."""
+
+    def observe_drafting(self, num_drafts: int, seconds: float) -> None:
+        """Making up to so many drafts of each row took so long."""
 
     def remove(self, request: Request) -> None:
         """A request has ended; its tokens are still there."""
@@ -108,16 +121,23 @@ class Speculation(Lookahead):
         self._proposer.remove(request)
 
     @override
+    def receive(self, request: Request, draft_token_ids: list[int]) -> None:
+        self._proposer.receive(request, draft_token_ids)
+
+    @override
     def extend(self, step: PlannedStep, num_tokens: int, num_running: int) -> None:
         self._add_drafts(step, num_tokens, num_running)
+        self._want_drafts(step, num_running)
         if not step.plan.draft_token_ids:
             self._otherwise.extend(step, num_tokens, num_running)
 
     @override
-    def observe(self, plan: StepPlan, seconds: float) -> None:
+    def observe(self, plan: StepPlan, result: StepResult, seconds: float) -> None:
         num_outputs = sum(plan.samples) + sum(map(len, plan.draft_token_ids.values()))
         if num_outputs == plan.total_tokens and not plan.num_steps:
-            self._proposer.observe(num_outputs, seconds)
+            self._proposer.observe(num_outputs, seconds - result.draft_seconds)
+            if plan.num_drafts_wanted:
+                self._proposer.observe_drafting(max(plan.num_drafts_wanted.values()), result.draft_seconds)
 
     def _add_drafts(self, step: PlannedStep, num_tokens: int, num_running: int) -> None:
         """Add drafts to the rows that sample, in order, while there is room for them."""
@@ -143,3 +163,21 @@ class Speculation(Lookahead):
             if room > 0:
                 step.add_drafts(row, list(proposal[:room]))
                 left -= room
+
+    def _want_drafts(self, step: PlannedStep, num_running: int) -> None:
+        """Say which rows a draft model follows, and give it blocks for what it writes there."""
+        plan = step.plan
+        rows = [row for row, request in enumerate(step.requests) if request.speculates]
+        wanted = self._proposer.wanted([step.requests[row] for row in rows], sum(plan.samples))
+        for row, count in zip(rows, wanted, strict=True):
+            if count is None:
+                continue
+            request = step.requests[row]
+            if plan.samples[row]:
+                # If all drafts of this step are right, as many tokens follow as are in flight now.
+                count = min(count, request.max_tokens - request.num_output_tokens - request.num_in_flight - 1)
+                self._kv.extend_for_drafts(request, 1 + count, num_running)
+                step.send_blocks(row)
+                plan.num_drafts_wanted[row] = max(0, count)
+            else:
+                plan.num_drafts_wanted[row] = 0

@@ -70,6 +70,7 @@ class StepPlan:
     `draft_token_ids[i]` are the drafts of a row that samples and has any: the last ones of its scheduled tokens.
 
     `token_masks` are those of the rows that are constrained, None where none is.
+    `num_drafts_wanted[i]`: a draft model on the ranks follows row i, and makes so many drafts for its request's next step.
 
     Multi-step scheduling (`num_scheduler_steps`): in a plan in which every row samples one token, row i may run `num_steps[i]`
     steps, each on the token sampled by the one before; its blocks are allocated. Otherwise, and with drafts, `num_steps` is
@@ -87,6 +88,7 @@ class StepPlan:
     block_offsets: list[int] = field(default_factory=list)
     samples: list[bool] = field(default_factory=list)
     draft_token_ids: dict[int, list[int]] = field(default_factory=dict)
+    num_drafts_wanted: dict[int, int] = field(default_factory=dict)
     num_steps: list[int] = field(default_factory=list)
     token_masks: TokenMasks | None = None
 
@@ -135,7 +137,8 @@ class StepResult:
     these and the one after them; empty where the row does not sample or has failed. `logprobs[i]`: one entry a sampled id,
     only for rows that asked. `prompt_logprobs[i]`: for a row that asked, entries for the prompt positions `computed+1 ..
     computed+scheduled` that this step predicted (the first prompt token has none). `errors[i]`: the row failed alone, and why;
-    it may not have written its KV.
+    it may not have written its KV. `draft_token_ids[i]`: what the draft model expects behind the last sampled id of row i;
+    `draft_seconds`: the part of the step's time that it took.
     """
 
     step_id: int
@@ -143,3 +146,5 @@ class StepResult:
     logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
     prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
     errors: dict[int, str] = field(default_factory=dict)
+    draft_token_ids: dict[int, list[int]] = field(default_factory=dict)
+    draft_seconds: float = 0.0

@@ -67,9 +67,13 @@ class PlannedStep:
         num_drafts = len(draft_token_ids)
         self.plan.draft_token_ids[row] = draft_token_ids
         self.plan.num_scheduled_tokens[row] += num_drafts
-        self.plan.new_block_ids[row] += _take_unsent_blocks(request)
+        self.send_blocks(row)
         request.num_computed_tokens += num_drafts
         request.num_in_flight += num_drafts
+
+    def send_blocks(self, row: int) -> None:
+        """Send the blocks that the row's request has got since it was added."""
+        self.plan.new_block_ids[row] += _take_unsent_blocks(self.requests[row])
 
     def rows(self) -> Iterable[tuple[int, Request]]:
         """The rows whose results count, by their place in the plan."""

@@ -461,11 +461,13 @@ class Scheduler:
                 request.collect_prompt_logprobs(plan.num_computed_tokens[row], entries)
             if plan.samples[row]:
                 updates.append(self._process_output(request, result.sampled_token_ids[row], result.logprobs.get(row)))
+            if row in result.draft_token_ids:
+                self._lookahead.receive(request, result.draft_token_ids[row])
         return updates
 
-    def observe(self, plan: StepPlan, seconds: float) -> None:
+    def observe(self, plan: StepPlan, result: StepResult, seconds: float) -> None:
         """The turn of the engine's loop that ended with the result of `plan` took so long."""
-        self._lookahead.observe(plan, seconds)
+        self._lookahead.observe(plan, result, seconds)
 
     def _take_back_refused(self, step: PlannedStep, result: StepResult) -> None:
         """Let the counters of requests with drafts fall back to what was verified; their blocks stay."""

@@ -5,20 +5,11 @@ from __future__ import annotations
 from pagoda.config.speculation import SpeculativeConfig
 from pagoda.scheduling.config import SchedulerLimits
 from pagoda.scheduling.kv_cache_manager import KVCacheManager
-from pagoda.scheduling.lookahead import Lookahead, MultiStep, Speculation
+from pagoda.scheduling.lookahead import Lookahead, MultiStep, Proposer, Speculation
+from pagoda.speculation.model_proposer import ModelProposer
 from pagoda.speculation.ngram import NgramDrafter
 from pagoda.speculation.proposer import HostProposer
 from pagoda.speculation.suffix import PastOutputs, SuffixDrafter
-
-# Drafts of all rows of a step together: more never pay, and their logits take memory.
-_MAX_DRAFT_TOKENS = 128
-
-
-def max_draft_tokens(config: SpeculativeConfig | None, limits: SchedulerLimits) -> int:
-    """The most drafts in a step."""
-    if config is None:
-        return 0
-    return min(max(limits.max_num_seqs, _MAX_DRAFT_TOKENS), limits.max_num_batched_tokens)
 
 
 def make_lookahead(config: SpeculativeConfig | None, limits: SchedulerLimits, kv: KVCacheManager) -> Lookahead:
@@ -26,10 +17,14 @@ def make_lookahead(config: SpeculativeConfig | None, limits: SchedulerLimits, kv
     plain = MultiStep(limits, kv) if limits.num_scheduler_steps > 1 else Lookahead()
     if config is None:
         return plain
-    return Speculation(kv, _make_proposer(config), max_draft_tokens(config, limits), plain)
+    return Speculation(
+        kv, _make_proposer(config), config.max_draft_tokens(limits.max_num_seqs, limits.max_num_batched_tokens), plain
+    )
 
 
-def _make_proposer(config: SpeculativeConfig) -> HostProposer:
+def _make_proposer(config: SpeculativeConfig) -> Proposer:
+    if config.method == "draft_model":
+        return ModelProposer(config.num_speculative_tokens)
     if config.method == "ngram":
         return HostProposer(
             config.num_speculative_tokens,

@@ -94,8 +94,18 @@ class HostProposer:
         request.draft_state = None
         self._on_end(request)
 
+    def wanted(self, requests: Sequence[Request], num_outputs: int) -> Sequence[int | None]:
+        del num_outputs
+        return [None] * len(requests)
+
+    def receive(self, request: Request, draft_token_ids: list[int]) -> None:
+        raise NotImplementedError("no draft model was asked for drafts")
+
     def observe(self, num_tokens: int, seconds: float) -> None:
         self._cost.observe(num_tokens, seconds)
+
+    def observe_drafting(self, num_drafts: int, seconds: float) -> None:
+        pass  # none was made on a rank
 
     def propose(
         self, requests: Sequence[Request], limits: Sequence[int], num_outputs: int, num_tokens: int

@@ -67,7 +67,7 @@ def test_the_defaults_are_sound_and_every_setting_is_explained() -> None:
         ({"quantization": "int8", "quantization_group_size": 64}, "needs quantization=int4"),
         (
             {"speculative_config": {"method": "eagle3"}},
-            "method='eagle3' is not one of them: it must be one of ngram, suffix",
+            "method='eagle3' is not one of them: it must be one of ngram, suffix, draft_model",
         ),
     ],
 )

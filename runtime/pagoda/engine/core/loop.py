@@ -191,7 +191,7 @@ class EngineCore:
             return []
         self._num_steps += 1
         updates = self._scheduler.apply(plan, result)
-        self._scheduler.observe(plan, time.monotonic() - started)
+        self._scheduler.observe(plan, result, time.monotonic() - started)
         return updates
 
     def _fail_step(self, plan: StepPlan, error: Exception) -> None:

@@ -21,6 +21,7 @@ from pagoda.engine.core.executors import create_executor
 from pagoda.engine.core.kv_sizing import KVFit, fit_max_model_len
 from pagoda.engine.core.loop import EngineCore
 from pagoda.engine.messages import EngineReady
+from pagoda.errors import ConfigError
 from pagoda.execution.executor import Executor
 from pagoda.models.checkpoint_source import checkpoint_directory
 from pagoda.models.config import ModelConfig
@@ -48,6 +49,7 @@ def start_core(config: PagodaConfig, on_phase: PhaseListener | None = None) -> E
         directory = checkpoint_directory(config.model, config.revision, config.download_dir)
         model_config = ModelConfig.from_directory(directory)
         check_layout(model_config, ParallelLayout(config.tensor_parallel_size, config.pipeline_parallel_size))
+        config = _with_draft_model(config, model_config)
     with phases.enter("hardware"):
         settings = resolve(config, checkpoint_dtype=model_config.dtype, cpu=cpu_report(), gpus=gpu_reports())
         for choice in settings.choices:
@@ -117,6 +119,21 @@ def _bring_up(executor: Executor, config: PagodaConfig, model_config: ModelConfi
     with phases.enter("warm-up"):
         executor.initialize_kv_cache(fit.num_blocks, fit.max_model_len)
     return fit
+
+
+def _with_draft_model(config: PagodaConfig, model_config: ModelConfig) -> PagodaConfig:
+    """The configuration with the draft model's directory, if it has one. Raises `ConfigError` where it does not fit."""
+    speculation = config.speculation
+    if speculation is None or speculation.model is None:
+        return config
+    directory = checkpoint_directory(speculation.model)
+    draft_config = ModelConfig.from_directory(directory)
+    if draft_config.vocab_size != model_config.vocab_size:
+        raise ConfigError(
+            f"speculative_config: the draft model {speculation.model} has a vocabulary of {draft_config.vocab_size} tokens, "
+            f"the model one of {model_config.vocab_size}: they must have the same tokenizer"
+        )
+    return replace(config, speculative_config={**(config.speculative_config or {}), "model": str(directory)})
 
 
 def _resolved(config: PagodaConfig, settings: ResolvedSettings, directory: str) -> PagodaConfig:
