@@ -9,7 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import grpc
+import httpx
+from hypothesis import strategies as st
+
 from pagoda.serving.grpc.messages import ModelInferRequest, message_class
+from tests.support.measured_server import Cost, MeasuredServer
 
 MODEL = "/v2/models/demo"
 REST_ROUTES = {
@@ -229,6 +234,11 @@ def _varint(number: int) -> bytes:
     return bytes([*encoded, number])
 
 
+def index_message(size: int) -> bytes:
+    """Of a method that needs no more than a name."""
+    return bytes(message_class("RepositoryIndexRequest")(repository_name="r" * size).SerializeToString())
+
+
 GRPC: dict[str, Callable[[int], bytes]] = {
     "typed ids": grpc_typed_ids,
     "typed ids [n, 1]": lambda size: grpc_typed_ids(size, each_alone=True),
@@ -250,6 +260,82 @@ GRPC: dict[str, Callable[[int], bytes]] = {
 }
 
 
-def index_message(size: int) -> bytes:
-    """Of a method that needs no more than a name."""
-    return bytes(message_class("RepositoryIndexRequest")(repository_name="r" * size).SerializeToString())
+def rest_bodies(max_bytes: int) -> st.SearchStrategy[Body]:
+    """Of any route that takes JSON, with one field of any of `VALUES`, in lists or not, as it is or compressed."""
+    places = st.sampled_from([(route, field) for route, fields in FIELDS.items() for field in fields])
+
+    def make(place: tuple[str, str], kind: str, size: int, end: str, depth: int, is_deflated: bool) -> Body:
+        json_value = "[" * depth + value(kind, size, end) + "]" * depth
+        body = rest_body(*place, json_value)
+        return body.deflated() if is_deflated else body
+
+    ends = st.sampled_from(["", '"x"', "null", "[1]", "1e400", "{"])
+    return st.one_of(
+        st.builds(
+            make, places, st.sampled_from(list(VALUES)), _sizes(max_bytes), ends, st.integers(0, 3), st.booleans()
+        ),
+        st.builds(lambda place, size: rest_body(*place, nested(size // 2)), places, _sizes(max_bytes)),
+    )
+
+
+def grpc_bodies(max_bytes: int) -> st.SearchStrategy[Body]:
+    """Messages that hold much of one thing, for the methods with tensors and for one without."""
+    return st.one_of(
+        st.builds(
+            lambda kind, size: grpc_body("ModelInfer", GRPC[kind](size)), st.sampled_from(list(GRPC)), _sizes(max_bytes)
+        ),
+        st.builds(lambda size: grpc_body("RepositoryIndex", index_message(size)), _sizes(max_bytes)),
+    )
+
+
+def _sizes(max_bytes: int) -> st.SearchStrategy[int]:
+    """As many small ones as large ones."""
+    return st.integers(0, 100).map(lambda part: max(8, int(max_bytes ** (0.6 + 0.4 * part / 100))))
+
+
+def send(server: MeasuredServer, body: Body, seconds: float = 120) -> str:
+    """The status of the answer."""
+    if not body.is_grpc:
+        url = f"http://127.0.0.1:{server.port}{body.path}"
+        with httpx.stream("POST", url, content=body.content, headers=dict(body.headers), timeout=seconds) as answer:
+            for _ in answer.iter_raw():
+                pass
+        return str(answer.status_code)
+    options = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
+    with grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}", options=options) as channel:
+        try:
+            channel.unary_unary(f"/inference.GRPCInferenceService/{body.path}")(body.content, timeout=seconds)
+        except grpc.RpcError as error:
+            return str(error.code().name)  # type: ignore[attr-defined]
+    return "OK"
+
+
+def cost_of(server: MeasuredServer, body: Body) -> tuple[str, Cost]:
+    """The answer's status, and what it cost."""
+    with server.measured() as cost:
+        status = send(server, body)
+    return status, cost
+
+
+MAX_STALL_SECONDS = 0.1
+MAX_MEMORY_RATIO = 5
+MEMORY_ALLOWANCE = 8 * 2**20
+"""What a request takes whatever its size, and what the allocator keeps."""
+FAULTS = frozenset({"500", "502", "504", "INTERNAL", "UNKNOWN", "DEADLINE_EXCEEDED"})
+TRIES = 4
+"""What a body costs, it costs each time; what the machine does beside it, it does not."""
+
+
+def check_cost(server: MeasuredServer, body: Body) -> Cost:
+    """Fail if `body` costs more than any may, or is answered with a fault; returns the least that it cost."""
+    least = Cost(float("inf"), 2**62)
+    for _ in range(TRIES):
+        status, cost = cost_of(server, body)
+        assert status not in FAULTS, (status, body.path, body.content[:200])
+        least = Cost(min(least.stall, cost.stall), min(least.memory, cost.memory))
+        if least.stall < MAX_STALL_SECONDS and least.memory < MAX_MEMORY_RATIO * body.size + MEMORY_ALLOWANCE:
+            return least
+    raise AssertionError(
+        f"{body.path}: a body of {body.size} bytes stopped the loop for {least.stall:.3f} s and took {least.memory} bytes: "
+        f"{body.content[:200]!r}"
+    )

@@ -49,9 +49,15 @@ class Heartbeat:
     def __init__(self, loop: Any) -> None:
         self._loop = loop
         self._stat: Any = None
+        self._timer: Any = None
         self.worst = 0.0
         self._seen = (0.0, 0.0, 0.0)
         loop.call_soon(self._start)
+
+    def stop(self) -> None:
+        """End it."""
+        self._timer.cancel()
+        os.close(self._stat)
 
     def reset(self) -> None:
         """Forget what was."""
@@ -60,14 +66,14 @@ class Heartbeat:
     def _start(self) -> None:
         self._stat = os.open(f"/proc/self/task/{threading.get_native_id()}/schedstat", os.O_RDONLY)
         self._seen = self._clocks()
-        self._loop.call_later(BEAT_SECONDS, self._beat)
+        self._timer = self._loop.call_later(BEAT_SECONDS, self._beat)
 
     def _beat(self) -> None:
         clocks = self._clocks()
         wall, waited, worked = (now - then for now, then in zip(clocks, self._seen, strict=True))
         self._seen = clocks
         self.worst = max(self.worst, min(wall - BEAT_SECONDS - waited, worked))
-        self._loop.call_later(BEAT_SECONDS, self._beat)
+        self._timer = self._loop.call_later(BEAT_SECONDS, self._beat)
 
     def _clocks(self) -> tuple[float, float, float]:
         """Wall time, time this thread waited for a core, processor time of all threads."""

@@ -41,7 +41,7 @@ class ServingContext:
     def json_limits(self) -> JsonLimits:
         """What a body may hold: prompts that fit the model's context, as many as a request may have."""
         ready = self.client.ready
-        if ready is None:
+        if ready is None or not self.health.is_ready:
             return NO_LIMITS
         return JsonLimits(self.generator.pool.max_characters, MAX_SEQUENCES_PER_REQUEST * ready.max_model_len)
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from pagoda.errors import InvalidRequestError, shown
 from pagoda.serving.grpc.messages import InferTensorContents, ModelInferResponse, ModelStreamInferResponse
 from pagoda.serving.v2.inference import (
@@ -21,8 +23,10 @@ from pagoda.serving.v2.inference import (
 from pagoda.serving.v2.tensors import (
     BYTES,
     DATATYPES,
+    INTEGER_DATATYPES,
     Tensor,
     raw_from_tensor,
+    tensor_from_integers,
     tensor_from_raw,
     tensor_from_values,
     values_of,
@@ -43,6 +47,14 @@ CONTENTS_FIELDS = {
     BYTES: "bytes_contents",
 }
 """Where each datatype's values lie; FP16 has no field and travels raw only."""
+_INTEGERS = {
+    "int_contents": np.int32,
+    "int64_contents": np.int64,
+    "uint_contents": np.uint32,
+    "uint64_contents": np.uint64,
+}
+FEW_NUMBERS = 2**13
+"""More of them are taken out of a message in pieces, into an array."""
 _CHANGING_OUTPUTS = frozenset({"text_output", "output_ids", "num_output_tokens"})
 """What differs between two pieces of a sequence that goes on."""
 
@@ -159,7 +171,14 @@ def _tensor_from_contents(tensor: Any) -> Tensor:
                 tensor.name,
             )
     # An unknown datatype goes on with no values: the tensor's own check names the known ones.
-    values = [] if field is None else list(getattr(tensor.contents, field))
+    values = [] if field is None else getattr(tensor.contents, field)
+    if field is not None and tensor.datatype in INTEGER_DATATYPES and len(values) > FEW_NUMBERS:
+        pieces = [
+            np.array(values[start : start + FEW_NUMBERS], _INTEGERS[field])
+            for start in range(0, len(values), FEW_NUMBERS)
+        ]
+        return tensor_from_integers(tensor.name, tensor.datatype, tensor.shape, np.concatenate(pieces))
+    values = list(values)
     return tensor_from_values(tensor.name, tensor.datatype, tensor.shape, values)
 
 

@@ -13,10 +13,17 @@ from typing import Any
 from urllib.parse import unquote
 
 import grpc
+from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import DecodeError
 from google.protobuf.message_factory import GetMessageClass
 
-from pagoda.errors import DeadlineExceededError, EngineNotReadyError, ErrorKind, InvalidRequestError
+from pagoda.errors import (
+    DeadlineExceededError,
+    EngineNotReadyError,
+    ErrorKind,
+    InvalidRequestError,
+    RequestTooLargeError,
+)
 from pagoda.serving.auth import audit
 from pagoda.serving.auth.routes import METHODS
 from pagoda.serving.auth.scopes import Access
@@ -24,19 +31,22 @@ from pagoda.serving.context import ServingContext
 from pagoda.serving.grpc.message_reader import MessageReader
 from pagoda.serving.grpc.messages import SERVICE_NAME, service_methods
 from pagoda.serving.grpc.service import ClientGoneError, InferenceService
+from pagoda.serving.grpc.wire import check_cost
+from pagoda.serving.json_decoding import LARGE_BYTES
 from pagoda.serving.stalled_client import StalledClientTimeout
 from pagoda.serving.status import ErrorReport, report
 from pagoda.serving.v2.service import V2Service
 
 logger = logging.getLogger("pagoda.serving.grpc")
 
-LOGGED_METHODS = frozenset({"ModelInfer", "ModelStreamInfer"})
+METHODS_WITH_TENSORS = frozenset({"ModelInfer", "ModelStreamInfer"})
+LOGGED_METHODS = METHODS_WITH_TENSORS
 # A status message travels percent-encoded in a header, of which clients take 8 KiB by default.
 MAX_STATUS_MESSAGE_BYTES = 1536
 LAST_STATUS_SECONDS = 5.0
 """For the status to reach a client that has stopped reading."""
 
-Parser = Callable[[bytes], Any]
+Parser = Callable[[bytes], Awaitable[Any]]
 UnaryMethod = Callable[[Any, float | None], Awaitable[Any]]
 
 
@@ -50,7 +60,9 @@ class InferenceHandlers:
         self._reader = reader
         self._send_timeout = context.config.send_timeout_seconds
         self._stopping = stopping
-        self._service = InferenceService(service, lambda error: self._report("ModelStreamInfer", error))
+        self._service = InferenceService(
+            service, context.decoding, lambda error: self._report("ModelStreamInfer", error)
+        )
 
     def generic_handler(self) -> grpc.GenericRpcHandler:
         """A handler for each method of the descriptor; one that is not implemented fails here, at start."""
@@ -69,7 +81,7 @@ class InferenceHandlers:
         }
         handlers = {}
         for method in service_methods():
-            parse = GetMessageClass(method.input_type).FromString
+            parse = self._parser(method)
             if method.name in unary:
                 # One of streams, so that the message is received when the key was checked.
                 behavior = self._unary(method.name, parse, unary[method.name], is_empty=not method.input_type.fields)
@@ -78,6 +90,25 @@ class InferenceHandlers:
                 stream = self._stream(method.name, parse)
                 handlers[method.name] = grpc.stream_stream_rpc_method_handler(stream, response_serializer=_serialize)
         return grpc.method_handlers_generic_handler(SERVICE_NAME, handlers)
+
+    def _parser(self, method: MethodDescriptor) -> Parser:
+        """Makes the messages of a method; a large one beside the event loop, if it holds no more than a request may."""
+        make = GetMessageClass(method.input_type).FromString
+
+        async def parse(raw: bytes) -> Any:
+            if len(raw) > LARGE_BYTES and method.name not in METHODS_WITH_TENSORS:
+                raise RequestTooLargeError(f"a message of {method.name} may have {LARGE_BYTES} bytes, got {len(raw)}")
+            return await self._context.decoding.run(len(raw), lambda: checked(raw))
+
+        def checked(raw: bytes) -> Any:
+            if len(raw) > LARGE_BYTES:
+                check_cost(raw, method.input_type, self._context.json_limits.max_characters)
+            try:
+                return make(raw)
+            except DecodeError as error:
+                raise InvalidRequestError(f"the message is not a valid request: {error}") from None
+
+        return parse
 
     def _unary(self, name: str, parse: Parser, method: UnaryMethod, *, is_empty: bool) -> Callable[..., Awaitable[Any]]:
         """`is_empty`: the request has no fields, so nothing of it is received."""
@@ -89,7 +120,7 @@ class InferenceHandlers:
                 raw = b"" if is_empty else await self._reader.read(call, is_known=is_known)
                 if raw is None:
                     raise InvalidRequestError("the call has no message")
-                return await method(_parse(parse, raw), call.time_remaining())
+                return await method(await parse(raw), call.time_remaining())
 
             return await self._guard(name, call, respond)
 
@@ -198,7 +229,7 @@ class InferenceHandlers:
                 except StopAsyncIteration:
                     return
                 self._context.keys.check_again(access)
-                yield _parse(parse, raw)
+                yield await parse(raw)
         finally:
             stopping.cancel()
             stalling.cancel()
@@ -218,13 +249,6 @@ def _address(call: grpc.aio.ServicerContext) -> str:
     """The address of the client: `ipv4:10.0.0.1:4711` is `10.0.0.1`, `ipv6:%5B::1%5D:4711` is `::1`."""
     kind, _, rest = call.peer().partition(":")
     return unquote(rest).rpartition(":")[0].strip("[]") if kind in ("ipv4", "ipv6") else rest
-
-
-def _parse(parse: Parser, raw: bytes) -> Any:
-    try:
-        return parse(raw)
-    except DecodeError as error:
-        raise InvalidRequestError(f"the message is not a valid request: {error}") from None
 
 
 def _serialize(message: Any) -> bytes:

@@ -15,6 +15,7 @@ from typing import Any
 
 from pagoda.errors import PagodaError
 from pagoda.logs import request_id_var
+from pagoda.serving.decoding_threads import DecodingThreads
 from pagoda.serving.grpc.codec import PieceEncoder, decode_request, encode_response
 from pagoda.serving.grpc.messages import (
     ModelConfigResponse,
@@ -49,9 +50,12 @@ class ClientGoneError(Exception):
 class InferenceService:
     """One method for each RPC. `remaining` is the time the client waits, in seconds, None without a deadline."""
 
-    def __init__(self, service: V2Service, report_error: Callable[[Exception], ErrorReport]) -> None:
+    def __init__(
+        self, service: V2Service, decoding: DecodingThreads, report_error: Callable[[Exception], ErrorReport]
+    ) -> None:
         """`report_error` counts and logs an error that ends one request of a stream, and returns its report for the client."""
         self._service = service
+        self._decoding = decoding
         self._report_error = report_error
 
     async def server_live(self, request: Any, remaining: float | None) -> Any:
@@ -108,7 +112,7 @@ class InferenceService:
     async def model_infer(self, request: Any, remaining: float | None) -> Any:
         """One response with every sequence in it."""
         request_id_var.set(_log_name(request))
-        return await self._infer(request, self._prepare(request, remaining))
+        return await self._infer(request, await self._prepare(request, remaining))
 
     async def model_stream_infer(
         self,
@@ -161,7 +165,7 @@ class InferenceService:
 
     async def _responses(self, request: Any, remaining: float | None) -> AsyncGenerator[Any, None]:
         """Stream responses (some as bytes): chunks as they come, or one whole where the client gave `stream` as false."""
-        call = self._prepare(request, remaining)
+        call = await self._prepare(request, remaining)
         has_empty_end = call.request.parameters.get(EMPTY_FINAL_RESPONSE) is True
         if call.request.gives("stream") and not call.batch.stream:
             response = await self._infer(request, call)
@@ -213,9 +217,11 @@ class InferenceService:
         response = await call.infer()
         return encode_response(request, response.outputs, model_version=response.model_version)
 
-    def _prepare(self, request: Any, remaining: float | None) -> V2Call:
+    async def _prepare(self, request: Any, remaining: float | None) -> V2Call:
         self._service.find_ready(request.model_name, request.model_version)  # before the tensors are decoded
-        return self._service.prepare(decode_request(request, remaining))
+        return await self._decoding.run(
+            request.ByteSize(), lambda: self._service.prepare(decode_request(request, remaining))
+        )
 
 
 def _log_name(request: Any) -> str:

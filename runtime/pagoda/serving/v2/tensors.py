@@ -75,12 +75,27 @@ def tensor_from_values(name: str, datatype: str, shape: Sequence[int], values: o
     elif not isinstance(values, list):
         raise InvalidRequestError(f"input {shown(name)}: data must be a list, got {type(values).__name__}", name)
     if any(isinstance(part, TokenIds) for part in values):
-        return Tensor(name, datatype, dimensions, _joined_ids(name, datatype, values, dimensions))
+        if datatype not in INTEGER_DATATYPES:
+            raise InvalidRequestError(f"input {shown(name)}: {datatype} data must not have so many integers", name)
+        return tensor_from_integers(name, datatype, dimensions, _joined_ids(name, values, dimensions))
     flat = _flatten(name, values, dimensions)
     if not _are_plainly_right(datatype, flat):
         for value in flat:
             _check_element(name, datatype, value)
     return Tensor(name, datatype, dimensions, flat)
+
+
+def tensor_from_integers(name: str, datatype: str, shape: Sequence[int], array: npt.NDArray[Any]) -> Tensor:
+    """A tensor of an integer datatype from all its elements in order."""
+    dimensions = _checked_shape(name, datatype, shape)
+    if len(array) != math.prod(dimensions):
+        raise InvalidRequestError(
+            f"input {shown(name)}: shape {list(dimensions)} needs {math.prod(dimensions)} elements, got {len(array)}",
+            name,
+        )
+    for extreme in (int(array.min()), int(array.max())) if len(array) else ():
+        _check_element(name, datatype, extreme)
+    return Tensor(name, datatype, dimensions, array)
 
 
 def tensor_from_raw(name: str, datatype: str, shape: Sequence[int], raw: bytes | memoryview) -> Tensor:
@@ -149,11 +164,8 @@ def _checked_shape(name: str, datatype: str, shape: Sequence[int]) -> tuple[int,
     return tuple(shape)
 
 
-def _joined_ids(name: str, datatype: str, parts: list[Any], shape: tuple[int, ...]) -> npt.NDArray[np.int32]:
+def _joined_ids(name: str, parts: list[Any], shape: tuple[int, ...]) -> npt.NDArray[np.int32]:
     """The ids of `parts`, which are all there is, or the rows of `shape`."""
-    if datatype not in INTEGER_DATATYPES:
-        raise InvalidRequestError(f"input {shown(name)}: {datatype} data must not have so many integers", name)
-    low, high = _INTEGER_RANGES[datatype]
     arrays = []
     for part in parts:
         if isinstance(part, TokenIds):
@@ -161,20 +173,14 @@ def _joined_ids(name: str, datatype: str, parts: list[Any], shape: tuple[int, ..
         elif isinstance(part, list) and (not part or _are_plainly_right("INT32", part)):
             arrays.append(np.array(part, np.int32))
         else:
-            raise InvalidRequestError(f"input {shown(name)}: data is not nested as shape {list(shape)} says", name)
-    array = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+            raise _not_nested(name, shape)
     if len(arrays) > 1 and (len(shape) != 2 or any(len(row) != shape[1] for row in arrays)):
-        raise InvalidRequestError(f"input {shown(name)}: data is not nested as shape {list(shape)} says", name)
-    if len(array) != math.prod(shape):
-        raise InvalidRequestError(
-            f"input {shown(name)}: shape {list(shape)} needs {math.prod(shape)} elements, got {len(array)}", name
-        )
-    if len(array) and not (low <= array.min() and array.max() <= high):
-        raise InvalidRequestError(
-            f"input {shown(name)}: a {datatype} element must be an integer from {low} to {high}, got {array.max()}",
-            name,
-        )
-    return array
+        raise _not_nested(name, shape)
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+
+def _not_nested(name: str, shape: tuple[int, ...]) -> InvalidRequestError:
+    return InvalidRequestError(f"input {shown(name)}: data is not nested as shape {list(shape)} says", name)
 
 
 def _flatten(name: str, values: list[Any], shape: tuple[int, ...]) -> list[Any]:
@@ -190,7 +196,7 @@ def _flatten(name: str, values: list[Any], shape: tuple[int, ...]) -> list[Any]:
                 if matches:
                     flat = [element for value in flat for element in value]
             if not matches or (is_last and list in set(map(type, flat))):
-                raise InvalidRequestError(f"input {shown(name)}: data is not nested as shape {list(shape)} says", name)
+                raise _not_nested(name, shape)
     if len(flat) != math.prod(shape):
         raise InvalidRequestError(
             f"input {shown(name)}: shape {list(shape)} needs {math.prod(shape)} elements, got {len(flat)}", name

@@ -1,0 +1,86 @@
+"""No body stops the event loop for 0.1 s or takes five times its size in memory, over REST and gRPC, whatever the route.
+
+The short form of tests/chaos/test_body_cost.py. Stalls are of this server's own doing alone: see
+tests/support/measured_server.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+
+from tests.support import costly_bodies as bodies
+from tests.support.costly_bodies import Body, check_cost, rest_body, value
+from tests.support.measured_server import Heartbeat, MeasuredServer
+
+MIB = 2**20
+SIZE = 2 * MIB
+
+# What once stopped the server for seconds, or took gigabytes.
+KNOWN: dict[str, Body] = {
+    "completions: ids, then a string": rest_body("completions", "prompt", value("small ids", SIZE, '"x"')),
+    "completions: lists": rest_body("completions", "prompt", value("lists", SIZE, '"x"')),
+    "completions: stop": rest_body("completions", "stop", value("small ids", SIZE, '"x"')),
+    "completions: allowed_token_ids of 512 prompts": rest_body(
+        "completions", "allowed_token_ids", value("ids", SIZE), prompt=["a"] * 512
+    ),
+    "completions: an emoji makes four bytes of each letter": rest_body(
+        "completions", "user", value("letters and an emoji", SIZE)
+    ),
+    "chat: messages": rest_body("chat", "messages", value("small ids", SIZE, '"x"')),
+    "chat: parts": rest_body("chat", "messages", value("parts", SIZE)),
+    "chat: unknown fields": rest_body("chat", "chat_template_kwargs", value("keys", SIZE)),
+    "tokenize: text of each token": rest_body("tokenize", "prompt", value("digits", 60_000), return_token_strs=True),
+    "tokenize: digits": rest_body("tokenize", "prompt", value("digits", SIZE)),
+    "detokenize": rest_body("detokenize", "tokens", value("wide ids", SIZE, "null")),
+    "infer: prompts": rest_body("infer", "text_input", value("empty strings", SIZE)),
+    "infer: ids": rest_body("infer", "input_ids", value("ids", SIZE)),
+    "infer: stop": rest_body("infer", "stop", value("strings", SIZE)),
+    "generate: logit_bias": rest_body("generate", "logit_bias", value("keys", SIZE)),
+    "generate: a long id": rest_body("generate_stream", "id", value("letters", SIZE)),
+    "index: deep": rest_body("index", "ready", bodies.nested(SIZE // 2)),
+    **{f"grpc: {kind}": bodies.grpc_body("ModelInfer", make(SIZE)) for kind, make in bodies.GRPC.items()},
+}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[MeasuredServer]:
+    with MeasuredServer(default_max_tokens=2) as running:
+        running.wait_until_ready()
+        yield running
+
+
+def test_what_once_stopped_the_server(server: MeasuredServer) -> None:
+    for body in KNOWN.values():
+        check_cost(server, body)
+        if not body.is_grpc:
+            check_cost(server, body.deflated())
+
+
+@pytest.mark.parametrize("protocol", ["rest", "grpc"])
+def test_any_body(server: MeasuredServer, protocol: str) -> None:
+    @settings(max_examples=25, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(body=bodies.rest_bodies(SIZE) if protocol == "rest" else bodies.grpc_bodies(SIZE))
+    def ask(body: Body) -> None:
+        check_cost(server, body)
+
+    ask()
+
+
+async def test_the_heartbeat_sees_a_loop_that_is_busy_and_not_one_whose_machine_is() -> None:
+    heartbeat = Heartbeat(asyncio.get_running_loop())
+    await asyncio.sleep(0.02)
+    heartbeat.reset()
+    time.sleep(0.3)  # what it looks like from inside when another process has the core
+    await asyncio.sleep(0.02)
+    assert heartbeat.worst < bodies.MAX_STALL_SECONDS
+    end = time.thread_time() + 0.3
+    while time.thread_time() < end:
+        pass
+    await asyncio.sleep(0.02)
+    assert heartbeat.worst > 2 * bodies.MAX_STALL_SECONDS
+    heartbeat.stop()
