@@ -125,12 +125,13 @@ def test_a_certificate_that_cannot_be_read_is_named(certificate: tuple[Path, Pat
 
 def test_a_message_as_large_as_allowed_is_taken_and_one_byte_more_is_not() -> None:
     with GrpcHarness(max_grpc_message_bytes=4096) as harness:
-        request = infer_request("hi", id="x")
-        request.id = "x" * (4096 - request.ByteSize())
-        request.id += "x" * (4096 - request.ByteSize())
+        request = infer_request("hi")
+        padding = request.parameters["sequence_id"]
+        padding.string_param = "x" * 4000
+        padding.string_param += "x" * (4096 - request.ByteSize())
         assert request.ByteSize() == 4096
         assert texts_of(harness.infer(request)) == ["HI"]
-        request.id += "x"
+        padding.string_param += "x"
         with pytest.raises(grpc.RpcError) as caught:
             harness.infer(request)
         assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
