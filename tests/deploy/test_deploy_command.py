@@ -12,6 +12,7 @@ from pagoda.cli.main import main
 from pagoda.errors import PagodaError
 from tests.support.fake_cluster import FakeCluster, Scene, pod, ready_conditions, running_pod, status
 from tests.support.kserve_objects import CRDS_VARIABLE, REPOSITORY, build_model, crd_errors, crds
+from tests.support.kubernetes_objects import validate
 from tests.support.rest_harness import RestHarness
 from tests.support.virtual_time import Clock
 
@@ -140,7 +141,8 @@ def test_what_is_applied_is_strict_and_takes_the_settings(run: Any) -> None:
     predictor = document["spec"]["predictor"]
     (container,) = predictor["containers"]
     assert container["args"] == [
-        *("serve", "--model_name=demo", "--max_model_len=4096", "--grace_period_seconds=90", "--model_dir=/mnt/models")
+        *("serve", "--model_name=demo", "--max_model_len=4096", "--grace_period_seconds=90"),
+        *("--api_keys_file=/etc/pagoda-keys", "--model_dir=/mnt/models"),
     ]
     assert container["env"] == [{"name": "STORAGE_URI", "value": "pvc://w/q"}]
     assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
@@ -148,7 +150,7 @@ def test_what_is_applied_is_strict_and_takes_the_settings(run: Any) -> None:
 
 
 def made(*arguments: str, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    assert main(["deploy", "--dry-run", *arguments]) == 0
+    assert main(["deploy", "--dry-run", "--allow-unauthenticated", "--allow-all-ingress", *arguments]) == 0
     document = yaml.safe_load(capsys.readouterr().out)
     assert isinstance(document, dict)
     return document
@@ -260,13 +262,83 @@ def test_a_cluster_out_of_reach(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert f"the cluster at {cluster.url} cannot be reached" in capsys.readouterr().err
 
 
-def test_a_model_that_wants_a_key_is_ready_all_the_same(run: Any) -> None:
+def test_a_model_that_wants_another_key_is_ready_all_the_same(run: Any) -> None:
     with (
         RestHarness(api_keys=("secret",)) as server,
         ready_cluster(server) as cluster,
         pytest.raises(PagodaError, match="is ready; it requires an API key"),
     ):
-        run(cluster)
+        run(cluster, "--allow-unauthenticated")
+
+
+def test_it_makes_a_key_keeps_it_and_asks_with_it(run: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "keys").mkdir()
+    (tmp_path / "keys" / "other").write_text("another-key")
+    with RestHarness(api_keys_file=str(tmp_path / "keys")) as server, ready_cluster(server) as cluster:
+        with pytest.raises(PagodaError, match="requires an API key"):
+            run(cluster)  # the pod has not been given the Secret, which is made now
+        (values,) = cluster.secrets.values()
+        for name, key in values.items():
+            (tmp_path / "keys" / name).write_text(key)
+        server.context.keys.reload()
+        assert run(cluster) == 0
+    assert list(cluster.secrets) == ["demo-api-keys"]
+    (key,) = values.values()
+    assert len(key) == 64
+    container = cluster.applied[-1][0]["spec"]["predictor"]["containers"][0]
+    assert "--api_keys_file=/etc/pagoda-keys" in container["args"]
+    assert {"name": "api-keys", "mountPath": "/etc/pagoda-keys", "readOnly": True} in container["volumeMounts"]
+    (volume,) = [v for v in cluster.applied[-1][0]["spec"]["predictor"]["volumes"] if v["name"] == "api-keys"]
+    assert volume["secret"]["secretName"] == "demo-api-keys"
+    shown = capsys.readouterr().out
+    assert key not in shown + str(cluster.applied)
+    assert "get secret demo-api-keys -o jsonpath='{.data.pagoda-deploy}' | base64 -d)" in shown
+    assert 'curl -H "Authorization: Bearer $KEY" http' in shown
+
+
+def test_a_secret_that_is_named_is_taken_and_must_be_there(run: Any) -> None:
+    with RestHarness(api_keys=("first-key-of-it",)) as server, ready_cluster(server) as cluster:
+        with pytest.raises(PagodaError, match="there is no Secret tales/clients"):
+            run(cluster, "--api-keys-secret=clients")
+        assert cluster.applied == []
+        cluster.secrets["clients"] = {"api-keys": "first-key-of-it,another-key"}
+        assert run(cluster, "--api-keys-secret=clients") == 0
+    assert list(cluster.secrets) == ["clients"]
+
+
+@pytest.mark.parametrize(
+    ("options", "namespaces"),
+    [([], []), (["--allow-from=gateway", "--allow-from=monitoring"], ["gateway", "monitoring"])],
+)
+def test_a_policy_lets_in_its_own_namespace_and_those_that_are_named(
+    run: Any, options: list[str], namespaces: list[str]
+) -> None:
+    with RestHarness() as server, ready_cluster(server) as cluster:
+        assert run(cluster, *options) == 0
+    (policy,) = cluster.policies
+    validate(policy)
+    assert policy["spec"]["podSelector"] == {"matchLabels": {"app": "isvc.demo-predictor"}}
+    (rule,) = policy["spec"]["ingress"]
+    assert [port["port"] for port in rule["ports"]] == [8080, 8081]
+    labels = [peer["namespaceSelector"]["matchLabels"] for peer in rule["from"][1:]]
+    assert rule["from"][0] == {"podSelector": {}}
+    assert labels == [{"kubernetes.io/metadata.name": name} for name in namespaces]
+
+
+def test_what_is_opened_is_opened_by_name_and_warned_of(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with RestHarness() as server, ready_cluster(server) as cluster:
+        assert run(cluster, "--allow-unauthenticated", "--allow-all-ingress") == 0
+    assert (cluster.secrets, cluster.policies) == ({}, [])
+    warnings = capsys.readouterr().err
+    assert "--allow-unauthenticated" in warnings
+    assert "--allow-all-ingress" in warnings
+
+
+def test_a_dry_run_prints_what_can_be_applied_and_no_key(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["deploy", "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    assert [document["kind"] for document in yaml.safe_load_all(text)] == ["NetworkPolicy", "InferenceService"]
+    assert "kubectl create secret generic demo-api-keys --from-literal=pagoda-deploy=$(openssl rand -hex 32)" in text
 
 
 def test_namespace_is_the_option_s_then_the_context_s_then_default(
@@ -289,6 +361,9 @@ def test_namespace_is_the_option_s_then_the_context_s_then_default(
     [
         (["--name=A_b"], "name=A_b: must be a DNS label"),
         (["--api-keys=k"], "api_keys"),
+        (["--api-keys-file=/"], "api_keys_file"),
+        (["--api-keys-secret=x", "--allow-unauthenticated"], "contradicts --allow-unauthenticated"),
+        (["--allow-from=x", "--allow-all-ingress"], "contradicts --allow-all-ingress"),
         (["--model-name=x"], "use --name"),
         (["--max-model-len=0"], "max_model_len=0"),
         (["--http-port=0"], "http_port and grpc_port must be named"),

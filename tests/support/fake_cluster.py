@@ -24,6 +24,8 @@ import yaml
 
 SERVICES = "/apis/serving.kserve.io/v1beta1/namespaces/(?P<namespace>[^/]+)/inferenceservices/(?P<name>[^/]+)"
 PODS = "/api/v1/namespaces/(?P<namespace>[^/]+)/pods"
+SECRETS = "/api/v1/namespaces/(?P<namespace>[^/]+)/secrets(?:/(?P<name>[^/]+))?"
+POLICIES = "/apis/networking.k8s.io/v1/namespaces/(?P<namespace>[^/]+)/networkpolicies/(?P<name>[^/]+)"
 Answer = tuple[int, Any]
 
 
@@ -60,7 +62,7 @@ def status(code: int, message: str, **details: str) -> Answer:
 
 
 class FakeCluster:
-    """The server; use as a context. Records `applied` objects with their query, and `log_requests`."""
+    """The server; use as a context. Records `applied` objects with their query, `policies`, `secrets` and `log_requests`."""
 
     def __init__(self, scenes: list[Scene], *, pod_port: int = 0, refuse: Answer | None = None) -> None:
         self._scenes = scenes
@@ -68,6 +70,8 @@ class FakeCluster:
         self.pod_port = pod_port
         self.refuse = refuse
         self.applied: list[tuple[dict[str, Any], dict[str, list[str]]]] = []
+        self.policies: list[dict[str, Any]] = []
+        self.secrets: dict[str, dict[str, str]] = {}
         self.log_requests: list[dict[str, list[str]]] = []
         self.logs = "first line\nlast line\n"
         self.events: list[dict[str, Any]] = []
@@ -77,6 +81,9 @@ class FakeCluster:
             protocol_version = "HTTP/1.1"
 
             def do_GET(self) -> None:
+                cluster.answer(self)
+
+            def do_POST(self) -> None:
                 cluster.answer(self)
 
             def do_PATCH(self) -> None:
@@ -150,6 +157,11 @@ class FakeCluster:
                 "metadata": {"name": match["name"], "generation": 2},
                 "status": {"observedGeneration": generation, "conditions": self.scene.conditions},
             }
+        if match := re.fullmatch(SECRETS, path):
+            return self._secret(request, match["name"])
+        if re.fullmatch(POLICIES, path) and request.command == "PATCH":
+            self.policies.append(yaml.safe_load(request.rfile.read(int(request.headers["Content-Length"]))))
+            return 200, self.policies[-1]
         if re.fullmatch(PODS, path):
             assert query["labelSelector"] == ["serving.kserve.io/inferenceservice=demo"]
             # a field that no client knows yet must not matter
@@ -157,6 +169,17 @@ class FakeCluster:
         if path.endswith("/events"):
             return 200, {"kind": "EventList", "items": self.events}
         return status(404, "the server could not find the requested resource")
+
+    def _secret(self, request: BaseHTTPRequestHandler, name: str | None) -> Answer:
+        if request.command == "POST":
+            document = json.loads(request.rfile.read(int(request.headers["Content-Length"])))
+            name = document["metadata"]["name"]
+            assert name not in self.secrets
+            self.secrets[name] = document["stringData"]
+        if name not in self.secrets:
+            return status(404, f'secrets "{name}" not found', name=name)
+        values = {key: base64.b64encode(value.encode()).decode() for key, value in self.secrets[name].items()}
+        return 200, {"kind": "Secret", "metadata": {"name": name}, "data": values}
 
     def _send(self, request: BaseHTTPRequestHandler, code: int, body: bytes, kind: str) -> None:
         request.send_response(code)

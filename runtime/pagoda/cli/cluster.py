@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import http.client
 import json
 from collections.abc import Iterator
@@ -18,6 +19,10 @@ REQUEST_SECONDS = 30
 
 class ClusterError(PagodaError):
     """A deployment is impossible; the message names the obstacle."""
+
+
+class SecretMissingError(ClusterError):
+    """There is no Secret of that name."""
 
 
 class Cluster:
@@ -47,6 +52,43 @@ class Cluster:
         with self._errors(f"InferenceService {self.namespace}/{name}"):
             self._custom.patch_namespaced_custom_object(
                 *(API_GROUP, API_VERSION, self.namespace, "inferenceservices", name, document),
+                field_manager=FIELD_MANAGER,
+                field_validation="Strict",
+                force=True,
+                _content_type="application/apply-patch+yaml",
+                _request_timeout=REQUEST_SECONDS,
+            )
+
+    def ensure_secret(self, document: dict[str, Any]) -> dict[str, str]:
+        """The values of a Secret, which is created if there is none of its name, and else left as it is."""
+        name = document["metadata"]["name"]
+        try:
+            return self.secret(name)
+        except SecretMissingError:
+            with self._errors(f"Secret {self.namespace}/{name}"):
+                self._core.create_namespaced_secret(
+                    self.namespace, document, field_manager=FIELD_MANAGER, _request_timeout=REQUEST_SECONDS
+                )
+            return self.secret(name)
+
+    def secret(self, name: str) -> dict[str, str]:
+        """The values of a Secret. Raises `SecretMissingError`."""
+        try:
+            with self._errors(f"Secret {self.namespace}/{name}"):
+                found = json.loads(self._read(self._core.read_namespaced_secret, name, self.namespace))
+        except ClusterError as error:
+            if isinstance(error.__cause__, self._client.ApiException) and error.__cause__.status == 404:
+                raise SecretMissingError(f"there is no Secret {self.namespace}/{name}") from error
+            raise
+        data: dict[str, str] = found.get("data") or {}
+        return {key: base64.b64decode(value).decode(errors="replace") for key, value in data.items()}
+
+    def apply_network_policy(self, document: dict[str, Any]) -> None:
+        """Create or change a NetworkPolicy, server-side."""
+        name = document["metadata"]["name"]
+        with self._errors(f"NetworkPolicy {self.namespace}/{name}"):
+            self._client.NetworkingV1Api(self._api).patch_namespaced_network_policy(
+                *(name, self.namespace, document),
                 field_manager=FIELD_MANAGER,
                 field_validation="Strict",
                 force=True,
@@ -94,7 +136,13 @@ class Cluster:
         return text.strip()
 
     def ask_pod(
-        self, pod: str, port: int, path: str, body: dict[str, Any] | None = None, seconds: float = REQUEST_SECONDS
+        self,
+        pod: str,
+        port: int,
+        path: str,
+        body: dict[str, Any] | None = None,
+        seconds: float = REQUEST_SECONDS,
+        key: str | None = None,
     ) -> tuple[int, Any]:
         """Status and JSON of an answer of the server in a pod, through a port-forward; GET, or POST with a body.
 
@@ -111,7 +159,10 @@ class Cluster:
         connection.sock.settimeout(seconds)
         try:
             data = None if body is None else json.dumps(body)
-            connection.request("GET" if data is None else "POST", path, data, {"Content-Type": "application/json"})
+            headers = {"Content-Type": "application/json"}
+            if key is not None:
+                headers["Authorization"] = f"Bearer {key}"
+            connection.request("GET" if data is None else "POST", path, data, headers)
             answer = connection.getresponse()
             return answer.status, json.loads(answer.read())
         except (OSError, http.client.HTTPException, ValueError) as error:

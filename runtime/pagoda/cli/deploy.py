@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import re
+import secrets
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +14,15 @@ from urllib.parse import quote
 
 from pagoda import __version__
 from pagoda.cli.cluster import Cluster, ClusterError
-from pagoda.cli.inference_service import API_GROUP, CONTAINER, Deployment, inference_service
+from pagoda.cli.inference_service import (
+    API_GROUP,
+    CONTAINER,
+    OWN_KEY,
+    Deployment,
+    api_key_secret,
+    inference_service,
+    network_policy,
+)
 from pagoda.cli.pod_state import PodState, pod_state
 from pagoda.config.command_line import CommandLine, parse_command_line
 from pagoda.config.rules import Problem, raise_problems
@@ -26,7 +36,8 @@ PATIENCE_SECONDS = 120.0
 _NAME = r"[a-z]([-a-z0-9]*[a-z0-9])?"
 _OWN_SETTINGS = {
     "model_name": "is the InferenceService's name: use --name",
-    "api_keys": "would be readable in the InferenceService: use --file, and a Secret",
+    "api_keys": "would be readable in the InferenceService: use --api-keys-secret, or the key that is made",
+    "api_keys_file": "is the Secret of --api-keys-secret, or that which is made",
     "host": "cannot be chosen here: probes and the Service need every address",
     "ssl_certfile": "cannot be given here: use --file, and a Secret",
     "ssl_keyfile": "cannot be given here: use --file, and a Secret",
@@ -41,22 +52,79 @@ def run(
     """Deploy; exit status 0 if the model answered. Raises `ClusterError` or `ConfigError` with the obstacle."""
     line = parse_command_line(arguments)
     own = _parser().parse_args(line.others)
-    document = _from_file(own.file, line) if own.file else inference_service(_deployment(own, line))
+    deployment = None if own.file else _deployment(own, line)
+    document = _from_file(own.file, line) if deployment is None else inference_service(deployment)
+    policy = None if deployment is None else network_policy(deployment)
     if own.dry_run:
-        print(_as_yaml(document), end="")
+        print(_dry_run(document, policy, deployment), end="")
         return 0
     name = document["metadata"]["name"]
     port = _port(document)
     cluster = Cluster(kubeconfig=own.kubeconfig, context=own.context, namespace=own.namespace)
+    key = None if deployment is None else _guard(cluster, deployment, policy, makes_secret=own.api_keys_secret is None)
     cluster.apply(document)
     print(f"applied InferenceService {cluster.namespace}/{name}")
     pod = _Wait(cluster, name, port, sleep, clock).until_ready(own.timeout)
-    print(f"{own.question!r}\n-> {_ask(cluster, pod, port, name, own.question)!r}")
+    print(f"{own.question!r}\n-> {_ask(cluster, pod, port, name, own.question, key)!r}")
     print(f"\nAsk on:\n  kubectl -n {cluster.namespace} port-forward pod/{pod} {port} &")
+    header = ""
+    if deployment is not None and deployment.keys_secret is not None:
+        entry = OWN_KEY if own.api_keys_secret is None else "NAME"
+        print(
+            f"  KEY=$(kubectl -n {cluster.namespace} get secret {deployment.keys_secret} "
+            f"-o jsonpath='{{.data.{entry}}}' | base64 -d)"
+        )
+        header = ' -H "Authorization: Bearer $KEY"'
     print(
-        f'  curl http://localhost:{port}/v2/models/{quote(name)}/generate -d \'{{"text_input": "Once upon a time"}}\''
+        f"  curl{header} http://localhost:{port}/v2/models/{quote(name)}/generate "
+        '-d \'{"text_input": "Once upon a time"}\''
     )
     return 0
+
+
+def _guard(
+    cluster: Cluster, deployment: Deployment, policy: dict[str, Any] | None, *, makes_secret: bool
+) -> str | None:
+    """Apply what keeps others out, before there is anything to reach; returns an API key to ask with, where one can be read.
+
+    Raises `ClusterError`, also for a Secret that was named and is not there.
+    """
+    if policy is not None:
+        cluster.apply_network_policy(policy)
+        others = "".join(f", {name}" for name in deployment.allowed_namespaces or ())
+        print(
+            f"applied NetworkPolicy {cluster.namespace}/{deployment.name}: pods of {cluster.namespace}{others} may come in"
+        )
+    else:
+        print("WARNING: --allow-all-ingress: no NetworkPolicy is made", file=sys.stderr)
+    if deployment.keys_secret is None:
+        print("WARNING: --allow-unauthenticated: whoever reaches the ports may use the model", file=sys.stderr)
+        return None
+    if makes_secret:
+        values = cluster.ensure_secret(api_key_secret(deployment.keys_secret, secrets.token_hex(32)))
+        print(f"API keys: Secret {cluster.namespace}/{deployment.keys_secret}")
+    else:
+        values = cluster.secret(deployment.keys_secret)
+    return _key_to_ask_with(values)
+
+
+def _key_to_ask_with(values: dict[str, str]) -> str | None:
+    """The first key of a Secret's values that has the scope `infer` and is not hashed."""
+    for text in ([values[OWN_KEY]] if OWN_KEY in values else []) + [values[name] for name in sorted(values)]:
+        word = text.strip().split("\n")[0].split(",")[0].strip()
+        if re.fullmatch(r"[\w.~+/=-]{8,}", word) and not word.startswith("-"):
+            return word
+    return None
+
+
+def _dry_run(document: dict[str, Any], policy: dict[str, Any] | None, deployment: Deployment | None) -> str:
+    """What would be applied. A key is not printed, so the Secret is a comment."""
+    parts = [] if policy is None else [_as_yaml(policy)]
+    text = "---\n".join([*parts, _as_yaml(document)])
+    if deployment is not None and deployment.keys_secret is not None:
+        secret = f"{deployment.keys_secret} --from-literal={OWN_KEY}=$(openssl rand -hex 32)"
+        text = f"# API keys, unless they are there: kubectl create secret generic {secret}\n{text}"
+    return text
 
 
 class _Wait:
@@ -120,11 +188,14 @@ class _Wait:
         return f"{problem}\nlast lines of its log:\n{log}" if log else problem
 
 
-def _ask(cluster: Cluster, pod: str, port: int, model: str, question: str) -> str:
+def _ask(cluster: Cluster, pod: str, port: int, model: str, question: str, key: str | None) -> str:
     body = {"text_input": question, "parameters": {"max_tokens": 32}}
-    status, answer = cluster.ask_pod(pod, port, f"/v2/models/{quote(model, safe='')}/generate", body, seconds=300)
-    if status == 401:
-        raise ClusterError("the model is ready; it requires an API key, which this command does not have")
+    path = f"/v2/models/{quote(model, safe='')}/generate"
+    status, answer = cluster.ask_pod(pod, port, path, body, seconds=300, key=key)
+    if status in (401, 403):
+        raise ClusterError(
+            "the model is ready; it requires an API key with the scope infer, which this command does not have"
+        )
     if status != 200 or not isinstance(answer, dict) or "text_output" not in answer:
         raise ClusterError(f"the model is ready but answers {status}: {answer}")
     return str(answer["text_output"])
@@ -157,6 +228,10 @@ def _deployment(own: argparse.Namespace, line: CommandLine) -> Deployment:
         problems.append(Problem("storage-uri", own.storage_uri, "contradicts --model: give one of them"))
     if not re.fullmatch(_NAME, own.name) or len(own.name) > 40:
         problems.append(Problem("name", own.name, "must be a DNS label of at most 40 characters"))
+    if own.api_keys_secret and own.allow_unauthenticated:
+        problems.append(Problem("api-keys-secret", own.api_keys_secret, "contradicts --allow-unauthenticated"))
+    if own.allow_from and own.allow_all_ingress:
+        problems.append(Problem("allow-from", own.allow_from[0], "contradicts --allow-all-ingress"))
     raise_problems(problems)
     arguments = [f"--{given.key}={given.raw}" for given in line.given]
     config = load(arguments, {}).config
@@ -172,6 +247,8 @@ def _deployment(own: argparse.Namespace, line: CommandLine) -> Deployment:
         cpu=own.cpu,
         memory=own.memory,
         gpus=own.gpus,
+        keys_secret=None if own.allow_unauthenticated else own.api_keys_secret or f"{own.name}-api-keys",
+        allowed_namespaces=None if own.allow_all_ingress else tuple(own.allow_from),
     )
 
 
@@ -224,6 +301,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--cpu", default="1", help="CPUs of a pod")
     parser.add_argument("--memory", default="4Gi", help="memory of a pod")
     parser.add_argument("--gpus", type=int, default=0, help="GPUs of a pod")
+    parser.add_argument(
+        "--api-keys-secret",
+        help="a Secret of which each key is an API key, or a file of them; default: NAME-api-keys, made if missing",
+    )
+    parser.add_argument("--allow-unauthenticated", action="store_true", help="serve without API keys")
+    parser.add_argument(
+        "--allow-from",
+        action="append",
+        default=[],
+        metavar="NAMESPACE",
+        help="let pods of this namespace in besides those of the model's own, such as the gateway's; may be repeated",
+    )
+    parser.add_argument("--allow-all-ingress", action="store_true", help="make no NetworkPolicy")
     parser.add_argument("--namespace", "-n", help="namespace; default: the context's")
     parser.add_argument("--context", help="context of the kubeconfig; default: the current one")
     parser.add_argument("--kubeconfig", help="path of the kubeconfig; default: KUBECONFIG or ~/.kube/config")

@@ -1,4 +1,5 @@
-"""The InferenceService that `pagoda deploy` makes: a custom predictor, hardened, with probes of the engine's state.
+"""What `pagoda deploy` makes: an InferenceService with a custom predictor, hardened, with probes of the engine's state, the
+Secret of its API keys, and the NetworkPolicy before it.
 
 It is that of manifests/base; docs/deployment.md has the reasons.
 """
@@ -16,6 +17,10 @@ API_GROUP = "serving.kserve.io"
 API_VERSION = "v1beta1"
 CONTAINER = "kserve-container"
 MODEL_MOUNT = "/mnt/models"
+KEYS_MOUNT = "/etc/pagoda-keys"
+OWN_KEY = "pagoda-deploy"
+"""The API key of the Secret that is made here, by its name there."""
+MANAGED_BY = {"app.kubernetes.io/managed-by": "pagoda-deploy"}
 
 PRE_STOP_SECONDS = 10
 CLOSING_SECONDS = 10
@@ -27,7 +32,11 @@ USER = 10001
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deployment:
-    """What a user of `pagoda deploy` chooses. `config`: the settings in effect, of which `arguments` are those given."""
+    """What a user of `pagoda deploy` chooses. `config`: the settings in effect, of which `arguments` are those given.
+
+    `keys_secret`: the Secret whose keys are the API keys; None for a server that asks for none. `allowed_namespaces`: whose
+    pods may come in besides those of its own; None for everybody.
+    """
 
     name: str
     image: str
@@ -38,6 +47,41 @@ class Deployment:
     cpu: str = "1"
     memory: str = "4Gi"
     gpus: int = 0
+    keys_secret: str | None = None
+    allowed_namespaces: Sequence[str] | None = ()
+
+
+def api_key_secret(name: str, key: str) -> dict[str, Any]:
+    """A Secret with one API key."""
+    return {
+        "apiVersion": "v1",
+        "kind": "Secret",
+        "metadata": {"name": name, "labels": MANAGED_BY},
+        "type": "Opaque",
+        "stringData": {OWN_KEY: key},
+    }
+
+
+def network_policy(deployment: Deployment) -> dict[str, Any] | None:
+    """Who may come in: the pods of the InferenceService's namespace and of those allowed; None where everybody may."""
+    if deployment.allowed_namespaces is None:
+        return None
+    own: list[dict[str, Any]] = [{"podSelector": {}}]
+    others = [
+        {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": name}}}
+        for name in deployment.allowed_namespaces
+    ]
+    ports = [{"port": port, "protocol": "TCP"} for port in (deployment.config.http_port, deployment.config.grpc_port)]
+    return {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "NetworkPolicy",
+        "metadata": {"name": deployment.name, "labels": MANAGED_BY},
+        "spec": {
+            "podSelector": {"matchLabels": {"app": f"isvc.{deployment.name}-predictor"}},
+            "policyTypes": ["Ingress"],
+            "ingress": [{"ports": ports, "from": own + others}],
+        },
+    }
 
 
 def inference_service(deployment: Deployment) -> dict[str, Any]:
@@ -68,6 +112,9 @@ def inference_service(deployment: Deployment) -> dict[str, Any]:
             {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "1Gi"}},
         ],
     }
+    if deployment.keys_secret is not None:
+        keys = {"secretName": deployment.keys_secret, "defaultMode": 0o440}
+        predictor["volumes"].append({"name": "api-keys", "secret": keys})
     if deployment.gpus:
         predictor["tolerations"] = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
     return {
@@ -111,6 +158,9 @@ def _container(deployment: Deployment) -> dict[str, Any]:
             {"name": "shm", "mountPath": "/dev/shm"},
         ],
     }
+    if deployment.keys_secret is not None:
+        container["args"].append(f"--api_keys_file={KEYS_MOUNT}")
+        container["volumeMounts"].append({"name": "api-keys", "mountPath": KEYS_MOUNT, "readOnly": True})
     if deployment.storage_uri is not None:
         container["args"].append(f"--model_dir={MODEL_MOUNT}")
         container["env"] = [{"name": "STORAGE_URI", "value": deployment.storage_uri}]
