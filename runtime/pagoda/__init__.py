@@ -9,8 +9,9 @@ from pagoda.version import __version__
 if TYPE_CHECKING:
     from pagoda.llm import LLM
     from pagoda.sampling.params import SamplingParams
+    from pagoda.structured.spec import GrammarSpec
 
-__all__ = ["LLM", "SamplingParams", "__version__"]
+__all__ = ["LLM", "GrammarSpec", "SamplingParams", "__version__"]
 
 
 def __getattr__(name: str) -> object:
@@ -23,4 +24,8 @@ def __getattr__(name: str) -> object:
         from pagoda.sampling.params import SamplingParams
 
         return SamplingParams
+    if name == "GrammarSpec":
+        from pagoda.structured.spec import GrammarSpec
+
+        return GrammarSpec
     raise AttributeError(f"module 'pagoda' has no attribute {name!r}")

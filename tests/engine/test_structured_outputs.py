@@ -26,6 +26,7 @@ from pagoda.text.tokenizer import Tokenizer
 from tests.engine.test_speculation import Answer, answers_of
 from tests.support.checkpoints import shared_checkpoint
 from tests.support.drafts import ArbitraryDrafts
+from tests.support.schema_sets import all_schemas, error_of
 
 DEMO = Path(pagoda.__file__).parent / "demo_model"
 EOS = 2
@@ -216,3 +217,46 @@ def test_a_model_without_a_usable_tokenizer_says_so(tmp_path: Path) -> None:
         assert "tokenizer.json" in (outputs[0].error or "")
     finally:
         core.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch_size", [1, 32])
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.5])
+@pytest.mark.parametrize("with_drafts", [False, True])
+def test_schemas_that_others_wrote(
+    tokenizer: Tokenizer, batch_size: int, temperature: float, with_drafts: bool
+) -> None:
+    """Every third of them; whatever says `stop` is valid."""
+    schemas = all_schemas()
+    names = sorted(schemas)[::3] if batch_size > 1 else sorted(schemas)[::30]
+    core = make_core(max_num_seqs=batch_size, max_model_len=160, max_num_batched_tokens=256)
+    scheduler = core._scheduler
+    if with_drafts:
+        proposer = ArbitraryDrafts(Random(1), lambda request, count: request.token_ids[-count:], core.ready.vocab_size)
+        scheduler._lookahead = Speculation(scheduler.kv, proposer, max_draft_tokens=64)
+    requests = [
+        EngineRequest(
+            request_id=f"{index}",
+            prompt_token_ids=[(7 * index + n) % 400 + 100 for n in range(8)],
+            params=SamplingParams(
+                structured_outputs=GrammarSpec.of_json_schema(schemas[name]) if schemas[name] is not False else None,
+                temperature=temperature,
+                seed=index,
+            ),
+            max_tokens=100,
+            eos_token_ids=(EOS,),
+        )
+        for index, name in enumerate(names)
+    ]
+    num_stopped = 0
+    try:
+        for first in range(0, len(requests), 32):
+            for request_id, answer in answers_of(core, requests[first : first + 32]).items():
+                schema = schemas[names[int(request_id)]]
+                if answer.finish_reason is FinishReason.STOP and schema is not False:
+                    error = error_of(schema, tokenizer.decode(answer.tokens))
+                    assert error is None, (names[int(request_id)], error)
+                    num_stopped += 1
+    finally:
+        core.shutdown()
+    assert num_stopped > len(names) // 10

@@ -8,7 +8,7 @@ import json
 import logging
 import sys
 from collections import OrderedDict
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from pagoda.errors import InvalidRequestError, NotSupportedError, RequestFailedError
@@ -79,7 +79,7 @@ class GrammarAdmission:
         try:
             if process is None or process.returncode is not None:
                 process = await self._start()
-            answer = await _exchange(process, {**asdict(spec), "starts_after": ()}, self._timeout)
+            answer = await _exchange(process, asdict(replace(spec, starts_after=(), opened_by=None)), self._timeout)
             answered = True
         except TimeoutError:
             logger.warning("a %s took longer than %g s to be compiled: its process is ended", spec.kind, self._timeout)

@@ -80,6 +80,8 @@ class GrammarCompiler:
             min_tokens=min_tokens,
             ignore_eos=ignore_eos,
             starts_after=spec.starts_after,
+            opened_by=spec.opened_by,
+            token_bytes=lambda token_id: bytes(self.vocabulary.tokenizer.decode_bytes([token_id])),
         )
 
     def _compiled(self, spec: GrammarSpec) -> llguidance.LLMatcher:

@@ -2,12 +2,13 @@
 
 prompt │ reasoning … end of reasoning │ grammar …                    │ end of sequence
        │ anything but the end         │ what the grammar allows      │ where the grammar accepts
+
+The reasoning may be optional: then the first token decides, which is the one that opens it, or one of the grammar's.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import llguidance
 import numpy as np
@@ -22,8 +23,8 @@ class GrammarMatcher:
 
     `end_ids`: the tokens that end the output, allowed exactly where the grammar accepts. `min_tokens` and `ignore_eos` hold
     them and `stop_token_ids` back, as long as the grammar allows anything else. Where it allows nothing else, the output is
-    complete, whatever they say. `starts_after`: token ids behind which the grammar begins; before them everything is allowed
-    but the end. `vocabulary_eos_ids` are those that llguidance takes for the end.
+    complete, whatever they say. `starts_after` and `opened_by`: see `GrammarSpec`; several tokens that end the reasoning may
+    be spelled with others, of which `token_bytes` gives the bytes. `vocabulary_eos_ids`: what llguidance takes for the end.
     """
 
     def __init__(
@@ -37,6 +38,8 @@ class GrammarMatcher:
         min_tokens: int = 0,
         ignore_eos: bool = False,
         starts_after: tuple[int, ...] = (),
+        opened_by: int | None = None,
+        token_bytes: Callable[[int], bytes] = lambda _: b"",
     ) -> None:
         self.num_words = -(-vocab_size // 32)
         self.error: str | None = None
@@ -49,8 +52,10 @@ class GrammarMatcher:
         self._ignore_eos = ignore_eos
         self._num_tokens = 0
         self._num_consumed = 0  # by the matcher; `fill` takes those of drafts back
-        self._starts_after = starts_after
-        self._reasoning: deque[int] | None = deque(maxlen=len(starts_after)) if starts_after else None
+        self._opened_by = opened_by if starts_after else None
+        self._closer = _Closer(starts_after, token_bytes)
+        # What of the reasoning may belong to its end; None where the grammar is followed.
+        self._reasoning: bytes | None = b"" if starts_after and opened_by is None else None
 
     def advance(self, token_id: int) -> bool:
         """Take a token of the output; whether the output is complete, so that nothing may follow.
@@ -59,9 +64,10 @@ class GrammarMatcher:
         """
         self._num_tokens += 1
         if self._reasoning is not None:
-            self._reasoning.append(token_id)
-            if tuple(self._reasoning) == self._starts_after:
-                self._reasoning = None
+            self._reasoning = self._closer.tail_after(self._reasoning, token_id)
+            return False
+        if self._num_tokens == 1 and token_id == self._opened_by:
+            self._reasoning = b""
             return False
         if self.error is not None:
             return False
@@ -82,7 +88,7 @@ class GrammarMatcher:
         if not len(drafts):
             return
         num_tokens, error = self._num_tokens, self.error
-        reasoning = None if self._reasoning is None else self._reasoning.copy()
+        reasoning = self._reasoning
         self._num_consumed = 0
         num_filled = 1
         for draft in drafts:
@@ -108,6 +114,8 @@ class GrammarMatcher:
             words[:] = _ALL  # whatever comes, the request ends with the error
             return
         words &= ~self._all_ends
+        if self._opened_by is not None and self._num_tokens == 0:
+            words |= _bits((self._opened_by,), self.num_words)
         if not matcher.is_accepting():
             if not words.any():
                 self.error = "the grammar allows no token here"
@@ -127,6 +135,22 @@ class GrammarMatcher:
     def _note_error(self) -> None:
         reason = self._matcher.get_error().split("\n", 1)[0].strip()
         self.error = f"the grammar cannot be followed any further: {reason[:200] or 'unknown'}"
+
+
+class _Closer:
+    """Finds the end of the reasoning: a single token by its id, several by their bytes, however these are spelled."""
+
+    def __init__(self, token_ids: tuple[int, ...], token_bytes: Callable[[int], bytes]) -> None:
+        self._single = token_ids[0] if len(token_ids) == 1 else None
+        self._text = b"".join(map(token_bytes, token_ids)) if len(token_ids) > 1 else b""
+        self._token_bytes = token_bytes
+
+    def tail_after(self, tail: bytes, token_id: int) -> bytes | None:
+        """The last bytes of the reasoning with `token_id` behind `tail`; None once its end was in them."""
+        if self._single is not None:
+            return None if token_id == self._single else b""
+        tail += self._token_bytes(token_id)
+        return None if self._text in tail else tail[-len(self._text) :]
 
 
 def _bits(token_ids: Collection[int], num_words: int) -> Words:

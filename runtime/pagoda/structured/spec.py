@@ -28,6 +28,7 @@ class GrammarSpec:
     `regex` a regular expression and for `grammar` a grammar in llguidance's Lark, as they are; empty for `json_object`.
     `whitespace`: between the tokens of JSON, one space or one line break with indentation, or none. `starts_after`: ids of the
     tokens that end the reasoning; the grammar begins behind their first occurrence in the output. Empty: at its beginning.
+    `opened_by`: there is reasoning only if the output begins with this token; None: it always begins within the reasoning.
     Raises `InvalidRequestError`.
     """
 
@@ -35,6 +36,7 @@ class GrammarSpec:
     source: str = ""
     whitespace: bool = True
     starts_after: tuple[int, ...] = ()
+    opened_by: int | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in _KINDS:
@@ -92,9 +94,9 @@ class GrammarSpec:
             raise InvalidRequestError("structural_tag must be an object", "structural_tag")
         return cls(kind="structural_tag", source=_dump(tag, "structural_tag"))
 
-    def after(self, token_ids: Sequence[int]) -> GrammarSpec:
+    def after(self, token_ids: Sequence[int], opened_by: int | None = None) -> GrammarSpec:
         """The same grammar, which begins behind these tokens: the end of the reasoning."""
-        return replace(self, starts_after=tuple(token_ids))
+        return replace(self, starts_after=tuple(token_ids), opened_by=opened_by)
 
 
 def check_length(text: str, name: str) -> None:

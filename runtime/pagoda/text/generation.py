@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from pagoda.config.schema import PagodaConfig
@@ -123,6 +123,9 @@ class TextGenerator:
             check_num_tokens(len(prompt), limits)
             prompt_token_ids = prompt.tolist() if isinstance(prompt, TokenIds) else prompt
             echoed = await self._decode_prompt(prompt_token_ids, params) if request.echo else ""
+        if params.structured_outputs is not None and request.answer is not None and self.answer_format is not None:
+            spec = self.answer_format.constrained(params.structured_outputs, request.answer, prompt_token_ids)
+            request = replace(request, params=replace(params, structured_outputs=spec))
         self.pool.check_response(len(echoed) * params.n)
         prediction: list[int] = []
         if request.prediction and limits.num_speculative_tokens:

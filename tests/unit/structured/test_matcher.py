@@ -166,22 +166,36 @@ def test_drafts_are_masked_as_they_would_be_and_leave_no_trace(name: str, seed: 
         assert matcher.advance(token_id) == fresh.advance(token_id)
 
 
-def test_reasoning_is_free_and_does_not_end_and_the_grammar_begins_behind_it() -> None:
-    matcher = matcher_of(SPECS["choice"].after([END, START]))
+@pytest.mark.parametrize("end", [[END], tokens_of("</think>")], ids=["one token", "several tokens"])
+def test_reasoning_is_free_and_does_not_end_and_the_grammar_begins_behind_it(end: list[int]) -> None:
+    matcher = matcher_of(SPECS["choice"].after(end))
     everything = set(range(2048))
-    for token_id in (500, END, 600, START, END, END):
+    for token_id in (500, START, *tokens_of("red </thin </"), *end[:-1]):
         assert masks_of(matcher) == [everything - {EOS}]
         assert not matcher.advance(token_id)
     # The end of the reasoning inside of drafts.
     red = tokens_of("red")
-    masks = masks_of(matcher, [START, *red])
+    masks = masks_of(matcher, [end[-1], *red])
     assert masks[0] == everything - {EOS}
     assert masks[1] == masks_of(matcher_of(SPECS["choice"]))[0]
     assert masks_of(matcher) == [everything - {EOS}]
-    assert not matcher.advance(START)
+    assert not matcher.advance(end[-1])
     for token_id in red[:-1]:
         assert not matcher.advance(token_id)
     assert matcher.advance(red[-1])
+
+
+def test_reasoning_that_may_be_left_out_begins_with_its_token() -> None:
+    spec = SPECS["choice"].after([END], opened_by=START)
+    grammar = masks_of(matcher_of(SPECS["choice"]))[0]
+    assert masks_of(matcher_of(spec)) == [grammar | {START}]
+    thinking = matcher_of(spec)
+    for token_id in (START, 500, START, END):
+        assert not thinking.advance(token_id)
+    assert masks_of(thinking) == [grammar]
+    plain = matcher_of(spec)
+    assert [plain.advance(token_id) for token_id in tokens_of("red")][-1]
+    assert masks_of(matcher_of(spec), [START, 500, END])[1:] == [set(range(2048)) - {EOS}] * 2 + [grammar]
 
 
 def test_min_tokens_and_ignore_eos_hold_the_end_back_while_anything_else_is_allowed() -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from pagoda.errors import ConfigError
 from pagoda.request import AnswerOptions
+from pagoda.structured.spec import GrammarSpec
 from pagoda.text.responses.channels import ChannelParser
 from pagoda.text.responses.formats import CALL_NAMES, CALLS, HARMONY, REASONING, REASONING_NAMES
 from pagoda.text.responses.machine import MarkupParser
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 AUTO, OFF = "auto", "off"
 _TAIL_TOKENS = 32
+_HARMONY_FINAL = "<|channel|>final<|message|>"
 _TEMPLATE_TAIL_TOKENS = 2048
 
 # The name of a format, and what of a chat template shows it; the first that fits is taken.
@@ -105,6 +107,24 @@ class AnswerFormat:
             in_reasoning=wants_reasoning and self._is_in_reasoning(options.continued, prompt_token_ids),
             skip_special=skip_special,
         )
+
+    def constrained(self, spec: GrammarSpec, options: AnswerOptions, prompt_token_ids: Sequence[int]) -> GrammarSpec:
+        """`spec`, so that it begins behind the reasoning of the answer to the prompt, if there is any."""
+        if self._template is not None:
+            return spec
+        encode = self._tokenizer.encode
+        if self.reasoning_name == "openai_gptoss":
+            return spec.after(encode(_HARMONY_FINAL, add_special_tokens=False))
+        reasoning = REASONING.get(self.reasoning_name or "")
+        if reasoning is None:
+            return spec
+        close = encode(reasoning.close, add_special_tokens=False)
+        if self._is_in_reasoning(options.continued, prompt_token_ids):
+            return spec.after(close)
+        opening = encode(reasoning.open, add_special_tokens=False)
+        tail = self._tokenizer.decode(prompt_token_ids[-_TAIL_TOKENS:], skip_special_tokens=False).rstrip()
+        may_open = len(opening) == 1 and not options.continued and not tail.endswith(reasoning.close)
+        return spec.after(close, opened_by=opening[0]) if may_open else spec
 
     @cached_property
     def _bound(self) -> dict[tuple[bool, bool], tuple[ResponseFormat, Marks]]:
