@@ -110,7 +110,7 @@ def cheapest(server: MeasuredServer, body: Body, runs: int) -> dict[str, Any]:
         begun = time.monotonic()
         answer, cost = bodies.cost_of(server, body)
         found.append(
-            {"answer": answer, "stall": cost.stall, "memory": cost.memory, "seconds": time.monotonic() - begun}
+            {"answer": answer.status, "stall": cost.stall, "memory": cost.memory, "seconds": time.monotonic() - begun}
         )
     return {**min(found, key=lambda row: row["stall"]), "memory": min(row["memory"] for row in found)}
 

@@ -293,30 +293,42 @@ def _sizes(max_bytes: int) -> st.SearchStrategy[int]:
     return st.integers(0, 100).map(lambda part: max(8, int(max_bytes ** (0.6 + 0.4 * part / 100))))
 
 
-def send(server: MeasuredServer, body: Body, seconds: float = 120) -> str:
-    """The status of the answer."""
+@dataclass(frozen=True)
+class Answer:
+    """The status, of HTTP as digits, of gRPC by its name, and the bytes of the body or of the status message."""
+
+    status: str
+    size: int
+
+    @property
+    def is_error(self) -> bool:
+        return self.status not in ("200", "OK")
+
+
+def send(server: MeasuredServer, body: Body, seconds: float = 120) -> Answer:
+    """The whole answer is read."""
     if not body.is_grpc:
         url = f"http://127.0.0.1:{server.port}{body.path}"
         with httpx.stream("POST", url, content=body.content, headers=dict(body.headers), timeout=seconds) as answer:
-            for _ in answer.iter_raw():
-                pass
-        return str(answer.status_code)
+            size = sum(map(len, answer.iter_raw()))
+        return Answer(str(answer.status_code), size)
     options = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
     with grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}", options=options) as channel:
         try:
-            channel.unary_unary(f"/inference.GRPCInferenceService/{body.path}")(body.content, timeout=seconds)
+            whole = channel.unary_unary(f"/inference.GRPCInferenceService/{body.path}")(body.content, timeout=seconds)
         except grpc.RpcError as error:
-            return str(error.code().name)  # type: ignore[attr-defined]
-    return "OK"
+            return Answer(str(error.code().name), len(error.details() or ""))  # type: ignore[attr-defined]
+    return Answer("OK", len(whole))
 
 
-def cost_of(server: MeasuredServer, body: Body) -> tuple[str, Cost]:
-    """The answer's status, and what it cost."""
+def cost_of(server: MeasuredServer, body: Body) -> tuple[Answer, Cost]:
+    """The answer, and what it cost."""
     with server.measured() as cost:
-        status = send(server, body)
-    return status, cost
+        answer = send(server, body)
+    return answer, cost
 
 
+MAX_ERROR_BYTES = 2048
 MAX_STALL_SECONDS = 0.1
 MAX_MEMORY_RATIO = 5
 MEMORY_ALLOWANCE = 8 * 2**20
@@ -327,11 +339,12 @@ TRIES = 4
 
 
 def check_cost(server: MeasuredServer, body: Body) -> Cost:
-    """Fail if `body` costs more than any may, or is answered with a fault; returns the least that it cost."""
+    """Fail if `body` costs more than any may, or is answered with a fault or a long error; returns the least that it cost."""
     least = Cost(float("inf"), 2**62)
     for _ in range(TRIES):
-        status, cost = cost_of(server, body)
-        assert status not in FAULTS, (status, body.path, body.content[:200])
+        answer, cost = cost_of(server, body)
+        assert answer.status not in FAULTS, (answer, body.path, body.content[:200])
+        assert not answer.is_error or answer.size <= MAX_ERROR_BYTES, (answer, body.path, body.content[:200])
         least = Cost(min(least.stall, cost.stall), min(least.memory, cost.memory))
         if least.stall < MAX_STALL_SECONDS and least.memory < MAX_MEMORY_RATIO * body.size + MEMORY_ALLOWANCE:
             return least

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pagoda.errors import ErrorKind, InvalidRequestError, NotSupportedError, PagodaError, QueueFullError
 
 RETRY_AFTER_NOT_READY_SECONDS = 5
+MAX_MESSAGE_CHARACTERS = 1000
+MAX_PARAM_CHARACTERS = 100
+"""Of a sentence for the client, and of a field's name, which the client may have chosen."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +61,7 @@ def report(error: BaseException) -> ErrorReport:
         str(error) if isinstance(error, PagodaError) else "an internal error ended this request; see the server log"
     )
     status = STATUS_BY_KIND[kind]
+    param = error.param if isinstance(error, InvalidRequestError | NotSupportedError) else None
     retry_after: int | None = None
     if isinstance(error, QueueFullError):
         retry_after = error.retry_after_seconds
@@ -65,10 +69,14 @@ def report(error: BaseException) -> ErrorReport:
         retry_after = RETRY_AFTER_NOT_READY_SECONDS
     return ErrorReport(
         kind=kind,
-        message=message,
+        message=_clipped(message, MAX_MESSAGE_CHARACTERS),
         http_status=status.http_status,
         grpc_code=status.grpc_code,
         openai_type=status.openai_type,
-        param=error.param if isinstance(error, InvalidRequestError | NotSupportedError) else None,
+        param=None if param is None else _clipped(param, MAX_PARAM_CHARACTERS),
         retry_after_seconds=retry_after,
     )
+
+
+def _clipped(text: str, limit: int) -> str:
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."

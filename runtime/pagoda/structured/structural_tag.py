@@ -13,7 +13,7 @@ from typing import Any
 
 import llguidance
 
-from pagoda.errors import InvalidRequestError
+from pagoda.errors import InvalidRequestError, shown
 
 _TEXT = "TEXT"
 _FIRST_LINES = r"TEXT: /(.|\n)*/"
@@ -77,7 +77,7 @@ class _Writer:
         kind = _member(part, "type", str, "a format")
         write = _FORMATS.get(kind)
         if write is None:
-            raise _wrong(f"a format has the type {kind!r}; known types are {', '.join(sorted(_FORMATS))}")
+            raise _wrong(f"a format has the type {shown(kind)}; known types are {', '.join(sorted(_FORMATS))}")
         return write(self, part)
 
     def literal(self, text: str) -> str:

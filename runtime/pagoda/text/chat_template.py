@@ -13,7 +13,7 @@ from typing import Any
 
 import jinja2
 
-from pagoda.errors import ConfigError, ContextLengthError, InvalidRequestError
+from pagoda.errors import ConfigError, ContextLengthError, InvalidRequestError, shown
 from pagoda.text.jinja_sandbox import check_syntax, compile_template
 from pagoda.text.tokenizer_files import DEFAULT_TEMPLATE
 
@@ -253,7 +253,7 @@ def _check_parts(content: list[Any]) -> None:
         if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
             kind = part.get("type") if isinstance(part, dict) else type(part).__name__
             raise InvalidRequestError(
-                f"a content part of type {kind!r} is not supported: this model takes parts of type 'text' with a text",
+                f"a content part of type {shown(kind)} is not supported: this model takes parts of type 'text' with a text",
                 "messages",
             )
 

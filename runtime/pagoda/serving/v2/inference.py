@@ -127,7 +127,7 @@ def requested_output(name: str, parameters: Mapping[str, object]) -> RequestedOu
                 f"output {name!r}: binary_data must be true or false, got {shown(value)}", "outputs"
             )
         elif key == "classification" or key.startswith(SHARED_MEMORY):
-            raise NotSupportedError(f"output {name!r}: {key} is not supported")
+            raise NotSupportedError(f"output {name!r}: {shown(key)} is not supported")
     return RequestedOutput(name, binary_data)
 
 
@@ -135,7 +135,7 @@ def refuse_shared_memory(name: str, parameters: Iterable[str]) -> None:
     """Raise `NotSupportedError` if the input `name` has one of Triton's parameters for shared memory."""
     for key in parameters:
         if key.startswith(SHARED_MEMORY):
-            raise NotSupportedError(f"input {shown(name)}: {key} is not supported; send the values themselves")
+            raise NotSupportedError(f"input {shown(name)}: {shown(key)} is not supported; send the values themselves")
 
 
 def parse_infer(request: V2Request, make_sampling: MakeSampling) -> V2Batch:
