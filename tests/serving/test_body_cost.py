@@ -10,9 +10,11 @@ import asyncio
 import time
 from collections.abc import Iterator
 
+import grpc
 import pytest
 from hypothesis import HealthCheck, given, settings
 
+from pagoda.serving.grpc.messages import ModelInferResponse
 from tests.support import costly_bodies as bodies
 from tests.support.costly_bodies import Body, check_cost, rest_body, value
 from tests.support.measured_server import Heartbeat, MeasuredServer
@@ -69,6 +71,34 @@ def test_any_body(server: MeasuredServer, protocol: str) -> None:
         check_cost(server, body)
 
     ask()
+
+
+def test_a_large_batch_of_token_ids_is_answered_as_its_prompts_alone(server: MeasuredServer) -> None:
+    prompts = [
+        [(11 * row + 7 * column) % 400 + 100 for column in range(90)] for row in range(200)
+    ]  # TokenIds when decoded
+    options = {"max_tokens": 2, "temperature": 0}
+    alone = server.client.post("/v1/completions", json={"prompt": prompts[-1], **options}).json()["choices"][0]["text"]
+
+    choices = server.client.post("/v1/completions", json={"prompt": prompts, **options}).json()["choices"]
+    assert (len(choices), choices[-1]["text"]) == (len(prompts), alone)
+
+    tensor = {"name": "input_ids", "datatype": "INT64", "shape": [200, 90], "data": prompts}
+    for data in (prompts, [token for prompt in prompts for token in prompt]):
+        infer = server.client.post(
+            f"{bodies.MODEL}/infer", json={"inputs": [{**tensor, "data": data}], "parameters": options}
+        )
+        assert infer.json()["outputs"][0]["data"][-1] == alone
+
+    message = bodies.infer_message()
+    message.parameters["temperature"].int64_param = 0
+    message.parameters["max_tokens"].int64_param = 2
+    message.inputs.add(name="input_ids", datatype="INT64", shape=[200, 90])
+    message.inputs[0].contents.int64_contents.extend(token for prompt in prompts for token in prompt)
+    with grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:
+        call = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+        response = ModelInferResponse.FromString(call(message.SerializeToString(), timeout=60))
+    assert response.outputs[0].contents.bytes_contents[-1].decode() == alone
 
 
 async def test_the_heartbeat_sees_a_loop_that_is_busy_and_not_one_whose_machine_is() -> None:

@@ -22,6 +22,9 @@ REST_ROUTES = {
     "chat": "/v1/chat/completions",
     "tokenize": "/tokenize",
     "detokenize": "/detokenize",
+    "messages": "/v1/messages",
+    "count_tokens": "/v1/messages/count_tokens",
+    "responses": "/v1/responses",
     "infer": f"{MODEL}/infer",
     "generate": f"{MODEL}/generate",
     "generate_stream": f"{MODEL}/generate_stream",
@@ -31,12 +34,15 @@ REST_ROUTES = {
 FIELDS = {
     "completions": (
         *("prompt", "stop", "bad_words", "logit_bias", "allowed_token_ids", "stop_token_ids", "tools", "unknown"),
-        *("stream_options", "max_tokens", "user", "cache_salt"),
+        *("stream_options", "max_tokens", "user", "cache_salt", "structured_outputs", "guided_choice", "guided_json"),
     ),
     "chat": (
         *("messages", "stop", "bad_words", "logit_bias", "chat_template_kwargs", "response_format", "tools", "unknown"),
-        "modalities",
+        *("modalities", "prediction", "tool_choice"),
     ),
+    "messages": ("messages", "system", "tools", "stop_sequences", "thinking", "unknown"),
+    "count_tokens": ("messages", "system", "tools"),
+    "responses": ("input", "instructions", "tools", "text", "previous_response_id", "unknown"),
     "tokenize": ("prompt", "messages", "chat_template_kwargs", "unknown"),
     "detokenize": ("tokens", "unknown"),
     "infer": ("inputs", "outputs", "parameters", "id", "text_input", "input_ids", "stop", "shape", "parameter"),
@@ -121,6 +127,10 @@ def rest_body(route: str, field: str, json_value: str, **others: Any) -> Body:
             }
         )
         members[field] = json_value
+    elif route in ("messages", "count_tokens"):
+        members |= {"max_tokens": "1", "messages": '[{"role":"user","content":"hi"}]', field: json_value}
+    elif route == "responses":
+        members |= {"max_output_tokens": "1", "input": '"hi"', field: json_value}
     elif route == "infer":
         members |= _infer_members(field, json_value)
     elif route.startswith("generate"):
