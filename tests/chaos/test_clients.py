@@ -153,7 +153,7 @@ async def test_readers_that_do_not_read_hold_neither_the_engine_nor_much_memory(
 
 
 async def test_a_flood_under_one_key_leaves_room_and_turns_for_the_other(note: Note) -> None:
-    settings = {**SETTINGS, "api_keys": "flood-key,quiet-key"}
+    settings = {**SETTINGS, "api_keys": "flood-key,quiet-key", "anonymous_scopes": "read"}
     with ServerProcess(**settings) as server:
         server.wait_until_ready()
         async with Clients(server, key="flood-key") as flood, Clients(server, key="quiet-key") as quiet:

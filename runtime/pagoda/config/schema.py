@@ -534,8 +534,12 @@ class PagodaConfig:
         return None if self.speculative_config is None else SpeculativeConfig.parse(self.speculative_config)
 
     def without_secrets(self) -> dict[str, Any]:
-        """Every setting by its name but the secret ones: what an engine core and its ranks may know."""
-        return {name: value for name, value in asdict(self).items() if not options()[name].secret}
+        """Every setting by its name but who may call the server, which an engine core and its ranks need not know."""
+        return {
+            name: value
+            for name, value in asdict(self).items()
+            if not options()[name].secret and name not in _ACCESS_SETTINGS
+        }
 
     @classmethod
     def of_fields(cls, fields: Mapping[str, Any]) -> PagodaConfig:
@@ -544,6 +548,9 @@ class PagodaConfig:
             name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
         }
         return cls(**values)
+
+
+_ACCESS_SETTINGS = frozenset({"api_keys", "api_keys_file", "anonymous_scopes"})
 
 
 def default_model_name(model: str | None) -> str:

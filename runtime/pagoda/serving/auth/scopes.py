@@ -29,4 +29,4 @@ class Access(Enum):
 
     def admits(self, scopes: Set[Scope]) -> bool:
         """Whether a caller with these scopes may come in."""
-        return self is Access.PUBLIC or bool(self.value & scopes)
+        return self is Access.PUBLIC or not scopes.isdisjoint(self.value)
