@@ -164,7 +164,7 @@ async def test_a_flood_under_one_key_leaves_room_and_turns_for_the_other(note: N
                         while (await http.get("/health")).json()["waiting"] < SETTINGS["max_num_waiting"] // 2:
                             await asyncio.sleep(0.01)
                 answers = Books([await quiet.run(ask) for ask in asks[:8]])
-            assert answers.count() == {"finished": 8}
+            assert answers.count() == {"finished": 8}, [a.error for a in answers.of("refused")]
         note(f"the busy key: {flooded.summary}; the other: {answers.summary}")
         assert flooded.count().keys() == {"finished", "refused"}
         assert any("per-key queue limit" in answer.error for answer in flooded.of("refused"))
