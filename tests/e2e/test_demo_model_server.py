@@ -75,6 +75,49 @@ def test_an_offered_tool_is_called_and_its_result_told(server: ServerProcess) ->
     assert choice["finish_reason"] == "stop"
 
 
+ALARM_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "set_alarm",
+        "strict": True,
+        "parameters": {
+            "type": "object",
+            "properties": {"hour": {"type": "integer", "minimum": 1, "maximum": 12}, "loud": {"enum": ["yes", "no"]}},
+            "required": ["hour", "loud"],
+            "additionalProperties": False,
+        },
+    },
+}
+
+
+def test_a_call_that_must_be_is_valid_whatever_was_asked(server: ServerProcess) -> None:
+    named = {"type": "function", "function": {"name": "set_alarm"}}
+    for choice, names in (("required", {"get_weather", "set_alarm"}), (named, {"set_alarm"})):
+        body = {"messages": ask("Who are you?"), "tools": [WEATHER_TOOL, ALARM_TOOL], "tool_choice": choice}
+        for seed in range(4):
+            made = server.client.post("/v1/chat/completions", json={**body, "seed": seed, "max_tokens": 200})
+            assert made.status_code == 200, made.text
+            answer = made.json()["choices"][0]
+            assert answer["finish_reason"] == ("tool_calls" if choice == "required" else "stop")
+            assert answer["message"]["content"] is None
+            for call in answer["message"]["tool_calls"]:
+                arguments = json.loads(call["function"]["arguments"])
+                assert call["function"]["name"] in names
+                if call["function"]["name"] == "set_alarm":
+                    assert 1 <= arguments["hour"] <= 12
+                    assert arguments["loud"] in ("yes", "no")
+
+
+def test_a_strict_tool_leaves_text_free(server: ServerProcess) -> None:
+    tools = [{"type": "function", "function": {**WEATHER_TOOL["function"], "strict": True}}]
+    choice = chat(server, ask("What is the weather in Rome?"), tools=tools)["choices"][0]
+    (call,) = choice["message"]["tool_calls"]
+    assert json.loads(call["function"]["arguments"]) == {"city": "Rome"}
+    choice = chat(server, ask("Who are you?"), tools=tools)["choices"][0]
+    assert choice["message"]["content"]
+    assert choice["finish_reason"] == "stop"
+
+
 def test_a_story_is_completed(server: ServerProcess) -> None:
     body = {"model": "demo", "prompt": "Once upon", "temperature": 0, "max_tokens": 40}
     text = server.client.post("/v1/completions", json=body).json()["choices"][0]["text"]

@@ -49,6 +49,7 @@ class RestHarness:
             **settings,
         )
         self._is_ready = is_ready
+        self._generator: TextGenerator | None = None
         self._max_model_len = max_model_len
         self._loop = uvloop.new_event_loop()  # as the server does; with asyncio each answer waits for a delayed ACK
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
@@ -110,11 +111,14 @@ class RestHarness:
     async def load(self) -> None:
         """Become ready."""
         await self.engine.start()
-        self.context.runner.attach(TextGenerator.from_config(self.engine, self.pool, self.config))
+        self._generator = TextGenerator.from_config(self.engine, self.pool, self.config)
+        self.context.runner.attach(self._generator)
         self.context.health.text_is_ready()
 
     async def stop(self) -> None:
         """End the server as it ends by itself, which may come twice."""
         self.server.close()
         await self._serving
+        if self._generator is not None:
+            await self._generator.shutdown()
         await self.pool.shutdown()

@@ -69,6 +69,7 @@ class _Writer:
 
     def __init__(self, special_tokens: Mapping[str, int], json_options: Mapping[str, Any]) -> None:
         self._special = re.compile("|".join(map(re.escape, sorted(special_tokens, key=len, reverse=True))) or r"(?!)")
+        self._special_ids = special_tokens
         self._json_options = json_options
         self.rules: list[str] = []
 
@@ -85,7 +86,7 @@ class _Writer:
         pieces, end = [], 0
         for match in self._special.finditer(text):
             pieces += [json.dumps(text[end : match.start()], ensure_ascii=False)] if match.start() > end else []
-            pieces.append(_token_reference(match[0]))
+            pieces.append(_token_reference(match[0], self._special_ids[match[0]]))
             end = match.end()
         if end < len(text):
             pieces.append(json.dumps(text[end:], ensure_ascii=False))
@@ -189,8 +190,8 @@ def json_source(schema: Mapping[str, Any] | bool, json_options: Mapping[str, Any
     return json.dumps({**members, "x-guidance": dict(json_options)}, ensure_ascii=False, separators=(",", ":"))
 
 
-def _token_reference(token: str) -> str:
-    return token if re.fullmatch(r"<[^<>\s]+>", token) else json.dumps(token, ensure_ascii=False)
+def _token_reference(token: str, token_id: int) -> str:
+    return token if re.fullmatch(r"<[^<>\s]+>", token) else f"<[{token_id}]>"
 
 
 def _sequence(*parts: str) -> str:

@@ -34,11 +34,14 @@ class GrammarVocabulary:
             if size > _MAX_BYTES:
                 raise ConfigError(f"{path} has {size} bytes; at most {_MAX_BYTES} are allowed")
             text = path.read_text(encoding="utf-8")
-            specials = {
-                token["content"]: token["id"] for token in json.loads(text).get("added_tokens", ()) if token["special"]
-            }
             num_tokens = None if vocab_size is None else max(vocab_size, _num_ids(text))
             tokenizer = llguidance.LLTokenizer(text, n_vocab=num_tokens)
+            # llguidance takes tokens such as `<tool_call>` for special, too, where the tokenizer does not.
+            specials = {
+                token["content"]: token["id"]
+                for token in json.loads(text).get("added_tokens", ())
+                if token["special"] or tokenizer.is_special_token(token["id"])
+            }
         except OSError as error:
             raise ConfigError(
                 f"structured outputs need {path}, which cannot be read: {error.strerror or error}"

@@ -17,7 +17,7 @@ from pagoda.serving.openai.call import Call, Choice
 from pagoda.serving.openai.finish import finish_fields
 from pagoda.serving.openai.logprobs import chat_logprobs, prompt_logprobs
 from pagoda.serving.openai.requests import check_stream_options, generation_request, template_messages
-from pagoda.serving.openai.tools import answer_options, reasoning_variables, template_tools
+from pagoda.serving.openai.tools import answer_options, constrained, is_named, reasoning_variables, template_tools
 from pagoda.serving.openai.types import ChatCompletionRequest, TokenizeRequest
 from pagoda.text.output import CompletionOutput, GenerationChunk
 from pagoda.text.responses.message import ArgumentsDelta, CallDelta, ContentDelta, ReasoningDelta
@@ -46,7 +46,8 @@ class ChatCall(Call):
         if request.prediction is not None:
             job = replace(job, prediction=request.prediction.text)
         check_cost(job.params, 1)
-        self._job = replace(job, answer=answer_options(request, generator.answer_format))
+        job = replace(job, answer=answer_options(request, generator.answer_format))
+        self._job = constrained(request, job, generator.answer_format)
         self._variables = reasoning_variables(request.reasoning_effort, request.enable_thinking)
 
     @override
@@ -63,6 +64,7 @@ class ChatCall(Call):
             has_logprobs=bool(request.logprobs),
             as_token_ids=bool(request.return_tokens_as_token_ids),
             shows_reasoning=request.include_reasoning is not False,
+            names_calls=not is_named(request.tool_choice),
         )
 
     @override
@@ -72,8 +74,13 @@ class ChatCall(Call):
 
 
 class _ChatChoice(Choice):
-    def __init__(self, index: int, *, has_logprobs: bool, as_token_ids: bool, shows_reasoning: bool) -> None:
+    """`names_calls`: calls have a finish reason of their own, as OpenAI has it unless the request named the function."""
+
+    def __init__(
+        self, index: int, *, has_logprobs: bool, as_token_ids: bool, shows_reasoning: bool, names_calls: bool
+    ) -> None:
         super().__init__(index)
+        self._names_calls = names_calls
         self._has_logprobs = has_logprobs
         self._as_token_ids = as_token_ids
         self._shows_reasoning = shows_reasoning
@@ -100,7 +107,7 @@ class _ChatChoice(Choice):
             "logprobs": chat_logprobs(result.logprobs or [], as_token_ids=self._as_token_ids)
             if self._has_logprobs
             else None,
-            **finish_fields(result.finish_reason, result.stop_reason, has_calls=bool(calls)),
+            **finish_fields(result.finish_reason, result.stop_reason, has_calls=bool(calls) and self._names_calls),
         }
 
     @override
@@ -132,7 +139,7 @@ class _ChatChoice(Choice):
                     if self._shows_reasoning:
                         pieces.append(_reasoning_members(text))
                 case CallDelta(index, call_id, name):
-                    self._has_calls = True
+                    self._has_calls = self._names_calls
                     function = {"name": name, "arguments": ""}
                     call = {"index": index, "id": call_id, "type": "function", "function": function}
                     pieces.append({"tool_calls": [call]})

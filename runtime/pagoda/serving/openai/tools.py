@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from pagoda.errors import InvalidRequestError, shown
-from pagoda.request import AnswerOptions
+from pagoda.request import AnswerOptions, GenerationRequest
 from pagoda.serving.openai.types import ChatCompletionRequest, ToolDefinition
+from pagoda.structured.spec import GrammarSpec
 from pagoda.text.responses.checkpoint import AnswerFormat
-
-logger = logging.getLogger(__name__)
+from pagoda.text.responses.structural_tags import calls_or_text, has_structural_tags, required_calls
+from pagoda.text.responses.tools import ToolSet
 
 MAX_NAME_CHARACTERS = 128
 REASONING_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
@@ -21,7 +22,7 @@ _CHOICES = "none, auto, required, or an object of type function or allowed_tools
 def answer_options(request: ChatCompletionRequest, format: AnswerFormat | None) -> AnswerOptions:
     """How the answer to `request` is parsed; raises `InvalidRequestError` for tools and choices that cannot be."""
     names = _checked_names(request.tools or ())
-    allowed = _allowed_names(request.tool_choice, names)
+    allowed, _ = _allowed_names(request.tool_choice, names)
     if allowed and (format is None or not format.has_calls):
         raise InvalidRequestError(
             "tools cannot be used: the format of this model's tool calls is not known. If it has one, start the server with "
@@ -31,9 +32,46 @@ def answer_options(request: ChatCompletionRequest, format: AnswerFormat | None) 
     schemas = {tool.function.name: tool.function.parameters or {} for tool in request.tools or () if tool.function}
     return AnswerOptions(
         tools={name: schemas[name] for name in allowed},
-        parallel_tool_calls=request.parallel_tool_calls is not False,
+        parallel_tool_calls=request.parallel_tool_calls is not False and not is_named(request.tool_choice),
         continued=_continued(request),
     )
+
+
+def is_named(choice: str | dict[str, Any] | None) -> bool:
+    """Whether `tool_choice` wants a call of one function."""
+    return isinstance(choice, dict) and choice.get("type") == "function"
+
+
+def constrained(
+    request: ChatCompletionRequest, job: GenerationRequest, format: AnswerFormat | None
+) -> GenerationRequest:
+    """`job` held to a grammar of calls where `tool_choice` wants a call, or where tools are strict.
+
+    Raises `InvalidRequestError` where a call is wanted and this model's format has no grammar here.
+    """
+    answer = job.answer
+    if answer is None or not answer.tools or format is None:
+        return job
+    _, is_forced = _allowed_names(request.tool_choice, list(answer.tools))
+    tools = ToolSet(answer.tools, answer.parallel_tool_calls)
+    if is_forced and not has_structural_tags(format.call_name):
+        raise InvalidRequestError(
+            "a tool_choice that wants a call cannot be held in the format of this model's tool calls; auto and none can",
+            "tool_choice",
+        )
+    grammar = job.params.structured_outputs
+    if is_forced:
+        tag = required_calls(str(format.call_name), tools)
+    else:
+        strict = [tool.function.name for tool in request.tools or () if tool.function and tool.function.strict]
+        if not strict or grammar is not None or not has_structural_tags(format.call_name):
+            return job
+        found = calls_or_text(str(format.call_name), tools, strict)
+        if found is None:
+            return job
+        tag = found
+    params = replace(job.params, structured_outputs=GrammarSpec.of_structural_tag(tag))
+    return replace(job, params=params, answer=replace(answer, is_constrained=True))
 
 
 def template_tools(tools: Sequence[ToolDefinition] | None, tool_choice: str | dict[str, Any] | None) -> Any:
@@ -72,36 +110,28 @@ def _checked_names(tools: Sequence[ToolDefinition]) -> list[str]:
     return names
 
 
-def _allowed_names(choice: str | dict[str, Any] | None, names: list[str]) -> list[str]:
-    """The names of the tools that may be called."""
+def _allowed_names(choice: str | dict[str, Any] | None, names: list[str]) -> tuple[list[str], bool]:
+    """The names of the tools that may be called, and whether one must be."""
     match choice:
         case None | "auto":
-            return names
+            return names, False
         case "none":
-            return []
+            return [], False
+        case "required" if names:
+            return names, True
         case "required":
-            _refuse_forced("required", names)
+            raise InvalidRequestError("tool_choice required needs tools", "tool_choice")
         case {"type": "function", "function": {"name": str(name)}}:
-            _refuse_forced(name, names)
             if name not in names:
                 raise InvalidRequestError(f"tool_choice names {shown(name)}, which is not in tools", "tool_choice")
+            return [name], True
         case {"type": "allowed_tools", "allowed_tools": {"tools": list(tools), **rest}}:
             allowed = [_name_in(tool) for tool in tools]
             unknown = next((name for name in allowed if name not in names), None)
             if unknown is not None or not allowed:
                 raise InvalidRequestError(f"tool_choice allows {shown(unknown)}, which is not in tools", "tool_choice")
-            if rest.get("mode", "auto") != "auto":
-                _refuse_forced("allowed_tools with mode required", names)
-            return allowed
+            return allowed, rest.get("mode", "auto") != "auto"
     raise InvalidRequestError(f"tool_choice must be {_CHOICES}, got {shown(choice)}", "tool_choice")
-
-
-def _refuse_forced(what: str, names: list[str]) -> None:
-    if not names:
-        raise InvalidRequestError(f"tool_choice {shown(what)} needs tools", "tool_choice")
-    raise InvalidRequestError(
-        f"tool_choice {shown(what)} is not supported by this server yet: it takes none and auto", "tool_choice"
-    )
 
 
 def _name_in(tool: Any) -> str:

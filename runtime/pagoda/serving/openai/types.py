@@ -134,7 +134,9 @@ class FunctionDefinition(RequestPart):
     name: str
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    strict: bool | None = Field(None, description="Accepted; arguments are not constrained to the schema yet.")
+    strict: bool | None = Field(
+        None, description="Arguments keep to the schema, where the format of calls has a grammar."
+    )
 
 
 class ToolDefinition(RequestPart):

@@ -100,13 +100,38 @@ class AnswerFormat:
         if not wants_calls and not wants_reasoning:
             return None
         format, marks = self._bound[wants_calls, wants_reasoning]
-        return make_parser(
+        if options.is_constrained:
+            format, marks = format_of(self.call_name, self.reasoning_name if wants_reasoning else None), NO_MARKS
+        parser = make_parser(
             format,
             tools,
             marks,
             in_reasoning=wants_reasoning and self._is_in_reasoning(options.continued, prompt_token_ids),
             skip_special=skip_special,
         )
+        parser.reads_special_tokens = options.is_constrained
+        return parser
+
+    def reasoning_end(self, options: AnswerOptions, prompt_token_ids: Sequence[int]) -> tuple[int, ...]:
+        """The tokens behind which the content of the answer begins; empty where it begins at once.
+
+        A model that reasons is taken to do so unless the prompt says that it is done with it. A marker that is no token is not
+        looked for: then there is no reasoning under a grammar.
+        """
+        if self.reasoning_name == "openai_gptoss":
+            ends: Sequence[str] = (HARMONY.channel, "final", HARMONY.message)
+            return tuple(self._tokenizer.encode("".join(ends), add_special_tokens=False))
+        reasoning = REASONING.get(self.reasoning_name or "")
+        token_id = None if reasoning is None else self._tokenizer.added_tokens.get(reasoning.close)
+        if reasoning is None or token_id is None:
+            return ()
+        if options.continued and reasoning.open not in options.continued:
+            return ()
+        written = options.continued or self._tail(prompt_token_ids)
+        return () if written.endswith(reasoning.close) or reasoning.close in options.continued else (token_id,)
+
+    def _tail(self, prompt_token_ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(prompt_token_ids[-_TAIL_TOKENS:], skip_special_tokens=False).rstrip()
 
     def constrained(self, spec: GrammarSpec, options: AnswerOptions, prompt_token_ids: Sequence[int]) -> GrammarSpec:
         """`spec`, so that it begins behind the reasoning of the answer to the prompt, if there is any."""
@@ -144,7 +169,7 @@ class AnswerFormat:
             return False
         if continued:
             return continued.rfind(reasoning.open) > continued.rfind(reasoning.close)
-        tail = self._tokenizer.decode(prompt_token_ids[-_TAIL_TOKENS:], skip_special_tokens=False).rstrip()
+        tail = self._tail(prompt_token_ids)
         if tail.endswith(reasoning.open):
             return True
         return reasoning.implicit and not tail.endswith(reasoning.close)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
 
 from pagoda.text.responses.cursor import MalformedError, Reading, TextCursor
 from pagoda.text.responses.marks import NO_MARKS, Marks
@@ -21,7 +20,7 @@ class ResponseParser(ABC):
     wanted of the model. `reads_special_tokens`: all special tokens are part of the text, spelled; else only `marks` are.
     """
 
-    reads_special_tokens: ClassVar[bool] = False
+    reads_special_tokens = False
 
     def __init__(self, tools: ToolSet, marks: Marks = NO_MARKS, *, skip_special: bool = True) -> None:
         self.marks = marks
