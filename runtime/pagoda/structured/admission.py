@@ -8,10 +8,12 @@ import json
 import logging
 import sys
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
-from pagoda.errors import InvalidRequestError, NotSupportedError, RequestFailedError
+from pagoda.errors import DeadlineExceededError, InvalidRequestError, NotSupportedError, RequestFailedError
+from pagoda.fair_turns import FairTurns
 from pagoda.structured.compile_process import LENGTH_BYTES, encode
 from pagoda.structured.spec import GrammarSpec
 
@@ -21,35 +23,50 @@ _Verdict = tuple[str, str | None]  # what is wrong, and the parameter
 
 _MAX_VERDICTS = 4096
 _START_SECONDS = 60.0
+_MAX_WAITING = 256
+_MAX_WAITING_SECONDS = 30.0
 
 
 class GrammarAdmission:
     """Compiles each grammar on trial in one of `num_processes` processes, which are started when they are needed.
 
     `directory`: with the tokenizer, see `GrammarVocabulary`. `timeout`: seconds that compiling one may take; a process that
-    takes longer is killed.
+    takes longer is killed. `caller`: tenant and weight of the current task; tenants take turns.
     """
 
-    def __init__(self, directory: str, *, timeout: float, num_processes: int = 2) -> None:
+    def __init__(
+        self,
+        directory: str,
+        *,
+        timeout: float,
+        num_processes: int = 2,
+        caller: Callable[[], tuple[str, float]] = lambda: ("", 1.0),
+    ) -> None:
         self._setup = {"tokenizer": directory, "vocab_size": None}
         self._timeout = timeout
         self._idle: list[asyncio.subprocess.Process | None] = [None] * num_processes
-        self._places = asyncio.Semaphore(num_processes)
+        self._turns = FairTurns(num_processes, _MAX_WAITING, "a grammar to be compiled")
+        self._caller = caller
         self._running: dict[bytes, asyncio.Task[_Verdict | None]] = {}
         # By digest of a grammar: None for one that is taken, else the error.
         self._verdicts: OrderedDict[bytes, _Verdict | None] = OrderedDict()
 
     async def check(self, spec: GrammarSpec) -> None:
-        """Return when `spec` is known to compile. Raises `InvalidRequestError` that says why it does not."""
+        """Return when `spec` is known to compile.
+
+        Raises `InvalidRequestError` that says why it does not, `QueueFullError` and `DeadlineExceededError` where too many
+        others wait for the processes.
+        """
         key = hashlib.sha256(f"{spec.kind} {spec.whitespace} {spec.source}".encode("utf-8", "surrogatepass")).digest()
         if key in self._verdicts:
             self._verdicts.move_to_end(key)
+            refused = self._verdicts[key]
         else:
             if key not in self._running:
                 self._running[key] = asyncio.create_task(self._find_out(key, spec))
+                self._running[key].add_done_callback(lambda task: task.cancelled() or task.exception())
             # Others may wait for the same grammar: one who leaves does not end its trial.
-            await asyncio.shield(self._running[key])
-        refused = self._verdicts.get(key)
+            refused = await asyncio.shield(self._running[key])
         if refused is not None:
             raise InvalidRequestError(*refused)
 
@@ -63,8 +80,16 @@ class GrammarAdmission:
 
     async def _find_out(self, key: bytes, spec: GrammarSpec) -> _Verdict | None:
         try:
-            async with self._places:
+            try:
+                await self._turns.take(*self._caller(), _MAX_WAITING_SECONDS)
+            except TimeoutError:
+                raise DeadlineExceededError(
+                    f"other grammars were compiled for {_MAX_WAITING_SECONDS:g} s before this one"
+                ) from None
+            try:
                 verdict = await self._try(spec)
+            finally:
+                self._turns.give_back()
             self._verdicts[key] = verdict
             while len(self._verdicts) > _MAX_VERDICTS:
                 self._verdicts.popitem(last=False)

@@ -83,7 +83,9 @@ class TextGenerator:
                 reasoning_parser=config.reasoning_parser,
             ),
             grammars=GrammarAdmission(
-                config.tokenizer or config.model or "", timeout=config.structured_outputs_timeout_seconds
+                config.tokenizer or config.model or "",
+                timeout=config.structured_outputs_timeout_seconds,
+                caller=pool.caller,
             ),
         )
 

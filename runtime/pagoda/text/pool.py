@@ -48,7 +48,7 @@ class TokenizerPool:
         self._options = options
         self._kind = kind
         self._turns = FairTurns(options.size, max_waiting, "a tokenizer worker")
-        self._caller = caller
+        self.caller = caller
         self._loaded: TextOperations | None = None
         self._workers: Workers | None = None
         self.max_model_len: int | None = None
@@ -212,7 +212,7 @@ class TokenizerPool:
         if self._workers is None:
             raise EngineNotReadyError("the tokenizer is still loading")
         try:
-            await self._turns.take(*self._caller(), self._options.call_timeout)
+            await self._turns.take(*self.caller(), self._options.call_timeout)
         except TimeoutError:
             raise call_took_too_long(operation, self._options) from None
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 from pagoda.errors import CheckpointError, ConfigError
 from pagoda.request import AnswerOptions
+from pagoda.structured.spec import GrammarSpec
 from pagoda.text.detokenizer import MarkingDetokenizer
 from pagoda.text.responses.checkpoint import answer_format, format_of, make_parser
 from pagoda.text.responses.checkpoint_template import TemplateParser, read_response_template
@@ -479,6 +481,25 @@ def test_the_prompt_says_whether_the_answer_begins_in_reasoning(tokenizer: Token
     assert not begins("<|im_start|>assistant\n<think>\n\n</think>\n\n", "deepseek_r1")
     assert begins("<think>so far", continued="<think>so far")
     assert not begins("<think>so</think> far", continued="<think>so</think> far")
+
+
+def test_a_constraint_begins_where_the_reasoning_ends(tokenizer: Tokenizer) -> None:
+    spec = GrammarSpec.of_json_object()
+
+    def bounds(tail: str, name: str = "qwen3", **options: Any) -> tuple[str, int | None]:
+        found = answer_format(tokenizer, [], reasoning_parser=name)
+        prompt = tokenizer.encode("What does <think> do?<|im_end|>" + tail, add_special_tokens=False)
+        placed = found.constrained(spec, AnswerOptions(**options), prompt)
+        assert replace(placed, starts_after=(), opened_by=None) == spec
+        return tokenizer.decode(placed.starts_after, skip_special_tokens=False), placed.opened_by
+
+    assert bounds("<|im_start|>assistant\n<think>\n") == ("</think>", None)
+    assert bounds("<|im_start|>assistant\n<think>\n\n</think>\n\n") == ("", None)
+    assert bounds("<|im_start|>assistant\n", "deepseek_r1") == ("</think>", None)
+    assert bounds("<|im_start|>assistant\n", "off") == ("", None)
+    assert bounds("<|im_start|>assistant\n", "mistral") == ("", None)  # its markers are no tokens here
+    assert bounds("<think>so</think> far", continued="<think>so</think> far") == ("", None)
+    assert bounds("<|start|>assistant", "openai_gptoss") == ("<|channel|>final<|message|>", None)
 
 
 def test_names_are_vllms() -> None:
