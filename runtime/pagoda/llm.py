@@ -23,6 +23,7 @@ from pagoda.config.schema import PagodaConfig
 from pagoda.config.sources import from_kwargs
 from pagoda.engine.core.loop import EngineCore
 from pagoda.engine.core.startup import PhaseListener, start_core
+from pagoda.engine.messages import EngineStats
 from pagoda.errors import ConfigError, InvalidRequestError, PagodaError, QueueFullError
 from pagoda.models.checkpoint_source import checkpoint_directory
 from pagoda.request import EngineRequest, GenerationRequest
@@ -95,6 +96,11 @@ class LLM:
     @property
     def tokenizer(self) -> Tokenizer:
         return self._text.tokenizer
+
+    @property
+    def stats(self) -> EngineStats:
+        """The engine's figures as of now."""
+        return self._core.stats()
 
     @property
     def max_model_len(self) -> int:

@@ -77,3 +77,13 @@ def test_prefix_caching_shows_in_a_workload_of_shared_prefixes(engine, tmp_path)
     assert with_cache["cached_share"] == pytest.approx(3 * 64 / (4 * 72))
     without = throughput(engine, tmp_path / "d.json", *options, "--output-len", "4", "--no-enable-prefix-caching")
     assert without["cached_share"] == 0
+
+
+def test_acceptance_length_is_shown_with_speculative_decoding(engine, tmp_path, capsys):
+    path = tmp_path / "result.json"
+    speculation = ["--speculative-config", '{"method": "ngram", "prompt_lookup_min": 1}']
+    options = ["--batch-size", "1", "--input-len", "20", "--output-len", "60", "--num-iters", "2", "--json", str(path)]
+    assert main(["bench", "latency", *engine, *speculation, *options]) == 0
+    assert "acceptance length" in capsys.readouterr().out
+    (row,) = json.loads(path.read_text())["results"]
+    assert row["acceptance_length"] is None or row["acceptance_length"] >= 1

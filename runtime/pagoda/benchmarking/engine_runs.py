@@ -89,13 +89,14 @@ def time_batch(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ThroughputResult:
-    """What got through: `seconds` for all requests, and their tokens."""
+    """What got through: `seconds` for all requests, and their tokens; `acceptance_length`: see `EngineStats`."""
 
     seconds: float
     requests: int
     prompt_tokens: int
     cached_tokens: int
     output_tokens: int
+    acceptance_length: float | None = None
 
 
 def run_throughput(llm: LLM, conversations: Sequence[Conversation], *, progress: bool) -> ThroughputResult:
@@ -134,4 +135,5 @@ def run_throughput(llm: LLM, conversations: Sequence[Conversation], *, progress:
         prompt_tokens=prompt_tokens,
         cached_tokens=cached_tokens,
         output_tokens=output_tokens,
+        acceptance_length=llm.stats.acceptance_length,
     )

@@ -11,7 +11,7 @@ from typing import Any
 from pagoda.benchmarking.engine_runs import BatchTimes, check_lengths, time_batch
 from pagoda.benchmarking.metrics import MILLISECONDS, percentile, summary
 from pagoda.benchmarking.report import print_rows
-from pagoda.cli.bench_options import add_result_options, positive, write_json
+from pagoda.cli.bench_options import add_result_options, positive, with_acceptance_length, write_json
 from pagoda.cli.offline import parse
 from pagoda.engine.core.startup import start_core
 
@@ -43,10 +43,11 @@ def run(arguments: Sequence[str]) -> int:
             rng = random.Random(own.workload_seed)
             count = own.num_iters_warmup + own.num_iters
             timed = [time_batch(core, size, own.input_len, own.output_len, rng) for _ in range(count)]
-            rows.append(_row(size, own.input_len, timed[own.num_iters_warmup :]))
+            row = _row(size, own.input_len, own.output_len, timed[own.num_iters_warmup :])
+            rows.append({**row, "acceptance_length": core.stats().acceptance_length})
     finally:
         core.shutdown()
-    print_rows(rows, _COLUMNS)
+    print_rows(rows, with_acceptance_length(_COLUMNS, config))
     settings = {"model": config.model, "dtype": config.dtype, "quantization": config.quantization}
     results = {"settings": settings, "phase_seconds": core.ready.phase_seconds, "results": rows}
     write_json(own.json, "latency", own, results)
@@ -65,18 +66,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _row(batch_size: int, input_tokens: int, timed: list[BatchTimes]) -> dict[str, Any]:
+def _row(batch_size: int, input_tokens: int, output_tokens: int, timed: list[BatchTimes]) -> dict[str, Any]:
     """The figures of one batch size. Rates come from medians: one slow moment of the machine is not the engine's."""
     steps = [seconds * MILLISECONDS for times in timed for seconds in times.steps]
     totals = [times.total * MILLISECONDS for times in timed]
     prefill = statistics.median(times.prefill for times in timed)
+    # One a sequence, and with speculative decoding more.
+    tokens_per_step = len(timed) * batch_size * (output_tokens - 1) / max(1, len(steps))
     return {
         "batch_size": batch_size,
         "prefill_ms_p50": prefill * MILLISECONDS,
         "prefill_tokens_per_second": batch_size * input_tokens / prefill,
         "step_ms_p50": percentile(steps, 50),
         "step_ms_p99": percentile(steps, 99),
-        "decode_tokens_per_second": batch_size * MILLISECONDS / percentile(steps, 50),
+        "decode_tokens_per_second": tokens_per_step * MILLISECONDS / percentile(steps, 50),
         "total_ms_p50": percentile(totals, 50),
         "total_ms_p99": percentile(totals, 99),
         "total_ms": summary(totals),

@@ -17,6 +17,7 @@ from pagoda.benchmarking.workloads import (
     random_prompts,
     shared_prefix_prompts,
 )
+from pagoda.config.schema import PagodaConfig
 from pagoda.errors import InvalidRequestError
 
 _LENGTH = "TOKENS or LOW:HIGH"
@@ -93,6 +94,11 @@ def make_workload(own: argparse.Namespace, source: PromptSource) -> list[Convers
     if own.workload == "multi-turn":
         return multi_turn_conversations(source, count, own.num_turns, own.input_len, own.output_len, seed)
     return random_prompts(source, count, own.input_len, own.output_len, seed)
+
+
+def with_acceptance_length(columns: dict[str, str], config: PagodaConfig) -> dict[str, str]:
+    """The columns of a table, with what speculative decoding adds where it is on."""
+    return columns if config.speculative_config is None else {**columns, "acceptance_length": "acceptance length"}
 
 
 def write_json(path: Path | None, kind: str, own: argparse.Namespace, results: dict[str, Any]) -> None:

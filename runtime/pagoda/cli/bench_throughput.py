@@ -11,7 +11,13 @@ from pagoda.benchmarking.engine_runs import run_throughput
 from pagoda.benchmarking.prompts import TokenIdSource, plain_token_ids
 from pagoda.benchmarking.report import print_rows
 from pagoda.benchmarking.workloads import check_fits
-from pagoda.cli.bench_options import add_result_options, add_workload_options, make_workload, write_json
+from pagoda.cli.bench_options import (
+    add_result_options,
+    add_workload_options,
+    make_workload,
+    with_acceptance_length,
+    write_json,
+)
 from pagoda.cli.offline import loaded_llm, parse
 
 DESCRIPTION = (
@@ -44,7 +50,7 @@ def run(arguments: Sequence[str]) -> int:
         "tokens_per_second": tokens / result.seconds,
         "cached_share": result.cached_tokens / result.prompt_tokens,
     }
-    print_rows([row], _COLUMNS)
+    print_rows([row], with_acceptance_length(_COLUMNS, config))
     settings = {"model": config.model, "dtype": config.dtype, "quantization": config.quantization}
     write_json(own.json, "throughput", own, {"settings": settings, "results": row})
     return 0

@@ -71,6 +71,12 @@ class EngineStats:
     degradation: str = ""
 
     @property
+    def acceptance_length(self) -> float | None:
+        """Tokens of a sequence a step in which it had drafts: the accepted ones and the one after them; None before the
+        first."""
+        return 1 + self.num_spec_accepted_tokens / self.num_spec_drafts if self.num_spec_drafts else None
+
+    @property
     def kv_cache_usage(self) -> float:
         """Share of KV blocks that running requests hold, 0 to 1."""
         return self.num_blocks_in_use / self.num_blocks if self.num_blocks else 0.0
