@@ -194,7 +194,9 @@ class RankService:
             bind_compute_threads(config.cpu_thread_affinity, config.threads, index=index, num_ranks=start.ranks_on_host)
         logger.info("%s; interface %s", threads, interface)
         self._config = replace(config, threads=threads.value)
-        self._model_config = ModelConfig.from_directory(str(config.model))
+        self._model_config = ModelConfig.from_directory(
+            str(config.model), generation=config.generation_config == "auto"
+        )
         if self._rank == 0 and config.tensor_parallel_size * config.pipeline_parallel_size > 1:
             self._listener = listen_on(interface.address)
         port = 0 if self._listener is None else int(self._listener.getsockname()[1])

@@ -76,8 +76,8 @@ class ModelConfig:
     quantization: QuantizationConfig | None = None
 
     @classmethod
-    def from_directory(cls, directory: str | Path) -> ModelConfig:
-        """Read config.json and, where there is one, generation_config.json.
+    def from_directory(cls, directory: str | Path, *, generation: bool = True) -> ModelConfig:
+        """Read config.json and, where there is one and unless `generation` is false, generation_config.json.
 
         Raises `CheckpointError`: a file that is missing or not JSON, a value that is missing or impossible, or a model
         that is not supported (its architecture, activation, rope type or quantization), with what is.
@@ -85,7 +85,7 @@ class ModelConfig:
         path = Path(directory)
         if not path.is_dir():
             raise CheckpointError(f"{directory} is not a directory: a checkpoint is a directory with {CONFIG_FILE}")
-        has_generation = has_file(path, GENERATION_CONFIG_FILE)
+        has_generation = generation and has_file(path, GENERATION_CONFIG_FILE)
         return cls.from_dicts(
             read_json_object(path, CONFIG_FILE),
             read_json_object(path, GENERATION_CONFIG_FILE) if has_generation else {},

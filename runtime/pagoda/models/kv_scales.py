@@ -19,14 +19,8 @@ from pathlib import Path
 from pagoda.errors import CheckpointError
 from pagoda.models.checkpoint_files import shown
 from pagoda.models.decoder import DecoderForCausalLM, DecoderLayer
-from pagoda.models.loading.checkpoint import (
-    FLOAT_TYPES,
-    StoredTensor,
-    StoredTensors,
-    stored_tensors,
-    weight_files,
-    with_model_names,
-)
+from pagoda.models.loading.checkpoint import FLOAT_TYPES, StoredTensor, StoredTensors, stored_tensors, with_model_names
+from pagoda.models.weight_files import weight_files
 
 logger = logging.getLogger(__name__)
 

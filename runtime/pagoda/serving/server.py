@@ -18,6 +18,7 @@ from pagoda.logs import configure_logging
 from pagoda.process_control import uncollected
 from pagoda.serving.auth.api_keys import ApiKeys
 from pagoda.serving.http.listener import listen, raise_open_file_limit
+from pagoda.serving.model_check import check_model
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +29,7 @@ def run(loaded: LoadedConfig, core: PrelaunchedProcess) -> int:
     Raises `ConfigError` for a port that is taken, and for a file of API keys that cannot be used.
     """
     config = loaded.config
+    check_model(config)
     keys = ApiKeys.from_config(config)
     configure_logging(
         config.log_level,

@@ -31,8 +31,9 @@ from pagoda.models.checkpoint_files import (
 )
 from pagoda.models.config import ModelConfig
 from pagoda.models.dummy import DummySpec, write_dummy_checkpoint
-from pagoda.models.loading.checkpoint import MAX_HEADER_BYTES, stored_tensors, weight_files
+from pagoda.models.loading.checkpoint import MAX_HEADER_BYTES, stored_tensors
 from pagoda.models.loading.loader import check_weights
+from pagoda.models.weight_files import weight_files
 
 SECRET = "what the checkpoint must not get at"
 

@@ -64,15 +64,20 @@ def fit_max_model_len(
     return KVFit(num_blocks, length, equation)
 
 
+def check_model_limit(max_model_len: int, model_max_len: int) -> None:
+    """Refuse a length beyond the model's own limit."""
+    if max_model_len > model_max_len:
+        raise ConfigError(
+            f"max_model_len={max_model_len} is beyond the model's own limit: must be at most {model_max_len}, "
+            "or the checkpoint's config.json must scale its rotary embedding"
+        )
+
+
 def _check_length(
     asked: int, model_max_len: int, usable_tokens: int, block_size: int, block_bytes: int, override: int | None
 ) -> None:
     """Refuse a length beyond the model's limit or the KV cache."""
-    if asked > model_max_len:
-        raise ConfigError(
-            f"max_model_len={asked} is beyond the model's own limit: must be at most {model_max_len}, "
-            "or the checkpoint's config.json must scale its rotary embedding"
-        )
+    check_model_limit(asked, model_max_len)
     blocks_needed = -(-asked // block_size) + 1
     if asked > usable_tokens:
         remedy = (

@@ -47,7 +47,7 @@ def start_core(config: PagodaConfig, on_phase: PhaseListener | None = None) -> E
     faults.install(config.fault_injection)
     with phases.enter("config"):
         directory = checkpoint_directory(config.model, config.revision, config.download_dir)
-        model_config = ModelConfig.from_directory(directory)
+        model_config = ModelConfig.from_directory(directory, generation=config.generation_config == "auto")
         check_layout(model_config, ParallelLayout(config.tensor_parallel_size, config.pipeline_parallel_size))
         config = _with_draft_model(config, model_config)
     with phases.enter("hardware"):

@@ -31,13 +31,12 @@ from pagoda.models.loading.checkpoint import (
     StoredTensors,
     TensorSpec,
     chunks,
-    listed,
     stored_tensors,
-    weight_files,
     with_model_names,
 )
 from pagoda.models.loading.packed import PackedEmbedding, deferred_layers, load_packed_weights
 from pagoda.models.quantization.schemes import QuantizationConfig
+from pagoda.models.weight_files import listed, weight_files
 from pagoda.models.weights import WeightTarget
 
 logger = logging.getLogger(__name__)

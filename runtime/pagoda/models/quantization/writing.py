@@ -16,21 +16,14 @@ from pagoda.errors import CheckpointError
 from pagoda.models.build import build_model
 from pagoda.models.checkpoint_files import checkpoint_file, read_json_object
 from pagoda.models.config import CONFIG_FILE, ModelConfig
-from pagoda.models.loading.checkpoint import (
-    INDEX_FILE,
-    SINGLE_FILE,
-    StoredTensor,
-    StoredTensors,
-    stored_tensors,
-    weight_files,
-    with_model_names,
-)
+from pagoda.models.loading.checkpoint import StoredTensor, StoredTensors, stored_tensors, with_model_names
 from pagoda.models.loading.loader import check_weights, with_tie_as_stored
 from pagoda.models.loading.packed import deferred_layers
 from pagoda.models.quantization.layers import DeferredQuantizedMethod
 from pagoda.models.quantization.layouts import pack_words
 from pagoda.models.quantization.rounding import QuantizedRows, round_rows
 from pagoda.models.quantization.schemes import HEAD, QuantizationConfig, WeightScheme, choose_quantization
+from pagoda.models.weight_files import INDEX_FILE, SINGLE_FILE, weight_files
 
 _SHARD_BYTES = 2 << 30
 _INT8_ACTIVATIONS = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True, "symmetric": True}
