@@ -35,8 +35,9 @@ class RawResponse:
 class RawClient:
     """A connection; use as a context. Names in the headers of responses are in lower case."""
 
-    def __init__(self, port: int, tls: ssl.SSLContext | None = None) -> None:
-        self._socket = socket.create_connection(("127.0.0.1", port), timeout=LIMIT_SECONDS)
+    def __init__(self, port: int, tls: ssl.SSLContext | None = None, *, address: str = "127.0.0.1") -> None:
+        """`address`: the client's own, for a server that tells peers apart."""
+        self._socket = socket.create_connection(("127.0.0.1", port), timeout=LIMIT_SECONDS, source_address=(address, 0))
         if tls is not None:
             self._socket = tls.wrap_socket(self._socket, server_hostname="localhost")
         self._received = b""

@@ -28,6 +28,8 @@ CONNECTION_DRAIN_SECONDS = 1.0
 RESERVED_FILES = 256
 """Open files that are kept for other things than connections of this port."""
 
+ACCEPTED_AT_ONCE = 64
+
 _POLL_SECONDS = 0.02
 _NO_FILE_LEFT_SECONDS = 0.1
 
@@ -50,25 +52,24 @@ class HttpServer:
         """Serve on `listener` until `close`; raises `ConfigError` for a certificate or key that cannot be used."""
         certificate = CertificateFiles.from_config(self._config)
         context = None if certificate is None else _tls_context(certificate)
-        endless = [
-            asyncio.ensure_future(self._accept(listener, context)),
-            asyncio.ensure_future(self._connections.watch()),
-        ]
+        endless = [asyncio.ensure_future(self._connections.watch())]
         if certificate is not None and context is not None:
             load = partial(context.load_cert_chain, certificate.certfile, certificate.keyfile)
             endless.append(asyncio.ensure_future(certificate.reload_when_renewed(load, "REST")))
         closing = asyncio.ensure_future(self._closing.wait())
+        listener.setblocking(False)
+        self._listen(listener, context)
         try:
             await asyncio.wait((*endless, closing), return_when=asyncio.FIRST_COMPLETED)
             for task in endless:
                 if task.done():
                     task.result()  # raises
         finally:
-            accepting, *others = endless
-            await end_tasks(accepting, closing)
+            self._closing.set()
+            asyncio.get_running_loop().remove_reader(listener)
             listener.close()
             await self._end_connections()
-            await end_tasks(*others)
+            await end_tasks(closing, *endless)
 
     async def drain_connections(self) -> None:
         """Give clients with idle connections `CONNECTION_DRAIN_SECONDS` to send a request, whose response closes them.
@@ -82,16 +83,23 @@ class HttpServer:
         """Stop listening; `serve` returns when running responses are sent, or after `CLOSE_SECONDS`."""
         self._closing.set()
 
-    async def _accept(self, listener: socket.socket, context: ssl.SSLContext | None) -> None:
+    def _listen(self, listener: socket.socket, context: ssl.SSLContext | None) -> None:
+        """Accept connections as they come, until the server closes."""
+        if not self._closing.is_set():
+            asyncio.get_running_loop().add_reader(listener, self._accept, listener, context)
+
+    def _accept(self, listener: socket.socket, context: ssl.SSLContext | None) -> None:
         loop = asyncio.get_running_loop()
-        listener.setblocking(False)
-        while True:
+        for _ in range(ACCEPTED_AT_ONCE):
             try:
-                accepted, address = await loop.sock_accept(listener)
-            except OSError as error:  # no file left for it, or it was gone before
+                accepted, address = listener.accept()
+            except (BlockingIOError, ConnectionAbortedError):
+                return
+            except OSError as error:  # no file or no memory left for it: it stays in the backlog
                 logger.warning("cannot accept a connection: %s", error.strerror or error)
-                await asyncio.sleep(_NO_FILE_LEFT_SECONDS)
-                continue
+                loop.remove_reader(listener)
+                loop.call_later(_NO_FILE_LEFT_SECONDS, self._listen, listener, context)
+                return
             connection = HttpProtocol(self._app, self._connections, (address[0], address[1]))
             if self._connections.admit(connection, address[0]):
                 connection.opening = loop.create_task(self._open(connection, accepted, context))
