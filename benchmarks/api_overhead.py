@@ -148,11 +148,11 @@ class Server:
             assert clients.stdin is not None
             assert clients.stdout is not None
             clients.stdout.readline()  # every request is under way
-            tokens, cpu, started = self._num_tokens(), self._cpu_seconds(), time.monotonic()
+            tokens, cpu, started = self._num_tokens(), self.cpu_seconds(), time.monotonic()
             clients.stdin.write(b"\n")
             clients.stdin.flush()
             num_events = int(clients.stdout.readline())
-            cpu, elapsed = self._cpu_seconds() - cpu, time.monotonic() - started
+            cpu, elapsed = self.cpu_seconds() - cpu, time.monotonic() - started
             tokens = self._num_tokens() - tokens
         return {
             "microseconds_a_token": cpu / tokens * 1e6,
@@ -173,7 +173,7 @@ class Server:
         assert found is not None
         return float(found[1])
 
-    def _cpu_seconds(self) -> float:
+    def cpu_seconds(self) -> float:
         """User and system time of all threads; the scheduler's own account is finer than the clock ticks of psutil."""
         threads = Path(f"/proc/{self._process.pid}/task").iterdir()
         return sum(int((thread / "schedstat").read_text().split()[0]) for thread in threads) / 1e9
