@@ -2,8 +2,8 @@
 
     python benchmarks/short_requests.py [--runtime BEFORE AFTER] [--rounds 5] [--seconds 1.5] [--clients 8]
 
-The servers are those of api_overhead.py. What is measured is what a request costs apart from its tokens: reading it, the layers
-of the application, writing the response.
+The servers are those of api_overhead.py. What is measured is what a request costs apart from its tokens: reading it, the
+layers of the application, writing the response.
 """
 
 from __future__ import annotations
