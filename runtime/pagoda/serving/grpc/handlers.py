@@ -120,7 +120,9 @@ class InferenceHandlers:
                 raw = b"" if is_empty else await self._reader.read(call, is_known=is_known)
                 if raw is None:
                     raise InvalidRequestError("the call has no message")
-                return await method(await parse(raw), call.time_remaining())
+                message = await parse(raw)
+                del raw  # it may be large
+                return await method(message, call.time_remaining())
 
             return await self._guard(name, call, respond)
 
@@ -229,7 +231,9 @@ class InferenceHandlers:
                 except StopAsyncIteration:
                     return
                 self._context.keys.check_again(access)
-                yield await parse(raw)
+                message = await parse(raw)
+                del raw, arrival  # they may be large
+                yield message
         finally:
             stopping.cancel()
             stalling.cancel()
