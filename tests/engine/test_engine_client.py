@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -171,3 +172,33 @@ async def test_core_that_cannot_start_says_why(checkpoint: Path) -> None:
     with pytest.raises(PagodaError, match=r"max_model_len=100000.*at most 512"):
         async with engine(checkpoint, max_model_len=100000):
             pass
+
+
+async def test_choices_share_the_kv_of_their_prompt_until_the_cache_is_reset(checkpoint: Path) -> None:
+    """All arrive at once; the blocks that one of them computes are found by the others in the same step."""
+    num_tokens, num_choices, block_size = 130, 8, 16
+    whole_blocks = num_tokens // block_size * block_size
+
+    async def cached_and_computed(
+        client: ProcessEngineClient, prompt: EngineRequest, num: int
+    ) -> tuple[list[int], int]:
+        before = client.stats.num_scheduled_tokens
+
+        async def one(index: int) -> int:
+            cached = [
+                output.num_cached_tokens async for output in client.submit(replace(prompt, request_id=f"c{index}"))
+            ]
+            return cached[0] or 0
+
+        cached = await asyncio.gather(*(one(index) for index in range(num)))
+        await wait_until_async(lambda: client.stats.num_running == 0)
+        return cached, client.stats.num_scheduled_tokens - before
+
+    async with engine(checkpoint, max_num_batched_tokens=512) as client:
+        prompt = request("prompt", num_tokens=num_tokens, max_tokens=1)
+        cached, computed = await cached_and_computed(client, prompt, num_choices)
+        assert cached == [0] + [whole_blocks] * (num_choices - 1)
+        assert computed == num_tokens + (num_choices - 1) * (num_tokens - whole_blocks)
+        assert (await cached_and_computed(client, prompt, 1))[0] == [whole_blocks]
+        client.reset_prefix_cache()
+        assert await cached_and_computed(client, prompt, 1) == ([0], num_tokens)
