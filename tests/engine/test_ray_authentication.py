@@ -41,7 +41,7 @@ except PagodaError as error:
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Of a user who has given Ray no token. Paths of Ray's sockets must be short."""
-    with tempfile.TemporaryDirectory(prefix="pgr") as directory:
+    with tempfile.TemporaryDirectory(prefix="pgr", dir="/tmp") as directory:
         yield Path(directory)
 
 
@@ -50,7 +50,9 @@ def head(home: Path) -> Iterator[str]:
     """HOST:PORT of a head that was given no token."""
     environ = environment(home)
     address = choose_outward_interface(None).address
-    node = replace(RayNode.of(PagodaConfig(ray_num_cpus=1), address), head_port=free_port())
+    port = free_port()
+    first = 50_000 if port < 50_000 else 40_000  # Ray refuses a head's port among those of its workers
+    node = replace(RayNode.of(PagodaConfig(ray_num_cpus=1), address), head_port=port, worker_ports=(first, first + 99))
     log = home / "ray.log"
     with log.open("wb") as output:
         process = subprocess.Popen(

@@ -31,6 +31,7 @@ time.sleep(60)
 def owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[subprocess.Popen[bytes]]:
     """A process for whose sake a head runs."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))  # where the head makes a token
     monkeypatch.setattr("tempfile.tempdir", None)
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(120)"]) as process:
         yield process
