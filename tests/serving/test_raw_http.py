@@ -86,6 +86,7 @@ CASES = {
     "a method in lower case": refused(b"get / HTTP/1.1\r\nHost: x\r\n\r\n", 501),
     "CONNECT": refused(b"CONNECT x:80 HTTP/1.1\r\nHost: x\r\n\r\n", 405),
     "TRACE": served(b"TRACE / HTTP/1.1\r\nHost: x\r\n" + AUTHORIZED + b"\r\n", 405),
+    "TRACE without a key": served(b"TRACE / HTTP/1.1\r\nHost: x\r\n\r\n", 401),
     "OPTIONS of the server": served(b"OPTIONS * HTTP/1.1\r\nHost: x\r\n" + AUTHORIZED + b"\r\n", 404),
     "an absolute target": served(get(path=b"http://other/v2/health/live")),
     "an absolute target without a path": served(get(path=b"http://other")),

@@ -9,12 +9,13 @@ from typing import Protocol
 
 from starlette.types import ASGIApp, Message, Scope
 
+from pagoda.logs import ACCESS_LOGGER
 from pagoda.serving.http.chunk_writer import CHUNK_WRITER
 from pagoda.serving.http.head import Header, RequestHead
 from pagoda.serving.http.responses import JSON, error_body
 
 logger = logging.getLogger(__name__)
-access_logger = logging.getLogger("pagoda.access")
+access_logger = logging.getLogger(ACCESS_LOGGER)
 
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 INTERNAL_ERROR = "an internal error ended this request; see the server log"
