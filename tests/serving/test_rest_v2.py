@@ -273,6 +273,30 @@ def test_streamed_pieces_join_to_the_whole_answer(harness: RestHarness) -> None:
     assert {**pieces[-1], "text_output": whole["text_output"]} == whole
 
 
+@pytest.mark.parametrize("version", ["", "/versions/1"])
+def test_configuration_and_statistics_are_what_perf_analyzer_reads(harness: RestHarness, version: str) -> None:
+    config = harness.client.get(f"/v2/models/demo{version}/config").json()
+    assert (config["name"], config["max_batch_size"]) == ("demo", 0)
+    assert config["model_transaction_policy"] == {"decoupled": True}
+    assert {"name": "text_input", "data_type": "TYPE_STRING", "dims": [-1], "optional": True} in config["input"]
+
+    def success() -> dict[str, int]:
+        (stats,) = harness.client.get(f"/v2/models/demo{version}/stats").json()["model_stats"]
+        assert (stats["name"], stats["version"]) == ("demo", "1")
+        counts: dict[str, int] = stats["inference_stats"]["success"]
+        assert stats["inference_count"] == counts["count"]
+        return counts
+
+    before = success()
+    for _ in range(3):
+        harness.client.post("/v2/models/demo/generate", json={"text_input": "a", "max_tokens": 2})
+    after = success()
+    assert after["count"] == before["count"] + 3
+    assert after["ns"] > before["ns"]
+    for operation in ("config", "stats"):
+        assert harness.client.get(f"/v2/models/other/{operation}").status_code == 404
+
+
 TRITON_NAMES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "TensorRT-LLM": (
         {

@@ -30,6 +30,8 @@ ROUTES: Mapping[str, Access] = {
     **dict.fromkeys(("GET /metrics", "GET /load", "GET /server_info"), Access.READ),
     **dict.fromkeys(("GET /ping", "POST /ping"), Access.PUBLIC),
     # The model, and what it does.
+    **{f"GET {model}/config": Access.INFER for model in MODEL},
+    **{f"GET {model}/stats": Access.READ for model in MODEL},
     **{f"GET {model}": Access.INFER for model in MODEL},
     **{
         f"POST {model}/{operation}": Access.INFER

@@ -32,6 +32,7 @@ from pagoda.serving.grpc.messages import (
 from pagoda.serving.status import ErrorReport
 from pagoda.serving.v2.inference import output_tensors
 from pagoda.serving.v2.service import MODEL_VERSION, V2Call, V2Service
+from pagoda.serving.v2.triton import triton_type
 from pagoda.text.output import CompletionOutput
 
 MAX_REQUESTS_PER_STREAM = 256
@@ -87,10 +88,10 @@ class InferenceService:
         config.model_transaction_policy.decoupled = True
         for tensor in model.inputs:
             config.input.add(
-                name=tensor["name"], data_type=_triton_type(tensor["datatype"]), dims=tensor["shape"], optional=True
+                name=tensor["name"], data_type=triton_type(tensor["datatype"]), dims=tensor["shape"], optional=True
             )
         for tensor in model.outputs:
-            config.output.add(name=tensor["name"], data_type=_triton_type(tensor["datatype"]), dims=tensor["shape"])
+            config.output.add(name=tensor["name"], data_type=triton_type(tensor["datatype"]), dims=tensor["shape"])
         return response
 
     async def repository_index(self, request: Any, remaining: float | None) -> Any:
@@ -227,8 +228,3 @@ class InferenceService:
 def _log_name(request: Any) -> str:
     """The request id in the log lines of this request's task: the client's own, cut to a bounded length."""
     return request.id[:MAX_LOGGED_ID_CHARACTERS] or uuid.uuid4().hex
-
-
-def _triton_type(datatype: str) -> str:
-    """Triton's name, in a model configuration, of a V2 datatype."""
-    return "TYPE_STRING" if datatype == "BYTES" else f"TYPE_{datatype}"

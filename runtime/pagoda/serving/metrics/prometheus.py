@@ -128,6 +128,11 @@ class Metrics:
         """One error answer was given; call it where errors become answers, once for each."""
         self.request_errors[kind].inc()
 
+    def value(self, name: str, **labels: str) -> float:
+        """The value of one series, by the name of its sample without the prefix; 0 if there is none."""
+        labels = {"model_name": self.model_name, **labels}
+        return self.registry.get_sample_value(self.prefix + name, labels) or 0.0
+
     def render(self, accept: str = "") -> tuple[bytes, str]:
         """The body of `/metrics` and its content type, in the format that the `Accept` header prefers."""
         self.observe_steps()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
@@ -28,6 +30,7 @@ from pagoda.serving.v2.schemas import (
     ServerMetadataResponse,
 )
 from pagoda.serving.v2.service import V2Service
+from pagoda.serving.v2.triton import model_config, model_statistics
 
 
 def v2_router(context: ServingContext, service: V2Service) -> APIRouter:
@@ -79,6 +82,20 @@ def v2_router(context: ServingContext, service: V2Service) -> APIRouter:
             lambda body: service.prepare(decode_infer(body, headers, model_name, model_version, limits)),
         )
         return encode_infer(call.request, await until_disconnect(request, call.infer()))
+
+    @router.get(f"{V2_MODEL}/config", responses=v2_errors(401, 404))
+    @router.get(f"{V2_VERSION}/config", responses=v2_errors(401, 404))
+    async def config(model_name: str, model_version: str | None = None) -> dict[str, Any]:
+        """Triton's model configuration."""
+        return model_config(service.model_metadata(model_name, model_version))
+
+    @router.get(f"{V2_MODEL}/stats", responses=v2_errors(401, 404))
+    @router.get(f"{V2_VERSION}/stats", responses=v2_errors(401, 404))
+    async def statistics(model_name: str, model_version: str | None = None) -> dict[str, Any]:
+        """Triton's statistics of the model: requests that have ended, and their times."""
+        context.metrics.observe_steps()
+        model = service.model_metadata(model_name, model_version)
+        return {"model_stats": [model_statistics(model, context.metrics)]}
 
     # After the longer paths, which it would match too; the lower one is added first.
     @router.get(V2_MODEL, response_model=ModelMetadataResponse, responses=v2_errors(401, 404))
