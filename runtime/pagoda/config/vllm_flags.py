@@ -142,6 +142,7 @@ WITHOUT_EFFECT = {
         otlp-traces-endpoint collect-detailed-traces* enable-layerwise-nvtx-tracing! enable-trace-replay! profiler-config
         ray-workers-use-nsight!""",
     "/docs needs nothing from outside": "enable-offline-docs!",
+    "headers are bounded by max_header_bytes": "h11-max-incomplete-event-size h11-max-header-count",
     "the field is left out of answers": "fingerprint-mode fingerprint-value",
     "for several machines, see nnodes": "master-addr master-port data-parallel-rpc-port data-parallel-address",
     "set collective_timeout_seconds": "distributed-timeout-seconds cpu-distributed-timeout-seconds",
