@@ -155,6 +155,7 @@ class RequestMessageState(RequestTextState):
         stop = dict.fromkeys((*sampling.stop, *map(parser.marks.marked, sampling.stop)))
         self._stop = StopStringMatcher(tuple(stop), include_in_output=sampling.include_stop_str_in_output)
         self._may_be_plain = False
+        self._has_stop_strings = bool(sampling.stop)
         self._deltas = DeltaList()
         self._num_reasoning_tokens = 0
 
@@ -162,23 +163,37 @@ class RequestMessageState(RequestTextState):
     def _process(self, output: EngineOutput) -> GenerationChunk:
         self._deltas = DeltaList()
         self._num_reasoning_tokens = 0
-        chunk = super()._process(output)
+        if self._started and output.finish_reason is None and output.logprobs is None and not self._has_stop_strings:
+            faults.fire("detokenize", output.request_id)
+            _, num_used = self._take_tokens(output)
+            if not self._parser.is_complete:
+                return self._with_deltas(GenerationChunk(index=self.index, token_ids=output.new_token_ids))
+            chunk = GenerationChunk(index=self.index, token_ids=output.new_token_ids[:num_used])
+        else:
+            chunk = super()._process(output)
         if chunk.finish_reason is None and self._parser.is_complete:
             self.finished = self.must_abort = True
             chunk.finish_reason = FinishReason.STOP
         if chunk.finish_reason is not None:
-            self._deltas.extend_with(self._parser.finish())
+            self._parser.finish(self._deltas)
             if isinstance(chunk.stop_reason, str):
                 chunk.stop_reason = self._marks.spelled(chunk.stop_reason)
-        chunk.text = "".join(delta.text for delta in self._deltas if isinstance(delta, ContentDelta))
-        if any(not isinstance(delta, ContentDelta) for delta in self._deltas):
-            chunk.deltas = self._deltas
+        return self._with_deltas(chunk)
+
+    def _with_deltas(self, chunk: GenerationChunk) -> GenerationChunk:
+        deltas = self._deltas
+        if len(deltas) == 1 and isinstance(deltas[0], ContentDelta):
+            chunk.text = deltas[0].text
+        elif deltas:
+            chunk.text = "".join([delta.text for delta in deltas if isinstance(delta, ContentDelta)])
+            chunk.deltas = deltas
         chunk.num_reasoning_tokens = self._num_reasoning_tokens
         return chunk
 
     @override
     def _take_rest(self) -> str:
-        return self._parsed(super()._take_rest())
+        self._parser.feed(super()._take_rest(), self._deltas)
+        return ""
 
     @override
     def _take_tokens(self, output: EngineOutput) -> tuple[str, int]:
@@ -189,13 +204,11 @@ class RequestMessageState(RequestTextState):
             self._num_tokens += 1
             delta = self._detokenizer.feed(token_id)
             if delta:
-                self._parsed(self._stop.feed(delta, may_stop=self._num_tokens > self._min_tokens))
+                if self._has_stop_strings:
+                    delta = self._stop.feed(delta, may_stop=self._num_tokens > self._min_tokens)
+                self._parser.feed(delta, self._deltas)
             if self._parser.is_reasoning:
                 self._num_reasoning_tokens += 1
             if self._stop.matched is not None or self._parser.is_complete:
                 return "", position
         return "", len(token_ids)
-
-    def _parsed(self, text: str) -> str:
-        self._deltas.extend_with(self._parser.feed(text))
-        return ""

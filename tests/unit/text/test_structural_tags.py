@@ -13,7 +13,7 @@ from pagoda.structured.structural_tag import lark_of_structural_tag
 from pagoda.structured.vocabulary import GrammarVocabulary
 from pagoda.text.responses.checkpoint import format_of, make_parser
 from pagoda.text.responses.message import AssistantMessage
-from pagoda.text.responses.structural_tags import _WRITTEN, calls_or_text, required_calls
+from pagoda.text.responses.structural_tags import _WRITTEN, calls_or_json, calls_or_text, required_calls
 from pagoda.text.responses.tools import ToolSet
 from pagoda.text.tokenizer import Tokenizer
 
@@ -108,3 +108,21 @@ def test_strict_tools_leave_text_free(vocabulary: GrammarVocabulary, tokenizer: 
     for right in ("Hello!", "Look: " + answer_of(name, ("f", ARGUMENTS)), "", answer_of(name, ("g", {}))):
         assert accepts(vocabulary, tokenizer, tag, right), right
     assert not accepts(vocabulary, tokenizer, tag, "Look: " + answer_of(name, ("f", {"s": "a"})))
+
+
+@pytest.mark.parametrize("name", [name for name, written in _WRITTEN.items() if written.trigger])
+def test_an_answer_with_a_schema_is_calls_or_that(
+    vocabulary: GrammarVocabulary, tokenizer: Tokenizer, name: str
+) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"x": {"type": "integer"}},
+        "required": ["x"],
+        "additionalProperties": False,
+    }
+    tag = calls_or_json(name, TOOLS, schema)
+    assert tag is not None
+    assert accepts(vocabulary, tokenizer, tag, '{"x": 1}')
+    assert accepts(vocabulary, tokenizer, tag, answer_of(name, ("f", ARGUMENTS)))
+    assert not accepts(vocabulary, tokenizer, tag, '{"x": "a"}')
+    assert not accepts(vocabulary, tokenizer, tag, "Hello!")

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import orjson
+
 from pagoda.errors import InvalidRequestError, shown
 from pagoda.request import AnswerOptions, GenerationRequest
 from pagoda.serving.openai.types import ChatCompletionRequest, ToolDefinition
 from pagoda.structured.spec import GrammarSpec
 from pagoda.text.responses.checkpoint import AnswerFormat
-from pagoda.text.responses.structural_tags import calls_or_text, has_structural_tags, required_calls
+from pagoda.text.responses.structural_tags import calls_or_json, calls_or_text, has_structural_tags, required_calls
 from pagoda.text.responses.tools import ToolSet
 
 MAX_NAME_CHARACTERS = 128
@@ -59,17 +61,22 @@ def constrained(
             "a tool_choice that wants a call cannot be held in the format of this model's tool calls; auto and none can",
             "tool_choice",
         )
-    grammar = job.params.structured_outputs
+    if not has_structural_tags(format.call_name):
+        return job
+    name, grammar = str(format.call_name), job.params.structured_outputs
+    strict = [tool.function.name for tool in request.tools or () if tool.function and tool.function.strict]
+    tag: dict[str, Any] | None = None
     if is_forced:
-        tag = required_calls(str(format.call_name), tools)
-    else:
-        strict = [tool.function.name for tool in request.tools or () if tool.function and tool.function.strict]
-        if not strict or grammar is not None or not has_structural_tags(format.call_name):
-            return job
-        found = calls_or_text(str(format.call_name), tools, strict)
-        if found is None:
-            return job
-        tag = found
+        tag = required_calls(name, tools)
+    elif grammar is not None and grammar.kind in (
+        "json_schema",
+        "json_object",
+    ):  # the form of what is said after the calls
+        tag = calls_or_json(name, tools, orjson.loads(grammar.source or '{"type": "object"}'))
+    elif grammar is None and strict:
+        tag = calls_or_text(name, tools, strict)
+    if tag is None:
+        return job
     params = replace(job.params, structured_outputs=GrammarSpec.of_structural_tag(tag))
     return replace(job, params=params, answer=replace(answer, is_constrained=True))
 

@@ -84,19 +84,6 @@ class AssistantMessage:
 class DeltaList(list[MessageDelta]):
     """Deltas in their order, neighbours of one kind joined."""
 
-    def extend_with(self, others: Iterable[MessageDelta]) -> None:
-        """Append deltas of a later time."""
-        for delta in others:
-            match delta:
-                case ContentDelta(text):
-                    self.add_content(text)
-                case ReasoningDelta(text):
-                    self.add_reasoning(text)
-                case ArgumentsDelta(index, text):
-                    self.add_arguments(index, text)
-                case _:
-                    self.append(delta)
-
     def add_content(self, text: str) -> None:
         """More content."""
         last = self[-1] if self else None

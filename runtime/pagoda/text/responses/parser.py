@@ -38,17 +38,17 @@ class ResponseParser(ABC):
         self._reading = self._read()
         self._is_over = False
 
-    def feed(self, text: str) -> DeltaList:
-        """The deltas that `text` settles."""
-        self._deltas = DeltaList()
+    def feed(self, text: str, deltas: DeltaList | None = None) -> DeltaList:
+        """The deltas that `text` settles, behind those of `deltas` where there are some to be joined with."""
+        self._deltas = DeltaList() if deltas is None else deltas
         if text and not self._is_over:
             self._cursor.append(text)
             self._resume()
         return self._deltas
 
-    def finish(self) -> DeltaList:
-        """The rest of the message: nothing follows."""
-        self._deltas = DeltaList()
+    def finish(self, deltas: DeltaList | None = None) -> DeltaList:
+        """The rest of the message, as `feed` gives it: nothing follows."""
+        self._deltas = DeltaList() if deltas is None else deltas
         self._cursor.is_final = True
         if not self._is_over:
             self._resume()

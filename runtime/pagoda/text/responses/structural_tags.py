@@ -104,6 +104,17 @@ def calls_or_text(call_name: str, tools: ToolSet, strict: Iterable[str]) -> Tag 
     return {"format": {"type": "triggered_tags", "triggers": [written.trigger], "tags": tags}}
 
 
+def calls_or_json(call_name: str, tools: ToolSet, schema: Mapping[str, Any] | bool) -> Tag | None:
+    """The structural tag of an answer that is calls, or JSON that is valid under `schema`.
+
+    None where calls begin as any JSON does.
+    """
+    if not _WRITTEN[call_name].trigger:
+        return None
+    content = {"type": "json_schema", "json_schema": schema}
+    return {"format": {"type": "or", "elements": [_calls(_WRITTEN[call_name], tools), content]}}
+
+
 def _calls(written: _Written, tools: ToolSet) -> Tag:
     calls = {
         "type": "tags_with_separator",
