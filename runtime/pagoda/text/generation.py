@@ -132,10 +132,6 @@ class TextGenerator:
         prediction: list[int] = []
         if request.prediction and limits.num_speculative_tokens:
             prediction = await self.pool.encode(request.prediction, add_special_tokens=False)
-        if params.structured_outputs is not None and request.answer is not None and self.answer_format is not None:
-            reasoning_end = self.answer_format.reasoning_end(request.answer, prompt_token_ids)
-            params = replace(params, structured_outputs=params.structured_outputs.after(reasoning_end))
-            request = replace(request, params=params)
         requests = validate_request(request, prompt_token_ids, self.pool.tokenizer, limits, prediction)
         states = [self._state(request, prompt_token_ids, index, echoed) for index in range(params.n)]
         if params.n == 1:  # read right here: each generator in between would cost every token a third of a microsecond

@@ -112,27 +112,6 @@ class AnswerFormat:
         parser.reads_special_tokens = options.is_constrained
         return parser
 
-    def reasoning_end(self, options: AnswerOptions, prompt_token_ids: Sequence[int]) -> tuple[int, ...]:
-        """The tokens behind which the content of the answer begins; empty where it begins at once.
-
-        A model that reasons is taken to do so unless the prompt says that it is done with it. A marker that is no token is not
-        looked for: then there is no reasoning under a grammar.
-        """
-        if self.reasoning_name == "openai_gptoss":
-            ends: Sequence[str] = (HARMONY.channel, "final", HARMONY.message)
-            return tuple(self._tokenizer.encode("".join(ends), add_special_tokens=False))
-        reasoning = REASONING.get(self.reasoning_name or "")
-        token_id = None if reasoning is None else self._tokenizer.added_tokens.get(reasoning.close)
-        if reasoning is None or token_id is None:
-            return ()
-        if options.continued and reasoning.open not in options.continued:
-            return ()
-        written = options.continued or self._tail(prompt_token_ids)
-        return () if written.endswith(reasoning.close) or reasoning.close in options.continued else (token_id,)
-
-    def _tail(self, prompt_token_ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(prompt_token_ids[-_TAIL_TOKENS:], skip_special_tokens=False).rstrip()
-
     def constrained(self, spec: GrammarSpec, options: AnswerOptions, prompt_token_ids: Sequence[int]) -> GrammarSpec:
         """`spec`, so that it begins behind the reasoning of the answer to the prompt, if there is any."""
         if self._template is not None:
@@ -147,7 +126,7 @@ class AnswerFormat:
         if self._is_in_reasoning(options.continued, prompt_token_ids):
             return spec.after(close)
         opening = encode(reasoning.open, add_special_tokens=False)
-        tail = self._tokenizer.decode(prompt_token_ids[-_TAIL_TOKENS:], skip_special_tokens=False).rstrip()
+        tail = self._tail(prompt_token_ids)
         may_open = len(opening) == 1 and not options.continued and not tail.endswith(reasoning.close)
         return spec.after(close, opened_by=opening[0]) if may_open else spec
 
@@ -161,6 +140,9 @@ class AnswerFormat:
             for calls in (False, True)
             for reasoning in (False, True)
         }
+
+    def _tail(self, prompt_token_ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(prompt_token_ids[-_TAIL_TOKENS:], skip_special_tokens=False).rstrip()
 
     def _is_in_reasoning(self, continued: str, prompt_token_ids: Sequence[int]) -> bool:
         """Whether the prompt ends within the model's reasoning."""
