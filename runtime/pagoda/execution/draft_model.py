@@ -71,48 +71,42 @@ class DraftModel:
 
     @torch.inference_mode()
     def _make_drafts(self, plan: StepPlan, result: StepResult) -> dict[int, list[int]]:
-        rows = self._catch_up(
-            [_row_of(plan, result, row) for row in plan.num_drafts_wanted if row not in result.errors]
-        )
+        rows = [_row_of(plan, result, row) for row in plan.num_drafts_wanted if row not in result.errors]
+        begins, ends = self._what_is_missing(rows)
         drafts: dict[int, list[int]] = {row.plan_row: [] for row in rows}
-        begins = {row.plan_row: int(self._num_computed[row.req_index]) for row in rows}
-        for row in rows:
-            self._num_computed[row.req_index] = row.num_known
+        # All rows at once: one may share blocks that another fills in this step.
+        wants = [row.num_wanted > 0 and end == row.num_known for row, end in zip(rows, ends, strict=True)]
         while rows:
-            ends = [row.num_known + len(drafts[row.plan_row]) for row in rows]
-            sampled = self._run(rows, [begins[row.plan_row] for row in rows], ends, samples=True)
-            for row, end, token_ids in zip(rows, ends, sampled, strict=True):
-                begins[row.plan_row] = end
+            sampled = self._run(rows, begins, ends, wants)
+            for row, token_ids in zip(rows, sampled, strict=True):
                 drafts[row.plan_row] += token_ids
             rows = [
                 row
                 for row, token_ids in zip(rows, sampled, strict=True)
                 if token_ids and len(drafts[row.plan_row]) < row.num_wanted
             ]
+            ends = [row.num_known + len(drafts[row.plan_row]) for row in rows]
+            begins = [end - 1 for end in ends]
+            wants = [True] * len(rows)
         return {row: token_ids for row, token_ids in drafts.items() if token_ids}
 
-    def _catch_up(self, rows: list[_Row]) -> list[_Row]:
-        """Compute what is known of rows that want no drafts, and of those that have missed much; returns the others."""
+    def _what_is_missing(self, rows: list[_Row]) -> tuple[list[int], list[int]]:
+        """From where to where the known tokens of each row are to be computed now: all, or what a step may have of them."""
         left = self._max_num_batched_tokens
-        behind: list[tuple[_Row, int]] = []
-        ready: list[_Row] = []
+        begins: list[int] = []
+        ends: list[int] = []
         for row in rows:
-            missing = row.num_known - int(self._num_computed[row.req_index])
-            if row.num_wanted and missing <= left:
-                ready.append(row)
-            elif left > 0 and missing > 0:
-                behind.append((row, min(missing, left)))
-            left -= min(missing, max(left, 0))
-        if behind:
-            begins = [int(self._num_computed[row.req_index]) for row, _ in behind]
-            ends = [begin + count for begin, (_, count) in zip(begins, behind, strict=True)]
-            self._run([row for row, _ in behind], begins, ends, samples=False)
-            for (row, _), end in zip(behind, ends, strict=True):
-                self._num_computed[row.req_index] = end
-        return ready
+            begin = min(int(self._num_computed[row.req_index]), row.num_known - 1)
+            # Where nothing is left of the budget, one token is run all the same, as every row of a plan does.
+            end = min(row.num_known, begin + max(1, left))
+            left -= end - begin
+            self._num_computed[row.req_index] = end
+            begins.append(begin)
+            ends.append(end)
+        return begins, ends
 
-    def _run(self, rows: list[_Row], begins: list[int], ends: list[int], *, samples: bool) -> list[list[int]]:
-        """Run the tokens from `begins` to `ends` of each row; returns the token sampled behind each, none where it failed."""
+    def _run(self, rows: list[_Row], begins: list[int], ends: list[int], samples: list[bool]) -> list[list[int]]:
+        """Run the tokens from `begins` to `ends` of each row; returns the token sampled behind each that `samples`."""
         plan = StepPlan(
             step_id=0,
             req_indices=[row.req_index for row in rows],
@@ -120,7 +114,7 @@ class DraftModel:
             num_scheduled_tokens=[end - begin for begin, end in zip(begins, ends, strict=True)],
             new_block_ids=[[]] * len(rows),
             block_offsets=[0] * len(rows),
-            samples=[samples] * len(rows),
+            samples=samples,
         )
         inputs = self._runner.batch.build(plan, self._runner.graphs)
         if inputs is None:
