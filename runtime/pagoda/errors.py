@@ -23,6 +23,7 @@ class ErrorKind(StrEnum):
     NOT_FOUND = "not_found"
     TOO_LARGE = "too_large"
     QUEUE_FULL = "queue_full"
+    RATE_LIMITED = "rate_limit_exceeded"
     NOT_SUPPORTED = "unsupported_parameter"
     NOT_READY = "not_ready"
     ENGINE_DEAD = "engine_dead"
@@ -118,6 +119,17 @@ class QueueFullError(PagodaError):
         self.retry_after_seconds = retry_after_seconds
 
 
+class RateLimitError(PagodaError):
+    """An API key has used what it may use in a minute; try again after `retry_after_seconds`. `limit`: requests or tokens."""
+
+    kind = ErrorKind.RATE_LIMITED
+
+    def __init__(self, message: str, limit: str = "requests", retry_after_seconds: int = 1) -> None:
+        super().__init__(message)
+        self.limit = limit
+        self.retry_after_seconds = retry_after_seconds
+
+
 class EngineNotReadyError(PagodaError):
     """The engine is loading or draining; another replica, or this one later, can serve the request."""
 
@@ -178,6 +190,7 @@ ERROR_TYPES: dict[ErrorKind, type[PagodaError]] = {
         RequestTooLargeError,
         NotSupportedError,
         QueueFullError,
+        RateLimitError,
         EngineNotReadyError,
         EngineDeadError,
         DeadlineExceededError,

@@ -8,6 +8,14 @@ from collections import deque
 from pagoda.errors import QueueFullError
 
 
+def has_place(num_waiting: int, limit: int, num_own: int, num_tenants: int) -> bool:
+    """Whether one more may wait where `limit` may: any of a tenant with less than an equal part, if others have taken them.
+
+    `num_tenants`: of those that wait and the one that asks, which has `num_own` waiting.
+    """
+    return num_waiting < limit or num_own < limit // num_tenants
+
+
 class _Tenant:
     __slots__ = ("next_turn", "waiting", "weight")
 
@@ -66,11 +74,9 @@ class FairTurns:
             raise
 
     def _check_room(self, name: str, num_own: int, num_tenants: int) -> None:
-        limit = self._max_waiting
-        if self._num_waiting < limit or num_own < limit // num_tenants:
-            return
-        whose = f", {num_own} of them of this API key" if name else ""
-        raise QueueFullError(f"{self._num_waiting} requests wait for {self._what}{whose}; {limit} may")
+        if not has_place(self._num_waiting, self._max_waiting, num_own, num_tenants):
+            whose = f", {num_own} of them of this API key" if name else ""
+            raise QueueFullError(f"{self._num_waiting} requests wait for {self._what}{whose}; {self._max_waiting} may")
 
     def give_back(self) -> None:
         """A turn has ended: the next begins."""

@@ -30,6 +30,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from pagoda.errors import ErrorKind, InvalidRequestError, QueueFullError
+from pagoda.fair_turns import has_place
 from pagoda.sampling.output import FinishReason, TokenLogprobs
 from pagoda.scheduling.config import SchedulerLimits
 from pagoda.scheduling.deadlines import Deadlines
@@ -155,11 +156,9 @@ class Scheduler:
         # Requests for which a request slot is free do not count: the next step may admit them.
         num_waiting = max(0, len(self._waiting) - len(self._free_req_indices))
         limit = self.limits.max_num_waiting
-        if num_waiting < limit:
-            return
         num_own = self._waiting.num_of(tenant)
         num_tenants = len(self._waiting.tenants) + (num_own == 0)
-        if num_own < limit // num_tenants:
+        if has_place(num_waiting, limit, num_own, num_tenants):
             return
         if num_tenants == 1:
             raise QueueFullError(f"{num_waiting} requests are waiting, as many as max_num_waiting allows")

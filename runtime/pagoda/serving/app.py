@@ -79,7 +79,12 @@ def create_app(context: ServingContext, service: V2Service) -> FastAPI:
     for router in routers:
         app.include_router(router)
     app.add_middleware(
-        RequestMiddleware, keys=context.keys, metrics=context.metrics, access=access, error_body=error_body
+        RequestMiddleware,
+        keys=context.keys,
+        metrics=context.metrics,
+        access=access,
+        error_body=error_body,
+        rate_limits=context.runner.rate_limits,
     )
     if config.allowed_origins:
         # Outermost: a browser sends no key with the request that asks whether it may.

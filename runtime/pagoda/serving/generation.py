@@ -14,6 +14,7 @@ from pagoda.request import GenerationRequest
 from pagoda.sampling.params import SamplingParams
 from pagoda.serving.auth.api_keys import caller_var
 from pagoda.serving.interruptible_wait import InterruptibleWait
+from pagoda.serving.rate_limits import RateLimiter
 from pagoda.text.output import CompletionOutput, GenerationChunk
 from pagoda.text.streams import cancelling, merge_streams
 
@@ -67,6 +68,12 @@ def _of_caller(job: GenerationRequest, request_id: str) -> GenerationRequest:
     return replace(job, request_id=request_id, tenant=tenant, tenant_weight=weight, cache_keys=cache_keys)
 
 
+def _num_new_tokens(chunk: GenerationChunk) -> int:
+    """Tokens that were computed for a chunk; those of the prompt once, for all of its sequences."""
+    num_prompt_tokens = chunk.num_prompt_tokens if chunk.index == 0 else None
+    return (num_prompt_tokens or 0) + len(chunk.token_ids)
+
+
 def limit_time(job: GenerationRequest, seconds: float | None) -> GenerationRequest:
     """`job` with at most `seconds` to live; None changes nothing."""
     own = job.timeout_seconds
@@ -79,7 +86,8 @@ class GenerationRunner:
     """Runs the jobs of all protocols, and counts those that are running.
 
     A job is refused unless `health` is ready. `request_timeout_seconds` bounds every job; a shorter `timeout_seconds` of its
-    own wins. The generator comes with `attach` where it can be made only when the checkpoint is there.
+    own wins. The generator comes with `attach` where it can be made only when the checkpoint is there. `rate_limits`: what of
+    requests and tokens a minute each tenant has left.
     """
 
     def __init__(
@@ -99,6 +107,7 @@ class GenerationRunner:
         self._idle.set()
         self._waits: set[InterruptibleWait] = set()
         self._is_stopped = False
+        self.rate_limits = RateLimiter()
 
     @property
     def generator(self) -> TextGenerator:
@@ -126,12 +135,19 @@ class GenerationRunner:
         for wait in list(self._waits):
             wait.interrupt(_stopped)
 
-    async def stream(self, job: GenerationRequest, request_id: str) -> AsyncGenerator[GenerationChunk, None]:
+    async def stream(
+        self, job: GenerationRequest, request_id: str, *, is_request: bool = True
+    ) -> AsyncGenerator[GenerationChunk, None]:
         """The chunks of a job as they come. Close the iterator (or cancel its reader) to abort the job in the engine.
 
-        Raises what `TextGenerator.generate` raises, and before that what `ServerHealth.check_ready` does.
+        `is_request`: it counts as a request of its caller. Raises what `TextGenerator.generate` raises, and before that what
+        `ServerHealth.check_ready` and `RateLimiter.admit` do.
         """
         self._health.check_ready()
+        caller = caller_var.get()
+        if is_request:
+            self.rate_limits.admit(caller.tenant, caller.limits)
+        counts_tokens = caller.limits.tokens_per_minute is not None
         arrival = time.monotonic()
         observer = self._observe(job, arrival)
         self._num_running += 1
@@ -148,6 +164,8 @@ class GenerationRunner:
                     except StopAsyncIteration:
                         break
                     observer.on_chunk(chunk)
+                    if counts_tokens:
+                        self.rate_limits.count_tokens(caller.tenant, caller.limits, _num_new_tokens(chunk))
                     yield chunk
         except BaseException as caught:  # raised on: a disconnect is an end that is counted, too
             error = caught
@@ -162,10 +180,12 @@ class GenerationRunner:
             observer.on_end(error)
             del error  # it holds this frame through its traceback, and would be held by it
 
-    async def collect(self, job: GenerationRequest, request_id: str) -> list[CompletionOutput]:
+    async def collect(
+        self, job: GenerationRequest, request_id: str, *, is_request: bool = True
+    ) -> list[CompletionOutput]:
         """The `params.n` finished sequences of a job, in order of their index."""
         results = [CompletionOutput(index=index) for index in range(job.params.n)]
-        async with aclosing(self.stream(job, request_id)) as chunks:
+        async with aclosing(self.stream(job, request_id, is_request=is_request)) as chunks:
             async for chunk in chunks:
                 results[chunk.index].add(chunk)
         return results
@@ -178,7 +198,8 @@ class GenerationRunner:
         try:
             async with cancelling(tasks):
                 for index, job in enumerate(jobs):
-                    tasks.append(asyncio.create_task(self.collect(job, f"{request_id}-{index}")))
+                    part = self.collect(job, f"{request_id}-{index}", is_request=index == 0)
+                    tasks.append(asyncio.create_task(part))
                     await asyncio.sleep(0)  # each begins in a turn of the loop of its own: they may have much to do
                 return await asyncio.gather(*tasks)
         finally:
@@ -193,7 +214,9 @@ class GenerationRunner:
         """
         if len(jobs) == 1:
             return self._stream_only(jobs[0], request_id)
-        return merge_streams([self.stream(job, f"{request_id}-{index}") for index, job in enumerate(jobs)])
+        return merge_streams(
+            [self.stream(job, f"{request_id}-{index}", is_request=index == 0) for index, job in enumerate(jobs)]
+        )
 
     async def _stream_only(
         self, job: GenerationRequest, request_id: str

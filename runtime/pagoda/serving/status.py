@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pagoda.errors import ErrorKind, InvalidRequestError, NotSupportedError, PagodaError, QueueFullError
+from pagoda.errors import ErrorKind, InvalidRequestError, NotSupportedError, PagodaError, QueueFullError, RateLimitError
 
 RETRY_AFTER_NOT_READY_SECONDS = 5
 MAX_MESSAGE_CHARACTERS = 1000
@@ -32,6 +32,7 @@ STATUS_BY_KIND: dict[ErrorKind, ProtocolStatus] = {
     ErrorKind.NOT_FOUND: ProtocolStatus(404, "NOT_FOUND", "not_found_error"),
     ErrorKind.TOO_LARGE: ProtocolStatus(413, "RESOURCE_EXHAUSTED", "invalid_request_error"),
     ErrorKind.QUEUE_FULL: ProtocolStatus(429, "RESOURCE_EXHAUSTED", "rate_limit_error"),
+    ErrorKind.RATE_LIMITED: ProtocolStatus(429, "RESOURCE_EXHAUSTED", "rate_limit_error"),
     # Not 501, which OpenAI's SDKs send again: it would fail three times.
     ErrorKind.NOT_SUPPORTED: ProtocolStatus(400, "UNIMPLEMENTED", "invalid_request_error"),
     ErrorKind.NOT_READY: ProtocolStatus(503, "UNAVAILABLE", "service_unavailable_error"),
@@ -63,7 +64,7 @@ def report(error: BaseException) -> ErrorReport:
     status = STATUS_BY_KIND[kind]
     param = error.param if isinstance(error, InvalidRequestError | NotSupportedError) else None
     retry_after: int | None = None
-    if isinstance(error, QueueFullError):
+    if isinstance(error, QueueFullError | RateLimitError):
         retry_after = error.retry_after_seconds
     elif kind in (ErrorKind.NOT_READY, ErrorKind.ENGINE_DEAD):
         retry_after = RETRY_AFTER_NOT_READY_SECONDS
@@ -72,7 +73,7 @@ def report(error: BaseException) -> ErrorReport:
         message=_clipped(message, MAX_MESSAGE_CHARACTERS),
         http_status=status.http_status,
         grpc_code=status.grpc_code,
-        openai_type=status.openai_type,
+        openai_type=error.limit if isinstance(error, RateLimitError) else status.openai_type,
         param=None if param is None else _clipped(param, MAX_PARAM_CHARACTERS),
         retry_after_seconds=retry_after,
     )

@@ -12,6 +12,7 @@ import itertools
 import logging
 import time
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -47,6 +48,7 @@ from pagoda.errors import (
     QueueFullError,
     error_of,
 )
+from pagoda.fair_turns import has_place
 from pagoda.parallel.rank_health import RankHealth
 from pagoda.request import EngineRequest
 
@@ -134,6 +136,7 @@ class ProcessEngineClient(EngineClient):
         self._ranks: list[RankHealth] = []
         self._request_numbers = itertools.count()
         self._collectors: dict[str, RequestOutputCollector] = {}  # by the engine's request id
+        self._num_of: Counter[str] = Counter()  # collectors of each tenant that has any
         self._service_rate = ServiceRate()
         self._restarts = RestartPolicy(config.on_engine_failure, config.max_engine_restarts)
         self._pause: float | None = None  # before the next core; None: there will be none
@@ -176,12 +179,14 @@ class ProcessEngineClient(EngineClient):
 
     @override
     async def submit(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
-        child = self._check_queue()
+        tenant = request.tenant
+        child = self._check_queue(tenant)
         if not self._collectors:
             self._service_rate.resume(time.monotonic())
         # The engine's id is unique: a client may reuse an id, and outputs of the first request must not reach the second.
         request_id = f"{request.request_id}#{next(self._request_numbers)}"
         collector = self._collectors[request_id] = RequestOutputCollector()
+        self._num_of[tenant] += 1
         is_over = False
         try:
             child.send(replace(request, request_id=request_id))
@@ -194,6 +199,9 @@ class ProcessEngineClient(EngineClient):
         finally:
             # The one place where a request is removed: finished, failed, closed by its reader or cancelled.
             del self._collectors[request_id]
+            self._num_of[tenant] -= 1
+            if not self._num_of[tenant]:
+                del self._num_of[tenant]
             if not is_over:
                 child.send(AbortRequests([request_id]))
 
@@ -203,15 +211,19 @@ class ProcessEngineClient(EngineClient):
             raise EngineNotReadyError(f"the engine is {self.health.state} (stage: {self.health.phase})")
         self._child.send(ResetPrefixCache())
 
-    def _check_queue(self) -> EngineCoreHandle:
-        """The core, if it takes one more request; else raises the reason."""
+    def _check_queue(self, tenant: str) -> EngineCoreHandle:
+        """The core, if it takes one more request of `tenant`; else raises the reason."""
         if self.health.state is EngineState.DEAD:
             raise EngineDeadError(f"the engine is dead: {self.health.cause}")
         child = self._child
         if not self.health.accepts_requests or self.ready is None or child is None or not child.is_connected:
             raise EngineNotReadyError(f"the engine is {self.health.state} (stage: {self.health.phase})")
-        waiting = len(self._collectors) - self.ready.max_num_seqs
-        if waiting >= self._config.max_num_waiting:
+        # The core knows which of a tenant's requests run; here all of them may.
+        max_num_seqs = self.ready.max_num_seqs
+        waiting = len(self._collectors) - max_num_seqs
+        num_own = self._num_of[tenant]
+        num_tenants = len(self._num_of) + (num_own == 0)
+        if not has_place(waiting, self._config.max_num_waiting, num_own - max_num_seqs, num_tenants):
             raise self._error_of(
                 ErrorKind.QUEUE_FULL, f"{waiting} requests are waiting, as many as max_num_waiting allows"
             )

@@ -17,6 +17,7 @@ _TYPES = {
     ErrorKind.NOT_FOUND: "not_found_error",
     ErrorKind.TOO_LARGE: "request_too_large",
     ErrorKind.QUEUE_FULL: "rate_limit_error",
+    ErrorKind.RATE_LIMITED: "rate_limit_error",
     ErrorKind.NOT_READY: "overloaded_error",
     ErrorKind.ENGINE_DEAD: "overloaded_error",
     ErrorKind.DEADLINE_EXCEEDED: "timeout_error",

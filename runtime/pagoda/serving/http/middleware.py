@@ -19,9 +19,12 @@ from pagoda.logs import bind_request_id
 from pagoda.serving.auth import audit
 from pagoda.serving.auth.api_keys import ApiKeys
 from pagoda.serving.auth.routes import RouteAccess
+from pagoda.serving.auth.scopes import Access
 from pagoda.serving.http.responses import json_response, report_error
 from pagoda.serving.metrics.prometheus import Metrics
+from pagoda.serving.rate_limits import RateLimiter
 from pagoda.serving.status import ErrorReport
+from pagoda.tenants import UNLIMITED, TenantLimits
 
 logger = logging.getLogger(__name__)
 
@@ -44,12 +47,14 @@ class RequestMiddleware:
         metrics: Metrics,
         access: RouteAccess,
         error_body: ErrorBody,
+        rate_limits: RateLimiter,
     ) -> None:
         self._app = app
         self._keys = keys
         self._metrics = metrics
         self._access = access
         self._error_body = error_body
+        self._rate_limits = rate_limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, or respond with an error."""
@@ -62,12 +67,16 @@ class RequestMiddleware:
         request_id = _request_id(headers)
         has_started = False
         status = 0
+        limits: TenantLimits = UNLIMITED
+        tenant = ""
 
         async def send_with_id(message: Message) -> None:
             nonlocal has_started, status
             if message["type"] == "http.response.start":
                 has_started, status = True, message["status"]
-                MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
+                added = MutableHeaders(scope=message)
+                added[REQUEST_ID_HEADER] = request_id
+                added.update(self._rate_limits.headers(tenant, limits))
             await send(message)
 
         path: str = scope["path"]
@@ -75,7 +84,9 @@ class RequestMiddleware:
         peer = scope["client"][0] if scope["client"] else ""
         with bind_request_id(request_id), audit.recorded(access, f"{scope['method']} {path}", peer, lambda: status):
             try:
-                await self._keys.admit(access, _authorization(headers), peer)
+                caller = await self._keys.admit(access, _authorization(headers), peer)
+                if access is Access.INFER:
+                    tenant, limits = caller.tenant, caller.limits
                 await self._app(scope, receive, send_with_id)
             except ClientDisconnect:
                 logger.debug("client disconnected before the response to %s was complete", path)
