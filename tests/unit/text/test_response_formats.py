@@ -357,6 +357,18 @@ def test_harmony_channels() -> None:
     assert parse("openai", "<|channel|>fin") == AssistantMessage()
 
 
+def test_harmony_with_markers_that_are_tokens(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_directory(save_tokenizer(tmp_path, "byte_level_bpe"))
+    markers = ("start", "channel", "message", "constrain", "end", "call")
+    tokenizer._backend.add_special_tokens([f"<|{marker}|>" for marker in markers])
+    tokenizer = Tokenizer(tokenizer._backend)
+    text = "<|channel|>analysis<|message|>Say <|end|><|start|>assistant<|channel|>commentary to=functions.f<|constrain|>json"
+    ids = tokenizer.encode(text + '<|message|>{"n": 1}<|call|>', add_special_tokens=False)
+    message = read_ids(tokenizer, "openai", ids)
+    assert (message.reasoning, message.content) == ("Say", "")
+    assert message.tool_calls == [ToolCall("f", arguments='{"n": 1}')]
+
+
 def test_endless_space_is_not_held_back() -> None:
     parser = make_parser(format_named("hermes"), TOOLS)
     assert sum(len(delta.text) for _ in range(3000) for delta in parser.feed(" ")) > 2500  # type: ignore[union-attr]

@@ -18,7 +18,8 @@ from pagoda.text.responses.parser import ResponseParser
 from pagoda.text.responses.syntax import Channels, ResponseFormat
 from pagoda.text.responses.tools import ToolSet
 
-_RECIPIENT = re.compile(r"to=(?:functions\.)?([^\s<]+)")
+# A marker may follow at once: spelled, or as the character of its token.
+_RECIPIENT = re.compile("to=(?:functions\\.)?([^\\s<\ud800-\udfff]+)")
 
 
 class ChannelParser(ResponseParser):
