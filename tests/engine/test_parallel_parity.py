@@ -21,7 +21,7 @@ from pagoda.engine.core.startup import start_core
 from pagoda.models.dummy import DummySpec
 from pagoda.request import EngineRequest
 from pagoda.sampling.params import SamplingParams
-from pagoda.scheduling.lookahead import Lookahead, Speculation
+from pagoda.scheduling.lookahead import Speculation
 from pagoda.scheduling.request import Request
 from tests.support.drafts import ArbitraryDrafts
 from tests.support.parity import ParityCase, make_parity_case, run_greedily
@@ -198,10 +198,9 @@ def test_drafts_change_no_token(layout, case_of, start) -> None:
     scheduler = core._scheduler
     scheduler._lookahead = Speculation(scheduler.kv, ArbitraryDrafts(Random(1), truth, core.ready.vocab_size), 32)
     assert run_greedily(core, case, "first-") == case.expected
-    num_steps = core.stats().step
-    scheduler._lookahead = Lookahead()
     assert run_greedily(core, case, "second-") == case.expected
-    assert num_steps < core.stats().step - num_steps, "no draft was accepted"
+    stats = core.stats()
+    assert 0 < stats.num_spec_accepted_tokens < stats.num_spec_draft_tokens
 
 
 @pytest.mark.parametrize("layout", [(2, 1), (2, 2)], ids=["tp2", "tp2-pp2"])

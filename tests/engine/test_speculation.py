@@ -124,18 +124,17 @@ def make_core(directory: Path, **settings) -> EngineCore:
 
 @pytest.mark.parametrize("family", sorted(SPECS))
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_drafts_change_nothing_but_the_number_of_steps(family: str, dtype: str) -> None:
+def test_drafts_change_nothing(family: str, dtype: str) -> None:
     core = make_core(shared_checkpoint(SPECS[family]), dtype=dtype)
     requests = requests_of(SAMPLINGS)
     plain = answers_of(core, requests)
     assert {answer.finish_reason for answer in plain.values()} == {FinishReason.LENGTH, FinishReason.STOP}
-    num_plain_steps = core.stats().step
     assert answers_of(core, requests) == plain  # prefixes are cached now
     for seed in range(2):
         speculate(core, plain, seed)
-        before = core.stats().step
+        before = core.stats().num_spec_accepted_tokens
         assert answers_of(core, requests) == plain
-        assert core.stats().step - before < num_plain_steps
+        assert core.stats().num_spec_accepted_tokens - before > 20
     assert core.stats().num_blocks_in_use == 0
 
 
