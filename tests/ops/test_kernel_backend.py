@@ -23,11 +23,13 @@ class Doubled(KernelBackend):
         return 2 * x
 
 
+# No operations, or such as every backend has from its base.
+OTHERS = ("implements", "reserve_workspace", "short_query_len", "max_short_rows")
+
+
 def unset(kernels: KernelBackend) -> set[str]:
     operations = [name for name in vars(KernelBackend) if not name.startswith("_") and callable(getattr(kernels, name))]
-    return {
-        name for name in operations if name not in ("implements", "reserve_workspace") and not kernels.implements(name)
-    }
+    return {name for name in operations if name not in OTHERS and not kernels.implements(name)}
 
 
 def test_what_a_backend_does_not_override_is_refused_by_name() -> None:

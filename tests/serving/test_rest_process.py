@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
 
+from tests.support.checkpoints import shared_checkpoint
 from tests.support.server import ServerProcess
 from tests.support.waiting import wait_until
 
@@ -149,11 +152,13 @@ def test_a_server_that_loses_its_engine_is_unready_until_the_next_one_is_up() ->
         assert generate(server, **GREEDY).json()["text_output"] == text
 
 
-def test_a_checkpoint_that_cannot_be_loaded_ends_the_server_with_a_sentence(tmp_path: Any) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    with ServerProcess(model=tmp_path) as server:
+def test_a_checkpoint_that_cannot_be_loaded_ends_the_server_with_a_sentence(tmp_path: Path) -> None:
+    model = shutil.copytree(shared_checkpoint(), tmp_path / "model")
+    weights = model / "model.safetensors"
+    os.truncate(weights, weights.stat().st_size // 2)  # what its small files say is right
+    with ServerProcess(model=model) as server:
         assert server.wait() == 1
-        assert re.search(r"shutting down: .*config\.json", server.log)
+        assert re.search(r"shutting down: .*model\.safetensors", server.log)
 
 
 def test_sigterm_while_loading_exits_with_0() -> None:

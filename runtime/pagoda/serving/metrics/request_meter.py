@@ -13,17 +13,8 @@ from pagoda.serving.metrics.prometheus import Metrics
 from pagoda.serving.metrics.request_timer import RequestTimer
 from pagoda.text.output import GenerationChunk
 
-REFUSALS = frozenset(
-    {
-        ErrorKind.INVALID_REQUEST,
-        ErrorKind.NOT_FOUND,
-        ErrorKind.TOO_LARGE,
-        ErrorKind.NOT_SUPPORTED,
-        ErrorKind.QUEUE_FULL,
-        ErrorKind.NOT_READY,
-    }
-)
-"""Kinds of error with which a job is turned away; any other ends a job that had been accepted."""
+ENDS = frozenset({ErrorKind.ENGINE_DEAD, ErrorKind.DEADLINE_EXCEEDED, ErrorKind.INTERNAL})
+"""Kinds of error that end a job which was accepted; with any other it is turned away."""
 
 
 class RequestMeter:
@@ -60,7 +51,7 @@ class RequestMeter:
 
     def on_end(self, error: BaseException | None) -> None:
         """The job is over; sequences that are not finished end as `error` says."""
-        if not self._is_accepted and isinstance(error, PagodaError) and error.kind in REFUSALS:
+        if not self._is_accepted and isinstance(error, PagodaError) and error.kind not in ENDS:
             return
         reason, cause = _ending(error)
         now = self._clock()
