@@ -19,7 +19,7 @@ import pagoda
 from pagoda.distributed.ray.node import RayNode, ray_environment
 from tests.support.network_nodes import NetworkNode
 from tests.support.notes import Note
-from tests.support.two_nodes import PAGODA, Answers, TwoNodes, two_nodes
+from tests.support.two_nodes import PAGODA, TOKEN, Answers, TwoNodes, two_nodes
 from tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1200)]
@@ -39,7 +39,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoNodes]:
     """Two hosts, on one of which a Ray head was started by hand; a copy of the demo model lies where `model` says."""
     with two_nodes(tmp_path_factory.mktemp("nodes"), number=2) as nodes:
         head = RayNode(address=nodes.head.address, head_port=6379, num_cpus=1)
-        nodes.head.start(*head.command(), log="ray.log", environ=ray_environment(os.environ))
+        nodes.head.start(*head.command(), log="ray.log", environ=ray_environment({**os.environ, **TOKEN}))
         wait_until(lambda: "Ray runtime started" in nodes.head.log("ray.log"), "the Ray head", seconds=200)
         yield nodes
 
@@ -52,7 +52,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def serve(pair: TwoNodes, model: Path, *settings: str, seconds: int = 30) -> subprocess.Popen[str]:
     words = ["--ray-address=auto", "--pipeline-parallel-size=2", "--dtype=float32", f"--model={model}"]
     return pair.head.start(
-        PAGODA, "serve", *words, f"--rendezvous-timeout-seconds={seconds}", *settings, log="serve.log"
+        PAGODA, "serve", *words, f"--rendezvous-timeout-seconds={seconds}", *settings, log="serve.log", environ=TOKEN
     )
 
 
@@ -142,7 +142,7 @@ def test_a_checkpoint_that_the_worker_does_not_have(pair: TwoNodes, model: Path,
 
 def test_the_doctor_sees_both_nodes_and_their_network(pair: TwoNodes, note: Note) -> None:
     join(pair)
-    status, text = pair.head.run(PAGODA, "doctor", "--cluster", timeout=300)
+    status, text = pair.head.run(PAGODA, "doctor", "--cluster", timeout=300, environ=TOKEN)
     assert status == 0, text
     for node in (pair.head, pair.worker):
         assert f"{node.name} ({node.address})" in text
@@ -152,7 +152,9 @@ def test_the_doctor_sees_both_nodes_and_their_network(pair: TwoNodes, note: Note
 
 def test_the_doctor_says_which_node_lacks_an_interface(pair: TwoNodes) -> None:
     pair.worker.set_link("eth1", "down")
-    status, text = pair.head.run(PAGODA, "doctor", "--cluster", "--network-interface=eth1", "--json", timeout=300)
+    status, text = pair.head.run(
+        PAGODA, "doctor", "--cluster", "--network-interface=eth1", "--json", timeout=300, environ=TOKEN
+    )
     report = json.loads(text[text.index("{\n") :])
     assert status == 1
     assert report["problems"] == [
