@@ -24,6 +24,15 @@ ERRORS = {
 }
 
 
+JSON_OBJECT = {"application/json": {"schema": {"type": "object"}}}
+"""Content of answers that have no model."""
+
+
+def object_errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """`responses` of a route for these error statuses, whose bodies have no model."""
+    return {status: {"description": ERRORS[status], "content": JSON_OBJECT} for status in statuses}
+
+
 def request_body(*models: type[BaseModel], media_type: str = "application/json") -> dict[str, Any]:
     """`openapi_extra` of a route whose body is one of `models`, which must be among those given to `install`."""
     schemas = [{"$ref": REFERENCE.format(model=model.__name__)} for model in models]

@@ -8,7 +8,7 @@ from starlette.responses import Response
 from pagoda.serving.auth.api_keys import caller_var
 from pagoda.serving.context import ServingContext
 from pagoda.serving.http.disconnect import until_disconnect
-from pagoda.serving.http.documentation import request_body
+from pagoda.serving.http.documentation import JSON_OBJECT, request_body
 from pagoda.serving.http.event_stream import open_event_stream
 from pagoda.serving.http.responses import json_response
 from pagoda.serving.openai.errors import openai_errors
@@ -25,7 +25,7 @@ def responses_router(context: ServingContext, prefix: str, store: ResponseStore)
 
     @router.post(
         "/responses",
-        responses={200: {"content": EVENTS}, **errors},
+        responses={200: {"content": {**JSON_OBJECT, **EVENTS}}, **errors},
         openapi_extra=request_body(ResponsesRequest),
         response_class=Response,
     )
@@ -39,12 +39,14 @@ def responses_router(context: ServingContext, prefix: str, store: ResponseStore)
             return await open_event_stream(request, call.events(), call.error_event, context.metrics)
         return json_response(await until_disconnect(request, call.whole()))
 
-    @router.get("/responses/{response_id}", responses=openai_errors(401, 404), response_class=Response)
+    answers = {200: {"content": JSON_OBJECT}, **openai_errors(401, 404)}
+
+    @router.get("/responses/{response_id}", responses=answers, response_class=Response)
     async def stored(response_id: str) -> Response:
         """A response that is kept."""
         return json_response(store.of(caller_var.get().tenant).get(response_id)[0])
 
-    @router.delete("/responses/{response_id}", responses=openai_errors(401, 404), response_class=Response)
+    @router.delete("/responses/{response_id}", responses=answers, response_class=Response)
     async def forget(response_id: str) -> Response:
         """Forget a response."""
         store.of(caller_var.get().tenant).delete(response_id)
