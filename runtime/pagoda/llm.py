@@ -73,7 +73,7 @@ class LLM:
         if config.data_parallel_size > 1:
             raise ConfigError(f"data_parallel_size={config.data_parallel_size}: must be 1 without a server")
         directory = str(checkpoint_directory(config.model, config.revision, config.download_dir))
-        # Nobody waits for single tokens here: prompts may have the whole step.
+        # No stream waits for single tokens here: prompts may have the whole step.
         threshold = config.long_prefill_token_threshold or 0
         self.config = config = replace(config, model=directory, long_prefill_token_threshold=threshold)
         defaults = read_checkpoint_defaults(config)

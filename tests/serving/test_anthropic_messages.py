@@ -10,7 +10,7 @@ import anthropic
 import pytest
 
 from tests.serving.test_openai_tools import ANSWER, CALLS, TEMPLATE
-from tests.support.rest_harness import RestHarness
+from tests.support.rest_harness import RestHarness, harness_with_template
 
 MESSAGES: list[Any] = [{"role": "user", "content": "How is the weather in Rome?"}]
 TOOLS: list[Any] = [
@@ -70,9 +70,7 @@ AGENT: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def harness(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RestHarness]:
-    path = tmp_path_factory.mktemp("templates") / "template.jinja"
-    path.write_text(TEMPLATE)
-    with RestHarness(max_model_len=4096, chat_template=str(path)) as running:
+    with harness_with_template(TEMPLATE, tmp_path_factory.mktemp("templates")) as running:
         yield running
 
 

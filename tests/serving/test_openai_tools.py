@@ -11,7 +11,7 @@ import pytest
 from pydantic import BaseModel
 
 from pagoda.serving.openai.types import ChatCompletionResponse
-from tests.support.rest_harness import RestHarness
+from tests.support.rest_harness import RestHarness, harness_with_template
 
 # ChatML with tools, as hermes and Qwen have it, written for these tests.
 TEMPLATE = """
@@ -52,9 +52,7 @@ ANSWER = f"<think>\nThe user wants 塔.\n</think>\n\nLet me look.\n{CALLS}"
 
 @pytest.fixture(scope="module")
 def harness(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RestHarness]:
-    path = tmp_path_factory.mktemp("templates") / "template.jinja"
-    path.write_text(TEMPLATE)
-    with RestHarness(max_model_len=4096, chat_template=str(path)) as running:
+    with harness_with_template(TEMPLATE, tmp_path_factory.mktemp("templates")) as running:
         yield running
 
 

@@ -6,6 +6,7 @@ import asyncio
 import sys
 import threading
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
@@ -122,3 +123,10 @@ class RestHarness:
         if self._generator is not None:
             await self._generator.shutdown()
         await self.pool.shutdown()
+
+
+def harness_with_template(template: str, directory: Path) -> RestHarness:
+    """A harness whose model has this chat template, written to `directory`, and room for long conversations."""
+    path = directory / "template.jinja"
+    path.write_text(template)
+    return RestHarness(max_model_len=4096, chat_template=str(path))

@@ -175,7 +175,7 @@ class PagodaConfig:
         "kv",
         "Publish changes of the prefix cache over ZeroMQ, for routers that send requests to cached prefixes: a JSON object "
         'with vLLM\'s keys, such as {"enable_kv_cache_events": true, "endpoint": "tcp://*:5557"}. Events hold the token ids '
-        "of prompts, and ZeroMQ asks nobody for a key: let only the router reach the port. None: off.",
+        "of prompts, and ZeroMQ has no authentication: let only the router reach the port. None: off.",
     )
 
     # Scheduler

@@ -250,7 +250,7 @@ def _open_store(layout: ParallelLayout, host: str, port: int, listening: int | N
 
 
 def _close_rendezvous(store: Any, layout: ParallelLayout, rank: int, listening: int | None) -> None:
-    """Stop listening once all ranks have met: a store asks nobody who it is, and takes and gives whatever is asked of it.
+    """Stop listening once all ranks have met: a TCPStore has no authentication, and any peer may read and write it.
 
     The ranks' connections stay. torch has no call for that, so another socket takes the place of the one that listens, which
     the kernel closes then; the store closes the other one at its end.

@@ -3,7 +3,7 @@
     share of a tenant = its weight / the weights of all tenants that have requests      of request slots, and of KV blocks
 
 A tenant alone has everything. When another one comes, its requests are admitted up to its share at once: requests of tenants
-beyond theirs, the newest first, are preempted for them. So that nobody is preempted for ever, and little is computed twice,
+beyond theirs, the newest first, are preempted for them. So that none is preempted for ever, and little is computed twice,
 
 - a tenant within its share loses nothing, and so its oldest requests always run to their end;
 - a request that was preempted has its turn first: it computes what preemption cost it, and `MIN_TURN_TOKENS` new tokens;

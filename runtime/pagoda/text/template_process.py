@@ -192,7 +192,7 @@ def _rendered(template: ChatTemplate, arguments: Mapping[str, Any], seconds: flo
         raise _out_of_limits("more nested calls") from None
     except PagodaError:
         raise
-    except Exception as error:
+    except Exception as error:  # any: the template is the checkpoint's or the client's code
         raise RequestFailedError(
             f"rendering the chat template failed: {type(error).__name__}: {shown_reason(error)}"
         ) from error

@@ -1,7 +1,7 @@
 """`ray start` without the Ray client server: `python -m pagoda.distributed.ray.start start …`.
 
-That server (port 10001) runs the code of whoever connects to it, and nobody here connects. Ray starts it wherever grpc can be
-imported and has no option for leaving it out; as in an installation without grpc, it is left out here.
+That server (port 10001) runs the code of every client that connects to it, and Pagoda is no such client. Ray starts it
+wherever grpc can be imported and has no option for leaving it out; as in an installation without grpc, it is left out here.
 """
 
 from __future__ import annotations

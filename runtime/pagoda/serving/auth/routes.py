@@ -84,7 +84,7 @@ def check_declared(kind: str, served: Iterable[str], declared: Mapping[str, Acce
 class RouteAccess:
     """The access of a request by its method and path, matched as the router matches it.
 
-    A path that is no route, and a method that a route does not have, need any key: what is there is nobody else's affair.
+    A path that is no route, and a method that a route does not have, need any key: which paths exist is not shown without one.
     """
 
     def __init__(self, routes: Iterable[BaseRoute], declared: Mapping[str, Access] = ROUTES) -> None:

@@ -121,7 +121,7 @@ class Exchange:
         """The response of `app`; an error that it raises, or no response, is a 500 or a connection that is cut."""
         try:
             await app(self._scope(), self._receive, self._send)
-        except Exception:
+        except Exception:  # any: it is logged and answered with a 500, and the server goes on
             logger.exception("the application failed")
         if not self.is_complete and not self._is_disconnected:
             if self._has_started:
