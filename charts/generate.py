@@ -23,7 +23,8 @@ from pagoda.config import schema_json
 
 CHART = Path(__file__).resolve().parent / "pagoda"
 
-# Settings that are values of the chart under other names: model.*, network.*, security.apiKeysSecret, mode, multiNode.*.
+# Settings that are values of the chart under other names: model.*, network.*, security.apiKeysSecret, lora.*, mode,
+# multiNode.*.
 CHART_SETTINGS = (
     *(
         "model",
@@ -37,6 +38,7 @@ CHART_SETTINGS = (
         "ssl_keyfile",
     ),
     *("distributed_executor_backend", "ray_address", "ray_num_cpus", "ray_first_port", "network_interface"),
+    *("enable_lora", "lora_dir"),
 )
 # What charts of others call a value, and what it is called here. The schema takes none of them, and says so by name.
 OTHER_NAMES = {
@@ -46,6 +48,7 @@ OTHER_NAMES = {
         "apiKey": "security.apiKeysSecret.name",
         "args": "extraArgs",
         "commonLabels": "extraLabels",
+        "enableLoRA": "lora.enabled",
         "env": "extraEnv",
         "envFrom": "extraEnvFrom",
         "extraInit": "extraInitContainers",
@@ -109,6 +112,34 @@ OTHER_NAMES = {
 }
 _KEY = re.compile(r"(?P<indent> *)(?P<key>[A-Za-z_]\w*):(?P<rest>.*)")
 _TYPES = {str: "string", bool: "boolean", int: "integer", float: "number", list: "array", dict: "object"}
+
+
+# Objects of Kubernetes (and of those who extend it) in lists of values: keys that each must have, keys that it may have.
+# `# @schema {"items": "EnvVar"}` stands for one, so that a misspelt key is refused before a server prunes it.
+OBJECTS = {
+    "EnvVar": ("name", "value valueFrom"),
+    "EnvFromSource": ("", "prefix configMapRef secretRef"),
+    "Toleration": ("", "key operator value effect tolerationSeconds"),
+    "TopologySpreadConstraint": (
+        "maxSkew topologyKey whenUnsatisfiable",
+        "labelSelector minDomains matchLabelKeys nodeAffinityPolicy nodeTaintsPolicy",
+    ),
+    "Container": (
+        "name image",
+        "command args workingDir ports envFrom env resources resizePolicy restartPolicy restartPolicyRules volumeMounts "
+        "volumeDevices livenessProbe readinessProbe startupProbe lifecycle terminationMessagePath terminationMessagePolicy "
+        "imagePullPolicy securityContext stdin stdinOnce tty",
+    ),
+    "Volume": ("name", None),
+    "VolumeMount": ("name mountPath", "subPath subPathExpr readOnly recursiveReadOnly mountPropagation"),
+    "IngressTLS": ("", "hosts secretName"),
+    "ParentReference": ("name", "group kind namespace sectionName port"),
+    "NetworkPolicyPeer": ("", "podSelector namespaceSelector ipBlock"),
+    "NetworkPolicyEgressRule": ("", "to ports"),
+    "RelabelConfig": ("", "action modulus regex replacement separator sourceLabels targetLabel"),
+    "Trigger": ("type", "name metadata authenticationRef metricType useCachedMetrics"),
+    "Object": ("apiVersion kind", None),
+}
 
 
 @dataclass
@@ -200,9 +231,21 @@ def _node(value: Value) -> dict[str, Any]:
     if value.children:
         return _object(value.children)
     annotation = json.loads(value.annotation) if value.annotation else {}
+    if isinstance(annotation.get("items"), str):
+        annotation["items"] = _kubernetes(*OBJECTS[annotation["items"]])
     node = {"type": _TYPES[type(value.default)], "description": value.description, **annotation}
     if isinstance(value.default, dict) and "additionalProperties" not in annotation:
         raise ValueError(f"{'.'.join(value.path)}: a map needs `# @schema` with additionalProperties")
+    return node
+
+
+def _kubernetes(required: str, others: str | None) -> dict[str, Any]:
+    """An object with these keys; `others` of None: and any other."""
+    node: dict[str, Any] = {"type": "object"}
+    if required:
+        node["required"] = required.split()
+    if others is not None:
+        node |= {"additionalProperties": False, "properties": {key: {} for key in f"{required} {others}".split()}}
     return node
 
 

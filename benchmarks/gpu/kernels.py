@@ -27,7 +27,7 @@ from benchmarks.gpu.context import Context
 from pagoda_kernels import backend
 from pagoda_kernels.interface import KernelBackend
 from pagoda_kernels.reference import BACKEND as REFERENCE
-from pagoda_kernels.types import AttentionMetadata, StepTensors
+from pagoda_kernels.types import AttentionMetadata, DeltaNetWeights, ExpertWeights, StepTensors
 
 # Of ‖actual - expected‖ / ‖expected‖. float8: of numbers rounded to it, half a step at most and a fourth on the average.
 TOLERANCE = {
@@ -84,6 +84,8 @@ def _results(context: Context, share: int, count: int) -> Iterator[dict[str, Any
         _invariance(context),
         _far_blocks(context),
         _gather(context),
+        _experts(context),
+        _delta_net(context),
     )
     for name, dtype, check in itertools.islice(checks, share, None, count):
         entry: dict[str, Any] = {"check": name, "dtype": str(dtype), "bound": TOLERANCE[dtype]}
@@ -282,6 +284,87 @@ def _sampling(context: Context) -> Iterator[Check]:
 
     yield f"greedy_sample {rows}x{vocabulary}", torch.float32, greedy
     yield "sample_top_p_by_rejection top_p=0.94", torch.float32, nucleus
+
+
+def _experts(context: Context) -> Iterator[Check]:
+    """Grouped experts, some of which no token chooses, and a token alone."""
+    num_experts, top_k, hidden_size, size, tokens = context.choose((32, 4, 1024, 416, 300), (4, 2, 24, 20, 5))
+    for dtype in context.choose((torch.bfloat16, torch.float16, torch.float32), (torch.float32,)):
+
+        def random(*shape: int, dtype=dtype) -> torch.Tensor:
+            return (torch.randn(shape, device=context.device) * shape[-1] ** -0.5).to(dtype)
+
+        experts = ExpertWeights(
+            gate_up=random(num_experts, 2 * size, hidden_size),
+            down=random(num_experts, hidden_size, size),
+            gate_up_bias=random(num_experts, 2 * size),
+            down_bias=random(num_experts, hidden_size),
+            activation=0,
+        )
+        x = torch.randn(tokens, hidden_size, device=context.device).to(dtype)
+        logits = torch.randn(tokens, num_experts, device=context.device) + torch.arange(
+            num_experts, device=context.device
+        )
+        weights, ids = (each.contiguous() for each in logits.softmax(-1).topk(top_k))
+
+        def grouped(x=x, weights=weights, ids=ids, experts=experts) -> tuple[torch.Tensor, torch.Tensor]:
+            together = backend.active.grouped_experts(x, weights, ids, experts)
+            alone = backend.active.grouped_experts(x[:1], weights[:1], ids[:1], experts)
+            assert torch.equal(alone, together[:1]), "a row has other bits alone"
+            return together, REFERENCE.grouped_experts(x, weights, ids, experts).double()
+
+        yield f"grouped_experts {num_experts}x{size}", dtype, grouped
+
+
+def _delta_net(context: Context) -> Iterator[Check]:
+    """A prompt and a row that decodes, then the next token of both, over states in blocks."""
+    key_heads, group, dim, block_size = context.choose((4, 2, 128, 64), (1, 2, 8, 4))
+    prompt = context.choose(150, 6)
+    keys, values = key_heads * dim, key_heads * group * dim
+    for dtype in context.choose((torch.bfloat16, torch.float16, torch.float32), (torch.float32,)):
+        weights = DeltaNetWeights(
+            conv=torch.randn(4, 2 * keys + values, device=context.device),
+            decay_log=torch.randn(key_heads * group, device=context.device),
+            step_bias=torch.randn(key_heads * group, device=context.device),
+            norm=torch.ones(dim, device=context.device),
+            eps=1e-6,
+            num_key_heads=key_heads,
+            key_dim=dim,
+            interleaved=True,
+        )
+        steps = [
+            (torch.randn(count, 2 * (keys + values), device=context.device).to(dtype), lengths)
+            for count, lengths in ((1 + prompt, (1, prompt)), (2, (2, prompt + 1)))
+        ]
+        table = torch.arange(1, 13, dtype=torch.int32, device=context.device).view(2, 6)
+
+        def both(weights=weights, steps=steps, table=table) -> tuple[torch.Tensor, torch.Tensor]:
+            found = []
+            for kernels in (backend.active, REFERENCE):
+                heads = key_heads * group // 2
+                states = (
+                    *(torch.zeros(13, heads, dim, dim, device=context.device) for _ in range(2)),
+                    torch.zeros(13, 3, 2 * keys + values, device=context.device),
+                )
+                outputs = []
+                for projected, lengths in steps:
+                    starts = (0, 1, len(projected))
+                    metadata = AttentionMetadata(
+                        query_start_loc=torch.tensor(starts, dtype=torch.int32, device=context.device),
+                        seq_lens=torch.tensor(lengths, dtype=torch.int32, device=context.device),
+                        block_table=table,
+                        slot_mapping=table.flatten().long(),
+                        max_query_len=len(projected) - 1,
+                        max_seq_len=max(lengths),
+                        num_decode_rows=1,
+                        block_size=block_size,
+                    )
+                    gates = projected[:, : 2 * key_heads * group].float().contiguous()
+                    outputs.append(kernels.gated_delta_net(projected, gates, weights, states, metadata))
+                found.append(torch.cat(outputs))
+            return found[0], found[1].double()
+
+        yield f"gated_delta_net {key_heads * group}x{dim}x{dim}", dtype, both
 
 
 def _invariance(context: Context) -> Iterator[Check]:

@@ -2,54 +2,216 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, Protocol
 
 import torch
 
-from pagoda_kernels.types import AttentionMetadata, PackedWeight, StepTensors
+from pagoda_kernels.types import AttentionMetadata, DeltaNetWeights, ExpertWeights, PackedWeight, StepTensors
 
 PackedLinear = tuple[
-    torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, int, int, bool
-]  # of a `PackedWeight` and its layer: values, bias, scales, zeros, out_features, group_size, whether it has 4 bits
+    torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, int, int, bool
+]  # of a `PackedWeight` and its layer: values, bias, scales, zeros, block_scales, out_features, group_size, if it has 4 bits
+
+
+class LoraBatch(Protocol):
+    """Which rows of a step have which adapter; shared by all layers of a model. Made by `KernelBackend.lora_batch`."""
+
+    def set(self, slots: torch.Tensor | None) -> None:
+        """`slots` int32 [T]: of each row of the steps that follow the slot of its adapter, -1: none; None: no row has one."""
+
+
+class LoraLinear(Protocol):
+    """The adapters (LoRA, Hu et al., 2021) of a linear layer, or of several that are fused; holds their weights, by slot.
+
+    Made by `KernelBackend.lora_linear`.
+    """
+
+    def set(
+        self,
+        slot: int,
+        a: torch.Tensor,
+        b: list[torch.Tensor],
+        columns: list[int],
+        widths: list[int],
+        scales: list[float],
+    ) -> None:
+        """Put an adapter into `slot`, for some of the fused layers.
+
+        `a` float32 or bfloat16 [in_features, R]: their A, transposed, side by side, padded with zeros to a multiple of
+        `LORA_ALIGNMENT`. `b`, of the same dtype, one each: its B in panels of outputs, [panels, rank, PANEL], padded with
+        zeros; they are added to `widths[i]` columns of the output from `columns[i]` on, times `scales[i]`. Raises
+        `RuntimeError` for what does not fit the layer.
+        """
+
+    def clear(self, slot: int) -> None:
+        """Empty `slot`; it may be empty already."""
+
+    def add(self, x: torch.Tensor, output: torch.Tensor) -> None:
+        """Add to rows of `output` [T, out_features], in place, `scale * (x @ a) @ b` of their adapters; x [T, in_features].
+
+        Both contiguous, float32 or bfloat16. Sums are float32, and rounded with the output that they are added to; a
+        row's bits are the same alone and in any batch. Rows whose adapter has nothing for this layer are left as they are.
+        """
+
+
+class FusedExperts(Protocol):
+    """A mixture of experts as one operator: router, experts grouped by the rows that chose them, and the shared expert; holds
+    their weights."""
+
+    def add_expert(self, gate_up: PackedLinear, down: PackedLinear) -> None:
+        """Append an expert. Raises `RuntimeError` where its sizes are not those of the first."""
+
+    def set_shared(self, gate_up: PackedLinear, down: PackedLinear, gate: PackedLinear | None) -> None:
+        """The expert of every token; `gate`: the layer of one output whose sigmoid weights it."""
+
+    def set_first_expert(self, first: int) -> None:
+        """Those that were added are experts `first` and the following ones; others add nothing here."""
+
+    def set_load(self, load: torch.Tensor) -> None:
+        """int64 [experts], to which every `forward` adds how many rows chose each."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x float32 or bfloat16 [T, hidden_size], contiguous, to the same shape: the weighted sum of a token's experts in the
+        order of its choice, then the shared one, in float32 and rounded once. A row's bits are the same in any batch."""
 
 
 class FusedDecoder(Protocol):
-    """All decoder layers of a rank, with the final norm, as one operator; holds their weights."""
+    """All decoder layers of a rank, with the final norm, as one operator; holds their weights.
+
+    A layer is appended by `add_layer`, and described by the calls that follow: `set_norms`, `set_sinks` where it has them, and
+    either `set_mlp` or `set_experts`. All of them raise `RuntimeError` for sizes that do not fit.
+    """
 
     def add_layer(
         self,
-        input_norm: torch.Tensor,
-        post_attention_norm: torch.Tensor,
-        query_norm: torch.Tensor | None,
-        key_norm: torch.Tensor | None,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
         qkv: PackedLinear,
         output: PackedLinear,
-        gate_up: PackedLinear,
-        down: PackedLinear,
+        scale: float,
+        soft_cap: float,
         sliding_window: int,
+        group: int,
+        rotary: int,
+        interleaved: bool,
     ) -> None:
-        """Append a layer: norm, attention, norm, gated MLP with SiLU. A `sliding_window` of 0 means none.
+        """Append a layer, of which this is the attention; as in `KernelBackend.paged_attention` and `rotate_and_store`.
 
-        Raises `RuntimeError` where the layer's sizes are not the decoder's.
+        A `sliding_window`, and a `soft_cap`, of 0 mean none. `group`: whose block table and slot mapping it uses; `rotary`:
+        whose cosines and sines.
+        """
+
+    def set_norms(
+        self,
+        before_attention: torch.Tensor | None,
+        after_attention: torch.Tensor | None,
+        before_mlp: torch.Tensor | None,
+        after_mlp: torch.Tensor | None,
+        query: torch.Tensor | None,
+        key: torch.Tensor | None,
+        residual_multiplier: float,
+    ) -> None:
+        """The weights of the layer's norms, of the final norm's dtype. `residual_multiplier`: factor of what attention and MLP
+        add to the residual stream where there is no norm behind them."""
+
+    def set_sinks(self, sinks: torch.Tensor) -> None:
+        """float32 [num_heads], see `KernelBackend.paged_attention`."""
+
+    def set_mlp(self, gate_up: PackedLinear, down: PackedLinear, activation: int) -> None:
+        """A gated MLP; `activation` as in `KernelBackend.fused_experts`."""
+
+    def set_experts(self, experts: FusedExperts) -> None:
+        """A mixture of experts, complete."""
+
+    def set_lora(
+        self, qkv: LoraLinear, output: LoraLinear, gate_up: LoraLinear | None, down: LoraLinear | None
+    ) -> None:
+        """What adapters add to the layer's products, all of one `LoraBatch`; those of the MLP unless there are experts."""
+
+    def capture(self, layers: list[int], output: torch.Tensor) -> None:
+        """Let each `forward` also write the residual stream before these layers (their number: after the last one), side by
+        side, to the first T rows of `output` [max T, len(layers) * hidden_size].
+
+        Raises `RuntimeError` where a layer or the shape of `output` does not fit; so does `forward` for more tokens than its
+        rows.
         """
 
     def forward(
         self,
         embedded: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
+        cos: list[torch.Tensor],
+        sin: list[torch.Tensor],
         k_caches: list[torch.Tensor],
         v_caches: list[torch.Tensor],
         query_start_loc: torch.Tensor,
         seq_lens: torch.Tensor,
-        block_table: torch.Tensor,
-        slot_mapping: torch.Tensor,
+        block_tables: list[torch.Tensor],
+        slot_mappings: list[torch.Tensor],
     ) -> torch.Tensor:
         """Embeddings [T, hidden_size] to hidden states after the final norm, bit for bit those of the single operations.
 
         Caches, one of each kind a layer, as in `KernelBackend.paged_attention`, written in place; the rest as in
-        `KernelBackend.rotate_and_store` and `AttentionMetadata`.
+        `KernelBackend.rotate_and_store` and `AttentionMetadata`, cosines and sines one a rotary embedding, block tables and
+        slot mappings one a group of layers.
         """
+
+
+class Encoder(Protocol):
+    """An encoder, its embeddings included; holds their weights. Made by `KernelBackend.encoder`.
+
+    Every token sees all tokens of its row, those after it, too: a row is computed whole, and nothing is cached. A linear layer
+    is packed, or has its weight `[out_features, in_features]` as `values`, where the backend takes such.
+    """
+
+    def set_embedding(
+        self,
+        words: torch.Tensor,
+        positions: torch.Tensor | None,
+        types: torch.Tensor | None,
+        norm: torch.Tensor | None,
+        norm_bias: torch.Tensor | None,
+    ) -> None:
+        """The tables whose vectors are summed, each [ids, hidden_size], and the LayerNorm of the sum, where there is one."""
+
+    def set_relative_bias(self, bias: torch.Tensor) -> None:
+        """What is added to all layers' scores by the key's position minus the query's: float32 [num_heads, 2 * distance + 1],
+        from `-distance` on; of what is farther apart, the bias of the farthest."""
+
+    def set_final_norm(self, norm: torch.Tensor, norm_bias: torch.Tensor | None) -> None:
+        """The LayerNorm behind the last layer."""
+
+    def add_layer(
+        self,
+        attention_norm: torch.Tensor | None,
+        attention_norm_bias: torch.Tensor | None,
+        mlp_norm: torch.Tensor | None,
+        mlp_norm_bias: torch.Tensor | None,
+        qkv: PackedLinear,
+        output: PackedLinear,
+        up: PackedLinear,
+        down: PackedLinear,
+        window: int,
+        rotary: int,
+    ) -> None:
+        """Append a layer. `window`: a token sees those at most so far from it, 0: all. `rotary`: which of the angles that
+        `forward` gets turn queries and keys, -1: none. `up` of a gated encoder has what is activated first, then the rest.
+
+        Raises `RuntimeError` where the layer's sizes are not the encoder's.
+        """
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        type_ids: torch.Tensor | None,
+        query_start_loc: torch.Tensor,
+        cosines: Sequence[torch.Tensor],
+        sines: Sequence[torch.Tensor],
+    ) -> torch.Tensor:
+        """Hidden states [T, hidden_size] behind the last norm. `input_ids`, `positions`, `type_ids` (None: all 0): int64 [T];
+        `query_start_loc` int32 [R + 1]; cosines and sines, as many as layers ask for, as in `KernelBackend.apply_rotary`."""
 
 
 class KernelBackend:
@@ -120,6 +282,7 @@ class KernelBackend:
         sliding_window: int | None = None,
         soft_cap: float | None = None,
         kv_scales: tuple[float, float] | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Causal softmax attention of every query token over its own request's context.
 
@@ -135,11 +298,28 @@ class KernelBackend:
             soft_cap: scores become `soft_cap * tanh(score / soft_cap)` before the softmax.
             kv_scales: of caches of float8, the factors of their keys and of their values; None for other caches.
                 `NotImplementedError` where the backend has no float8 caches.
+            sinks: float32 [num_heads], contiguous; a score of each head that takes part in every softmax and has no value
+                (Xiao et al., 2024). Neither scaled nor capped.
 
         Returns:
             [T, num_heads, head_dim], contiguous, dtype of `query`.
         """
         raise self._not_implemented("paged_attention")
+
+    def latent_attention(
+        self, query: torch.Tensor, cache: torch.Tensor, metadata: AttentionMetadata, scale: float, rank: int
+    ) -> torch.Tensor:
+        """`paged_attention` of all heads over one latent vector a token, whose first `rank` numbers are the values, too
+        (multi-head latent attention in its absorbed form; DeepSeek-V2, 2024, section 2.1).
+
+        Args:
+            query: contiguous [T, num_heads, latent_dim]: of each head, what the latent is multiplied by, and the rotated part.
+            cache: contiguous [num_blocks, 1, block_size, latent_dim], dtype of `query`.
+
+        Returns:
+            [T, num_heads, rank], contiguous, dtype of `query`.
+        """
+        raise self._not_implemented("latent_attention")
 
     def short_query_len(self, heads_per_kv: int) -> int:
         """The most tokens of a row that the backend attends to as it does to a decode row, its context cut into parts; 1 where
@@ -180,13 +360,14 @@ class KernelBackend:
         v_cache: torch.Tensor,
         slot_mapping: torch.Tensor,
         kv_scales: tuple[float, float] | None = None,
+        interleaved: bool = False,
     ) -> torch.Tensor:
         """The operations between the projection and attention: norm of each head, rotation, and the write to the KV cache.
 
         Args:
             query: [T, num_heads, head_dim]; not changed. Like `key` and `value` [T, num_kv_heads, head_dim] it may be a view
                 of one projection, in which heads follow each other without gaps.
-            cos, sin: as in `apply_rotary`.
+            cos, sin, interleaved: as in `apply_rotary`.
             query_norm, key_norm: weights [head_dim] of `rms_norm` over each head, with `eps`; None for models without: both
                 or neither.
             k_cache, v_cache, slot_mapping: as in `write_kv`; the keys are stored rotated.
@@ -198,6 +379,35 @@ class KernelBackend:
         """
         raise self._not_implemented("rotate_and_store")
 
+    # ---- recurrent layers ----------------------------------------------------------------------------------------------
+
+    def gated_delta_net(
+        self,
+        projected: torch.Tensor,
+        gates: torch.Tensor,
+        weights: DeltaNetWeights,
+        states: tuple[torch.Tensor, ...],
+        metadata: AttentionMetadata,
+    ) -> torch.Tensor:
+        """A gated delta net between its projections: convolution and SiLU, the delta rule, norm and output gate.
+
+        A row's state is in the block of its last computed token, and starts from zero at position 0. Its tokens leave it at
+        the end of each block that they fill, and in that of the last one; blocks before that are not written. Token by token,
+        in order: a row's bits are the same in any batch and chunks. Rows must not share a block that one of them writes.
+
+        Args:
+            projected: contiguous [T, channels + num_value_heads * value_dim], float32, bfloat16 or float16.
+            gates: contiguous float32 [T, 2 * num_value_heads].
+            states: float32, of each block the states of the first value heads and of the others, `[blocks, heads, key_dim,
+                value_dim]`, and the convolution's last inputs `[blocks, taps, channels]`; written in place. Blocks may lie
+                apart.
+            metadata: of which `slot_mapping` is not used.
+
+        Returns:
+            [T, num_value_heads * value_dim], of the dtype of `projected`.
+        """
+        raise self._not_implemented("gated_delta_net")
+
     # ---- elementwise ---------------------------------------------------------------------------------------------------
 
     def rms_norm(
@@ -207,27 +417,33 @@ class KernelBackend:
 
         Args:
             x: [..., size]; not changed.
-            weight: [size].
+            weight: [size], of the dtype of `x`, or float32.
             eps: added to the mean square.
             residual: shape and dtype of `x`; None at the bottom of the stack, where `x` itself is the stream.
 
         Returns:
             `(normed, new_residual)`: `new_residual = x + residual` in the dtype of `x` (`x` itself without a residual), and
-            `normed` is it, normalized in float32, rounded to that dtype and then multiplied by `weight`.
+            `normed` is it, normalized in float32, rounded to that dtype and then multiplied by `weight`. A float32 weight of
+            a narrower `x` is multiplied before that is rounded, and nothing after it.
         """
         raise self._not_implemented("rms_norm")
 
     def apply_rotary(
-        self, query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        interleaved: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Rotate queries and keys by the angles of their tokens' positions (Su et al., 2021).
-
-        The layout is that of GPT-NeoX: a head's first half pairs with its second.
 
         Args:
             query: [T, num_heads, head_dim]; not changed, and may be a strided view.
             key: [T, num_kv_heads, head_dim]; likewise.
-            cos, sin: float32 [T, head_dim // 2], contiguous, one row a token.
+            cos, sin: float32 [T, rotary_dim // 2], contiguous, one row a token. Of each head the first `rotary_dim`
+                dimensions are rotated; none where that is 0.
+            interleaved: dimension 2i pairs with 2i + 1; else i with `rotary_dim // 2 + i`, as in GPT-NeoX.
 
         Returns:
             The rotated query and key, contiguous, computed in float32 and rounded once.
@@ -241,6 +457,11 @@ class KernelBackend:
     def gelu_and_mul(self, x: torch.Tensor) -> torch.Tensor:
         """`gelu(gate) * up`, GELU in its tanh form, for x as in `silu_and_mul`; returns [T, size], contiguous."""
         raise self._not_implemented("gelu_and_mul")
+
+    def clamped_swiglu_and_mul(self, x: torch.Tensor) -> torch.Tensor:
+        """gpt-oss's activation: `gate * sigmoid(1.702 * gate) * (up + 1)` for x as in `silu_and_mul`, the gate being at most 7
+        and up from -7 to 7; returns [T, size], contiguous."""
+        raise self._not_implemented("clamped_swiglu_and_mul")
 
     # ---- packed linear layers ------------------------------------------------------------------------------------------
 
@@ -259,6 +480,14 @@ class KernelBackend:
         """
         raise self._not_implemented("packed_linear")
 
+    def packed_linear_heads(self, x: torch.Tensor, weight: PackedWeight, out_features: int) -> torch.Tensor:
+        """A product a head: x float32 or bfloat16 [T, heads, in_features] to [T, heads, out_features], which may be a view.
+
+        `weight`: floats, that of each head behind that of the one before, each filled up with zeros to whole panels. Sums and
+        bits as in `packed_linear`.
+        """
+        raise self._not_implemented("packed_linear_heads")
+
     def packed_rows(self, weight: PackedWeight, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Rows of a float weight by int64 `ids` [T], as an embedding that shares it has them: [T, in_features] of `dtype`."""
         raise self._not_implemented("packed_rows")
@@ -270,19 +499,80 @@ class KernelBackend:
         """
         raise self._not_implemented("pack")
 
-    def fused_decoder(
-        self,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        intermediate_size: int,
-        eps: float,
-        final_norm: torch.Tensor,
-    ) -> FusedDecoder:
+    def fused_decoder(self, eps: float, final_norm: torch.Tensor) -> FusedDecoder:
         """A decoder without layers yet, whose norms have `eps` and whose last one has the weight `final_norm`."""
         raise self._not_implemented("fused_decoder")
 
+    def fused_experts(
+        self,
+        router: PackedLinear,
+        correction_bias: torch.Tensor | None,
+        top_k: int,
+        scoring: int,
+        normalize: bool,
+        scaling: float,
+        num_groups: int,
+        top_groups: int,
+        group_members: int,
+        activation: int,
+    ) -> FusedExperts:
+        """A mixture without experts yet. Arguments as in `RouterConfig` and `MoE`; `scoring`: 0 softmax, 1 sigmoid, 2 softmax
+        of the chosen; `activation`: 0 SiLU, 1 GELU, 2 gpt-oss's."""
+        raise self._not_implemented("fused_experts")
+
+    def grouped_experts(
+        self, x: torch.Tensor, routing_weights: torch.Tensor, ids: torch.Tensor, experts: ExpertWeights
+    ) -> torch.Tensor:
+        """The experts of a mixture, behind its router.
+
+        A row's bits are the same in any batch. Nothing waits for the host.
+
+        Args:
+            x: contiguous [T, hidden_size], of the type of the weights.
+            routing_weights, ids: contiguous float32 and int64 [T, k]: the experts of each token and how much they count, each
+                of them once. Experts that are not here add nothing.
+
+        Returns:
+            float32 [T, hidden_size]: the weighted sum of a token's experts, in the order of its choice.
+        """
+        raise self._not_implemented("grouped_experts")
+
+    # ---- adapters ------------------------------------------------------------------------------------------------------
+
+    def lora_batch(self) -> LoraBatch:
+        """The rows of a step, none of which has an adapter yet."""
+        raise self._not_implemented("lora_batch")
+
+    def lora_linear(self, batch: LoraBatch, in_features: int, out_features: int) -> LoraLinear:
+        """A layer of these sizes, without adapters yet, whose rows are those of `batch`."""
+        raise self._not_implemented("lora_linear")
+
+    # ---- encoders ------------------------------------------------------------------------------------------------------
+
+    def encoder(
+        self,
+        num_heads: int,
+        head_dim: int,
+        intermediate_size: int,
+        eps: float,
+        *,
+        norm_first: bool,
+        gated: bool,
+        activation: str,
+    ) -> Encoder:
+        """An encoder without weights yet, whose LayerNorms have `eps`.
+
+        `norm_first`: attention and MLP read normalized inputs and are added to the stream, as in ModernBERT; else the sum is
+        normalized, as in BERT (Devlin et al., 2019). `gated`: the MLP is `down(activation(first) * second)`. `activation`:
+        gelu (by the error function), gelu_tanh, relu or silu.
+        """
+        raise self._not_implemented("encoder")
+
     # ---- sampling ------------------------------------------------------------------------------------------------------
+
+    def soft_cap(self, logits: torch.Tensor, cap: float) -> None:
+        """`cap * tanh(logit / cap)` for contiguous float32 logits [N, V], in place."""
+        raise self._not_implemented("soft_cap")
 
     def greedy_sample(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The best token of each row of `logits`, contiguous float32 [N, V].

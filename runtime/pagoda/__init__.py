@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 from pagoda.version import __version__
 
 if TYPE_CHECKING:
+    from pagoda.adapters import LoRARequest
     from pagoda.llm import LLM
     from pagoda.sampling.params import SamplingParams
     from pagoda.structured.spec import GrammarSpec
 
-__all__ = ["LLM", "GrammarSpec", "SamplingParams", "__version__"]
+__all__ = ["LLM", "GrammarSpec", "LoRARequest", "SamplingParams", "__version__"]
 
 
 def __getattr__(name: str) -> object:
@@ -28,4 +29,8 @@ def __getattr__(name: str) -> object:
         from pagoda.structured.spec import GrammarSpec
 
         return GrammarSpec
+    if name == "LoRARequest":
+        from pagoda.adapters import LoRARequest
+
+        return LoRARequest
     raise AttributeError(f"module 'pagoda' has no attribute {name!r}")

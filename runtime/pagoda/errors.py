@@ -139,14 +139,15 @@ class EngineNotReadyError(PagodaError):
 class EngineDeadError(PagodaError):
     """The engine died while the request was in it; the request may be retried.
 
-    `was_killed`: by an external SIGKILL, so no request in it was the cause.
+    `was_killed`: by an external SIGKILL, so no request in it was the cause. `may_have_run`: else it was waiting in the queue.
     """
 
     kind = ErrorKind.ENGINE_DEAD
 
-    def __init__(self, message: str, *, was_killed: bool = False) -> None:
+    def __init__(self, message: str, *, was_killed: bool = False, may_have_run: bool = True) -> None:
         super().__init__(message)
         self.was_killed = was_killed
+        self.may_have_run = may_have_run
 
 
 class DeadlineExceededError(PagodaError):

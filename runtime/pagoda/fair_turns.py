@@ -46,7 +46,7 @@ class FairTurns:
         """How many wait for their turn."""
         return self._num_waiting
 
-    async def take(self, name: str, weight: float, timeout: float) -> None:
+    async def take(self, name: str, weight: float, timeout: float | None = None) -> None:
         """Wait for a turn of the tenant `name`, which `give_back` ends.
 
         Raises `QueueFullError` where too many wait, `TimeoutError` after `timeout` seconds.

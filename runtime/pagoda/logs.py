@@ -15,19 +15,22 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime
-from typing import Any, Literal, TextIO
+from typing import Any, Literal, Protocol
 
 request_id_var: ContextVar[str | None] = ContextVar("pagoda_request_id", default=None)
+model_name_var: ContextVar[str] = ContextVar("pagoda_model_name", default="")
+"""The model that the current task's request asks for, once that is known; empty where the server has only one."""
 
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 # Pagoda's, and those of the servers that it runs, which come with handlers and levels of their own.
-UNIFIED_LOGGERS = ("pagoda", "kserve", "kserve.trace")
+UNIFIED_LOGGERS = ("pagoda", "pagoda_kernels", "kserve", "kserve.trace")
 ACCESS_LOGGER = "pagoda.access"
 # Asked every few seconds by Kubernetes and Prometheus; a successful answer is not logged.
 PROBE_PATHS = ("/health", "/v2/health/", "/metrics", "/ready", "/ping")
 AUDIT_LOGGER = "pagoda.audit"
 """What administrators did; logged at every level."""
 MASK = "***"
+_COLORS = {logging.DEBUG: "2", logging.INFO: "32", logging.WARNING: "33", logging.ERROR: "31", logging.CRITICAL: "1;31"}
 _BEARER = re.compile(r"(?i)\b(bearer)\s+[^\s\"',;]+")
 _WORD = re.compile(r"[^\s\"'`,;:=?&/()<>\[\]{}]{8,}")
 _STANDARD_ATTRIBUTES = frozenset(logging.makeLogRecord({}).__dict__) | {
@@ -36,6 +39,16 @@ _STANDARD_ATTRIBUTES = frozenset(logging.makeLogRecord({}).__dict__) | {
     "taskName",
     "color_message",
 }
+
+
+class LogStream(Protocol):
+    """What log lines are written to."""
+
+    def write(self, text: str, /) -> int:
+        """Write `text`."""
+
+    def flush(self) -> None:
+        """Write what is held back."""
 
 
 @contextmanager
@@ -60,18 +73,19 @@ def configure_logging(
     is_secret: Callable[[str], bool] | None = None,
     quiet_paths: Collection[str] = (),
     access_log: bool = True,
-    stream: TextIO | None = None,
+    stream: LogStream | None = None,
+    colors: bool = False,
 ) -> logging.Handler:
     """Send all logging of this process to `stream` (default: stderr) in one format; may be called again.
 
     `level` is one of `LEVELS` and governs Pagoda's and the servers' loggers; other libraries log from warning on.
     `secrets` are masked everywhere, and words for which `is_secret`. Requests of `quiet_paths` are not logged, without
-    `access_log` none. Returns the handler.
+    `access_log` none. `colors`: of levels, in text. Returns the handler.
     """
     threshold = LEVELS[level]
-    handler = logging.StreamHandler(stream or sys.stderr)
-    formatter = JsonFormatter if log_format == "json" else TextFormatter
-    handler.setFormatter(formatter(model_name=model_name, secrets=secrets, is_secret=is_secret))
+    handler: logging.StreamHandler[LogStream] = logging.StreamHandler(stream or sys.stderr)
+    masks: dict[str, Any] = {"model_name": model_name, "secrets": secrets, "is_secret": is_secret}
+    handler.setFormatter(JsonFormatter(**masks) if log_format == "json" else TextFormatter(**masks, colors=colors))
     handler.addFilter(_add_request_id)
     if threshold > logging.DEBUG:
         handler.addFilter(_is_no_probe)
@@ -90,6 +104,14 @@ def configure_logging(
     logging.getLogger(ACCESS_LOGGER).setLevel(logging.NOTSET if access_log else logging.WARNING)
     logging.captureWarnings(True)
     return handler
+
+
+def set_level(level: str) -> None:
+    """Log from `level` on, one of `LEVELS`, as `configure_logging` does."""
+    threshold = LEVELS[level]
+    logging.getLogger().setLevel(max(threshold, logging.WARNING))
+    for name in UNIFIED_LOGGERS:
+        logging.getLogger(name).setLevel(threshold)
 
 
 class _MaskingFormatter(logging.Formatter):
@@ -137,16 +159,25 @@ class _MaskingFormatter(logging.Formatter):
 class TextFormatter(_MaskingFormatter):
     """`2026-01-31 12:00:00.123 INFO  pagoda.serving: message request_id=…`, for people."""
 
+    def __init__(self, *, colors: bool = False, **masks: Any) -> None:
+        super().__init__(**masks)
+        self._colors = _COLORS if colors else {}
+
     def format(self, record: logging.LogRecord) -> str:
         """One line; further lines are indented, so that no message can pass for a record of its own."""
         moment = _moment(record)
-        text = f"{moment:%Y-%m-%d %H:%M:%S}.{moment.microsecond // 1000:03d} {record.levelname:<7} {record.name}: "
+        text = f"{moment:%Y-%m-%d %H:%M:%S}.{moment.microsecond // 1000:03d} {self._level(record)} {record.name}: "
         text += record.getMessage().replace("\r", "\\r")
         for name, value in self.fields(record).items():
             text += f" {name}={value}"
         if trace := self.trace(record):
             text += "\n" + trace
         return self.mask(text.replace("\n", "\n    "))
+
+    def _level(self, record: logging.LogRecord) -> str:
+        name = f"{record.levelname:<7}"
+        color = self._colors.get(record.levelno)
+        return name if color is None else f"\x1b[{color}m{name}\x1b[0m"
 
 
 class JsonFormatter(_MaskingFormatter):
@@ -160,8 +191,8 @@ class JsonFormatter(_MaskingFormatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
-        if self.model_name is not None:
-            entry["model"] = self.model_name
+        if (model_name := getattr(record, "model", self.model_name)) is not None:
+            entry["model"] = model_name
         entry |= {name: value for name, value in self.fields(record).items() if name not in entry}
         if trace := self.trace(record):
             entry["exception"] = trace
@@ -183,6 +214,8 @@ def _moment(record: logging.LogRecord) -> datetime:
 def _add_request_id(record: logging.LogRecord) -> bool:
     if getattr(record, "request_id", None) is None:
         record.request_id = request_id_var.get()
+    if model_name := model_name_var.get():
+        record.model = model_name
     return True
 
 

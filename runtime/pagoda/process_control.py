@@ -8,6 +8,7 @@ import gc
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -17,7 +18,13 @@ STACKS_SIGNAL = signal.SIGUSR1
 _SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 _SET_CHILD_SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER
 
+_NICEST = 19
+_SWITCH_SECONDS = sys.getswitchinterval()
+_SHORT_SWITCH_SECONDS = 0.1 * _SWITCH_SECONDS
+
 _owner = os.getpid()
+_num_computing = 0
+_computing = threading.Lock()
 
 
 # Of an environment, what a process needs that parses what may be hostile. HF_TOKEN and the like are not among it.
@@ -25,7 +32,7 @@ _PLAIN = frozenset(
     {"PATH", "HOME", "LANG", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "XDG_CACHE_HOME", "HF_HOME"}
 )
 _PLAIN_PREFIXES = ("LC_", "PYTHON", "HF_MODULES", "HF_HUB_OFFLINE", "TOKENIZERS_", "RAYON_", "MALLOC_", "COVERAGE_")
-_API_KEYS = "PAGODA_API_KEY"
+_API_KEYS = ("PAGODA_API_KEY", "PAGODA_ADMIN_KEY", "VLLM_API_KEY")
 
 
 def environment_of_parser(added: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -54,6 +61,31 @@ def become_child() -> None:
     end_with_parent(signal.SIGKILL)
     faulthandler.enable()
     faulthandler.register(STACKS_SIGNAL, all_threads=True)
+
+
+def lower_thread_priority(niceness: int) -> None:
+    """Let other threads of the machine go first, by `nice(2)` more; on Linux the calling thread alone, elsewhere nothing."""
+    if sys.platform == "linux":
+        thread = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, thread, min(_NICEST, os.getpriority(os.PRIO_PROCESS, thread) + niceness))
+
+
+@contextmanager
+def short_switches() -> Iterator[None]:
+    """A thread that computes long in Python, beside an event loop that must not wait for it: others get the interpreter ten
+    times as soon.
+    """
+    global _num_computing
+    with _computing:
+        _num_computing += 1
+        sys.setswitchinterval(_SHORT_SWITCH_SECONDS)
+    try:
+        yield
+    finally:
+        with _computing:
+            _num_computing -= 1
+            if not _num_computing:
+                sys.setswitchinterval(_SWITCH_SECONDS)
 
 
 @contextmanager

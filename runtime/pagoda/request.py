@@ -16,6 +16,8 @@ from typing import Any, overload
 import numpy as np
 import numpy.typing as npt
 
+from pagoda.adapters import LoraAdapter
+from pagoda.pooling.params import PoolingParams
 from pagoda.sampling.params import SamplingParams
 
 MAX_TOKEN_ID = 2**31 - 1
@@ -52,18 +54,24 @@ class BaseRequest:
     """What all forms of a request have.
 
     `request_id`: shown in logs and answers; may be used again. `params`: what to compute. `priority`: lower is served first,
-    among the requests of its tenant. `tenant`: whose it is; tenants share the engine by their `tenant_weight`.
+    among the requests of its flow. `tenant`: whose it is; tenants share the engine by their `tenant_weight`.
+    `fairness_id`: the flow within its tenant, whose flows share its part equally. `ttft_slo`: when its first token is wanted,
+    in seconds from arrival.
     `cache_keys`: only requests for which they are equal share cached prefixes. Each begins with its kind (`salt=…`), so that
-    keys of two kinds are never equal. `num_speculative_tokens`: the most drafts in a step, where that is less than
+    keys of two kinds are never equal. `adapter`: the LoRA adapter that computes it; None: the model alone.
+    `num_speculative_tokens`: the most drafts in a step, where that is less than
     `speculative_config` says; 0: no speculative decoding of this request.
     """
 
     request_id: str = ""
-    params: SamplingParams
+    params: SamplingParams | PoolingParams
     priority: int = 0
     tenant: str = ""
     tenant_weight: float = 1.0
+    fairness_id: str = ""
+    ttft_slo: float | None = None
     cache_keys: tuple[str, ...] = ()
+    adapter: LoraAdapter | None = None
     num_speculative_tokens: int | None = None
 
 
@@ -74,13 +82,14 @@ class AnswerOptions:
     `tools`: JSON schemas of the parameters of the tools that may be called, by name; without any, no calls are looked for.
     `parallel_tool_calls`: else the answer ends with its first call. `continued`: the beginning of the message, where the
     client gave one and the prompt ends with it. `is_constrained`: a grammar holds the answer to the format of calls, so that
-    markers are what they say, however they are spelled.
+    markers are what they say, however they are spelled. `thinking_token_budget`: tokens of reasoning, then it is ended.
     """
 
     tools: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     parallel_tool_calls: bool = True
     continued: str = ""
     is_constrained: bool = False
+    thinking_token_budget: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +103,7 @@ class GenerationRequest(BaseRequest):
     None leaves it as text.
     """
 
+    params: SamplingParams
     prompt: str | list[int] | TokenIds = ""
     add_special_tokens: bool = True
     echo: bool = False
@@ -105,14 +115,33 @@ class GenerationRequest(BaseRequest):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PoolingRequest(BaseRequest):
+    """One prompt to pool: text, or token ids that are taken as they are; with `pair`, two texts that are read together.
+
+    `truncate_prompt_tokens`: keep so many tokens of one that is longer, the special tokens around it included; -1: as many as
+    the model takes; None: a longer one is refused. `timeout_seconds` as of a `GenerationRequest`.
+    """
+
+    params: PoolingParams
+    prompt: str | list[int] | TokenIds = ""
+    pair: str | None = None
+    add_special_tokens: bool = True
+    truncate_prompt_tokens: int | None = None
+    timeout_seconds: float | None = None
+    stream: bool = False
+    details: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineRequest(BaseRequest):
-    """One sequence to generate (`n > 1` is fanned out before this point).
+    """One sequence to generate (`n > 1` is fanned out before this point), or one prompt to pool, whose `max_tokens` is 1.
 
     `request_id` is unique in an engine core; `EngineClient.submit` makes it so. `prompt_token_ids`: at least one id, all below
     the vocabulary size; the list is shared and never changed. `max_tokens`: resolved, at least 1, and
     `len(prompt_token_ids) + max_tokens <= max_model_len`. `prediction_token_ids`: what the output may be, for speculative
     decoding; ids within the vocabulary. `eos_token_ids` end generation unless `params.ignore_eos`.
-    `arrival_time`: `time.monotonic()` seconds.
+    `arrival_time`: `time.monotonic()` seconds. `has_place`: the queue does not refuse it; `EngineClient.reserve` has kept its
+    place. `output_token_ids`: the beginning of the output, which an engine that failed had made; what follows is made.
     """
 
     prompt_token_ids: list[int]
@@ -120,6 +149,8 @@ class EngineRequest(BaseRequest):
     eos_token_ids: tuple[int, ...] = ()
     prediction_token_ids: list[int] = field(default_factory=list)
     arrival_time: float = 0.0
+    has_place: bool = False
+    output_token_ids: list[int] = field(default_factory=list)
 
     @classmethod
     def of(
@@ -145,6 +176,30 @@ class EngineRequest(BaseRequest):
     @property
     def num_prompt_tokens(self) -> int:
         return len(self.prompt_token_ids)
+
+    @property
+    def prefix_keys(self) -> tuple[str, ...]:
+        """What is in the root of its prefix hash: its cache keys, and its adapter with the version."""
+        return self.cache_keys if self.adapter is None else (*self.cache_keys, self.adapter.cache_key)
+
+    @property
+    def sampling(self) -> SamplingParams:
+        """The parameters of a request that generates."""
+        assert isinstance(self.params, SamplingParams)
+        return self.params
+
+    @property
+    def pooling(self) -> PoolingParams:
+        """The parameters of a request that pools."""
+        assert isinstance(self.params, PoolingParams)
+        return self.params
+
+    @property
+    def needs_every_token(self) -> bool:
+        """Whether something is made of every token of the prompt, so that none may come from the prefix cache."""
+        if isinstance(self.params, PoolingParams):
+            return self.params.reads_all_tokens
+        return self.params.prompt_logprobs is not None
 
 
 _BASE_FIELDS = tuple(field.name for field in fields(BaseRequest))

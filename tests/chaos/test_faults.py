@@ -102,6 +102,9 @@ async def test_a_request_that_brings_the_engine_down_does_so_for_a_moment(fault:
             note(f"{recovery}; {books.summary}")
             assert not [answer for answer in books.of("failed", "refused") if not answer.is_retriable]
             assert (await poisoned[0]).end in ("failed", "refused")
+            await observer.until_state("ready", seconds=150)
             await observer.until_idle()
             await check_same_answers(clients, good, references)
-            assert (await observer.metrics())["engine_restarts_total"] == 1
+            # It is replayed once, for others may be the cause.
+            assert (await observer.metrics())["engine_restarts_total"] == 2
+            assert "was running in 2 engines that failed" in server.log

@@ -25,7 +25,7 @@ TOKENIZER_SECONDS = 4.0
 
 @asynccontextmanager
 async def running_server(**settings: object) -> AsyncIterator[ServerProcess]:
-    with ServerProcess(**SETTINGS, **settings) as server:
+    with ServerProcess(**SETTINGS | settings) as server:
         server.wait_until_ready()
         yield server
 
@@ -75,10 +75,33 @@ async def test_an_engine_that_is_killed_again_and_again_comes_back_each_time(not
         books.check(references)
         note(f"three SIGKILLs of the engine, one of them while it starts: {books.summary}")
         assert all(sight.is_live for sight in observer.sights)
-        assert not [answer for answer in books.of("failed", "refused") if not answer.is_retriable]
+        assert not books.of("failed")
+        assert all(answer.is_retriable for answer in books.of("refused"))
         await observer.until_idle()
         await check_same_answers(clients, ASKS, references)
         assert "attempt 3 of" in server.log
+
+
+async def test_an_engine_that_is_killed_every_five_seconds_fails_no_stream(note: Note) -> None:
+    asks = asks_of(("generate_stream", "completions", "grpc_stream"), lengths=(60, 250))
+    async with running_server(max_engine_restarts=100, spare_process_seconds=0.5) as server, watched(server) as both:
+        clients, observer = both
+        references = await references_of(clients, asks)
+        async with load(clients, asks, num_clients=32) as books:
+            for _ in range(12):
+                await asyncio.sleep(5)
+                await observer.until_state("ready", seconds=60)
+                os.kill(server.engine_pid(), signal.SIGKILL)
+                await observer.until_state("starting")
+            await observer.until_state("ready", seconds=60)
+        books.check(references)
+        figures = await observer.metrics()
+        note(f"12 SIGKILLs of the engine: {books.summary}; {figures['request_replays_total']:g} replays")
+        assert not books.of("failed")
+        assert figures["request_replays_total"] > 32
+        assert all(sight.is_live for sight in observer.sights)
+        await observer.until_idle()
+        await check_same_answers(clients, asks, references)
 
 
 async def test_tokenizer_processes_that_are_killed_or_stopped_are_replaced(note: Note) -> None:

@@ -70,9 +70,9 @@ async def test_nobody_notices_when_others_leave_when_the_queue_is_full_or_when_t
                 await wait_until_async(lambda books=books, so_far=num_before: len(books.answers) > so_far + 30)
             books.check(references)
             note(f"{signal.Signals(number).name} of the engine: {recovery}; {books.summary}")
-            lost = books.of("failed", "refused")
-            assert lost
-            assert all(answer.is_retriable for answer in lost), lost
+            # Those in the engine go on in the next one; those that came meanwhile are told to come back.
+            assert not books.of("failed")
+            assert all(answer.is_retriable for answer in books.of("refused"))
             await observer.until_idle()
             await check_same_answers(clients, ASKS, references)
 

@@ -2,6 +2,8 @@
 
 import json
 import re
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import helm_python
@@ -12,6 +14,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from pagoda.config.schema import option_defaults
 from pagoda.engine.health import EngineState
 from pagoda.parallel.rank_health import RankHealth
+from pagoda.serving.auth.api_keys import ApiKeys
+from pagoda.serving.build import report_keys
 from pagoda.serving.metrics.prometheus import Metrics
 from tests.support.chart import CHART, VALUE_SETS, render, server_container
 from tests.support.fake_engine import FakeEngineClient
@@ -29,6 +33,10 @@ def served_series(prefix: str) -> dict[str, set[str]]:
     engine = FakeEngineClient()
     engine.ranks = [RankHealth(rank=0, host="node", pid=1, last_heartbeat=0.0, num_steps=0)]
     metrics.watch(engine)
+    with tempfile.NamedTemporaryFile("w") as keys:
+        keys.write("a-key\n")
+        keys.flush()
+        report_keys(metrics, ApiKeys(file=Path(keys.name)))
     text = metrics.render()[0].decode()
     samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
     return {sample.name: set(sample.labels) for sample in samples}
@@ -58,6 +66,20 @@ def test_every_expression_reads_series_and_labels_that_the_server_has(prefix: st
             assert set(re.findall(r"(\w+)\s*=~?", selector)) <= names, expression
         for labels in re.findall(r" by \(([^)]*)\)", expression):
             assert set(labels.split(", ")) <= names, expression
+
+
+def test_keys_that_cannot_be_reloaded_are_an_alert_of_a_release_with_keys() -> None:
+    def alerts(values: dict[str, Any]) -> dict[str, str]:
+        groups = render({**FULL, **values})["PrometheusRule"]["spec"]["groups"]
+        return {rule["alert"]: rule["expr"] for group in groups for rule in group["rules"]}
+
+    name = "PagodaApiKeysNotReloaded"
+    keys = {"apiKeysSecret": {"name": "keys"}}
+    monitoring = {**FULL["monitoring"], "apiKeySecret": {"name": "scraper"}}
+    with_keys = alerts({"security": keys, "monitoring": monitoring})
+    assert with_keys[name].endswith("== 0")
+    assert set(re.findall(r"pagoda_\w+", with_keys[name])) <= served_series("pagoda_").keys()
+    assert name not in alerts({})
 
 
 def test_states_that_alerts_name_are_states_of_the_engine() -> None:

@@ -3,9 +3,12 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 from tests.support.chart import VALUE_SETS, render
+from tests.support.encoders import save_bert
 from tests.support.rest_harness import RestHarness
+from tests.support.server import ServerProcess
 
 
 def ask(
@@ -63,3 +66,12 @@ def test_it_sends_the_key_of_a_secret_of_its_own_where_the_release_s_has_records
         values = {"security": {"apiKeysSecret": {"name": "keys", "key": key}}, **own}
         (variable,) = render(values)["Pod"]["spec"]["containers"][0]["env"]
         assert variable["valueFrom"]["secretKeyRef"] == {"name": "tester", "key": "key"}
+
+
+def test_a_model_that_pools_answers_with_what_it_makes_of_the_prompt(tmp_path: Path) -> None:
+    save_bert(tmp_path)
+    with ServerProcess(model=tmp_path) as server:
+        server.wait_until_ready()
+        done = ask(f"http://127.0.0.1:{server.port}", {})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "'Once upon a time' -> 'embedding [1, 64]'\n"

@@ -67,8 +67,9 @@ def test_pagoda_loads_the_rendered_settings(values: dict[str, Any], tmp_path: An
         if key in settings:
             (tmp_path / key).touch()
             settings[key] = str(tmp_path / key)
-    if settings.get("model") == "/models":
-        settings["model"] = str(tmp_path)
+    for key, path in (("model", "/models"), ("lora_dir", "/adapters"), ("lora_dir", "/etc/pagoda-lora")):
+        if settings.get(key) == path:
+            settings[key] = str(tmp_path)
     file = tmp_path / "pagoda.json"
     file.write_text(json.dumps(settings))
     # what Kubernetes adds for a Service named pagoda must not matter, should it be there all the same
@@ -208,6 +209,12 @@ def test_the_values_that_templates_reckon_with_have_the_schema_s_defaults() -> N
     assert engine == {key: option_defaults()[key] for key in engine}
 
 
+def test_a_name_with_slashes_is_served_and_asked_for_as_it_is() -> None:
+    objects = render({"model": {"hubId": "Qwen/Qwen3-0.6B", "name": "publishers/team/models/qwen"}})
+    assert config_file(objects)["model_name"] == "publishers/team/models/qwen"
+    assert objects["Pod"]["spec"]["containers"][0]["args"][1] == "publishers/team/models/qwen"
+
+
 def test_the_chart_serves_the_version_it_lies_beside() -> None:
     assert yaml.safe_load((CHART / "Chart.yaml").read_text())["appVersion"] == pagoda.__version__
 
@@ -325,6 +332,15 @@ def test_tls_reaches_server_probes_service_and_monitor() -> None:
     assert objects["Pod"]["spec"]["containers"][0]["args"][0].startswith("https://")
 
 
+@pytest.mark.parametrize(
+    ("task", "path"), [("embed", "/v1/embeddings"), ("classify", "/classify"), ("score", "/rerank")]
+)
+def test_notes_tell_how_to_ask_a_model_that_pools(task: str, path: str) -> None:
+    notes = render_files({"engine": {"task": task}})["NOTES.txt"]
+    assert f"curl http://localhost:8080{path} -d" in notes
+    assert "/generate" not in notes
+
+
 def test_notes_tell_how_to_ask_this_release() -> None:
     notes = render_files(VALUE_SETS["other ports and a load balancer"])["NOTES.txt"]
     assert "kubectl -n tales port-forward service/story-pagoda 9000 9001" in notes
@@ -334,3 +350,14 @@ def test_notes_tell_how_to_ask_this_release() -> None:
     notes = render_files({**VALUE_SETS["tls"], **VALUE_SETS["api keys"], **scrapes})["NOTES.txt"]
     assert "jsonpath='{.data.clients\\.txt}'" in notes
     assert 'curl -k -H "Authorization: Bearer $KEY" https://localhost:8080/v2/' in notes
+
+
+def test_several_models_come_from_one_claim_or_each_from_its_own_place() -> None:
+    root = {"model": {"claim": {"name": "models"}}, "engine": {"model_dir_root": "/models", "load_on_demand": True}}
+    settings = config_file(render(root))
+    assert (settings.get("model"), settings["model_dir_root"], settings["load_on_demand"]) == (None, "/models", True)
+    models = {"chat": {"model": "/models/chat"}, "embedder": {"model": "/models/minilm", "task": "embed"}}
+    settings = config_file(render({"model": {"claim": {"name": "models"}}, "engine": {"models": models}}))
+    assert (settings["models"], settings["model_name"], "model" in settings) == (models, "chat", False)
+    with pytest.raises(Exception, match="each names its own in"):
+        render({"model": {"hubId": "owner/name"}, "engine": {"models": models}})

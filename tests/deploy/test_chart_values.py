@@ -1,7 +1,9 @@
 """Values that are wrong are refused before anything is rendered, by a message that names them."""
 
 import importlib.util
+import json
 import sys
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -36,7 +38,7 @@ WRONG_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"probes": {"readyness": {}}}, "readyness"),
     ({"probes": {"startup": {"failureThreshold": 3}}}, "failureThreshold"),
     ({"model": {"hubId": "no slash"}}, "hubId"),
-    ({"model": {"name": "a/b"}}, "name"),
+    ({"model": {"name": "a b"}}, "name"),
     ({"model": {"claim": {"path": "/absolute"}}}, "path"),
     ({"model": {"hubId": "a/b", "claim": {"name": "c"}}}, "model.hubId, model.claim.name"),
     ({"image": {"digest": "latest"}}, "digest"),
@@ -105,6 +107,29 @@ def test_wrong_values_fail_and_are_named(values: dict[str, Any], named: str) -> 
     with pytest.raises(helm_python.HelmError) as error:
         render(values)
     assert named in str(error.value)
+
+
+def lists_of(node: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Paths of all values that are lists."""
+    if node.get("type") == "array":
+        yield path
+    for key, child in node.get("properties", {}).items():
+        yield from lists_of(child, (*path, key))
+
+
+@pytest.mark.parametrize("entry", [5, {"nmae": "x"}], ids=["a number", "a misspelt key"])
+def test_a_wrong_entry_of_any_list_is_named(entry: Any) -> None:
+    paths = list(lists_of(json.loads((CHART / "values.schema.json").read_text())))
+    values: dict[str, Any] = {}
+    for path in paths:
+        place = values
+        for key in path[:-1]:
+            place = place.setdefault(key, {})
+        place[path[-1]] = [entry]
+    with pytest.raises(helm_python.HelmError) as error:
+        render(values)
+    missed = ["/".join(path) for path in paths if f"'/{'/'.join(path)}/0'" not in str(error.value)]
+    assert (len(paths) > 30, missed) == (True, [])
 
 
 def test_the_chart_may_be_a_part_of_another_one() -> None:

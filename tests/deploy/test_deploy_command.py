@@ -385,3 +385,23 @@ def test_a_file_must_hold_one_inference_service(tmp_path: Path, capsys: pytest.C
     file.write_text("kind: Pod\n")
     assert main(["deploy", "--dry-run", f"--file={file}"]) == 2
     assert "must hold one InferenceService" in capsys.readouterr().err
+
+
+def test_why_says_what_keeps_a_pod_from_being_ready(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, crashed, _ = BLOCKED[2]
+    with FakeCluster([Scene(pods=[crashed, running_pod(is_ready=True)])]) as cluster:
+        cluster.logs = "2026 INFO a\n2026 ERROR pagoda: no config.json\n"
+        cluster.events = [{"type": "Warning", "message": "Back-off restarting failed container"}]
+        where = ["--kubeconfig", str(cluster.write_kubeconfig(tmp_path / "kubeconfig"))]
+        name = crashed["metadata"]["name"]
+        assert main(["why", "--pod", name, *where]) == 1
+        out = capsys.readouterr().out
+        assert "the container kserve-container ended with exit status 2" in out
+        assert "seen: event: Back-off restarting failed container" in out
+        assert "seen: log: 2026 ERROR pagoda: no config.json" in out
+        assert cluster.log_requests[-1]["previous"] == ["true"]
+        assert main(["why", "--pod", "none", *where]) == 2
+        assert 'pods "none" not found' in capsys.readouterr().err
+    with FakeCluster([Scene(pods=[running_pod(is_ready=True)])]) as cluster:
+        where = ["--kubeconfig", str(cluster.write_kubeconfig(tmp_path / "kubeconfig"))]
+        assert main(["why", "--pod", name, *where]) == 0

@@ -22,7 +22,9 @@ from tests.support.kubernetes_objects import validate
 
 MANIFESTS = REPOSITORY / "manifests"
 KUSTOMIZATIONS = sorted(str(path.parent.relative_to(MANIFESTS)) for path in MANIFESTS.rglob("kustomization.yaml"))
-KSERVE_KINDS = ("InferenceService", "ClusterServingRuntime", "ServingRuntime", "LLMInferenceService")
+KSERVE_KINDS = ("InferenceService", "ClusterServingRuntime", "ServingRuntime")
+# See test_llm_manifests.py.
+LLM_KINDS = ("LLMInferenceService", "LLMInferenceServiceConfig")
 RUNTIMES = {"pagoda": "runtimes/namespaced", "pagoda-multi-node": "runtimes/multi-node"}
 # What KServe puts into the environment of a model over several nodes.
 MULTI_NODE_VARIABLES = {
@@ -109,13 +111,13 @@ def container_of(document: dict[str, Any]) -> dict[str, Any]:
 def test_there_are_runtimes_a_base_and_overlays() -> None:
     assert {"base", "runtimes/cluster", "runtimes/namespaced"} <= set(KUSTOMIZATIONS)
     assert {"overlays/runtime", "overlays/gpu", "overlays/autoscaling"} <= set(KUSTOMIZATIONS)
-    assert {"runtimes/multi-node", "overlays/multi-node", "llm"} <= set(KUSTOMIZATIONS)
+    assert {"runtimes/multi-node", "overlays/multi-node"} <= set(KUSTOMIZATIONS)
 
 
 @every_kustomization
 def test_kubernetes_knows_every_field(folder: str) -> None:
     for document in objects(folder):
-        if document["kind"] not in (*KSERVE_KINDS, "PodMonitor"):
+        if document["kind"] not in (*KSERVE_KINDS, *LLM_KINDS, "PodMonitor"):
             validate(document)
 
 
@@ -133,8 +135,8 @@ def test_a_misspelt_probe_would_be_noticed() -> None:
     assert any("readynessProbe" in error for error in crd_errors(document))
 
 
-# The SDK has no classes for LLMInferenceService and for a runtime's workerSpec; the CRDs know both.
-@pytest.mark.parametrize(("folder", "index"), found(lambda document: document["kind"] != "LLMInferenceService"))
+# The SDK has no class for a runtime's workerSpec; the CRDs know it.
+@every_kserve_object
 def test_kserve_s_own_classes_can_be_built(folder: str, index: int) -> None:
     document = kserve_object(folder, index)
     if document["kind"] == "ServingRuntime":
@@ -166,10 +168,6 @@ def test_probes_are_the_engine_s_and_cover_a_long_start(folder: str, index: int)
 def test_container_is_what_kserve_expects(folder: str, index: int) -> None:
     document = kserve_object(folder, index)
     container = container_of(document)
-    if document["kind"] == "LLMInferenceService":
-        assert container["name"] == "main"
-        assert [port["containerPort"] for port in container["ports"]] == [8000]
-        return
     assert container["name"] == "kserve-container"
     # The first port becomes the Service's port 80; a name with h2c makes the second one HTTP/2 in the clear.
     ports = [(port["name"], port["containerPort"]) for port in container["ports"]]
@@ -188,7 +186,7 @@ def test_server_takes_the_arguments(folder: str, index: int, tmp_path: Path) -> 
     arguments = [word.replace("{{.Name}}", "demo").replace("/mnt/models", str(tmp_path)) for word in arguments]
     arguments = [expanded(word, container_of(document) if has_container(document) else None) for word in arguments]
     config = load(arguments, {}).config
-    assert config.model_name in ("demo", "qwen")
+    assert config.model_name == "demo"
     if document["metadata"]["name"] in ("large", "pagoda-multi-node"):
         assert (config.tensor_parallel_size, config.pipeline_parallel_size) == (8, 2)
         assert config.distributed_executor_backend == "ray"
@@ -286,16 +284,6 @@ def test_rules_of_kserve_s_webhook_for_several_nodes_are_kept() -> None:
     assert policy["podSelector"]["matchLabels"]["serving.kserve.io/inferenceservice"] == service["metadata"]["name"]
     assert {"from": [group]} in policy["ingress"]
     assert {"to": [group]} in policy["egress"]
-
-
-def test_an_llm_inference_service_takes_the_place_of_kserve_s_own_server() -> None:
-    document = of_kind("llm", "LLMInferenceService")
-    container = container_of(document)
-    assert container["command"] == ["pagoda"]
-    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
-        assert container[probe]["httpGet"]["scheme"] == "HTTP"  # the preset's probes speak TLS, and fields are merged
-    options = load([*container["args"][1:], "--model_dir=/tmp"], {}).config
-    assert (options.served_model_name, options.http_port) == (document["spec"]["model"]["name"], 8000)
 
 
 def test_predictor_and_chart_run_the_server_alike() -> None:

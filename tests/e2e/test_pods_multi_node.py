@@ -46,7 +46,8 @@ VALUES: dict[str, Any] = {
     "probes": {
         # Two pods and everything else share one machine here; a kubelet's defaults are for nodes with cores to spare.
         "startup": {"periodSeconds": 5, "timeoutSeconds": 20},
-        "readiness": {"periodSeconds": 3, "timeoutSeconds": 20},
+        # A group may be back within the two periods in a row that the chart waits for by default.
+        "readiness": {"periodSeconds": 2, "timeoutSeconds": 20, "failureThreshold": 1},
         "liveness": {"periodSeconds": 20, "timeoutSeconds": 20},
     },
 }

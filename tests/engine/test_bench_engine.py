@@ -71,6 +71,15 @@ def test_throughput_of_conversations_grows_the_history_and_finds_it_cached(engin
     assert results["cached_share"] > 0.4
 
 
+def test_an_agents_turns_are_mostly_cached(engine, tmp_path):
+    lengths = ["--prefix-len", "96", "--input-len", "8", "--output-len", "2", "--num-turns", "4"]
+    options = ["--workload", "agent", "--num-prefixes", "1", *lengths, "--block-size", "8"]
+    results = throughput(engine, tmp_path / "e.json", *options)
+    assert results["requests"] == 16
+    assert results["cached_share_of_later_turns"] > 0.8
+    assert results["cached_share_of_later_turns"] > results["cached_share"]
+
+
 def test_prefix_caching_shows_in_a_workload_of_shared_prefixes(engine, tmp_path):
     options = ["--workload", "shared-prefix", "--num-prefixes", "1", "--prefix-len", "64", "--input-len", "8"]
     with_cache = throughput(engine, tmp_path / "c.json", *options, "--output-len", "4", "--max-num-seqs", "1")

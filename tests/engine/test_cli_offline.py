@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from pagoda import LLM, SamplingParams
 from pagoda.cli import chat, generate
 from pagoda.cli.main import main
+from pagoda.cli.offline import is_model
 from pagoda.errors import ConfigError, InvalidRequestError
 from pagoda.models.dummy import DummySpec, write_dummy_checkpoint
 from tests.support.checkpoints import shared_checkpoint
+from tests.support.terminal import Terminal
 
 GREEDY = ["--temperature", "0", "--ignore-eos"]
 
@@ -158,10 +162,59 @@ def test_help_lists_options_and_settings(capsys):
 
 
 def test_unknown_option_ends_with_status_2(capsys):
-    with pytest.raises(SystemExit) as ended:
-        main(["generate", "--temprature", "1", "x"])
-    assert ended.value.code == 2
-    assert "--temprature" in capsys.readouterr().err
+    assert main(["generate", "--temprature", "1", "x"]) == 2
+    assert "--temprature: unknown option; did you mean --temperature?" in capsys.readouterr().err
+
+
+def test_the_first_word_is_the_model_where_it_is_one(model, expected, capsys):
+    settings = model[2:]
+    assert generate.run([model[1], *settings, *GREEDY, "--max-tokens=6", "Once upon a time"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == expected["Once upon a time"] + "\n"
+    assert printed.err.startswith(f"model {Path(model[1]).name} ({model[1]})")
+
+
+@pytest.mark.parametrize(
+    ("word", "is_followed", "expected"),
+    [
+        ("./nothing", False, True),
+        ("/no/such/model", False, True),
+        ("Qwen/Qwen3-0.6B", True, True),
+        ("model-q4_k_m.gguf", False, True),
+        ("and/or", False, False),
+        ("tests", True, False),
+        ("/etc/hosts is a file", False, False),
+        (".", False, False),
+        ("...and then", False, False),
+    ],
+)
+def test_which_words_name_a_model(word, is_followed, expected):
+    assert is_model(word, is_followed=is_followed) is expected
+
+
+BROKEN = {
+    "a prompt": ["generate", "x"],
+    "a conversation": ["chat"],
+    "latency": ["bench", "latency"],
+    "throughput": ["bench", "throughput"],
+}
+
+
+@pytest.mark.parametrize("command", BROKEN.values(), ids=BROKEN.keys())
+def test_what_config_json_tells_is_said_once_and_before_anything_loads(command, tmp_path, capsys, monkeypatch):
+    directory = write_dummy_checkpoint(tmp_path / "model")
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "num_key_value_heads": 3}))
+
+    def load(*_, **__):
+        raise AssertionError("it was loaded")
+
+    monkeypatch.setattr(LLM, "from_config", load)
+    monkeypatch.setattr("pagoda.engine.core.startup.start_core", load)
+    assert main([*command, "--model", str(directory)]) == 2
+    error = capsys.readouterr().err
+    assert "num_key_value_heads" in error
+    assert len(error.splitlines()) == 1
 
 
 def test_chat_answers_each_line_with_the_conversation_so_far(model, expected, capsys, monkeypatch):
@@ -215,3 +268,33 @@ def test_interrupt_stops_the_answer_and_not_the_program(model):
     assert process.returncode == 0, errors
     assert b"[stopped]" in first + rest
     assert b"/nonsense" in errors
+
+
+def test_chat_at_a_terminal(model, expected, tmp_path):
+    saved = tmp_path / "talk.json"
+    with Terminal(["chat", model[1], *model[2:], *GREEDY, "--max-tokens", "6"]) as terminal:
+        terminal.wait_for("> ")
+        answer = terminal.type("\x1b[200~two\rlines\x1b[201~", until="tokens/s, first after")
+        assert "[6 tokens, " in answer
+        terminal.type("/system Be brief.", until="system: Be brief.")
+        assert "did you mean temperature?" in terminal.type("/set temprature 1")
+        assert "top_p must be" in terminal.type("/set top-p 3")
+        assert "seed" not in terminal.type("/set max-tokens 3", until="max_tokens = 3")
+        terminal.type("/retry", until="[3 tokens, ")
+        terminal.type(f"/save {saved}")
+        assert "cannot be written: File exists" in terminal.type(f"/save {saved}")
+        assert "did you mean /retry?" in terminal.type("/rety")
+        terminal.type("/reset")
+        assert "nowhere.json cannot be read" in terminal.type("/load nowhere.json")
+        terminal.type(f"/load {saved}")
+        terminal.type("And then?", until="[3 tokens, ")
+        terminal.type(f"/save {saved}.2")
+        os.write(terminal.keyboard, b"/quit\r")
+        assert terminal.process.wait(30) == 0
+    content = json.loads(saved.read_text())
+    assert [message["role"] for message in content["messages"]] == ["system", "user", "assistant"]
+    assert content["messages"][1]["content"] == "two\nlines"
+    assert (content["sampling"]["max_tokens"], content["sampling"]["temperature"]) == (3, 0.0)
+    again = json.loads(Path(f"{saved}.2").read_text())["messages"]
+    assert again[:3] == content["messages"]
+    assert [message["role"] for message in again[3:]] == ["user", "assistant"]

@@ -12,8 +12,11 @@ import torch
 from pagoda.errors import CommunicationError, ConfigError
 from pagoda.execution.cuda_graphs import (
     MAX_GRAPHS,
+    MAX_QUERY_LENS,
+    MAX_VERIFYING_SIZES,
     Capture,
     DecodeGraphs,
+    GraphSize,
     graph_sizes,
     reserved_bytes,
     uses_cuda_graphs,
@@ -21,7 +24,9 @@ from pagoda.execution.cuda_graphs import (
 from pagoda.models.dummy import DummySpec
 from pagoda.parallel.groups import TensorParallelGroup
 from pagoda.parallel.layout import ParallelLayout
+from pagoda.request import EngineRequest
 from pagoda.sampling.params import SamplingParams
+from tests.engine.test_speculation import answers_of, make_core, speculate
 from tests.support.checkpoints import shared_checkpoint
 from tests.support.plan_driver import PlanDriver, Sequence, make_executor
 from tests.support.recording import Recording
@@ -68,7 +73,7 @@ def test_batches_that_are_no_decode_or_too_large_run_without_a_graph(checkpoint:
     recording = Recording()
     with torch.inference_mode():
         runner.graphs = DecodeGraphs(
-            runner.model, runner.kv_caches, max_num_seqs=2, max_model_len=256, max_blocks=32, capture=recording
+            runner.model, runner.kv_caches, sizes=graph_sizes(2), max_model_len=256, max_blocks=32, capture=recording
         )
     driver = PlanDriver(executor)
     sequences = [driver.add(name, prompt, SamplingParams(temperature=0.0)) for name, prompt in PROMPTS.items()]
@@ -79,14 +84,54 @@ def test_batches_that_are_no_decode_or_too_large_run_without_a_graph(checkpoint:
     assert recording.num_replayed == 1
 
 
+def test_steps_with_drafts_run_as_graphs_and_change_nothing(checkpoint: Path) -> None:
+    """Rows of no, few and many drafts together, which are right, wrong, and right at first."""
+    requests = [
+        EngineRequest(
+            request_id=name,
+            prompt_token_ids=prompt,
+            params=SamplingParams(temperature=temperature, seed=len(prompt), ignore_eos=True),
+            max_tokens=40,
+        )
+        for (name, prompt), temperature in zip(PROMPTS.items(), (0.0, 0.9, 0.0, 0.7), strict=True)
+    ]
+    settings = {"max_num_seqs": 4, "max_model_len": 96, "num_gpu_blocks_override": 60}
+    plain = answers_of(make_core(checkpoint, **settings), requests)
+    core = make_core(checkpoint, **settings, speculative_config={"method": "ngram", "num_speculative_tokens": 8})
+    speculate(core, plain, seed=5, share=1.0)
+    recording = Recording()
+    sizes = graph_sizes(4, 8, short_query_len=9, max_short_rows=4)
+    core._executor.runner.capture_graphs(recording, sizes)
+    assert answers_of(core, requests) == plain
+    assert recording.num_captured == len(sizes)
+    assert core.stats().num_spec_accepted_tokens > 20
+    # All but those with a prompt of more tokens than a row of drafts has.
+    assert recording.num_replayed >= core.stats().step - 3
+
+
 @pytest.mark.parametrize("max_num_seqs", [1, 2, 7, 8, 100, 256, 384, 512, 4096])
 def test_sizes_are_few_and_cover_the_batch(max_num_seqs: int) -> None:
     sizes = graph_sizes(max_num_seqs)
     assert sizes == sorted(set(sizes))
     assert len(sizes) <= MAX_GRAPHS
-    assert sizes[0] == 1
-    assert sizes[-1] == min(max_num_seqs, 384) or sizes[-1] == max_num_seqs
-    assert reserved_bytes(max_num_seqs, 1000) > sizes[-1] * 1000
+    assert sizes[0] == (1, 1)
+    assert sizes[-1].num_tokens == min(max_num_seqs, 384) or sizes[-1].num_tokens == max_num_seqs
+    assert reserved_bytes(sizes, 1000) > sizes[-1].num_tokens * 1000
+
+
+@pytest.mark.parametrize("num_drafts", [1, 3, 16, 128])
+@pytest.mark.parametrize(("short_query_len", "max_short_rows"), [(16, 16), (4, 64), (64, 4)])
+def test_sizes_of_rows_with_drafts_are_few_and_what_attention_takes_as_short(
+    num_drafts: int, short_query_len: int, max_short_rows: int
+) -> None:
+    plain = graph_sizes(256)
+    sizes = graph_sizes(256, num_drafts, short_query_len=short_query_len, max_short_rows=max_short_rows)
+    more = [size for size in sizes if size.query_len > 1]
+    assert [size for size in sizes if size.query_len == 1] == plain
+    assert 0 < len(more) <= MAX_QUERY_LENS * MAX_VERIFYING_SIZES
+    assert all(size.num_rows <= max_short_rows and size.query_len <= short_query_len for size in more)
+    assert max(size.query_len for size in more) == min(1 + num_drafts, short_query_len)
+    assert graph_sizes(256, num_drafts) == plain
 
 
 @pytest.mark.parametrize(
@@ -121,7 +166,7 @@ class SummingModel:
 
 
 def graphs_of(model: SummingModel, capture: Capture) -> DecodeGraphs:
-    return DecodeGraphs(model, [], max_num_seqs=6, max_model_len=32, max_blocks=4, capture=capture)  # type: ignore[arg-type]
+    return DecodeGraphs(model, [], sizes=graph_sizes(6), max_model_len=32, max_blocks=4, capture=capture)  # type: ignore[arg-type]
 
 
 def test_the_largest_size_is_captured_first_and_each_after_a_run_without_capture() -> None:
@@ -140,7 +185,7 @@ def test_collectives_of_a_replayed_step_count() -> None:
     model = SummingModel()
     graphs = graphs_of(model, lambda step: (lambda: None, step()))
     before = model.groups.tp_group.num_operations
-    graphs.run(4)
+    graphs.run(GraphSize(4))
     assert model.groups.tp_group.num_operations == before + 3
 
 
@@ -150,7 +195,7 @@ def test_collectives_of_a_replayed_step_count() -> None:
         (
             RuntimeError("operation not permitted"),
             ConfigError,
-            r"step of 6 sequences .*not permitted.*enforce_eager=true",
+            r"step of 6 sequences, .*not permitted.*enforce_eager=true",
         ),
         (CommunicationError("rank 1 is gone"), CommunicationError, "rank 1 is gone"),
     ],

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from pagoda.config.schema import PagodaConfig
-from pagoda.engine.client.client import ProcessEngineClient
 from pagoda.engine.client.core_handle import EngineCoreHandle
 from pagoda.engine.client.prelaunch import PrelaunchedProcess
+from pagoda.engine.client.process_client import ProcessEngineClient
 from pagoda.engine.health import EngineState
 from pagoda.errors import EngineDeadError, QueueFullError, RequestFailedError
 from pagoda.models.dummy import DummySpec
@@ -92,7 +92,7 @@ async def test_a_core_that_cannot_be_started_again_leaves_the_engine_dead(
 ) -> None:
     async with engine(checkpoint, max_engine_restarts=2) as client:
 
-        async def out_of_processes(*_: object) -> EngineCoreHandle:
+        async def out_of_processes(*_: object, **__: object) -> EngineCoreHandle:
             raise BlockingIOError("no more processes")
 
         monkeypatch.setattr(EngineCoreHandle, "start", out_of_processes)

@@ -25,6 +25,8 @@ SPECS = {
     "mistral": DummySpec(family="mistral", sliding_window=128, num_shards=3),
     "qwen2": DummySpec(family="qwen2", tie_word_embeddings=True, num_heads=4, num_kv_heads=1),
     "qwen3": DummySpec(family="qwen3", num_heads=4, num_kv_heads=2, num_shards=2),
+    # Two layers of full attention and four with a window, in three groups.
+    "windows": DummySpec(family="qwen3", num_layers=6, sliding_window=48, max_window_layers=2),
 }
 
 
@@ -49,7 +51,8 @@ def core(request: pytest.FixtureRequest, family: ParityCase) -> Iterator[EngineC
         max_num_seqs=min(16, chunk),
         max_model_len=LONGEST + NEW_TOKENS,
         # Three of the longest at a time: the fourth, and every decoding one, has to fight for blocks.
-        num_gpu_blocks_override=3 * (LONGEST + NEW_TOKENS) // block_size + 1,
+        # (Of three groups, in chunks of 512 tokens, one: a chunk is kept whole.)
+        num_gpu_blocks_override=3 * -(-(LONGEST + NEW_TOKENS) // block_size) + 1,
         kv_cache_watermark=0.0,
     )
     core = start_core(config)
@@ -65,5 +68,6 @@ def test_every_token_equals_transformers(core: EngineCore, family: ParityCase) -
     if not (family.has_window and core.ready.max_num_batched_tokens == 16):
         # In small chunks a window gives blocks back as fast as others are admitted.
         assert stats.num_preemptions > 0, "the cache was meant to be too small"
-    assert stats.prefix_cache_hits > after_first.prefix_cache_hits, "nothing was found in the prefix cache"
+    if family.directory.name != "windows":  # three groups in so few blocks: what one request leaves, the next one takes
+        assert stats.prefix_cache_hits > after_first.prefix_cache_hits, "nothing was found in the prefix cache"
     assert stats.num_blocks_in_use == 0

@@ -17,9 +17,10 @@ from pagoda.engine.core.kv_events import END_OF_REPLAY
 from pagoda.engine.core.loop import EngineCore
 from pagoda.engine.core.startup import start_core
 from pagoda.errors import ConfigError
+from pagoda.models.dummy import DummySpec
 from pagoda.request import EngineRequest
 from pagoda.sampling.params import SamplingParams
-from tests.support.checkpoints import shared_checkpoint
+from tests.support.checkpoints import SMALL, shared_checkpoint
 from tests.support.ports import free_port
 
 BLOCK_SIZE = 4
@@ -29,7 +30,7 @@ class Reader:
     """Rebuilds the set of cached blocks from events, as a router does."""
 
     def __init__(self) -> None:
-        self.cached: dict[bytes, list[int]] = {}
+        self.cached: dict[tuple[int, bytes], list[int]] = {}
         self.events: list[dict[str, Any]] = []
 
     def read(self, message: bytes) -> None:
@@ -41,22 +42,23 @@ class Reader:
                 assert event["block_size"] == BLOCK_SIZE
                 assert len(event["token_ids"]) == BLOCK_SIZE * len(event["block_hashes"])
                 for index, block_hash in enumerate(event["block_hashes"]):
-                    assert block_hash not in self.cached
-                    self.cached[block_hash] = event["token_ids"][index * BLOCK_SIZE : (index + 1) * BLOCK_SIZE]
+                    block = event["group_idx"], block_hash
+                    assert block not in self.cached
+                    self.cached[block] = event["token_ids"][index * BLOCK_SIZE : (index + 1) * BLOCK_SIZE]
             elif event["type"] == "BlockRemoved":
                 for block_hash in event["block_hashes"]:
-                    del self.cached[block_hash]
+                    del self.cached[event["group_idx"], block_hash]
             else:
                 assert event["type"] == "AllBlocksCleared"
                 self.cached.clear()
 
 
 @contextmanager
-def engine(**events: Any) -> Iterator[EngineCore]:
+def engine(spec: DummySpec = SMALL, **events: Any) -> Iterator[EngineCore]:
     core = start_core(
         from_kwargs(
             {
-                "model": str(shared_checkpoint()),
+                "model": str(shared_checkpoint(spec)),
                 "dtype": "float32",
                 "threads": 1,
                 "block_size": BLOCK_SIZE,
@@ -93,11 +95,12 @@ def prompts() -> Iterator[list[int]]:
         yield [7, 8, 9, 10] * 2 + [number + 11] * 12
 
 
-def in_cache(core: EngineCore) -> set[bytes]:
-    return set(core._scheduler.kv.pool._block_of_hash)
+def in_cache(core: EngineCore) -> set[tuple[int, bytes]]:
+    groups = enumerate(core._scheduler.kv.pool._blocks_of_hashes)
+    return {(group, block_hash) for group, blocks in groups for block_hash in blocks}
 
 
-def read_until(reader: Reader, socket: zmq.Socket, expected: set[bytes]) -> list[int]:
+def read_until(reader: Reader, socket: zmq.Socket, expected: set[tuple[int, bytes]]) -> list[int]:
     """Read messages until the reader knows what is expected; their sequence numbers."""
     numbers = []
     while set(reader.cached) != expected:
@@ -116,13 +119,18 @@ def context() -> Iterator[zmq.Context]:
     context.destroy(linger=0)
 
 
-def test_a_reader_of_the_events_knows_the_cache(context: zmq.Context, tmp_path: Path) -> None:
+@pytest.mark.parametrize("windows", [[None], [None, 8]])
+def test_a_reader_of_the_events_knows_the_cache(
+    windows: list[int | None], context: zmq.Context, tmp_path: Path
+) -> None:
+    spec = SMALL if len(windows) == 1 else DummySpec(num_layers=2, sliding_window=8, max_window_layers=1)
     endpoint, replay_port = f"ipc://{tmp_path}/events", free_port()
     reader = Reader()
-    with engine(endpoint=endpoint, replay_endpoint=f"tcp://127.0.0.1:{replay_port}", topic="kv@10.0.0.1@tale") as core:
+    replay = f"tcp://127.0.0.1:{replay_port}"
+    with engine(spec, endpoint=endpoint, replay_endpoint=replay, topic="kv@10.0.0.1@tale") as core:
         for prompt in prompts():
             run(core, prompt)
-        run(core, [1, 2, 3, 4, 5], cache_keys=("salt=a",))
+        run(core, [1, 2, 3, 4, 5], cache_keys=("tenant=t", "salt=a"))
         expected = in_cache(core)
         # One that comes late asks for all that was sent before it subscribed.
         asking = context.socket(zmq.DEALER)
@@ -139,9 +147,12 @@ def test_a_reader_of_the_events_knows_the_cache(context: zmq.Context, tmp_path: 
                 assert int.from_bytes(sequence, "big") == number
                 reader.read(message)
                 number += 1
+        stored = [event for event in reader.events if event["type"] == "BlockStored"]
+        found = {event["group_idx"]: event["kv_cache_spec_sliding_window"] for event in stored}
+        assert [found[group] for group in range(len(found))] == windows
         kinds = {event["type"] for event in reader.events}
         assert kinds == {"BlockStored", "BlockRemoved"}
-        assert any(event.get("extra_keys") == [["salt=a"]] for event in reader.events)
+        assert any(event.get("extra_keys") == [["a"]] for event in reader.events)
         # And from then on it reads what is published.
         socket = context.socket(zmq.SUB)
         socket.connect(endpoint)
@@ -160,9 +171,10 @@ def test_a_reader_of_the_events_knows_the_cache(context: zmq.Context, tmp_path: 
         read_until(behind, socket, in_cache(core))
 
 
-def _removed(message: bytes) -> list[bytes]:
+def _removed(message: bytes) -> list[tuple[int, bytes]]:
     _, events, _ = msgspec.msgpack.decode(message)
-    return [block for event in events if event["type"] == "BlockRemoved" for block in event["block_hashes"]]
+    removed = [event for event in events if event["type"] == "BlockRemoved"]
+    return [(event["group_idx"], block_hash) for event in removed for block_hash in event["block_hashes"]]
 
 
 def test_events_are_sent_to_a_reader_that_listens(context: zmq.Context) -> None:

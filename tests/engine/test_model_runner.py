@@ -232,7 +232,7 @@ def test_blocks_that_do_not_exist_fail_their_row_alone(driver):
     later = driver.add("later", PROMPTS["block"], GREEDY)
     driver.run_to(1, [later])
     plan = driver.plan({"later": 1, "good": 1}, [later, good])
-    plan.new_block_ids[0] = [-3]
+    plan.new_blocks[0].block_ids = [-3]
     driver.take(plan, driver.executor.submit(plan), [later, good])
     assert "-3" in later.error
     assert len(good.output) == 2
@@ -245,7 +245,7 @@ def test_stale_block_table_entries_of_a_request_slot_are_wiped_when_it_is_taken_
     driver.release(long)
     short = driver.add("short", PROMPTS["short"], GREEDY)
     driver.run_to(1, [short])
-    table = driver.executor.runner.batch.block_table[req_index]
+    table = driver.executor.runner.batch.block_tables[0][req_index]
     assert short.req_index == req_index
     assert table[0] == short.blocks[0]
     assert not table[1:].any()
@@ -255,7 +255,7 @@ def test_nothing_that_grows_is_kept_while_requests_come_and_go(driver):
     runner = driver.executor.runner
     before = (
         runner.batch.token_pool.data_ptr(),
-        runner.batch.block_table.data_ptr(),
+        runner.batch.block_tables[0].data_ptr(),
         runner.kv_caches[0][0].data_ptr(),
     )
     sampling = SamplingParams(seed=1, top_p=0.5, logit_bias={3: 1.0}, bad_words_token_ids=((1, 2),), prompt_logprobs=0)
@@ -264,7 +264,11 @@ def test_nothing_that_grows_is_kept_while_requests_come_and_go(driver):
         driver.run_to(2, [sequence])
         driver.release(sequence)
     driver.executor.submit(driver.plan({}, [])).result()
-    after = (runner.batch.token_pool.data_ptr(), runner.batch.block_table.data_ptr(), runner.kv_caches[0][0].data_ptr())
+    after = (
+        runner.batch.token_pool.data_ptr(),
+        runner.batch.block_tables[0].data_ptr(),
+        runner.kv_caches[0][0].data_ptr(),
+    )
     assert before == after
     assert not runner.sampler._requests
     assert not any(processor.states for processor in runner.sampler._processors)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pagoda.execution.input_batch import InputBatch
 from pagoda.request import EngineRequest
 from pagoda.sampling.params import SamplingParams
-from pagoda.scheduling.plan import NewRequest, StepPlan
+from pagoda.scheduling.plan import NewBlocks, NewRequest, StepPlan
 from tests.support.kernel_backends import reference_kernels
 
 __all__ = ["reference_kernels"]
@@ -74,15 +74,15 @@ def random_plan(random: np.random.Generator, step_id: int, req_indices: dict[int
         held.blocks += new_blocks
         if is_new:
             plan.new_requests.append(
-                NewRequest(req_index, spec_of(req_index, held.tokens[:1]), held.tokens[1:], list(held.blocks), 0)
+                NewRequest(req_index, spec_of(req_index, held.tokens[:1]), held.tokens[1:], [list(held.blocks)], 0)
             )
             offset, new_blocks = len(held.blocks), []
         plan.request_ids.append(str(req_index))
         plan.req_indices.append(req_index)
         plan.num_computed_tokens.append(held.num_computed)
         plan.num_scheduled_tokens.append(count)
-        plan.block_offsets.append(offset)
-        plan.new_block_ids.append(new_blocks)
+        if new_blocks:
+            plan.new_blocks.append(NewBlocks(req_index, 0, offset, new_blocks))
         held.num_computed += count
         plan.samples.append(held.num_computed == len(held.tokens))
     return plan
@@ -110,11 +110,11 @@ def check(batch: InputBatch, plan: StepPlan, req_indices: dict[int, Held], block
         starts.append(len(tokens))
         if plan.samples[row]:
             sampling.append(row)
-    metadata, layout = inputs.metadata(), inputs.layout
+    (metadata,), layout = inputs.metadata(), inputs.layout
     lengths = [req_indices[plan.req_indices[row]].num_computed for row in order]
     assert layout.plan_rows.tolist() == order
-    assert inputs.tensors.input_ids.tolist() == tokens
-    assert inputs.tensors.positions.tolist() == positions
+    assert inputs.tensors[0].input_ids.tolist() == tokens
+    assert inputs.tensors[0].positions.tolist() == positions
     assert metadata.slot_mapping.tolist() == mapping
     assert metadata.query_start_loc.tolist() == starts
     assert metadata.seq_lens.tolist() == lengths
@@ -156,10 +156,9 @@ def test_layout_is_kept_while_the_same_rows_decode_and_made_again_when_they_chan
         0, req_indices=[0, 1, 2], num_computed_tokens=[0] * 3, num_scheduled_tokens=[3] * 3, samples=[True] * 3
     )
     prefill.new_requests = [
-        NewRequest(req_index, spec_of(req_index, held.tokens), [], [req_index + 1, req_index + 9], 0)
+        NewRequest(req_index, spec_of(req_index, held.tokens), [], [[req_index + 1, req_index + 9]], 0)
         for req_index, held in req_indices.items()
     ]
-    prefill.new_block_ids, prefill.block_offsets = [[], [], []], [2, 2, 2]
     for new in prefill.new_requests:
         batch.enter(new, lambda _: None)
     first = batch.build(prefill)
@@ -176,8 +175,8 @@ def test_layout_is_kept_while_the_same_rows_decode_and_made_again_when_they_chan
     second, third = batch.build(decode([0, 1, 2], 3)), batch.build(decode([0, 1, 2], 4))
     assert first.layout is not second.layout
     assert second.layout is third.layout
-    assert third.tensors.positions.tolist() == [4, 4, 4]
-    assert third.tensors.slot_mapping.tolist() == [36, 40, 44]
+    assert third.tensors[0].positions.tolist() == [4, 4, 4]
+    assert third.tensors[0].slot_mapping.tolist() == [36, 40, 44]
     assert batch.build(decode([0, 2], 5)).layout is not third.layout
     assert batch.build(decode([0, 2], 9)) is None  # tokens nobody knows
     assert set(batch.request_errors) == {0, 2}

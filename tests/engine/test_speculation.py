@@ -22,15 +22,15 @@ from pagoda.sampling.output import FinishReason, TokenLogprobs
 from pagoda.sampling.params import SamplingParams
 from pagoda.scheduling.lookahead import Speculation
 from pagoda.scheduling.request import Request
-from pagoda.speculation.model_proposer import ModelProposer
 from tests.support.checkpoints import shared_checkpoint
-from tests.support.drafts import ArbitraryDrafts
+from tests.support.drafts import ArbitraryDrafts, Steady
 
 SPECS = {
     "llama": DummySpec(family="llama", tie_word_embeddings=True, num_heads=6, num_kv_heads=2, hidden_size=96),
     "mistral": DummySpec(family="mistral", sliding_window=24),
     "qwen2": DummySpec(family="qwen2", tie_word_embeddings=True, num_heads=4, num_kv_heads=1),
     "qwen3": DummySpec(num_layers=2),
+    "windows": DummySpec(num_layers=4, sliding_window=24, max_window_layers=1),
 }
 
 # Words of two and three ids, single ids, and what biases make likely, so that each processor has its say.
@@ -216,17 +216,6 @@ def test_endless_generation_of_many_ends_within_every_cap_and_leaves_all_blocks_
     assert stats.num_blocks_in_use == 0
     core._scheduler.check_integrity()
     assert not core._scheduler.find_leak()
-
-
-class Steady(ModelProposer):
-    """Asks for as many drafts as may be, whatever they cost."""
-
-    def wanted(self, requests, num_outputs):
-        super().wanted(requests, num_outputs)
-        return [self._most if request.draft_state is not None else None for request in requests]
-
-    def propose(self, requests, limits, num_outputs, num_tokens):
-        return [self._drafts_of(request)[: max(0, limit)] for request, limit in zip(requests, limits, strict=True)]
 
 
 @pytest.mark.parametrize("is_right", [True, False])

@@ -10,6 +10,7 @@ from random import Random
 
 import jsonschema
 import pytest
+from typing_extensions import override
 
 import pagoda
 from pagoda.config.schema import PagodaConfig
@@ -21,6 +22,9 @@ from pagoda.sampling.output import FinishReason
 from pagoda.sampling.params import SamplingParams
 from pagoda.scheduling.lookahead import Lookahead, Speculation
 from pagoda.scheduling.request import Request
+from pagoda.scheduling.step_cost import StepCost
+from pagoda.speculation.loss_budget import LossBudget
+from pagoda.speculation.plain_steps import PlainSteps
 from pagoda.structured.spec import GrammarSpec
 from pagoda.text.tokenizer import Tokenizer
 from tests.engine.test_speculation import Answer, answers_of
@@ -47,6 +51,9 @@ SPECS = {
     "choice": GrammarSpec.of_choice(["red", "green", "blue"]),
     "regex": GrammarSpec.of_regex("[a-c]{3}-[0-9]+"),
 }
+
+BUDGET_TOKENS, END_OF_REASONING = 5, [1, 77]
+BUDGET = replace(GrammarSpec(kind="text"), reasoning_budget=BUDGET_TOKENS).after(END_OF_REASONING)
 
 
 def is_valid(name: str, text: str) -> bool:
@@ -100,7 +107,15 @@ def requests_of(max_tokens: int = 80) -> list[EngineRequest]:
     free = replace(
         requests[0], request_id="free", params=SamplingParams(temperature=0.0, ignore_eos=True), max_tokens=30
     )
-    return [*requests, free]
+    thinking = [
+        replace(
+            requests[index],
+            request_id=f"thinking {index}",
+            params=replace(requests[index].params, structured_outputs=BUDGET, min_tokens=BUDGET_TOKENS + 4),
+        )
+        for index in range(len(samplings))
+    ]
+    return [*requests, *thinking, free]
 
 
 def check(answers: dict[str, Answer], tokenizer: Tokenizer) -> int:
@@ -119,6 +134,10 @@ def test_outputs_are_valid_in_a_batch_and_the_same_alone(core: EngineCore, token
     answers = answers_of(core, requests)
     assert check(answers, tokenizer) >= 6
     assert answers["free"].finish_reason is FinishReason.LENGTH
+    for index in range(3):
+        tokens = answers[f"thinking {index}"].tokens
+        assert tokens[BUDGET_TOKENS : BUDGET_TOKENS + 2] == END_OF_REASONING
+        assert len(tokens) >= BUDGET_TOKENS + 4
     for request in requests[::4]:
         assert answers_of(core, [request])[request.request_id] == answers[request.request_id]
 
@@ -137,6 +156,49 @@ def test_outputs_are_the_same_with_drafts(core: EngineCore, tokenizer: Tokenizer
         )
         assert answers_of(core, requests) == plain
     scheduler._lookahead = Lookahead()
+
+
+@pytest.mark.parametrize("method", ["grammar", "ngram"])
+def test_outputs_are_the_same_with_what_the_grammar_forces_as_drafts(core: EngineCore, method: str) -> None:
+    call = {
+        "format": {
+            "type": "tag",
+            "begin": '<tool_call>{"name": "get_weather", "arguments": ',
+            "content": {"type": "json_schema", "json_schema": SCHEMA},
+            "end": "}</tool_call>",
+        }
+    }
+    compact = replace(GrammarSpec.of_json_schema(SCHEMA), whitespace=False)
+    requests = requests_of()
+    for name, spec in (("call", GrammarSpec.of_structural_tag(call)), ("compact", compact)):
+        requests += [
+            replace(request, request_id=f"{name} {index}", params=replace(request.params, structured_outputs=spec))
+            for index, request in enumerate(requests[:3])
+        ]
+    plain = answers_of(core, requests)
+    drafting = make_core(speculative_config={"method": method})
+    try:
+        # A machine on which drafts cost nothing.
+        proposer, cost = drafting._scheduler._lookahead._proposer, FlatCost()  # type: ignore[attr-defined]
+        proposer._cost, proposer._plain_steps, proposer._budget = cost, PlainSteps(cost), LossBudget(StepCost())
+        assert answers_of(drafting, requests) == plain
+        stats = drafting.stats()
+        assert stats.num_spec_draft_tokens > 50
+        assert method != "grammar" or stats.num_spec_accepted_tokens == stats.num_spec_draft_tokens
+    finally:
+        drafting.shutdown()
+
+
+class FlatCost(StepCost):
+    """A step takes as long whatever is in it."""
+
+    @override
+    def of(self, num_tokens: int) -> float:
+        return 1.0
+
+    @override
+    def is_measured(self, num_tokens: int) -> bool:
+        return True
 
 
 def test_outputs_are_the_same_after_preemption(core: EngineCore, tokenizer: Tokenizer) -> None:
@@ -164,7 +226,9 @@ def test_ranks_as_processes_give_the_same_outputs(core: EngineCore, tokenizer: T
         requests = requests_of(max_tokens=24)
         answers = answers_of(ranks, requests)
         check(answers, tokenizer)
-        assert answers["choice 0"].tokens == answers_of(core, requests)["choice 0"].tokens
+        alone = answers_of(core, requests)
+        for name in ("choice 0", "thinking 0"):
+            assert answers[name].tokens == alone[name].tokens
     finally:
         ranks.shutdown()
 
@@ -180,6 +244,16 @@ def test_a_grammar_that_cannot_be_enforced_ends_its_request_alone(core: EngineCo
     assert answers["bad"].finish_reason is FinishReason.ERROR
     assert "uniqueItems" in (answers["bad"].error or "")
     assert answers[good.request_id].finish_reason is not FinishReason.ERROR
+
+
+def test_a_grammar_that_is_known_holds_no_request_up(core: EngineCore) -> None:
+    requests = requests_of(max_tokens=2)
+    answers_of(core, requests)
+    for request in requests:
+        core.add_request(replace(request, request_id=f"again {request.request_id}"))
+    assert core._scheduler.num_waiting == len(requests)
+    while core.has_work:
+        core.step()
 
 
 def test_a_request_whose_grammar_is_being_compiled_can_be_aborted(core: EngineCore) -> None:
@@ -201,6 +275,56 @@ def test_parameters_that_leave_no_token_are_an_error_of_that_request(core: Engin
     answer = answers_of(core, [clash])["clash"]
     assert answer.finish_reason is FinishReason.ERROR
     assert "forbid every one" in (answer.error or "")
+
+
+def test_whatever_else_is_asked_an_output_is_valid_or_cut_or_says_what_forbids_it(
+    core: EngineCore, tokenizer: Tokenizer
+) -> None:
+    chosen = Random(0)
+    texts = ('{"name": "', "}", '"', "red", "green", "abc-1")
+    of_texts = tuple({token for text in texts for token in tokenizer.encode(text)})
+
+    def some() -> int:
+        return chosen.choice((EOS, *of_texts, chosen.randrange(core.ready.vocab_size)))
+
+    makers = {
+        "bad_words_token_ids": lambda: ((some(),), (some(), some())),
+        "stop_token_ids": lambda: (some(), some()),
+        "logit_bias": lambda: {some(): chosen.choice((-100.0, 100.0)) for _ in range(3)},
+        "min_tokens": lambda: chosen.choice((1, 5, 30)),
+        "ignore_eos": lambda: True,
+        "allowed_token_ids": lambda: (*of_texts, some()) if chosen.random() < 0.5 else (some(), some()),
+        "repetition_penalty": lambda: 1.5,
+    }
+    requests = []
+    for index in range(40):
+        name = chosen.choice(list(SPECS))
+        others = {key: make() for key, make in makers.items() if chosen.random() < 0.3}
+        params = SamplingParams(structured_outputs=SPECS[name], temperature=index % 2, seed=index, **others)  # type: ignore[arg-type]
+        requests.append(
+            EngineRequest(
+                request_id=f"{name} {index}",
+                prompt_token_ids=[5],
+                params=params,
+                max_tokens=40,
+                eos_token_ids=(EOS,),
+            )
+        )
+    answers = answers_of(core, requests)
+    assert len(answers) == len(requests)
+    for request in requests:
+        answer = answers[request.request_id]
+        if answer.finish_reason is FinishReason.ERROR:
+            assert "forbid every one" in (answer.error or "")
+        elif answer.finish_reason is FinishReason.LENGTH:
+            assert len(answer.tokens) == request.max_tokens
+        elif answer.tokens[-1] not in request.params.stop_token_ids:
+            assert is_valid(request.request_id.split()[0], tokenizer.decode(answer.tokens))
+    assert {answer.finish_reason for answer in answers.values()} == {
+        FinishReason.STOP,
+        FinishReason.LENGTH,
+        FinishReason.ERROR,
+    }
 
 
 def test_a_model_without_a_usable_tokenizer_says_so(tmp_path: Path) -> None:

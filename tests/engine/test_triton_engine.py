@@ -8,9 +8,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from pagoda.config.schema import PagodaConfig
+from pagoda.engine.core.startup import start_core
+from pagoda.execution.cuda_graphs import graph_sizes
+from pagoda.execution.in_process import InProcessExecutor
 from pagoda.models.dummy import DummySpec, write_dummy_checkpoint
 from pagoda.sampling.params import SamplingParams
 from pagoda_kernels import backend
+from tests.support.model_families import family_config
+from tests.support.model_harness import save_random_checkpoint
+from tests.support.parity import parity_case, run_greedily
 from tests.support.plan_driver import PlanDriver, make_executor
 from tests.support.recording import Recording
 from tests.support.triton_kernels import float8_as_on_a_gpu, kernels, require_interpreter
@@ -22,15 +29,19 @@ __all__ = ["float8_as_on_a_gpu", "kernels"]
 PROMPTS = {"short": [5, 6, 7], "long": [(13 * n + 5) % 500 for n in range(21)]}
 
 
-def generated(checkpoint: Path, name: str, *, graphs: bool, kv_cache_dtype: str = "auto") -> list[list[int]]:
+def generated(
+    checkpoint: Path, name: str, *, graphs: bool, kv_cache_dtype: str = "auto", num_drafts: int = 0
+) -> list[list[int]]:
     executor = make_executor(checkpoint, cpu_kernels="reference", max_num_seqs=3, kv_cache_dtype=kv_cache_dtype)
     backend.use_backend(name)
     runner = executor.runner
+    recording = Recording()
     if graphs:
-        runner.capture_graphs(Recording())
+        runner.capture_graphs(recording, graph_sizes(3, num_drafts, short_query_len=4, max_short_rows=4))
     driver = PlanDriver(executor, max_num_seqs=3)
     sequences = [driver.add(name, prompt, SamplingParams(temperature=0.0)) for name, prompt in PROMPTS.items()]
-    driver.run_to(4, sequences, chunk=16)
+    driver.run_to(4, sequences, chunk=num_drafts or 16)
+    assert not num_drafts or not graphs or recording.num_replayed == driver.step_id
     return [sequence.output for sequence in sequences]
 
 
@@ -47,6 +58,32 @@ def test_same_tokens_as_on_the_torch_kernels(tmp_path: Path, spec: DummySpec) ->
     checkpoint = write_dummy_checkpoint(tmp_path / "model", spec)
     expected = generated(checkpoint, "reference", graphs=False)
     assert generated(checkpoint, "triton", graphs=True) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("kernels")
+def test_same_tokens_of_a_hybrid_with_experts(tmp_path: Path) -> None:
+    """States in blocks, a gate behind attention, and experts as grouped products, in captured steps too."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
+    model = save_random_checkpoint(family_config("qwen3-next", **sizes, mlp_only_layers=[]), tmp_path)
+    case = parity_case(tmp_path, model, num_prompts=6, longest=20, new_tokens=4)
+    settings = {"cpu_kernels": "reference", "max_num_batched_tokens": 24, "max_num_seqs": 3, "max_model_len": 32}
+    core = start_core(PagodaConfig(model=str(tmp_path), device="cpu", dtype="float32", threads=1, **settings))
+    backend.use_backend("triton")
+    executor = core._executor
+    assert isinstance(executor, InProcessExecutor)
+    executor.runner.capture_graphs(Recording())
+    assert run_greedily(core, case, "") == case.expected
+    core.shutdown()
+
+
+@pytest.mark.usefixtures("kernels")
+def test_rows_of_one_token_and_of_few_in_one_graph(tmp_path: Path) -> None:
+    """As where some rows verify drafts and others have none."""
+    spec = DummySpec(family="llama", num_layers=1, num_heads=4, num_kv_heads=2, head_dim=20)
+    checkpoint = write_dummy_checkpoint(tmp_path / "model", spec)
+    expected = generated(checkpoint, "reference", graphs=False, num_drafts=3)
+    assert generated(checkpoint, "triton", graphs=True, num_drafts=3) == expected
 
 
 @pytest.mark.usefixtures("kernels", "float8_as_on_a_gpu")

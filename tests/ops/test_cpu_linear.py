@@ -17,7 +17,7 @@ from tests.ops.test_packed_linear import (
     test_unpacking_gives_the_weight_back,
 )
 from tests.support.cpu_kernels import kernels, require_cpu_kernels
-from tests.support.packed_weights import pack, quantize_int4, quantize_int8
+from tests.support.packed_weights import pack, quantize_int4, quantize_int8, with_block_scales, with_mins
 
 require_cpu_kernels()
 
@@ -32,6 +32,10 @@ __all__ = [
 ]
 
 
+FLOATS = ("float32", "bfloat16")
+QUANTIZED = ("int8", "int4", "int4 with mins", "int8 with mins", "int4 blocks with mins", "int8 blocks")
+
+
 def packed_weights(out_features: int, in_features: int) -> dict[str, PackedWeight]:
     weight = make_weight(out_features, in_features)
     return {
@@ -39,10 +43,14 @@ def packed_weights(out_features: int, in_features: int) -> dict[str, PackedWeigh
         "bfloat16": pack(weight.bfloat16()),
         "int8": quantize_int8(weight),
         "int4": quantize_int4(weight, 8),
+        "int4 with mins": with_mins(quantize_int4(weight, 8)),
+        "int8 with mins": with_mins(quantize_int8(weight)),
+        "int4 blocks with mins": with_block_scales(quantize_int4(weight, 8)),
+        "int8 blocks": with_block_scales(quantize_int8(weight)),
     }
 
 
-@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("kind", FLOATS + QUANTIZED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_row_has_the_same_bits_alone_and_in_any_batch(kernels: KernelBackend, kind: str, dtype: torch.dtype) -> None:
     for shape in SHAPES:
@@ -89,7 +97,7 @@ def test_packing_equals_the_reference(dtype: torch.dtype) -> None:
         assert torch.equal(in_chunks.values, expected.values)
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("kind", QUANTIZED)
 def test_quantized_product_is_near_the_reference(kernels: KernelBackend, kind: str) -> None:
     weight = packed_weights(129, 1040)[kind]
     x = make_inputs(20, 1040)

@@ -6,7 +6,7 @@ import mmap
 import pytest
 import torch
 
-from pagoda_kernels.huge_pages import empty_on_huge_pages, zeros_on_huge_pages
+from pagoda_kernels.huge_pages import empty_on_huge_pages, populate, zeros_on_huge_pages
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8, torch.float8_e4m3fn])
@@ -52,13 +52,33 @@ def test_a_tensor_outlives_the_others_of_its_region() -> None:
 
 @pytest.mark.parametrize("shape", [(3,), (300, 7, 100), (9_000_000,)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn])
-def test_zeros_are_zeros_and_take_their_memory(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_zeros_are_zeros_and_take_their_memory_when_populated(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     before = resident_bytes()
     tensor = zeros_on_huge_pages(shape, dtype)
+    assert resident_bytes() - before < 1 << 20
+    populate(tensor)
     taken = resident_bytes() - before
     assert (tensor.shape, tensor.dtype, tensor.is_contiguous()) == (shape, dtype, True)
-    assert not bool(tensor.float().any())
     assert tensor.nbytes < 1 << 20 or taken > 0.9 * tensor.nbytes
+    assert not bool(tensor.float().any())
+
+
+def test_populating_changes_nothing() -> None:
+    tensor = zeros_on_huge_pages((1 << 20,), torch.uint8)
+    tensor[::1000] = 7
+    populate(tensor[100:])
+    assert int(tensor.long().sum()) == 7 * len(tensor[::1000])
+
+
+def test_memory_that_is_not_there_is_not_populated() -> None:
+    class Unmapped:
+        nbytes = 1 << 20
+
+        def data_ptr(self) -> int:
+            return 1 << 46
+
+    with pytest.raises(OSError, match="Cannot allocate memory"):
+        populate(Unmapped())  # type: ignore[arg-type]
 
 
 def resident_bytes() -> int:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from typing_extensions import override
 
+from pagoda.models.layer_config import NormConfig
 from pagoda.models.layers.norm import RMSNorm
 from pagoda_kernels import backend
 from pagoda_kernels.interface import KernelBackend
@@ -42,25 +43,39 @@ def test_what_a_backend_does_not_override_is_refused_by_name() -> None:
 def test_each_backend_implements_what_its_device_runs_and_inherits_nothing() -> None:
     assert unset(Doubled()) > {"gather_step", "paged_attention", "gelu_and_mul"}
     with using_backend("reference") as kernels:
-        assert unset(kernels) == {"fused_decoder", "sample_top_p_by_rejection"}
+        assert unset(kernels) == {"fused_decoder", "fused_experts", "sample_top_p_by_rejection"}
 
 
 def test_the_compiled_backend_implements_all_that_runs_on_a_cpu() -> None:
-    assert unset(require_cpu_kernels()) == {"sample_top_p_by_rejection"}
+    # Packed experts are `fused_experts`.
+    assert unset(require_cpu_kernels()) == {"sample_top_p_by_rejection", "grouped_experts"}
 
 
 def test_the_triton_backend_implements_all_that_a_model_of_floats_runs() -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     with using_backend("triton") as kernels:
-        # Layers call rotate_and_store instead of the first two; the others are for packed weights, which a GPU refuses.
-        assert unset(kernels) == {"write_kv", "apply_rotary", "packed_linear", "packed_rows", "pack", "fused_decoder"}
+        # Layers call rotate_and_store instead of the first two; the others are for packed weights and latent attention, which
+        # a GPU refuses.
+        assert unset(kernels) == {
+            "write_kv",
+            "apply_rotary",
+            "latent_attention",
+            "packed_linear",
+            "packed_linear_heads",
+            "packed_rows",
+            "pack",
+            "fused_decoder",
+            "fused_experts",
+            "lora_batch",
+            "lora_linear",
+        }
         with pytest.raises(NotImplementedError, match="the kernel backend 'triton' does not implement write_kv"):
             kernels.write_kv(*[torch.zeros(1, 1, 2)] * 2, *[torch.zeros(1, 1, 1, 2)] * 2, torch.zeros(1).long())
 
 
 def test_no_operation_runs_before_a_backend_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "active", backend.NOT_CHOSEN)
-    norm = RMSNorm(2, 1e-6, dtype=torch.float32, device=CPU)
+    norm = RMSNorm(2, NormConfig(eps=1e-6), dtype=torch.float32, device=CPU)
     with pytest.raises(NotImplementedError, match=r"call .*use_backend before rms_norm; known: cpu, reference, triton"):
         norm(torch.ones(1, 2))
 
@@ -75,7 +90,7 @@ def test_layers_call_the_backend_that_was_chosen_last(monkeypatch: pytest.Monkey
         ) -> tuple[torch.Tensor, torch.Tensor]:
             return torch.full_like(x, 7.0), x
 
-    norm = RMSNorm(2, 0.0, dtype=torch.float32, device=CPU)
+    norm = RMSNorm(2, NormConfig(eps=0.0), dtype=torch.float32, device=CPU)
     norm.weight.data.fill_(1.0)
     with using_backend("reference"):
         assert norm(torch.full((1, 2), 3.0))[0].tolist() == [[1.0, 1.0]]

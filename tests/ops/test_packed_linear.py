@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 from pagoda_kernels.interface import KernelBackend
 from pagoda_kernels.reference.linear import unpack
 from tests.ops.packed_cases import ROWS, SHAPES, make_inputs, make_weight
-from tests.support.packed_weights import pack, pack_int4, pack_int8, quantize_int4, quantize_int8
+from tests.support.packed_weights import (
+    pack,
+    pack_int4,
+    pack_int8,
+    quantize_int4,
+    quantize_int8,
+    with_block_scales,
+    with_mins,
+)
 
 FLOAT_TYPES = [torch.float32, torch.bfloat16]
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-2}
@@ -79,7 +89,9 @@ def test_int4_is_within_a_step_of_the_weight_and_holds_zero(group_size: int) -> 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("dtype", FLOAT_TYPES)
-@pytest.mark.parametrize("kind", ["int8", "int4", "int4 without zeros"])
+@pytest.mark.parametrize(
+    "kind", ["int8", "int4", "int4 without zeros", "int8 with mins", "int4 with mins", "int4 halves", "int4 blocks"]
+)
 def test_quantized_product_is_that_of_quantized_inputs(
     kernels: KernelBackend, shape: tuple[int, int], rows: int, dtype: torch.dtype, kind: str
 ) -> None:
@@ -90,6 +102,18 @@ def test_quantized_product_is_that_of_quantized_inputs(
         packed = quantize_int8(weight)
     elif kind == "int4":
         packed = quantize_int4(weight, group_size)
+    elif kind == "int8 with mins":
+        values = torch.randint(-128, 128, shape, generator=torch.Generator().manual_seed(2)).to(torch.int8)
+        packed = with_mins(pack_int8(values, torch.rand(out_features) + 0.1))
+        group_size = in_features
+    elif kind == "int4 with mins":
+        packed = with_mins(quantize_int4(weight, group_size), torch.float32)
+    elif kind == "int4 blocks":
+        packed = with_block_scales(quantize_int4(weight, group_size))
+    elif kind == "int4 halves":
+        packed = quantize_int4(weight, group_size)
+        assert packed.scales is not None
+        packed = dataclasses.replace(packed, scales=packed.scales.half())
     else:
         values = torch.randint(0, 16, shape, generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
         packed = pack_int4(values, torch.rand(out_features, in_features // 8) + 0.1, None, 8)

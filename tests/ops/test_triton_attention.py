@@ -126,7 +126,7 @@ def test_the_number_of_programs_changes_no_bit(
 
 
 def test_programs_are_shared_out_by_rows_and_heads() -> None:
-    geometry = AttentionGeometry(32, 8, 128, 16, None, False)
+    geometry = AttentionGeometry(32, 8, 128, 16, None, False, False)
     rule = SegmentRule(tokens=256, max_segments=32, programs=8192)
     shares = {rows: geometry.programs_per_row(rows, 32, rule) for rows in (1, 16, 64, 256, 4096)}
     assert shares == {1: 32, 16: 32, 64: 16, 256: 4, 4096: 1}

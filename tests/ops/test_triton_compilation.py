@@ -77,3 +77,18 @@ def test_decode_and_prefill_of_the_commonest_heads(tmp_path: Path) -> None:
 @pytest.mark.parametrize("arch", [75, 80, 89, 90])
 def test_every_tuned_configuration(tmp_path: Path, arch: int) -> None:
     assert_fits(compiled(tmp_path, [arch], [""], timeout=3500))
+
+
+@pytest.mark.timeout(600)
+def test_gated_delta_net(tmp_path: Path) -> None:
+    assert_fits(compiled(tmp_path, [80, 90], ["(convolve|keep_inputs|delta_rule|gated_norm) bfloat16"]))
+
+
+@pytest.mark.timeout(600)
+def test_experts_of_a_mixture(tmp_path: Path) -> None:
+    found = compiled(tmp_path, [80, 90], ["expert_.* bfloat16 hidden_size=2048", "combine_experts hidden_size=2048"])
+    assert_fits(found)
+    for kernel in found:
+        if "combine" not in kernel["kernel"]:
+            assert kernel["copies_under_way"] >= FEWEST_COPIES_UNDER_WAY, f"each tile is waited for: {kernel}"
+            assert kernel["uses_wgmma"] == (kernel["arch"] == 90)

@@ -226,7 +226,7 @@ def step(query_lens):
         num_short_rows=sum(1 < length < 20 for length in query_lens),
     )
     ids = torch.zeros(tokens, dtype=torch.int64)
-    hidden = model.forward(ids, ids, caches, metadata)
+    hidden = model.forward(ids, ids, caches, [metadata])
     logits = pad_to_blocks(model.compute_logits(hidden[: len(query_lens)]))
     _, best = kernels.greedy_sample(logits)
     together = torch.zeros(2 * count, dtype=torch.int64)

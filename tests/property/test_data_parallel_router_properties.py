@@ -35,7 +35,7 @@ def request(prompt: list[int], salt: str | None = None, max_tokens: int = 8) -> 
 def make_router(num_replicas: int = NUM_REPLICAS, capacity: int = CAPACITY) -> PrefixRouter:
     router = PrefixRouter(num_replicas, BLOCK_SIZE)
     for replica in range(num_replicas):
-        router.set_capacity(replica, capacity)
+        router.set_capacity(replica, capacity, BLOCK_SIZE)
     return router
 
 
@@ -72,7 +72,7 @@ class Router(RuleBasedStateMachine):
 
     @rule(replica=st.integers(0, NUM_REPLICAS - 1))
     def lose(self, replica: int) -> None:
-        self.router.set_capacity(replica, CAPACITY)
+        self.router.set_capacity(replica, CAPACITY, BLOCK_SIZE)
         assert self.router.num_remembered(replica) == 0
 
     @invariant()
@@ -161,6 +161,13 @@ def test_a_prompt_whose_log_probabilities_are_wanted_is_computed_whole() -> None
 
 def test_without_prefix_caching_only_load_counts() -> None:
     router = PrefixRouter(2, 0)
-    router.set_capacity(0, 10)
-    router.set_capacity(1, 10)
+    router.set_capacity(0, 10, BLOCK_SIZE)
+    router.set_capacity(1, 10, BLOCK_SIZE)
     assert [router.place(request([1] * 9), [0, 1]).replica for _ in range(4)] == [0, 1, 0, 1]
+
+
+def test_blocks_are_as_large_as_those_of_the_replica() -> None:
+    router = PrefixRouter(1, BLOCK_SIZE)
+    router.set_capacity(0, 10, 6 * BLOCK_SIZE)
+    router.remove(router.place(request([1] * 8 * BLOCK_SIZE), [0]), has_failed=False)
+    assert router.place(request([1] * 8 * BLOCK_SIZE), [0]).num_cached_tokens == 6 * BLOCK_SIZE

@@ -26,14 +26,14 @@ from pagoda.framing import HEADER, MAX_PAYLOAD_BYTES
 from pagoda.request import EngineRequest
 from pagoda.sampling.output import TokenLogprobs
 from pagoda.sampling.params import SamplingParams
-from pagoda.scheduling.plan import NewRequest, SampledTokensUpdate, StepPlan, StepResult
+from pagoda.scheduling.plan import NewBlocks, NewRequest, SampledTokensUpdate, StepPlan, StepResult
 
 SECONDS = 20.0
 NUMBERS = st.integers(0, 2**31)
 
 SAMPLING = SamplingParams(temperature=0.5, logit_bias={3: 1.5}, stop=("a",), seed=7)
 SPEC = EngineRequest(request_id="a", params=SAMPLING, prompt_token_ids=[1], max_tokens=1, eos_token_ids=(2,))
-NEW_REQUEST = NewRequest(0, SPEC, [], [1], 0)
+NEW_REQUEST = NewRequest(0, SPEC, [], [[1]], 0)
 PLANS = st.builds(
     StepPlan,
     step_id=NUMBERS,
@@ -52,13 +52,15 @@ PLANS = st.builds(
                 eos_token_ids=st.just((1, 2)),
             ),
             output_token_ids=st.lists(NUMBERS, max_size=5),
-            block_ids=st.lists(NUMBERS, max_size=3),
+            block_ids=st.lists(st.lists(NUMBERS, max_size=3), max_size=2),
             num_computed_tokens=NUMBERS,
         ),
         max_size=2,
     ),
     request_ids=st.lists(st.text(max_size=8), max_size=3),
-    new_block_ids=st.lists(st.lists(NUMBERS, max_size=3), max_size=3),
+    new_blocks=st.lists(
+        st.builds(NewBlocks, NUMBERS, NUMBERS, NUMBERS, block_ids=st.lists(NUMBERS, max_size=3)), max_size=3
+    ),
     samples=st.lists(st.booleans(), max_size=3),
 )
 RESULTS = st.builds(

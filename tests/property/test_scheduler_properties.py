@@ -9,15 +9,17 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from pagoda.adapters import LoraAdapter
 from pagoda.errors import InvalidRequestError, QueueFullError
 from pagoda.request import EngineRequest
 from pagoda.sampling.output import FinishReason
 from pagoda.sampling.params import SamplingParams
 from pagoda.scheduling.config import SchedulerLimits
 from pagoda.scheduling.kv_cache_manager import KVCacheManager
+from pagoda.scheduling.kv_groups import FullGroup, StateGroup, WindowGroup
 from pagoda.scheduling.lookahead import MultiStep, Speculation
 from pagoda.scheduling.plan import StepPlan, StepResult
-from pagoda.scheduling.request import Request
+from pagoda.scheduling.request import Flow, Request
 from pagoda.scheduling.sampled_tokens_update import SampledTokensTracker
 from pagoda.scheduling.scheduler import RequestUpdate, Scheduler
 from tests.support.drafts import ArbitraryDrafts
@@ -45,10 +47,25 @@ OPTIONS = st.fixed_dictionaries(
         "ignore_eos": st.booleans(),
         "priority": st.integers(0, 2),
         "salt": st.sampled_from([None, None, None, "a"]),
-        "tenant": st.sampled_from("aaabc"),
+        "flow": st.sampled_from([*[("a", "")] * 3, ("a", "x"), ("b", ""), ("c", ""), ("c", "x")]),
         "weight": st.sampled_from([1.0, 1.0, 3.0]),
+        "adapter": st.sampled_from([*[None] * 4, "a", "b", "c"]),
     }
 )
+GROUPS = (
+    (FullGroup(),),
+    (FullGroup(),),
+    (WindowGroup(1),),
+    (WindowGroup(3),),
+    (FullGroup(), WindowGroup(3)),
+    (FullGroup(), WindowGroup(1), WindowGroup(5)),
+    (FullGroup(), FullGroup(), WindowGroup(2), WindowGroup(2)),
+    (StateGroup(),),
+    (FullGroup(), StateGroup()),
+    (FullGroup(), StateGroup(), StateGroup()),
+    (FullGroup(), WindowGroup(3), StateGroup()),
+)
+MAX_DRAFTS = 7
 # Steps of others that may run before one with a request that runs, or with any of a tenant's.
 MAX_STEPS_WITHOUT_REQUEST = 60
 MAX_STEPS_WITHOUT_TENANT = 200
@@ -83,12 +100,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         depth=st.integers(1, 3),
         policy=st.sampled_from(["fcfs", "priority"]),
         caching=st.booleans(),
-        window=st.sampled_from([None, None, 1, 3]),
+        groups=st.deferred(lambda: st.sampled_from(GROUPS)),
         watermark=st.sampled_from([0.0, 0.2]),
         num_steps=st.sampled_from([1, 1, 4]),
         stages=st.sampled_from([1, 1, 2, 3]),
         drafts=st.one_of(st.none(), st.randoms(use_true_random=False)),
         tokens_of_a_step=st.sampled_from([0.0, 5.0, 1000.0]),
+        loras=st.sampled_from([(1, 1), (1, 2), (2, 2)]),
     )
     def build(
         self,
@@ -100,15 +118,22 @@ class SchedulerMachine(RuleBasedStateMachine):
         depth,
         policy,
         caching,
-        window,
+        groups,
         watermark,
         num_steps,
         stages,
         drafts,
         tokens_of_a_step,
+        loras,
     ) -> None:
+        self.groups = groups
         self.kv = KVCacheManager(
-            num_usable + 1, block_size, enable_prefix_caching=caching, sliding_window=window, watermark=watermark
+            num_usable + 1,
+            block_size,
+            groups=groups,
+            max_step_tokens=budget + MAX_DRAFTS + num_steps,
+            enable_prefix_caching=caching,
+            watermark=watermark,
         )
         limits = SchedulerLimits(
             max_num_seqs=max_num_seqs,
@@ -120,15 +145,17 @@ class SchedulerMachine(RuleBasedStateMachine):
             policy=policy,
             num_scheduler_steps=num_steps if stages == 1 else 1,
             pipeline_parallel_size=stages,
+            max_loras=loras[0],
+            max_cpu_loras=loras[1],
         )
         lookahead = None
-        if drafts is not None:
+        if drafts is not None and all(group.can_fall_back for group in groups):
             multi_step = MultiStep(limits, self.kv) if limits.num_scheduler_steps > 1 else None
-            lookahead = Speculation(self.kv, ArbitraryDrafts(drafts, true_continuation), 7, multi_step)
+            lookahead = Speculation(self.kv, ArbitraryDrafts(drafts, true_continuation), MAX_DRAFTS, multi_step)
         self.clock = Clock()
         self.tokens_of_a_step = tokens_of_a_step
         self.scheduler = Scheduler(limits, self.kv, self.clock, lookahead=lookahead)
-        self.runner = SimulatedRunner(block_size, window)
+        self.runner = SimulatedRunner(block_size, groups)
         self.depth = depth if stages == 1 else stages
         self.first_stage = SimulatedFirstStage()
         self.sampled_tokens = SampledTokensTracker()
@@ -144,7 +171,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         for prompt, options in arrivals:
             self._arrive(prompt, **options)
 
-    def _arrive(self, prompt, max_tokens, min_tokens, ignore_eos, priority, salt, tenant, weight) -> None:
+    def _arrive(self, prompt, max_tokens, min_tokens, ignore_eos, priority, salt, flow, weight, adapter) -> None:
+        tenant, fairness_id = flow
         request = Request(
             EngineRequest(
                 request_id=str(self.counter),
@@ -156,12 +184,16 @@ class SchedulerMachine(RuleBasedStateMachine):
                 cache_keys=() if salt is None else (salt,),
                 tenant=tenant,
                 tenant_weight=weight,
+                fairness_id=fairness_id,
+                adapter=None if adapter is None else LoraAdapter(adapter, "", "1"),
             )
         )
         self.counter += 1
-        fits = 0 < len(prompt) < min(30, self.kv.pool.num_usable * self.kv.block_size + 1)
-        num_own = self.scheduler._waiting.num_of(tenant)
-        num_tenants = len({*self.scheduler._waiting.tenants, tenant})
+        fits = 0 < len(prompt) < min(30, self.kv.max_tokens_of_a_request)
+        waiting = self.scheduler._waiting
+        aside = [request.flow.tenant for request in self.scheduler.adapters.parked]
+        num_own = sum(waiting.num_of(flow) for flow in waiting.flows if flow.tenant == tenant) + aside.count(tenant)
+        num_tenants = len({tenant, *aside, *(flow.tenant for flow in waiting.flows)})
         room = self.scheduler.num_waiting + self.scheduler.num_running < 6 + self.scheduler.limits.max_num_seqs
         room |= num_own < 6 // num_tenants
         try:
@@ -176,9 +208,14 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule()
     def step(self) -> None:
-        while len(self.in_flight) < self.depth and (plan := self.scheduler.schedule()) is not None:
+        while len(self.in_flight) < self.depth:
+            could_run = {
+                request.spec.request_id for request in self.scheduler._running.values() if request.next_tokens()
+            }
+            if (plan := self._schedule()) is None:
+                break
             assert sum(plan.num_scheduled_tokens) <= self.scheduler.limits.max_num_batched_tokens
-            self._check_turns(plan)
+            self._check_turns(plan, could_run)
             self.in_flight.append((plan, self._execute(plan)))
         had_work = bool(self.in_flight)
         if had_work:
@@ -186,29 +223,45 @@ class SchedulerMachine(RuleBasedStateMachine):
         self._record(self.scheduler.take_ended())
         assert had_work or not self.scheduler.has_work, "requests wait, and nothing can run"
 
-    def _check_turns(self, plan: StepPlan) -> None:
-        """Nobody waits for ever, and nothing is left idle."""
+    def _schedule(self) -> StepPlan | None:
+        """The next plan; adapters that it waits for are there at once."""
+        gate = self.scheduler.adapters
+        while (plan := self.scheduler.schedule()) is None and gate.is_loading:
+            self._load_adapters()
+        self._load_adapters()
+        return plan
+
+    def _load_adapters(self) -> None:
+        gate = self.scheduler.adapters
+        gate.take_unloads()
+        for _, adapter in gate.take_loads():
+            gate.loaded(adapter)
+
+    def _check_turns(self, plan: StepPlan, could_run: set[str]) -> None:
+        """Nobody waits for ever, and nothing is left idle; `could_run`: those that could before the plan was made."""
         running = self.scheduler._running.values()
         names = {request.spec.request_id for request in running if request.next_tokens()}
         names |= self.scheduler._shares.tenants.keys()
-        ran = set(plan.request_ids) | {self.requests[name].spec.tenant for name in plan.request_ids}
+        ran = set(plan.request_ids) | {self.requests[name].flow for name in plan.request_ids}
         self.steps_without = Counter({name: self.steps_without[name] + 1 for name in names - ran})
         for name, count in self.steps_without.items():
-            assert count <= (MAX_STEPS_WITHOUT_TENANT if name in "abc" else MAX_STEPS_WITHOUT_REQUEST), f"{name} waits"
+            assert count <= (MAX_STEPS_WITHOUT_TENANT if isinstance(name, Flow) else MAX_STEPS_WITHOUT_REQUEST), (
+                f"{name} waits"
+            )
         if len(self.scheduler._shares.tenants) == 1:
-            self._check_lone_tenant(plan)
+            self._check_lone_tenant(plan, could_run)
 
-    def _check_lone_tenant(self, plan: StepPlan) -> None:
+    def _check_lone_tenant(self, plan: StepPlan, could_run: set[str]) -> None:
         """All its rows that decode run, where the budget has a token for each, and it has every request slot."""
         scheduler = self.scheduler
         budget = scheduler._budget.tokens
         if scheduler.limits.pipeline_parallel_size == 1 and budget >= scheduler.num_running:
-            could_run = {
+            can_run = {
                 request.spec.request_id
                 for request in scheduler._running.values()
                 if request not in scheduler._composer.prompts and request.next_tokens()
             }
-            assert could_run <= set(plan.request_ids)
+            assert can_run & could_run <= set(plan.request_ids)
 
     def _execute(self, plan: StepPlan, failed_row: int | None = None) -> StepResult:
         """Run a plan. With stages, the first one must know every token of it: none may still be on the way."""
@@ -263,7 +316,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         A row of a request that enters, where there is one.
         """
         self.arrive([(prompt, options)] * count)
-        plan = self.scheduler.schedule()
+        plan = self._schedule()
         if plan is not None:
             entering = {new.req_index for new in plan.new_requests}
             rows = [row for row, req_index in enumerate(plan.req_indices) if req_index in entering] or range(
@@ -282,7 +335,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule()
     def a_step_fails(self) -> None:
         # Nothing that the failed step should have written may be trusted: overwrite all of it.
-        plan = self.scheduler.schedule()
+        plan = self._schedule()
         if plan is not None:
             self._execute(plan)
             rows = zip(plan.req_indices, plan.num_computed_tokens, plan.num_scheduled_tokens, strict=True)
@@ -294,7 +347,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule()
     def a_step_does_not_fit(self) -> None:
-        plan = self.scheduler.schedule()
+        plan = self._schedule()
         if plan is not None:
             if self.scheduler.limits.pipeline_parallel_size > 1:
                 self._inputs_of_first_stage(plan)
@@ -308,6 +361,21 @@ class SchedulerMachine(RuleBasedStateMachine):
     def everything_is_accounted_for(self) -> None:
         if hasattr(self, "scheduler"):
             self.scheduler.check_integrity()
+            for request in self.scheduler._running.values():
+                self._check_blocks(request)
+
+    def _check_blocks(self, request: Request) -> None:
+        """No group holds more than its rule needs, whatever came before, and all together no more than was said."""
+        size, step_tokens = self.kv.block_size, self.kv.max_step_tokens
+        for group, lease in zip(self.groups, request.leases, strict=True):
+            assert all(block.block_id == 0 for block in lease.blocks[: lease.num_dropped])
+            assert 0 not in {block.block_id for block in lease.blocks[lease.num_dropped :]}
+            assert (len(lease.blocks) - 1) * size < 30
+            if isinstance(group, WindowGroup):
+                assert lease.num_held <= (step_tokens + group.size - 2) // size + 2
+        assert request.num_blocks <= max(
+            self.kv.most_blocks(request.num_tokens), self.kv.most_blocks(request.num_prompt_tokens + request.max_tokens)
+        )
 
     def teardown(self) -> None:
         if not hasattr(self, "scheduler"):

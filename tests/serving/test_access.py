@@ -53,7 +53,7 @@ def bearer(key: str | None) -> dict[str, str]:
 
 def served_routes(rest: RestHarness) -> set[str]:
     """Method and path of everything that the application routes."""
-    app = create_app(rest.context, rest.service)
+    app = create_app(rest.context, rest.service, rest.settings)
     return {f"{method} {route.path}" for route in iter_route_contexts(app.routes) for method in route.methods or ("?",)}
 
 
@@ -111,7 +111,8 @@ def test_a_route_lets_in_the_keys_that_it_declares_and_no_others(rest: RestHarne
     path = path.replace("{model_name:model}", "demo").replace("{model_version}", "1")
     access = ROUTES[route]
     for scope, key in (*KEYS.items(), (None, None)):
-        status = rest.client.request(method, path, headers=bearer(key)).status_code
+        with rest.client.stream(method, path, headers=bearer(key)) as answer:  # some do not end by themselves
+            status = answer.status_code
         if access.admits({scope} if scope else frozenset()):
             assert status not in (401, 403), (scope, status)
         else:
@@ -261,3 +262,14 @@ def test_guesses_are_slowed_down_while_a_good_key_of_the_same_peer_is_not(key_fi
         good: httpx.Response = harness.client.get("/v1/models", headers=bearer(KEYS[Scope.INFER]))
         assert good.status_code == 200
         assert len(slept) == num_slept
+
+
+def test_a_public_probe_of_another_model_does_not_say_which_one_is_served(rest: RestHarness, key_file: Path) -> None:
+    path = "/v2/models/guess/ready"
+    answer = rest.client.get(path)
+    assert (answer.status_code, answer.json()["error"]) == (404, "model 'guess' is not served here")
+    known = rest.client.get(path, headers={"Authorization": f"Bearer {KEYS[Scope.INFER]}"})
+    assert known.json()["error"] == "model 'guess' is not served here; the served model is 'demo'"
+    with GrpcHarness(api_keys_file=str(key_file)) as harness, pytest.raises(grpc.RpcError) as caught:
+        harness.stub("ModelReady")(GetMessageClass(POOL.FindMessageTypeByName("inference.ModelReadyRequest"))(name="x"))
+    assert caught.value.details() == "model 'x' is not served here"  # type: ignore[attr-defined]

@@ -22,7 +22,7 @@ TOOLS: list[Any] = [
     },
     {"name": "get_time", "input_schema": {"type": "object"}},
 ]
-# As Claude Code sends it, by hand: blocks with cache marks, a billing header of its own in each request, system messages among
+# What Claude Code may send: blocks with cache marks, a billing header of its own in each request, system messages among
 # the others, tools that run at Anthropic, and options that only Anthropic knows.
 AGENT: dict[str, Any] = {
     "model": "demo",
@@ -65,6 +65,76 @@ AGENT: dict[str, Any] = {
     "output_config": {"effort": "high"},
     "temperature": 1,
     "stream": True,
+}
+# What Claude Code 2.1.197 sent, recorded, shortened: behind its first call, and for a session's title.
+RECORDED: dict[str, Any] = {
+    "model": "demo",
+    "messages": [
+        {
+            "role": "user",
+            "content": [
+                {"type": "text", "text": "<system-reminder>\nToday.\n</system-reminder>"},
+                {"type": "text", "text": "What is in a.py?"},
+            ],
+        },
+        {"role": "system", "content": "Available agent types."},
+        {
+            "role": "assistant",
+            "content": [{"type": "tool_use", "id": "call_1", "name": "Read", "input": {"file_path": "a.py"}}],
+        },
+        {
+            "role": "user",
+            "content": [
+                {
+                    "type": "tool_result",
+                    "content": "<tool_use_error>No such file.</tool_use_error>",
+                    "is_error": True,
+                    "tool_use_id": "call_1",
+                    "cache_control": {"type": "ephemeral"},
+                }
+            ],
+        },
+    ],
+    "system": [
+        {"type": "text", "text": "x-anthropic-billing-header: cc_version=2.1.197.84c; cc_entrypoint=sdk-cli;"},
+        {"type": "text", "text": "You are an agent.", "cache_control": {"type": "ephemeral"}},
+    ],
+    "tools": [
+        {
+            "name": "Read",
+            "description": "Reads a file.",
+            "input_schema": {
+                "$schema": "https://json-schema.org/draft/2020-12/schema",
+                "type": "object",
+                "properties": {"file_path": {"type": "string"}, "limit": {"type": "integer", "exclusiveMinimum": 0}},
+                "required": ["file_path"],
+                "additionalProperties": False,
+            },
+        }
+    ],
+    "metadata": {"user_id": '{"device_id":"5e63","account_uuid":"","session_id":"998c"}'},
+    "max_tokens": 300,
+    "thinking": {"type": "adaptive"},
+    "context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
+    "output_config": {"effort": "high"},
+    "stream": True,
+}
+TITLE: dict[str, Any] = {
+    **{name: RECORDED[name] for name in ("model", "system", "metadata", "max_tokens", "stream")},
+    "messages": [{"role": "user", "content": [{"type": "text", "text": "<session>\nHello\n</session>"}]}],
+    "tools": [],
+    "output_config": {
+        "effort": "high",
+        "format": {
+            "type": "json_schema",
+            "schema": {
+                "type": "object",
+                "properties": {"title": {"type": "string"}},
+                "required": ["title"],
+                "additionalProperties": False,
+            },
+        },
+    },
 }
 
 
@@ -186,6 +256,36 @@ def test_an_agents_request_is_understood(harness: RestHarness) -> None:
     # More than the context holds: a bound.
     submitted = harness.engine.submitted[-1]
     assert submitted.num_prompt_tokens + submitted.max_tokens == 4096
+
+
+def test_what_claude_code_sent_is_answered(harness: RestHarness) -> None:
+    betas = "claude-code-20250219,interleaved-thinking-2025-05-14,context-management-2025-06-27,effort-2025-11-24"
+    headers = {
+        "anthropic-beta": betas,
+        "anthropic-version": "2023-06-01",
+        "authorization": "Bearer none",
+        "x-app": "cli",
+    }
+    assert harness.client.head("/").status_code == 200
+    for body, text in ((RECORDED, "There is none."), (TITLE, '{"title": "Hello"}')):
+        answers(harness, text)
+        response = harness.client.post("/v1/messages?beta=true", json=body, headers=headers)
+        assert response.status_code == 200, response.text
+        events = [json.loads(line[6:]) for line in response.text.splitlines() if line.startswith("data: ")]
+        said = [event["delta"] for event in events if event["type"] == "content_block_delta"]
+        assert "".join(delta["text"] for delta in said) == text
+        assert events[-2]["delta"] == {"stop_reason": "end_turn", "stop_sequence": None}
+        if body is RECORDED:
+            prompt = last_prompt(harness)
+            assert '{"name": "Read", "arguments": {"file_path": "a.py"}}' in prompt
+            assert "<|im_start|>tool\n<tool_use_error>No such file.</tool_use_error><|im_end|>" in prompt
+    grammar = harness.engine.submitted[-1].params.structured_outputs
+    assert grammar is not None
+    assert grammar.kind == "json_schema"
+    for tools in ([], RECORDED["tools"]):
+        counted = {"model": "demo", "messages": [{"role": "user", "content": "foo"}], "tools": tools}
+        answer = harness.client.post("/v1/messages/count_tokens?beta=true", json=counted, headers=headers)
+        assert answer.json()["input_tokens"] > 0
 
 
 def test_tokens_are_counted_as_they_are_sent(harness: RestHarness, client: anthropic.Anthropic) -> None:

@@ -279,6 +279,9 @@ NOT_SUPPORTED: dict[str, tuple[str, Any]] = {
     "best of": (COMPLETIONS, {"prompt": "a", "best_of": 3}),
     "suffix": (COMPLETIONS, {"prompt": "a", "suffix": "b"}),
     "beam search": (COMPLETIONS, {"prompt": "a", "use_beam_search": True}),
+    "what prefill and decode say to each other": (COMPLETIONS, {"prompt": "a", "kv_transfer_params": {"x": 1}}),
+    "SGLang's stop_regex": (COMPLETIONS, {"prompt": "a", "stop_regex": "a+"}),
+    "llama.cpp's samplers": (COMPLETIONS, {"prompt": "a", "mirostat": 2}),
     "embeddings": ("/v1/embeddings", {"input": "a"}),
     "classification": (
         INFER,
@@ -300,7 +303,23 @@ def test_what_this_server_does_not_have_is_a_400_with_a_sentence(harness: RestHa
     assert answer.status_code == 400
     if path.startswith("/v1/"):
         assert answer.json()["error"]["code"] == "unsupported_parameter"
-    assert "not supported" in message_of(answer) or "cannot" in message_of(answer)
+    assert any(words in message_of(answer) for words in ("not supported", "cannot", "--task embed"))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [{"length_penalty": 1.5}, {"typical_p": 1.0}, {"mirostat": 0}, {"do_sample": True}, {"separate_reasoning": True}],
+    ids=lambda body: next(iter(body)),
+)
+def test_what_asks_for_nothing_that_is_not_there_is_taken(harness: RestHarness, body: dict[str, Any]) -> None:
+    assert harness.client.post(COMPLETIONS, json={"prompt": "a", "max_tokens": 1, **body}).status_code == 200
+
+
+@pytest.mark.parametrize("name", ["max_new_tokens", "repeat_penalty", "n_predict"])
+def test_anothers_name_of_a_field_is_refused_with_this_servers(harness: RestHarness, name: str) -> None:
+    answer = harness.client.post(COMPLETIONS, json={"prompt": "a", name: 2})
+    own = "repetition_penalty" if "penalty" in name else "max_tokens"
+    assert (answer.status_code, own in message_of(answer)) == (400, True)
 
 
 TOO_LONG = {

@@ -55,7 +55,7 @@ def test_token_ids_make_prompt_lengths_exact(server, tmp_path):
     assert json.loads(path.read_text())["results"]["prompt_tokens"] == 66
 
 
-@pytest.mark.parametrize("workload", ["shared-prefix", "multi-turn", "file"])
+@pytest.mark.parametrize("workload", ["shared-prefix", "multi-turn", "agent", "file"])
 @pytest.mark.parametrize("endpoint", ["openai-chat", "v2-generate"])
 def test_every_workload_runs_in_a_closed_loop(server, endpoint, workload, tmp_path):
     path, prompts = tmp_path / "result.json", tmp_path / "prompts.txt"
@@ -63,12 +63,15 @@ def test_every_workload_runs_in_a_closed_loop(server, endpoint, workload, tmp_pa
     options = {
         "shared-prefix": ["--num-prefixes", "2", "--prefix-len", "32"],
         "multi-turn": ["--num-turns", "2"],
+        "agent": ["--num-turns", "2", "--num-prefixes", "1", "--prefix-len", "32"],
         "file": ["--dataset-path", str(prompts)],
     }[workload]
     closed = ["--max-concurrency", "2", "--num-prompts", "4", "--json", str(path)]
     assert bench(server, endpoint, "--workload", workload, *options, *closed) == 0
     results = json.loads(path.read_text())["results"]
-    assert results["completed"] == (8 if workload == "multi-turn" else 4)
+    assert results["completed"] == (8 if workload in ("multi-turn", "agent") else 4)
+    if workload == "agent" and endpoint == "openai-chat":
+        assert 0 < results["cached_share"] < results["cached_share_of_later_turns"] < 1
     assert results["max_concurrent_requests"] == 2
 
 

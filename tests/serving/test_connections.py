@@ -14,7 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pagoda.serving.http import connections, server
+from pagoda.serving.http import connections
+from pagoda.serving.http.connection_server import ConnectionServer
 from tests.support.raw_http import Pause, RawClient
 from tests.support.rest_harness import RestHarness
 from tests.support.tls import write_self_signed_certificate
@@ -232,7 +233,7 @@ def test_what_an_unknown_key_sends_is_not_kept() -> None:
 
 
 def test_half_a_request_at_the_end_is_a_503(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "CLOSE_SECONDS", 10)
+    monkeypatch.setattr(ConnectionServer, "close_seconds", 10)
     with RestHarness() as harness, RawClient(harness.port) as half, RawClient(harness.port) as head:
         half.send(HALF)
         head.send(LIVE[:-2])

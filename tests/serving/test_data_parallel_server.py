@@ -40,6 +40,12 @@ def test_two_replicas_behind_one_endpoint() -> None:
         with ThreadPoolExecutor(8) as pool:
             texts = {answer.json()["text_output"] for answer in pool.map(ask, range(24))}
             assert len(texts) == 1
+            changed = server.client.patch("/settings", json={"max_num_seqs": 2, "max_num_waiting": 64})
+            assert changed.status_code == 200, changed.text
+            refused = server.client.patch("/settings", json={"max_num_seqs": 4096, "max_num_batched_tokens": 4096})
+            assert (refused.status_code, "sized at start" in refused.text) == (400, True), refused.text
+            assert server.client.post("/sleep").status_code == 200
+            assert {answer.json()["text_output"] for answer in pool.map(ask, range(8))} == texts  # they wake
             os.kill(engine_pids(server)[0], signal.SIGKILL)
             report = wait_until(lambda: health_in_state(server, "degraded"), seconds=200)
             assert "engine replica" in report["cause"]

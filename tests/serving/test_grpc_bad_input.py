@@ -176,7 +176,11 @@ CASES: dict[str, tuple[Any, grpc.StatusCode, str]] = {
         UNIMPLEMENTED,
         "shared_memory",
     ),
-    "message too large": (infer_request("x" * 200_000), TOO_LARGE, "larger than max"),
+    "message too large": (
+        infer_request("x" * 200_000),
+        TOO_LARGE,
+        "97.66 KiB (100000 bytes) are allowed (max_grpc_message_bytes)",
+    ),
 }
 
 
@@ -224,7 +228,7 @@ def test_a_message_that_quotes_the_client_is_cut_to_what_a_header_holds(harness:
 
 
 def test_unknown_method_is_unimplemented(harness: GrpcHarness) -> None:
-    call = harness.channel.unary_unary("/inference.GRPCInferenceService/ModelStatistics")
+    call = harness.channel.unary_unary("/inference.GRPCInferenceService/TraceSetting")
     with pytest.raises(grpc.RpcError) as caught:
         call(b"", timeout=10)
     assert caught.value.code() is UNIMPLEMENTED

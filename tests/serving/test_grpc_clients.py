@@ -23,7 +23,7 @@ IDS = [ord(character) for character in ANSWER]
 @pytest.fixture(scope="module")
 def harness(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GrpcHarness]:
     keys = tmp_path_factory.mktemp("keys") / "keys.json"
-    keys.write_text(json.dumps([{"key": KEY, "scopes": ["infer", "admin"]}]))
+    keys.write_text(json.dumps([{"key": KEY, "scopes": ["infer", "read", "admin"]}]))
     with GrpcHarness(api_keys_file=str(keys)) as running:
         yield running
 
@@ -62,6 +62,14 @@ def test_tritonclient_infers_streams_and_reads_metadata(harness: GrpcHarness) ->
     assert report["metadata"]["inputs"][0] == {"name": "text_input", "datatype": "BYTES", "shape": ["-1"]}
     assert report["index"] == {"models": [{"name": "demo", "version": "1", "state": "READY"}]}
     assert "max_tokens" in report["stream_error"]
+    (of_model,), (of_every_model,) = report["statistics"]
+    assert of_model == of_every_model
+    assert (of_model["name"], of_model["version"]) == ("demo", "1")
+    count = of_model["inference_count"]
+    assert int(count) >= 5
+    success = of_model["inference_stats"]["success"]
+    assert success["count"] == count
+    assert int(success["ns"]) > 0
 
 
 def test_tritonclient_aio_infers_and_streams(harness: GrpcHarness) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 import grpc
 import pytest
 
-from pagoda.serving.grpc import handlers
 from tests.support.grpc_harness import GrpcHarness, infer_request
 from tests.support.waiting import wait_until
 
@@ -20,10 +19,7 @@ MUCH = infer_request("x" * 60, parameters={"n": 64, "max_tokens": 60})
 
 
 @pytest.mark.parametrize("is_half_closed", [True, False])
-def test_a_stream_that_nobody_reads_ends_and_so_do_its_requests(
-    monkeypatch: pytest.MonkeyPatch, is_half_closed: bool
-) -> None:
-    monkeypatch.setattr(handlers, "LAST_STATUS_SECONDS", 0.5)
+def test_a_stream_that_nobody_reads_ends_and_so_do_its_requests(is_half_closed: bool) -> None:
     no_more = threading.Event()
 
     def requests() -> Iterator[Any]:

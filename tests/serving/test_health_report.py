@@ -11,7 +11,7 @@ from pagoda.engine.health import EngineState
 from pagoda.engine.heartbeat import EngineHeartbeat
 from pagoda.engine.messages import EngineStats
 from pagoda.parallel.rank_health import RankHealth
-from pagoda.serving.health import ServerHealth
+from pagoda.serving.health import ModelHealth
 from tests.support.fake_engine import FakeEngineClient
 from tests.support.rest_harness import RestHarness
 
@@ -35,7 +35,7 @@ def harness() -> Iterator[RestHarness]:
 
 def test_the_report_has_state_load_and_the_age_of_the_last_sign_of_life() -> None:
     engine = WatchedEngine()
-    health = ServerHealth(engine)
+    health = ModelHealth(engine)
     before = health.snapshot()
     assert (before["state"], before["step"], before["seconds_since_progress"]) == ("starting", None, None)
     engine.health.transition(EngineState.READY, "started")
@@ -53,7 +53,7 @@ def test_the_report_has_state_load_and_the_age_of_the_last_sign_of_life() -> Non
 
 def test_the_report_lists_the_ranks_of_a_model_with_several() -> None:
     engine = WatchedEngine()
-    health = ServerHealth(engine)
+    health = ModelHealth(engine)
     assert health.snapshot()["ranks"] == []
     engine.ranks = [RankHealth(rank=1, host="b", pid=42, last_heartbeat=time.monotonic() - 2, num_steps=7, is_up=False)]
     (rank,) = health.snapshot()["ranks"]
@@ -63,11 +63,11 @@ def test_the_report_lists_the_ranks_of_a_model_with_several() -> None:
 
 def test_the_report_lists_the_replicas_of_an_engine_with_several() -> None:
     engine, replica = WatchedEngine(), WatchedEngine()
-    assert ServerHealth(engine).snapshot()["replicas"] == []
+    assert ModelHealth(engine).snapshot()["replicas"] == []
     engine.replicas = (replica,)
     replica.health.transition(EngineState.READY, "started")
     replica.stats = EngineStats(num_running=2, num_waiting=1)
-    (shown,) = ServerHealth(engine).snapshot()["replicas"]
+    (shown,) = ModelHealth(engine).snapshot()["replicas"]
     assert shown["since"] == pytest.approx(time.time(), abs=60)
     assert (shown["replica"], shown["state"], shown["cause"]) == (0, "ready", "started")
     assert (shown["running"], shown["waiting"], shown["kv_cache_usage"]) == (2, 1, 0.0)
@@ -79,7 +79,7 @@ def test_an_engine_without_tokenizers_is_not_ready(harness: RestHarness) -> None
     assert (report.status_code, report.json()["state"], report.json()["stage"]) == (503, "starting", "tokenizer")
     metrics = harness.client.get("/metrics").text
     assert 'pagoda_engine_state{model_name="demo",state="starting"} 1.0' in metrics
-    harness.call(harness.context.health.text_is_ready)
+    harness.call(harness.context.models.default.health.text_is_ready)
     assert harness.client.get("/v2/health/ready").status_code == 200
 
 

@@ -22,6 +22,7 @@ from pagoda.errors import (
 from pagoda.parallel.rank_health import RankHealth
 from pagoda.sampling.output import FinishReason
 from pagoda.sampling.params import SamplingParams
+from pagoda.scheduling.plan import ExpertLoad
 from pagoda.serving.metrics.prometheus import Metrics
 from pagoda.serving.metrics.request_meter import RequestMeter
 from pagoda.text.output import GenerationChunk
@@ -40,6 +41,7 @@ NAMES_READ_BY_AUTOSCALERS_AND_DASHBOARDS = {
     "inter_token_latency_seconds_bucket",
     "e2e_request_latency_seconds_bucket",
     "request_queue_time_seconds_bucket",
+    "request_inference_time_seconds_bucket",
     "request_prefill_time_seconds_bucket",
     "request_decode_time_seconds_bucket",
     "iteration_tokens_total_bucket",
@@ -79,6 +81,8 @@ class Engine:
     ranks: list[RankHealth] = field(default_factory=list)
     replicas: tuple[Engine, ...] = ()
     ready: EngineReady | None = None
+    num_replays: int = 0
+    sleep_level: int = 0
 
 
 def samples(metrics: Metrics) -> dict[str, float]:
@@ -131,7 +135,7 @@ def test_label_values_are_fixed_lists() -> None:
         for sample in family.samples:
             for label in ("finished_reason", "kind", "state", "from", "to"):
                 values.setdefault(label, set()).update({sample.labels[label]} if label in sample.labels else ())
-    states = {"starting", "ready", "degraded", "draining", "dead"}
+    states = {"starting", "ready", "degraded", "draining", "dead", "unloaded", "sleeping"}
     assert values == {
         "finished_reason": {"stop", "length", "repetition", "abort", "error"},
         "kind": set(ErrorKind),
@@ -162,6 +166,7 @@ def test_times_and_tokens_of_one_request_are_exact(metrics: Metrics, clock: Cloc
         "inter_token_latency_seconds_count": 3,
         "e2e_request_latency_seconds_sum": 4.0,
         "request_queue_time_seconds_sum": 0.5,
+        "request_inference_time_seconds_sum": 3.5,
         "request_prefill_time_seconds_sum": 1.5,
         "request_decode_time_seconds_sum": 1.5,
         "request_prompt_tokens_sum": 7,
@@ -258,18 +263,43 @@ def test_gauges_follow_the_engine_and_are_zero_when_it_is_dead(metrics: Metrics)
 def test_counts_of_the_engine_keep_rising_over_a_restart(metrics: Metrics) -> None:
     engine = Engine()
     metrics.watch(engine)
-    engine.stats = EngineStats(prefix_cache_queries=10, prefix_cache_hits=4, num_preemptions=2, num_repetitions=1)
+    engine.stats = EngineStats(
+        prefix_cache_queries=10,
+        prefix_cache_hits=4,
+        prefix_cache_misses={"new": 6},
+        num_preemptions=2,
+        num_repetitions=1,
+    )
     engine.health.transitions = {("starting", "ready"): 2, ("ready", "starting"): 1}
     assert samples(metrics)["pagoda_prefix_cache_queries_total"] == 10
-    engine.stats = EngineStats(prefix_cache_queries=3, prefix_cache_hits=1, num_preemptions=0)
+    engine.stats = EngineStats(
+        prefix_cache_queries=3, prefix_cache_hits=1, prefix_cache_misses={"new": 2}, num_preemptions=0
+    )
     found = samples(metrics)
     assert found["pagoda_prefix_cache_queries_total"] == 13
     assert found["pagoda_prefix_cache_hits_total"] == 5
+    assert found["pagoda_prefix_cache_misses_total{reason=new}"] == 8
     assert found["pagoda_num_preemptions_total"] == 2
     assert found["pagoda_runaways_total"] == 1
     assert found["pagoda_engine_restarts_total"] == 1
     assert found["pagoda_engine_state_transitions_total{from=starting,to=ready}"] == 2
     assert found["pagoda_engine_state_transitions_total{from=ready,to=dead}"] == 0
+
+
+def test_expert_load_of_a_mixture_is_shown_once_it_was_measured(metrics: Metrics) -> None:
+    engine = Engine()
+    metrics.watch(engine)
+    assert not any("moe" in name for name in samples(metrics))
+    engine.stats = EngineStats(
+        expert_load=ExpertLoad(imbalance=2.5, worst_imbalance=4.0, idle_share=0.25, rank_imbalance=1.5)
+    )
+    found = {name: value for name, value in samples(metrics).items() if "moe" in name}
+    assert found == {
+        "pagoda_moe_expert_imbalance": 2.5,
+        "pagoda_moe_expert_imbalance_worst": 4.0,
+        "pagoda_moe_experts_idle": 0.25,
+        "pagoda_moe_rank_imbalance": 1.5,
+    }
 
 
 def test_the_age_of_the_last_sign_of_life_is_shown(metrics: Metrics) -> None:

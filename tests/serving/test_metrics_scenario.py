@@ -33,22 +33,22 @@ async def context() -> AsyncIterator[ServingContext]:
     pool = TokenizerPool.from_config(config)
     await pool.start()
     await engine.start()
-    made.runner.attach(TextGenerator.from_config(engine, pool, config))
-    made.health.text_is_ready()
+    made.models.default.runner.attach(TextGenerator.from_config(engine, pool, config))
+    made.models.default.health.text_is_ready()
     yield made
     await pool.shutdown()
 
 
 def engine_of(context: ServingContext) -> FakeEngineClient:
-    assert isinstance(context.client, FakeEngineClient)
-    return context.client
+    assert isinstance(context.models.default.client, FakeEngineClient)
+    return context.models.default.client
 
 
 async def run(context: ServingContext, prompt: str | list[int] = PROMPT, **options: Any) -> None:
     timeout = options.pop("timeout_seconds", None)
-    sampling = context.generator.sampling_params(options)
+    sampling = context.models.default.generator.sampling_params(options)
     job = GenerationRequest(prompt=prompt, params=sampling, timeout_seconds=timeout)
-    await context.runner.collect(job, f"r-{id(job)}")
+    await context.models.default.runner.collect(job, f"r-{id(job)}")
 
 
 def figures(context: ServingContext) -> dict[str, float]:
@@ -67,7 +67,7 @@ async def test_every_way_to_end_is_counted_once_and_nothing_is_left(context: Ser
     await run(context)  # ends at the model's limit
     await run(context, max_tokens=9, stop_token_ids=[6])
     await run(context, max_tokens=2, n=3)
-    (letter,) = set(await context.generator.pool.decode([PROMPT[0]]))
+    (letter,) = set(await context.models.default.generator.pool.decode([PROMPT[0]]))
     await run(context, max_tokens=9, stop=[letter])  # for the engine an abort, for the client a stop
 
     engine.hold.clear()
@@ -114,12 +114,12 @@ async def test_every_way_to_end_is_counted_once_and_nothing_is_left(context: Ser
         "engine_state[ready]": 1,
     }
     assert {name: found[name] for name in expected} == expected
-    assert context.runner.num_running == 0
+    assert context.models.default.runner.num_running == 0
 
 
 async def test_a_slow_reader_that_closes_early_is_one_abort(context: ServingContext) -> None:
-    job = GenerationRequest(prompt=PROMPT, params=context.generator.sampling_params({"max_tokens": 9}))
-    async with aclosing(context.runner.stream(job, "r")) as chunks:
+    job = GenerationRequest(prompt=PROMPT, params=context.models.default.generator.sampling_params({"max_tokens": 9}))
+    async with aclosing(context.models.default.runner.stream(job, "r")) as chunks:
         async for _ in chunks:
             break
     found = figures(context)

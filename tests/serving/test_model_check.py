@@ -54,6 +54,12 @@ def test_all_settings_that_do_not_fit_the_model_are_named_at_once(checkpoint: Pa
     ]
 
 
+def test_what_the_machine_cannot_do_and_the_demo_model_are_looked_at_too(checkpoint: Path) -> None:
+    assert problem(checkpoint, device="cpu", kv_cache_dtype="fp8").startswith("kv_cache_dtype=fp8: ")
+    with pytest.raises(PagodaError, match=r"^tensor_parallel_size=3 does not fit"):
+        check_model(PagodaConfig(tensor_parallel_size=3))
+
+
 def test_what_the_files_say_is_found(checkpoint: Path) -> None:
     changed(checkpoint, "generation_config.json", top_p=3)
     assert "generation_config.json: top_p must be" in problem(checkpoint)
@@ -63,14 +69,16 @@ def test_what_the_files_say_is_found(checkpoint: Path) -> None:
     )
     (checkpoint / "generation_config.json").unlink()
     (checkpoint / "model.safetensors").rename(checkpoint / "model.gguf")
-    assert "model.gguf is GGUF" in problem(checkpoint)
+    assert "model.gguf is no GGUF file" in problem(checkpoint)
+    (checkpoint / "model.gguf").rename(checkpoint / "model.h5")
+    assert "model.h5 is TensorFlow weights" in problem(checkpoint)
     check_model(PagodaConfig(model=str(checkpoint), load_format="dummy"))
-    changed(checkpoint, "config.json", architectures=["GPT2LMHeadModel"], model_type="gpt2")
-    assert "GPT2LMHeadModel is not supported" in problem(checkpoint)
+    changed(checkpoint, "config.json", architectures=["T5ForConditionalGeneration"], model_type="t5")
+    assert "T5ForConditionalGeneration is not supported" in problem(checkpoint)
 
 
 def test_a_server_says_it_once_and_opens_no_port(checkpoint: Path) -> None:
-    changed(checkpoint, "config.json", architectures=["GPT2LMHeadModel"], model_type="gpt2")
+    changed(checkpoint, "config.json", architectures=["T5ForConditionalGeneration"], model_type="t5")
     command = [
         sys.executable,
         "-m",
@@ -86,7 +94,7 @@ def test_a_server_says_it_once_and_opens_no_port(checkpoint: Path) -> None:
     assert ended.returncode == 2
     assert ended.stdout == ""
     (line,) = ended.stderr.splitlines()
-    assert line.startswith(f"pagoda serve: {checkpoint}/config.json: GPT2LMHeadModel is not supported; ")
+    assert line.startswith(f"pagoda serve: {checkpoint}/config.json: T5ForConditionalGeneration is not supported; ")
 
 
 def test_the_check_imports_neither_torch_nor_transformers() -> None:

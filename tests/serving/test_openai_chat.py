@@ -103,6 +103,28 @@ def test_logprobs_join_to_the_bytes_of_the_text(client: openai.OpenAI) -> None:
     assert all(len(entry.top_logprobs) == 2 for entry in entries)
 
 
+def test_token_ids_come_with_their_text(harness: RestHarness) -> None:
+    chat = {"messages": MESSAGES, "max_tokens": 12, "temperature": 0, "return_token_ids": True}
+    whole = harness.client.post("/v1/chat/completions", json=chat).json()
+    assert whole["prompt_token_ids"] == chat_tokens(harness)
+    ids = whole["choices"][0]["token_ids"]
+    assert len(ids) == whole["usage"]["completion_tokens"] == 12
+    body = harness.client.post("/v1/chat/completions", json={**chat, "stream": True}).text
+    events = [json.loads(line[6:]) for line in body.splitlines() if line.startswith("data: {")]
+    assert [event["prompt_token_ids"] for event in events if "prompt_token_ids" in event] == [chat_tokens(harness)]
+    assert [token for event in events for token in event["choices"][0].get("token_ids", ())] == ids
+    prompts = {"prompt": [[5, 6, 7], [8, 9]], "max_tokens": 4, "temperature": 0, "return_token_ids": True, "n": 2}
+    choices = harness.client.post("/v1/completions", json=prompts).json()["choices"]
+    assert [choice["prompt_token_ids"] for choice in choices] == [[5, 6, 7]] * 2 + [[8, 9]] * 2
+    body = harness.client.post("/v1/completions", json={**prompts, "stream": True}).text
+    streamed: dict[int, list[int]] = {}
+    for line in body.splitlines():
+        if line.startswith("data: {"):
+            for choice in json.loads(line[6:])["choices"]:
+                streamed.setdefault(choice["index"], []).extend(choice["token_ids"])
+    assert streamed == {choice["index"]: choice["token_ids"] for choice in choices}
+
+
 def test_max_completion_tokens_wins_over_max_tokens(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(model="demo", messages=MESSAGES, max_tokens=9, max_completion_tokens=2)
     assert answer.usage is not None
@@ -123,13 +145,25 @@ def test_a_message_can_be_continued(harness: RestHarness, client: openai.OpenAI)
     assert harness.client.post("/detokenize", json={"tokens": prompt}).json()["prompt"].endswith("Well")
 
 
-def test_text_may_come_in_parts(harness: RestHarness, client: openai.OpenAI) -> None:
-    parts: Any = [{"role": "user", "content": [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]}]
-    client.chat.completions.create(model="demo", messages=parts, max_tokens=1)
-    prompt = harness.engine.submitted[-1].prompt_token_ids
-    text = harness.client.post("/detokenize", json={"tokens": prompt}).json()["prompt"]
-    assert "one " in text
-    assert "two" in text
+PARTS: dict[str, tuple[str, Any]] = {
+    "text": ("user", [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]),
+    "of Responses": ("user", [{"type": "input_text", "text": "one"}, {"type": "input_text", "text": "two"}]),
+    "an answer of Responses": ("assistant", [{"type": "output_text", "text": "one\ntwo"}]),
+    "a refusal": ("assistant", [{"type": "refusal", "refusal": "one\ntwo"}]),
+    "thinking": ("assistant", [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "one\ntwo"}]),
+    "plain strings": ("user", ["one", "two"]),
+}
+
+
+@pytest.mark.parametrize("case", PARTS)
+def test_text_may_come_in_parts(harness: RestHarness, client: openai.OpenAI, case: str) -> None:
+    role, content = PARTS[case]
+    prompts = []
+    for given in (content, "one\ntwo"):
+        messages: Any = [{"role": role, "content": given}, {"role": "user", "content": "so?"}]
+        client.chat.completions.create(model="demo", messages=messages, max_tokens=1)
+        prompts.append(harness.engine.submitted[-1].prompt_token_ids)
+    assert prompts[0] == prompts[1]
 
 
 def test_what_has_no_effect_here_is_accepted(client: openai.OpenAI) -> None:

@@ -239,6 +239,16 @@ def test_sampling_fields_reach_the_engine(harness: RestHarness, client: openai.O
     assert (request.priority, request.cache_keys, request.max_tokens) == (3, ("salt=salt",), 2)
 
 
+def test_a_whole_number_may_be_written_as_a_float(harness: RestHarness) -> None:
+    body = {"max_tokens": 3.0, "n": 2.0, "top_k": 4.0, "seed": 7.0, "logprobs": 1.0, "priority": 1e1}
+    answer = harness.client.post("/v1/completions", json={"prompt": "a", **body})
+    assert answer.json()["usage"]["completion_tokens"] == 6
+    request = harness.engine.submitted[-1]
+    assert (request.params.top_k, request.priority, request.max_tokens) == (4, 10, 3)
+    generated = harness.client.post("/v2/models/demo/generate", json={"text_input": "a", "max_tokens": 2.0})
+    assert generated.json()["num_output_tokens"] == 2
+
+
 def test_without_max_tokens_the_models_limit_ends_the_answer(client: openai.OpenAI) -> None:
     answer = client.completions.create(model="demo", prompt="a")
     assert answer.choices[0].finish_reason == "length"

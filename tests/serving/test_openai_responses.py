@@ -25,7 +25,7 @@ TOOLS: list[Any] = [
     {"type": "function", "name": "get_time", "parameters": {}},
 ]
 QUESTION = "How is the weather in Rome?"
-# As Codex sends it, by hand.
+# What Codex may send.
 AGENT: dict[str, Any] = {
     "model": "demo",
     "instructions": "You are an agent.",
@@ -57,6 +57,62 @@ AGENT: dict[str, Any] = {
     "prompt_cache_key": "k",
     "text": {"verbosity": "low"},
     "service_tier": "auto",
+}
+
+
+# What Codex 0.171 sent behind its first call, recorded, shortened.
+RECORDED: dict[str, Any] = {
+    "model": "demo",
+    "stream": True,
+    "input": [
+        {
+            "type": "message",
+            "id": "msg_1",
+            "role": "developer",
+            "content": [{"type": "input_text", "text": "You are a coding agent."}],
+        },
+        {"type": "message", "id": "msg_2", "role": "user", "content": [{"type": "input_text", "text": "The goal?"}]},
+        {
+            "type": "function_call",
+            "status": "completed",
+            "id": "fc_1",
+            "name": "get_goal",
+            "arguments": "{\n  }",
+            "call_id": "call_1",
+        },
+        {"type": "function_call_output", "id": "fco_1", "call_id": "call_1", "output": '{"goal":null}'},
+    ],
+    "tools": [
+        {
+            "type": "function",
+            "name": "get_goal",
+            "description": "Get the goal.",
+            "strict": False,
+            "parameters": {"type": "object", "properties": {}, "required": [], "additionalProperties": False},
+        },
+        {
+            "type": "namespace",
+            "name": "multi_agent_v1",
+            "description": "Agents.",
+            "tools": [{"type": "function", "name": "wait_agent", "strict": False, "parameters": {"type": "object"}}],
+        },
+        {"type": "web_search", "external_web_access": False},
+    ],
+    "tool_choice": "auto",
+    "parallel_tool_calls": True,
+    "reasoning": {"summary": "auto"},
+    "store": False,
+    "include": ["reasoning.encrypted_content"],
+    "prompt_cache_key": "01a2",
+    "text": {
+        "format": {
+            "type": "json_schema",
+            "strict": True,
+            "name": "codex_output_schema",
+            "schema": {"type": "object", "properties": {"lines": {"type": "integer"}}, "required": ["lines"]},
+        }
+    },
+    "client_metadata": {"turn_id": "01a2", "x-codex-turn-metadata": '{"request_kind":"turn"}'},
 }
 
 
@@ -145,6 +201,23 @@ def test_a_stream_says_what_the_whole_response_says(harness: RestHarness, client
     assert "".join(deltas) == "Let me look."
 
 
+@pytest.mark.parametrize("asked", [{"top_logprobs": 2}, {"include": ["message.output_text.logprobs"]}])
+def test_texts_have_the_logprobs_of_their_tokens(harness: RestHarness, asked: dict[str, Any]) -> None:
+    answers(harness, ANSWER)
+    events = events_of(harness, {"input": QUESTION, "tools": TOOLS, **asked})
+    (part,) = (
+        event["part"]
+        for event in events
+        if event["type"] == "response.content_part.done" and event["part"]["type"] == "output_text"
+    )
+    # Its own tokens, and neither those of the reasoning before nor of the calls behind it.
+    assert "".join(each["token"] for each in part["logprobs"]).strip() == part["text"] == "Let me look."
+    assert {len(each["top_logprobs"]) for each in part["logprobs"]} == {asked.get("top_logprobs", 0)}
+    deltas = [event["logprobs"] for event in events if event["type"] == "response.output_text.delta"]
+    assert [each for delta in deltas for each in delta] == part["logprobs"]
+    assert all("logprobs" not in event for event in events if event["type"] == "response.reasoning_text.delta")
+
+
 def test_events_come_one_item_after_another(harness: RestHarness) -> None:
     answers(harness, ANSWER)
     events = events_of(harness, {"input": QUESTION, "tools": TOOLS})
@@ -188,6 +261,22 @@ def test_an_agents_request_is_understood(harness: RestHarness) -> None:
         assert part in prompt
     assert "web_search" not in prompt
     assert prompt.endswith("effort=high")
+
+
+def test_what_codex_sent_is_answered(harness: RestHarness) -> None:
+    answers(harness, '{"lines": 1}')
+    events = events_of(harness, RECORDED)
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    (message,) = events[-1]["response"]["output"]
+    assert (events[-1]["type"], message["content"][0]["text"]) == ("response.completed", '{"lines": 1}')
+    prompt = last_prompt(harness)
+    assert "<|im_start|>system\nYou are a coding agent.<|im_end|>\n<|im_start|>user\nThe goal?<|im_end|>" in prompt
+    assert '{"name": "get_goal", "arguments": {}}' in prompt
+    assert '<|im_start|>tool\n{"goal":null}<|im_end|>' in prompt
+    assert "multi_agent_v1__wait_agent" in prompt
+    grammar = harness.engine.submitted[-1].params.structured_outputs
+    assert grammar is not None
+    assert grammar.kind == "structural_tag"  # calls, or the schema
 
 
 def test_a_conversation_goes_on_from_its_last_response(harness: RestHarness, client: openai.OpenAI) -> None:

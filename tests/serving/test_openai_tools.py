@@ -239,6 +239,27 @@ def test_effort_and_thinking_reach_the_template(harness: RestHarness) -> None:
     ).endswith("</think>\n\neffort=high")
 
 
+def test_a_thinking_budget_reaches_the_engine(harness: RestHarness) -> None:
+    def asked(**fields: Any) -> Any:
+        prompt_of(harness, messages=MESSAGES, **fields)
+        return harness.engine.submitted[-1].params.structured_outputs
+
+    spec = asked(thinking_token_budget=12)
+    assert (spec.kind, spec.reasoning_budget) == ("text", 12)
+    assert harness.pool.tokenizer.decode(spec.starts_after, skip_special_tokens=False) == "</think>"
+    for fields in ({}, {"thinking_token_budget": -1}, {"thinking_token_budget": 5, "enable_thinking": False}):
+        assert asked(**fields) is None
+    body = {"model": "demo", "max_tokens": 40, "messages": MESSAGES}
+    for thinking, budget in (
+        ({"type": "enabled", "budget_tokens": 30}, 30),
+        ({"type": "enabled"}, None),
+        ({"type": "adaptive"}, None),
+    ):
+        assert harness.client.post("/v1/messages", json={**body, "thinking": thinking}).status_code == 200
+        spec = harness.engine.submitted[-1].params.structured_outputs
+        assert (spec and spec.reasoning_budget) == budget
+
+
 def test_an_answer_after_closed_reasoning_is_content(harness: RestHarness, client: openai.OpenAI) -> None:
     answers(harness, "plain")
     choice = client.chat.completions.create(
@@ -274,6 +295,8 @@ def test_a_stop_string_ends_within_a_call(harness: RestHarness, client: openai.O
         ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "get_tim"}}}, "get_tim"),
         ({"tools": TOOLS, "tool_choice": {"type": "allowed_tools", "allowed_tools": {"tools": [1]}}}, "allowed_tools"),
         ({"reasoning_effort": "extreme"}, "none, minimal"),
+        ({"thinking_token_budget": -2}, "thinking_token_budget"),
+        ({"thinking_token_budget": 1.5}, "thinking_token_budget"),
         ({"messages": [{"role": "assistant", "tool_calls": [{"id": "x"}]}]}, "tool_calls"),
     ],
 )

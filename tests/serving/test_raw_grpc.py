@@ -142,13 +142,14 @@ def test_watches_are_bounded(harness: GrpcHarness, monkeypatch: pytest.MonkeyPat
 
 
 def test_connections_are_bounded_and_a_preface_has_a_deadline() -> None:
-    with GrpcHarness(max_connections=2, header_timeout_seconds=0.3) as harness:
+    with GrpcHarness(max_connections=2, max_connections_per_peer=2, header_timeout_seconds=0.3) as harness:
         with RawGrpc(harness.server.port) as first, RawGrpc(harness.server.port) as second:
             for connection in (first, second):
                 connection.wait(lambda: connection.receive(0.2))  # noqa: B023
             with RawGrpc(harness.server.port) as third:
-                wait_until(lambda: third.receive(0.1) or third.is_closed)
-                assert third.is_closed
+                third.wait(lambda: third.receive(0.1))
+                wait_until(lambda: first.receive(0.1) or first.is_closed)
+                assert first.is_closed, "what waits longest makes room"
         with socket.create_connection(("127.0.0.1", harness.server.port), timeout=20) as silent:
             while silent.recv(4096):
                 pass

@@ -143,12 +143,14 @@ def test_a_server_that_loses_its_engine_is_unready_until_the_next_one_is_up() ->
         thread, answers = in_background(lambda: generate(server, max_tokens=450, ignore_eos=True))
         wait_until(lambda: server.client.get("/health").json()["running"] == 1)
         os.kill(server.engine_pid(), signal.SIGKILL)
-        thread.join(10)
-        assert answers[0].status_code == 503
-        assert answers[0].headers["retry-after"]
-        assert server.client.get("/v2/health/ready").status_code == 503
+        wait_until(lambda: server.client.get("/v2/health/ready").status_code == 503)
         assert server.client.get("/v2/health/live").status_code == 200
+        refused = generate(server, **GREEDY)
+        assert refused.status_code == 503
+        assert refused.headers["retry-after"]
         server.wait_until_ready()
+        thread.join(60)
+        assert answers[0].status_code == 200, "it goes on in the next engine"
         assert generate(server, **GREEDY).json()["text_output"] == text
 
 
@@ -158,7 +160,7 @@ def test_a_checkpoint_that_cannot_be_loaded_ends_the_server_with_a_sentence(tmp_
     os.truncate(weights, weights.stat().st_size // 2)  # what its small files say is right
     with ServerProcess(model=model) as server:
         assert server.wait() == 1
-        assert re.search(r"shutting down: .*model\.safetensors", server.log)
+        assert len(re.findall(r"model\.safetensors", server.log)) == 1
 
 
 def test_sigterm_while_loading_exits_with_0() -> None:

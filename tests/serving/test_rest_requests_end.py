@@ -15,7 +15,8 @@ import pytest
 from pagoda.engine.health import EngineState
 from pagoda.errors import ConfigError, ErrorKind
 from pagoda.serving import certificates
-from pagoda.serving.http import event_stream, server
+from pagoda.serving.http import event_stream
+from pagoda.serving.http.connection_server import ConnectionServer
 from tests.support.rest_harness import RestHarness
 from tests.support.tls import write_self_signed_certificate
 from tests.support.waiting import wait_until
@@ -47,7 +48,7 @@ def harness() -> Iterator[RestHarness]:
         yield running
         running.call(running.engine.hold.set)
         wait_until(lambda: running.engine.num_running == 0)
-        wait_until(lambda: running.context.runner.num_running == 0)
+        wait_until(lambda: running.context.models.default.runner.num_running == 0)
 
 
 @pytest.fixture
@@ -127,11 +128,11 @@ def test_a_full_queue_is_429_with_the_time_to_come_back(harness: RestHarness, ro
     assert answer.headers["retry-after"] == "7"
 
 
-def test_a_batch_that_does_not_fit_the_queue_as_a_whole_leaves_nothing_behind(harness: RestHarness) -> None:
+def test_of_a_batch_that_does_not_fit_the_queue_as_a_whole_nothing_is_submitted(harness: RestHarness) -> None:
     harness.engine.max_requests = 1
-    harness.engine.step_seconds = 0.01
+    num_submitted = len(harness.engine.submitted)
     assert harness.client.post("/v1/completions", json=COMPLETION_BODY).status_code == 429
-    wait_until(lambda: len(harness.engine.aborted) == 1)
+    assert len(harness.engine.submitted) == num_submitted
 
 
 @pytest.mark.parametrize("route", STREAMS)
@@ -195,7 +196,7 @@ def test_the_end_of_the_grace_period_ends_what_runs_with_a_retriable_error(harne
     harness.call(harness.engine.hold.clear)
     connection = send(harness, "completions")
     wait_until(lambda: harness.engine.num_running == 2)
-    harness.call(harness.context.runner.stop)
+    harness.call(harness.context.models.default.runner.stop)
     answer = connection.recv(65536)
     assert b"503 Service Unavailable" in answer
     assert b"retry-after" in answer
@@ -256,7 +257,7 @@ def test_api_keys_are_asked_for_where_they_protect_something() -> None:
 
 
 def test_idle_connections_do_not_hold_up_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "CLOSE_SECONDS", 1000)  # longer than the harness waits for the end
+    monkeypatch.setattr(ConnectionServer, "close_seconds", 1000)  # longer than the harness waits for the end
     with RestHarness() as harness, httpx.Client(base_url=harness.url) as idle:
         idle.get("/health")
         harness.run(harness.stop)

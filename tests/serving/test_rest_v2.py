@@ -283,6 +283,7 @@ def test_configuration_and_statistics_are_what_perf_analyzer_reads(harness: Rest
     def success() -> dict[str, int]:
         (stats,) = harness.client.get(f"/v2/models/demo{version}/stats").json()["model_stats"]
         assert (stats["name"], stats["version"]) == ("demo", "1")
+        assert harness.client.get("/v2/models/stats").json()["model_stats"] == [stats]
         counts: dict[str, int] = stats["inference_stats"]["success"]
         assert stats["inference_count"] == counts["count"]
         return counts
@@ -398,6 +399,15 @@ def test_openapi_page_describes_every_route_and_resolves_every_reference(harness
                 yield from references(child)
 
     assert {reference.removeprefix("#/components/schemas/") for reference in references(document)} <= set(schemas)
+    schemes = document["components"]["securitySchemes"]
+    assert document["security"] == [{name: []} for name in schemes]
+    assert [(scheme["type"], scheme.get("scheme") or scheme["in"]) for scheme in schemes.values()] == [
+        ("http", "bearer"),
+        ("apiKey", "header"),
+    ]
+    open_to_all = {path for path, routes in document["paths"].items() if routes.get("get", {}).get("security") == []}
+    assert {"/health", "/v2/health/ready", "/v2/models/{model_name}/ready"} <= open_to_all
+    assert not open_to_all & {"/metrics", "/v1/models", "/v2/models/{model_name}", "/api/version"}
     statuses = {
         status for path in document["paths"].values() for route in path.values() for status in route["responses"]
     }

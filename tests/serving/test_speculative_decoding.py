@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from pagoda.cli.main import main
+from tests.support.checkpoints import shared_checkpoint
 from tests.support.server import ServerProcess
 
 TOKENS = 60
@@ -107,3 +111,55 @@ def test_metrics_count_drafts_as_vllm_names_them(server: ServerProcess, client: 
     }
     assert list(per_position) == [str(position) for position in range(7)]
     assert sum(per_position.values()) == found[f"{prefix}accepted_tokens_total"]
+
+
+def test_bench_serve_shows_the_acceptance_length(server: ServerProcess, tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    address = f"http://127.0.0.1:{server.port}"
+    fixed = ["--num-prompts", "4", "--input-len", "40", "--output-len", "80", "--max-concurrency", "1"]
+    assert main(["bench", "serve", "--base-url", address, *fixed, "--json", str(path)]) == 0
+    figures = json.loads(path.read_text())["results"]["speculative_decoding"]
+    assert figures["num_draft_tokens"] >= figures["num_accepted_tokens"] == sum(figures["accepted_per_position"])
+    if figures["num_drafts"]:  # as many as pay on this machine
+        assert 1 <= figures["acceptance_length"] <= 8
+
+
+@pytest.mark.parametrize("method", ["ngram", "draft_model"])
+def test_endless_answers_to_64_clients_with_a_full_kv_cache_end_in_their_caps_and_leave_it_free(method: str) -> None:
+    """What took the server down that this one is made after: nothing ends these answers but their lengths."""
+    model = shared_checkpoint()
+    config: dict[str, Any] = {"method": method, "num_speculative_tokens": 6}
+    config |= {"model": str(model)} if method == "draft_model" else {"prompt_lookup_min": 1, "prompt_lookup_max": 8}
+    settings = {"max_model_len": 128, "num_gpu_blocks_override": 41, "max_num_seqs": 32, "max_num_waiting": 64}
+    with ServerProcess(speculative_config=json.dumps(config), model=model, kv_cache_watermark=0, **settings) as server:
+        server.wait_until_ready()
+
+        def ask(number: int) -> dict[str, Any]:
+            body = {
+                "model": "demo",
+                "prompt": [11, 12, 13, 14] * (1 + number % 9),
+                "temperature": 0,
+                "ignore_eos": True,
+                "logit_bias": {str(11 + number % 4): 30},
+                **({"max_tokens": 20 + number} if number % 3 else {"max_tokens": 128 - 4 * (1 + number % 9)}),
+            }
+            answer = server.client.post("/v1/completions", json=body, timeout=300)
+            assert answer.status_code == 200, answer.text
+            return {"asked": body["max_tokens"], **answer.json()}
+
+        with ThreadPoolExecutor(64) as clients:
+            answers = list(clients.map(ask, range(64)))
+        for answer in answers:
+            assert answer["choices"][0]["finish_reason"] == "length"
+            assert answer["usage"]["completion_tokens"] == answer["asked"]
+        metrics = server.client.get("/metrics").text
+        found = {
+            sample.name: sample.value
+            for family in text_string_to_metric_families(metrics)
+            for sample in family.samples
+            if not sample.labels.get("position")
+        }
+        assert found["pagoda_num_preemptions_total"] > 0
+        assert found["pagoda_kv_cache_usage_perc"] == 0  # all blocks are free, those that are cached among them
+        assert found["pagoda_num_requests_running"] == found["pagoda_num_requests_waiting"] == 0
+        assert "leak" not in server.log

@@ -10,11 +10,11 @@ from typing import Any
 
 import jsonschema
 import openai
-import psutil
 import pydantic
 import pytest
 
 import pagoda
+from tests.support.child_processes import children_running
 from tests.support.server import ServerProcess
 
 CHAT, COMPLETIONS, INFER = "/v1/chat/completions", "/v1/completions", "/v2/models/demo/infer"
@@ -78,6 +78,31 @@ def test_a_schema_holds_for_every_choice_and_in_a_stream(client: openai.OpenAI, 
         jsonschema.validate(json.loads(text), SCHEMA)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_schema_holds_beside_tools(client: openai.OpenAI, stream: bool) -> None:
+    answer = client.chat.completions.create(
+        model="demo",
+        messages=MESSAGES,
+        n=4,
+        temperature=1.5,
+        max_tokens=300,
+        stream=stream,
+        tools=[{"type": "function", "function": {"name": "f", "parameters": SCHEMA}}],
+        parallel_tool_calls=False,
+        response_format={"type": "json_schema", "json_schema": {"name": "p", "strict": True, "schema": SCHEMA}},
+    )
+    texts, reasons = [""] * 4, [""] * 4
+    for part in answer if stream else [answer]:
+        for choice in part.choices:
+            said = choice.delta if stream else choice.message
+            texts[choice.index] += said.content or ""
+            texts[choice.index] += "".join(call.function.arguments for call in said.tool_calls or [])
+            reasons[choice.index] = choice.finish_reason or reasons[choice.index]
+    assert set(reasons) <= {"stop", "tool_calls"}
+    for text in texts:
+        jsonschema.validate(json.loads(text), SCHEMA)
+
+
 def test_json_mode_cut_by_its_length_says_so(server: ServerProcess) -> None:
     body = {"messages": MESSAGES, "max_tokens": 3, "response_format": {"type": "json_object"}}
     choice = server.client.post(CHAT, json=body).json()["choices"][0]
@@ -91,6 +116,7 @@ def test_json_mode_cut_by_its_length_says_so(server: ServerProcess) -> None:
         {"guided_choice": ["red", "green"]},
         {"structured_outputs": {"choice": ["red", "green"]}},
         {"guided_regex": "red|green"},
+        {"regex": "red|green"},
         {"guided_grammar": 'start: "red" | "green"'},
         {"guided_json": {"enum": ["red", "green"]}},
         {
@@ -153,5 +179,4 @@ def test_a_hostile_schema_is_a_400_and_others_are_served_meanwhile(server: Serve
             time.sleep(0.05)
         assert refused.result().status_code == 400
         assert "took longer than 2 s" in refused.result().json()["error"]["message"]
-    children = psutil.Process(server.process.pid).children(recursive=True)
-    assert sum("pagoda.structured.compile_process" in child.cmdline() for child in children) <= 2
+    assert len(children_running("pagoda.structured.compile_process", server.process.pid, recursive=True)) <= 2

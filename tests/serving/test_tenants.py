@@ -20,6 +20,13 @@ ROUTES = {
     "/v2/models/demo/generate_stream": {"text_input": "a", "max_tokens": 2},
     "/v1/completions": {"prompt": ["a", "b"], "max_tokens": 2, "n": 2},
     "/v1/chat/completions": {**CHAT, "max_tokens": 2, "stream": True},
+    "/v1/responses": {"input": "a", "max_output_tokens": 16},
+    "/v1/messages": {**CHAT, "model": "demo", "max_tokens": 2},
+    "/api/generate": {"model": "demo", "prompt": "a", "options": {"num_predict": 2}},
+    "/api/chat": {**CHAT, "model": "demo", "options": {"num_predict": 2}},
+    "/generate": {"inputs": "a", "parameters": {"max_new_tokens": 2}},
+    "/generate_stream": {"inputs": "a", "parameters": {"max_new_tokens": 2}},
+    "/invocations": {"prompt": "a", "max_tokens": 2},
 }
 
 

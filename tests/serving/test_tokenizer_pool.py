@@ -23,6 +23,7 @@ from pagoda.text import frames
 from pagoda.text.operations import TextOperations
 from pagoda.text.pool import INLINE_CHARACTERS, TokenizerPool
 from pagoda.text.workers import WorkerOptions
+from tests.support.child_processes import children_running
 from tests.support.tokenizers import CORPUS, save_tokenizer
 from tests.support.virtual_time import turn_clock_of_loop
 from tests.support.waiting import wait_until_async
@@ -57,7 +58,7 @@ async def make_pool(directory):
 
 
 def workers() -> list[psutil.Process]:
-    return [child for child in psutil.Process().children() if "pagoda.text.worker_process" in child.cmdline()]
+    return children_running("pagoda.text.worker_process")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -89,5 +89,6 @@ async def disturb_and_recover(
     seen = observer.sights[num_seen:]
     assert all(sight.is_live for sight in seen)
     assert all(sight.is_ready == (sight.state in ("ready", "degraded")) for sight in seen)
-    assert observer.watched[num_watched:] == [NOT_SERVING, SERVING]
+    # Twice, where a request that is replayed brings the next engine down, too.
+    assert observer.watched[num_watched:] in ([NOT_SERVING, SERVING], [NOT_SERVING, SERVING] * 2)
     return Recovery(flipped.time - begun, back.time - begun)

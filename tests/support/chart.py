@@ -14,7 +14,13 @@ CHART = Path(__file__).parents[2] / "charts" / "pagoda"
 RELEASE = "story"
 NAMESPACE = "tales"
 
-KINDS_BY_FILE = {"dashboard.yaml": "Dashboard", "head.yaml": "Head", "ranks.yaml": "Ranks", "worker.yaml": "Worker"}
+KINDS_BY_FILE = {
+    "dashboard.yaml": "Dashboard",
+    "head.yaml": "Head",
+    "loraconfigmap.yaml": "Adapters",
+    "ranks.yaml": "Ranks",
+    "worker.yaml": "Worker",
+}
 RAY = {"tokenSecret": {"name": "ray"}}
 # Without these the chart renders nothing; a value set has them unless it gives keys, peers, or its own opt-in.
 NO_KEYS = {"allowUnauthenticated": True}
@@ -58,6 +64,21 @@ VALUE_SETS: dict[str, dict[str, Any]] = {
             "engine_start_timeout_seconds": 3600,
         }
     },
+    "an embedding model": {
+        "model": {"hubId": "sentence-transformers/all-MiniLM-L6-v2"},
+        "engine": {"task": "embed", "pooler_config": {"pooling_type": "MEAN", "normalize": True}, "max_num_seqs": 64},
+        "resources": {"requests": {"cpu": "2", "memory": "2Gi"}, "limits": {"memory": "4Gi"}},
+    },
+    "a reranker": {"model": {"hubId": "BAAI/bge-reranker-base"}, "engine": {"task": "score"}},
+    "adapters of a list": {
+        "lora": {
+            "enabled": True,
+            "adapters": [{"name": "sql", "path": "sql-v3"}, {"name": "org/chat", "path": "/models/chat"}],
+            "claim": {"name": "adapters", "path": "team"},
+        },
+        "engine": {"max_loras": 4, "max_lora_rank": 64},
+    },
+    "adapters of a claim": {"lora": {"enabled": True, "claim": {"name": "adapters"}}},
     "api keys": {"security": {"apiKeysSecret": {"name": "keys", "key": "clients.txt"}}},
     "tls": {"network": {"tls": {"secretName": "cert"}}, "monitoring": {"monitor": "service"}},
     "other ports and a load balancer": {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,30 +19,67 @@ from tests.support.measured_server import Cost, MeasuredServer
 MODEL = "/v2/models/demo"
 REST_ROUTES = {
     "completions": "/v1/completions",
+    "completions render": "/v1/completions/render",
     "chat": "/v1/chat/completions",
+    "chat render": "/v1/chat/completions/render",
+    "invocations": "/invocations",
     "tokenize": "/tokenize",
     "detokenize": "/detokenize",
     "messages": "/v1/messages",
     "count_tokens": "/v1/messages/count_tokens",
     "responses": "/v1/responses",
+    "decisions": "/v1/decisions",
+    "ollama chat": "/api/chat",
+    "ollama generate": "/api/generate",
+    "ollama show": "/api/show",
+    "tgi": "/generate",
+    "tgi stream": "/generate_stream",
+    "tgi root": "/",
     "infer": f"{MODEL}/infer",
     "generate": f"{MODEL}/generate",
     "generate_stream": f"{MODEL}/generate_stream",
     "index": "/v2/repository/index",
     "load": "/v2/repository/models/demo/load",
+    "unload": "/v2/repository/models/demo/unload",
+    "settings": "/settings",
+    "load adapter": "/v1/load_lora_adapter",
+    "unload adapter": "/v1/unload_lora_adapter",
 }
-FIELDS = {
-    "completions": (
-        *("prompt", "stop", "bad_words", "logit_bias", "allowed_token_ids", "stop_token_ids", "tools", "unknown"),
-        *("stream_options", "max_tokens", "user", "cache_salt", "structured_outputs", "guided_choice", "guided_json"),
-    ),
-    "chat": (
-        *("messages", "stop", "bad_words", "logit_bias", "chat_template_kwargs", "response_format", "tools", "unknown"),
-        *("modalities", "prediction", "tool_choice"),
-    ),
+NOT_POST = {"/settings": "PATCH"}
+POOLING_ROUTES = {
+    "embeddings": "/v1/embeddings",
+    "pooling": "/pooling",
+    "classify": "/classify",
+    "score": "/score",
+    "rerank": "/rerank",
+    "cohere rerank": "/v2/rerank",
+}
+"""Of a model that pools; one that generates refuses them, after it has decoded the body."""
+_COMPLETIONS = (
+    *("prompt", "stop", "bad_words", "logit_bias", "allowed_token_ids", "stop_token_ids", "tools", "unknown"),
+    *("stream_options", "max_tokens", "user", "cache_salt", "structured_outputs", "guided_choice", "guided_json"),
+    "logprob_token_ids",
+)
+_CHAT = (
+    *("messages", "stop", "bad_words", "logit_bias", "chat_template_kwargs", "response_format", "tools", "unknown"),
+    *("modalities", "prediction", "tool_choice"),
+)
+FIELDS: dict[str, tuple[str, ...]] = {
+    "completions": _COMPLETIONS,
+    "completions render": ("prompt", "stop", "logit_bias", "unknown"),
+    "chat": _CHAT,
+    "chat render": ("messages", "tools", "chat_template_kwargs", "unknown"),
+    "invocations": ("messages", "prompt", "input", "unknown"),
     "messages": ("messages", "system", "tools", "stop_sequences", "thinking", "unknown"),
     "count_tokens": ("messages", "system", "tools"),
     "responses": ("input", "instructions", "tools", "text", "previous_response_id", "unknown"),
+    "decisions": ("input", "questions", "chat_template_kwargs", "unknown"),
+    "ollama chat": ("messages", "tools", "options", "format", "unknown"),
+    "ollama generate": ("prompt", "system", "context", "options", "format", "unknown"),
+    "ollama show": ("model", "verbose", "unknown"),
+    "tgi": ("inputs", "parameters", "unknown"),
+    "tgi stream": ("inputs", "parameters"),
+    "tgi root": ("inputs", "stream"),
     "tokenize": ("prompt", "messages", "chat_template_kwargs", "unknown"),
     "detokenize": ("tokens", "unknown"),
     "infer": ("inputs", "outputs", "parameters", "id", "text_input", "input_ids", "stop", "shape", "parameter"),
@@ -50,8 +87,44 @@ FIELDS = {
     "generate_stream": ("text_input", "stop", "id"),
     "index": ("ready", "unknown"),
     "load": ("parameters",),
+    "unload": ("parameters",),
+    "settings": ("settings", "log_level", "max_num_seqs", "unknown"),
+    "load adapter": ("lora_name", "lora_path", "base_model_name", "unknown"),
+    "unload adapter": ("lora_name", "unknown"),
+    "embeddings": ("input", "dimensions", "prompt_name", "user", "unknown"),
+    "pooling": ("input", "task", "unknown"),
+    "classify": ("input", "user", "unknown"),
+    "score": ("text_1", "text_2", "queries", "documents", "instruction", "unknown"),
+    "rerank": ("query", "documents", "texts", "instruction", "unknown"),
+    "cohere rerank": ("query", "documents", "unknown"),
 }
 """Where a value can be put, by route; of `infer`, also names of tensors."""
+_TALK = '[{"role":"user","content":"hi"}]'
+_RIGHT: dict[str, dict[str, str]] = {
+    "completions": {"max_tokens": "1", "prompt": '"a"'},
+    "completions render": {"max_tokens": "1", "prompt": '"a"'},
+    "chat": {"max_tokens": "1", "messages": _TALK},
+    "chat render": {"max_tokens": "1", "messages": _TALK},
+    "invocations": {"max_tokens": "1"},
+    "messages": {"max_tokens": "1", "messages": _TALK},
+    "count_tokens": {"max_tokens": "1", "messages": _TALK},
+    "responses": {"max_output_tokens": "1", "input": '"hi"'},
+    "decisions": {"input": '"hi"', "questions": '[{"type":"predicate","name":"a","instructions":"It is so."}]'},
+    "ollama chat": {"messages": _TALK, "options": '{"num_predict":1}'},
+    "ollama generate": {"prompt": '"a"', "options": '{"num_predict":1}'},
+    "tgi": {"inputs": '"a"', "parameters": '{"max_new_tokens":1}'},
+    "tgi stream": {"inputs": '"a"', "parameters": '{"max_new_tokens":1}'},
+    "tgi root": {"inputs": '"a"', "parameters": '{"max_new_tokens":1}'},
+    "generate": {"text_input": '"a"', "max_tokens": "1"},
+    "generate_stream": {"text_input": '"a"', "max_tokens": "1"},
+    "embeddings": {"input": '"a"'},
+    "pooling": {"input": '"a"'},
+    "classify": {"input": '"a"'},
+    "score": {"text_1": '"a"', "text_2": '"b"'},
+    "rerank": {"query": '"a"', "documents": '["b"]'},
+    "cohere rerank": {"query": '"a"', "documents": '["b"]'},
+}
+"""Members of a request that is right, as JSON."""
 VALUES: dict[str, tuple[str, str, str]] = {
     "ids": ("[", "257", "]"),
     "small ids": ("[", "1", "]"),
@@ -115,33 +188,15 @@ def nested(depth: int) -> str:
 
 def rest_body(route: str, field: str, json_value: str, **others: Any) -> Body:
     """A request of `route` that is right but for `field`."""
-    path = REST_ROUTES[route]
     members: dict[str, str] = {name: json.dumps(other) for name, other in others.items()}
-    if route in ("completions", "chat"):
-        members |= (
-            {"max_tokens": "1", "prompt": '"a"'}
-            if route == "completions"
-            else {
-                "max_tokens": "1",
-                "messages": '[{"role":"user","content":"hi"}]',
-            }
-        )
-        members[field] = json_value
-    elif route in ("messages", "count_tokens"):
-        members |= {"max_tokens": "1", "messages": '[{"role":"user","content":"hi"}]', field: json_value}
-    elif route == "responses":
-        members |= {"max_output_tokens": "1", "input": '"hi"', field: json_value}
-    elif route == "infer":
+    if route == "infer":
         members |= _infer_members(field, json_value)
-    elif route.startswith("generate"):
-        members |= {"text_input": '"a"', "max_tokens": "1"}
+    else:
+        members |= {**_RIGHT.get(route, {}), field: json_value}
         if field == "input_ids":
             del members["text_input"]
-        members[field] = json_value
-    else:
-        members[field] = json_value
     content = ("{" + ",".join(f'"{name}":{text}' for name, text in members.items()) + "}").encode()
-    return Body(path, content, len(content))
+    return Body({**REST_ROUTES, **POOLING_ROUTES}[route], content, len(content))
 
 
 def _infer_members(field: str, json_value: str) -> dict[str, str]:
@@ -270,9 +325,9 @@ GRPC: dict[str, Callable[[int], bytes]] = {
 }
 
 
-def rest_bodies(max_bytes: int) -> st.SearchStrategy[Body]:
-    """Of any route that takes JSON, with one field of any of `VALUES`, in lists or not, as it is or compressed."""
-    places = st.sampled_from([(route, field) for route, fields in FIELDS.items() for field in fields])
+def rest_bodies(max_bytes: int, routes: Iterable[str] = tuple(FIELDS)) -> st.SearchStrategy[Body]:
+    """Of any of `routes`, with one field of any of `VALUES`, in lists or not, as it is or compressed."""
+    places = st.sampled_from([(route, field) for route in routes for field in FIELDS[route]])
 
     def make(place: tuple[str, str], kind: str, size: int, end: str, depth: int, is_deflated: bool) -> Body:
         json_value = "[" * depth + value(kind, size, end) + "]" * depth
@@ -319,7 +374,8 @@ def send(server: MeasuredServer, body: Body, seconds: float = 120) -> Answer:
     """The whole answer is read."""
     if not body.is_grpc:
         url = f"http://127.0.0.1:{server.port}{body.path}"
-        with httpx.stream("POST", url, content=body.content, headers=dict(body.headers), timeout=seconds) as answer:
+        method = NOT_POST.get(body.path, "POST")
+        with httpx.stream(method, url, content=body.content, headers=dict(body.headers), timeout=seconds) as answer:
             size = sum(map(len, answer.iter_raw()))
         return Answer(str(answer.status_code), size)
     options = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]

@@ -166,6 +166,9 @@ class FakeCluster:
             assert query["labelSelector"] == ["serving.kserve.io/inferenceservice=demo"]
             # a field that no client knows yet must not matter
             return 200, {"kind": "PodList", "fieldOfTomorrow": 1, "items": self.scene.pods}
+        if match := re.fullmatch(PODS + "/(?P<pod>[^/]+)", path):
+            found = [pod for pod in self.scene.pods if pod["metadata"]["name"] == match["pod"]]
+            return (200, found[0]) if found else status(404, f'pods "{match["pod"]}" not found', name=match["pod"])
         if path.endswith("/events"):
             return 200, {"kind": "EventList", "items": self.events}
         return status(404, "the server could not find the requested resource")

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
 
-from pagoda.engine.client.client import EngineClient
+from pagoda.adapters import LoraAdapter
+from pagoda.config.schema import PagodaConfig
+from pagoda.engine.client.interface import EngineClient
+from pagoda.engine.client.request_queue import QueuePlaces, RequestQueue
 from pagoda.engine.health import EngineState
 from pagoda.engine.messages import EngineOutput, EngineReady, EngineStats
-from pagoda.errors import EngineDeadError, EngineNotReadyError, ErrorKind, QueueFullError, error_of
+from pagoda.errors import EngineDeadError, EngineNotReadyError, ErrorKind, PagodaError, QueueFullError, error_of
 from pagoda.parallel.rank_health import RankHealth
 from pagoda.request import EngineRequest
 from pagoda.sampling.output import FinishReason, TokenLogprobs
@@ -19,9 +23,9 @@ class FakeEngineClient(EngineClient):
 
     Knobs: `step_seconds` between tokens; `hold`, cleared, stops every request before its next token; `fail_after` ends each
     request with an error after so many tokens; `max_requests` bounds what may run; `num_cached_tokens` is what every prompt
-    is said to have found; `script`, if set, is answered in place of the prompt's tokens, and ends with a stop. Records:
-    `submitted` requests, and the ids of those that were `aborted`, which is closed by the reader or cancelled before they
-    were finished.
+    is said to have found; `may_load`, cleared, keeps a start waiting, and `load_error` ends it; `script`, if set, is answered
+    in place of the prompt's tokens, and ends with a stop. Records: `submitted` requests, and the ids of those that were
+    `aborted`, which is closed by the reader or cancelled before they were finished.
     """
 
     stats = EngineStats()
@@ -42,31 +46,59 @@ class FakeEngineClient(EngineClient):
         self.num_resets = 0
         self.hold = asyncio.Event()
         self.hold.set()
+        self.may_load = asyncio.Event()
+        self.may_load.set()
+        self.load_error: PagodaError | None = None
+        self.reconfigure_error: PagodaError | None = None
+        self.settings: dict[str, Any] = {}
         self.fail_after: tuple[int, ErrorKind] | None = None
         self.max_requests: int | None = None
         self.num_cached_tokens = 0
         self.script: list[int] | None = None
         self.submitted: list[EngineRequest] = []
         self.aborted: list[str] = []
+        self.adapters: list[LoraAdapter] = []  # that are loaded
         self.num_running = 0
+        self._queue = RequestQueue()  # places that are kept
 
     async def start(self) -> None:
+        if self.health.state in (EngineState.UNLOADED, EngineState.DEAD):
+            self.health.load("loading")
+        if self.load_error is not None:
+            self.health.transition(EngineState.DEAD, str(self.load_error))
+            raise self.load_error
+        await self.may_load.wait()
         self.ready = self._limits
         self.health.transition(EngineState.READY, "started")
 
-    async def submit(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
+    async def load_adapter(self, adapter: LoraAdapter) -> None:
+        self.adapters.append(adapter)
+
+    def unload_adapter(self, adapter: LoraAdapter) -> None:
+        self.adapters.remove(adapter)
+
+    def reserve(self, tenant: str, count: int) -> QueuePlaces:
+        self._check(count)
+        return QueuePlaces(self._queue, tenant, count)
+
+    def _check(self, count: int) -> None:
         if self.health.state is EngineState.DEAD:
             raise EngineDeadError("the engine is dead")
         if not self.health.accepts_requests:
             raise EngineNotReadyError("the engine is not ready")
-        if self.max_requests is not None and self.num_running >= self.max_requests:
+        if self.max_requests is not None and self.num_running + self._queue.num_requests + count > self.max_requests:
             raise QueueFullError("the queue is full", retry_after_seconds=7)
+
+    async def submit(self, request: EngineRequest, places: QueuePlaces | None = None) -> AsyncIterator[EngineOutput]:
+        self._check(0 if places is not None or request.has_place else 1)
+        if places is not None:
+            places.take()
         self.submitted.append(request)
         self.num_running += 1
         self.stats = EngineStats(num_running=self.num_running)
         is_over = False
         try:
-            for position in range(request.max_tokens):
+            for position in range(len(request.output_token_ids), request.max_tokens):
                 await self._wait(request, position)
                 tokens = request.prompt_token_ids if self.script is None else [*self.script, *request.eos_token_ids[:1]]
                 token_id = tokens[position % len(tokens)]
@@ -92,6 +124,31 @@ class FakeEngineClient(EngineClient):
 
     def reset_prefix_cache(self) -> None:
         self.num_resets += 1
+
+    def configure(self, config: PagodaConfig) -> None:
+        self.config = config
+
+    async def reconfigure(self, settings: Mapping[str, Any]) -> None:
+        if self.reconfigure_error is not None:
+            raise self.reconfigure_error
+        self.settings |= settings
+
+    async def sleep(self, level: int) -> None:
+        if self.num_running:
+            raise EngineNotReadyError("requests are running")
+        self.health.transition(EngineState.SLEEPING, f"level {level}")
+        self.sleep_level = level
+
+    async def wake_up(self) -> None:
+        if self.health.state is EngineState.SLEEPING:
+            self.health.transition(EngineState.STARTING, "waking up", is_expected=True)
+            await self.may_load.wait()
+            self.sleep_level = 0
+            self.health.transition(EngineState.READY, "awake")
+
+    async def unload(self, cause: str) -> None:
+        self.ready = None
+        self.health.unload(cause)
 
     async def shutdown(self) -> None:
         self.health.transition(EngineState.DEAD, "shut down")

@@ -145,8 +145,6 @@ def plan_of(step_id: int, req_indices: int = 1) -> StepPlan:
         req_indices=list(range(req_indices)),
         num_computed_tokens=[step_id] * req_indices,
         num_scheduled_tokens=[1] * req_indices,
-        new_block_ids=[[] for _ in range(req_indices)],
-        block_offsets=[1] * req_indices,
         samples=[True] * req_indices,
     )
 
@@ -157,7 +155,9 @@ class FakeLauncher:
     uses_ray = False
 
     def __init__(self, config: PagodaConfig, behaviours: dict[int, dict[type, Behaviour]], **hello: Any) -> None:
-        self._layout = ParallelLayout(config.tensor_parallel_size, config.pipeline_parallel_size)
+        self._layout = ParallelLayout(
+            config.tensor_parallel_size, config.pipeline_parallel_size, config.enable_expert_parallel
+        )
         self._behaviours = behaviours
         self._hello = hello
         self.ranks: list[FakeRank] = []

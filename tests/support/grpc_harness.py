@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import struct
 import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import grpc
@@ -21,6 +24,7 @@ from pagoda.serving.grpc.server import GrpcServer
 from pagoda.serving.v2.service import V2Service
 from pagoda.text.output import GenerationChunk
 from tests.support.fake_engine import FakeEngineClient
+from tests.support.jobs import AnyNumber
 
 T = TypeVar("T")
 MAX_MODEL_LEN = 64
@@ -37,6 +41,9 @@ class FakeGenerator:
     whose reader left before their end; `num_running` have not ended; `tenants` has whose they all were.
     """
 
+    client = AnyNumber()
+    pool = SimpleNamespace(max_characters=None)
+
     def __init__(self) -> None:
         self.started: list[str] = []
         self.left: list[str] = []
@@ -47,7 +54,9 @@ class FakeGenerator:
     def sampling_params(self, given: Mapping[str, Any]) -> SamplingParams:
         return SamplingParams(**given)
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationChunk, None]:
+    async def generate(
+        self, request: GenerationRequest, places: object = None
+    ) -> AsyncGenerator[GenerationChunk, None]:
         prompt, params = request.prompt, request.params
         self.tenants.append(request.tenant)
         text = prompt if isinstance(prompt, str) else "".join(chr(97 + token_id % 26) for token_id in prompt)
@@ -113,13 +122,15 @@ class GrpcHarness:
 
     async def _start(self) -> None:
         context = make_context(self.config, self.engine)
-        context.runner.attach(self.generator)  # type: ignore[arg-type]
+        self._tracing = context.tracing
+        context.models.default.runner.attach(self.generator)  # type: ignore[arg-type]
         self.health, self.metrics, self.keys = context.health, context.metrics, context.keys
+        self.memory = context.decoding.memory
         self.engine.health.enter_phase("weights")
         self.health.text_is_ready()
         if self._is_ready:
             await self.engine.start()
-        self.server = GrpcServer(context, V2Service(context.models, context.health))
+        self.server = GrpcServer(context, V2Service(context.models, context.health, context.repository))
         await self.server.start()
 
     def run(self, make: Callable[..., Awaitable[T]], *arguments: Any) -> T:
@@ -163,6 +174,7 @@ class GrpcHarness:
         if self._channel is not None:
             self._channel.close()
         self.run(self.server.stop, 0)
+        self.run(self._tracing.close)
         self._end_loop()
 
     def _end_loop(self) -> None:
@@ -197,7 +209,22 @@ def infer_request(text: str | list[str] | None = "hello", **fields: Any) -> Any:
     return request
 
 
+def outputs_of(response: Any) -> dict[str, list[Any]]:
+    """The values of every output: raw contents, BYTES or INT64."""
+    assert not any(output.HasField("contents") for output in response.outputs)
+    values: dict[str, list[Any]] = {}
+    for output, raw in zip(response.outputs, response.raw_output_contents, strict=True):
+        found = values[output.name] = []
+        if output.datatype == "INT64":
+            found += struct.unpack(f"<{len(raw) // 8}q", raw)
+        while output.datatype == "BYTES" and raw:
+            (size,) = struct.unpack_from("<I", raw)
+            found.append(raw[4 : 4 + size])
+            raw = raw[4 + size :]
+        assert len(found) == math.prod(output.shape), output
+    return values
+
+
 def texts_of(response: Any) -> list[str]:
-    """The `text_output` of a response with typed contents."""
-    (output,) = [output for output in response.outputs if output.name == "text_output"]
-    return [item.decode() for item in output.contents.bytes_contents]
+    """The `text_output` of a response."""
+    return [item.decode() for item in outputs_of(response)["text_output"]]

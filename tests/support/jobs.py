@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+from pagoda.engine.client.request_queue import QueuePlaces, RequestQueue
 from pagoda.request import GenerationRequest
 from pagoda.sampling.params import SamplingParams
 from pagoda.serving.generation import GenerationRunner
-from pagoda.serving.health import ServerHealth
+from pagoda.serving.health import ModelHealth
 from pagoda.text.generation import TextGenerator
 from pagoda.text.output import GenerationChunk
 
@@ -25,11 +26,18 @@ class Observer:
         pass
 
 
+class AnyNumber:
+    """A client whose queue has a place for everybody."""
+
+    def reserve(self, tenant: str, count: int) -> QueuePlaces:
+        return QueuePlaces(RequestQueue(), tenant, count)
+
+
 def runner_of(generator: Any) -> GenerationRunner:
-    """A runner that is always ready; `generator` needs `generate` only."""
+    """A runner that is always ready; `generator` needs `generate`, and a `client` for several jobs."""
     return GenerationRunner(
         cast("TextGenerator", generator),
-        cast("ServerHealth", Ready()),
+        cast("ModelHealth", Ready()),
         request_timeout_seconds=None,
         observe=lambda job, arrival: Observer(),
     )

@@ -19,6 +19,7 @@ import grpc
 import httpx
 
 from pagoda.serving.grpc.messages import SERVICE_NAME, message_class, service_methods
+from tests.support.grpc_harness import texts_of
 
 DOORS = ("generate", "generate_stream", "infer", "completions", "chat", "grpc", "grpc_stream")
 WHOLE_DOORS = ("generate", "infer", "chat", "grpc")  # their answers come in one piece
@@ -186,7 +187,7 @@ class Clients:
         except grpc.aio.AioRpcError as error:
             _close_with_status(answer, error)
         else:
-            answer.text = _grpc_text(response)
+            answer.text = texts_of(response)[0]
             answer.close("finished")
         yield
 
@@ -203,7 +204,7 @@ class Clients:
                     end = "failed" if answer.text else "refused"
                     answer.close(end, message.error_message, is_retriable=code in RETRIABLE_CODES)
                 else:
-                    answer.text += _grpc_text(response)
+                    answer.text += texts_of(response)[0]
                     if response.parameters["triton_final_response"].bool_param:
                         answer.close("finished")
                 yield
@@ -289,11 +290,6 @@ def _close_with_error(answer: Answer, response: httpx.Response) -> None:
 def _close_with_status(answer: Answer, error: grpc.aio.AioRpcError) -> None:
     end = "failed" if answer.text else "refused"
     answer.close(end, f"{error.code().name} {error.details()}", is_retriable=error.code() in RETRIABLE_CODES)
-
-
-def _grpc_text(response: Any) -> str:
-    (output,) = [entry for entry in response.outputs if entry.name == "text_output"]
-    return str(output.contents.bytes_contents[0].decode())
 
 
 async def run_all(clients: Clients, asks: Iterable[Ask]) -> Books:

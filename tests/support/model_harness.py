@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from pagoda.models.build import build_model
+from pagoda.models.causal_lm import allocate_kv_caches
 from pagoda.models.config import ModelConfig
 from pagoda.models.decoder import DecoderForCausalLM
 from pagoda.models.loading.loader import load_weights
+from pagoda.scheduling.kv_groups import RecurrentState
 from pagoda_kernels.types import AttentionMetadata
 
 CHUNKS = (1, 7, 1, 40)
@@ -37,12 +40,16 @@ class PagedModel:
         config = model.config
         self.model = model
         self.block_size = block_size
-        shape = (num_blocks, config.num_kv_heads, block_size, config.head_dim)
         # The cache starts full of NaN: whatever is read without having been written shows.
-        self.kv_caches = [
-            (torch.full(shape, torch.nan, dtype=model.dtype), torch.full(shape, torch.nan, dtype=model.dtype))
-            for _ in range(config.num_layers)
-        ]
+        self.kv_caches = allocate_kv_caches(
+            config.kv_specs,
+            block_size,
+            lambda shape, spec: torch.full(
+                (num_blocks, *shape),
+                torch.nan,
+                dtype=torch.float32 if isinstance(spec, RecurrentState) else model.dtype,
+            ),
+        )
         order = torch.randperm(num_blocks - 1, generator=torch.Generator().manual_seed(seed)) + 1
         self.free_blocks = order.tolist()
         self.sequences: list[CachedSequence] = []
@@ -82,9 +89,10 @@ class PagedModel:
             max_query_len=max(scheduled.values()),
             max_seq_len=max(self.sequences[index].num_computed for index in rows),
             num_decode_rows=sum(count == 1 for count in scheduled.values()),
+            block_size=self.block_size,
         )
         with torch.inference_mode():
-            hidden = self.model(torch.tensor(input_ids), torch.tensor(positions), self.kv_caches, metadata)
+            hidden = self.model(torch.tensor(input_ids), torch.tensor(positions), self.kv_caches, [metadata])
             logits = self.model.compute_logits(hidden)
         for row, index in enumerate(rows):
             self.sequences[index].logits.extend(logits[starts[row] : starts[row + 1]])
@@ -101,6 +109,15 @@ def load_model(directory: Path, dtype: torch.dtype = torch.float32) -> DecoderFo
     return model
 
 
+def model_class(config: Any) -> Any:
+    """transformers' language model for a configuration."""
+    from transformers import AutoModelForCausalLM
+
+    found = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    # Some are meant to be a part of another model only.
+    return found or getattr(transformers, type(config).__name__.removesuffix("Config") + "ForCausalLM")
+
+
 def save_random_checkpoint(
     config: Any, directory: Path, *, dtype: torch.dtype = torch.float32, max_shard_size: str = "1GB", seed: int = 0
 ) -> Any:
@@ -108,19 +125,20 @@ def save_random_checkpoint(
 
     Every weight is random, norms and biases too, and large enough that logits are far from flat and attention is sharp.
     """
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_config(config).eval()
+    model = model_class(config)(config).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("norm.weight"):
+            if "norm" in name and name.endswith("weight"):
                 parameter.copy_(1 + 0.3 * torch.randn(parameter.shape, generator=generator))
             elif parameter.dim() == 1:
                 parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
             else:
-                scale = 1.0 if "embed_tokens" in name else 1.5 * parameter.shape[1] ** -0.5
+                scale = 1.0 if "embed_tokens" in name else 1.5 * parameter.shape[-1] ** -0.5
                 parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator))
     model.to(dtype).save_pretrained(directory, max_shard_size=max_shard_size)
     return model
 

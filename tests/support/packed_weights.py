@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 from pagoda_kernels.packed_weights import empty_packed, pack_into
@@ -28,7 +30,7 @@ def pack_int8(values: torch.Tensor, scales: torch.Tensor) -> PackedWeight:
     out_features, in_features = values.shape
     stored = _whole_panels((values.to(torch.int16) + 128).to(torch.uint8))
     packed = stored.view(-1, PANEL, in_features // 4, 4).transpose(1, 2).contiguous()
-    padded = _whole_panels(scales.float().unsqueeze(1)).T.contiguous()
+    padded = _in_panels(scales.float().unsqueeze(1))
     return PackedWeight(packed, out_features, in_features, padded, None, in_features, 8)
 
 
@@ -54,9 +56,36 @@ def pack_int4(values: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | 
     out_features, in_features = values.shape
     eights = _whole_panels(values).view(-1, PANEL, in_features // 8, 2, 4).transpose(1, 2)
     packed = (eights[..., 0, :] | eights[..., 1, :] << 4).contiguous()
-    padded_zeros = None if zeros is None else _whole_panels(zeros.to(torch.uint8)).T.contiguous()
-    padded_scales = _whole_panels(scales.float()).T.contiguous()
+    padded_zeros = None if zeros is None else _in_panels(zeros.to(torch.uint8))
+    padded_scales = _in_panels(scales.float())
     return PackedWeight(packed, out_features, in_features, padded_scales, padded_zeros, group_size, 4)
+
+
+def with_mins(weight: PackedWeight, dtype: torch.dtype = torch.float16) -> PackedWeight:
+    """A quantized weight of zeros as one of mins, what a stored 0 stands for, with scales of `dtype`."""
+    assert weight.scales is not None
+    middle = torch.full_like(weight.scales, 2 ** (weight.bits - 1))
+    zeros = middle if weight.zeros is None else weight.zeros.float()
+    scales = weight.scales.to(dtype)
+    return dataclasses.replace(weight, scales=scales, zeros=(-zeros * weight.scales).to(dtype))
+
+
+def with_block_scales(weight: PackedWeight) -> PackedWeight:
+    """The stored values of a weight with zeros, or without, under other scales, in two levels; zeros become mins."""
+    generator = torch.Generator().manual_seed(4)
+    assert weight.scales is not None
+    panels, groups, columns = weight.scales.shape
+    levels = 1 if weight.zeros is None else 2
+    numbers = torch.randint(-127, 128, (levels, panels, groups, columns), generator=generator, dtype=torch.int8)
+    num_blocks = max(n for n in (1, 2, 5) if groups % n == 0)
+    blocks = torch.rand(panels, num_blocks, levels, columns, generator=generator) - 0.5
+    mins = None if weight.zeros is None else numbers[1]
+    return dataclasses.replace(weight, scales=numbers[0], zeros=mins, block_scales=blocks.half())
+
+
+def _in_panels(rows: torch.Tensor) -> torch.Tensor:
+    """[N, G] to [P, G, 32]."""
+    return _whole_panels(rows).view(-1, PANEL, rows.shape[1]).transpose(1, 2).contiguous()
 
 
 def _whole_panels(rows: torch.Tensor) -> torch.Tensor:

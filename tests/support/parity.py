@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
 
+from pagoda.adapters import LoraAdapter
 from pagoda.engine.core.loop import EngineCore
 from pagoda.models.dummy import DummySpec, write_dummy_checkpoint
 from pagoda.request import EngineRequest
@@ -33,20 +36,28 @@ def make_parity_case(
 ) -> ParityCase:
     """Write the checkpoint and let transformers decode the prompts greedily, in float32, one by one."""
     write_dummy_checkpoint(directory, spec)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    return parity_case(directory, model, num_prompts=num_prompts, longest=longest, new_tokens=new_tokens)
+
+
+def parity_case(directory: Path, model: Any, *, num_prompts: int, longest: int, new_tokens: int) -> ParityCase:
+    """The same for the checkpoint in `directory`, which `model` is, in float32."""
     generator = random.Random(7)
+    vocab_size = min(model.config.vocab_size, 500)
     lengths = [1, 2, 15, 16, 17, longest, *(generator.randint(1, longest) for _ in range(num_prompts - 6))]
-    shared = [generator.randrange(3, 500) for _ in range(longest)]
+    shared = [generator.randrange(3, vocab_size) for _ in range(longest)]
     prompts = []
     for index, length in enumerate(lengths):
-        own = [generator.randrange(3, 500) for _ in range(length)]
+        own = [generator.randrange(3, vocab_size) for _ in range(length)]
         prompts.append((shared[: length // 2] + own)[:length] if index % 3 == 0 else own)
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    expected = [_greedy(model, prompt, new_tokens) for prompt in prompts]
-    return ParityCase(directory, prompts, expected, longest, new_tokens, spec.sliding_window is not None)
+    expected = [greedy(model, prompt, new_tokens) for prompt in prompts]
+    has_window = getattr(model.config, "sliding_window", None) is not None
+    return ParityCase(directory, prompts, expected, longest, new_tokens, has_window)
 
 
 @torch.inference_mode()
-def _greedy(model: torch.nn.Module, prompt: list[int], new_tokens: int) -> list[int]:
+def greedy(model: torch.nn.Module, prompt: list[int], new_tokens: int) -> list[int]:
+    """The tokens that transformers gives."""
     inputs = torch.tensor([prompt])
     output = model.generate(  # type: ignore[operator]
         inputs,
@@ -60,8 +71,13 @@ def _greedy(model: torch.nn.Module, prompt: list[int], new_tokens: int) -> list[
     return output[0, len(prompt) :].tolist()
 
 
-def run_greedily(core: EngineCore, case: ParityCase, name: str) -> list[list[int]]:
-    """The output of every prompt, all of which arrive at once; request ids begin with `name`."""
+def run_greedily(
+    core: EngineCore, case: ParityCase, name: str, adapters: Sequence[LoraAdapter | None] = (None,)
+) -> list[list[int]]:
+    """The output of every prompt, all of which arrive at once; request ids begin with `name`.
+
+    `adapters`: of the first prompts, and of those that follow over again.
+    """
     outputs: dict[str, list[int]] = {}
     for index, prompt in enumerate(case.prompts):
         outputs[f"{name}{index}"] = []
@@ -71,6 +87,7 @@ def run_greedily(core: EngineCore, case: ParityCase, name: str) -> list[list[int
                 prompt_token_ids=prompt,
                 params=SamplingParams(temperature=0.0, ignore_eos=True),
                 max_tokens=case.new_tokens,
+                adapter=adapters[index % len(adapters)],
             )
         )
     ended = []

@@ -13,7 +13,7 @@ from pagoda.models.config import ModelConfig
 from pagoda.request import EngineRequest
 from pagoda.sampling.output import TokenLogprobs
 from pagoda.sampling.params import SamplingParams
-from pagoda.scheduling.plan import NewRequest, StepPlan, StepResult
+from pagoda.scheduling.plan import NewBlocks, NewRequest, StepPlan, StepResult
 
 
 @dataclass
@@ -99,8 +99,8 @@ class PlanDriver:
             plan.req_indices.append(sequence.req_index)
             plan.num_computed_tokens.append(sequence.num_computed)
             plan.num_scheduled_tokens.append(count)
-            plan.block_offsets.append(sequence.num_sent_blocks)
-            plan.new_block_ids.append(list(new_blocks))
+            if new_blocks:
+                plan.new_blocks.append(NewBlocks(sequence.req_index, 0, sequence.num_sent_blocks, list(new_blocks)))
             plan.samples.append(end == len(sequence.tokens) + in_flight)
             sequence.num_computed = end
             sequence.num_sent_blocks = len(sequence.blocks)
@@ -150,6 +150,6 @@ class PlanDriver:
                 eos_token_ids=sequence.eos_token_ids,
             ),
             output_token_ids=list(sequence.output),
-            block_ids=list(sequence.blocks),
+            block_ids=[list(sequence.blocks)],
             num_computed_tokens=sequence.num_computed,
         )

@@ -69,7 +69,7 @@ def write_quantized(directory: Path, quantization: dict[str, Any], **config: Any
     stored: dict[str, torch.Tensor] = {}
     worth: dict[str, torch.Tensor] = {}
     for name, target in model.weight_targets().items():
-        if "_proj.weight" in name:
+        if "_proj" in name and name.endswith(".weight"):
             tensors, weight = quantized_tensors(target.full_shape, quantization, generator)
             stored |= {name.removesuffix("weight") + key: value for key, value in tensors.items()}
         else:

@@ -132,7 +132,7 @@ class _Rank:
     def initialize(self, num_blocks: int, max_model_len: int) -> list[tuple[int, ...]]:
         self.worker.initialize_kv_cache(num_blocks, max_model_len)
         assert self.worker.runner is not None
-        return [tuple(keys.shape) for keys, _ in self.worker.runner.kv_caches]
+        return [tuple(caches[0].shape) for caches in self.worker.runner.kv_caches]
 
     def execute(self, plan: StepPlan, update: Any) -> StepResult:
         return self.worker.execute(plan, update).result()
@@ -151,7 +151,9 @@ class PooledExecutor:
 
     def __init__(self, pool: RankPool, config: PagodaConfig, model_config: ModelConfig) -> None:
         self.pool = pool
-        self.layout = ParallelLayout(config.tensor_parallel_size, config.pipeline_parallel_size)
+        self.layout = ParallelLayout(
+            config.tensor_parallel_size, config.pipeline_parallel_size, config.enable_expert_parallel
+        )
         self.max_concurrent_batches = config.pipeline_parallel_size
         self.kv_shapes: list[list[tuple[int, ...]]] = []
         self._config, self._model_config = config, model_config

@@ -12,12 +12,14 @@ from typing import Any, TypeVar
 import httpx
 import uvloop
 
-from pagoda.config.schema import PagodaConfig
+from pagoda.config.schema import PagodaConfig, options
+from pagoda.config.sources import LoadedConfig
 from pagoda.serving.app import create_app
 from pagoda.serving.build import make_context
 from pagoda.serving.context import ServingContext
 from pagoda.serving.http.listener import listen
 from pagoda.serving.http.server import HttpServer
+from pagoda.serving.settings import Settings
 from pagoda.serving.v2.service import V2Service
 from pagoda.text.generation import TextGenerator
 from pagoda.text.pool import TokenizerPool
@@ -40,9 +42,11 @@ def import_kserve() -> Any:
 class RestHarness:
     """The server and its parts; use as a context. `client` talks to it; `engine` can be told what to do."""
 
-    def __init__(self, *, is_ready: bool = True, max_model_len: int = 128, **settings: Any) -> None:
+    def __init__(
+        self, *, is_ready: bool = True, max_model_len: int = 128, checkpoint: str | None = None, **settings: Any
+    ) -> None:
         self.config = PagodaConfig(
-            model=str(shared_checkpoint()),  # the fake engine needs its tokenizer only
+            model=checkpoint or str(shared_checkpoint()),  # the fake engine needs its tokenizer only
             model_name="demo",
             host="127.0.0.1",
             http_port=0,
@@ -94,12 +98,13 @@ class RestHarness:
     async def _start(self) -> None:
         self.engine = FakeEngineClient(max_model_len=self._max_model_len)
         self.context = make_context(self.config, self.engine)
-        self.service = V2Service(self.context.models, self.context.health)
-        app = create_app(self.context, self.service)
+        self.settings = Settings(self.context, LoadedConfig(self.config, dict.fromkeys(options(), "test")))
+        self.service = V2Service(self.context.models, self.context.health, self.context.repository)
+        app = create_app(self.context, self.service, self.settings)
         self.server = HttpServer(app, self.config, self.context.health)
-        listener = listen(self.config)
+        listener = listen(self.config.host, self.config.http_port, "http_port")
         self.port = listener.getsockname()[1]
-        self._serving = asyncio.ensure_future(self.server.serve(listener))
+        self._serving = asyncio.ensure_future(self.server.serve(listener, self.server.tls_context()))
         await asyncio.wait((self._serving,), timeout=0.01)
         if self._serving.done():
             self._serving.result()
@@ -113,16 +118,23 @@ class RestHarness:
         """Become ready."""
         await self.engine.start()
         self._generator = TextGenerator.from_config(self.engine, self.pool, self.config)
-        self.context.runner.attach(self._generator)
-        self.context.health.text_is_ready()
+        self.context.models.default.runner.attach(self._generator)
+        for adapters in self.context.repository.adapters:
+            await adapters.start()
+        self.context.models.default.health.text_is_ready()
 
     async def stop(self) -> None:
         """End the server as it ends by itself, which may come twice."""
+        for adapters in self.context.repository.adapters:
+            await adapters.stop()
         self.server.close()
         await self._serving
+        await self.context.repository.stop_watching()
+        await self.context.repository.end_text_layers()
         if self._generator is not None:
             await self._generator.shutdown()
         await self.pool.shutdown()
+        await self.context.tracing.close()
 
 
 def harness_with_template(template: str, directory: Path) -> RestHarness:

@@ -17,7 +17,9 @@ LIMITS = {"max_num_seqs": 32, "max_num_batched_tokens": 512, "max_model_len": 16
 
 
 class TimedEngine:
-    """`token_times[id]`: when each token of a request was there. `num_usable`: KV blocks of 16 tokens."""
+    """`token_times[id]`: when each token of a request was there. `num_usable`: KV blocks of 16 tokens. `noise`: a factor
+    of each step's time.
+    """
 
     def __init__(
         self,
@@ -27,11 +29,13 @@ class TimedEngine:
         num_usable: int = 8192,
         caching: bool = True,
         watermark: float = 0.02,
+        noise: Callable[[], float] = lambda: 1.0,
         **limits: Any,
     ) -> None:
         self.clock = Clock()
         self._fixed = fixed
         self._per_token = per_token
+        self._noise = noise
         self.kv = KVCacheManager(num_usable + 1, 16, enable_prefix_caching=caching, watermark=watermark)
         self.scheduler = Scheduler(SchedulerLimits(**{**LIMITS, **limits}), self.kv, self.clock)
         self.token_times: dict[str, list[float]] = {}
@@ -64,7 +68,7 @@ class TimedEngine:
             return False
         self.plans.append(plan)
         self.num_tokens_run += plan.total_tokens
-        self.clock.advance(self._fixed + self._per_token * plan.total_tokens)
+        self.clock.advance((self._fixed + self._per_token * plan.total_tokens) * self._noise())
         result = StepResult(plan.step_id, [[1] if samples else [] for samples in plan.samples])
         for update in self.scheduler.apply(plan, result):
             self.token_times[update.request.spec.request_id] += [self.clock()] * len(update.new_token_ids)

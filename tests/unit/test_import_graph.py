@@ -20,12 +20,16 @@ ROOTS = (REPOSITORY / "runtime/pagoda", REPOSITORY / "kernels/pagoda_kernels")
 # From top to bottom: a module may import its own room and the rooms below it. A module is in the room with the longest name
 # that its own name begins with.
 ROOMS = (
+    "pagoda.__main__",
     "pagoda.cli",
+    "pagoda.monitoring",
     "pagoda.benchmarking",
     # Of a server: what puts it together, then the protocols, then what they share.
     *("pagoda.serving.server", "pagoda.serving.frontends", "pagoda.serving.lifecycle", "pagoda.serving.build"),
     *("pagoda.serving.app", "pagoda.serving.server_routes", "pagoda.serving.platform_routes"),
-    "pagoda.serving.anthropic",
+    *("pagoda.serving.sleep_routes", "pagoda.serving.settings_routes"),
+    "pagoda.serving.pooling",
+    *("pagoda.serving.anthropic", "pagoda.serving.ollama", "pagoda.serving.tgi", "pagoda.serving.ui"),
     "pagoda.serving.openai",
     "pagoda.serving.grpc",
     "pagoda.serving.v2",
@@ -48,8 +52,10 @@ ROOMS = (
     "pagoda.parallel",
     "pagoda.scheduling",
     "pagoda.request",
+    "pagoda.adapters",
     "pagoda.tenants",
     "pagoda.sampling",
+    "pagoda.pooling",
     "pagoda.structured.spec",  # what a request asks for, beside its other parameters
     "pagoda.config",
     "pagoda.platform",
@@ -75,11 +81,14 @@ ONLY_IN: Mapping[str, tuple[str, ...]] = {
     "fastapi": ("pagoda.serving",),
     "starlette": ("pagoda.serving",),
     "httptools": ("pagoda.serving.http",),
-    "prometheus_client": ("pagoda.serving",),
+    "prometheus_client": ("pagoda.serving", "pagoda.benchmarking", "pagoda.monitoring"),
+    "h2": ("pagoda.serving.grpc",),
+    "hyperframe": ("pagoda.serving.grpc",),
     "grpc": ("pagoda.serving.grpc", "pagoda.benchmarking"),
     "google": ("pagoda.serving.grpc",),
     "pydantic": ("pagoda.serving", "pagoda.config.validation"),
     "ray": ("pagoda.distributed.ray",),
+    "opentelemetry": ("pagoda.serving.tracing",),
     "triton": ("pagoda_kernels.gpu",),
 }
 
@@ -103,6 +112,8 @@ LIGHT = (
     *("pagoda.models.dummy", "pagoda.models.quantization.config_reader", "pagoda.models.quantization.schemes"),
     *("pagoda.parallel.layout", "pagoda.parallel.interfaces", "pagoda.parallel.rank_info"),
     *("pagoda.sampling.params", "pagoda.sampling.output"),
+    *("pagoda.models.pooling_config", "pagoda.models.encoders.config", "pagoda.models.encoders.families"),
+    "pagoda.models.lora.peft",
     "pagoda_kernels.gpu.machine_code",
 )
 
@@ -333,3 +344,16 @@ def test_light_modules_load_no_torch() -> None:
     light = [module for module in module_files() if longest(module, LIGHT) >= longest(module, LOADS_TORCH)]
     assert len(light) > 150, "the lists fit no module"
     assert [chain for module in light for chain in packages_loaded_by(module, frozenset({"torch"}))] == []
+
+
+def test_a_server_without_traces_loads_nothing_of_opentelemetry() -> None:
+    loaded = [
+        loaded_by(module) for module in ("pagoda.serving.server", "pagoda.serving.frontends", "pagoda.serving.build")
+    ]
+    assert not [
+        name
+        for found in loaded
+        for name in found
+        if name in ("pagoda.serving.tracing.otel", "pagoda.serving.tracing.export")
+    ]
+    assert packages_loaded_by("pagoda.serving.tracing.seam", frozenset({"opentelemetry"})) == []

@@ -185,3 +185,12 @@ def test_python_warnings_become_log_lines(stream: io.StringIO) -> None:
         warnings.simplefilter("always")
         warnings.warn("old thing", UserWarning, stacklevel=1)
     assert any("old thing" in str(entry["message"]) for entry in json_lines(stream))
+
+
+def test_levels_have_colors_only_where_they_are_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    for colors in (False, True):
+        stream = io.StringIO()
+        configure_logging(stream=stream, colors=colors)
+        logging.getLogger("pagoda.x").warning("careful")
+        assert ("\x1b[33mWARNING\x1b[0m" in stream.getvalue()) is colors
+        assert ("\x1b" in stream.getvalue()) is colors

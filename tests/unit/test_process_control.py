@@ -55,7 +55,8 @@ def test_what_parses_hostile_input_is_given_no_secrets(monkeypatch: pytest.Monke
 
 
 def test_an_engine_core_does_not_know_the_api_keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PAGODA_API_KEYS", "a-secret")
+    for name in ("PAGODA_API_KEYS", "PAGODA_ADMIN_KEY", "VLLM_API_KEY"):
+        monkeypatch.setenv(name, "a-secret")
     monkeypatch.setenv("HF_TOKEN", "for its download")
     assert environment_without_keys()["HF_TOKEN"] == "for its download"
     with PrelaunchedProcess() as core, open(f"/proc/{core.process.pid}/environ", "rb") as environ:

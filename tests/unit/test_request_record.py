@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from pagoda.adapters import LoraAdapter
 from pagoda.engine import wire
 from pagoda.engine.core.loop import EngineCore
 from pagoda.engine.messages import EngineReady
@@ -28,7 +29,10 @@ VALUES = {
     "priority": -3,
     "tenant": "a tenant",
     "tenant_weight": 2.0,
+    "fairness_id": "team",
+    "ttft_slo": 0.5,
     "cache_keys": ("salt=x", "another"),
+    "adapter": LoraAdapter("sql", "/adapters/sql", "0f"),
     "num_speculative_tokens": 2,
 }
 
@@ -46,12 +50,22 @@ def validated(tokenizer: Tokenizer) -> EngineRequest:
 
 def planned(request: EngineRequest) -> NewRequest:
     """The request as the model runner gets it, by way of the core and its scheduler."""
-    limits = SchedulerLimits(max_num_seqs=2, max_num_batched_tokens=64, max_model_len=64, max_num_waiting=4)
+    limits = SchedulerLimits(
+        max_num_seqs=2,
+        max_num_batched_tokens=64,
+        max_model_len=64,
+        max_num_waiting=4,
+        max_loras=1,
+        max_cpu_loras=1,
+    )
     scheduler = Scheduler(limits, KVCacheManager(9, 16))
     ready = EngineReady(
         max_model_len=64, max_num_seqs=2, max_num_batched_tokens=64, num_blocks=8, block_size=16, vocab_size=400
     )
     EngineCore(scheduler, executor=None, ready=ready).add_request(request)  # type: ignore[arg-type]
+    assert scheduler.schedule() is None
+    for _, adapter in scheduler.adapters.take_loads():
+        scheduler.adapters.loaded(adapter)
     plan = scheduler.schedule()
     assert plan is not None
     return plan.new_requests[0]

@@ -32,7 +32,7 @@ class EngineSettings:
 
     model: str
     converted: str
-    weights: str  # bf16, fp32 or int8
+    weights: str  # bf16, fp32, int8, or gguf: as the file has them
     threads: int
     max_num_seqs: int
     max_model_len: int

@@ -14,20 +14,36 @@ from urllib.parse import quote
 
 
 def ask(url: str, model: str, prompt: str, seconds: float) -> str:
-    """The model's answer; raises OSError if the server is out of reach and ValueError for an answer without text."""
-    body = json.dumps({"text_input": prompt, "parameters": {"max_tokens": 16}}).encode()
+    """The model's answer; raises OSError if the server is out of reach and ValueError for an answer without text.
+
+    Of a model that pools, what it is and how many numbers: `embedding [1, 384]`.
+    """
+    path = f"{url}/v2/models/{quote(model, safe='')}"
+    outputs = [output["name"] for output in call(path, None, seconds)["outputs"]]
+    if "text_output" in outputs:
+        text = call(f"{path}/generate", {"text_input": prompt, "parameters": {"max_tokens": 16}}, seconds)[
+            "text_output"
+        ]
+    else:
+        tensor = {"name": "text_input", "datatype": "BYTES", "shape": [1], "data": [prompt]}
+        output = call(f"{path}/infer", {"inputs": [tensor]}, seconds)["outputs"][0]
+        text = f"{output['name']} {output['shape']}" if output["data"] else ""
+    if not text:
+        raise ValueError("the answer is empty")
+    return text
+
+
+def call(url: str, content: dict | None, seconds: float) -> dict:
+    """What the server answers: to GET without `content`, else to POST."""
     headers = {"Content-Type": "application/json"}
     if key := first_key(os.environ.get("API_KEYS", "")):
         headers["Authorization"] = f"Bearer {key}"
-    request = urllib.request.Request(f"{url}/v2/models/{quote(model, safe='')}/generate", body, headers)
+    request = urllib.request.Request(url, None if content is None else json.dumps(content).encode(), headers)
     context = ssl.create_default_context()
     context.check_hostname = False  # the certificate is the cluster's own affair, as for the kubelet's probes
     context.verify_mode = ssl.CERT_NONE
     with urllib.request.urlopen(request, timeout=seconds, context=context) as response:
-        text = json.load(response)["text_output"]
-    if not text:
-        raise ValueError("the answer is empty")
-    return text
+        return json.load(response)
 
 
 def first_key(text: str) -> str:

@@ -21,6 +21,7 @@
 {{- end -}}
 {{- include "pagoda.networkChecks" . -}}
 {{- include "pagoda.modelChecks" . -}}
+{{- include "pagoda.loraChecks" . -}}
 {{- if eq .Values.mode "multiNode" -}}
 {{- $nodes := int .Values.multiNode.nodes -}}
 {{- $stages := int (.Values.engine.pipeline_parallel_size | default 1) -}}
@@ -54,6 +55,25 @@
 {{- $copies := int (.Values.engine.data_parallel_size | default 1) -}}
 {{- if and $gpus (ne (mul $ranks $copies) $gpus) -}}
 {{- fail (printf "resources: %s, times engine.data_parallel_size = %d, need as many GPUs, not %d (resources.gpus); over several pods only in mode multiNode" $sizes $copies $gpus) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "pagoda.loraChecks" -}}
+{{- with .Values.lora -}}
+{{- if and .enabled .adapters .configMap -}}
+{{- fail "lora: give one of lora.adapters and lora.configMap, not both" -}}
+{{- end -}}
+{{- if and (not .enabled) (or .claim.name .adapters .configMap) -}}
+{{- fail "lora: lora.claim, lora.adapters and lora.configMap need lora.enabled" -}}
+{{- end -}}
+{{- range .adapters -}}
+{{- if and (not (hasPrefix "/" .path)) (not $.Values.lora.claim.name) -}}
+{{- fail (printf "lora: the path of lora.adapters: %s is in lora.claim, which has no name" .name) -}}
+{{- end -}}
+{{- end -}}
+{{- if and .enabled (include "pagoda.gpus" $ | int) -}}
+{{- fail "lora: adapters are served on a CPU only: resources.gpus, resources.claims" -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}

@@ -69,9 +69,24 @@ emptyDir:
 {{- end -}}
 {{- end -}}
 
+{{/* Whether several models are served, by engine.models or engine.model_dir_root; empty where not. */}}
+{{- define "pagoda.severalModels" -}}
+{{- if or .Values.engine.models .Values.engine.model_dir_root -}}
+{{- if eq (include "pagoda.modelSource" .) "hub" -}}
+{{- fail "model.hubId, or hf:// in model.uri: with several models each names its own in engine.models" -}}
+{{- end -}}
+{{- if eq .Values.mode "multiNode" -}}
+{{- fail "mode multiNode serves one model: engine.models and engine.model_dir_root need mode single" -}}
+{{- end -}}
+true
+{{- end -}}
+{{- end -}}
+
 {{- define "pagoda.modelName" -}}
 {{- if .Values.model.name -}}
 {{- .Values.model.name -}}
+{{- else if .Values.engine.models -}}
+{{- keys .Values.engine.models | sortAlpha | first -}}
 {{- else if eq (include "pagoda.modelSource" .) "demo" -}}
 demo
 {{- else -}}
@@ -80,19 +95,39 @@ demo
 {{- end -}}
 
 {{/* The file for `pagoda serve --config`. JSON, because Helm's YAML may write large integers as floats. */}}
+{{/* The ConfigMap that lists adapters; empty where there is none. */}}
+{{- define "pagoda.loraConfigMap" -}}
+{{- if .Values.lora.enabled -}}
+{{- if .Values.lora.configMap -}}
+{{- .Values.lora.configMap -}}
+{{- else if .Values.lora.adapters -}}
+{{- include "pagoda.fullname" . }}-lora
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
 {{- define "pagoda.configFile" -}}
 {{- $source := include "pagoda.modelSource" . -}}
+{{- $several := include "pagoda.severalModels" . -}}
 {{- $own := dict
   "model_name" (include "pagoda.modelName" .)
   "host" "0.0.0.0"
   "http_port" .Values.network.httpPort
   "grpc_port" .Values.network.grpcPort -}}
+{{- if .Values.lora.enabled -}}
+{{- $_ := set $own "enable_lora" true -}}
+{{- if include "pagoda.loraConfigMap" . -}}
+{{- $_ := set $own "lora_dir" "/etc/pagoda-lora" -}}
+{{- else if .Values.lora.claim.name -}}
+{{- $_ := set $own "lora_dir" "/adapters" -}}
+{{- end -}}
+{{- end -}}
 {{- if eq $source "hub" -}}
 {{- $_ := set $own "model" (include "pagoda.hubId" .) -}}
 {{- with include "pagoda.revision" . -}}
 {{- $_ := set $own "revision" . -}}
 {{- end -}}
-{{- else if ne $source "demo" -}}
+{{- else if and (ne $source "demo") (not $several) -}}
 {{- $_ := set $own "model" "/models" -}}
 {{- end -}}
 {{- if .Values.network.tls.secretName -}}

@@ -71,6 +71,11 @@ capabilities:
 # For `kubectl exec … pagoda probe` and `pagoda doctor`, which then see what the server sees.
 - name: PAGODA_CONFIG
   value: /etc/pagoda/pagoda.json
+# For `${POD_IP}` in engine.kv_events_config.
+- name: POD_IP
+  valueFrom:
+    fieldRef:
+      fieldPath: status.podIP
 {{ include "pagoda.environment" . }}
 {{- end -}}
 
@@ -195,6 +200,11 @@ scheme: {{ include "pagoda.scheme" (index . 0) | upper }}
   mountPath: /etc/pagoda-keys
   readOnly: true
 {{- end }}
+{{- if include "pagoda.loraConfigMap" . }}
+- name: lora
+  mountPath: /etc/pagoda-lora
+  readOnly: true
+{{- end }}
 {{ include "pagoda.volumeMounts" . }}
 {{- end -}}
 
@@ -210,6 +220,14 @@ scheme: {{ include "pagoda.scheme" (index . 0) | upper }}
   mountPath: /models
   readOnly: true
   {{- with (include "pagoda.modelClaim" . | fromYaml).path }}
+  subPath: {{ . }}
+  {{- end }}
+{{- end }}
+{{- if and .Values.lora.enabled .Values.lora.claim.name }}
+- name: adapters
+  mountPath: /adapters
+  readOnly: true
+  {{- with .Values.lora.claim.path }}
   subPath: {{ . }}
   {{- end }}
 {{- end }}
@@ -240,6 +258,11 @@ scheme: {{ include "pagoda.scheme" (index . 0) | upper }}
     {{- end }}
 {{- end }}
 {{- end }}
+{{- with include "pagoda.loraConfigMap" . }}
+- name: lora
+  configMap:
+    name: {{ . }}
+{{- end }}
 {{ include "pagoda.volumes" . }}
 {{- end -}}
 
@@ -262,6 +285,12 @@ scheme: {{ include "pagoda.scheme" (index . 0) | upper }}
 {{- with include "pagoda.modelVolume" . }}
 - name: model
   {{- . | nindent 2 }}
+{{- end }}
+{{- if and .Values.lora.enabled .Values.lora.claim.name }}
+- name: adapters
+  persistentVolumeClaim:
+    claimName: {{ .Values.lora.claim.name }}
+    readOnly: true
 {{- end }}
 {{- with .Values.storage.extraVolumes }}
 {{ toYaml . }}

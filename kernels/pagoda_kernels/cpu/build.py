@@ -52,6 +52,9 @@ class Unit:
 UNITS = (
     Unit("operators.cpp"),
     Unit("decoder.cpp"),
+    Unit("encoder.cpp"),
+    Unit("experts.cpp"),
+    Unit("lora.cpp"),
     Unit("step.cpp"),
     Unit("attention.cpp", "avx512", _AVX512),
     Unit("attention.cpp", "avx512_bf16", _BF16),
@@ -62,8 +65,14 @@ UNITS = (
     Unit("linear_quantized.cpp", "avx512", _AVX512),
     Unit("linear_quantized.cpp", "avx512_vnni", _VNNI),
     Unit("linear_quantized.cpp", "avx2", _AVX2),
+    Unit("encoder_kernels.cpp", "avx512", _AVX512),
+    Unit("encoder_kernels.cpp", "avx2", _AVX2),
+    Unit("lora_kernels.cpp", "avx512", _AVX512),
+    Unit("lora_kernels.cpp", "avx2", _AVX2),
     Unit("elementwise.cpp", "avx512", _AVX512),
     Unit("elementwise.cpp", "avx2", _AVX2),
+    Unit("delta_net.cpp", "avx512", _AVX512),
+    Unit("delta_net.cpp", "avx2", _AVX2),
     Unit("dispatch.cpp"),
 )
 

@@ -6,14 +6,23 @@ import torch
 from typing_extensions import override
 
 from pagoda_kernels.cpu.build import library
-from pagoda_kernels.interface import FusedDecoder, KernelBackend
-from pagoda_kernels.types import AttentionMetadata, PackedWeight, StepTensors
+from pagoda_kernels.interface import (
+    Encoder,
+    FusedDecoder,
+    FusedExperts,
+    KernelBackend,
+    LoraBatch,
+    LoraLinear,
+    PackedLinear,
+)
+from pagoda_kernels.types import AttentionMetadata, DeltaNetWeights, PackedWeight, StepTensors
 
 torch.ops.load_library(str(library()))  # type: ignore[no-untyped-call]
 
 # Looked up once: `torch.ops.pagoda_cpu.x` itself would choose an overload at every call.
 _gather_step = torch.ops.pagoda_cpu.gather_step.default
 _paged_attention = torch.ops.pagoda_cpu.paged_attention.default
+_latent_attention = torch.ops.pagoda_cpu.latent_attention.default
 _write_kv = torch.ops.pagoda_cpu.write_kv.default
 _rotate_and_store = torch.ops.pagoda_cpu.rotate_and_store.default
 _rms_norm = torch.ops.pagoda_cpu.rms_norm.default
@@ -21,10 +30,14 @@ _add_rms_norm = torch.ops.pagoda_cpu.add_rms_norm.default
 _apply_rotary = torch.ops.pagoda_cpu.apply_rotary.default
 _silu_and_mul = torch.ops.pagoda_cpu.silu_and_mul.default
 _gelu_and_mul = torch.ops.pagoda_cpu.gelu_and_mul.default
+_clamped_swiglu_and_mul = torch.ops.pagoda_cpu.clamped_swiglu_and_mul.default
 _linear = torch.ops.pagoda_cpu.linear.default
 _linear_quantized = torch.ops.pagoda_cpu.linear_quantized.default
+_linear_heads = torch.ops.pagoda_cpu.linear_heads.default
 _packed_rows = torch.ops.pagoda_cpu.packed_rows.default
+_gated_delta_net = torch.ops.pagoda_cpu.gated_delta_net.default
 _pack = torch.ops.pagoda_cpu.pack.default
+_soft_cap = torch.ops.pagoda_cpu.soft_cap.default
 _greedy_sample = torch.ops.pagoda_cpu.greedy_sample.default
 _apply_token_bitmask = torch.ops.pagoda_cpu.apply_token_bitmask.default
 
@@ -89,6 +102,7 @@ class CpuBackend(KernelBackend):
         sliding_window: int | None = None,
         soft_cap: float | None = None,
         kv_scales: tuple[float, float] | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         if kv_scales is not None:
             raise self._not_implemented("paged_attention over a float8 KV cache")
@@ -102,8 +116,45 @@ class CpuBackend(KernelBackend):
             scale,
             sliding_window or 0,
             soft_cap or 0.0,
+            sinks,
         )
         return attended
+
+    @override
+    def latent_attention(
+        self, query: torch.Tensor, cache: torch.Tensor, metadata: AttentionMetadata, scale: float, rank: int
+    ) -> torch.Tensor:
+        attended: torch.Tensor = _latent_attention(
+            query, cache, rank, metadata.query_start_loc, metadata.seq_lens, metadata.block_table, scale
+        )
+        return attended
+
+    @override
+    def gated_delta_net(
+        self,
+        projected: torch.Tensor,
+        gates: torch.Tensor,
+        weights: DeltaNetWeights,
+        states: tuple[torch.Tensor, ...],
+        metadata: AttentionMetadata,
+    ) -> torch.Tensor:
+        output: torch.Tensor = _gated_delta_net(
+            projected,
+            gates,
+            weights.interleaved,
+            weights.conv,
+            weights.decay_log,
+            weights.step_bias,
+            weights.norm,
+            weights.eps,
+            weights.num_key_heads,
+            *states,
+            metadata.query_start_loc,
+            metadata.seq_lens,
+            metadata.block_table,
+            metadata.block_size,
+        )
+        return output
 
     @override
     def write_kv(
@@ -131,11 +182,12 @@ class CpuBackend(KernelBackend):
         v_cache: torch.Tensor,
         slot_mapping: torch.Tensor,
         kv_scales: tuple[float, float] | None = None,
+        interleaved: bool = False,
     ) -> torch.Tensor:
         if kv_scales is not None:
             raise self._not_implemented("rotate_and_store into a float8 KV cache")
         rotated: torch.Tensor = _rotate_and_store(
-            query, key, value, cos, sin, query_norm, key_norm, eps, k_cache, v_cache, slot_mapping
+            query, key, value, cos, sin, query_norm, key_norm, eps, k_cache, v_cache, slot_mapping, interleaved
         )
         return rotated
 
@@ -150,9 +202,14 @@ class CpuBackend(KernelBackend):
 
     @override
     def apply_rotary(
-        self, query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        interleaved: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        rotated_query, rotated_key = _apply_rotary(query, key, cos, sin)
+        rotated_query, rotated_key = _apply_rotary(query, key, cos, sin, interleaved)
         return rotated_query, rotated_key
 
     @override
@@ -163,6 +220,11 @@ class CpuBackend(KernelBackend):
     @override
     def gelu_and_mul(self, x: torch.Tensor) -> torch.Tensor:
         activated: torch.Tensor = _gelu_and_mul(x)
+        return activated
+
+    @override
+    def clamped_swiglu_and_mul(self, x: torch.Tensor) -> torch.Tensor:
+        activated: torch.Tensor = _clamped_swiglu_and_mul(x)
         return activated
 
     @override
@@ -182,12 +244,18 @@ class CpuBackend(KernelBackend):
                 weight.values,
                 weight.scales,
                 weight.zeros,
+                weight.block_scales,
                 bias,
                 weight.out_features,
                 weight.group_size,
                 weight.bits == 4,
                 out_dtype,
             )
+        return output
+
+    @override
+    def packed_linear_heads(self, x: torch.Tensor, weight: PackedWeight, out_features: int) -> torch.Tensor:
+        output: torch.Tensor = _linear_heads(x, weight.values, out_features)
         return output
 
     @override
@@ -200,19 +268,68 @@ class CpuBackend(KernelBackend):
         _pack(weight, panels)
 
     @override
-    def fused_decoder(
+    def fused_decoder(self, eps: float, final_norm: torch.Tensor) -> FusedDecoder:
+        decoder: FusedDecoder = torch.classes.pagoda_cpu.Decoder(eps, final_norm)
+        return decoder
+
+    @override
+    def fused_experts(
+        self,
+        router: PackedLinear,
+        correction_bias: torch.Tensor | None,
+        top_k: int,
+        scoring: int,
+        normalize: bool,
+        scaling: float,
+        num_groups: int,
+        top_groups: int,
+        group_members: int,
+        activation: int,
+    ) -> FusedExperts:
+        experts: FusedExperts = torch.classes.pagoda_cpu.Experts(
+            router,
+            correction_bias,
+            top_k,
+            scoring,
+            normalize,
+            scaling,
+            num_groups,
+            top_groups,
+            group_members,
+            activation,
+        )
+        return experts
+
+    @override
+    def lora_batch(self) -> LoraBatch:
+        batch: LoraBatch = torch.classes.pagoda_cpu.LoraBatch()
+        return batch
+
+    @override
+    def lora_linear(self, batch: LoraBatch, in_features: int, out_features: int) -> LoraLinear:
+        layer: LoraLinear = torch.classes.pagoda_cpu.LoraLinear(batch, in_features, out_features)
+        return layer
+
+    @override
+    def soft_cap(self, logits: torch.Tensor, cap: float) -> None:
+        _soft_cap(logits, cap)
+
+    @override
+    def encoder(
         self,
         num_heads: int,
-        num_kv_heads: int,
         head_dim: int,
         intermediate_size: int,
         eps: float,
-        final_norm: torch.Tensor,
-    ) -> FusedDecoder:
-        decoder: FusedDecoder = torch.classes.pagoda_cpu.Decoder(
-            num_heads, num_kv_heads, head_dim, intermediate_size, eps, final_norm
+        *,
+        norm_first: bool,
+        gated: bool,
+        activation: str,
+    ) -> Encoder:
+        encoder: Encoder = torch.classes.pagoda_cpu.Encoder(
+            num_heads, head_dim, intermediate_size, eps, norm_first, gated, activation
         )
-        return decoder
+        return encoder
 
     @override
     def greedy_sample(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

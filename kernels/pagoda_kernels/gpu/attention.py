@@ -30,14 +30,21 @@ class AttentionGeometry:
     block_size: int
     sliding_window: int | None
     has_soft_cap: bool
+    has_sinks: bool
 
     @classmethod
     def of(
-        cls, query: torch.Tensor, k_cache: torch.Tensor, sliding_window: int | None, soft_cap: float | None
+        cls,
+        query: torch.Tensor,
+        k_cache: torch.Tensor,
+        sliding_window: int | None,
+        soft_cap: float | None,
+        sinks: torch.Tensor | None,
     ) -> AttentionGeometry:
         """The geometry of a call of `paged_attention`."""
         _, num_kv_heads, block_size, head_dim = k_cache.shape
-        return cls(query.shape[1], num_kv_heads, head_dim, block_size, sliding_window, soft_cap is not None)
+        has_sinks = sinks is not None
+        return cls(query.shape[1], num_kv_heads, head_dim, block_size, sliding_window, soft_cap is not None, has_sinks)
 
     @property
     def heads_per_kv(self) -> int:
@@ -61,6 +68,7 @@ class AttentionGeometry:
             "BLOCK_SIZE": self.block_size,
             "WINDOW": self.sliding_window or 0,
             "HAS_SOFT_CAP": self.has_soft_cap,
+            "HAS_SINKS": self.has_sinks,
             "DECODE": decode or short,
             "QUERY_LEN": short_query_len(self.heads_per_kv) if short else 1,
             "ROWS": SHORT_TILE_ROWS if short else self.tile_rows(tiles),
@@ -69,7 +77,7 @@ class AttentionGeometry:
             "MAX_SEGMENTS": segments.max_segments if decode or short else 1,
         }
 
-    def reduce_constants(self, segments: SegmentRule, *, short: bool = False) -> dict[str, int]:
+    def reduce_constants(self, segments: SegmentRule, *, short: bool = False) -> dict[str, int | bool]:
         """The constants of `reduce_segments_kernel`."""
         return {
             "QUERY_LEN": short_query_len(self.heads_per_kv) if short else 1,
@@ -77,6 +85,7 @@ class AttentionGeometry:
             "HEAD_DIM": self.head_dim,
             "PADDED_DIM": triton.next_power_of_2(self.head_dim),
             "WINDOW": self.sliding_window or 0,
+            "HAS_SINKS": self.has_sinks,
             "SEGMENT_TOKENS": segments.tokens,
             "MAX_SEGMENTS": segments.max_segments,
         }
@@ -109,10 +118,20 @@ class TritonAttention(KernelBackend):
         sliding_window: int | None = None,
         soft_cap: float | None = None,
         kv_scales: tuple[float, float] | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-        geometry = AttentionGeometry.of(query, k_cache, sliding_window, soft_cap)
-        tensors = (query, k_cache, v_cache, metadata.block_table, metadata.seq_lens, metadata.query_start_loc)
+        geometry = AttentionGeometry.of(query, k_cache, sliding_window, soft_cap, sinks)
+        unused = DECODE_WORKSPACE.unused(query.device)[0]
+        tensors = (
+            unused if sinks is None else sinks,
+            query,
+            k_cache,
+            v_cache,
+            metadata.block_table,
+            metadata.seq_lens,
+            metadata.query_start_loc,
+        )
         scales = (scale, soft_cap or 0.0, *(kv_scales or (1.0, 1.0)))
         if metadata.num_decode_rows:
             _decode(output, tensors, scales, metadata, geometry)
@@ -151,7 +170,7 @@ def _decode(
     *,
     short: bool = False,
 ) -> None:
-    query, k_cache, _, block_table, seq_lens, query_start_loc = tensors
+    sinks, query, k_cache, _, block_table, seq_lens, query_start_loc = tensors
     table = table_of_device(query.device)
     chosen = table.prefill_tiles if short else table.decode_tiles
     tiles = chosen(geometry.head_dim, element_bytes(query.dtype, k_cache.dtype))
@@ -181,6 +200,7 @@ def _decode(
         reduce_segments_kernel[(num_rows, geometry.num_heads, query_len)](
             output,
             *partials,
+            sinks,
             seq_lens,
             query_start_loc,
             first_row,
@@ -197,7 +217,7 @@ def _prefill(
     metadata: AttentionMetadata,
     geometry: AttentionGeometry,
 ) -> None:
-    query, k_cache, _, block_table, seq_lens, _ = tensors
+    _, query, k_cache, _, block_table, seq_lens, _ = tensors
     table = table_of_device(query.device)
     tiles = table.prefill_tiles(geometry.head_dim, element_bytes(query.dtype, k_cache.dtype))
     tokens_per_tile = geometry.tile_rows(tiles) // geometry.heads_per_kv

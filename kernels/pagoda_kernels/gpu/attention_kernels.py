@@ -176,6 +176,15 @@ def _attend_tile(
 
 
 @triton.jit
+def _sink_weight(sinks, heads, exists, exponents):
+    """What each row's sink adds to the sum of weights, of which `exponents`, of 2, is the greatest.
+
+    Where it is greater by far, it is infinite, and the row's result 0, which the result then rounds to anyway.
+    """
+    return tl.exp2(tl.load(sinks + heads, mask=exists, other=NEGATIVE_INFINITY) * LOG2_E - exponents)
+
+
+@triton.jit
 def _normalized(weighted, row_sum, v_scale):
     """Weighted values over the sum of their weights; zeros for a row without any key, as padding may be."""
     return weighted / tl.where(row_sum > 0.0, row_sum, 1.0)[:, None] * v_scale
@@ -190,6 +199,7 @@ def paged_attention_kernel(
     partial_output,
     partial_max,
     partial_sum,
+    sinks,
     query,
     k_cache,
     v_cache,
@@ -211,6 +221,7 @@ def paged_attention_kernel(
     BLOCK_SIZE: tl.constexpr,
     WINDOW: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
     DECODE: tl.constexpr,
     QUERY_LEN: tl.constexpr,
     ROWS: tl.constexpr,
@@ -224,9 +235,9 @@ def paged_attention_kernel(
     Pointers: output and query [T, heads, HEAD_DIM], the query with `query_stride` elements a token; caches [blocks, KV heads,
     BLOCK_SIZE, HEAD_DIM] of the query's type or float8, whose numbers count `k_scale` and `v_scale` times; block_table int32
     with `table_stride` a row; seq_lens and query_start_loc int32. Rows are those from `first_row` on, in prefill up to
-    `num_rows - 1`. WINDOW 0: none. Only with DECODE and more than one segment: partial_output float32 [rows, QUERY_LEN, heads,
-    MAX_SEGMENTS, HEAD_DIM], partial_max and partial_sum float32 [rows, QUERY_LEN, heads, MAX_SEGMENTS], for
-    `reduce_segments_kernel`.
+    `num_rows - 1`. WINDOW 0: none. sinks float32 [heads], with HAS_SINKS. Only with DECODE and more than one segment:
+    partial_output float32 [rows, QUERY_LEN, heads, MAX_SEGMENTS, HEAD_DIM], partial_max and partial_sum float32 [rows,
+    QUERY_LEN, heads, MAX_SEGMENTS], for `reduce_segments_kernel`.
     """
     TOKENS_PER_TILE: tl.constexpr = ROWS // HEADS_PER_KV
     NUM_HEADS: tl.constexpr = NUM_KV_HEADS * HEADS_PER_KV
@@ -328,6 +339,8 @@ def paged_attention_kernel(
             else:
                 row_sum = row_sums
             if num_segments == 1:
+                if HAS_SINKS:
+                    row_sum += _sink_weight(sinks, head, is_real, row_max * log2_scale)
                 tl.store(result_at, _normalized(weighted, row_sum, v_scale).to(output.dtype.element_ty), mask=exists)
             else:
                 place = (row - first_row).to(tl.int64) * QUERY_LEN + token_in_row
@@ -362,6 +375,8 @@ def paged_attention_kernel(
                 BLOCK_SIZE, HEAD_DIM, TILE, WINDOW, HAS_SOFT_CAP, True, False,
             )  # fmt: skip
             blocks = following
+        if HAS_SINKS:
+            row_sum += _sink_weight(sinks, head, is_real, row_max * log2_scale)
         tl.store(result_at, _normalized(weighted, row_sum, v_scale).to(output.dtype.element_ty), mask=exists)
 
 
@@ -371,6 +386,7 @@ def reduce_segments_kernel(
     partial_output,
     partial_max,
     partial_sum,
+    sinks,
     seq_lens,
     query_start_loc,
     first_row,
@@ -380,6 +396,7 @@ def reduce_segments_kernel(
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
     WINDOW: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
     SEGMENT_TOKENS: tl.constexpr,
     MAX_SEGMENTS: tl.constexpr,
 ):
@@ -415,6 +432,8 @@ def reduce_segments_kernel(
     # A segment may hold no visible key, where rounding up to whole tiles left nothing for it.
     shares = tl.where(maxima == NEGATIVE_INFINITY, 0.0, tl.exp2(maxima - tl.max(maxima, 0)))
     total = tl.sum(shares * sums, 0)
+    if HAS_SINKS:
+        total += tl.exp2(tl.load(sinks + head) * LOG2_E - tl.max(maxima, 0))
     result = tl.sum(shares[:, None] * weighted, 0) / total * v_scale
     tl.store(
         output + ((token + token_in_row) * NUM_HEADS + head) * HEAD_DIM + dims,

@@ -14,6 +14,8 @@ from pagoda_kernels.interface import KernelBackend
 ACTIVATION_TILE = 1024
 ACTIVATION_WARPS = 4
 ROTATE_WARPS = 4
+# As `gated_activation_kernel` numbers them.
+SILU, GELU, CLAMPED_SWIGLU = 0, 1, 2
 _ELEMENTS_PER_WARP = 512
 _MAX_WARPS = 16
 
@@ -44,11 +46,15 @@ class TritonElementwise(KernelBackend):
 
     @override
     def silu_and_mul(self, x: torch.Tensor) -> torch.Tensor:
-        return _gated_activation(x, gelu=False)
+        return _gated_activation(x, SILU)
 
     @override
     def gelu_and_mul(self, x: torch.Tensor) -> torch.Tensor:
-        return _gated_activation(x, gelu=True)
+        return _gated_activation(x, GELU)
+
+    @override
+    def clamped_swiglu_and_mul(self, x: torch.Tensor) -> torch.Tensor:
+        return _gated_activation(x, CLAMPED_SWIGLU)
 
     @override
     def rotate_and_store(
@@ -65,6 +71,7 @@ class TritonElementwise(KernelBackend):
         v_cache: torch.Tensor,
         slot_mapping: torch.Tensor,
         kv_scales: tuple[float, float] | None = None,
+        interleaved: bool = False,
     ) -> torch.Tensor:
         k_scale, v_scale = kv_scales or (1.0, 1.0)
         num_tokens, num_heads, head_dim = query.shape
@@ -94,18 +101,20 @@ class TritonElementwise(KernelBackend):
                 k_cache.shape[2],
                 has_norm=query_norm is not None,
                 cache_dtype=k_cache.dtype,
+                rotary_half=cos.shape[1],
+                interleaved=interleaved,
             ),
             num_warps=ROTATE_WARPS,
         )
         return rotated
 
 
-def _gated_activation(x: torch.Tensor, *, gelu: bool) -> torch.Tensor:
+def _gated_activation(x: torch.Tensor, activation: int) -> torch.Tensor:
     x = x.contiguous()
     size = x.shape[-1] // 2
     output = torch.empty((*x.shape[:-1], size), dtype=x.dtype, device=x.device)
     grid = (output.numel() // size, -(-size // ACTIVATION_TILE))
-    gated_activation_kernel[grid](output, x, size, ACTIVATION_TILE, gelu, num_warps=ACTIVATION_WARPS)
+    gated_activation_kernel[grid](output, x, size, ACTIVATION_TILE, activation, num_warps=ACTIVATION_WARPS)
     return output
 
 
@@ -122,7 +131,15 @@ def rms_norm_warps(size: int) -> int:
 
 
 def rotate_constants(
-    num_heads: int, num_kv_heads: int, head_dim: int, block_size: int, *, has_norm: bool, cache_dtype: torch.dtype
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    block_size: int,
+    *,
+    has_norm: bool,
+    cache_dtype: torch.dtype,
+    rotary_half: int,
+    interleaved: bool = False,
 ) -> dict[str, Any]:
     """The constants of `rotate_and_store_kernel`."""
     return {
@@ -135,4 +152,6 @@ def rotate_constants(
         "BLOCK_SIZE": block_size,
         "HAS_NORM": has_norm,
         "FLOAT8_MAX": torch.finfo(cache_dtype).max if cache_dtype.itemsize == 1 else 0.0,
+        "ROTARY_HALF": rotary_half,
+        "INTERLEAVED": interleaved,
     }

@@ -10,15 +10,44 @@ import torch
 
 from pagoda_kernels.gpu.attention import REDUCE_WARPS, AttentionGeometry
 from pagoda_kernels.gpu.attention_kernels import paged_attention_kernel, reduce_segments_kernel
+from pagoda_kernels.gpu.delta_net import (
+    CONV_TILE,
+    CONV_TOKENS,
+    CONV_WARPS,
+    KEEP_TILE,
+    KEEP_WARPS,
+    NORM_WARPS,
+    STATE_TILE,
+    STATE_WARPS,
+)
+from pagoda_kernels.gpu.delta_net_kernels import (
+    convolve_kernel,
+    delta_rule_kernel,
+    gated_norm_kernel,
+    keep_inputs_kernel,
+)
 from pagoda_kernels.gpu.elementwise import (
     ACTIVATION_TILE,
     ACTIVATION_WARPS,
+    CLAMPED_SWIGLU,
+    GELU,
     ROTATE_WARPS,
+    SILU,
     rms_norm_constants,
     rms_norm_warps,
     rotate_constants,
 )
 from pagoda_kernels.gpu.elementwise_kernels import gated_activation_kernel, rms_norm_kernel, rotate_and_store_kernel
+from pagoda_kernels.gpu.expert_kernels import combine_experts_kernel, expert_down_kernel, expert_gate_up_kernel
+from pagoda_kernels.gpu.experts import (
+    COMBINE_TILE,
+    COMBINE_WARPS,
+    EXPERT_STAGES,
+    EXPERT_WARPS,
+    TILE_K,
+    TILE_M,
+    columns_of_tile,
+)
 from pagoda_kernels.gpu.sampling import BITMASK_TILE, BITMASK_WARPS, SAMPLING_TILE, SAMPLING_WARPS, num_tiles
 from pagoda_kernels.gpu.sampling_kernels import greedy_kernel, sample_top_p_kernel, token_bitmask_kernel
 from pagoda_kernels.gpu.step import GATHER_TILE, GATHER_WARPS
@@ -37,8 +66,15 @@ FIRST_ARCH_WITH_BFLOAT16 = 80
 FIRST_ARCH_WITH_FLOAT8 = {"float8_e4m3fn": 89, "float8_e5m2": 80}
 DTYPES_OF_SIZE = {2: ("bfloat16", "float16"), 4: ("float32",)}
 
-# Query heads a KV head, sliding window and soft cap of a layer, beside the head dimension of the table's entry.
-ATTENTION_VARIANTS = ((4, None, False), (8, None, False), (3, None, False), (4, 4096, False), (4, None, True))
+# Query heads a KV head, sliding window, soft cap and sinks of a layer, beside the head dimension of the table's entry.
+ATTENTION_VARIANTS = (
+    (4, None, False, False),
+    (8, None, False, False),
+    (3, None, False, False),
+    (4, 4096, False, False),
+    (4, None, True, False),
+    (8, 128, False, True),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +110,8 @@ def tuned_builds(arch: int) -> Iterator[KernelBuild]:
         yield from _norm_builds(dtype)
         yield from _activation_builds(dtype)
         yield from _rotate_builds(dtype, dtype)
+        yield from _expert_builds(dtype)
+        yield from _delta_net_builds(dtype, interleaved=dtype == "bfloat16")
     yield from _sampling_builds()
     yield _step_build()
     for kv_dtype, first_arch in FIRST_ARCH_WITH_FLOAT8.items():
@@ -107,17 +145,22 @@ def attention_builds(
     """The attention kernel with `tiles`, in each of `ATTENTION_VARIANTS`."""
     of_element, of_cache = TRITON_TYPES[dtype], TRITON_TYPES[kv_dtype or dtype]
     # With float8 the commonest heads only: the rest of the kernel is the same.
-    for heads_per_kv, window, has_soft_cap in ATTENTION_VARIANTS[:2] if kv_dtype else ATTENTION_VARIANTS:
-        geometry = AttentionGeometry(8 * heads_per_kv, 8, tiles.head_dim, 16, window, has_soft_cap)
+    for heads_per_kv, window, has_soft_cap, has_sinks in ATTENTION_VARIANTS[:2] if kv_dtype else ATTENTION_VARIANTS:
+        geometry = AttentionGeometry(8 * heads_per_kv, 8, tiles.head_dim, 16, window, has_soft_cap, has_sinks)
         kind = "short" if short else "decode" if decode else "prefill"
-        extra = f" window={window}" * bool(window) + " soft_cap" * has_soft_cap + f" kv={kv_dtype}" * bool(kv_dtype)
+        extra = (
+            f" window={window}" * bool(window)
+            + " soft_cap" * has_soft_cap
+            + " sinks" * has_sinks
+            + f" kv={kv_dtype}" * bool(kv_dtype)
+        )
         yield KernelBuild(
             name=f"{kind}_attention {dtype} head_dim={tiles.head_dim} heads_per_kv={heads_per_kv}{extra}",
             kernel=paged_attention_kernel,
             types={
                 **dict.fromkeys(("output", "query"), f"*{of_element}"),
                 **dict.fromkeys(("k_cache", "v_cache"), f"*{of_cache}"),
-                **dict.fromkeys(("partial_output", "partial_max", "partial_sum"), "*fp32"),
+                **dict.fromkeys(("partial_output", "partial_max", "partial_sum", "sinks"), "*fp32"),
                 **dict.fromkeys(("block_table", "seq_lens", "query_start_loc"), "*i32"),
                 **dict.fromkeys(("first_row", "num_rows", "query_stride", "table_stride"), "i32"),
                 **dict.fromkeys(("scale", "soft_cap", "k_scale", "v_scale"), "fp32"),
@@ -131,13 +174,13 @@ def attention_builds(
 
 
 def _reduce_build(table: TuningTable, head_dim: int, *, short: bool = False) -> KernelBuild:
-    geometry = AttentionGeometry(32, 8, head_dim, 16, None, False)
+    geometry = AttentionGeometry(32, 8, head_dim, 16, None, False, False)
     return KernelBuild(
         name=f"reduce_segments head_dim={head_dim}" + " short" * short,
         kernel=reduce_segments_kernel,
         types={
             "output": "*bf16" if table.name != "default" else "*fp16",
-            **dict.fromkeys(("partial_output", "partial_max", "partial_sum"), "*fp32"),
+            **dict.fromkeys(("partial_output", "partial_max", "partial_sum", "sinks"), "*fp32"),
             **dict.fromkeys(("seq_lens", "query_start_loc"), "*i32"),
             "first_row": "i32",
             "v_scale": "fp32",
@@ -174,23 +217,136 @@ def _norm_builds(dtype: str) -> Iterator[KernelBuild]:
 
 
 def _activation_builds(dtype: str) -> Iterator[KernelBuild]:
-    for gelu in (False, True):
+    for activation, name in ((SILU, "silu"), (GELU, "gelu"), (CLAMPED_SWIGLU, "clamped_swiglu")):
         yield KernelBuild(
-            name=f"{'gelu' if gelu else 'silu'}_and_mul {dtype}",
+            name=f"{name}_and_mul {dtype}",
             kernel=gated_activation_kernel,
             types=dict.fromkeys(("output", "x"), f"*{TRITON_TYPES[dtype]}"),
-            constants={"SIZE": 12288, "TILE": ACTIVATION_TILE, "GELU": gelu},
+            constants={"SIZE": 12288, "TILE": ACTIVATION_TILE, "ACTIVATION": activation},
             num_warps=ACTIVATION_WARPS,
             is_decode=True,
         )
 
 
+def _expert_builds(dtype: str) -> Iterator[KernelBuild]:
+    """Qwen3-30B-A3B's experts, and gpt-oss's, which have biases."""
+    pointer = f"*{TRITON_TYPES[dtype]}"
+    tiles = {"TILE_M": TILE_M, "TILE_N": columns_of_tile(4 if dtype == "float32" else 2), "TILE_K": TILE_K}
+    sorted_pairs = {"order": "*i64", **dict.fromkeys(("expert_of_block", "first_block", "first_row"), "*i32")}
+    for hidden_size, size, top_k, activation, has_bias in (
+        (2048, 768, 8, SILU, False),
+        (2880, 2880, 4, CLAMPED_SWIGLU, True),
+    ):
+        name = f"{dtype} hidden_size={hidden_size} size={size}"
+        yield KernelBuild(
+            name=f"expert_gate_up {name}",
+            kernel=expert_gate_up_kernel,
+            types={**dict.fromkeys(("output", "x", "weight", "bias"), pointer), **sorted_pairs, "x_stride": "i32"},
+            constants={
+                "TOP_K": top_k,
+                "INPUTS": hidden_size,
+                "SIZE": size,
+                "ACTIVATION": activation,
+                "HAS_BIAS": has_bias,
+                **tiles,
+            },
+            aligned_integers=frozenset({"x_stride"}),
+            num_warps=EXPERT_WARPS,
+            num_stages=EXPERT_STAGES,
+            is_decode=True,
+        )
+        yield KernelBuild(
+            name=f"expert_down {name}",
+            kernel=expert_down_kernel,
+            types={**dict.fromkeys(("x", "weight", "bias"), pointer), **sorted_pairs, "output": "*fp32"},
+            constants={"INPUTS": size, "SIZE": hidden_size, "HAS_BIAS": has_bias, **tiles},
+            num_warps=EXPERT_WARPS,
+            num_stages=EXPERT_STAGES,
+            is_decode=True,
+        )
+        if dtype == "float16":  # once: its sums are float32 in any
+            yield KernelBuild(
+                name=f"combine_experts hidden_size={hidden_size}",
+                kernel=combine_experts_kernel,
+                types={
+                    **dict.fromkeys(("output", "x", "weights"), "*fp32"),
+                    "ids": "*i64",
+                    **dict.fromkeys(("first_expert", "num_experts"), "i32"),
+                },
+                constants={"TOP_K": top_k, "SIZE": hidden_size, "TILE": COMBINE_TILE},
+                num_warps=COMBINE_WARPS,
+                is_decode=True,
+            )
+
+
+def _delta_net_builds(dtype: str, *, interleaved: bool) -> Iterator[KernelBuild]:
+    """Qwen3-Next's heads."""
+    pointer = f"*{TRITON_TYPES[dtype]}"
+    heads = {"KEY_HEADS": 16, "GROUP": 2, "KEY_DIM": 128, "VALUE_DIM": 128, "INTERLEAVED": interleaved}
+    paging = {"BLOCK_SIZE": 1024}
+    rows = {**dict.fromkeys(("query_start_loc", "seq_lens", "block_table"), "*i32"), "table_stride": "i32"}
+    yield KernelBuild(
+        name=f"convolve {dtype}",
+        kernel=convolve_kernel,
+        types={
+            **dict.fromkeys(("output", "projected"), pointer),
+            **dict.fromkeys(("weight", "conv_states"), "*fp32"),
+            **rows,
+            **dict.fromkeys(("conv_stride", "num_tiles"), "i32"),
+        },
+        constants={**heads, **paging, "TAPS": 3, "TOKENS": CONV_TOKENS, "TILE": CONV_TILE},
+        aligned_integers=frozenset({"conv_stride"}),
+        num_warps=CONV_WARPS,
+        is_decode=True,
+    )
+    yield KernelBuild(
+        name=f"keep_inputs {dtype}",
+        kernel=keep_inputs_kernel,
+        types={"conv_states": "*fp32", "projected": pointer, **rows, "conv_stride": "i32"},
+        constants={**heads, **paging, "TAPS": 3, "TILE": KEEP_TILE},
+        aligned_integers=frozenset({"conv_stride"}),
+        num_warps=KEEP_WARPS,
+        is_decode=True,
+    )
+    yield KernelBuild(
+        name=f"delta_rule {dtype}",
+        kernel=delta_rule_kernel,
+        types={
+            **dict.fromkeys(("output", "mixed"), pointer),
+            **dict.fromkeys(("gates", "decay_log", "step_bias", "first_states", "other_states"), "*fp32"),
+            **rows,
+            **dict.fromkeys(("first_stride", "other_stride"), "i32"),
+            "key_scale": "fp32",
+        },
+        constants={**heads, **paging, "PADDED_KEY_DIM": 128, "FIRST_HEADS": 16, "TILE": STATE_TILE},
+        aligned_integers=frozenset({"first_stride", "other_stride"}),
+        num_warps=STATE_WARPS,
+        is_decode=True,
+    )
+    yield KernelBuild(
+        name=f"gated_norm {dtype}",
+        kernel=gated_norm_kernel,
+        types={**dict.fromkeys(("output", "read", "projected"), pointer), "weight": "*fp32", "eps": "fp32"},
+        constants={**heads, "PADDED_VALUE_DIM": 128},
+        num_warps=NORM_WARPS,
+        is_decode=True,
+    )
+
+
 def _rotate_builds(dtype: str, kv_dtype: str) -> Iterator[KernelBuild]:
     pointer, cache = f"*{TRITON_TYPES[dtype]}", f"*{TRITON_TYPES[kv_dtype]}"
-    for num_heads, head_dim, has_norm in ((32, 128, True), (40, 128, False), (14, 64, False), (16, 256, True)):
+    for num_heads, head_dim, has_norm, rotary_half, interleaved in (
+        (32, 128, True, 64, False),
+        (40, 128, False, 64, False),
+        (14, 64, False, 32, False),
+        (16, 256, True, 128, False),
+        (32, 128, False, 32, True),
+        (24, 128, False, 48, False),
+    ):
         yield KernelBuild(
             name=f"rotate_and_store {dtype} heads={num_heads} head_dim={head_dim}"
             + " norm" * has_norm
+            + f" rotary={2 * rotary_half}" * (2 * rotary_half != head_dim)
             + f" kv={kv_dtype}" * (kv_dtype != dtype),
             kernel=rotate_and_store_kernel,
             types={
@@ -202,7 +358,14 @@ def _rotate_builds(dtype: str, kv_dtype: str) -> Iterator[KernelBuild]:
                 **dict.fromkeys(("query_stride", "key_stride", "value_stride"), "i32"),
             },
             constants=rotate_constants(
-                num_heads, 8, head_dim, 16, has_norm=has_norm, cache_dtype=getattr(torch, kv_dtype)
+                num_heads,
+                8,
+                head_dim,
+                16,
+                has_norm=has_norm,
+                cache_dtype=getattr(torch, kv_dtype),
+                rotary_half=rotary_half,
+                interleaved=interleaved,
             ),
             aligned_integers=frozenset({"query_stride", "key_stride", "value_stride"}),
             num_warps=ROTATE_WARPS,

@@ -20,6 +20,11 @@ class TritonSampling(KernelBackend):
     """One launch for the best tokens of all rows, one for all masks, one for all rows that draw from the whole vocabulary."""
 
     @override
+    def soft_cap(self, logits: torch.Tensor, cap: float) -> None:
+        # On a GPU torch computes every element alike, wherever it stands.
+        logits.div_(cap).tanh_().mul_(cap)
+
+    @override
     def greedy_sample(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         num_rows, vocabulary = logits.shape
         token_ids = torch.empty(num_rows, dtype=torch.int64, device=logits.device)

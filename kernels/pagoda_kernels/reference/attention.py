@@ -25,12 +25,15 @@ class ReferenceAttention(KernelBackend):
         sliding_window: int | None = None,
         soft_cap: float | None = None,
         kv_scales: tuple[float, float] | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         if kv_scales is not None:
             # The types of queries hold every number of a float8 type.
             keys, values = k_cache.to(query.dtype), v_cache.to(query.dtype)
             k_scale, v_scale = kv_scales
-            attended = self.paged_attention(query, keys, values, metadata, scale * k_scale, sliding_window, soft_cap)
+            attended = self.paged_attention(
+                query, keys, values, metadata, scale * k_scale, sliding_window, soft_cap, None, sinks
+            )
             return attended.mul_(v_scale)
         geometry = CacheGeometry.of(k_cache)
         plan = plan_attention(metadata, geometry, sliding_window)
@@ -41,11 +44,18 @@ class ReferenceAttention(KernelBackend):
             keys, values = _gather_group(k_pages, v_pages, group, geometry, plan.workspace)
             # The query heads of a KV head become its query positions, so that keys and values are read once for all of them.
             grouped = query[group.rows].view(group.num_rows, geometry.num_kv_heads, -1, geometry.head_dim)
-            attended = _attend(grouped, keys, values, group.mask, scale, soft_cap)
+            own_sinks = None if sinks is None else sinks.view(1, geometry.num_kv_heads, -1)
+            attended = _attend(grouped, keys, values, group.mask, scale, soft_cap, own_sinks)
             output[group.rows] = attended.flatten(1, 2)
         for row in plan.prefill:
-            _prefill(query, k_pages, v_pages, row, geometry, scale, soft_cap, output)
+            _prefill(query, k_pages, v_pages, row, geometry, scale, soft_cap, sinks, output)
         return output
+
+    @override
+    def latent_attention(
+        self, query: torch.Tensor, cache: torch.Tensor, metadata: AttentionMetadata, scale: float, rank: int
+    ) -> torch.Tensor:
+        return self.paged_attention(query, cache, cache, metadata, scale)[..., :rank].contiguous()
 
     @override
     def write_kv(
@@ -77,10 +87,11 @@ class ReferenceAttention(KernelBackend):
         v_cache: torch.Tensor,
         slot_mapping: torch.Tensor,
         kv_scales: tuple[float, float] | None = None,
+        interleaved: bool = False,
     ) -> torch.Tensor:
         if query_norm is not None and key_norm is not None:
             query, key = self.rms_norm(query, query_norm, eps)[0], self.rms_norm(key, key_norm, eps)[0]
-        query, key = self.apply_rotary(query, key, cos, sin)
+        query, key = self.apply_rotary(query, key, cos, sin, interleaved)
         if kv_scales is not None:
             # As bytes, which every torch operation can move.
             key, value = (
@@ -124,6 +135,7 @@ def _prefill(
     geometry: CacheGeometry,
     scale: float,
     soft_cap: float | None,
+    sinks: torch.Tensor | None,
     output: torch.Tensor,
 ) -> None:
     """Attend one row's queries, tile by tile, into `output`."""
@@ -138,7 +150,8 @@ def _prefill(
         keys = row_keys[:, tile.first_key : tile.last_key].expand(group_size, -1, -1, -1)
         values = row_values[:, tile.first_key : tile.last_key].expand(group_size, -1, -1, -1)
         # A copy of the mask, since torch's attention on CUDA refuses rows that are not aligned.
-        attended = _attend(grouped, keys, values, tile.mask.contiguous(), scale, soft_cap)
+        own_sinks = None if sinks is None else sinks.view(geometry.num_kv_heads, -1).T.unsqueeze(2)
+        attended = _attend(grouped, keys, values, tile.mask.contiguous(), scale, soft_cap, own_sinks)
         output[tile.start : tile.stop].view(shape).copy_(attended.permute(2, 1, 0, 3))
 
 
@@ -149,11 +162,20 @@ def _attend(
     mask: torch.Tensor | None,
     scale: float,
     soft_cap: float | None,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Softmax attention with float32 scores; query [B, H, Q, D], keys and values [B, H, K, D], mask additive."""
-    if soft_cap is None:
+    """Softmax attention with float32 scores; query [B, H, Q, D], keys and values [B, H, K, D], mask additive, sinks
+    broadcastable to [B, H, Q]."""
+    if soft_cap is None and sinks is None:
         return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scale)
-    scores = torch.tanh(query.float() @ keys.float().transpose(-1, -2) * (scale / soft_cap)) * soft_cap
+    scores = query.float() @ keys.float().transpose(-1, -2) * scale
+    if soft_cap is not None:
+        scores = torch.tanh(scores / soft_cap) * soft_cap
     if mask is not None:
         scores += mask
-    return (scores.softmax(dim=-1) @ values.float()).to(query.dtype)
+    if sinks is None:
+        weights = scores.softmax(dim=-1)
+    else:
+        own = sinks.unsqueeze(-1).expand(*scores.shape[:-1], 1)
+        weights = torch.cat((scores, own), dim=-1).softmax(dim=-1)[..., :-1]
+    return (weights @ values.float()).to(query.dtype)

@@ -28,6 +28,11 @@ class ReferenceLinear(KernelBackend):
         return (product if bias is None else product + bias.float()).to(out_dtype or x.dtype)
 
     @override
+    def packed_linear_heads(self, x: torch.Tensor, weight: PackedWeight, out_features: int) -> torch.Tensor:
+        by_head = unpack(weight).float().view(x.shape[1], -1, x.shape[2])[:, :out_features]
+        return torch.einsum("thi,hoi->tho", x.float(), by_head).to(x.dtype)
+
+    @override
     def packed_rows(self, weight: PackedWeight, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         chosen = weight.values[ids // PANEL]  # [T, K, 32] or [T, K / 2, 32, 2]
         index = (ids % PANEL).view(-1, *(1,) * (chosen.dim() - 1))
@@ -51,7 +56,11 @@ def unpack(weight: PackedWeight) -> torch.Tensor:
     if weight.scales is None:
         return rows
     per_input = torch.arange(weight.in_features) // weight.group_size
-    return (rows.float() - _zeros(weight)[:, per_input]) * _scales(weight)[:, per_input]
+    scales, zeros = (
+        numbers.transpose(1, 2).flatten(0, 1)[: weight.out_features, per_input]
+        for numbers in (weight.group_scales(), weight.group_zeros())
+    )
+    return rows.float() * scales + zeros if weight.has_mins else (rows.float() - zeros) * scales
 
 
 def _quantized_and_back(x: torch.Tensor, group_size: int) -> torch.Tensor:
@@ -61,14 +70,3 @@ def _quantized_and_back(x: torch.Tensor, group_size: int) -> torch.Tensor:
     scales = groups.abs().amax(dim=2, keepdim=True) / 127
     rounded = (groups / scales.clamp(min=torch.finfo(torch.float32).tiny)).round_() * scales
     return rounded.view(len(x), -1)[:, : x.shape[1]]
-
-
-def _scales(weight: PackedWeight) -> torch.Tensor:
-    assert weight.scales is not None
-    return weight.scales.T[: weight.out_features]
-
-
-def _zeros(weight: PackedWeight) -> torch.Tensor:
-    if weight.zeros is None:
-        return torch.full_like(_scales(weight), 2 ** (weight.bits - 1))
-    return weight.zeros.T[: weight.out_features].float()

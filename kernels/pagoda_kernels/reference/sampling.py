@@ -12,6 +12,10 @@ class ReferenceSampling(KernelBackend):
     """What samples without random numbers."""
 
     @override
+    def soft_cap(self, logits: torch.Tensor, cap: float) -> None:
+        logits.div_(cap).tanh_().mul_(cap)
+
+    @override
     def greedy_sample(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         best_logits, token_ids = logits.max(dim=-1)
         return token_ids, best_logits

@@ -37,6 +37,7 @@ class Answer:
     text: str = ""
     pieces: int = 0
     prompt_tokens: int | None = None
+    cached_tokens: int | None = None
     output_tokens: int | None = None
     ended: bool = False
 
@@ -257,6 +258,7 @@ def _take_usage(content: dict[str, Any], answer: Answer) -> None:
     usage = content.get("usage")
     if usage:
         answer.prompt_tokens = usage.get("prompt_tokens")
+        answer.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
         answer.output_tokens = usage.get("completion_tokens")
 
 

@@ -39,7 +39,7 @@ def check_lengths(core: EngineCore, batch_size: int, input_tokens: int, output_t
         )
     if batch_size > ready.max_num_seqs:
         raise InvalidRequestError(f"--batch-size {batch_size}: the engine runs {ready.max_num_seqs} sequences at once")
-    blocks = batch_size * -(-(input_tokens + output_tokens) // ready.block_size)
+    blocks = batch_size * core.most_blocks(input_tokens + output_tokens)
     if blocks >= ready.num_blocks:
         raise InvalidRequestError(
             f"--batch-size {batch_size} of {input_tokens + output_tokens} tokens needs {blocks} KV blocks, and there are "
@@ -89,13 +89,18 @@ def time_batch(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ThroughputResult:
-    """What got through: `seconds` for all requests, and their tokens; `acceptance_length`: see `EngineStats`."""
+    """What got through: `seconds` for all requests, and their tokens; `acceptance_length`: see `EngineStats`.
+
+    `later_prompt_tokens`, `later_cached_tokens`: of all turns but the first of each conversation.
+    """
 
     seconds: float
     requests: int
     prompt_tokens: int
     cached_tokens: int
     output_tokens: int
+    later_prompt_tokens: int = 0
+    later_cached_tokens: int = 0
     acceptance_length: float | None = None
 
 
@@ -106,7 +111,7 @@ def run_throughput(llm: LLM, conversations: Sequence[Conversation], *, progress:
         RequestFailedError: a sequence failed.
     """
     histories: list[list[int]] = [[] for _ in conversations]
-    num_requests = prompt_tokens = cached_tokens = output_tokens = 0
+    num_requests = prompt_tokens = cached_tokens = output_tokens = later_prompt_tokens = later_cached_tokens = 0
     seconds = 0.0
     for turn in range(max(len(conversation.turns) for conversation in conversations)):
         asked = [number for number, conversation in enumerate(conversations) if turn < len(conversation.turns)]
@@ -127,6 +132,9 @@ def run_throughput(llm: LLM, conversations: Sequence[Conversation], *, progress:
             histories[number] += completion.token_ids
             prompt_tokens += len(output.prompt_token_ids)
             cached_tokens += output.num_cached_tokens
+            if turn > 0:
+                later_prompt_tokens += len(output.prompt_token_ids)
+                later_cached_tokens += output.num_cached_tokens
             output_tokens += len(completion.token_ids)
         num_requests += len(asked)
     return ThroughputResult(
@@ -135,5 +143,7 @@ def run_throughput(llm: LLM, conversations: Sequence[Conversation], *, progress:
         prompt_tokens=prompt_tokens,
         cached_tokens=cached_tokens,
         output_tokens=output_tokens,
+        later_prompt_tokens=later_prompt_tokens,
+        later_cached_tokens=later_cached_tokens,
         acceptance_length=llm.stats.acceptance_length,
     )

@@ -113,7 +113,7 @@ class _Driver:
             record.error, record.detail = failure.kind, str(failure)
             return None
         else:
-            record.prompt_tokens = answer.prompt_tokens
+            record.prompt_tokens, record.cached_tokens = answer.prompt_tokens, answer.cached_tokens
             # Where the server gives no count, the pieces of text are the best there is.
             record.output_tokens = answer.pieces if answer.output_tokens is None else answer.output_tokens
             return answer.text

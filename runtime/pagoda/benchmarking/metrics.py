@@ -20,6 +20,8 @@ METRICS = {
 }
 GOODPUT_METRICS = ("ttft", "tpot", "e2el")
 MILLISECONDS = 1000.0
+MOST_PIECES = 2000
+"""Inter-token latencies that a result keeps, at equal ranks, where there are more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +88,19 @@ def latencies(records: Sequence[RequestRecord]) -> dict[str, list[float]]:
     return {name: [value * MILLISECONDS for value in values] for name, values in seconds.items()}
 
 
+def by_request(records: Sequence[RequestRecord]) -> dict[str, list[float | None]]:
+    """Of every request that succeeded what a service level may bound, in milliseconds; `itl` of all pieces."""
+    good = [record for record in records if record.error is None]
+    of_pieces = sorted(latencies(good)["itl"])
+    step = max(1, -(-len(of_pieces) // MOST_PIECES))
+    return {
+        "ttft": [round(record.ttft * MILLISECONDS, 3) for record in good],
+        "tpot": [None if record.tpot is None else round(record.tpot * MILLISECONDS, 3) for record in good],
+        "e2el": [round(record.e2el * MILLISECONDS, 3) for record in good],
+        "itl": [round(value, 3) for value in of_pieces[::step]],
+    }
+
+
 def summarize(records: Sequence[RequestRecord], level: ServiceLevel | None = None) -> dict[str, Any]:
     """The figures of a run. Rates are over the time from the first request due to the last answer's end."""
     good = [record for record in records if record.error is None]
@@ -104,6 +119,8 @@ def summarize(records: Sequence[RequestRecord], level: ServiceLevel | None = Non
         "total_token_throughput": (output_tokens + prompt_tokens) * per_second,
         "prompt_tokens": prompt_tokens,
         "output_tokens": output_tokens,
+        "cached_share": cached_share(good),
+        "cached_share_of_later_turns": cached_share([record for record in good if record.turn > 0]),
         "max_concurrent_requests": max_concurrent(records),
         **{f"{name}_ms": summary(values) for name, values in latencies(records).items()},
     }
@@ -115,6 +132,13 @@ def summarize(records: Sequence[RequestRecord], level: ServiceLevel | None = Non
             "share": met / len(records) if records else 0.0,
         }
     return figures
+
+
+def cached_share(records: Sequence[RequestRecord]) -> float | None:
+    """The part of the prompts' tokens that was found in the prefix cache; None where no server said."""
+    counted = [record for record in records if record.cached_tokens is not None and record.prompt_tokens]
+    num_tokens = sum(record.prompt_tokens or 0 for record in counted)
+    return sum(record.cached_tokens or 0 for record in counted) / num_tokens if num_tokens else None
 
 
 def max_concurrent(records: Sequence[RequestRecord]) -> int:

@@ -13,7 +13,8 @@ class RequestRecord:
     `scheduled`: when it was to be sent: the planned arrival in an open loop, else when its turn had come. `sent`: when it
     was. Latencies count from `scheduled`, so that a client which is late does not hide what its users wait for.
     `event_times`: when each piece of the answer came; `output_tokens` may be more than there are pieces. `error`: the kind
-    of failure, None for a request that succeeded; `detail` says more.
+    of failure, None for a request that succeeded; `detail` says more. `cached_tokens`: of the prompt, found in the server's
+    prefix cache; None where the server does not say.
     """
 
     conversation: int
@@ -23,6 +24,7 @@ class RequestRecord:
     ended: float = 0.0
     event_times: list[float] = field(default_factory=list)
     prompt_tokens: int | None = None
+    cached_tokens: int | None = None
     output_tokens: int = 0
     error: str | None = None
     detail: str = ""

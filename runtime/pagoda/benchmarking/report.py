@@ -37,6 +37,10 @@ def print_load(figures: dict[str, Any], client: dict[str, Any]) -> None:
         f"{figures['request_throughput']:.2f} requests/s, {figures['output_token_throughput']:.1f} output tokens/s, "
         f"{figures['total_token_throughput']:.1f} tokens/s in all; at most {figures['max_concurrent_requests']} at once"
     )
+    if (share := figures["cached_share"]) is not None:
+        later = figures["cached_share_of_later_turns"]
+        turns = "" if later is None else f"; from the second turn on {later:.1%}"
+        console.print(f"{share:.1%} of {figures['prompt_tokens']} prompt tokens were cached{turns}")
     table = Table("ms", *_COLUMNS)
     for name, meaning in METRICS.items():
         _add_row(table, f"{meaning} ({name})", figures[f"{name}_ms"])
@@ -47,6 +51,8 @@ def print_load(figures: dict[str, Any], client: dict[str, Any]) -> None:
         console.print(
             f"goodput under {limits}: {goodput['requests_per_second']:.2f} requests/s, {goodput['share']:.1%} of requests"
         )
+    if speculation := figures.get("speculative_decoding"):
+        console.print(_acceptance(speculation))
     for kind, count in figures["errors"].items():
         console.print(f"[red]{count} failed: {kind}[/red]")
     console.print(
@@ -57,6 +63,16 @@ def print_load(figures: dict[str, Any], client: dict[str, Any]) -> None:
         console.print(
             "[yellow]the client was late: that much of the latencies may be its own, or other work on this machine[/yellow]"
         )
+
+
+def _acceptance(figures: dict[str, Any]) -> str:
+    if not figures["num_drafts"]:
+        return "speculative decoding: no drafts"
+    by_position = ", ".join(f"{count / figures['num_drafts']:.0%}" for count in figures["accepted_per_position"])
+    return (
+        f"speculative decoding: acceptance length {figures['acceptance_length']:.2f} over {figures['num_drafts']} drafts; "
+        f"{figures['acceptance_rate']:.0%} of {figures['num_draft_tokens']} draft tokens accepted, by position {by_position}"
+    )
 
 
 def print_rows(rows: list[dict[str, Any]], columns: dict[str, str]) -> None:

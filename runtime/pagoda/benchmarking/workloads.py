@@ -114,6 +114,38 @@ def multi_turn_conversations(
     ]
 
 
+def agent_sessions(
+    source: PromptSource,
+    count: int,
+    num_prefixes: int,
+    prefix_tokens: LengthRange,
+    num_turns: LengthRange,
+    input_tokens: LengthRange,
+    output_tokens: LengthRange,
+    seed: int,
+) -> list[Conversation]:
+    """`count` sessions of coding agents: many turns over a long beginning that they share, with short answers.
+
+    A session begins with one of `num_prefixes` beginnings (instructions and tools); `input_tokens` is what each turn adds,
+    the result of a tool mostly. So nearly all of a turn's prompt was in the one before.
+    Raises `InvalidRequestError` when there are more beginnings than sessions.
+    """
+    first_turns = shared_prefix_prompts(source, count, num_prefixes, prefix_tokens, input_tokens, output_tokens, seed)
+    rng = random.Random(f"agent {seed}")
+    return [
+        Conversation(
+            (
+                *first.turns,
+                *(
+                    Turn(source.make(rng, input_tokens.draw(rng)), output_tokens.draw(rng))
+                    for _ in range(num_turns.draw(rng) - 1)
+                ),
+            )
+        )
+        for first in first_turns
+    ]
+
+
 def check_fits(conversations: Sequence[Conversation], max_model_len: int) -> None:
     """Raise `InvalidRequestError` if a conversation of token ids cannot fit into `max_model_len` tokens."""
     for conversation in conversations:

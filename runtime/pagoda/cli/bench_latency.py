@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import random
 import statistics
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pagoda.benchmarking.engine_runs import BatchTimes, check_lengths, time_batch
 from pagoda.benchmarking.metrics import MILLISECONDS, percentile, summary
 from pagoda.benchmarking.report import print_rows
 from pagoda.cli.bench_options import add_result_options, positive, with_acceptance_length, write_json
-from pagoda.cli.offline import parse
-from pagoda.engine.core.startup import start_core
+from pagoda.cli.offline import add_model, make_parser, parse, say_model
+from pagoda.cli.parser import CommandParser
+
+if TYPE_CHECKING:
+    from pagoda.benchmarking.engine_runs import BatchTimes
 
 DESCRIPTION = (
     "Runs batches of random prompts through the engine in this process. Every sequence generates its full length. Settings of "
@@ -34,6 +35,11 @@ _COLUMNS = {
 def run(arguments: Sequence[str]) -> int:
     """Measure every batch size, print a table, write JSON where asked."""
     own, config = parse(_parser(), arguments)
+
+    from pagoda.benchmarking.engine_runs import check_lengths, time_batch
+    from pagoda.engine.core.startup import start_core
+
+    say_model(config)
     core = start_core(config)
     try:
         for size in own.batch_size:
@@ -54,8 +60,9 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="pagoda bench latency", description=DESCRIPTION, allow_abbrev=False)
+def _parser() -> CommandParser:
+    parser = make_parser("bench latency", DESCRIPTION)
+    add_model(parser)
     parser.add_argument("--batch-size", type=positive, nargs="+", default=[1], metavar="N", help="one or several")
     parser.add_argument("--input-len", type=positive, default=128, metavar="TOKENS")
     parser.add_argument("--output-len", type=positive, default=64, metavar="TOKENS")

@@ -24,7 +24,7 @@ from pagoda.benchmarking.endpoints import (
     get_json,
 )
 from pagoda.benchmarking.load import LoadResult, run_load
-from pagoda.benchmarking.metrics import ServiceLevel, summarize
+from pagoda.benchmarking.metrics import ServiceLevel, by_request, summarize
 from pagoda.benchmarking.plot import load_plot
 from pagoda.benchmarking.prompts import (
     PromptSource,
@@ -35,8 +35,10 @@ from pagoda.benchmarking.prompts import (
 )
 from pagoda.benchmarking.records import RequestRecord
 from pagoda.benchmarking.report import client_figures, print_load
+from pagoda.benchmarking.spec_decode import spec_decode_counters, spec_decode_figures
 from pagoda.benchmarking.workloads import Conversation, check_fits
 from pagoda.cli.bench_options import add_result_options, add_workload_options, make_workload, positive, write_json
+from pagoda.cli.parser import CommandParser
 from pagoda.errors import InvalidRequestError, PagodaError
 from pagoda.text.tokenizer import Tokenizer
 
@@ -62,20 +64,25 @@ def run(arguments: Sequence[str]) -> int:
     plan = LoadPlan(own.request_rate, own.burstiness, own.max_concurrency, own.workload_seed)
     level = ServiceLevel.parse(own.goodput)
     try:
-        result = asyncio.run(_measure(own, plan))
+        result, speculation = asyncio.run(_measure(own, plan))
     except RequestFailure as failure:
         raise PagodaError(f"{own.base_url} ({own.endpoint_type}): {failure.kind}: {failure}") from failure
     figures = summarize(result.records, level)
+    if speculation is not None:
+        figures["speculative_decoding"] = speculation
     client = client_figures(result.client, result.records)
     print_load(figures, client)
     _print_first_failures(result.records)
-    write_json(own.json, "serve", own, {"results": figures, "client": client})
+    write_json(
+        own.json, "serve", own, {"results": figures, "client": client, "requests_ms": by_request(result.records)}
+    )
     if own.plot is not None:
         _write(own.plot, load_plot(result.records, f"{own.endpoint_type}, {own.workload}"))
     return 1 if figures["errors"] else 0
 
 
-async def _measure(own: argparse.Namespace, plan: LoadPlan) -> LoadResult:
+async def _measure(own: argparse.Namespace, plan: LoadPlan) -> tuple[LoadResult, dict[str, Any] | None]:
+    """The load, and what the server's speculative decoding did meanwhile, where it has any."""
     is_grpc = own.endpoint_type == GRPC_ENDPOINT
     if is_grpc and own.model is None:
         raise InvalidRequestError(f"--endpoint-type {GRPC_ENDPOINT} needs --model NAME")
@@ -95,8 +102,11 @@ async def _measure(own: argparse.Namespace, plan: LoadPlan) -> LoadResult:
         if max_model_len is not None:
             check_fits(workload, max_model_len)
         await _ask_once(endpoint, workload[0])
+        before = None if is_grpc else await spec_decode_counters(target, QUESTION_SECONDS)
         with _progress(own, sum(len(conversation.turns) for conversation in workload)) as on_record:
-            return await run_load(workload, endpoint, plan, on_record)
+            result = await run_load(workload, endpoint, plan, on_record)
+        after = None if is_grpc else await spec_decode_counters(target, QUESTION_SECONDS)
+        return result, spec_decode_figures(before, after)
     finally:
         await endpoint.close()
 
@@ -136,7 +146,7 @@ async def _prompt_source(own: argparse.Namespace, target: Target, takes_token_id
     Conversations of several turns are text: the answers in them come back as text.
     """
     tokenizer = None if own.tokenizer is None else Tokenizer.from_directory(own.tokenizer)
-    wants_ids = takes_token_ids and own.workload != "multi-turn"
+    wants_ids = takes_token_ids and own.workload not in ("multi-turn", "agent")
     if own.prompt_format == "ids" and not wants_ids:
         raise InvalidRequestError(f"--prompt-format ids: {own.endpoint_type} with {own.workload} prompts takes text")
     if own.prompt_format == "text" or not wants_ids:
@@ -201,8 +211,8 @@ def _json_object(text: str) -> dict[str, Any]:
     return content
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="pagoda bench serve", description=DESCRIPTION, allow_abbrev=False)
+def _parser() -> CommandParser:
+    parser = CommandParser(prog="pagoda bench serve", description=DESCRIPTION)
     server = parser.add_argument_group("server")
     server.add_argument("--base-url", default="http://127.0.0.1:8080", metavar="URL", help="gRPC: HOST:PORT")
     server.add_argument("--endpoint-type", choices=[*HTTP_ENDPOINTS, GRPC_ENDPOINT], default="openai-completions")

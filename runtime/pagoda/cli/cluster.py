@@ -34,7 +34,7 @@ class Cluster:
         try:
             from kubernetes import client, config
         except ImportError:
-            raise ClusterError("needs the Kubernetes client: pip install 'pagoda[k8s]'") from None
+            raise ClusterError("needs the Kubernetes client: pip install kubernetes") from None
         self._client = client
         try:
             self._api = config.new_client_from_config(kubeconfig, context)
@@ -111,6 +111,12 @@ class Cluster:
             found = self._read(self._core.list_namespaced_pod, self.namespace, label_selector=f"{POD_LABEL}={name}")
         items: list[dict[str, Any]] = json.loads(found)["items"]
         return sorted(items, key=lambda pod: str(pod["metadata"].get("creationTimestamp") or ""), reverse=True)
+
+    def pod(self, name: str) -> dict[str, Any]:
+        """One pod."""
+        with self._errors(f"pod {self.namespace}/{name}"):
+            found: dict[str, Any] = json.loads(self._read(self._core.read_namespaced_pod, name, self.namespace))
+        return found
 
     def events(self, pod: str) -> list[dict[str, Any]]:
         """What Kubernetes noted about a pod, the latest last."""

@@ -23,6 +23,7 @@ from pagoda.cli.inference_service import (
     inference_service,
     network_policy,
 )
+from pagoda.cli.parser import CommandParser, settings_names
 from pagoda.cli.pod_state import PodState, pod_state
 from pagoda.config.command_line import CommandLine, parse_command_line
 from pagoda.config.rules import Problem, raise_problems
@@ -284,13 +285,13 @@ def _as_yaml(document: dict[str, Any]) -> str:
     return str(yaml.safe_dump(document, sort_keys=False))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> CommandParser:
+    parser = CommandParser(
         prog="pagoda deploy",
         description="Apply an InferenceService, wait until it is ready, and ask it. Every setting of `pagoda serve` may "
         "be given, too: `pagoda deploy --model Qwen/Qwen3-0.6B --max-model-len 4096`. Without a model the "
         "built-in one is served.",
-        allow_abbrev=False,
+        further=settings_names,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--name", default=PagodaConfig().served_model_name, help="name of InferenceService and model")

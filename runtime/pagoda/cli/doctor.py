@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from pagoda.cli.doctor_cluster import cluster_as_text, examine_cluster
 from pagoda.cli.doctor_security import examine_security, security_as_lines
+from pagoda.cli.parser import CommandParser
 from pagoda.config.command_line import parse_command_line
-from pagoda.config.schema import PagodaConfig, options, rules
+from pagoda.config.schema import PagodaConfig, option_defaults, options, rules
 from pagoda.config.sources import LoadedConfig, load
 from pagoda.config.values import format_bytes
 from pagoda.engine.core.auto import ResolvedSettings, kv_cache_element_bytes, resolve
-from pagoda.engine.core.kv_sizing import fit_max_model_len
+from pagoda.engine.core.kv_sizing import fit_max_model_len, fitting_block_size
 from pagoda.errors import PagodaError
 from pagoda.execution.kv_memory import choose_cpu_kv_cache_bytes
+from pagoda.models.checkpoint_files import is_checkpoint
 from pagoda.models.checkpoint_source import checkpoint_directory
 from pagoda.models.config import ModelConfig
 from pagoda.models.quantization.schemes import choose_quantization
@@ -32,27 +33,63 @@ from pagoda.platform.hardware import (
     memory_report,
     versions,
 )
+from pagoda.serving.model_check import check_model
 
 
 def run(arguments: Sequence[str]) -> int:
     """Print the report; exit status 1 if the settings cannot work here."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="pagoda doctor",
+        usage="pagoda doctor [MODEL] [--json] [--changed] [--cluster] [SETTINGS]",
         description="Show hardware, versions and settings; takes the same settings as `pagoda serve`.",
-        allow_abbrev=False,
     )
     parser.add_argument("--json", action="store_true", help="one JSON object")
+    parser.add_argument("--changed", action="store_true", help="only the settings that differ from their defaults")
     parser.add_argument(
         "--cluster", action="store_true", help="the Ray cluster and its network, without loading a model"
     )
-    flags = ("--json", "--cluster", "-h", "--help")
-    own_words = [word for word in parse_command_line(arguments).others if word in flags]
+    own_words = [word for word in parse_command_line(arguments).others if word in _FLAGS]
     own = parser.parse_args(own_words)
     settings = [word for word in arguments if word not in own_words]
-    report = examine_cluster(settings) if own.cluster else examine(settings)
-    text = cluster_as_text if own.cluster else as_text
+    if own.changed:
+        report, text = examine_changed(settings), changed_as_text
+    elif own.cluster:
+        report, text = examine_cluster(settings), cluster_as_text
+    else:
+        report, text = examine(settings), as_text
     print(json.dumps(report, indent=2) if own.json else text(report))
     return 1 if report["problem"] else 0
+
+
+_FLAGS = ("--json", "--changed", "--cluster", "-h", "--help")
+
+
+def examine_changed(arguments: Sequence[str]) -> dict[str, Any]:
+    """The `settings` that somebody chose and that are not what they would be without, each with its `default`; `problem` as in
+    `examine`, as far as small files tell.
+    """
+    report: dict[str, Any] = {"settings": {}, "problem": None}
+    try:
+        loaded = load(arguments, vllm=True, flags=_FLAGS)
+        for key, setting in _settings(loaded).items():
+            default = _shown(key, option_defaults()[key])
+            if setting["source"] not in ("default", "derived") and setting["value"] != default:
+                report["settings"][key] = {**setting, "default": default}
+        check_model(loaded.config)
+    except PagodaError as error:
+        report["problem"] = str(error)
+    return report
+
+
+def changed_as_text(report: dict[str, Any]) -> str:
+    """The same as text."""
+    lines = [
+        f"{key} = {setting['value']}    [{setting['source']}; default {setting['default']}]"
+        for key, setting in report["settings"].items()
+    ]
+    if report["problem"]:
+        lines.append(f"PROBLEM: {report['problem']}")
+    return "\n".join(lines) or "every setting has its default"
 
 
 def examine(settings: Sequence[str]) -> dict[str, Any]:
@@ -72,7 +109,7 @@ def examine(settings: Sequence[str]) -> dict[str, Any]:
         "problem": None,
     }
     try:
-        loaded = load(settings, vllm=True)
+        loaded = load(settings, vllm=True, flags=_FLAGS)
         report["settings"] = _settings(loaded)
         report["security"] = examine_security(loaded.config)
         gpus = () if loaded.config.device == "cpu" else gpu_reports()
@@ -108,18 +145,30 @@ def as_text(report: dict[str, Any]) -> str:
 def _settings(loaded: LoadedConfig) -> dict[str, dict[str, str]]:
     settings = {}
     for key, info in options().items():
-        value = getattr(loaded.config, key)
-        text = ("auto" if info.auto else "none") if value is None else rules().shown(key, value)
-        settings[key] = {"value": text, "source": loaded.sources[key], "help": info.help}
+        settings[key] = {
+            "value": _shown(key, getattr(loaded.config, key)),
+            "source": loaded.sources[key],
+            "help": info.help,
+        }
     return settings
+
+
+def _shown(key: str, value: Any) -> str:
+    return ("auto" if options()[key].auto else "none") if value is None else rules().shown(key, value)
 
 
 def _examine_model(
     report: dict[str, Any], config: PagodaConfig, cpu: CpuReport, memory: MemoryReport, gpus: Sequence[GpuReport]
 ) -> None:
     """Fill in what depends on the checkpoint, if it is on this machine already."""
-    is_here = config.model is None or Path(config.model).expanduser().is_dir()
-    model = ModelConfig.from_directory(checkpoint_directory(config.model)) if is_here else None
+    is_here = config.model is None or is_checkpoint(Path(config.model).expanduser())
+    model = (
+        ModelConfig.from_directory(
+            checkpoint_directory(config.model, gguf=config.quantization == "gguf"), model_impl=config.model_impl
+        )
+        if is_here
+        else None
+    )
     resolved = resolve(config, checkpoint_dtype=model.dtype if model else None, cpu=cpu, gpus=gpus)
     report["choices"] = [asdict(choice) for choice in resolved.choices]
     if model is None:
@@ -148,14 +197,21 @@ def _examine_model(
 def _expect_kv_cache(
     report: dict[str, Any], config: PagodaConfig, model: ModelConfig, resolved: ResolvedSettings, free_bytes: int
 ) -> None:
-    block_bytes = model.kv_bytes_per_token(ELEMENT_BYTES[resolved.dtype]) * config.block_size
+    element_bytes = ELEMENT_BYTES[resolved.dtype]
+    groups = model.kv_groups(config.block_size, config.max_model_len)
+    config = replace(config, block_size=fitting_block_size(config.block_size, groups, 1, element_bytes))
+    groups = model.kv_groups(config.block_size, config.max_model_len)
+    block_bytes = groups.block_bytes(range(model.num_layers), 1, config.block_size, element_bytes)
+    longest, step_tokens = config.max_model_len or model.max_context_length, resolved.max_num_batched_tokens
     choice = choose_cpu_kv_cache_bytes(
         config.kv_cache_memory_bytes,
         memory_available=free_bytes,
         block_bytes=block_bytes,
         block_size=config.block_size,
-        max_model_len=config.max_model_len or model.max_context_length,
+        rules=groups.rules,
         max_num_seqs=resolved.max_num_seqs,
+        max_model_len=longest,
+        max_step_tokens=step_tokens,
     )
     report["choices"].append(asdict(choice))
     report["kv_cache"] = fit_max_model_len(
@@ -165,6 +221,10 @@ def _expect_kv_cache(
         model_max_len=model.max_context_length,
         max_model_len=config.max_model_len,
         num_blocks_override=config.num_gpu_blocks_override,
+        rules=groups.rules,
+        max_step_tokens=step_tokens,
+        one_group_factor=groups.one_group_factor(config.block_size),
+        state_bytes=groups.state_bytes(),
     ).equation
 
 

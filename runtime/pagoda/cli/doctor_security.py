@@ -50,10 +50,27 @@ def _ray(config: PagodaConfig, warnings: list[str]) -> str:
     from pagoda.distributed.ray.open_ports import open_ports
 
     found = RayAuthentication.of_member(os.environ)
-    ports = ", ".join(map(str, open_ports())) or "no process of Ray runs here"
+    listening = open_ports()
+    ports = ", ".join(map(str, listening)) or f"no process of Ray runs here; it will listen on {_planned_ports(config)}"
+    if any(port.is_beyond("127.0.0.1") for port in listening) or not listening:
+        warnings.append(
+            "Ray binds its ports to all interfaces, whatever address it is given. The token keeps others from running code, "
+            "not from connecting: let a firewall or a NetworkPolicy (the chart's does) admit the machines of the cluster only"
+        )
     if found.has_token:
         return f"{found}; {ports}"
     if config.ray_address is None and not found.is_disabled:
         return f"a token will be made for the head that is started here; {ports}"
     warnings.append(f"Ray: {found}")
     return ports
+
+
+def _planned_ports(config: PagodaConfig) -> str:
+    """Those of a head or node that these settings start."""
+    from pagoda.distributed.ray.node import HEAD_PORT, NUM_PORTS
+
+    first = config.ray_first_port
+    others = (
+        "ports that the kernel chooses (ray_first_port)" if first is None else f"{first} to {first + NUM_PORTS - 1}"
+    )
+    return f"{HEAD_PORT} (head) and {others}"

@@ -11,7 +11,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from pagoda.cli.offline import check_one_choice, loaded_llm, make_parser, parse, sampling_params
+from pagoda.cli.offline import (
+    add_sampling_options,
+    check_one_choice,
+    is_model,
+    loaded_llm,
+    make_parser,
+    parse,
+    sampling_params,
+)
+from pagoda.cli.parser import CommandParser
 from pagoda.errors import InvalidRequestError
 from pagoda.sampling.output import FinishReason
 from pagoda.sampling.params import SamplingParams
@@ -21,8 +30,9 @@ if TYPE_CHECKING:
     from pagoda.llm import LLM
 
 DESCRIPTION = (
-    "Completes prompts without a server. Prompts are arguments, or come from --input, or, with neither, are all of standard "
-    "input as one prompt."
+    "Completes prompts without a server: `pagoda generate ./Qwen3-0.6B 'Once upon'`. Prompts are arguments, or come from "
+    "--input, or, with neither, are all of standard input as one prompt. The first argument is the model where it is a "
+    "checkpoint or a path; else --model gives it, or the built-in demo model runs."
 )
 
 
@@ -37,11 +47,13 @@ class PromptLine:
 
 def run(arguments: Sequence[str]) -> int:
     """Complete the prompts of a command line; 1 if any of them failed in the engine."""
-    own, config = parse(_parser(), arguments)
+    own, config = parse(_parser(), arguments, _take_model)
     lines = _read_prompts(own)
-    # The output is opened first: to find out that it cannot be written after an hour of generating would be late.
+    # What is impossible is said before a model is loaded, and that the output cannot be written before it is generated.
+    params = [sampling_params(config, own, **line.sampling) for line in lines]
+    if own.stream:
+        _check_stream(params)
     with _open_output(own.output) as sink, loaded_llm(config) as llm:
-        params = [sampling_params(llm, own, **line.sampling) for line in lines]
         prompts = [_prompt(llm, line, as_chat=own.chat) for line in lines]
         if own.stream:
             _stream(llm, prompts, params, sink, own.format)
@@ -52,9 +64,11 @@ def run(arguments: Sequence[str]) -> int:
     return _report_failures(outputs)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> CommandParser:
     parser = make_parser("generate", DESCRIPTION)
-    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="text to complete")
+    parser.usage = "pagoda generate [MODEL] [PROMPT ...] [OPTIONS]"
+    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="text to complete; before it, the model may stand")
+    add_sampling_options(parser)
     parser.add_argument("--input", metavar="FILE", help="prompts from a file, - for standard input")
     parser.add_argument(
         "--input-format",
@@ -74,6 +88,20 @@ def _parser() -> argparse.ArgumentParser:
         help="show a bar; default: for several prompts on a terminal",
     )
     return parser
+
+
+def _take_model(own: argparse.Namespace) -> str | None:
+    """The first word, where it is the model and not a prompt."""
+    is_followed = len(own.prompts) > 1 or own.input is not None
+    if own.prompts and is_model(own.prompts[0], is_followed=is_followed):
+        return str(own.prompts.pop(0))
+    return None
+
+
+def _check_stream(params: list[SamplingParams]) -> None:
+    if len(params) != 1:
+        raise InvalidRequestError(f"--stream takes one prompt, not {len(params)}", "prompt")
+    check_one_choice(params[0], "--stream shows one completion")
 
 
 def _read_prompts(own: argparse.Namespace) -> list[PromptLine]:
@@ -154,9 +182,6 @@ def _open_output(path: str) -> AbstractContextManager[TextIO]:
 def _stream(
     llm: LLM, prompts: list[str | list[int]], params: list[SamplingParams], sink: TextIO, output_format: str
 ) -> None:
-    if len(prompts) != 1:
-        raise InvalidRequestError(f"--stream takes one prompt, not {len(prompts)}", "prompt")
-    check_one_choice(params[0], "--stream shows one completion")
     with closing(llm.stream(prompts[0], params[0])) as chunks:
         for chunk in chunks:
             sink.write(chunk.text if output_format == "text" else json.dumps(asdict(chunk), ensure_ascii=False) + "\n")

@@ -5,13 +5,13 @@ A worker pod runs this and nothing else; `pagoda probe startup|ready|live --rank
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from pagoda.cli.parser import CommandParser, settings_names
 from pagoda.config.command_line import parse_command_line
 from pagoda.config.rules import raise_problems
 from pagoda.config.sources import load
@@ -53,13 +53,13 @@ def run(arguments: Sequence[str]) -> int:
     return os.EX_OK
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> CommandParser:
+    parser = CommandParser(
         prog="pagoda join",
         description="Make this machine a worker node of a Ray cluster. Takes the settings of `pagoda serve` too, of which "
         "network_interface, ray_address, ray_num_cpus, ray_first_port, rendezvous_timeout_seconds (how long to wait for the "
         "head) and those of logs count.",
-        allow_abbrev=False,
+        further=settings_names,
     )
     parser.add_argument("head", nargs="?", metavar="HOST[:PORT]", help="the head; default: the setting ray_address")
     parser.add_argument("--state-directory", type=Path, metavar="DIR", help="where the node's probes look")

@@ -1,4 +1,4 @@
-"""`pagoda models`: look at a checkpoint, quantize one, or make one with random weights."""
+"""`pagoda models`: look at a checkpoint, quantize or convert one, or make one with random weights."""
 
 from __future__ import annotations
 
@@ -11,30 +11,41 @@ from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from pagoda.cli import models_quantize
+from pagoda.cli.parser import CommandParser
 from pagoda.config.values import format_bytes
 from pagoda.errors import CheckpointError
 
+DTYPES = ("float32", "bfloat16", "float16")
+
 
 def run(arguments: Sequence[str]) -> int:
-    """Run `inspect`, `quantize` or `make-dummy`."""
-    parser = argparse.ArgumentParser(prog="pagoda models", description="Look at checkpoints, quantize or make one.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{inspect,quantize,make-dummy}")
+    """Run `inspect`, `quantize`, `convert` or `make-dummy`."""
+    parser = CommandParser(prog="pagoda models", description="Look at checkpoints, quantize, convert or make one.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     inspect = commands.add_parser("inspect", help="print what a checkpoint is and what it needs")
-    inspect.add_argument("model", help="directory or Hugging Face id")
+    inspect.add_argument("model", help="directory, GGUF file or Hugging Face id")
     inspect.add_argument("--json", action="store_true", help="one JSON object")
     quantize = commands.add_parser(
         "quantize", help="write a checkpoint with int8 or int4 weights, and what that costs it"
     )
     models_quantize.add_options(quantize)
+    convert = commands.add_parser("convert", help="write a GGUF file as a directory in Hugging Face format, of floats")
+    convert.add_argument("source", metavar="SOURCE", help="GGUF file, or Hugging Face id of one: owner/name:Q4_K_M")
+    convert.add_argument("destination", metavar="DEST", type=Path, help="directory to write; must not exist yet")
+    convert.add_argument(
+        "--dtype", choices=DTYPES, help="type of the weights; default: that of the model as far as the file tells"
+    )
     make = commands.add_parser("make-dummy", help="write a small checkpoint with random weights and a tokenizer")
     make.add_argument("directory", type=Path, help="must not exist yet")
     _add_dummy_options(make)
-    own = parser.parse_args([_with_dashes(word) for word in arguments])
+    own = parser.parse_args(arguments)
     if own.command == "inspect":
         facts = inspect_checkpoint(own.model)
         print(json.dumps(facts, indent=2) if own.json else _as_text(facts))
         return 0
-    return models_quantize.run(own) if own.command == "quantize" else _make_dummy(own)
+    return {"quantize": models_quantize.run, "convert": models_quantize.convert, "make-dummy": _make_dummy}[
+        own.command
+    ](own)
 
 
 def inspect_checkpoint(model: str) -> dict[str, Any]:
@@ -43,42 +54,55 @@ def inspect_checkpoint(model: str) -> dict[str, Any]:
     Raises:
         CheckpointError: it is not there, or no model that can be served.
     """
-    from pagoda.models.checkpoint_files import checkpoint_file, names_ending_with
     from pagoda.models.checkpoint_source import checkpoint_directory
     from pagoda.models.config import ModelConfig
+    from pagoda.models.layer_config import MoE
     from pagoda.models.weight_size import ELEMENT_BYTES, expected_weight_bytes
 
     directory = checkpoint_directory(model)
-    config = ModelConfig.from_directory(directory)
+    config = ModelConfig.from_directory(directory, model_impl="auto")
     element_bytes = ELEMENT_BYTES[config.dtype]
+    experts = [layer.mlp.num_experts for layer in config.layers if isinstance(layer.mlp, MoE)]
     return {
         "directory": str(directory),
         "architecture": config.architecture,
         "parameters": config.num_parameters(),
+        "parameters_per_token": config.num_parameters_per_token(),
         "dtype": config.dtype,
         "quantization": str(config.quantization or "none"),
         "weight_bytes": expected_weight_bytes(config, config.dtype, config.quantization, packed=True),
-        "file_bytes": sum(
-            checkpoint_file(directory, name).stat().st_size for name in names_ending_with(directory, (".safetensors",))
-        ),
+        "file_bytes": sum(file.stat().st_size for file in _weight_files(directory)),
         "layers": config.num_layers,
         "hidden_size": config.hidden_size,
         "attention_heads": config.num_heads,
         "kv_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
+        "experts": max(experts, default=0),
+        "layers_with_window": sum(window is not None for window in config.layer_windows),
         "vocab_size": config.vocab_size,
         "tied_embeddings": config.tie_word_embeddings,
         "max_model_len": config.max_context_length,
         "kv_bytes_per_token": config.kv_bytes_per_token(element_bytes),
-        "kv_bytes_per_sequence": config.kv_bytes_per_token(element_bytes) * config.max_context_length,
+        "kv_bytes_per_sequence": config.kv_bytes_per_sequence(element_bytes),
+        "state_bytes_per_sequence": config.kv_groups(1).state_bytes(),
     }
+
+
+def _weight_files(checkpoint: Path) -> list[Path]:
+    from pagoda.models.checkpoint_files import checkpoint_file, names_ending_with
+    from pagoda.models.gguf.files import is_gguf
+    from pagoda.models.weight_files import weight_files
+
+    if is_gguf(checkpoint):
+        return weight_files(checkpoint)
+    return [checkpoint_file(checkpoint, name) for name in names_ending_with(checkpoint, (".safetensors",))]
 
 
 def _as_text(facts: dict[str, Any]) -> str:
     def text(key: str, value: Any) -> str:
         if "bytes" in key:
             return format_bytes(value)
-        return f"{value:,}" if key == "parameters" else str(value)
+        return f"{value:,}" if key.startswith("parameters") else str(value)
 
     return "\n".join(f"{key.replace('_', ' '):<22} {text(key, value)}" for key, value in facts.items())
 
@@ -114,12 +138,6 @@ def _argument_of(field: Field[Any], annotation: Any) -> dict[str, Any]:
     if kind in (int, float):
         return {"type": kind, "help": told, "metavar": kind.__name__.upper()}
     return {"type": _json_object, "help": "a JSON object", "metavar": "JSON"}
-
-
-def _with_dashes(word: str) -> str:
-    """An option's name with dashes, its value untouched: underscores are as good everywhere in Pagoda."""
-    name, equals, value = word.partition("=")
-    return name.replace("_", "-") + equals + value if name.startswith("--") else word
 
 
 def _json_object(text: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`pagoda models quantize`: write a quantized checkpoint, and measure the loss of accuracy."""
+"""`pagoda models quantize` writes a quantized checkpoint and says what it loses; `convert` writes one out of a GGUF file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
-    parser.add_argument("source", metavar="SOURCE", help="directory or Hugging Face id")
+    parser.add_argument("source", metavar="SOURCE", help="directory, GGUF file or Hugging Face id")
     parser.add_argument("destination", metavar="DEST", type=Path, help="directory to write; must not exist yet")
     parser.add_argument("--quantization", required=True, choices=("int8", "int4"), help="bits of the weights")
     parser.add_argument(
@@ -33,15 +33,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(own: argparse.Namespace) -> int:
     """Quantize, then compare what `pagoda serve` would run with the source in float32."""
-    import torch
-
     from pagoda.models.checkpoint_source import checkpoint_directory
-    from pagoda.models.quantization.quality import score
-    from pagoda.models.quantization.writing import write_quantized_checkpoint
+    from pagoda.models.config import ModelConfig
 
     if own.group_size is not None and own.quantization != "int4":
         raise ConfigError(f"group-size={own.group_size}: needs --quantization int4")
     source = checkpoint_directory(own.source)
+    ModelConfig.from_directory(source)  # what is no model is said before anything large is imported
+
+    import torch
+
+    from pagoda.models.quantization.quality import score
+    from pagoda.models.quantization.writing import write_quantized_checkpoint
+
     texts = _texts(source, own.text)
     with _progress() as bar:
         task = bar.add_task("quantize", total=None)
@@ -62,6 +66,28 @@ def run(own: argparse.Namespace) -> int:
             del model
     headers = (f"source, {dtypes[0]}", f"{quantization}, {dtypes[1]}")
     print(_report(headers, (source, own.destination), *scores))
+    return 0
+
+
+def convert(own: argparse.Namespace) -> int:
+    """Write a GGUF file as a directory."""
+    import torch
+
+    from pagoda.models.checkpoint_source import checkpoint_directory
+    from pagoda.models.config import ModelConfig
+    from pagoda.models.quantization.writing import write_float_checkpoint
+
+    source = checkpoint_directory(own.source)
+    dtype = own.dtype or ModelConfig.from_directory(source).dtype
+    with _progress() as bar:
+        task = bar.add_task("convert", total=None)
+        write_float_checkpoint(
+            source,
+            own.destination,
+            getattr(torch, dtype),
+            lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    print(f"{own.destination}: {format_bytes(_weight_bytes(own.destination))} in {dtype}")
     return 0
 
 
@@ -130,6 +156,8 @@ def _report(headers: tuple[str, str], directories: tuple[Path, Path], before: Sc
 
 
 def _weight_bytes(directory: Path) -> int:
+    if directory.is_file():
+        return directory.stat().st_size
     return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
 
 

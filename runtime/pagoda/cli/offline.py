@@ -1,19 +1,25 @@
-"""What `pagoda generate` and `pagoda chat` share: their arguments, loading the model, and sampling options."""
+"""What the commands that run the engine in this process share: arguments, loading the model, sampling options."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from pagoda.cli.parser import CommandParser, settings_names
 from pagoda.config.command_line import CONFIG_FILE, options_help, parse_command_line
 from pagoda.config.rules import raise_problems
-from pagoda.config.schema import PagodaConfig
+from pagoda.config.schema import PagodaConfig, is_hub_id
 from pagoda.config.sources import load
-from pagoda.errors import InvalidRequestError
+from pagoda.errors import ConfigError, InvalidRequestError
+from pagoda.models.checkpoint_source import checkpoint_directory
 from pagoda.sampling.params import SamplingParams
+from pagoda.serving.model_check import check_model
+from pagoda.text.checkpoint_defaults import read_checkpoint_defaults
 
 if TYPE_CHECKING:
     from pagoda.llm import LLM
@@ -24,46 +30,88 @@ _HELP_TAIL = (
 )
 
 
-def make_parser(command: str, description: str) -> argparse.ArgumentParser:
-    """A parser for a command's own options, the sampling options among them."""
-    parser = argparse.ArgumentParser(
-        prog=f"pagoda {command}", description=description, epilog=_HELP_TAIL, allow_abbrev=False
-    )
+def make_parser(command: str, description: str) -> CommandParser:
+    """A parser for a command's own options, beside which it takes the settings of the engine."""
+    parser = CommandParser(prog=f"pagoda {command}", description=description, epilog=_HELP_TAIL, further=settings_names)
     parser.add_argument("--help-settings", action=_PrintSettings, nargs=0, help="list the settings of the engine")
-    _add_sampling_options(parser)
     return parser
 
 
-def parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[argparse.Namespace, PagodaConfig]:
+def add_model(parser: CommandParser) -> None:
+    """The model as a word of its own, as in `pagoda serve MODEL`."""
+    parser.add_argument("model_argument", nargs="?", metavar="MODEL", help="the same as --model MODEL")
+
+
+def model_argument(own: argparse.Namespace) -> str | None:
+    """The model that `add_model`'s word names."""
+    return getattr(own, "model_argument", None)
+
+
+def parse(
+    parser: CommandParser,
+    arguments: Sequence[str],
+    model_of: Callable[[argparse.Namespace], str | None] = model_argument,
+) -> tuple[argparse.Namespace, PagodaConfig]:
     """The command's own options and the configuration, out of one command line.
 
-    Raises `ConfigError` for wrong settings; own options that are wrong end the program, as argparse does.
+    `model_of`: takes the word that is the model out of the command's own, where --model does not give it.
+    Raises `ConfigError` or `CheckpointError` for all that is wrong as far as small files of the checkpoint tell.
     """
     line = parse_command_line(arguments)
-    own = parser.parse_args([_with_dashes(word) for word in line.others])
+    own = parser.parse_args(line.others)
     raise_problems(line.problems)
     settings = [f"--{given.name}={given.raw}" for given in line.given]
+    has_model = any(given.key == "model" for given in line.given)
+    word = model_argument(own) if has_model else model_of(own)
+    if word is not None and has_model:
+        raise ConfigError(f"model: given twice, by --model and as {word}")
+    if word is not None:
+        settings.append(f"--model={word}")
     if line.config_file is not None:
         settings.append(f"--{CONFIG_FILE}={line.config_file}")
-    return own, load(settings).config
+    config = load(settings).config
+    check_model(config)
+    return own, config
 
 
-def sampling_params(llm: LLM, own: argparse.Namespace, **further: Any) -> SamplingParams:
-    """What the options ask for, then `further`, over what the checkpoint recommends.
+def is_model(word: str, *, is_followed: bool) -> bool:
+    """Whether a word that may be a prompt names a model: a checkpoint here, something that is written as a path, or, where
+    prompts follow it, OWNER/NAME.
+    """
+    is_checkpoint = word.endswith(".gguf") or os.path.isfile(os.path.join(word, "config.json"))
+    if is_checkpoint or any(map(str.isspace, word)):
+        return is_checkpoint
+    if word.startswith(("/", "./", "../", "~/")):
+        return True
+    return is_followed and is_hub_id(word)
+
+
+def sampling_params(config: PagodaConfig, own: argparse.Namespace, **further: Any) -> SamplingParams:
+    """What the options ask for, then `further`, over what the checkpoint recommends; nothing is loaded for it.
 
     Raises `InvalidRequestError` naming what is impossible.
     """
     given = {name: value for name in _SAMPLING_NAMES if (value := getattr(own, name)) is not None}
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in {**given, **further}.items()}
+    directory = checkpoint_directory(
+        config.model, config.revision, config.download_dir, gguf=config.quantization == "gguf"
+    )
+    recommended = read_checkpoint_defaults(replace(config, model=str(directory))).sampling
     try:
-        return llm.default_sampling_params(**given)
+        return SamplingParams(**{**recommended, **given})
     except (TypeError, AttributeError) as error:  # what is no sequence where one is needed
         raise InvalidRequestError(f"the sampling parameters cannot be read: {error}") from error
 
 
+def say_model(config: PagodaConfig) -> None:
+    """Say on standard error which model runs."""
+    print(f"model {config.model_description}", file=sys.stderr)
+
+
 @contextmanager
 def loaded_llm(config: PagodaConfig) -> Iterator[LLM]:
-    """The model, loaded; on a terminal the stage is shown on standard error meanwhile."""
+    """The model, loaded; said on standard error, with the stage on a terminal meanwhile."""
+    say_model(config)
     with _loading_display() as on_phase:
         from pagoda.llm import LLM
 
@@ -89,13 +137,8 @@ class _PrintSettings(argparse.Action):
         parser.exit()
 
 
-def _with_dashes(word: str) -> str:
-    """An option's name with dashes, its value untouched: underscores are as good everywhere in Pagoda."""
-    name, equals, value = word.partition("=")
-    return name.replace("_", "-") + equals + value if name.startswith("--") and len(name) > 2 else word
-
-
-def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """One option for each sampling parameter."""
     group = parser.add_argument_group("sampling", "without an option: what the checkpoint recommends")
     for name, (kind, text) in _NUMBERS.items():
         group.add_argument(_flag(name), type=kind, metavar=kind.__name__.upper(), help=text)
@@ -143,6 +186,11 @@ _SWITCHES = {
     "skip_special_tokens": "leave special tokens out of the text (the default)",
 }
 _SAMPLING_NAMES = (*_NUMBERS, *_TEXTS, *_ID_LISTS, "logit_bias", *_SWITCHES)
+
+
+def sampling_names() -> tuple[str, ...]:
+    """The sampling parameters that options set."""
+    return _SAMPLING_NAMES
 
 
 def check_one_choice(sampling: SamplingParams, why: str) -> None:

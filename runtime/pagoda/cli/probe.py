@@ -13,7 +13,6 @@ at in small files (see `distributed.node_state`).
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import socket
@@ -21,6 +20,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from pagoda.cli.parser import CommandParser, settings_names
 from pagoda.config.command_line import parse_command_line
 from pagoda.config.names import Given
 from pagoda.config.rules import Problem, raise_problems
@@ -38,9 +38,7 @@ def run(arguments: Sequence[str]) -> int:
     Settings of the server may be on the command line too (`--http-port`, `--config`); only port and TLS are looked at.
     """
     line = parse_command_line(arguments)
-    parser = argparse.ArgumentParser(
-        prog="pagoda probe", description="Ask the server on this machine.", allow_abbrev=False
-    )
+    parser = CommandParser(prog="pagoda probe", description="Ask the server on this machine.", further=settings_names)
     parser.add_argument("probe", choices=PATHS)
     parser.add_argument("--rank", action="store_true", help="ask about the ranks of this worker node, not for a server")
     parser.add_argument("--state-directory", type=Path, metavar="DIR", help="as given to `pagoda join`; needs --rank")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from pagoda.process_control import uncollected
 
-HEAD = """usage: pagoda serve [DIR|HF-ID] [OPTIONS]
+HEAD = """usage: {command} [DIR|HF-ID] [OPTIONS]
 
 Serves a model over REST, gRPC and OpenAI routes. Settings come from the command line, then from the file that --config names
 (YAML or JSON), then from the environment (--max-model-len is PAGODA_MAX_MODEL_LEN), then from the defaults below. Dashes and
@@ -23,7 +23,7 @@ def run(arguments: Sequence[str], *, as_vllm: bool = False) -> int:
     if "-h" in arguments or "--help" in arguments:
         from pagoda.config.command_line import options_help
 
-        print(HEAD)
+        print(HEAD.format(command="vllm serve" if as_vllm else "pagoda serve"))
         print(options_help(), end="")
         return 0
     from pagoda.engine.client.prelaunch import PrelaunchedProcess
@@ -31,8 +31,11 @@ def run(arguments: Sequence[str], *, as_vllm: bool = False) -> int:
     # First of all: the core's own imports take longer than everything that this process has to do.
     with PrelaunchedProcess() as core:
         with uncollected():
-            from pagoda.config.sources import load, load_as_vllm
+            from pagoda.config.sources import LoadedConfig, load, load_as_vllm
 
-            loaded = load_as_vllm(arguments) if as_vllm else load(arguments, vllm=True)
+            def read() -> LoadedConfig:
+                return load_as_vllm(arguments) if as_vllm else load(arguments, vllm=True)
+
+            loaded = read()
             from pagoda.serving.server import run as run_server
-        return int(run_server(loaded, core) or 0)
+        return int(run_server(loaded, core, read) or 0)

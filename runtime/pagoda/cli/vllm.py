@@ -22,7 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (the process's own if None) and return the exit status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:1] in (["-v"], ["--version"]):
-        print(f"pagoda {__version__} (takes the command line of vllm {VLLM_VERSION})")
+        # KServe's preset takes the last word for vLLM's version, and chooses flags by it.
+        print(f"pagoda {__version__}, with the command line of vllm {VLLM_VERSION}")
         return 0
     if words[:1] == ["serve"]:
         return run_command(partial(serve.run, as_vllm=True), words[1:], "vllm serve")

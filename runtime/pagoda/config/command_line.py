@@ -23,6 +23,12 @@ from pagoda.config.vllm_flags import SHORT, as_written_for_vllm, dotted_value, v
 
 CONFIG_FILE = "config"
 _BOOLEAN_WORDS = ("true", "false")
+# Settings that vLLM takes several words for, and which those after the first are for.
+_SEVERAL_WORDS = {
+    "served_model_name": "model_aliases",
+    "lora_modules": "lora_modules",
+    "collect_detailed_traces": "collect_detailed_traces",
+}
 _WIDTH = 100
 
 
@@ -85,8 +91,8 @@ def parse_command_line(arguments: Sequence[str], *, vllm: bool = False) -> Comma
             line.config_file = value
             continue
         line.given.append(Given(name, as_written_for_vllm(settings_by_name()[name], value) if vllm else value, source))
-        if vllm and name == "served_model_name":
-            line.given += [Given("model_aliases", json.dumps([alias]), source) for alias in words.values()]
+        if vllm and name in _SEVERAL_WORDS:
+            line.given += [Given(_SEVERAL_WORDS[name], json.dumps([word]), source) for word in words.values()]
     line.given += [Given(name, json.dumps(value), f"command line --{name}.…") for name, value in members.items()]
     return line
 
@@ -169,17 +175,20 @@ def _take_vllm_flag(
     return True
 
 
-def unknown_arguments(line: CommandLine) -> list[Problem]:
-    """Problems of a command that has no options of its own, one for each argument left over.
+def unknown_arguments(line: CommandLine, flags: Sequence[str] = ()) -> list[Problem]:
+    """Problems of a command that takes settings, one for each argument left over; `flags`: options of its own.
 
-    Their values are not repeated, nor a loose word beside a secret: it may be a part of it.
+    Their values are not repeated, nor a loose word beside a secret: it may be a part of it. A word behind an unknown option is
+    its value.
     """
     secret_given = any(options()[given.key].secret for given in line.given)
     problems = []
-    for argument in line.others:
+    for before, argument in zip(["", *line.others], line.others, strict=False):
+        if before.startswith("--") and "=" not in before and before != "--" and not argument.startswith("-"):
+            continue
         if argument.startswith("--") and argument != "--":
             written = argument.partition("=")[0]
-            known = ["--" + name.replace("_", "-") for name in (*settings_by_name(), CONFIG_FILE)]
+            known = [*flags, *("--" + name.replace("_", "-") for name in (*settings_by_name(), CONFIG_FILE, "help"))]
             problem = Problem(written, "", "unknown option" + nearest(written.replace("_", "-"), known), "command line")
         else:
             text = "an argument" if secret_given else argument

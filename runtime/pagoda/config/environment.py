@@ -16,6 +16,8 @@ from pagoda.config.vllm_flags import as_written_for_vllm
 
 PREFIX = "PAGODA_"
 CONFIG_FILE_VARIABLE = "PAGODA_CONFIG"
+CLIENT_KEY_VARIABLE = "PAGODA_ADMIN_KEY"
+"""The key with which commands ask a running server; no setting of one."""
 EMPTY = "is empty, which would leave the server open to everybody: unset it if that is meant"
 # Variables of vLLM that somebody who changes from it relies on. A key that is not asked for would leave the server open.
 _OF_VLLM = {"VLLM_API_KEY": "api_keys", "VLLM_LOGGING_LEVEL": "log_level"}
@@ -48,7 +50,7 @@ def read_environment(environ: Mapping[str, str]) -> tuple[list[Given], list[Prob
             raw = [value] if name == "api_keys" else as_written_for_vllm(name, value)
             given.append(Given(name, raw, f"environment {variable}"))
     for variable, value in sorted(environ.items()):
-        if not variable.startswith(PREFIX) or variable == CONFIG_FILE_VARIABLE:
+        if not variable.startswith(PREFIX) or variable in (CONFIG_FILE_VARIABLE, CLIENT_KEY_VARIABLE):
             continue
         if not value:
             key = settings_by_name().get(variable.removeprefix(PREFIX).lower())

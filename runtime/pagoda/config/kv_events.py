@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 _PORT = re.compile(r":(\d{1,5})$")
+_VARIABLE = re.compile(r"\$\{(\w+)\}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,7 +19,8 @@ class KVEventsConfig:
     `endpoint`: the PUB socket is bound there if it names no single peer (`tcp://*:5557`, `ipc://…`), else connected to it.
     `replay_endpoint`: where the ROUTER socket is bound that sends the last `buffer_steps` messages again; None: nowhere.
     `hwm`: messages kept for a subscriber that is slow. `max_queue_size`: messages waiting to be sent. `topic`: first frame
-    of every message. `data_parallel_rank`: of the replica; its ports are so many above those that are given.
+    of every message. `data_parallel_rank`: of the replica; its ports are so many above those that are given. In the endpoints
+    and the topic `${NAME}` is an environment variable, for what only a pod knows: `kv@${POD_IP}@MODEL`.
     """
 
     enable_kv_cache_events: bool = False
@@ -31,13 +34,18 @@ class KVEventsConfig:
     data_parallel_rank: int = 0
 
     @classmethod
-    def parse(cls, value: Mapping[str, Any]) -> KVEventsConfig:
-        """Of the JSON object that a user gave. Raises `ValueError` with a sentence on the first key that is wrong."""
+    def parse(cls, value: Mapping[str, Any], environ: Mapping[str, str] | None = None) -> KVEventsConfig:
+        """Of the JSON object that a user gave; `environ`: the process's own if None.
+
+        Raises `ValueError` with a sentence on the first key that is wrong.
+        """
         known = [field.name for field in fields(cls)]
         for key in value:
             if key not in known:
                 raise ValueError(f"{str(key)[:80]!r} is no key of it; there are {', '.join(known)}")
-        config = cls(**value)
+        environ = os.environ if environ is None else environ
+        texts = {key: value[key] for key in _EXPANDED if isinstance(value.get(key), str)}
+        config = cls(**{**value, **{key: _expanded(key, text, environ) for key, text in texts.items()}})
         config._check()
         return config
 
@@ -79,3 +87,15 @@ class KVEventsConfig:
                 raise ValueError(f"{name}={value!r} must be an integer of at least 0")
         if not isinstance(self.topic, str):
             raise ValueError(f"topic={self.topic!r} must be a string")
+
+
+_EXPANDED = ("endpoint", "replay_endpoint", "topic")
+
+
+def _expanded(key: str, text: str, environ: Mapping[str, str]) -> str:
+    def value_of(match: re.Match[str]) -> str:
+        if match[1] not in environ:
+            raise ValueError(f"{key}={text!r}: the environment has no variable {match[1]}")
+        return environ[match[1]]
+
+    return _VARIABLE.sub(value_of, text)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -44,6 +44,50 @@ def normalized(name: str) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A half sentence that names what may have been meant: "; did you mean max_num_seqs?", or nothing."""
-    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {matches[0]}?" if matches else ""
+    """A half sentence that names what may have been meant: "; did you mean max_num_seqs?", or nothing.
+
+    Few wrong letters for the length of the name, or all words of it among those of a name with at most one more.
+    """
+    core, words = _core(name), _words(name)
+    names = list(dict.fromkeys(known))
+    allowed = 0 if len(core) < 3 else 1 if len(core) <= 5 else 2 if len(core) <= 11 else 3
+    distances = {candidate: _distance(core, _core(candidate), allowed) for candidate in names}
+    least = min(distances.values(), default=allowed + 1)
+    if least <= allowed:
+        matches = [candidate for candidate in names if distances[candidate] == least]
+    else:
+        matches = [
+            candidate for candidate in names if words <= _words(candidate) and len(_words(candidate) - words) <= 1
+        ]
+    if not matches or not words or len(matches) > _MOST_GUESSES:
+        return ""
+    *others, last = matches
+    return f"; did you mean {', '.join(others)}{' or ' if others else ''}{last}?"
+
+
+_MOST_GUESSES = 3
+
+
+def _core(name: str) -> str:
+    """What of a name tells it from others: without dashes before it and the prefix that all variables have."""
+    return normalized(name).lstrip("_").removeprefix("pagoda_")
+
+
+def _words(name: str) -> frozenset[str]:
+    return frozenset(filter(None, re.split(r"[_.]", _core(name))))
+
+
+def _distance(one: str, other: str, most: int) -> int:
+    """Letters that are wrong, missing, too many or swapped with their neighbour; `most + 1` for more than `most`."""
+    if abs(len(one) - len(other)) > most:
+        return most + 1
+    before: list[int] = []
+    row = list(range(len(other) + 1))
+    for i, letter in enumerate(one, start=1):
+        before, last, row = row, before, [i]
+        for j, against in enumerate(other, start=1):
+            cost = min(before[j] + 1, row[j - 1] + 1, before[j - 1] + (letter != against))
+            if i > 1 and j > 1 and letter == other[j - 2] and one[i - 2] == against:
+                cost = min(cost, last[j - 2] + 1)
+            row.append(cost)
+    return row[-1]

@@ -9,16 +9,21 @@ T = TypeVar("T")
 
 GROUPS = {
     "model": "Model",
+    "models": "Several models",
     "device": "Device",
     "kv": "KV cache",
     "scheduler": "Scheduler",
     "speculation": "Speculative decoding",
+    "adapters": "LoRA adapters",
     "parallel": "Parallelism",
     "server": "Server",
     "limits": "Limits and deadlines",
     "text": "Tokenizer and chat",
-    "observability": "Logs and metrics",
+    "observability": "Logs, metrics and traces",
 }
+
+SERVER_GROUPS = ("models", "server", "observability")
+"""Groups whose settings are the server's; those of the others are each model's own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +33,9 @@ class OptionInfo:
     `ge`, `le`, `gt`, `lt` bound a number. `pattern` must match a whole string, `pattern_help` describes it. `aliases` are
     other names under which every source accepts the setting. `path`: a file or directory that must exist, or a checkpoint
     (a directory or a Hugging Face id). `auto`: None means a value chosen at start. `secret`: the value is never printed.
-    `guards`: given empty it is an error, for what it guards would be open.
+    `guards`: given empty it is an error, for what it guards would be open. `of_server`: it is the server's, also in a group
+    whose settings are each model's own. `live`: what takes a new value while the server runs: the server at once, a new text
+    layer with the next request, or the engine between two steps; empty where that needs a restart.
     """
 
     help: str
@@ -45,6 +52,13 @@ class OptionInfo:
     auto: bool = False
     secret: bool = False
     guards: bool = False
+    of_server: bool = False
+    live: Literal["", "server", "text", "engine"] = ""
+
+    @property
+    def is_of_server(self) -> bool:
+        """Whether a server has one value of it, whatever models it serves."""
+        return self.of_server or self.group in SERVER_GROUPS
 
 
 def option(default: T, group: str, help: str, **info: Any) -> T:

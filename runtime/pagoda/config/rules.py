@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 from pagoda.config.kv_events import KVEventsConfig
+from pagoda.config.lora import parse_lora_module
 from pagoda.config.option import OptionInfo
-from pagoda.config.speculation import SpeculativeConfig
+from pagoda.config.sizes import exact_bytes
+from pagoda.config.speculation import HEAD_METHODS, MODEL_METHODS, SpeculativeConfig
 from pagoda.errors import ConfigError
 
 SCOPES = ("infer", "read", "admin")
 """Of an API key."""
 
+_MAX_SHOWN_CHARACTERS = 200
 _API_KEY = re.compile(r"[!-~]{1,512}")
 _HASHED_KEY = re.compile(r"sha256:[0-9a-fA-F]{64}")
 _TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a string", NoneType: "none"}
@@ -61,11 +64,14 @@ class Rules:
     defaults: Mapping[str, Any]
 
     def shown(self, key: str, value: object) -> str:
-        """`value` as it may be printed: a secret's is not."""
+        """`value` as it may be printed: a secret's is not, and of a long one the beginning."""
         info = self.infos.get(key)
         if info is not None and info.secret:
             return "<secret>" if value else "()"
-        return value if isinstance(value, str) else repr(value)
+        if info is not None and info.unit == "bytes" and isinstance(value, int):
+            return exact_bytes(value)
+        text = value if isinstance(value, str) else repr(value)
+        return text if len(text) <= _MAX_SHOWN_CHARACTERS else f"{text[: _MAX_SHOWN_CHARACTERS - 3]}..."
 
     def allowed_values(self, key: str) -> str:
         """What the setting `key` may be, in words: "an integer of at least 1, or auto"."""
@@ -77,7 +83,8 @@ class Rules:
             elif member is NoneType:
                 parts.append("auto" if info.auto else "none")
             elif get_origin(member) is tuple:
-                parts.append("a list of strings")
+                words = get_args(get_args(member)[0])
+                parts.append(f"a list of {', '.join(words) or 'strings'}")
             elif get_origin(member) is not None:
                 parts.append("a JSON object")
             else:
@@ -116,11 +123,37 @@ class Rules:
                 "max_num_batched_tokens",
                 f"must be at least max_num_seqs={sequences}: a step gives every running sequence one token or more",
             )
+        if values["models"] is not None or values["model_dir_root"] is not None:
+            if values["model"] is not None:
+                refuse("model", "must not be given beside models or model_dir_root; put it into models")
+            if values["data_parallel_size"] > 1:
+                refuse("data_parallel_size", "must be 1 with several models")
+        else:
+            for key in ("load_models", "load_on_demand", "max_loaded_models", "idle_unload_seconds"):
+                if values[key] != self.defaults[key]:
+                    refuse(key, "needs models or model_dir_root: one model is loaded as long as the server runs")
+        if values["models"] is not None and not all(
+            isinstance(entry, Mapping) and key and not any(map(str.isspace, key))
+            for key, entry in values["models"].items()
+        ):
+            refuse("models", "must map names without spaces to objects of settings")
+        elif values["models"] is not None and not values["models"]:
+            refuse("models", "must have an entry")
         if (values["ssl_certfile"] is None) != (values["ssl_keyfile"] is None):
             given, missing = (
                 ("ssl_certfile", "ssl_keyfile") if values["ssl_certfile"] else ("ssl_keyfile", "ssl_certfile")
             )
             refuse(given, f"needs {missing} too")
+        inflight, largest = (
+            values["max_inflight_body_bytes"],
+            max(values["max_body_bytes"], values["max_grpc_message_bytes"]),
+        )
+        if inflight is not None and inflight < 2 * largest:
+            refuse(
+                "max_inflight_body_bytes",
+                f"must be at least {exact_bytes(2 * largest)}, twice the larger of max_body_bytes and max_grpc_message_bytes: "
+                "an API key may hold as much as is free",
+            )
         if values["http_port"] == values["grpc_port"] != 0:
             refuse("grpc_port", "must differ from http_port")
         if any(not key for key in values["api_keys"]):
@@ -162,14 +195,44 @@ class Rules:
             except ValueError as error:
                 refuse("speculative_config", str(error))
             else:
-                if method == "draft_model" and values["num_scheduler_steps"] > 1:
-                    refuse("num_scheduler_steps", "must be 1 with a draft model, which follows every step")
+                if method in MODEL_METHODS and values["num_scheduler_steps"] > 1:
+                    refuse("num_scheduler_steps", f"must be 1 with method {method}, which follows every step")
+                if method in HEAD_METHODS and values["pipeline_parallel_size"] > 1:
+                    refuse(
+                        "pipeline_parallel_size",
+                        f"must be 1 with method {method}: its head reads hidden states of layers of several stages",
+                    )
+        objectives = values["inference_objectives"]
+        if objectives is not None:
+            if not all(type(priority) is int and abs(priority) < 1 << 31 for priority in objectives.values()):
+                refuse("inference_objectives", "must have integers of 32 bits as priorities")
+            elif values["scheduling_policy"] != "priority":
+                refuse("inference_objectives", "needs scheduling_policy=priority")
         if values["kv_events_config"] is not None:
             try:
                 KVEventsConfig.parse(values["kv_events_config"])
             except (TypeError, ValueError) as error:
                 refuse("kv_events_config", str(error))
+        self._check_adapters(values, refuse)
         return problems
+
+    @staticmethod
+    def _check_adapters(values: Mapping[str, Any], refuse: Callable[[str, str], None]) -> None:
+        if values["max_cpu_loras"] is not None and values["max_cpu_loras"] < values["max_loras"]:
+            refuse("max_cpu_loras", f"must be at least max_loras={values['max_loras']}")
+        names = set()
+        for text in values["lora_modules"]:
+            try:
+                name = parse_lora_module(text).name
+            except ValueError as error:
+                refuse("lora_modules", str(error))
+                return
+            if name in names:
+                refuse("lora_modules", f"must not hold the name {name} twice")
+            names.add(name)
+        for key in ("lora_modules", "lora_dir"):
+            if values[key] and not values["enable_lora"]:
+                refuse(key, "needs enable_lora")
 
     def path_problems(self, values: Mapping[str, Any]) -> list[Problem]:
         """Files and directories that are named but not there; each value alone is sound.
@@ -185,9 +248,11 @@ class Rules:
                 problems.append(Problem(key, self.shown(key, value), "there is no such file"))
             elif info.path == "file or directory" and not Path(value).exists():
                 problems.append(Problem(key, self.shown(key, value), "there is no such file or directory"))
-            elif info.path in ("directory", "checkpoint") and not Path(value).expanduser().is_dir():
-                if info.path == "checkpoint" and not value.startswith(("/", ".", "~")):
+            elif info.path == "checkpoint" and not Path(value).expanduser().exists():
+                if not value.startswith(("/", ".", "~")):
                     continue  # it may be a Hugging Face id
+                problems.append(Problem(key, self.shown(key, value), "there is no such directory or GGUF file"))
+            elif info.path == "directory" and not Path(value).expanduser().is_dir():
                 problems.append(Problem(key, self.shown(key, value), "there is no such directory"))
         return problems
 
@@ -214,7 +279,7 @@ def _fits_member(member: Any, value: Any, info: OptionInfo) -> bool:
     if origin is Literal:
         return isinstance(value, str) and value in get_args(member)
     if origin is tuple:
-        return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
+        return isinstance(value, tuple) and all(_fits_member(get_args(member)[0], item, info) for item in value)
     if origin is not None:
         return isinstance(value, Mapping)
     if member is str:

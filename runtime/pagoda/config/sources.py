@@ -26,12 +26,14 @@ class LoadedConfig:
     """The configuration in effect and where each of its values came from.
 
     `sources` has one entry a setting: `command line --dtype`, `file /etc/pagoda.yaml`, `environment PAGODA_DTYPE`, `default`,
-    or `derived` for a `model_name` made from the model. `notes`: what to log, of flags of vLLM that have no effect.
+    or `derived` for a `model_name` made from the model. `notes`: what to log, of flags of vLLM that have no effect. `file`:
+    the configuration file that was read.
     """
 
     config: PagodaConfig
     sources: Mapping[str, str]
     notes: tuple[str, ...] = ()
+    file: str | None = None
 
 
 def load(
@@ -40,10 +42,12 @@ def load(
     *,
     vllm: bool = False,
     defaults: Mapping[str, Any] | None = None,
+    flags: Sequence[str] = (),
 ) -> LoadedConfig:
     """Read all sources. `arguments`: a command line of settings only; `environ`: the process's own if None.
 
     `vllm`: the command line may be one of `vllm serve`, its first word the model. `defaults`: in place of the schema's.
+    `flags`: options that the command has itself, for suggestions.
     Raises:
         ConfigError: one message with every unknown name, wrong type, impossible value or contradiction in any source.
     """
@@ -52,8 +56,8 @@ def load(
     line = parse_command_line(arguments, vllm=vllm)
     if vllm:
         line.take_model()
-    given, problems = gather(line, os.environ if environ is None else environ)
-    problems = unknown_arguments(line) + problems
+    given, problems = gather(line, os.environ if environ is None else environ, vllm=vllm)
+    problems = unknown_arguments(line, flags) + problems
     values = option_defaults() | dict(defaults or {})
     sources = dict.fromkeys(values, "default")
     for key, value in given.items():
@@ -69,12 +73,19 @@ def load(
     raise_problems(problems)
     if values["model_name"] is None:
         sources["model_name"] = "derived"
-    return LoadedConfig(_with_name(values), sources, tuple(line.notes))
+    file = line.config_file or (os.environ if environ is None else environ).get(CONFIG_FILE_VARIABLE)
+    return LoadedConfig(_with_name(values), sources, tuple(line.notes), file)
 
 
 def load_as_vllm(arguments: Sequence[str], environ: Mapping[str, str] | None = None) -> LoadedConfig:
-    """As `load`, with the defaults that manifests made for vLLM rely on: port 8000, and the model's name as it is written."""
+    """As `load`, with the defaults that manifests made for vLLM rely on: port 8000, and the model's name as it is written.
+
+    Beside an `--api-key` metrics are read without one, as Prometheus and llm-d's picker do.
+    """
     loaded = load(arguments, environ, vllm=True, defaults={"http_port": VLLM_PORT})
+    if loaded.config.api_keys and loaded.sources["anonymous_scopes"] == "default":
+        sources = {**loaded.sources, "anonymous_scopes": loaded.sources["api_keys"]}
+        loaded = replace(loaded, config=replace(loaded.config, anonymous_scopes=("read",)), sources=sources)
     config = loaded.config
     if loaded.sources["model_name"] != "derived" or config.model is None:
         return loaded
@@ -109,12 +120,19 @@ def from_kwargs(arguments: Mapping[str, Any]) -> PagodaConfig:
     return _with_name(values)
 
 
-def gather(line: CommandLine, environ: Mapping[str, str]) -> tuple[dict[str, Given], list[Problem]]:
-    """The value of every setting that is given, from the first source that gives it; types are not checked yet."""
+def gather(
+    line: CommandLine, environ: Mapping[str, str], *, vllm: bool = False
+) -> tuple[dict[str, Given], list[Problem]]:
+    """The value of every setting that is given, from the first source that gives it; types are not checked yet.
+
+    `vllm`: the file may be one of vLLM; its notes are added to those of `line`.
+    """
     path = line.config_file or environ.get(CONFIG_FILE_VARIABLE)
     in_order = [(line.given, line.problems)]
     if path:
-        in_order.append(read_file(path))
+        file = read_file(path, vllm=vllm)
+        in_order.append((file.given, file.problems))
+        line.notes += file.notes
     in_order.append(read_environment(environ))
     winners: dict[str, Given] = {}
     problems = []

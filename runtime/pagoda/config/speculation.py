@@ -6,12 +6,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-METHODS = ("ngram", "suffix", "draft_model")
+METHODS = ("ngram", "suffix", "grammar", "draft_model", "eagle3", "mtp")
+
+# Those whose drafts a model makes, on the rank that samples.
+MODEL_METHODS = ("draft_model", "eagle3", "mtp")
+# Of these, those that read hidden states of the model.
+HEAD_METHODS = ("eagle3", "mtp")
+# Other names of methods in vLLM.
+_SPELLINGS = {
+    "[ngram]": "ngram",
+    **dict.fromkeys(
+        ("deepseek_mtp", "glm4_moe_mtp", "glm4_moe_lite_mtp", "qwen3_next_mtp", "ernie_mtp", "mimo_mtp"), "mtp"
+    ),
+}
 
 # More drafts than this in a row are never all right often enough to pay for their positions.
 MAX_SPECULATIVE_TOKENS = 128
 
-_DEFAULT_TOKENS = {"ngram": 16, "suffix": 24, "draft_model": 4}
+_DEFAULT_TOKENS = {"ngram": 16, "suffix": 24, "grammar": 16, "draft_model": 4, "eagle3": 3, "mtp": 1}
 _COMMON = ("method", "num_speculative_tokens")
 _KEYS = {
     "ngram": ("prompt_lookup_min", "prompt_lookup_max"),
@@ -21,7 +33,10 @@ _KEYS = {
         "suffix_decoding_max_spec_factor",
         "suffix_decoding_min_token_prob",
     ),
+    "grammar": (),
     "draft_model": ("model",),
+    "eagle3": ("model",),
+    "mtp": ("model",),
 }
 
 
@@ -32,8 +47,11 @@ class SpeculativeConfig:
     ngram: what followed the last tokens when at least `prompt_lookup_min` of them stood earlier in prompt or output; the
     occurrence with the most equal tokens counts, up to `prompt_lookup_max`. suffix: what followed most often, in prompt and
     output and in earlier outputs of the same tenant, up to `max_cached_requests` of them; at most `max_spec_factor` times as
-    many drafts as tokens are equal, while their estimated probability is at least `min_token_prob`. draft_model: what the
-    small model `model`, a directory or a Hugging Face id, generates.
+    many drafts as tokens are equal, while their estimated probability is at least `min_token_prob`. grammar: what a structured
+    output leaves no choice about, which ngram and suffix propose, too. draft_model: what the
+    small model `model`, a directory or a Hugging Face id, generates. eagle3: what the EAGLE-3 head `model` generates; None
+    is the head of the built-in demo model. mtp: what the layer for multi-token prediction makes that the model's own
+    checkpoint has; `model` may name that checkpoint.
     """
 
     method: str
@@ -52,8 +70,7 @@ class SpeculativeConfig:
         known = {field.name for field in fields(cls)}
         unknown = [key for key in value if key not in known]
         method = value.get("method", "draft_model" if "model" in value else None)
-        if method == "[ngram]":  # vLLM's older spelling
-            method = "ngram"
+        method = _SPELLINGS.get(method, method) if isinstance(method, str) else method
         if method not in METHODS:
             given = f"method={method!r} is not one of them" if method is not None else "method is missing"
             raise ValueError(f"{given}: it must be one of {', '.join(METHODS)}")
@@ -86,10 +103,11 @@ class SpeculativeConfig:
         _integer("suffix_decoding_max_cached_requests", self.suffix_decoding_max_cached_requests, 0, 1_000_000)
         _number("suffix_decoding_max_spec_factor", self.suffix_decoding_max_spec_factor, 0.0, 128.0)
         _number("suffix_decoding_min_token_prob", self.suffix_decoding_min_token_prob, 0.0, 1.0)
-        if self.method != "draft_model":
-            return
-        if not isinstance(self.model, str) or not self.model:
+        is_named = isinstance(self.model, str) and bool(self.model)
+        if self.method == "draft_model" and not is_named:
             raise ValueError("method draft_model needs model, the directory or the Hugging Face id of the small model")
+        if self.model is not None and not is_named:
+            raise ValueError(f"model={self.model!r} must be a directory or a Hugging Face id")
 
 
 def _integer(name: str, value: object, low: int, high: int) -> None:

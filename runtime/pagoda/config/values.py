@@ -6,42 +6,15 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_origin
 
 from pagoda.config.schema import option_types, options
-
-SIZE_PATTERN = r"^\s*\d+(\.\d+)?\s*([kKmMgGtT]i?)?[bB]?\s*$"
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?))?b?\s*", re.IGNORECASE)
-_UNIT_NAMES = ("KiB", "MiB", "GiB", "TiB")
-
-
-def parse_bytes(text: str) -> int:
-    """Bytes of a size such as `512MiB`, `2Gi`, `1.5GB` or `4096`; `i` means powers of 1024, as Kubernetes has it.
-
-    Raises:
-        ValueError: the text is no size.
-    """
-    match = _SIZE.fullmatch(text)
-    if match is None:
-        raise ValueError(f"{text!r} is no size; write 4096, 512MiB, 2Gi or 1.5GB")
-    number, unit, binary = match.groups()
-    power = " kmgt".index(unit.lower()) if unit else 0
-    base = 1024.0 if binary else 1000.0
-    return round(float(number) * base**power)
-
-
-def format_bytes(count: int) -> str:
-    """`count` bytes for people: `1.50 GiB`."""
-    size, name = float(count), "B"
-    for next_name in _UNIT_NAMES:
-        if size < 1024:
-            break
-        size, name = size / 1024, next_name
-    return f"{count} B" if name == "B" else f"{size:.2f} {name}"
+from pagoda.config.sizes import SIZE_PATTERN as SIZE_PATTERN
+from pagoda.config.sizes import format_bytes as format_bytes
+from pagoda.config.sizes import parse_bytes as parse_bytes
 
 
 def is_optional(key: str) -> bool:
@@ -70,7 +43,7 @@ def plain_value(key: str, value: Any) -> Any:
     if isinstance(value, str):
         return _plain_text(key, value)
     if is_list(key) and isinstance(value, list):
-        return tuple(value)
+        return tuple(json.dumps(item) if key == "lora_modules" and isinstance(item, dict) else item for item in value)
     return value
 
 
@@ -80,9 +53,11 @@ def _plain_text(key: str, text: str) -> Any:
         return None
     if info.unit == "bytes":
         return parse_bytes(text)
+    if key == "lora_modules" and text.lstrip().startswith("{"):
+        return (text,)
     if is_list(key):
         items = json.loads(text) if text.lstrip().startswith("[") else text.split(",")
-        return tuple(item.strip() if isinstance(item, str) else item for item in items)
+        return plain_value(key, [item.strip() if isinstance(item, str) else item for item in items])
     if any(get_origin(member) is Mapping for member in get_args(option_types()[key])):
         return json.loads(text)
     return text

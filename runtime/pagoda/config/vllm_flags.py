@@ -45,12 +45,14 @@ class VllmFlag:
 # Flags that are settings under their own names, as vLLM passes values to them.
 TAKEN = """
     model tokenizer dtype load-format generation-config trust-remote-code seed max-model-len block-size kv-cache-memory-bytes
+    model-impl
     kv-cache-dtype kv-events-config num-gpu-blocks-override gpu-memory-utilization enable-prefix-caching max-num-seqs
     max-num-batched-tokens long-prefill-token-threshold scheduling-policy speculative-config tensor-parallel-size
+    enable-lora max-loras max-lora-rank max-cpu-loras lora-modules
     pipeline-parallel-size data-parallel-size distributed-executor-backend host ssl-certfile ssl-keyfile chat-template
     enforce-eager quantization served-model-name config grpc-port log-level revision download-dir override-generation-config
-    disable-uvicorn-access-log disable-access-log-for-endpoints allowed-origins allowed-methods allowed-headers
-    allow-credentials disable-fastapi-docs enable-tokenizer-info-endpoint
+    pooler-config disable-uvicorn-access-log disable-access-log-for-endpoints allowed-origins allowed-methods allowed-headers
+    allow-credentials disable-fastapi-docs enable-tokenizer-info-endpoint otlp-traces-endpoint collect-detailed-traces
 """
 SHORT = {
     "-tp": "tensor-parallel-size",
@@ -128,9 +130,9 @@ WITHOUT_EFFECT = {
         enable-tower-connector-lora! diffusion-config""",
     "for routes that are not there": """
         cohere-format cohere-is-reasoning-model! anthropic-disabled-thinking-effort enable-flash-late-interaction!""",
-    "for adapters, see enable-lora": """
-        max-loras max-lora-rank max-cpu-loras lora-dtype lora-target-modules* fully-sharded-loras! specialize-active-lora!
-        max-lora-cls-labels enable-mixed-moe-lora-format! enable-moe-shared-loras!""",
+    "how adapters are kept follows from the model and its ranks": """
+        fully-sharded-loras! specialize-active-lora! max-lora-cls-labels enable-mixed-moe-lora-format!
+        enable-moe-shared-loras!""",
     "prompts and answers are never logged": "enable-log-requests! enable-log-outputs! max-log-len",
     "log_level and log_format are all there is for logs": """
         uvicorn-log-level logging-config log-config-file log-error-stack! disable-log-stats! enable-logging-iteration-details!
@@ -138,9 +140,8 @@ WITHOUT_EFFECT = {
     "metrics are all shown": """
         show-hidden-metrics-for-version kv-cache-metrics! kv-cache-metrics-sample cudagraph-metrics! enable-mfu-metrics!
         per-request-spec-decode-metrics custom-histogram-buckets""",
-    "traces are not exported": """
-        otlp-traces-endpoint collect-detailed-traces* enable-layerwise-nvtx-tracing! enable-trace-replay! profiler-config
-        ray-workers-use-nsight!""",
+    "the engine is looked into by `pagoda trace`": """
+        enable-layerwise-nvtx-tracing! enable-trace-replay! profiler-config ray-workers-use-nsight!""",
     "/docs needs nothing from outside": "enable-offline-docs!",
     "headers are bounded by max_header_bytes": "h11-max-incomplete-event-size h11-max-header-count",
     "the field is left out of answers": "fingerprint-mode fingerprint-value",
@@ -153,8 +154,9 @@ WITHOUT_EFFECT = {
     "lengths of KV blocks follow from block_size": "dcp-kv-cache-interleave-size cp-kv-cache-interleave-size",
 }
 REFUSED = {
-    "adapters are not served": "enable-lora! lora-modules*",
-    "the KV cache is not sent to other servers: prefill and decode are not disaggregated": """
+    "weights of adapters are kept as they are, in bfloat16 or float32": "lora-dtype=auto|bfloat16|float32",
+    "an adapter's own layers are taken": "lora-target-modules*",
+    "the KV cache is neither offloaded nor sent to other servers: prefill and decode are not disaggregated": """
         kv-transfer-config ec-transfer-config ec-manager-config""",
     "weights and KV cache are not offloaded": """
         cpu-offload-gb=0 cpu-offload-params* offload-backend=auto offload-group-size=0 offload-num-in-group=1 offload-params*
@@ -174,12 +176,11 @@ REFUSED = {
     "the chat template decides, and is the server's": """
         chat-template-content-format=auto trust-request-chat-template! default-chat-template-kwargs={}
         response-role=assistant""",
-    "models generate text; embeddings, scores and classes are not served": """
-        runner=auto|generate convert=auto|none pooler-config""",
+    "set task: embed, classify or score": "runner=auto|generate convert=auto|none",
     "the tokenizer is that of the checkpoint": """
         tokenizer-mode=auto|hf|slow skip-tokenizer-init! tokenizer-revision enable-prompt-embeds!""",
     "the model is one of Pagoda's own": """
-        model-impl=auto|vllm config-format=auto|hf hf-config-path hf-overrides={} model-loader-extra-config={}
+        config-format=auto|hf hf-config-path hf-overrides={} model-loader-extra-config={}
         additional-config={} quantization-config""",
     "code of a checkpoint is its tokenizer's only, of the same revision": "code-revision",
     "a token on a command line is seen by everybody on the machine: set HF_TOKEN": "hf-token?",
@@ -233,6 +234,7 @@ def read_table(text: str) -> list[tuple[str, Values, tuple[str, ...]]]:
 
 
 _WORDS = {"dtype": {"half": "float16", "float": "float32"}, "generation_config": {"vllm": "none"}}
+_WORDS["model_impl"] = {"vllm": "pagoda"}
 _WORDS["distributed_executor_backend"] = {"uni": "auto"}
 _WORDS["max_model_len"] = {"-1": "auto"}
 _COUNTS = {"max_model_len", "max_num_batched_tokens"}

@@ -12,8 +12,9 @@ INTRODUCTION = """\
 
 `pagoda serve`, and `vllm serve` in an image or environment with Pagoda, take the command line of `vllm serve`: a model as the
 first word, the flags of vLLM {version} under their names, short forms (`-tp 2`), `--name.member VALUE` for a member of a JSON
-object, and `VLLM_API_KEY`. `vllm serve` listens on port 8000 and serves the model under the name that it is given by, as vLLM
-does.
+object, and `VLLM_API_KEY`. A file that `--config` names may have them as keys, as vLLM's files do. `vllm serve` listens on
+port 8000, serves the model under the name that it is given by, and leaves `/metrics` readable without the key of `--api-key`
+(`--anonymous-scopes '[]'` takes that back), as vLLM does.
 
 Every flag is **taken** (a setting has its name, see [configuration](configuration.md)), **mapped** to a setting of another
 name, **without effect**, which is logged once, or **refused** with a sentence that names the reason. A flag is refused where

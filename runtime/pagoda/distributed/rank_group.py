@@ -17,16 +17,19 @@ from typing import Any
 
 from typing_extensions import override
 
+from pagoda.adapters import LoraAdapter
 from pagoda.config.schema import PagodaConfig
 from pagoda.distributed.rank_launcher import RankConnection, RankLauncher
 from pagoda.distributed.rank_links import CAUSE_SECONDS, CHECK_SECONDS, RankLinks
 from pagoda.distributed.rank_messages import (
     PROTOCOL_VERSION,
+    AdapterLoaded,
     CheckCommunication,
     CommunicationChecked,
     InitializeKV,
     JoinGroup,
     KVMeasured,
+    LoadAdapter,
     LoadProgress,
     LoadWeights,
     MeasureKV,
@@ -34,13 +37,23 @@ from pagoda.distributed.rank_messages import (
     PhaseDone,
     RankHello,
     RankPrepared,
+    ReleaseMemory,
     RunStep,
     StartRank,
     StepDone,
     StepFailed,
+    UnloadAdapter,
 )
 from pagoda.errors import ConfigError, EngineDeadError, PagodaError
-from pagoda.execution.executor import Executor, FailedStep, KVBudget, RankLoadListener, StartupPhases, StepHandle
+from pagoda.execution.executor import (
+    AdapterOutcome,
+    Executor,
+    FailedStep,
+    KVBudget,
+    RankLoadListener,
+    StartupPhases,
+    StepHandle,
+)
 from pagoda.models.config import ModelConfig
 from pagoda.parallel.layout import ParallelLayout
 from pagoda.parallel.preflight import communication_table
@@ -92,13 +105,17 @@ class RankGroup(Executor):
     ) -> None:
         self._config = config
         self._clock = clock
-        self._layout = ParallelLayout(config.tensor_parallel_size, config.pipeline_parallel_size)
+        self._layout = ParallelLayout(
+            config.tensor_parallel_size, config.pipeline_parallel_size, config.enable_expert_parallel
+        )
         self._launcher = launcher
         self._links: RankLinks | None = None
         self._end_cause: str | None = None
         self._results: dict[int, StepResult] = {}
         self._failures: dict[int, _FailedStep] = {}
         self._in_flight: set[int] = set()
+        self._adapters: dict[LoraAdapter, list[str | None]] = {}  # being read: what ranks have said of them
+        self._loaded_adapters: list[AdapterOutcome] = []
         self._sampled_tokens = SampledTokensTracker() if config.pipeline_parallel_size > 1 else None
         self._deadline = clock() + config.engine_start_timeout_seconds
         # On a GPU a rank only queues a step, so the next one can be sent meanwhile; stages work on different ones.
@@ -157,6 +174,11 @@ class RankGroup(Executor):
     def initialize_kv_cache(self, num_blocks: int, max_model_len: int | None = None) -> None:
         self._ask(InitializeKV(num_blocks, max_model_len), PhaseDone, "did not finish its first step")
         self._alive_links().settle()
+
+    @override
+    def release(self, level: int) -> None:
+        self._deadline = self._clock() + self._config.engine_start_timeout_seconds
+        self._ask(ReleaseMemory(level), PhaseDone, "did not free its memory")
 
     def _greet(self, links: RankLinks, timeout: float) -> None:
         """Receive the hello of every rank, and check that it runs this version."""
@@ -279,6 +301,8 @@ class RankGroup(Executor):
         elif isinstance(message, StepFailed):
             failed = _FailedStep(message.step_id, SuspendSafeTimer(self._clock()))
             self._failures.setdefault(message.step_id, failed).by_rank[rank] = message
+        elif isinstance(message, AdapterLoaded):
+            self._note_adapter(rank, message)
         else:
             raise EngineDeadError(f"{self._named(rank)} sent an unexpected {type(message).__name__} during a step")
 
@@ -289,6 +313,41 @@ class RankGroup(Executor):
             if self._sampled_tokens is not None:
                 self._sampled_tokens.forget(step_id)
         self._in_flight.clear()
+
+    # ---- adapters -------------------------------------------------------------------------------------------------
+
+    @override
+    def load_adapter(self, slot: int, adapter: LoraAdapter) -> None:
+        if self._links is not None and self._end_cause is None:
+            self._adapters[adapter] = []
+            self._links.send_all(LoadAdapter(slot, adapter))
+
+    @override
+    def unload_adapter(self, slot: int) -> None:
+        if self._links is not None and self._end_cause is None:
+            self._links.send_all(UnloadAdapter(slot))
+
+    @override
+    def take_loaded_adapters(self, timeout: float) -> list[AdapterOutcome]:
+        until = self._clock() + timeout
+        self.check_health()  # which reads messages
+        while not self._loaded_adapters and (left := until - self._clock()) > 0:
+            try:
+                self._note(self._alive_links().receive(left))
+            except PagodaError as error:
+                self._fail_group(str(error))
+                raise EngineDeadError(str(error)) from error
+        outcomes, self._loaded_adapters = self._loaded_adapters, []
+        return outcomes
+
+    def _note_adapter(self, rank: int, message: AdapterLoaded) -> None:
+        """An adapter is there when all ranks have their share of it."""
+        said = self._adapters[message.adapter]
+        said.append(message.error and f"{self._named(rank)}: {message.error}")
+        if len(said) == self._layout.world_size:
+            del self._adapters[message.adapter]
+            error = next((each for each in said if each), None)
+            self._loaded_adapters.append(AdapterOutcome(message.adapter, error))
 
     # ---- failed steps ---------------------------------------------------------------------------------------------
 

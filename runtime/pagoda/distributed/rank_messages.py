@@ -8,6 +8,7 @@ CheckCommunication                   PhaseDone              a collective gave th
 LoadWeights                          LoadProgress …, PhaseDone
 MeasureKV                            KVMeasured
 InitializeKV                         PhaseDone
+ReleaseMemory                        PhaseDone              then LoadWeights and InitializeKV again, before any step
 RunStep …                            StepDone               from the sampling rank
                                      StepFailed             from any rank
 Heartbeat …                          RankHeartbeat …        whatever else goes on
@@ -19,12 +20,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from pagoda.adapters import LoraAdapter
 from pagoda.errors import ErrorKind
 from pagoda.parallel.preflight import CommunicationReport
 from pagoda.parallel.rank_info import RankInfo
 from pagoda.scheduling.plan import NO_SAMPLED_TOKENS, SampledTokensUpdate, StepPlan, StepResult
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 4
 """Of these messages. Ranks of another one are refused by name before anything else of theirs is read."""
 
 
@@ -123,6 +125,13 @@ class InitializeKV:
 
 
 @dataclass(frozen=True, slots=True)
+class ReleaseMemory:
+    """Free weights and KV cache; see `Executor.release`."""
+
+    level: int
+
+
+@dataclass(frozen=True, slots=True)
 class PhaseDone:
     """The start-up phase is over."""
 
@@ -156,6 +165,29 @@ class StepFailed:
     is_out_of_memory: bool
     is_communication: bool
     is_out_of_step: bool
+
+
+@dataclass(frozen=True, slots=True)
+class LoadAdapter:
+    """Read this rank's share of an adapter for a slot, beside the steps, and put it there between two of them."""
+
+    slot: int
+    adapter: LoraAdapter
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterLoaded:
+    """The adapter is in its slot on this rank, or why it is not."""
+
+    adapter: LoraAdapter
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class UnloadAdapter:
+    """Empty the slot of an adapter."""
+
+    slot: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,17 +231,33 @@ KINDS = (
     MeasureKV,
     KVMeasured,
     InitializeKV,
+    ReleaseMemory,
     PhaseDone,
     RunStep,
     StepDone,
     StepFailed,
+    LoadAdapter,
+    AdapterLoaded,
+    UnloadAdapter,
     Heartbeat,
     RankHeartbeat,
     EndRank,
     RankFailed,
 )
 
-Command = StartRank | JoinGroup | CheckCommunication | LoadWeights | MeasureKV | InitializeKV | RunStep | EndRank
+Command = (
+    StartRank
+    | JoinGroup
+    | CheckCommunication
+    | LoadWeights
+    | MeasureKV
+    | InitializeKV
+    | ReleaseMemory
+    | RunStep
+    | LoadAdapter
+    | UnloadAdapter
+    | EndRank
+)
 Answer = (
     RankHello
     | RankPrepared
@@ -219,6 +267,7 @@ Answer = (
     | PhaseDone
     | StepDone
     | StepFailed
+    | AdapterLoaded
     | RankFailed
 )
 Message = Command | Answer | Heartbeat | RankHeartbeat

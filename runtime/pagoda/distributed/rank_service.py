@@ -30,6 +30,7 @@ from pagoda.distributed.node_state import READY, StateFile, rank_file
 from pagoda.distributed.rank_channel import ChannelEnded, HeartbeatThread, RankChannel
 from pagoda.distributed.rank_messages import (
     PROTOCOL_VERSION,
+    AdapterLoaded,
     CheckCommunication,
     Command,
     CommunicationChecked,
@@ -37,6 +38,7 @@ from pagoda.distributed.rank_messages import (
     InitializeKV,
     JoinGroup,
     KVMeasured,
+    LoadAdapter,
     LoadProgress,
     LoadWeights,
     MeasureKV,
@@ -46,12 +48,15 @@ from pagoda.distributed.rank_messages import (
     RankHeartbeat,
     RankHello,
     RankPrepared,
+    ReleaseMemory,
     RunStep,
     StartRank,
     StepDone,
     StepFailed,
+    UnloadAdapter,
 )
 from pagoda.errors import CommunicationError, ErrorKind, PagodaError
+from pagoda.execution.adapter_loading import AdapterLoader, AdapterRead
 from pagoda.execution.executor import StepHandle, is_out_of_memory
 from pagoda.execution.worker import Worker
 from pagoda.logs import configure_logging
@@ -72,7 +77,13 @@ from pagoda.version import __version__
 logger = logging.getLogger(__name__)
 
 _FAILED_EXIT_CODE = 1
-_PHASE_OF = {CheckCommunication: "communication", LoadWeights: "weights", MeasureKV: "kv", InitializeKV: "warm-up"}
+_PHASE_OF = {
+    CheckCommunication: "communication",
+    LoadWeights: "weights",
+    MeasureKV: "kv",
+    InitializeKV: "warm-up",
+    ReleaseMemory: "sleep",
+}
 _FLUSH_SECONDS = 5.0
 
 
@@ -95,7 +106,8 @@ class RankService:
         self._state_directory = state_directory
         self._state: StateFile | None = None
         self._channel = RankChannel(connected)
-        self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Command | AdapterRead] = queue.SimpleQueue()
+        self._loader: AdapterLoader | None = None
         self._listener: socket.socket | None = None  # rank 0's, where all ranks meet
         self._groups: ParallelGroups = SINGLE_RANK
         self._start: StartRank
@@ -131,9 +143,11 @@ class RankService:
             os._exit(0)
         self._inbox.put(message)  # type: ignore[arg-type]  # another message raises in `_do`, which is reported
 
-    def _do(self, command: Command) -> None:
+    def _do(self, command: Command | AdapterRead) -> None:
         if isinstance(command, RunStep):
             self._run_step(command)
+        elif isinstance(command, LoadAdapter | AdapterRead | UnloadAdapter):
+            self._change_adapters(command)
         elif isinstance(command, StartRank):
             self._prepare(command)
         elif isinstance(command, JoinGroup):
@@ -160,6 +174,12 @@ class RankService:
             gc.freeze()  # what start-up made is never freed: later collections need not walk it
             self._publish(READY)
             self._channel.send(PhaseDone("warm-up"))
+        elif isinstance(command, ReleaseMemory):
+            if self._loader is not None:  # it holds the model
+                self._loader.close()
+                self._loader = None
+            worker.release(command.level)
+            self._channel.send(PhaseDone("sleep"))
         else:
             raise TypeError(f"a rank does not take {type(command).__name__}")
 
@@ -195,7 +215,7 @@ class RankService:
         logger.info("%s; interface %s", threads, interface)
         self._config = replace(config, threads=threads.value)
         self._model_config = ModelConfig.from_directory(
-            str(config.model), generation=config.generation_config == "auto"
+            str(config.model), generation=config.generation_config == "auto", model_impl=config.model_impl
         )
         if self._rank == 0 and config.tensor_parallel_size * config.pipeline_parallel_size > 1:
             self._listener = listen_on(interface.address)
@@ -210,7 +230,7 @@ class RankService:
         # torch.distributed wants to know which GPU, not only that it is one.
         device = torch.device("cuda", self._start.device_index) if config.device == "cuda" else torch.device("cpu")
         self._groups = connect_groups(
-            ParallelLayout(config.tensor_parallel_size, config.pipeline_parallel_size),
+            ParallelLayout(config.tensor_parallel_size, config.pipeline_parallel_size, config.enable_expert_parallel),
             self._rank,
             host=command.host,
             port=command.port,
@@ -259,11 +279,29 @@ class RankService:
             )
         )
 
+    # ---- adapters -------------------------------------------------------------------------------------------------
+
+    def _change_adapters(self, command: LoadAdapter | AdapterRead | UnloadAdapter) -> None:
+        """Between two steps. What the thread has read comes through the inbox, as commands do."""
+        assert self._worker is not None, "an adapter before the rendezvous"
+        model = self._worker.adapters
+        assert model is not None, "the model is served without adapters"
+        if self._loader is None:
+            self._loader = AdapterLoader(model, self._inbox.put)
+        if isinstance(command, LoadAdapter):
+            self._loader.start(command.slot, command.adapter)
+        elif isinstance(command, AdapterRead):
+            self._channel.send(AdapterLoaded(command.adapter, self._loader.install(command)))
+        else:
+            model.remove(command.slot)
+
     # ---- the end --------------------------------------------------------------------------------------------------
 
     def _end(self, command: EndRank) -> None:
         logger.info("this rank ends: %s", command.reason)
         self._is_ending = True
+        if self._loader is not None:
+            self._loader.close()
         if self._worker is not None:
             # NCCL waits for ever to destroy a communicator that live CUDA graphs use (pytorch/pytorch#115388).
             self._worker.shutdown()

@@ -4,7 +4,9 @@
        ▲  └────────┼────────┼────────────────────▶ dead
        └───────────┴────────┘  the core failed, and is restarted
 
-Several replicas, all of them failed, go from starting to degraded when the first is back.
+Several replicas, all of them failed, go from starting to degraded when the first is back. In a server of several models an
+engine may be unloaded, from any state, and loaded again, from `unloaded` or `dead`. One that is idle may be put to sleep, and
+wakes up by way of `starting`.
 
 Readiness is not liveness. A starting or draining engine is live and not ready; a dead one is neither. Other
 components that must be up before requests are taken (a server's tokenizers) keep the engine in `starting` with `hold`.
@@ -14,13 +16,16 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from enum import StrEnum
+from typing import NamedTuple
 
 logger = logging.getLogger(__name__)
 
 Listener = Callable[[], None]
+
+_HISTORY_LENGTH = 50
 
 
 class EngineState(StrEnum):
@@ -31,16 +36,33 @@ class EngineState(StrEnum):
     DEGRADED = "degraded"
     DRAINING = "draining"
     DEAD = "dead"
+    UNLOADED = "unloaded"
+    SLEEPING = "sleeping"
 
 
+NOT_LOADED = (EngineState.UNLOADED, EngineState.DEAD)
 SERVING = (EngineState.READY, EngineState.DEGRADED)
 
 ALLOWED = {
     EngineState.STARTING: {EngineState.READY, EngineState.DEGRADED, EngineState.DRAINING, EngineState.DEAD},
-    EngineState.READY: {EngineState.STARTING, EngineState.DEGRADED, EngineState.DRAINING, EngineState.DEAD},
-    EngineState.DEGRADED: {EngineState.STARTING, EngineState.READY, EngineState.DRAINING, EngineState.DEAD},
+    EngineState.READY: {
+        EngineState.STARTING,
+        EngineState.DEGRADED,
+        EngineState.DRAINING,
+        EngineState.DEAD,
+        EngineState.SLEEPING,
+    },
+    EngineState.DEGRADED: {
+        EngineState.STARTING,
+        EngineState.READY,
+        EngineState.DRAINING,
+        EngineState.DEAD,
+        EngineState.SLEEPING,
+    },
     EngineState.DRAINING: {EngineState.DEAD},
     EngineState.DEAD: set(),
+    EngineState.UNLOADED: {EngineState.DEAD},
+    EngineState.SLEEPING: {EngineState.STARTING, EngineState.DRAINING, EngineState.DEAD},
 }
 
 # A failure is an error, whether the engine is restarted or not.
@@ -51,8 +73,17 @@ _LEVELS = {
 }
 
 
+class Transition(NamedTuple):
+    """A change of state, at `time` seconds since the epoch."""
+
+    time: float
+    state: EngineState
+    cause: str
+
+
 class EngineHealth:
-    """The state, since when, and why. `since` is seconds since the epoch; listeners are called on changes of state and stage.
+    """The state, since when, and why; `history`: the last changes. `since` is seconds since the epoch; listeners are called on
+    changes of state and stage.
 
     `name`: its name in the log.
     """
@@ -64,7 +95,9 @@ class EngineHealth:
         self.detail = ""
         self.cause: str | None = None
         self.since = time.time()
+        self.is_loading = True  # not started yet, rather than restarting
         self.transitions: Counter[tuple[str, str]] = Counter()
+        self.history: deque[Transition] = deque(maxlen=_HISTORY_LENGTH)
         self._held_by: list[str] = []
         self._held_back: tuple[EngineState, str] | None = None  # the state it enters on release, and the cause
         self._listeners: list[Listener] = []
@@ -94,12 +127,29 @@ class EngineHealth:
             self._held_back = state, cause
             self.enter_phase(self._held_by[0])
             return
-        level = logging.INFO if is_expected else _LEVELS.get(state, logging.INFO)
+        self._enter(state, cause, logging.INFO if is_expected else _LEVELS.get(state, logging.INFO))
+
+    def unload(self, cause: str) -> None:
+        """The engine was ended because it is not wanted now: it may be loaded again."""
+        self._held_back = None
+        if self.state is not EngineState.UNLOADED:
+            self._enter(EngineState.UNLOADED, cause, logging.INFO)
+
+    def load(self, cause: str) -> None:
+        """The engine is started anew after it was unloaded or had died."""
+        self.is_loading = True
+        self.phase, self.detail = "config", ""
+        self._enter(EngineState.STARTING, cause, logging.INFO)
+
+    def _enter(self, state: EngineState, cause: str, level: int) -> None:
         logger.log(level, "%s %s -> %s: %s", self.name, self.state, state, cause)
         self.transitions[self.state.value, state.value] += 1
         self.state, self.cause, self.since = state, cause, time.time()
+        self.history.append(Transition(self.since, state, cause))
         if state is not EngineState.STARTING:
             self.phase, self.detail = state.value, ""
+        if state in SERVING:
+            self.is_loading = False
         self._notify()
 
     def hold(self, phase: str) -> None:

@@ -6,14 +6,24 @@ import msgspec
 
 from pagoda.engine.messages import (
     AbortRequests,
+    AdapterLoaded,
     EngineFailed,
     EngineOutputs,
     EngineRanks,
     EngineReady,
     EngineStartupPhase,
+    EngineTrace,
+    LoadAdapter,
+    Reconfigure,
+    Reconfigured,
     ResetPrefixCache,
     Shutdown,
+    Sleep,
+    SleepState,
     StartCore,
+    TraceSteps,
+    UnloadAdapter,
+    WakeUp,
 )
 from pagoda.errors import PagodaError, RequestFailedError
 from pagoda.framing import HEADER, FrameCodec, FrameError
@@ -24,12 +34,22 @@ Message = (
     | EngineRequest
     | AbortRequests
     | ResetPrefixCache
+    | TraceSteps
+    | LoadAdapter
+    | UnloadAdapter
     | Shutdown
     | EngineStartupPhase
     | EngineReady
     | EngineOutputs
     | EngineRanks
+    | AdapterLoaded
     | EngineFailed
+    | Sleep
+    | WakeUp
+    | SleepState
+    | Reconfigure
+    | Reconfigured
+    | EngineTrace
 )
 
 _CODEC = FrameCodec(
@@ -44,6 +64,16 @@ _CODEC = FrameCodec(
         EngineRanks,
         EngineFailed,
         ResetPrefixCache,
+        Sleep,
+        WakeUp,
+        SleepState,
+        Reconfigure,
+        Reconfigured,
+        TraceSteps,
+        EngineTrace,
+        LoadAdapter,
+        UnloadAdapter,
+        AdapterLoaded,
     )
 )
 

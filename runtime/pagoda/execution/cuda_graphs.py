@@ -1,9 +1,13 @@
 """Decode steps as CUDA graphs: a whole forward pass is one launch, and costs the CPU the same for any model.
 
-A graph is captured for a few batch sizes. A batch between two of them is padded up:
+A graph is captured for a few batch sizes: rows, and tokens that each has at most. A step between two of them is padded up:
 
     rows 0 … R - 1      the step's rows, gathered into buffers that never move
-    rows R … size - 1   padding: one token at position 0 of a request that has only the null block
+    rows R … rows - 1   padding: one token at position 0 of a request that has only the null block
+    tokens behind       of no row, where rows verify fewer drafts than they may; they go to the null block
+
+Where all rows decode, each has one token. With speculative decoding there are graphs for rows of few tokens too, in which
+attention takes all rows as those that have drafts (`AttentionMetadata.num_short_rows`), also those that have none.
 
 Padding rows write to the null block, whose contents never influence a result, and their own results are left behind. As every
 kernel's result for a row depends on that row alone, padding changes nothing for the others.
@@ -16,22 +20,23 @@ and received by the host, so several stages run without graphs.
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pagoda.errors import ConfigError
 from pagoda.execution.input_batch import RowLayout
-from pagoda.models.decoder import DecoderForCausalLM, KVCache
+from pagoda.models.causal_lm import CausalLM, KVCache
 from pagoda.parallel.layout import ParallelLayout
 from pagoda_kernels.types import AttentionMetadata, StepTensors
 
 # Powers of two up to 32, then steps that pad by a third at most.
 GRAPH_SIZES = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384)
 MAX_GRAPHS = 12
+# Of rows with drafts: so many numbers of tokens a row, and of rows for each of them.
+MAX_QUERY_LENS, MAX_VERIFYING_SIZES = 2, 6
 
 # Memory of the driver for a graph besides that of its tensors, a generous estimate; to be measured.
 BYTES_PER_GRAPH = 32 << 20
@@ -49,21 +54,41 @@ def uses_cuda_graphs(device_type: str, layout: ParallelLayout, *, enforce_eager:
     return device_type == "cuda" and layout.pipeline_parallel_size == 1 and not enforce_eager
 
 
-def graph_sizes(max_num_seqs: int) -> list[int]:
-    """The batch sizes to capture for batches of up to `max_num_seqs` rows: at most `MAX_GRAPHS`, ascending.
+class GraphSize(NamedTuple):
+    """Steps of up to `num_rows` rows, of up to `query_len` tokens each."""
 
-    Batches above the largest size run without a graph: they are long enough to hide their launches.
+    num_rows: int
+    query_len: int = 1
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_rows * self.query_len
+
+
+def graph_sizes(
+    max_num_seqs: int, num_drafts: int = 0, *, short_query_len: int = 1, max_short_rows: int = 0
+) -> list[GraphSize]:
+    """What to capture for batches of up to `max_num_seqs` rows with up to `num_drafts` drafts each, by the number of tokens.
+
+    Those of rows that decode, at most `MAX_GRAPHS`, and of rows with drafts as many rows as `max_short_rows` and as few tokens
+    as `short_query_len` allow (see `KernelBackend`), at most `MAX_QUERY_LENS` times `MAX_VERIFYING_SIZES`. Steps that fit none
+    run without a graph: they are long enough to hide their launches.
     """
-    sizes = [size for size in GRAPH_SIZES if size < max_num_seqs]
+    sizes = [GraphSize(rows) for rows in GRAPH_SIZES if rows < max_num_seqs]
     if len(sizes) < MAX_GRAPHS:
-        sizes.append(max_num_seqs)
-    return sizes
+        sizes.append(GraphSize(max_num_seqs))
+    longest = min(1 + num_drafts, short_query_len)
+    query_lens = {longest, (longest + 1) // 2} if longest > 2 else {longest}
+    most_rows = min(max_num_seqs, max_short_rows)
+    for query_len in sorted(query_lens - {1})[:MAX_QUERY_LENS]:
+        rows = [each for each in GRAPH_SIZES if each <= most_rows][:MAX_VERIFYING_SIZES]
+        sizes += [GraphSize(each, query_len) for each in rows]
+    return sorted(sizes, key=lambda size: (size.num_tokens, size.query_len))
 
 
-def reserved_bytes(max_num_seqs: int, bytes_per_token: int) -> int:
+def reserved_bytes(sizes: Sequence[GraphSize], bytes_per_token: int) -> int:
     """Memory to leave for graphs: the tensors of the largest one, which all share, and what the driver keeps of each."""
-    sizes = graph_sizes(max_num_seqs)
-    return sizes[-1] * bytes_per_token + len(sizes) * BYTES_PER_GRAPH
+    return max(size.num_tokens for size in sizes) * bytes_per_token + len(sizes) * BYTES_PER_GRAPH
 
 
 class DecodeGraphs:
@@ -71,36 +96,44 @@ class DecodeGraphs:
 
     def __init__(
         self,
-        model: DecoderForCausalLM,
+        model: CausalLM,
         kv_caches: list[KVCache],
         *,
-        max_num_seqs: int,
+        sizes: Sequence[GraphSize],
         max_model_len: int,
         max_blocks: int,
+        num_groups: int = 1,
+        block_size: int = 0,
         capture: Capture,
     ) -> None:
-        """Capture every size, the largest first: the smaller ones then fit into the memory it took.
+        """Capture every one of `sizes`, the largest first: the smaller ones then fit into the memory it took.
 
         `capture`: `CudaCapture()`. Raises `ConfigError` where a size cannot be captured.
         """
         self._group = model.groups.tp_group
-        self._sizes = graph_sizes(max_num_seqs)
-        largest = self._sizes[-1]
-        # What the captured steps read; a graph of size n, the first n rows. Until requests run, all of them are padding.
-        self._inputs = StepTensors.allocate(largest, largest, max_blocks, model.device)
-        for tensor in (self._inputs.input_ids, self._inputs.positions, self._inputs.slot_mapping):
-            tensor.zero_()
-        self._inputs.seq_lens.fill_(1)
-        self._inputs.block_table.zero_()
-        self._query_start_loc = torch.arange(largest + 1, dtype=torch.int32, device=model.device)
+        self._sizes = sorted(sizes, key=lambda size: (size.num_tokens, size.query_len))
+        most_rows, most_tokens = max(size.num_rows for size in sizes), self._sizes[-1].num_tokens
+        # What the captured steps read: the first rows and tokens. Until requests run, all of them are padding.
+        self._inputs = StepTensors.allocate_groups(num_groups, most_tokens, most_rows, max_blocks, model.device)
+        for inputs in self._inputs:
+            for tensor in (inputs.input_ids, inputs.positions, inputs.slot_mapping, inputs.block_table):
+                tensor.zero_()
+            inputs.seq_lens.fill_(1)
+        self._one_token_each = torch.arange(most_rows + 1, dtype=torch.int32, device=model.device)
+        # Where the rows of steps with drafts begin, as of this layout and size.
+        self._query_start_loc = self._one_token_each.clone()
+        self._written: tuple[RowLayout, GraphSize] | None = None
         self._max_seq_len = max_model_len
-        self._steps: dict[int, tuple[Replay, Tensor]] = {}
+        self._block_size = block_size
+        self._steps: dict[GraphSize, tuple[Replay, Tensor]] = {}
         self._num_collectives = 0
 
-        def step_of(size: int) -> Callable[[], Tensor]:
+        def step_of(size: GraphSize) -> Callable[[], Tensor]:
             def step() -> Tensor:
-                inputs, before = self._inputs.part(size, max_blocks), self._group.num_operations
-                hidden = model.forward(inputs.input_ids, inputs.positions, kv_caches, self._metadata(inputs))
+                groups = [inputs.part(size.num_rows, size.num_tokens, max_blocks) for inputs in self._inputs]
+                before = self._group.num_operations
+                metadata = [self._metadata(inputs, size) for inputs in groups]
+                hidden = model.forward(groups[0].input_ids, groups[0].positions, kv_caches, metadata)
                 assert hidden is not None, "graphs are for models of one pipeline stage"
                 self._num_collectives = self._group.num_operations - before
                 return hidden
@@ -112,40 +145,63 @@ class DecodeGraphs:
                 self._steps[size] = capture(step_of(size))
             except RuntimeError as error:
                 raise ConfigError(
-                    f"the decode step of {size} sequences could not be captured as a CUDA graph ({error}); enforce_eager=true "
-                    "does without graphs, and a smaller gpu_memory_utilization leaves them more memory"
+                    f"the step of {size.num_rows} sequences, {size.query_len} tokens each, could not be captured as a CUDA "
+                    f"graph ({error}); enforce_eager=true does without graphs, and a smaller gpu_memory_utilization leaves "
+                    "them more memory"
                 ) from error
 
-    def _metadata(self, inputs: StepTensors) -> AttentionMetadata:
-        """Of rows that decode, of which each may grow as long as any may ever be."""
-        size = len(inputs.seq_lens)
+    def _metadata(self, inputs: StepTensors, size: GraphSize) -> AttentionMetadata:
+        """Of rows of which each may grow as long as any may ever be."""
+        decodes = size.query_len == 1
+        starts = self._one_token_each if decodes else self._query_start_loc
         return AttentionMetadata(
-            query_start_loc=self._query_start_loc[: size + 1],
+            query_start_loc=starts[: size.num_rows + 1],
             seq_lens=inputs.seq_lens,
             block_table=inputs.block_table,
             slot_mapping=inputs.slot_mapping,
-            max_query_len=1,
+            max_query_len=size.query_len,
             max_seq_len=self._max_seq_len,
-            num_decode_rows=size,
+            num_decode_rows=size.num_rows if decodes else 0,
+            num_short_rows=0 if decodes else size.num_rows,
+            block_size=self._block_size,
         )
 
-    def size_for(self, layout: RowLayout) -> int | None:
-        """The size of the graph that can run such a step; None if its rows do not all decode, or are too many."""
-        num_rows = len(layout.req_indices)
-        if layout.num_decode_rows != num_rows or num_rows > self._sizes[-1]:
-            return None
-        return self._sizes[bisect_left(self._sizes, num_rows)]
+    def size_for(self, layout: RowLayout) -> GraphSize | None:
+        """The size of the smallest graph that can run such a step; None if its rows, or the tokens of one, are too many."""
+        num_rows, query_len = len(layout.req_indices), layout.max_query_len
+        for size in self._sizes:
+            if size.num_rows >= num_rows and size.query_len >= query_len:
+                return size
+        return None
 
-    def tensors_for(self, layout: RowLayout, num_columns: int) -> StepTensors | None:
+    def tensors_for(self, layout: RowLayout, num_columns: int) -> list[StepTensors] | None:
         """Where the step's inputs must be for `run`; None if it cannot run as a graph.
 
         Columns to the right keep old values: no row is long enough to reach them.
         """
         size = self.size_for(layout)
-        return None if size is None else self._inputs.part(size, num_columns)
+        if size is None:
+            return None
+        num_padding = size.num_rows - len(layout.req_indices)
+        num_tokens = layout.num_tokens + num_padding
+        if size.query_len > 1:
+            self._write_starts(layout, size)
+            for inputs in self._inputs:
+                inputs.slot_mapping[num_tokens : size.num_tokens].zero_()
+        return [inputs.part(size.num_rows, num_tokens, num_columns) for inputs in self._inputs]
 
-    def run(self, size: int) -> Tensor:
-        """Hidden states `[size, hidden_size]` of a step on the buffers of `tensors_for`; overwritten by the next."""
+    def _write_starts(self, layout: RowLayout, size: GraphSize) -> None:
+        """Say where the rows of the step begin; padding rows behind them have one token each."""
+        if self._written is not None and self._written[0] is layout and self._written[1] == size:
+            return
+        num_rows = len(layout.req_indices)
+        self._query_start_loc[: num_rows + 1] = layout.query_start_loc
+        padding = self._one_token_each[1 : size.num_rows - num_rows + 1]
+        self._query_start_loc[num_rows + 1 : size.num_rows + 1] = padding + layout.num_tokens
+        self._written = layout, size
+
+    def run(self, size: GraphSize) -> Tensor:
+        """Hidden states `[size.num_tokens, hidden_size]` of a step on the buffers of `tensors_for`, until the next."""
         replay, hidden = self._steps[size]
         self._group.count_replayed(self._num_collectives)
         replay()

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import torch
 
+from pagoda.adapters import LoraAdapter
 from pagoda.parallel.rank_health import RankHealth
 from pagoda.scheduling.plan import StepPlan, StepResult
 
@@ -36,6 +37,14 @@ class KVBudget:
     block_bytes: int
     available_bytes: int
     note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterOutcome:
+    """Of `Executor.load_adapter`. `error`: why the adapter is not in its slot."""
+
+    adapter: LoraAdapter
+    error: str | None = None
 
 
 class StepHandle(Protocol):
@@ -72,8 +81,24 @@ class Executor(Protocol):
         `max_model_len`: the longest sequence, where it was fitted to the KV cache; None: as configured, else the model's.
         """
 
+    def release(self, level: int) -> None:
+        """Free weights and KV cache, between two steps; `level` 2: the checkpoint's files in the page cache, too.
+
+        No step is submitted before `load` and `initialize_kv_cache` were called again.
+        """
+
     def submit(self, plan: StepPlan) -> StepHandle:
         """Start a step. Does not raise for a failing step: its handle does."""
+
+    def load_adapter(self, slot: int, adapter: LoraAdapter) -> None:
+        """Begin to read an adapter for a slot, beside the steps. `take_loaded_adapters` says what came of it."""
+
+    def unload_adapter(self, slot: int) -> None:
+        """Empty the slot of an adapter that no request in a request slot has."""
+
+    def take_loaded_adapters(self, timeout: float) -> list[AdapterOutcome]:
+        """The adapters that are in their slots on all ranks, or failed, since the last call; without any, waits for
+        `timeout` seconds."""
 
     def check_health(self) -> None:
         """Raise `EngineDeadError` if no further step can run."""

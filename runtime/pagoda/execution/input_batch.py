@@ -1,10 +1,10 @@
 """The state of the requests in the request slots on the device, and the inputs of a step made from it.
 
-    token_pool  [max_num_seqs, max_model_len + 1]      block_table  [max_num_seqs, max_blocks]
-  req_index 0 │ prompt and output of a request …     req_index 0  │ its blocks, in order, then 0 …
-            1 │ …                                              1  │ …
+    token_pool  [max_num_seqs, max_model_len + 1]      block_tables[g]  [max_num_seqs, max_blocks]
+  req_index 0 │ prompt and output of a request …     req_index 0      │ its blocks in group g, in order, then 0 …
+            1 │ …                                              1      │ …
 
-Both are allocated once. A plan holds what changed; everything else of a step is gathered from here by index, so building a
+All are allocated once. A plan holds what changed; everything else of a step is gathered from here by index, so building a
 step costs the same at any context length. A sampled token is written into the pool on the device, at the position after the
 last one computed: the next step can be built, and given to the device, before the host has seen it. Drafts are written where
 they would stand; what is sampled at their positions replaces them, and what stands behind the last accepted one is never read,
@@ -14,7 +14,7 @@ for the next step writes there first.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -30,6 +30,9 @@ from pagoda_kernels import backend
 from pagoda_kernels.types import AttentionMetadata, StepTensors
 
 logger = logging.getLogger(__name__)
+
+_MOST_LAYOUTS = 4
+_LayoutKey = tuple[list[int], list[int], list[bool], dict[int, int], list[int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,37 +72,43 @@ class RowLayout:
 class StepInputs:
     """The batch of one step, in the order of its layout.
 
-    `num_computed_tokens` int64 `[R]` and `sampled_positions` int64 `[S]` are on the host. On the device: `tensors`, with
-    padding behind the rows where `StepBuffers` have it; `sampled_pool_index` int64 `[S]`, where sampled tokens belong in
-    the flattened token pool.
+    `num_computed_tokens` int64 `[R]` and `sampled_positions` int64 `[S]` are on the host. On the device: `tensors`, for each
+    group of layers, which differ in block tables and slot mappings only, with padding behind the rows where `StepBuffers`
+    have it; `sampled_pool_index` int64 `[S]`, where sampled tokens belong in the flattened token pool.
     """
 
     layout: RowLayout
     num_computed_tokens: Int64Array
     sampled_positions: Int64Array
-    tensors: StepTensors
+    tensors: Sequence[StepTensors]
+    block_size: int
     max_seq_len: int
     sampled_pool_index: Tensor
 
-    def metadata(self) -> AttentionMetadata:
-        """What attention must know of the step, whose tensors have no padding."""
-        return AttentionMetadata(
-            query_start_loc=self.layout.query_start_loc,
-            seq_lens=self.tensors.seq_lens,
-            block_table=self.tensors.block_table,
-            slot_mapping=self.tensors.slot_mapping,
-            max_query_len=self.layout.max_query_len,
-            max_seq_len=self.max_seq_len,
-            num_decode_rows=self.layout.num_decode_rows,
-            num_short_rows=self.layout.num_short_rows,
-        )
+    def metadata(self) -> list[AttentionMetadata]:
+        """What attention must know of the step, whose tensors have no padding, for each group of layers."""
+        return [
+            AttentionMetadata(
+                query_start_loc=self.layout.query_start_loc,
+                seq_lens=tensors.seq_lens,
+                block_table=tensors.block_table,
+                slot_mapping=tensors.slot_mapping,
+                max_query_len=self.layout.max_query_len,
+                max_seq_len=self.max_seq_len,
+                num_decode_rows=self.layout.num_decode_rows,
+                num_short_rows=self.layout.num_short_rows,
+                block_size=self.block_size,
+            )
+            for tensors in self.tensors
+        ]
 
 
 class StepBuffers(Protocol):
     """Tensors at fixed addresses for the inputs of some steps."""
 
-    def tensors_for(self, layout: RowLayout, num_columns: int) -> StepTensors | None:
-        """Where the inputs of such rows with so many columns of block table go; None: into new tensors."""
+    def tensors_for(self, layout: RowLayout, num_columns: int) -> Sequence[StepTensors] | None:
+        """Where the inputs of such rows with so many columns of block table go, for each group of layers; None: into new
+        tensors."""
 
 
 class InputBatch:
@@ -114,20 +123,23 @@ class InputBatch:
         block_size: int,
         num_blocks: int,
         device: torch.device,
+        num_groups: int = 1,
         short_query_len: int = 1,
         max_short_rows: int = 0,
     ) -> None:
-        """`short_query_len` and `max_short_rows`: see `KernelBackend`."""
+        """`num_groups`: of layers, see `kv_groups`. `short_query_len` and `max_short_rows`: see `KernelBackend`."""
         self.max_model_len = max_model_len
         self.vocab_size = vocab_size
         self.block_size = block_size
         self.num_blocks = num_blocks
+        self.num_groups = num_groups
         self._short_query_len = short_query_len
         self._max_short_rows = max_short_rows
         self.max_blocks = -(-max_model_len // block_size)
         self.device = device
         self.token_pool = torch.zeros((max_num_seqs, max_model_len + 1), dtype=torch.int64, device=device)
-        self.block_table = torch.zeros((max_num_seqs, self.max_blocks), dtype=torch.int32, device=device)
+        self._all_tables = torch.zeros((num_groups, max_num_seqs, self.max_blocks), dtype=torch.int32, device=device)
+        self.block_tables = self._all_tables.unbind()
         # Tokens that a request slot holds, including sampled ones that are not on the host yet; 0 while it is empty.
         self.num_tokens = np.zeros(max_num_seqs, dtype=np.int64)
         # Request slots whose rows fail until they are released, and why. Those that were planned wrongly do not run. The
@@ -135,8 +147,8 @@ class InputBatch:
         # disagree on the shapes that they exchange.
         self.request_errors: dict[int, str] = {}
         self._cannot_run: set[int] = set()
-        self._layout: RowLayout | None = None
-        self._layout_key: tuple[list[int], list[int], list[bool], dict[int, int], list[int]] | None = None
+        # Of the last plans, the newest first: a draft model's passes are between the steps of the model.
+        self._layouts: list[tuple[_LayoutKey, RowLayout | None]] = []
 
     def release(self, req_index: int) -> None:
         """Empty `req_index`; it may be empty already."""
@@ -153,7 +165,7 @@ class InputBatch:
         """
         self.release(new.req_index)
         self._cannot_run.add(new.req_index)  # until it is written, and if it cannot be
-        if not self._check_blocks(new.req_index, 0, new.block_ids):
+        if not all(self._check_blocks(new.req_index, 0, block_ids) for block_ids in new.block_ids):
             return
         self._write_request(new)
         self._cannot_run.discard(new.req_index)
@@ -176,17 +188,18 @@ class InputBatch:
 
     def append_blocks(self, plan: StepPlan) -> None:
         """Append the plan's new blocks to the block tables of their request slots."""
+        if not plan.new_blocks:
+            return
         index: list[int] = []
         values: list[int] = []
-        for req_index, offset, block_ids in zip(plan.req_indices, plan.block_offsets, plan.new_block_ids, strict=True):
-            if block_ids and req_index not in self._cannot_run and self._check_blocks(req_index, offset, block_ids):
-                first = req_index * self.max_blocks + offset
-                index.extend(range(first, first + len(block_ids)))
-                values.extend(block_ids)
-        if index:
-            table_index = to_device(np.array(index, dtype=np.int64), self.device)
-            block_ids_on_device = to_device(np.array(values, dtype=np.int32), self.device)
-            self.block_table.view(-1).index_copy_(0, table_index, block_ids_on_device)
+        for new in plan.new_blocks:
+            if new.req_index not in self._cannot_run and self._check_blocks(new.req_index, new.offset, new.block_ids):
+                first = (new.group * len(self.num_tokens) + new.req_index) * self.max_blocks + new.offset
+                index.extend(range(first, first + len(new.block_ids)))
+                values.extend(new.block_ids)
+        table_index = to_device(np.array(index, dtype=np.int64), self.device)
+        block_ids_on_device = to_device(np.array(values, dtype=np.int32), self.device)
+        self._all_tables.view(-1).index_copy_(0, table_index, block_ids_on_device)
 
     def build(self, plan: StepPlan, buffers: StepBuffers | None = None) -> StepInputs | None:
         """The inputs of the plan's rows, in `buffers` where these have a place for them; None if no row can run."""
@@ -210,18 +223,23 @@ class InputBatch:
         )
         tensors = buffers.tensors_for(layout, num_columns) if buffers is not None else None
         if tensors is None:
-            tensors = StepTensors.allocate(layout.num_tokens, len(layout.req_indices), num_columns, self.device)
-        backend.active.gather_step(
-            self.token_pool,
-            self.block_table,
-            self.block_size,
-            layout.req_indices_on_device,
-            layout.query_start_loc,
-            computed_,
-            layout.max_query_len,
-            tensors,
+            tensors = StepTensors.allocate_groups(
+                self.num_groups, layout.num_tokens, len(layout.req_indices), num_columns, self.device
+            )
+        for block_table, of_group in zip(self.block_tables, tensors, strict=True):
+            backend.active.gather_step(
+                self.token_pool,
+                block_table,
+                self.block_size,
+                layout.req_indices_on_device,
+                layout.query_start_loc,
+                computed_,
+                layout.max_query_len,
+                of_group,
+            )
+        return StepInputs(
+            layout, computed, sampled_positions, tensors, self.block_size, max_seq_len, sampled_pool_index
         )
-        return StepInputs(layout, computed, sampled_positions, tensors, max_seq_len, sampled_pool_index)
 
     def write_sampled(self, inputs: StepInputs, token_ids: Tensor) -> None:
         """Put the sampled `token_ids` int64 `[S]` where the next step will read them."""
@@ -244,17 +262,22 @@ class InputBatch:
         self.token_pool.view(-1).index_copy_(0, positions, token_ids)
 
     def _layout_of(self, plan: StepPlan) -> RowLayout | None:
-        """The layout of the plan's rows without those that cannot run; None if none can. The last one, if it fits again."""
+        """The layout of the plan's rows without those that cannot run; None if none can. An earlier one, if it fits again."""
         blocked = sorted(self._cannot_run)
         num_drafts = {row: len(drafts) for row, drafts in plan.draft_token_ids.items()}
         key = (plan.req_indices, plan.num_scheduled_tokens, plan.samples, num_drafts, blocked)
-        if key != self._layout_key:
-            rows = [row for row, req_index in enumerate(plan.req_indices) if req_index not in self._cannot_run]
-            rows.sort(key=lambda row: self._kind_of_row(plan.num_scheduled_tokens[row]))
-            self._layout_key = None
-            self._layout = self._make_layout(plan, rows) if rows else None
-            self._layout_key = key
-        return self._layout
+        layouts = self._layouts
+        for place, (known, layout) in enumerate(layouts):
+            if known == key:
+                if place:
+                    layouts.insert(0, layouts.pop(place))
+                return layout
+        rows = [row for row, req_index in enumerate(plan.req_indices) if req_index not in self._cannot_run]
+        rows.sort(key=lambda row: self._kind_of_row(plan.num_scheduled_tokens[row]))
+        layout = self._make_layout(plan, rows) if rows else None
+        layouts.insert(0, (key, layout))
+        del layouts[_MOST_LAYOUTS:]
+        return layout
 
     def _kind_of_row(self, num_tokens: int) -> int:
         """0: decode, 1: short, 2: any other. Rows of a kind go to attention together, in this order."""
@@ -318,10 +341,10 @@ class InputBatch:
     def _write_request(self, new: NewRequest) -> None:
         """Write a request's tokens and blocks into its request slot. Its prompt was checked at the border of the engine."""
         token_ids = np.array(new.token_ids, dtype=np.int64)
-        block_ids = np.array(new.block_ids, dtype=np.int32)
         self.token_pool[new.req_index, : token_ids.size] = to_device(token_ids, self.device)
-        self.block_table[new.req_index, : block_ids.size] = to_device(block_ids, self.device)
-        self.block_table[new.req_index, block_ids.size :] = 0
+        for table, block_ids in zip(self.block_tables, new.block_ids, strict=False):  # none where nothing is kept
+            table[new.req_index, : len(block_ids)] = to_device(np.array(block_ids, dtype=np.int32), self.device)
+            table[new.req_index, len(block_ids) :] = 0
         self.num_tokens[new.req_index] = token_ids.size
 
     def _check_blocks(self, req_index: int, offset: int, block_ids: list[int]) -> bool:

@@ -60,7 +60,7 @@ def choose_gpu_kernels() -> None:
         backend.use_backend("triton")
     except ImportError as error:
         raise ConfigError(
-            f"device=cuda needs Triton, which cannot be imported ({error}): install pagoda[gpu]"
+            f"device=cuda needs Triton, which cannot be imported ({error}): pip install triton"
         ) from error
 
 

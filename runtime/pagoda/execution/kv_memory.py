@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from pagoda.config.values import format_bytes
 from pagoda.platform.choice import GIVEN, Choice
+from pagoda.scheduling.kv_groups import GroupRule, most_blocks_of_all
 
 # On CPU the KV cache shares memory with everything else of the machine, so it takes a part of what is free.
 CPU_KV_SHARE = 0.5
+OWN_SHARE = 0.8  # of what an engine may take itself (engine_memory_bytes), once its weights are there
 CPU_KV_CAP_BYTES = 16 * 2**30
+# Prompt and output of a request as they usually are; few are as long as the model allows.
+TYPICAL_SEQUENCE_TOKENS = 2048
 
 
 def choose_cpu_kv_cache_bytes(
@@ -16,21 +22,31 @@ def choose_cpu_kv_cache_bytes(
     memory_available: int,
     block_bytes: int,
     block_size: int,
-    max_model_len: int,
+    rules: Sequence[GroupRule],
     max_num_seqs: int,
+    max_model_len: int,
+    max_step_tokens: int,
 ) -> Choice:
     """Memory of the KV cache on CPU, once weights are loaded.
 
-    Half of the memory that is free now, at most 16 GiB, and no more than all sequences at their longest could use.
-    `memory_available`: bytes. `max_model_len`: what is asked for, else the model's own limit.
+    What `max_num_seqs` sequences of a typical length take, or one of `max_model_len` tokens where that is more; at most half
+    of the memory that is free now, and 16 GiB. `memory_available`: bytes. `max_model_len`: what is asked for, else the model's
+    own limit. `max_step_tokens`: the most that a step computes.
     """
     if asked is not None:
         return Choice("kv_cache_memory_bytes", asked, GIVEN)
-    blocks_of_all = max_num_seqs * -(-max_model_len // block_size) + 1
+    typical = min(max_model_len, TYPICAL_SEQUENCE_TOKENS)
+    of_typical = most_blocks_of_all(rules, max_num_seqs, typical, max_step_tokens, block_size)
+    of_longest = most_blocks_of_all(rules, 1, max_model_len, max_step_tokens, block_size)
+    needed = (
+        f"for {max_num_seqs} sequences of {typical} tokens"
+        if of_typical >= of_longest
+        else f"for a sequence of {max_model_len} tokens"
+    )
     bounds = {
         f"{CPU_KV_SHARE:.0%} of {format_bytes(memory_available)} free": int(memory_available * CPU_KV_SHARE),
         f"the most that is taken unasked, {format_bytes(CPU_KV_CAP_BYTES)}": CPU_KV_CAP_BYTES,
-        f"all that {max_num_seqs} sequences of {max_model_len} tokens can use": blocks_of_all * block_bytes,
+        needed: (max(of_typical, of_longest) + 1) * block_bytes,
     }
     reason = min(bounds, key=lambda name: bounds[name])
     return Choice("kv_cache_memory_bytes", bounds[reason], reason)

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pagoda import faults
-from pagoda.execution.cuda_graphs import Capture, DecodeGraphs
+from pagoda.execution.cuda_graphs import Capture, DecodeGraphs, GraphSize, graph_sizes
 from pagoda.execution.input_batch import InputBatch, StepInputs
 from pagoda.execution.token_masks import AllowedByMasks
-from pagoda.models.decoder import DecoderForCausalLM, KVCache
+from pagoda.models.causal_lm import CausalLM, KVCache
+from pagoda.models.lora.weights import LoraModel
 from pagoda.sampling.logits_processors import StepProcessor
 from pagoda.sampling.logprobs import LogprobTensors, RawDistribution
 from pagoda.sampling.output import TokenLogprobs
 from pagoda.sampling.params import SamplingParams
+from pagoda.sampling.rows import SlotRequest
 from pagoda.sampling.sampler import Sampler, SamplerOutput, row_error
 from pagoda.sampling.selection import pad_to_blocks
 from pagoda.sampling.transfer import DeviceEvent, to_host
-from pagoda.scheduling.plan import NO_SAMPLED_TOKENS, NewRequest, SampledTokensUpdate, StepPlan, StepResult
+from pagoda.scheduling.plan import NO_SAMPLED_TOKENS, ExpertLoad, NewRequest, SampledTokensUpdate, StepPlan, StepResult
 from pagoda_kernels import backend
 
 # Logits computed at once for prompt logprobs: 32 MiB of float32, for any length of the prompt.
@@ -40,7 +43,10 @@ class _PromptLogprobs:
 
 
 class PendingStep:
-    """A step that was queued on the device. `result` waits for it; nothing before that blocks."""
+    """A step that was queued on the device. `result` waits for it; nothing before that blocks.
+
+    `inputs`: what the model ran on; None where no row could run, and where another pipeline stage samples.
+    """
 
     def __init__(
         self,
@@ -51,6 +57,7 @@ class PendingStep:
         sampled: SamplerOutput | None = None,
         prompt_logprobs: list[_PromptLogprobs] | None = None,
     ) -> None:
+        self.inputs = inputs
         self._step_id = plan.step_id
         self._num_rows = len(plan.req_indices)
         self._errors = errors
@@ -62,11 +69,14 @@ class PendingStep:
             for row in prompt_logprobs or []
         ]
         self._event = DeviceEvent(device)
+        self.expert_load: ExpertLoad | None = None
 
     def result(self) -> StepResult:
         """Wait for the device and return what it made of the plan. To be called once."""
         self._event.wait()
-        result = StepResult(self._step_id, [[] for _ in range(self._num_rows)], errors=self._errors)
+        result = StepResult(
+            self._step_id, [[] for _ in range(self._num_rows)], errors=self._errors, expert_load=self.expert_load
+        )
         if self._sampled is not None:
             self._take_sampled(self._sampled, result)
         for row in self._prompt_logprobs:
@@ -152,41 +162,50 @@ class ModelRunner:
     """Runs plans. `kv_caches`: one `(k, v)` for each layer of this rank, see `DecoderForCausalLM.forward`.
 
     Every rank receives every plan and keeps the same request slots. What a rank exchanges with others follows from the plan.
+    `adapters`: of the model, where it is served with any.
     """
+
+    adapters: LoraModel | None = None
 
     def __init__(
         self,
-        model: DecoderForCausalLM,
+        model: CausalLM,
         kv_caches: list[KVCache],
         batch: InputBatch,
         *,
         seed: int | None,
         sampler: Sampler | None = None,
+        adapters: LoraModel | None = None,
     ) -> None:
-        """`sampler`: that of another model's runner on the same request slots; None: one of its own."""
+        """`sampler`: that of the model which this one drafts for, on the same request slots; None: one of its own."""
         self.model = model
         self.groups = model.groups
         # With several stages the sampled tokens come with a later plan, by way of the driver, to all ranks alike.
         self._shares_samples = self.groups.layout.pipeline_parallel_size == 1
         self.kv_caches = kv_caches
         self.batch = batch
+        self.adapters = adapters
         self.sampler = sampler or Sampler(
             vocab_size=batch.vocab_size, token_pool=batch.token_pool, kernels=backend.active, seed=seed
         )
+        self._drafts = sampler is not None
         # Request slots whose requests want prompt logprobs: how many best tokens, and the length of the prompt.
         self._prompt_logprobs: dict[int, tuple[int, int]] = {}
         self.graphs: DecodeGraphs | None = None
 
     @torch.inference_mode()
-    def capture_graphs(self, capture: Capture) -> None:
-        """Let decode steps run as graphs from now on; to be called once, before the first request."""
+    def capture_graphs(self, capture: Capture, sizes: Sequence[GraphSize] | None = None) -> None:
+        """Let steps of `sizes` run as graphs from now on; None: those that only decode. To be called once, before the first
+        request."""
         batch = self.batch
         self.graphs = DecodeGraphs(
             self.model,
             self.kv_caches,
-            max_num_seqs=len(batch.num_tokens),
+            sizes=sizes or graph_sizes(len(batch.num_tokens)),
             max_model_len=batch.max_model_len,
             max_blocks=batch.max_blocks,
+            num_groups=batch.num_groups,
+            block_size=batch.block_size,
             capture=capture,
         )
 
@@ -233,25 +252,31 @@ class ModelRunner:
         size = self.graphs.size_for(inputs.layout) if self.graphs is not None else None
         if self.graphs is not None and size is not None:
             return self.graphs.run(size)[: inputs.layout.num_tokens]
-        tensors = inputs.tensors
+        if self.adapters is not None:
+            self.adapters.begin_step(inputs.layout.req_indices, inputs.layout.num_scheduled_tokens)
+        tensors = inputs.tensors[0]
         return self.model.forward(tensors.input_ids, tensors.positions, self.kv_caches, inputs.metadata())
 
     def _release(self, req_index: int) -> None:
         self.batch.release(req_index)
+        if self.adapters is not None:
+            self.adapters.leave(req_index)
         self.sampler.remove(req_index)
         self._prompt_logprobs.pop(req_index, None)
 
     def _prepare(self, new: NewRequest) -> None:
         """Give the sampler a request that enters. One that it refuses is sampled greedily, and the token is dropped."""
         spec = new.spec
-        if spec.params.prompt_logprobs is not None:
-            count = min(spec.params.prompt_logprobs, self.batch.vocab_size)
+        if spec.sampling.prompt_logprobs is not None:
+            count = min(spec.sampling.prompt_logprobs, self.batch.vocab_size)
             self._prompt_logprobs[new.req_index] = (count, spec.num_prompt_tokens)
         try:
             faults.fire("prepare", spec.request_id)
-            self.sampler.add(new.req_index, spec)
+            if self.adapters is not None:
+                self.adapters.enter(new.req_index, spec.adapter)
+            self.sampler.add(new.req_index, cast(SlotRequest, spec))
         except Exception:  # re-raised: the row still takes part, since every rank plans its collectives with it
-            self.sampler.add(new.req_index, replace(spec, params=_GREEDY, eos_token_ids=()))
+            self.sampler.add(new.req_index, cast(SlotRequest, replace(spec, params=_GREEDY, eos_token_ids=())))
             raise
 
     def _sample(
@@ -269,7 +294,11 @@ class ModelRunner:
             token_ids = torch.empty(len(hidden), dtype=torch.int64, device=hidden.device)
         else:
             sampled = self.sampler.sample(
-                logits, inputs.layout.sampling_req_indices, inputs.sampled_positions, step_processors
+                logits,
+                inputs.layout.sampling_req_indices,
+                inputs.sampled_positions,
+                step_processors,
+                gives_logprobs=not self._drafts,
             )
             token_ids = sampled.token_ids
         if self._shares_samples:

@@ -17,12 +17,14 @@ import torch
 from torch import nn
 
 from pagoda.models.build import build_model
+from pagoda.models.causal_lm import KVCache
 from pagoda.models.config import ModelConfig
-from pagoda.models.decoder import KVCache
+from pagoda.models.layers.rope import RotaryEmbedding
 from pagoda.models.quantization.schemes import QuantizationConfig
 from pagoda.parallel.groups import ParallelGroups, PipelineParallelGroup, TensorParallelGroup
 from pagoda.platform.hardware import cpu_report
 from pagoda.sampling.selection import pad_to_blocks
+from pagoda.scheduling.kv_groups import RecurrentState
 from pagoda_kernels import backend
 from pagoda_kernels.types import AttentionMetadata, StepTensors
 
@@ -83,13 +85,14 @@ def wanted_kernels(build: ModelBuild) -> list[Specialization]:
 
     meta = torch.device("meta")
     model = build_model(build.config, build.dtype, meta, _unconnected(build.groups), build.quantization)
-    model.add_module("rotary_embedding", _NoAngles(build.config.head_dim))
+    model.rotary_embeddings = nn.ModuleList(map(_NoAngles, model.rotary_embeddings))
     shard = model.shard
-    shape = (2, shard.kv_heads.size, build.block_size, build.config.head_dim)
-    caches: list[KVCache] = [
-        (torch.empty(shape, dtype=build.kv_dtype, device=meta), torch.empty(shape, dtype=build.kv_dtype, device=meta))
-        for _ in shard.layers
-    ]
+    caches: list[KVCache] = []
+    for layer in shard.layers:
+        spec = build.config.layers[layer].kv_spec.on_rank(build.groups.layout.tensor_parallel_size)
+        dtype = torch.float32 if isinstance(spec, RecurrentState) else build.kv_dtype
+        shapes = spec.page_shapes(build.block_size)
+        caches.append(tuple(torch.empty((2, *shape), dtype=dtype, device=meta) for shape in shapes))
     with table_in_use(table_of_device(build.device)), torch.inference_mode(), recorded_launches() as wanted:
         _gather(build.block_size)
         short_rows = int(bool(backend.active.max_short_rows(shard.heads.size // shard.kv_heads.size)))
@@ -100,7 +103,7 @@ def wanted_kernels(build: ModelBuild) -> list[Specialization]:
         ):
             ids = torch.empty(num_tokens, dtype=torch.int64, device=meta)
             metadata = _metadata(num_tokens, num_decode_rows, num_short_rows, build.block_size)
-            hidden = model.forward(ids, ids, caches, metadata)
+            hidden = model.forward(ids, ids, caches, [metadata])
             logits = model.compute_logits(hidden[:1]) if hidden is not None else None
             if logits is not None:
                 _sample(pad_to_blocks(logits))
@@ -123,6 +126,7 @@ def _metadata(num_tokens: int, num_decode_rows: int, num_short_rows: int, block_
         max_seq_len=_CONTEXT_TOKENS,
         num_decode_rows=num_decode_rows,
         num_short_rows=num_short_rows,
+        block_size=block_size,
     )
 
 
@@ -146,9 +150,10 @@ def _sample(logits: torch.Tensor) -> None:
 class _NoAngles(nn.Module):
     """Replaces the rotary embedding: on `meta` torch multiplies in Python, by modules that take seconds to import."""
 
-    def __init__(self, head_dim: int) -> None:
+    def __init__(self, rotary: nn.Module) -> None:
         super().__init__()
-        self._size = head_dim // 2
+        assert isinstance(rotary, RotaryEmbedding)
+        self._size = rotary.inverse_frequency.numel()
 
     def forward(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         shape = (len(positions), self._size)

@@ -20,9 +20,10 @@ class AllowedByMasks:
         """Change logits float32 `[N, padded vocabulary]` in place."""
         plan, masks = self._plan, self._plan.token_masks
         assert masks is not None
-        words = np.frombuffer(masks.settled().words, dtype=np.int32).copy()  # of bytes, which torch may not write to
         num_masks = [1 + len(plan.draft_token_ids.get(row, ())) for row in masks.rows]
-        words = words.reshape(sum(num_masks), -1)
+        words = np.frombuffer(masks.settled().words, dtype=np.int32).reshape(sum(num_masks), -1)
+        if not words.flags.writeable:  # of bytes that came from another process
+            words = words.copy()
         masked: list[int] = []
         used: list[int] = []
         first = 0

@@ -2,6 +2,8 @@
 
 A name is taken only if it is that of a regular file inside the checkpoint's directory, wherever links lead. JSON is bounded in
 bytes, values, nesting and digits before Python objects are made of it. Each fault is a `CheckpointError` that names the file.
+
+Where the checkpoint is a GGUF file, that file is given as its directory, and holds what `models.gguf.files` derives from it.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pagoda.errors import CheckpointError
+from pagoda.models.gguf.files import DERIVED, derived_file, is_gguf
 
 MAX_JSON_BYTES = 16 << 20
 MAX_JSON_VALUES = 1 << 20
@@ -74,11 +77,19 @@ def checkpoint_file(directory: Path, name: str) -> Path:
 
 def has_file(directory: Path, name: str) -> bool:
     """Whether `directory` has an entry of that name, even one of a kind that `checkpoint_file` refuses."""
-    return os.path.lexists(directory / _checked_name(directory, name))
+    checked = _checked_name(directory, name)
+    return checked in DERIVED if is_gguf(directory) else os.path.lexists(directory / checked)
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether there is a checkpoint at `path`: a directory, or a file, which then must be GGUF."""
+    return path.is_dir() or is_gguf(path)
 
 
 def names_ending_with(directory: Path, suffixes: tuple[str, ...]) -> list[str]:
     """The names in `directory` with one of these endings, sorted; those of subdirectories are not among them."""
+    if is_gguf(directory):
+        return sorted(name for name in DERIVED if name.endswith(suffixes))
     try:
         return sorted(name for name in os.listdir(directory) if name.endswith(suffixes))
     except OSError as error:
@@ -87,6 +98,8 @@ def names_ending_with(directory: Path, suffixes: tuple[str, ...]) -> list[str]:
 
 def read_file(directory: Path, name: str, max_bytes: int) -> bytes:
     """The content of a file of the checkpoint; raises as `checkpoint_file`, and for one of more than `max_bytes`."""
+    if is_gguf(directory):
+        return _read_derived(directory, name, max_bytes)
     path = checkpoint_file(directory, name)
     try:
         # Without O_NONBLOCK a pipe that took the file's place since would be waited for.
@@ -97,6 +110,15 @@ def read_file(directory: Path, name: str, max_bytes: int) -> bytes:
             return file.read(size)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _read_derived(file: Path, name: str, max_bytes: int) -> bytes:
+    data = derived_file(file, _checked_name(file, name))
+    if data is None:
+        raise CheckpointError(f"{file} is a GGUF file, which has no {shown_name(name)}; it has {', '.join(DERIVED)}")
+    if len(data) > max_bytes:
+        raise CheckpointError(f"{name} of {file} has {len(data)} bytes; at most {max_bytes} are allowed")
+    return data
 
 
 def read_text(directory: Path, name: str, max_bytes: int) -> str:

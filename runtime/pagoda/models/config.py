@@ -7,20 +7,43 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pagoda.errors import CheckpointError
-from pagoda.models.checkpoint_files import has_file, read_json_object, shown
+from pagoda.errors import CheckpointError, ConfigError
+from pagoda.models.checkpoint_files import has_file, is_checkpoint, read_json_object, shown
+from pagoda.models.checkpoint_names import CheckpointNames
 from pagoda.models.config_reader import MAX_INTEGER, ConfigReader
-from pagoda.models.family import MAX_HEADS, MAX_HIDDEN_SIZE, MAX_INTERMEDIATE_SIZE, MAX_LAYERS, MAX_VOCAB_SIZE
+from pagoda.models.family import MAX_HIDDEN_SIZE, MAX_VOCAB_SIZE
+from pagoda.models.layer_config import (
+    AttentionConfig,
+    DeltaNetConfig,
+    LayerConfig,
+    LinearShape,
+    MLAConfig,
+    MoE,
+    NormConfig,
+    PerLayerInputs,
+    TensorShape,
+    VectorShape,
+    within,
+)
 from pagoda.models.quantization.config_reader import read_quantization
 from pagoda.models.quantization.schemes import QuantizationConfig
 from pagoda.models.registry import family_of
-from pagoda.models.rope_config import RopeConfig
+from pagoda.models.transformers_config import TransformersDetails
+from pagoda.scheduling.kv_groups import (
+    KVGroups,
+    KVSpec,
+    LatentKV,
+    RecurrentState,
+    SharedKV,
+    group_layers,
+    page_elements,
+)
 
 CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
 DTYPES = ("float32", "bfloat16", "float16")
-# By the names that transformers has for them.
-ACTIVATIONS = {"silu": "silu", "swish": "silu"}
+MAX_GPU_HEAD_DIM = 256
+"""The widest heads that the tables of `pagoda_kernels.tuned` have configurations for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,53 +67,60 @@ class GenerationDefaults:
 class ModelConfig:
     """A decoder-only transformer of one of the supported families.
 
-    `num_kv_heads` divides `num_heads`. `layer_windows[i]` is the sliding window of layer i in tokens (a query sees itself
-    and the `window - 1` tokens before it), None where it sees everything. `qkv_bias`, `output_bias` and `mlp_bias` say
-    which projections have a bias; `qk_norm`, whether queries and keys are normalized per head. `dtype` is the checkpoint's,
-    one of `DTYPES`. `eos_token_ids` end generation: generation_config.json's where it names some, else config.json's.
-    `quantization`: how the checkpoint stores its linear layers, None if as floats.
+    `layers` describe themselves; `norm` is the kind of all norms. Embeddings are multiplied by `embedding_multiplier`, logits
+    by `logit_multiplier`, and then become `logit_soft_cap * tanh(logit / logit_soft_cap)`, where that is not None.
+    `max_context_length` is the longest sequence, in tokens, that the model's positions are meant for, rope scaling included.
+    `dtype` is the checkpoint's, one of `DTYPES`. `eos_token_ids` end generation: generation_config.json's where it names some,
+    else config.json's. `quantization`: how the checkpoint stores its linear layers, None if as floats. `names`: how it names
+    and lays out its tensors. `per_layer_inputs`: what layers get beside the stream, None: nothing. `transformers`: of a model
+    that runs through transformers; its `layers` only say how it attends. `is_mtp`: the one layer drafts for a model
+    (`mtp_config`).
     """
 
     architecture: str
     model_type: str
     vocab_size: int
     hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
+    layers: tuple[LayerConfig, ...]
+    norm: NormConfig
     max_position_embeddings: int
-    rope: RopeConfig
-    rms_norm_eps: float
-    layer_windows: tuple[int | None, ...]
-    qkv_bias: bool = False
-    output_bias: bool = False
-    mlp_bias: bool = False
-    qk_norm: bool = False
+    max_context_length: int
+    embedding_multiplier: float = 1.0
+    logit_multiplier: float = 1.0
+    logit_soft_cap: float | None = None
     tie_word_embeddings: bool = False
-    hidden_act: str = "silu"
+    per_layer_inputs: PerLayerInputs | None = None
     dtype: str = "float32"
     eos_token_ids: tuple[int, ...] = ()
     generation: GenerationDefaults = field(default_factory=GenerationDefaults)
     quantization: QuantizationConfig | None = None
+    names: CheckpointNames = field(default_factory=CheckpointNames)
+    transformers: TransformersDetails | None = None
+    is_mtp: bool = False
 
     @classmethod
-    def from_directory(cls, directory: str | Path, *, generation: bool = True) -> ModelConfig:
+    def from_directory(
+        cls, directory: str | Path, *, generation: bool = True, model_impl: str = "pagoda"
+    ) -> ModelConfig:
         """Read config.json and, where there is one and unless `generation` is false, generation_config.json.
+
+        `directory` may be a GGUF file, here as everywhere: see `models.checkpoint_files`.
 
         Raises `CheckpointError`: a file that is missing or not JSON, a value that is missing or impossible, or a model
         that is not supported (its architecture, activation, rope type or quantization), with what is.
         """
         path = Path(directory)
-        if not path.is_dir():
-            raise CheckpointError(f"{directory} is not a directory: a checkpoint is a directory with {CONFIG_FILE}")
+        if not is_checkpoint(path):
+            raise CheckpointError(
+                f"{directory} is not there: a checkpoint is a directory with {CONFIG_FILE}, or a GGUF file"
+            )
         has_generation = generation and has_file(path, GENERATION_CONFIG_FILE)
         return cls.from_dicts(
             read_json_object(path, CONFIG_FILE),
             read_json_object(path, GENERATION_CONFIG_FILE) if has_generation else {},
             where=str(path / CONFIG_FILE),
             generation_where=str(path / GENERATION_CONFIG_FILE),
+            model_impl=model_impl,
         )
 
     @classmethod
@@ -101,76 +131,208 @@ class ModelConfig:
         *,
         where: str = CONFIG_FILE,
         generation_where: str = GENERATION_CONFIG_FILE,
+        model_impl: str = "pagoda",
     ) -> ModelConfig:
         """The same from parsed JSON; `where` and `generation_where` name the sources in errors."""
         reader = ConfigReader(config, where)
-        family = family_of(reader)
+        family = family_of(reader, model_impl)
+        reader = family.language_model(reader)
         generation_reader = ConfigReader(generation or {}, generation_where)
         values = {**_common_values(reader), **family.read(reader)}
+        if "transformers" not in values:
+            for layer in dict.fromkeys(values["layers"]):
+                if isinstance(layer.attention, DeltaNetConfig):
+                    check_delta_net(layer.attention, where)
+                else:
+                    check_attention(layer.attention, where)
+        values.setdefault("max_context_length", longest_context(values["layers"], values["max_position_embeddings"]))
         model = cls(
             architecture=family.architecture,
             model_type=family.model_type,
+            names=family.names,
             eos_token_ids=_eos_token_ids(generation_reader, reader),
             generation=_generation_defaults(generation_reader),
             quantization=read_quantization(reader),
             **values,
         )
-        if model.num_heads % model.num_kv_heads:
-            raise CheckpointError(
-                f"{where}: num_attention_heads={model.num_heads} is not a multiple of "
-                f"num_key_value_heads={model.num_kv_heads}"
-            )
-        if model.head_dim % 2:
-            raise CheckpointError(f"{where}: head_dim={model.head_dim} is odd; rotary embedding needs pairs")
         if not 1 <= model.max_context_length <= MAX_INTEGER:
             raise CheckpointError(
                 f"{where}: max_position_embeddings={model.max_position_embeddings} and the rope parameters make a context of "
                 f"{model.max_context_length} tokens; it must have at least 1 and at most {MAX_INTEGER}"
             )
-        if model.head_dim == 2 and model.rope.rope_type == "dynamic":
-            raise CheckpointError(f"{where}: head_dim=2 is too small for rope type 'dynamic', which needs 4 at least")
         if model.quantization is not None:
-            model.quantization.check_patterns(["lm_head", *(name for name, _, _ in model.linear_layers())])
+            model.quantization.check_patterns(["lm_head", *(linear.name for linear in model.linears())])
         return model
 
     @property
-    def max_context_length(self) -> int:
-        """Longest sequence, in tokens, that the model's positions are meant for, rope scaling included."""
-        return self.rope.max_context_length(self.max_position_embeddings)
-
-    def kv_bytes_per_token(self, dtype_bytes: int) -> int:
-        """Bytes that one token's keys and values take in all layers, at `dtype_bytes` an element."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * dtype_bytes
+    def num_layers(self) -> int:
+        """Layers of the whole model."""
+        return len(self.layers)
 
     @property
-    def linear_input_sizes(self) -> tuple[int, int, int]:
-        """Inputs of the layers' linear layers: of those that read the residual stream, of attention's output, of the MLP's."""
-        return self.hidden_size, self.num_heads * self.head_dim, self.intermediate_size
+    def layer_windows(self) -> tuple[int | None, ...]:
+        """The sliding window of each layer, see `AttentionConfig`."""
+        return tuple(layer.attention.window for layer in self.layers)
 
-    def linear_layers(self) -> Iterator[tuple[str, int, int]]:
-        """Name in the checkpoint, outputs and inputs of every linear layer but the head."""
-        hidden, intermediate = self.hidden_size, self.intermediate_size
-        queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        for layer in range(self.num_layers):
-            attention, mlp = f"model.layers.{layer}.self_attn.", f"model.layers.{layer}.mlp."
-            yield f"{attention}q_proj", queries, hidden
-            yield f"{attention}k_proj", keys, hidden
-            yield f"{attention}v_proj", keys, hidden
-            yield f"{attention}o_proj", hidden, queries
-            yield f"{mlp}gate_proj", intermediate, hidden
-            yield f"{mlp}up_proj", intermediate, hidden
-            yield f"{mlp}down_proj", hidden, intermediate
+    @property
+    def num_heads(self) -> int:
+        """Query heads of the layer that has most."""
+        return max((layer.num_heads for layer in self._attention_layers()), default=1)
+
+    @property
+    def num_kv_heads(self) -> int:
+        """KV heads of the layer that has most."""
+        return max((layer.num_kv_heads for layer in self._attention_layers()), default=1)
+
+    @property
+    def head_dim(self) -> int:
+        """Of the layer with the widest heads."""
+        return max((layer.head_dim for layer in self._attention_layers()), default=1)
+
+    def _attention_layers(self) -> list[AttentionConfig | MLAConfig]:
+        return [layer.attention for layer in self.layers if not isinstance(layer.attention, DeltaNetConfig)]
+
+    @property
+    def kv_specs(self) -> tuple[KVSpec, ...]:
+        """What each layer keeps of a request's tokens."""
+        return tuple(layer.kv_spec for layer in self.layers)
+
+    @property
+    def has_recurrent_layers(self) -> bool:
+        """Whether some layers keep a state and not tokens."""
+        return any(isinstance(spec, RecurrentState) for spec in self.kv_specs)
+
+    def kv_groups(self, block_size: int, max_model_len: int | None = None) -> KVGroups:
+        """Which layers share block tables, for sequences of up to `max_model_len` tokens; None: the model's own limit."""
+        return group_layers(self.kv_specs, max_model_len or self.max_context_length, block_size)
+
+    def kv_bytes_per_token(self, dtype_bytes: int) -> int:
+        """Bytes that one token's keys and values take in all layers that keep them, at `dtype_bytes` an element."""
+        return dtype_bytes * sum(
+            page_elements(spec.page_shapes(1)) for spec in self.kv_specs if not isinstance(spec, RecurrentState)
+        )
+
+    def kv_bytes_per_sequence(self, dtype_bytes: int) -> int:
+        """Bytes that the longest sequence takes while it decodes, of which layers with a window keep no more than that."""
+        return sum(self._layer_bytes(spec, dtype_bytes) for spec in self.kv_specs)
+
+    def _layer_bytes(self, spec: KVSpec, dtype_bytes: int) -> int:
+        """Bytes that a layer keeps of the longest sequence."""
+        length, window = self.max_context_length, spec.rule.window
+        if isinstance(spec, RecurrentState):
+            length = 1
+        elif window is not None:
+            length = min(length, window)
+        return length * page_elements(spec.page_shapes(1)) * spec.element_bytes(dtype_bytes)
+
+    @property
+    def linear_input_sizes(self) -> tuple[int, ...]:
+        """The different numbers of inputs that the layers' linear layers have; of those that stay floats, none."""
+        return tuple(dict.fromkeys(linear.inputs for linear in self.linears() if not linear.stays_float))
+
+    def tensors(self) -> Iterator[TensorShape]:
+        """Every tensor of the model by name, in the order of a checkpoint; a tied head is left out."""
+        if self.transformers is not None:
+            yield from self.transformers.parameters
+            return
+        yield LinearShape("model.embed_tokens", self.vocab_size, self.hidden_size)
+        if self.per_layer_inputs is not None:
+            yield from within("model.", self.per_layer_inputs.tensors(self.hidden_size, self.num_layers))
+        for index, layer in enumerate(self.layers):
+            yield from within(f"model.layers.{index}.", layer.tensors(self.hidden_size))
+        yield VectorShape("model.norm.weight", self.hidden_size)
+        if not self.tie_word_embeddings:
+            yield LinearShape("lm_head", self.vocab_size, self.hidden_size)
+
+    def linears(self) -> Iterator[LinearShape]:
+        """Every linear layer but the head; none of a model that runs through transformers, which keeps them as they are."""
+        if self.transformers is not None:
+            return
+        for index, layer in enumerate(self.layers):
+            for tensor in within(f"model.layers.{index}.", layer.tensors(self.hidden_size)):
+                if isinstance(tensor, LinearShape):
+                    yield tensor
 
     def num_parameters(self) -> int:
         """Number of weights; tied embeddings count once."""
-        query_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        attention = self.hidden_size * (2 * query_size + 2 * kv_size)
-        attention += (query_size + 2 * kv_size) * self.qkv_bias + self.hidden_size * self.output_bias
-        attention += 2 * self.head_dim * self.qk_norm
-        mlp = 3 * self.hidden_size * self.intermediate_size
-        mlp += (2 * self.intermediate_size + self.hidden_size) * self.mlp_bias
-        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
-        return self.num_layers * (attention + mlp + 2 * self.hidden_size) + self.hidden_size + embeddings
+        return sum(tensor.num_parameters for tensor in self.tensors())
+
+    def num_parameters_per_token(self) -> int:
+        """Weights that one token meets: of a mixture of experts, the chosen ones; of the embedding, none but the head's."""
+        total = self.num_parameters()
+        for layer in self.layers:
+            mixture = layer.mlp if isinstance(layer.mlp, MoE) else layer.experts
+            if mixture is not None:
+                expert = sum(tensor.num_parameters for tensor in mixture.expert.tensors(self.hidden_size))
+                total -= (mixture.num_experts - mixture.top_k) * expert
+        if self.per_layer_inputs is not None:
+            total -= self.per_layer_inputs.vocab_size * self.per_layer_inputs.size * self.num_layers
+        return total if self.tie_word_embeddings else total - self.vocab_size * self.hidden_size
+
+
+def check_model_device(config: ModelConfig, device: str) -> None:
+    """Raise `ConfigError` for a model with layers that there are no kernels for on `device`."""
+    kinds = {LatentKV: "multi-head latent attention", SharedKV: "layers that read what others keep"}
+    found = [name for kind, name in kinds.items() if any(isinstance(spec, kind) for spec in config.kv_specs)]
+    if config.head_dim > MAX_GPU_HEAD_DIM:
+        found.append(f"heads of {config.head_dim}, with {MAX_GPU_HEAD_DIM} as the most")
+    if device != "cpu" and found:
+        raise ConfigError(
+            f"device={device}: {config.architecture} has {found[0]}, which runs on a CPU only in this version; use device=cpu"
+        )
+
+
+def longest_context(layers: tuple[LayerConfig, ...], max_position_embeddings: int) -> int:
+    """The longest sequence that the positions of every layer are meant for."""
+    ropes = {layer.attention.rope for layer in layers} - {None}
+    return min(
+        (rope.max_context_length(max_position_embeddings) for rope in ropes if rope is not None),
+        default=max_position_embeddings,
+    )
+
+
+def check_attention(attention: AttentionConfig | MLAConfig, where: str) -> None:
+    """Raise `CheckpointError` for numbers of heads and dimensions that do not go together."""
+    head_dim, key = attention.rope_head_dim, "head_dim"
+    if isinstance(attention, MLAConfig):
+        key = "qk_rope_head_dim"
+        if attention.kv_rank % 2:
+            raise CheckpointError(f"{where}: kv_lora_rank={attention.kv_rank} is odd; it must be even")
+    if attention.num_heads % attention.num_kv_heads:
+        raise CheckpointError(
+            f"{where}: num_attention_heads={attention.num_heads} is not a multiple of "
+            f"num_key_value_heads={attention.num_kv_heads}"
+        )
+    if head_dim % 2:
+        raise CheckpointError(f"{where}: {key}={head_dim} is odd; rotary embedding needs pairs")
+    rope = attention.rope
+    if rope is None:
+        return
+    rotary_dim = rope.rotary_dim(head_dim)
+    if rotary_dim % 2 or not rotary_dim:
+        raise CheckpointError(
+            f"{where}: partial_rotary_factor={rope.partial_rotary_factor:g} of {key}={head_dim} makes "
+            f"{rotary_dim} dimensions; rotary embedding needs pairs"
+        )
+    if rope.rope_type == "dynamic" and rotary_dim == 2:
+        raise CheckpointError(f"{where}: {key}=2 is too small for rope type 'dynamic', which needs 4 at least")
+    if rope.rope_type == "longrope":
+        for key, factors in (("short_factor", rope.short_factors), ("long_factor", rope.long_factors)):
+            if len(factors) != rotary_dim // 2:
+                raise CheckpointError(
+                    f"{where}: {key} has {len(factors)} numbers; {rotary_dim} rotated dimensions need {rotary_dim // 2}"
+                )
+        if rope.original_max_position_embeddings < 2:
+            raise CheckpointError(f"{where}: rope type 'longrope' needs original_max_position_embeddings of at least 2")
+
+
+def check_delta_net(layer: DeltaNetConfig, where: str) -> None:
+    """Raise `CheckpointError` for numbers of heads that do not go together."""
+    if layer.num_heads % layer.num_kv_heads:
+        raise CheckpointError(
+            f"{where}: linear_num_value_heads={layer.num_heads} is not a multiple of "
+            f"linear_num_key_heads={layer.num_kv_heads}"
+        )
 
 
 def _eos_token_ids(generation: ConfigReader, config: ConfigReader) -> tuple[int, ...]:
@@ -180,23 +342,14 @@ def _eos_token_ids(generation: ConfigReader, config: ConfigReader) -> tuple[int,
 
 def _common_values(reader: ConfigReader) -> dict[str, Any]:
     """The fields that all families spell alike; defaults are those of transformers' configuration classes."""
-    hidden_act = reader.string("hidden_act", "silu")
-    if hidden_act not in ACTIVATIONS:
-        raise CheckpointError(
-            f"{reader.where}: activation {shown(hidden_act)} is not supported; supported: {', '.join(ACTIVATIONS)}"
-        )
     dtype = reader.string("dtype", reader.string("torch_dtype", "float32")).removeprefix("torch.")
     if dtype not in DTYPES:
         raise CheckpointError(f"{reader.where}: dtype {shown(dtype)} is not supported; supported: {', '.join(DTYPES)}")
     return {
         "vocab_size": reader.integer("vocab_size", high=MAX_VOCAB_SIZE),
         "hidden_size": reader.integer("hidden_size", high=MAX_HIDDEN_SIZE),
-        "intermediate_size": reader.integer("intermediate_size", high=MAX_INTERMEDIATE_SIZE),
-        "num_layers": reader.integer("num_hidden_layers", high=MAX_LAYERS),
-        "num_heads": reader.integer("num_attention_heads", high=MAX_HEADS),
-        "rms_norm_eps": reader.number("rms_norm_eps", 1e-6, high=1.0),
+        "norm": NormConfig(eps=reader.number("rms_norm_eps", 1e-6, high=1.0)),
         "tie_word_embeddings": reader.flag("tie_word_embeddings", False),
-        "hidden_act": ACTIVATIONS[hidden_act],
         "dtype": dtype,
     }
 

@@ -11,6 +11,7 @@ from pagoda.models.checkpoint_files import shown
 MAX_INTEGER = 2**31 - 1
 MAX_NUMBER = 1e30
 MAX_TOKEN_IDS = 1024
+MAX_NUMBERS = 4096
 
 
 class ConfigReader:
@@ -111,6 +112,19 @@ class ConfigReader:
                 key, f"a token id of at least -1 and at most {MAX_INTEGER}, or a list of up to {MAX_TOKEN_IDS} of them"
             )
         return tuple(token for token in ids if token >= 0)
+
+    def numbers(self, key: str, *, low: float, high: float) -> tuple[float, ...]:
+        """A list of up to `MAX_NUMBERS` numbers, each from `low` to `high`."""
+        value = self.values.get(key)
+        if (
+            not isinstance(value, list)
+            or not 0 < len(value) <= MAX_NUMBERS
+            or not all(
+                isinstance(item, int | float) and not isinstance(item, bool) and low <= item <= high for item in value
+            )
+        ):
+            raise self.error(key, f"a list of up to {MAX_NUMBERS} numbers of at least {low:g} and at most {high:g}")
+        return tuple(map(float, value))
 
     def strings(self, key: str) -> tuple[str, ...]:
         """A list of strings; empty where the key is absent or null."""

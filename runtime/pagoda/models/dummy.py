@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pagoda.errors import CheckpointError
+from pagoda.models.config import ModelConfig
 from pagoda.models.dummy_tokenizer import (
     BEGIN_OF_TEXT,
     END_OF_TEXT,
@@ -28,15 +29,18 @@ from pagoda.models.dummy_tokenizer import (
     TURN_END,
     write_tokenizer,
 )
+from pagoda.models.layer_config import ConvShape, VectorShape
 
-Family = Literal["llama", "mistral", "qwen2", "qwen3"]
+Family = Literal["llama", "mistral", "qwen2", "qwen3", "qwen3_moe"]
 
 _ARCHITECTURES: dict[str, str] = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
 }
+_QWEN3 = ("qwen3", "qwen3_moe")
 # The name of a dtype in safetensors, and its size in bytes.
 _DTYPES = {"float32": ("F32", 4), "bfloat16": ("BF16", 2), "float16": ("F16", 2)}
 
@@ -48,12 +52,17 @@ class DummySpec:
     `init_std`: standard deviation of all matrices; None: 1/sqrt(columns), which keeps activations near 1 and logits apart.
     `rope_scaling`: the entry of config.json, such as `{"rope_type": "linear", "factor": 2.0}`. `sliding_window`: tokens;
     Qwen uses it from layer `max_window_layers` on, Mistral in every layer. `attention_bias` is for llama and qwen3 (qwen2
-    always has biases at q, k and v). `add_bos`: None means that llama and mistral do. `generation_config`: further entries.
+    always has biases at q, k and v). qwen3_moe has `num_experts` of `moe_intermediate_size` units, and none of the other MLP;
+    each token goes to `num_experts_per_tok` of them. `add_bos`: None means that llama and mistral do. `generation_config`:
+    further entries.
     """
 
     family: Family = "qwen3"
     hidden_size: int = 64
     intermediate_size: int = 128
+    num_experts: int = 8
+    num_experts_per_tok: int = 2
+    moe_intermediate_size: int = 64
     num_layers: int = 3
     num_heads: int = 4
     num_kv_heads: int = 2
@@ -90,10 +99,10 @@ class DummySpec:
             raise CheckpointError(
                 f"qwen2 has hidden_size = num_heads * head_dim, not {self.hidden_size} and {self.num_heads} * {self.head_dim}"
             )
-        if self.attention_bias and self.family not in ("llama", "qwen3"):
+        if self.attention_bias and self.family not in ("llama", *_QWEN3):
             raise CheckpointError(f"attention_bias is for llama and qwen3, not {self.family}")
-        if self.sliding_window is not None and self.family == "llama":
-            raise CheckpointError("llama has no sliding window")
+        if self.sliding_window is not None and self.family in ("llama", "qwen3_moe"):
+            raise CheckpointError(f"{self.family} has no sliding window here")
 
     @property
     def uses_bos(self) -> bool:
@@ -135,7 +144,7 @@ def _write_files(directory: Path, spec: DummySpec) -> None:
     write_tokenizer(
         directory,
         vocab_size=spec.vocab_size,
-        qwen_words=spec.family in ("qwen2", "qwen3"),
+        qwen_words=spec.family in ("qwen2", *_QWEN3),
         add_bos=spec.uses_bos,
         chat_template=spec.chat_template,
         max_length=spec.max_position_embeddings,
@@ -173,37 +182,36 @@ def _model_config(spec: DummySpec) -> dict[str, Any]:
         "use_cache": True,
         **_token_ids(spec),
     }
-    if spec.family in ("llama", "qwen3"):
+    if spec.family in ("llama", *_QWEN3):
         config["attention_bias"] = spec.attention_bias
     if spec.family != "llama":
         config["sliding_window"] = spec.sliding_window
     if spec.family in ("qwen2", "qwen3"):
         config["use_sliding_window"] = spec.sliding_window is not None
         config["max_window_layers"] = spec.max_window_layers
+    if spec.family == "qwen3_moe":
+        config |= {
+            "num_experts": spec.num_experts,
+            "num_experts_per_tok": spec.num_experts_per_tok,
+            "moe_intermediate_size": spec.moe_intermediate_size,
+            "norm_topk_prob": True,
+        }
     return config
 
 
 def tensor_shapes(spec: DummySpec) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Name and shape of every tensor of the checkpoint, in the order of the layers."""
-    hidden, query, kv = spec.hidden_size, spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-    yield "model.embed_tokens.weight", (spec.vocab_size, hidden)
-    for layer in range(spec.num_layers):
-        prefix = f"model.layers.{layer}."
-        yield prefix + "input_layernorm.weight", (hidden,)
-        for name, shape in (("q", (query, hidden)), ("k", (kv, hidden)), ("v", (kv, hidden)), ("o", (hidden, query))):
-            yield f"{prefix}self_attn.{name}_proj.weight", shape
-            if spec.attention_bias or (spec.family == "qwen2" and name != "o"):
-                yield f"{prefix}self_attn.{name}_proj.bias", shape[:1]
-        if spec.family == "qwen3":
-            yield prefix + "self_attn.q_norm.weight", (spec.head_dim,)
-            yield prefix + "self_attn.k_norm.weight", (spec.head_dim,)
-        yield prefix + "post_attention_layernorm.weight", (hidden,)
-        for name in ("gate", "up"):
-            yield f"{prefix}mlp.{name}_proj.weight", (spec.intermediate_size, hidden)
-        yield prefix + "mlp.down_proj.weight", (hidden, spec.intermediate_size)
-    yield "model.norm.weight", (hidden,)
-    if not spec.tie_word_embeddings:
-        yield "lm_head.weight", (spec.vocab_size, hidden)
+    config = ModelConfig.from_dicts(_model_config(spec))
+    for tensor in config.tensors():
+        if isinstance(tensor, VectorShape):
+            yield tensor.name, (tensor.size,)
+            continue
+        if isinstance(tensor, ConvShape):
+            yield tensor.name, (tensor.channels, 1, tensor.size)
+            continue
+        yield f"{tensor.name}.weight", (tensor.outputs, tensor.inputs)
+        if tensor.bias:
+            yield f"{tensor.name}.bias", (tensor.outputs,)
 
 
 def _write_weights(directory: Path, spec: DummySpec) -> None:

@@ -19,7 +19,8 @@ from pathlib import Path
 from pagoda.errors import CheckpointError
 from pagoda.models.checkpoint_files import shown
 from pagoda.models.decoder import DecoderForCausalLM, DecoderLayer
-from pagoda.models.loading.checkpoint import FLOAT_TYPES, StoredTensor, StoredTensors, stored_tensors, with_model_names
+from pagoda.models.loading.checkpoint import FLOAT_TYPES, StoredTensors, stored_tensors, with_model_names
+from pagoda.models.loading.stored_tensor import StoredTensor
 from pagoda.models.weight_files import weight_files
 
 logger = logging.getLogger(__name__)
@@ -32,7 +33,8 @@ def set_kv_scales(model: DecoderForCausalLM, directory: str | Path | None) -> No
     """
     stored = stored_tensors(weight_files(Path(directory))) if directory is not None else {}
     prefixes = [f"model.layers.{index}.self_attn." for index in model.shard.layers]
-    stored = with_model_names(stored, {name for prefix in prefixes for which in "kv" for name in _names(prefix, which)})
+    names = {name for prefix in prefixes for which in "kv" for name in _names(prefix, which)}
+    stored = with_model_names(stored, names, model.config.names)
     num_calibrated = 0
     for prefix, layer in zip(prefixes, model.layers, strict=True):
         assert isinstance(layer, DecoderLayer)

@@ -5,18 +5,23 @@ from __future__ import annotations
 from typing import Any
 
 from pagoda.models.config_reader import ConfigReader
-from pagoda.models.family import Family, read_shape
+from pagoda.models.family import Family, read_attention, read_mlp, read_num_layers, read_positions
+from pagoda.models.layer_config import LayerConfig
+from pagoda.models.rope_config import read_rope_config
 
 
 def _read(reader: ConfigReader) -> dict[str, Any]:
-    attention_bias = reader.flag("attention_bias", False)
-    return {
-        **read_shape(reader, num_kv_heads=None, head_dim=None, max_position_embeddings=2048),
-        "qkv_bias": attention_bias,
-        "output_bias": attention_bias,
-        "mlp_bias": reader.flag("mlp_bias", False),
-        "layer_windows": (None,) * reader.integer("num_hidden_layers"),
-    }
+    positions, bias = read_positions(reader, 2048), reader.flag("attention_bias", False)
+    attention = read_attention(
+        reader,
+        num_kv_heads=None,
+        head_dim=None,
+        rope=read_rope_config(reader, positions),
+        qkv_bias=bias,
+        output_bias=bias,
+    )
+    layer = LayerConfig(attention=attention, mlp=read_mlp(reader, bias=reader.flag("mlp_bias", False)))
+    return {"layers": (layer,) * read_num_layers(reader), "max_position_embeddings": positions}
 
 
 LLAMA = Family("llama", "LlamaForCausalLM", _read)

@@ -14,6 +14,8 @@ from pagoda.models.checkpoint_files import (
     read_json_object,
     shown_name,
 )
+from pagoda.models.gguf.files import is_gguf
+from pagoda.models.gguf.reader import read_gguf
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -24,7 +26,6 @@ TORCH_INDEX_FILE = "pytorch_model.bin.index.json"
 _OTHER_WEIGHTS = {
     "adapter_model.safetensors": "a LoRA adapter without its base model",
     "adapter_model.bin": "a LoRA adapter without its base model",
-    ".gguf": "GGUF",
     ".pth": "PyTorch weights in their author's own layout",
     ".pt": "PyTorch weights in their author's own layout",
     ".ckpt": "a training checkpoint",
@@ -41,8 +42,12 @@ MAX_INDEX_BYTES = 64 << 20
 def weight_files(directory: Path) -> list[Path]:
     """The files that hold the weights, found in transformers' order: safetensors before torch.save, one file before an index.
 
+    Of a GGUF file: its shards.
+
     Raises `CheckpointError` where there are none, and for one that is missing, no regular file or outside of `directory`.
     """
+    if is_gguf(directory):
+        return list(read_gguf(directory).files)
     for single, index in ((SINGLE_FILE, INDEX_FILE), (TORCH_FILE, TORCH_INDEX_FILE)):
         if has_file(directory, single):
             return [checkpoint_file(directory, single)]

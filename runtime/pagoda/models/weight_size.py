@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from pagoda.models.config import ModelConfig
+from pagoda.models.layer_config import LinearShape
 from pagoda.models.quantization.schemes import HEAD, QuantizationConfig, WeightScheme
 
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -22,12 +23,17 @@ def expected_weight_bytes(
     linear_bytes = 2 if packed and "bfloat16" in (config.dtype, dtype) else element_bytes
     head = config.vocab_size, config.hidden_size
     num_linear = num_bytes = 0
-    for name, outputs, inputs in [*config.linear_layers(), ("lm_head", *head)]:
-        scheme = None if quantization is None else quantization.scheme_of(name)
-        if quantization is not None and name == "lm_head":
+    for linear in [*config.linears(), LinearShape("lm_head", *head)]:
+        scheme, is_head = None, linear.name == "lm_head"
+        if quantization is not None and not linear.stays_float:
+            scheme = quantization.scheme_of(config.names.stored_layer(linear.name))
+        if quantization is not None and quantization.method == "gguf" and is_head and is_tied:
+            scheme = quantization.scheme_of("model.embed_tokens")
+        elif quantization is not None and quantization.method != "gguf" and is_head:
             scheme = HEAD if is_tied or scheme is None else scheme
-        num_linear += outputs * inputs
-        num_bytes += outputs * inputs * linear_bytes if scheme is None else _quantized_bytes(scheme, outputs, inputs)
+        size = linear.outputs * linear.inputs
+        num_linear += size
+        num_bytes += size * linear_bytes if scheme is None else _quantized_bytes(scheme, linear.outputs, linear.inputs)
     if not is_tied:
         num_linear += math.prod(head)
         num_bytes += math.prod(head) * min(element_bytes, ELEMENT_BYTES[config.dtype])
@@ -35,6 +41,12 @@ def expected_weight_bytes(
 
 
 def _quantized_bytes(scheme: WeightScheme, outputs: int, inputs: int) -> int:
-    """Values, a float32 scale for each group, and a zero of one byte where it is not in the middle."""
+    """Values, a float32 scale for each group, and a min like it, or a zero of one byte where it is not in the middle.
+
+    In two levels: a byte for each group, two for each block, and as much for a min.
+    """
     has_zeros = scheme.has_zeros or (scheme.layout == "float" and scheme.bits == 4)
-    return outputs * inputs * scheme.bits // 8 + outputs * scheme.num_groups(inputs) * (5 if has_zeros else 4)
+    group_bytes: float = 8 if scheme.has_mins else 5 if has_zeros else 4
+    if scheme.block_groups:
+        group_bytes = (1 + 2 / scheme.block_groups) * (2 if scheme.has_mins else 1)
+    return outputs * inputs * scheme.bits // 8 + outputs * int(scheme.num_groups(inputs) * group_bytes)

@@ -13,16 +13,18 @@ from pagoda.models.sharding import Shard
 class WeightTarget:
     """Where a checkpoint tensor belongs: `destination`, a view of a parameter, and which part of each of its dimensions.
 
-    The shape of `destination` is the length of each of `shards`; the stored tensor has their full sizes.
+    The shape of `destination` is the length of each of `shards`; the stored tensor has their full sizes. `offset` is added to
+    what is stored.
     """
 
     destination: torch.Tensor
     shards: tuple[Shard, ...]
+    offset: float = 0.0
 
     @classmethod
-    def whole(cls, destination: torch.Tensor) -> WeightTarget:
+    def whole(cls, destination: torch.Tensor, offset: float = 0.0) -> WeightTarget:
         """All of a tensor."""
-        return cls(destination, tuple(Shard.whole(size) for size in destination.shape))
+        return cls(destination, tuple(Shard.whole(size) for size in destination.shape), offset)
 
     @property
     def full_shape(self) -> tuple[int, ...]:

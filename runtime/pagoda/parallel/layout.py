@@ -8,6 +8,8 @@ Ranks are grouped in pipeline stages, each a run of layers; the ranks of a stage
                       embedding, layers    layers, norm, head
     tensor rank 0     rank 0      ──▶      rank 2  (samples: the sampling rank)
     tensor rank 1     rank 1      ──▶      rank 3
+
+Of a mixture of experts they share each expert's units, or, with expert parallelism, the experts: each has some of them whole.
 """
 
 from __future__ import annotations
@@ -34,10 +36,14 @@ class RankCoordinates:
 
 @dataclass(frozen=True, slots=True)
 class ParallelLayout:
-    """How many ranks share each layer's tensors, and into how many stages the layers are cut. Raises `ConfigError` below 1."""
+    """How many ranks share each layer's tensors, and into how many stages the layers are cut. Raises `ConfigError` below 1.
+
+    `expert_parallel`: the ranks that share a layer's tensors share out its experts and do not cut them.
+    """
 
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
+    expert_parallel: bool = False
 
     def __post_init__(self) -> None:
         for name in ("tensor_parallel_size", "pipeline_parallel_size"):

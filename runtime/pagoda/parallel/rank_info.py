@@ -153,13 +153,16 @@ def model_hash(directory: Path) -> str:
     model from its fine-tuned sister. Two that differ in less than that are taken for one: to see it, the whole would be read.
     """
     digest = hashlib.sha256()
-    names = [path.name for path in directory.iterdir() if path.suffix == ".safetensors"]
-    for name in sorted([*names, "config.json", "model.safetensors.index.json"]):
-        path = directory / name
+    if directory.is_file():  # GGUF; of several shards the first, which holds the metadata
+        files = [directory]
+    else:
+        names = [path.name for path in directory.iterdir() if path.suffix == ".safetensors"]
+        files = [directory / name for name in sorted([*names, "config.json", "model.safetensors.index.json"])]
+    for path in files:
         if not path.is_file():
             continue
         size = path.stat().st_size
-        digest.update(f"{name}:{size}:".encode())
+        digest.update(f"{path.name}:{size}:".encode())
         for part in [path.read_bytes()] if path.suffix == ".json" and size <= _MAX_JSON_BYTES else _samples(path):
             digest.update(part)
     return digest.hexdigest()[:_HASH_LENGTH]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pagoda.platform.cgroup import cpu_quota, memory_left, memory_limit
+from pagoda.version import __version__
 
 # Instruction sets that matter to matrix products and attention, as /proc/cpuinfo spells them (x86 and Arm).
 INSTRUCTION_SETS = (
@@ -21,7 +22,7 @@ INSTRUCTION_SETS = (
     *("asimd", "asimdhp", "asimddp", "bf16", "i8mm", "sve", "sve2", "svebf16"),
 )
 PACKAGES = (
-    *("pagoda", "torch", "triton", "transformers", "tokenizers", "safetensors", "numpy", "pydantic", "msgspec"),
+    *("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy", "pydantic", "msgspec"),
     *("fastapi", "httptools", "uvloop", "grpcio", "protobuf", "prometheus-client", "ray"),
 )
 
@@ -102,6 +103,14 @@ def memory_report(root: Path = Path("/")) -> MemoryReport:
     )
 
 
+def resident_bytes() -> int:
+    """Memory that this process has now, without pages of files."""
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
 def gpu_reports() -> tuple[GpuReport, ...]:
     """The CUDA GPUs that torch sees; imports torch."""
     import torch
@@ -122,9 +131,14 @@ def gpu_reports() -> tuple[GpuReport, ...]:
     return tuple(reports)
 
 
+def may_have_gpu() -> bool:
+    """Whether there is a device of NVIDIA's driver, without torch, which alone knows whether it can be used."""
+    return any(Path(name).exists() for name in ("/dev/nvidiactl", "/dev/dxg"))
+
+
 def versions() -> dict[str, str | None]:
-    """Python's version and that of every package that matters, None for one that is not installed; imports none of them."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
+    """Versions of Pagoda, Python and every package that matters, None for one that is not installed; imports none of them."""
+    found: dict[str, str | None] = {"pagoda": __version__, "python": platform.python_version()}
     for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)

@@ -126,14 +126,15 @@ class _ForbiddenUntil:
 class MinTokens(LogitsProcessor[_ForbiddenUntil, Tensor]):
     """`min_tokens`: what would end generation is forbidden until there are that many output tokens.
 
-    With structured outputs their masks do it, for they know whether anything else is allowed.
+    With a grammar its masks do it, for they know whether anything else is allowed.
     """
 
     def _state_of(self, request: SlotRequest) -> _ForbiddenUntil | None:
         params = request.params
         endings = {*request.eos_token_ids, *params.stop_token_ids}
         ids = np.array([i for i in endings if 0 <= i < self.context.vocab_size], dtype=np.int64)
-        if not params.min_tokens or not ids.size or params.structured_outputs is not None:
+        form = params.structured_outputs
+        if not params.min_tokens or not ids.size or (form is not None and form.has_grammar):
             return None
         return _ForbiddenUntil(ids, request.num_prompt_tokens + params.min_tokens)
 

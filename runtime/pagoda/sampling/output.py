@@ -18,7 +18,7 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Log-probabilities at one position: first the token there, then the top-k by falling value.
+    """Log-probabilities at one position: first the token there, then the top-k by falling value, or those asked for.
 
     `token_ids` and `logprobs` have equal length (1 + k); `rank` is the 1-based rank of the first.
     """

@@ -10,6 +10,7 @@ from pagoda.errors import InvalidRequestError, shown
 from pagoda.structured.spec import GrammarSpec
 
 MAX_LOGPROBS = 20
+MAX_LOGPROB_TOKEN_IDS = 512
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 4096
 """Of all stop strings together: the end of every output is compared with them."""
@@ -26,6 +27,7 @@ class SamplingParams:
     only. `temperature == 0` is greedy, and so is `top_p == 0`. `top_k` of 0 or -1 switches top-k off. Text fields (`stop`,
     `bad_words`, `skip_special_tokens`, `include_stop_str_in_output`) are the text layer's; it turns `bad_words` into
     `bad_words_token_ids` before the engine sees them. Ids are checked against the vocabulary at admission.
+    `logprob_token_ids`: log-probabilities of these tokens at every position, in this order, instead of those of the best ones.
     `structured_outputs`: what the output must keep to; then `min_tokens` and `ignore_eos` hold its end back only while
     something else may follow.
     """
@@ -50,6 +52,7 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     seed: int | None = None
     logprobs: int | None = None
+    logprob_token_ids: tuple[int, ...] | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
     structured_outputs: GrammarSpec | None = None
@@ -94,13 +97,25 @@ class SamplingParams:
             _integer("seed", self.seed, -MAX_SEED - 1, MAX_SEED)
         if self.logprobs is not None:
             _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        if self.logprob_token_ids is not None:
+            if self.logprobs is not None:
+                raise InvalidRequestError("give logprobs or logprob_token_ids, not both", "logprob_token_ids")
+            if not 1 <= len(self.logprob_token_ids) <= MAX_LOGPROB_TOKEN_IDS:
+                raise InvalidRequestError(
+                    f"logprob_token_ids has {len(self.logprob_token_ids)} ids; 1 to {MAX_LOGPROB_TOKEN_IDS} are allowed",
+                    "logprob_token_ids",
+                )
+            _token_ids("logprob_token_ids", self.logprob_token_ids)
         if self.prompt_logprobs is not None:
             _integer("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
 
     @property
     def num_ids(self) -> int:
         """Ids in all its lists: what the engine is sent, and looks at, for every sequence."""
-        lists = (self.logit_bias, self.allowed_token_ids, self.stop_token_ids, *self.bad_words_token_ids)
+        lists = (
+            *(self.logit_bias, self.allowed_token_ids, self.stop_token_ids, self.logprob_token_ids),
+            *self.bad_words_token_ids,
+        )
         return sum(len(ids) for ids in lists if ids is not None)
 
     @property

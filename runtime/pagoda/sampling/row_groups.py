@@ -225,12 +225,15 @@ class DeviceSampledRows(RandomRows):
 class RowGroups:
     """How the rows of a step are sampled: those in no group are greedy.
 
-    `logprob_rows` int64 on the host: rows that ask for log-probabilities, of `logprob_counts` best tokens each.
+    `logprob_rows` int64 on the host: rows that ask for log-probabilities, of `logprob_counts` tokens each: at most
+    `num_best_logprobs` of the best, or those of `wanted_logprobs` (see `RawDistribution.of`).
     """
 
     random: list[RandomRows]
     logprob_rows: Int64Array
     logprob_counts: list[int]
+    num_best_logprobs: int = 0
+    wanted_logprobs: tuple[Tensor, Tensor] | None = None
 
 
 class RowGrouper:
@@ -246,12 +249,23 @@ class RowGrouper:
         """The groups of N rows with these parameters and request slots, in row order."""
         vocab_size = self._context.vocab_size
         random = [row for row, p in enumerate(params) if not p.is_greedy and p.top_k != 1]
-        asking = [row for row, p in enumerate(params) if p.logprobs is not None]
+        asking = [row for row, p in enumerate(params) if p.logprobs is not None or p.logprob_token_ids is not None]
+        best = [min(params[row].logprobs or 0, vocab_size) for row in asking]
+        wanted = [params[row].logprob_token_ids or () for row in asking]
         return RowGroups(
             random=list(self._groups_of(RowParameters.of(random, req_indices, params, vocab_size))) if random else [],
             logprob_rows=np.array(asking, dtype=np.int64),
-            logprob_counts=[min(params[row].logprobs or 0, vocab_size) for row in asking],
+            logprob_counts=[len(ids) or count for ids, count in zip(wanted, best, strict=True)],
+            num_best_logprobs=max(best, default=0),
+            wanted_logprobs=self._wanted(wanted) if any(wanted) else None,
         )
+
+    def _wanted(self, token_ids: list[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
+        rows = np.array([row for row, ids in enumerate(token_ids) if ids], dtype=np.int64)
+        padded = np.zeros((len(rows), max(map(len, token_ids))), dtype=np.int64)
+        for row, index in enumerate(rows.tolist()):
+            padded[row, : len(token_ids[index])] = token_ids[index]
+        return self._context.to_device(rows), self._context.to_device(padded)
 
     def _groups_of(self, params: RowParameters) -> Iterator[RandomRows]:
         has_top_k = params.top_k > 0

@@ -48,7 +48,7 @@ PROCESSORS: tuple[type[LogitsProcessor[Any, Any]], ...] = (
 class SamplerOutput:
     """Of N rows, on the device: `token_ids` int64 `[N]`, always inside the vocabulary, and `best_logits` float32 `[N]`.
 
-    `logprobs` is of the rows `logprob_rows`, each of which asked for `logprob_counts` best tokens.
+    `logprobs` is of the rows `logprob_rows`, each of which asked for those of `logprob_counts` tokens.
     """
 
     token_ids: Tensor
@@ -69,6 +69,20 @@ def row_error(best_logit: float) -> str | None:
     return "no token is allowed here: the request's parameters together forbid every one"
 
 
+_MOST_COMPOSITIONS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class _Composition:
+    """Rows of request slots that stay who they are; see `SampledRows`."""
+
+    number: int
+    req_indices: Int64Array
+    first_rows: Int64Array
+    num_rows: Int64Array
+    groups: RowGroups
+
+
 class Sampler:
     """Sampling state of all request slots. `token_pool`: int64 `[max_num_seqs, max_model_len + 1]`, kept up to date by its
     owner.
@@ -82,12 +96,10 @@ class Sampler:
         self._processors = [processor(self.context) for processor in PROCESSORS]
         self._noise = RequestNoise(token_pool.shape[0], seed)
         self._requests: dict[int, SlotRequest] = {}
-        self._composition = 0
-        self._req_indices = np.empty(0, dtype=np.int64)
-        self._first_rows = np.zeros(token_pool.shape[0], dtype=np.int64)
-        self._num_rows = np.zeros(token_pool.shape[0], dtype=np.int64)
         self._grouper = RowGrouper(self.context, self._noise)
-        self._groups: RowGroups | None = None
+        # Those of the last steps, the newest first: a draft model's passes, with fewer rows, are between the model's steps.
+        self._compositions: list[_Composition] = []
+        self._num_compositions = 0
 
     def add(self, req_index: int, request: SlotRequest) -> None:
         """Let a request enter `req_index`. On `InvalidRequestError`, for an id outside the vocabulary, the request slot
@@ -107,7 +119,7 @@ class Sampler:
         for processor in self._processors:
             processor.remove(req_index)
         self._requests.pop(req_index, None)
-        self._groups = None
+        self._compositions.clear()
 
     def sample(
         self,
@@ -115,19 +127,22 @@ class Sampler:
         req_indices: Int64Array,
         positions: Int64Array,
         step_processors: Sequence[StepProcessor] = (),
+        *,
+        gives_logprobs: bool = True,
     ) -> SamplerOutput:
         """Choose a token for each of N rows; several rows of a request slot follow each other, by position.
 
         `logits` float32 `[N, vocab_size]` may be changed. `req_indices` and `positions` int64 `[N]`: the row's request slot,
         and the position that the token will take, which is the number of tokens before it. `req_indices` must not be
-        changed later. `step_processors` come after those of the requests' parameters.
+        changed later. `step_processors` come after those of the requests' parameters. Without `gives_logprobs`
+        those that requests ask for are left out: of drafts nobody wants them.
         """
         logits = selection.pad_to_blocks(logits)
         rows, groups = self._rows(req_indices, positions)
         raw = None
-        if groups.logprob_counts:
+        if groups.logprob_counts and gives_logprobs:
             asking = self.context.to_device(groups.logprob_rows)
-            raw = RawDistribution.of(logits.index_select(0, asking), max(groups.logprob_counts))
+            raw = RawDistribution.of(logits.index_select(0, asking), groups.num_best_logprobs, groups.wanted_logprobs)
         for processor in self._processors:
             if processor.states:
                 processor.apply(logits, rows)
@@ -145,18 +160,38 @@ class Sampler:
             logprob_counts=groups.logprob_counts,
         )
 
+    def is_greedy(self, req_indices: Int64Array) -> bool:
+        """Whether all of these rows take the greatest of their logits as they are."""
+        return not self._composition_of(req_indices).groups.random and not any(
+            processor.states for processor in self._processors
+        )
+
     def _rows(self, req_indices: Int64Array, positions: Int64Array) -> tuple[SampledRows, RowGroups]:
-        """This step's rows, and their groups: the last step's, if nothing but the positions changed."""
-        if self._groups is None or not (
-            req_indices is self._req_indices or np.array_equal(req_indices, self._req_indices)
-        ):
-            self._groups = None  # until all below has succeeded
-            self._composition += 1
-            self._num_rows[self._req_indices] = 0
-            self._req_indices = req_indices
-            self._num_rows += np.bincount(req_indices, minlength=len(self._num_rows))
-            # Backwards, for of several rows the last one written counts, which then is the first.
-            self._first_rows[req_indices[::-1]] = np.arange(len(req_indices) - 1, -1, -1)
-            params = [self._requests[req_index].params for req_index in req_indices.tolist()]
-            self._groups = self._grouper.group(params, req_indices)
-        return SampledRows(req_indices, positions, self._first_rows, self._num_rows, self._composition), self._groups
+        """This step's rows, and their groups: those of an earlier step, if nothing but the positions changed."""
+        known = self._composition_of(req_indices)
+        rows = SampledRows(known.req_indices, positions, known.first_rows, known.num_rows, known.number)
+        return rows, known.groups
+
+    def _composition_of(self, req_indices: Int64Array) -> _Composition:
+        compositions = self._compositions
+        for place, known in enumerate(compositions):
+            if req_indices is known.req_indices or np.array_equal(req_indices, known.req_indices):
+                if place:
+                    compositions.insert(0, compositions.pop(place))
+                return known
+        self._num_compositions += 1
+        num_slots = self.context.token_pool.shape[0]
+        first_rows = np.zeros(num_slots, dtype=np.int64)
+        # Backwards, for of several rows the last one written counts, which then is the first.
+        first_rows[req_indices[::-1]] = np.arange(len(req_indices) - 1, -1, -1)
+        params = [self._requests[req_index].params for req_index in req_indices.tolist()]
+        found = _Composition(
+            self._num_compositions,
+            req_indices,
+            first_rows,
+            np.bincount(req_indices, minlength=num_slots),
+            self._grouper.group(params, req_indices),
+        )
+        compositions.insert(0, found)
+        del compositions[_MOST_COMPOSITIONS:]
+        return found

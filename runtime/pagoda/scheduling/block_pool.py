@@ -17,22 +17,24 @@ it, and what it holds is never read as a value.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from pagoda.scheduling.cache_events import CacheEvents
+from pagoda.scheduling.prefix_misses import MissReason, PrefixMisses
 
 NULL_BLOCK_ID = 0
 
 
 class Block:
-    """One block. `block_hash` is set while the block's content is known to be the KV of a hashed prefix."""
+    """One block. `block_hash` is set while the block's content is known to be the KV of a hashed prefix, in `group`."""
 
-    __slots__ = ("block_hash", "block_id", "next_free", "previous_free", "ref_count")
+    __slots__ = ("block_hash", "block_id", "group", "next_free", "previous_free", "ref_count")
 
     def __init__(self, block_id: int) -> None:
         self.block_id = block_id
         self.ref_count = 0
         self.block_hash: bytes | None = None
+        self.group = 0
         self.previous_free: Block | None = None
         self.next_free: Block | None = None
 
@@ -90,10 +92,17 @@ class _FreeList:
 class BlockPool:
     """All KV blocks of an engine. `num_blocks` counts the null block; `num_usable` does not.
 
-    `events`: is told of blocks that can be found by their hashes no longer.
+    A block is published, and found, as one of a group of layers (`kv_groups`), one of `num_groups`. `events`: is told of
+    blocks that can be found by their hashes no longer, and so is `misses`.
     """
 
-    def __init__(self, num_blocks: int, events: CacheEvents | None = None) -> None:
+    def __init__(
+        self,
+        num_blocks: int,
+        events: CacheEvents | None = None,
+        num_groups: int = 1,
+        misses: PrefixMisses | None = None,
+    ) -> None:
         if num_blocks < 2:
             raise ValueError(f"num_blocks must be at least 2 (one is the null block), got {num_blocks}")
         self.blocks = [Block(block_id) for block_id in range(num_blocks)]
@@ -101,10 +110,11 @@ class BlockPool:
         self.null_block.ref_count = 1
         self.num_usable = num_blocks - 1
         self._events = events or CacheEvents()
+        self._misses = misses or PrefixMisses(num_blocks)
         self._free_list = _FreeList()
         for block in self.blocks[1:]:
             self._free_list.append(block)
-        self._block_of_hash: dict[bytes, Block] = {}
+        self._blocks_of_hashes: list[dict[bytes, Block]] = [{} for _ in range(num_groups)]
         self._num_cached = 0  # blocks in the free list that carry a hash
 
     @property
@@ -163,33 +173,44 @@ class BlockPool:
                 self._free_list.append(block)
                 self._num_cached += 1
 
-    def find(self, block_hash: bytes) -> Block | None:
-        """The block, in use or cached, that holds the prefix with this hash."""
-        return self._block_of_hash.get(block_hash)
+    def finder(self, group: int) -> Callable[[bytes], Block | None]:
+        """What gives the block, in use or cached, that holds the prefix with a hash in the layers of `group`."""
+        return self._blocks_of_hashes[group].get
 
-    def publish(self, block: Block, block_hash: bytes) -> bool:
+    def publish(self, block: Block, block_hash: bytes, group: int = 0) -> bool:
         """Let others find `block` by its content; whether it is new. The first block of a hash keeps it: tables are
         append-only, never merged."""
         assert block.ref_count > 0, f"{block} is published with a reference count of 0"
-        if block.block_hash is not None or block_hash in self._block_of_hash:
+        blocks = self._blocks_of_hashes[group]
+        if block.block_hash is not None or block_hash in blocks:
             return False
-        block.block_hash = block_hash
-        self._block_of_hash[block_hash] = block
+        block.block_hash, block.group = block_hash, group
+        blocks[block_hash] = block
         return True
 
     def forget_all(self) -> None:
         """Drop every hash, for instance when a failed step may have left published blocks without their content."""
-        for block in self._block_of_hash.values():
-            block.block_hash = None
-        self._block_of_hash.clear()
+        for blocks in self._blocks_of_hashes:
+            self._misses.note_gone(blocks, MissReason.RESET)
+            for block in blocks.values():
+                block.block_hash = None
+            blocks.clear()
         self._num_cached = 0
         self._events.cleared()
 
     def _forget(self, block: Block) -> None:
         assert block.block_hash is not None
-        del self._block_of_hash[block.block_hash]
-        self._events.removed(block.block_hash)
+        del self._blocks_of_hashes[block.group][block.block_hash]
+        self._events.removed(block.block_hash, block.group)
+        self._misses.note_gone((block.block_hash,), MissReason.EVICTED)
         block.block_hash = None
+
+    def states(self, first: int, count: int) -> str:
+        """What blocks are, a character each: "." free, "c" cached, "u" in use, "s" in use by several."""
+        return "".join(
+            ("s" if block.ref_count > 1 else "u") if block.ref_count else ("." if block.block_hash is None else "c")
+            for block in self.blocks[first : first + count]
+        )
 
     def check_integrity(self, leases: Sequence[BlockLease] = ()) -> None:
         """Assert that every block is in exactly one place and is held exactly as often as `leases` say. O(num_blocks)."""
@@ -202,28 +223,32 @@ class BlockPool:
         for block in self.blocks[1:]:
             assert block.ref_count == holds[block.block_id], f"{block} is held {holds[block.block_id]} times"
             assert (block.ref_count == 0) == (block.block_id in in_free_list), f"{block} is in two places or in none"
-            assert block.block_hash is None or self._block_of_hash.get(block.block_hash) is block
+            assert block.block_hash is None or self.finder(block.group)(block.block_hash) is block
         assert NULL_BLOCK_ID not in in_free_list
-        assert len(self._block_of_hash) == sum(block.block_hash is not None for block in self.blocks)
+        num_findable = sum(map(len, self._blocks_of_hashes))
+        assert num_findable == sum(block.block_hash is not None for block in self.blocks)
         assert self.num_free + self.num_cached + self.num_in_use == self.num_usable
 
 
 class BlockLease:
-    """The blocks of one request, in the order of its tokens. The only owner; `release` gives all back and may be repeated."""
+    """The blocks of one request in one group of layers, in the order of its tokens. The only owner; `release` gives all back
+    and may be repeated.
 
-    __slots__ = ("_pool", "blocks")
+    The first `num_dropped` are the null block: they are needed no more. `num_sent` were named in a plan.
+    """
+
+    __slots__ = ("_pool", "blocks", "num_dropped", "num_sent")
 
     def __init__(self, pool: BlockPool) -> None:
         self._pool = pool
         self.blocks: list[Block] = []
-
-    def __len__(self) -> int:
-        return len(self.blocks)
+        self.num_dropped = 0
+        self.num_sent = 0
 
     @property
-    def block_ids(self) -> list[int]:
-        """Ids of the blocks, in the order of the tokens."""
-        return [block.block_id for block in self.blocks]
+    def num_held(self) -> int:
+        """Blocks that are held, the null block not among them."""
+        return len(self.blocks) - self.num_dropped
 
     def extend(self, count: int) -> bool:
         """Append `count` new blocks, all or nothing."""
@@ -234,23 +259,30 @@ class BlockLease:
         return True
 
     def adopt(self, blocks: Sequence[Block]) -> None:
-        """Append blocks that were found in the prefix cache."""
+        """Begin with blocks that were found in the prefix cache."""
+        assert not self.blocks
         for block in blocks:
             self._pool.share(block)
         self.blocks.extend(blocks)
+        self.num_dropped = sum(block is self._pool.null_block for block in blocks)
 
     def drop_before(self, count: int) -> None:
-        """Free the first `count` blocks (outside the sliding window); the null block replaces them."""
-        null_block = self._pool.null_block
-        index = count - 1
-        dropped = []
-        while index >= 0 and self.blocks[index] is not null_block:
-            dropped.append(self.blocks[index])
-            self.blocks[index] = null_block
-            index -= 1
-        self._pool.release(reversed(dropped))  # a hit needs the end of a window more than its beginning
+        """Give back the first `count` blocks; the null block replaces them."""
+        if count <= self.num_dropped:
+            return
+        dropped = self.blocks[self.num_dropped : count]
+        self.blocks[self.num_dropped : count] = [self._pool.null_block] * len(dropped)
+        self.num_dropped = count
+        self._pool.release(dropped)  # a hit needs the end of a window more than its beginning
+
+    def take_unsent(self) -> list[int]:
+        """Ids of the blocks that no plan has named; marks them as sent."""
+        unsent = self.blocks[self.num_sent :]
+        self.num_sent = len(self.blocks)
+        return [block.block_id for block in unsent]
 
     def release(self) -> None:
-        """Free all blocks, the tail first: the beginning of a prefix is more likely to be hit than its end."""
+        """Give back all blocks, the tail first: the beginning of a prefix is more likely to be hit than its end."""
         blocks, self.blocks = self.blocks, []
+        self.num_dropped = 0
         self._pool.release(reversed(blocks))

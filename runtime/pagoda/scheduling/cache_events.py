@@ -22,11 +22,12 @@ class HashedRequest(Protocol):
 class CacheEvents:
     """None of it is kept."""
 
-    def stored(self, request: HashedRequest, first: int, end: int) -> None:
-        """Blocks `first` to `end - 1` of a request, if there are any, can be found by their hashes now."""
+    def stored(self, request: HashedRequest, first: int, end: int, group: int) -> None:
+        """Blocks `first` to `end - 1` of a request, if there are any, can be found by their hashes now, in the layers of
+        `group`."""
 
-    def removed(self, block_hash: bytes) -> None:
-        """A block was taken for something else."""
+    def removed(self, block_hash: bytes, group: int) -> None:
+        """A block of `group` was taken for something else."""
 
     def cleared(self) -> None:
         """No block can be found any more."""
@@ -43,13 +44,15 @@ class Stored:
     parent: bytes | None
     token_ids: Sequence[int]
     cache_keys: tuple[str, ...]
+    group: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Removed:
-    """Blocks that can be found no longer."""
+    """Blocks that can be found no longer, in the layers of `group`."""
 
     block_hashes: Sequence[bytes]
+    group: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +80,10 @@ class CacheEventLog(CacheEvents):
         self._block_size = block_size
         self._events: list[CacheEvent] = []
         self._removed: list[bytes] = []
+        self._removed_from = 0  # group
 
     @override
-    def stored(self, request: HashedRequest, first: int, end: int) -> None:
+    def stored(self, request: HashedRequest, first: int, end: int, group: int) -> None:
         if first == end:
             return
         self._close_removed()
@@ -89,12 +93,16 @@ class CacheEventLog(CacheEvents):
                 request.block_hashes[first:end],
                 request.block_hashes[first - 1] if first else None,
                 request.token_ids[first * size : end * size],
-                request.spec.cache_keys,
+                request.spec.prefix_keys,
+                group,
             )
         )
 
     @override
-    def removed(self, block_hash: bytes) -> None:
+    def removed(self, block_hash: bytes, group: int) -> None:
+        if group != self._removed_from:
+            self._close_removed()
+            self._removed_from = group
         self._removed.append(block_hash)
 
     @override
@@ -110,5 +118,5 @@ class CacheEventLog(CacheEvents):
 
     def _close_removed(self) -> None:
         if self._removed:
-            self._events.append(Removed(self._removed))
+            self._events.append(Removed(self._removed, self._removed_from))
             self._removed = []

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerLimits:
     """`long_prefill_token_threshold`: the most tokens of one prompt in a step; 0: the whole budget; None: see `StepComposer`.
+    `target_itl_ms`: the most time between two tokens of a request in 99 of 100 steps, while prompts are computed.
 
     A request preempted `max_preemptions` times is protected: others are chosen as victims while there are any.
     `num_scheduler_steps` above 1 lets a batch that only decodes run so many steps on one plan. `num_speculative_tokens`: the
@@ -15,6 +16,7 @@ class SchedulerLimits:
     arrival, ends a request with what it has. `repetition_detection` (off, warn, stop) looks for an output whose last
     `repetition_min_tokens` tokens repeat a period of at most `repetition_max_period`. With `pipeline_parallel_size` above 1 so
     many plans are in flight at once, and the first stage has a sampled token only when the result of its step is there.
+    `max_loras`: adapters whose requests run together, of `max_cpu_loras` whose weights are in memory.
     """
 
     max_num_seqs: int
@@ -22,6 +24,7 @@ class SchedulerLimits:
     max_model_len: int
     max_num_waiting: int
     long_prefill_token_threshold: int | None = 0
+    target_itl_ms: float | None = None
     max_preemptions: int = 4
     policy: str = "fcfs"
     num_scheduler_steps: int = 1
@@ -31,3 +34,5 @@ class SchedulerLimits:
     repetition_detection: str = "off"
     repetition_max_period: int = 64
     repetition_min_tokens: int = 256
+    max_loras: int = 0
+    max_cpu_loras: int = 0

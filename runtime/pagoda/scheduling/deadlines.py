@@ -15,8 +15,8 @@ class Deadlines:
     """The deadlines of all requests, the next one first. A request that ends before its deadline is removed soon after."""
 
     def __init__(self, max_seconds: float | None, clock: Callable[[], float] = time.monotonic) -> None:
-        """`max_seconds`: time from arrival; None: there are no deadlines."""
-        self._max_seconds = max_seconds
+        """`max_seconds`: time from arrival, of requests that are added from now on; None: there are no deadlines."""
+        self.max_seconds = max_seconds
         self._clock = clock
         self._heap: list[tuple[float, int, Request]] = []
         self._sweep_at = _SWEEP_FROM
@@ -26,9 +26,9 @@ class Deadlines:
 
     def add(self, request: Request) -> None:
         """Watch a request that was accepted. Amortized O(log n)."""
-        if self._max_seconds is None:
+        if self.max_seconds is None:
             return
-        deadline = (request.spec.arrival_time or self._clock()) + self._max_seconds
+        deadline = (request.spec.arrival_time or self._clock()) + self.max_seconds
         heapq.heappush(self._heap, (deadline, request.sequence_number, request))
         if len(self._heap) > self._sweep_at:
             # Otherwise one long request would keep all later, ended ones in memory.

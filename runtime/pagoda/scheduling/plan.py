@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from pagoda.pooling.output import PooledOutput
 from pagoda.request import EngineRequest
 from pagoda.sampling.output import TokenLogprobs
 
@@ -31,13 +32,14 @@ from pagoda.sampling.output import TokenLogprobs
 class NewRequest:
     """A request that enters a request slot: new, or resumed after preemption (then `output_token_ids` is its output so far).
 
-    `block_ids` are all blocks it holds, in order; `num_computed_tokens` of its tokens are already in them (prefix hit).
+    `block_ids` are, for each group of layers, all blocks it holds, in order; `num_computed_tokens` of its tokens are already
+    in them (prefix hit).
     """
 
     req_index: int
     spec: EngineRequest
     output_token_ids: list[int]
-    block_ids: list[int]
+    block_ids: list[list[int]]
     num_computed_tokens: int
 
     @property
@@ -47,13 +49,23 @@ class NewRequest:
 
 
 @dataclass(slots=True)
+class NewBlocks:
+    """Blocks that a request in a request slot has got: they follow the first `offset` ones of its block table of `group`."""
+
+    req_index: int
+    group: int
+    offset: int
+    block_ids: list[int]
+
+
+@dataclass(slots=True)
 class TokenMasks:
     """Which tokens may be sampled in rows that are constrained: of each row of `rows` (of the plan, ascending) one mask, or
-    with k drafts 1 + k. `words`: int32 `[masks, words a mask]` as bytes, see `KernelBackend.apply_token_bitmask`.
+    with k drafts 1 + k. `words`: int32 `[masks, words a mask]`, see `KernelBackend.apply_token_bitmask`.
     """
 
     rows: list[int]
-    words: bytes = b""
+    words: memoryview = field(default_factory=lambda: memoryview(b""))
 
     def settled(self) -> TokenMasks:
         """The same, with the words in place; waits for those that are still being found."""
@@ -65,12 +77,12 @@ class StepPlan:
     """One step. The parallel lists have one entry for each scheduled request, in batch order.
 
     `released_req_indices` were left by their requests since the last plan; they are released before `new_requests` enter.
-    `new_block_ids[i]` are appended to the block table of `req_indices[i]` (empty for a row that enters: its blocks are in
-    `NewRequest.block_ids`). `block_offsets[i]` is the length of that table before they are appended.
+    `new_blocks` are appended to the block tables of rows, after those of `NewRequest.block_ids`.
     `draft_token_ids[i]` are the drafts of a row that samples and has any: the last ones of its scheduled tokens.
 
     `token_masks` are those of the rows that are constrained, None where none is.
     `num_drafts_wanted[i]`: a draft model on the ranks follows row i, and makes so many drafts for its request's next step.
+    `drafter_rests`: no drafts are wanted soon, so whatever makes them need not see this step.
 
     Multi-step scheduling (`num_scheduler_steps`): in a plan in which every row samples one token, row i may run `num_steps[i]`
     steps, each on the token sampled by the one before; its blocks are allocated. Otherwise, and with drafts, `num_steps` is
@@ -84,11 +96,11 @@ class StepPlan:
     req_indices: list[int] = field(default_factory=list)
     num_computed_tokens: list[int] = field(default_factory=list)
     num_scheduled_tokens: list[int] = field(default_factory=list)
-    new_block_ids: list[list[int]] = field(default_factory=list)
-    block_offsets: list[int] = field(default_factory=list)
+    new_blocks: list[NewBlocks] = field(default_factory=list)
     samples: list[bool] = field(default_factory=list)
     draft_token_ids: dict[int, list[int]] = field(default_factory=dict)
     num_drafts_wanted: dict[int, int] = field(default_factory=dict)
+    drafter_rests: bool = False
     num_steps: list[int] = field(default_factory=list)
     token_masks: TokenMasks | None = None
 
@@ -106,8 +118,6 @@ class StepPlan:
             req_indices=[self.req_indices[row] for row in rows],
             num_computed_tokens=[self.num_computed_tokens[row] + index for row in rows],
             num_scheduled_tokens=[1] * len(rows),
-            new_block_ids=[[]] * len(rows),
-            block_offsets=[self.block_offsets[row] + len(self.new_block_ids[row]) for row in rows],
             samples=[True] * len(rows),
         )
         return rows, plan
@@ -129,6 +139,21 @@ class SampledTokensUpdate:
 NO_SAMPLED_TOKENS = SampledTokensUpdate()
 
 
+@dataclass(frozen=True, slots=True)
+class ExpertLoad:
+    """How unevenly rows chose experts, in the layers of the rank that samples, over some seconds.
+
+    `imbalance`: rows of the expert that was chosen most by those of the average one, 1 where all are alike, the mean of the
+    layers; `worst_imbalance`: the layer in which it is greatest. `idle_share`: of the experts, those that no row chose.
+    `rank_imbalance`: rows of the rank with most by the average rank's, where ranks have some of the experts each.
+    """
+
+    imbalance: float
+    worst_imbalance: float
+    idle_share: float
+    rank_imbalance: float
+
+
 @dataclass(slots=True)
 class StepResult:
     """The result of a plan; rows are indices into the plan's parallel lists.
@@ -137,8 +162,9 @@ class StepResult:
     these and the one after them; empty where the row does not sample or has failed. `logprobs[i]`: one entry a sampled id,
     only for rows that asked. `prompt_logprobs[i]`: for a row that asked, entries for the prompt positions `computed+1 ..
     computed+scheduled` that this step predicted (the first prompt token has none). `errors[i]`: the row failed alone, and why;
-    it may not have written its KV. `draft_token_ids[i]`: what the draft model expects behind the last sampled id of row i;
-    `draft_seconds`: the part of the step's time that it took.
+    it may not have written its KV. `pooled[i]`: what a row that pools gives. `draft_token_ids[i]`: what the draft model
+    expects behind the last sampled id of row i; `draft_passes`: the tokens of each of its passes, and the seconds, which are
+    part of the step's time. `expert_load`: of a mixture of experts, every few seconds.
     """
 
     step_id: int
@@ -146,5 +172,7 @@ class StepResult:
     logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
     prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
     errors: dict[int, str] = field(default_factory=dict)
+    pooled: dict[int, PooledOutput] = field(default_factory=dict)
     draft_token_ids: dict[int, list[int]] = field(default_factory=dict)
-    draft_seconds: float = 0.0
+    draft_passes: list[tuple[int, float]] = field(default_factory=list)
+    expert_load: ExpertLoad | None = None

@@ -25,14 +25,12 @@ class PlannedStep:
 
     def enter(self, request: Request) -> None:
         """Add a request that entered a request slot, with all its tokens and blocks."""
-        assert request.lease is not None
-        request.num_blocks_sent = len(request.lease)
         self.plan.new_requests.append(
             NewRequest(
                 req_index=request.req_index,
                 spec=request.spec,
                 output_token_ids=request.token_ids[request.num_prompt_tokens :],
-                block_ids=request.lease.block_ids,
+                block_ids=[lease.take_unsent() for lease in request.leases],
                 num_computed_tokens=request.num_computed_tokens,
             )
         )
@@ -45,8 +43,6 @@ class PlannedStep:
         plan.req_indices += [request.req_index for request in requests]
         plan.num_computed_tokens += [request.num_computed_tokens for request in requests]
         plan.num_scheduled_tokens += num_tokens
-        plan.block_offsets += [request.num_blocks_sent for request in requests]
-        plan.new_block_ids += [_take_unsent_blocks(request) for request in requests]
         for request, scheduled in zip(requests, num_tokens, strict=True):
             request.num_computed_tokens += scheduled
             samples = request.num_computed_tokens == len(request.token_ids) + request.num_in_flight
@@ -56,7 +52,6 @@ class PlannedStep:
     def extend_row(self, row: int, num_steps: int) -> None:
         """Let a row that samples one token run `num_steps` more steps, each on the token of the one before."""
         request = self.requests[row]
-        self.plan.new_block_ids[row] += _take_unsent_blocks(request)
         self.plan.num_steps.append(1 + num_steps)
         request.num_computed_tokens += num_steps
         request.num_in_flight += num_steps
@@ -67,13 +62,8 @@ class PlannedStep:
         num_drafts = len(draft_token_ids)
         self.plan.draft_token_ids[row] = draft_token_ids
         self.plan.num_scheduled_tokens[row] += num_drafts
-        self.send_blocks(row)
         request.num_computed_tokens += num_drafts
         request.num_in_flight += num_drafts
-
-    def send_blocks(self, row: int) -> None:
-        """Send the blocks that the row's request has got since it was added."""
-        self.plan.new_block_ids[row] += _take_unsent_blocks(self.requests[row])
 
     def rows(self) -> Iterable[tuple[int, Request]]:
         """The rows whose results count, by their place in the plan."""
@@ -87,13 +77,3 @@ class PlannedStep:
         """Whether every row computes one token and samples the next."""
         plan = self.plan
         return not plan.new_requests and plan.total_tokens == len(self.requests) and all(plan.samples)
-
-
-def _take_unsent_blocks(request: Request) -> list[int]:
-    """The blocks that were not sent to the runner yet; marks them as sent."""
-    assert request.lease is not None
-    blocks, num_sent = request.lease.blocks, request.num_blocks_sent
-    if len(blocks) == num_sent:
-        return []
-    request.num_blocks_sent = len(blocks)
-    return [block.block_id for block in blocks[num_sent:]]

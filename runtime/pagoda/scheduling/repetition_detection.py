@@ -41,6 +41,10 @@ class RepetitionDetector:
 
     def __init__(self, limits: SchedulerLimits) -> None:
         self.num_found = 0
+        self.configure(limits)
+
+    def configure(self, limits: SchedulerLimits) -> None:
+        """Look for what `limits` say from now on."""
         self._mode = limits.repetition_detection
         self._max_period = limits.repetition_max_period
         self._min_tokens = limits.repetition_min_tokens

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from enum import Enum, auto
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from pagoda.errors import ErrorKind
 from pagoda.request import EngineRequest
 from pagoda.sampling.output import FinishReason, TokenLogprobs
+from pagoda.sampling.params import SamplingParams
 from pagoda.scheduling.block_pool import BlockLease
+
+
+class Flow(NamedTuple):
+    """A tenant's requests of one fairness id, which share the tenant's part of the engine with those of its others."""
+
+    tenant: str
+    fairness_id: str
 
 
 class RequestStatus(Enum):
@@ -28,6 +36,9 @@ class OutputConstraint(Protocol):
 
     def advance(self, token_id: int) -> bool:
         """Take a token of the output; whether the output is complete, so that nothing may follow."""
+
+    def forced_tokens(self) -> list[int]:
+        """The tokens that come next where there is no choice, as far as is known without a mask."""
 
 
 class Request:
@@ -56,12 +67,12 @@ class Request:
         "error",
         "error_kind",
         "finish_reason",
+        "flow",
         "is_complete",
         "is_repetitive",
-        "lease",
+        "leases",
         "max_tokens",
         "num_accepted_tokens",
-        "num_blocks_sent",
         "num_cached_tokens",
         "num_computed_tokens",
         "num_draft_tokens",
@@ -69,6 +80,7 @@ class Request:
         "num_preemptions",
         "num_prompt_tokens",
         "num_published_blocks",
+        "num_ready_tokens",
         "num_shared_blocks",
         "prompt_logprobs",
         "req_index",
@@ -87,16 +99,20 @@ class Request:
         self.spec = spec
         self.constraint = constraint
         self.max_tokens = spec.max_tokens
-        self.token_ids = list(spec.prompt_token_ids)
+        self.token_ids = spec.prompt_token_ids + spec.output_token_ids
+        if constraint is not None:
+            for token_id in spec.output_token_ids:
+                constraint.advance(token_id)
         self.num_prompt_tokens = len(spec.prompt_token_ids)
         self.sequence_number = -1  # order of arrival, given by the scheduler
+        self.flow = Flow(spec.tenant, "")  # whose share it has, given by the scheduler
 
         self.status = RequestStatus.WAITING
         self.req_index = -1
-        self.lease: BlockLease | None = None
+        self.leases: tuple[BlockLease, ...] = ()  # one a group of layers while it runs
         self.num_computed_tokens = 0
         self.num_in_flight = 0
-        self.num_blocks_sent = 0
+        self.num_ready_tokens = 0  # that can be computed before `KVCacheManager.advance` has anything to do
         self.num_published_blocks = 0
         self.num_shared_blocks = 0  # found in the prefix cache at its last admission
         self.block_hashes: list[bytes] = []
@@ -110,13 +126,15 @@ class Request:
         self.num_accepted_tokens = 0  # of these
         self.num_cached_tokens = 0
         self.scheduled_time: float | None = None
-        params = spec.params
-        self.prompt_logprobs: list[TokenLogprobs | None] | None = None if params.prompt_logprobs is None else [None]
-
+        self.prompt_logprobs: list[TokenLogprobs | None] | None = None
         # The ids that end generation, and which of them the client named (those are reported as `stop_reason`).
-        self.stop_ids = frozenset(params.stop_token_ids) | (
-            frozenset() if params.ignore_eos else frozenset(spec.eos_token_ids)
-        )
+        self.stop_ids: frozenset[int] = frozenset()
+        params = spec.params
+        if isinstance(params, SamplingParams):
+            self.prompt_logprobs = None if params.prompt_logprobs is None else [None]
+            self.stop_ids = frozenset(params.stop_token_ids) | (
+                frozenset() if params.ignore_eos else frozenset(spec.eos_token_ids)
+            )
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
         self.error_kind: ErrorKind | None = None
@@ -131,6 +149,11 @@ class Request:
     def num_output_tokens(self) -> int:
         """Known output tokens."""
         return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_blocks(self) -> int:
+        """KV blocks that it holds."""
+        return sum(lease.num_held for lease in self.leases)
 
     @property
     def is_finished(self) -> bool:
@@ -165,10 +188,10 @@ class Request:
         num_output = len(self.token_ids) - self.num_prompt_tokens
         if num_output >= self.max_tokens:
             self.finish_reason = FinishReason.LENGTH
-        if token_id in self.stop_ids and num_output >= self.spec.params.min_tokens:
+        if token_id in self.stop_ids and num_output >= self.spec.sampling.min_tokens:
             # A stop token at the very last position is still a stop: the text is complete.
             self.finish_reason = FinishReason.STOP
-            if token_id in self.spec.params.stop_token_ids:
+            if token_id in self.spec.sampling.stop_token_ids:
                 self.stop_reason = token_id
         if self.constraint is not None:
             self._advance(self.constraint, token_id)

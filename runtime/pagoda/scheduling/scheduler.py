@@ -8,7 +8,7 @@ advances these counters under one token budget:
 
 Running requests come first. One that needs a block when none is left preempts the running request of lowest priority: its
 blocks are freed, and it waits at the front to be recomputed (its published blocks usually still hit). A step that preempted
-admits no request.
+admits no request. A request whose LoRA adapter has to wait steps aside, see `AdapterGate`.
 
 Whose requests are admitted and preempted where there are several tenants is up to `TenantShares`, and what of a step each of
 them, and prompts beside rows that decode, may have is up to `StepComposer`.
@@ -26,12 +26,16 @@ of the requests that decode, and all stages have a batch to work on:
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
+from pagoda.adapters import LoraAdapter
 from pagoda.errors import ErrorKind, InvalidRequestError, QueueFullError
 from pagoda.fair_turns import has_place
+from pagoda.pooling.output import PooledOutput
 from pagoda.sampling.output import FinishReason, TokenLogprobs
+from pagoda.scheduling.adapter_gate import AdapterGate
 from pagoda.scheduling.config import SchedulerLimits
 from pagoda.scheduling.deadlines import Deadlines
 from pagoda.scheduling.kv_cache_manager import KVCacheManager
@@ -55,6 +59,7 @@ class RequestUpdate:
     new_token_ids: list[int]
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs | None] | None = None
+    pooled: PooledOutput | None = None
 
 
 class Scheduler:
@@ -69,6 +74,7 @@ class Scheduler:
     ) -> None:
         """`lookahead`: what rows do beyond the next token; None: what `limits.num_scheduler_steps` says."""
         self.limits = limits
+        self._num_req_indices = limits.max_num_seqs
         self.kv = kv
         self._clock = clock
         self.num_preemptions = 0
@@ -79,11 +85,12 @@ class Scheduler:
         self._deadlines = Deadlines(limits.max_request_seconds, clock)
         self._requests: dict[str, Request] = {}
         self._waiting = WaitingQueue(limits.policy)
-        self._shares = TenantShares(limits.max_num_seqs, kv, self._priority_key)
+        self._shares = TenantShares(limits.max_num_seqs, limits.max_model_len, kv, self._priority_key)
+        self.adapters = AdapterGate(limits.max_loras, limits.max_cpu_loras, self._adapter_order)
         self._composer = StepComposer(limits, self._shares)
         self._running: dict[str, Request] = {}
         self._entering: dict[Request, None] = {}  # running, and in no plan yet
-        self._free_req_indices = _all_req_indices(limits)
+        self._free_req_indices = _all_req_indices(limits.max_num_seqs)
         self._released_req_indices: list[int] = []
         self._in_flight: dict[int, PlannedStep] = {}  # by step id
         self._first_left_out: Request | None = None  # by the budget of the last plan
@@ -100,9 +107,14 @@ class Scheduler:
         return len(self._running)
 
     @property
+    def _num_free(self) -> int:
+        """Request slots that may be taken; fewer than there are where `max_num_seqs` was lowered."""
+        return min(len(self._free_req_indices), max(0, self.limits.max_num_seqs - len(self._running)))
+
+    @property
     def num_waiting(self) -> int:
         """Requests that wait for admission, preempted ones included."""
-        return len(self._waiting)
+        return len(self._waiting) + self.adapters.num_parked
 
     @property
     def degradation(self) -> str:
@@ -129,23 +141,30 @@ class Scheduler:
         if request.num_prompt_tokens == 0:
             raise InvalidRequestError("the prompt is empty: at least one token is needed", "prompt")
         limits = self.limits
-        longest = min(limits.max_model_len, self.kv.max_tokens_of_a_request)
-        if request.num_prompt_tokens >= longest:
+        longest = self._longest_prompt()
+        if request.num_prompt_tokens > longest:
             raise InvalidRequestError(
-                f"the prompt has {request.num_prompt_tokens} tokens; at most {longest - 1} can be served "
+                f"the prompt has {request.num_prompt_tokens} tokens; at most {longest} can be served "
                 f"(max_model_len is {limits.max_model_len}, the KV cache holds {self.kv.max_tokens_of_a_request - 1})",
                 "prompt",
             )
-        self._check_queue(request.spec.tenant)
-        request.max_tokens = min(request.max_tokens, longest - request.num_prompt_tokens)
+        request.flow = self._shares.flow_of(request.spec)
+        if not request.spec.has_place:
+            self._check_queue(request.spec.tenant)
+        request.max_tokens = min(request.max_tokens, longest + 1 - request.num_prompt_tokens)
         request.sequence_number = self._num_arrived
         self._num_arrived += 1
         request.waits_for_output = limits.pipeline_parallel_size > 1 or request.constraint is not None
         self._lookahead.add(request)
         self._requests[request.spec.request_id] = request
         self._shares.add(request)
+        self.adapters.add(request)
         self._waiting.push(request)
         self._deadlines.add(request)
+
+    def _longest_prompt(self) -> int:
+        """Tokens of the longest prompt, which leaves a place for a token behind it."""
+        return min(self.limits.max_model_len, self.kv.max_tokens_of_a_request) - 1
 
     def _check_queue(self, tenant: str) -> None:
         """Raise `QueueFullError` where `tenant` may not have one more request wait.
@@ -154,10 +173,15 @@ class Scheduler:
         others have taken them, so that the queue may become longer by the parts of those that came late.
         """
         # Requests for which a request slot is free do not count: the next step may admit them.
-        num_waiting = max(0, len(self._waiting) - len(self._free_req_indices))
+        num_waiting = max(0, self.num_waiting - self._num_free)
         limit = self.limits.max_num_waiting
-        num_own = self._waiting.num_of(tenant)
-        num_tenants = len(self._waiting.tenants) + (num_own == 0)
+        if num_waiting < limit:
+            return
+        num_of = Counter({tenant: 0})
+        for flow in self._waiting.flows:
+            num_of[flow.tenant] += self._waiting.num_of(flow)
+        num_of.update(request.flow.tenant for request in self.adapters.parked)
+        num_own, num_tenants = num_of[tenant], len(num_of)
         if has_place(num_waiting, limit, num_own, num_tenants):
             return
         if num_tenants == 1:
@@ -166,6 +190,24 @@ class Scheduler:
             f"{num_waiting} requests are waiting, {num_own} of them of this API key; with max_num_waiting of {limit} each of "
             f"{num_tenants} keys has {limit // num_tenants} places"
         )
+
+    def configure(self, limits: SchedulerLimits) -> None:
+        """Plan within other limits from the next step on; what runs goes on. None may exceed what was sized at start:
+
+        `max_num_seqs`, `max_num_batched_tokens`, `num_speculative_tokens`.
+        """
+        self.limits = limits
+        self._budget.configure(limits.max_num_batched_tokens)
+        self._deadlines.max_seconds = limits.max_request_seconds
+        self.repetition.configure(limits)
+        self._shares.configure(limits.max_num_seqs)
+        self._composer.configure(limits)
+        self._lookahead.configure(limits)
+
+    @property
+    def running(self) -> Collection[Request]:
+        """The requests that hold a request slot, in order of admission."""
+        return self._running.values()
 
     def requests_of(self, plan: StepPlan) -> list[Request]:
         """The requests of a plan's rows, until its result is applied."""
@@ -191,6 +233,11 @@ class Scheduler:
     def reset_prefix_cache(self) -> None:
         """Let no later request find what is cached now; requests that share blocks keep them."""
         self.kv.forget_prefixes()
+
+    def fail_requests_of(self, adapter: LoraAdapter, kind: ErrorKind, message: str) -> None:
+        """An adapter could not be loaded: what waits for it ends with an error."""
+        for request in [each for each in self._requests.values() if each.spec.adapter == adapter]:
+            self.fail(request, kind, message)
 
     def fail_in_flight(self, message: str) -> None:
         """A step raised: the requests of all steps in flight end with an error.
@@ -228,6 +275,8 @@ class Scheduler:
             self._finish(request)
             self._ended.append(RequestUpdate(request, []))
         self._shares.begin_step()
+        for request in reversed(self.adapters.unpark()):
+            self._waiting.push_preempted(request)
         self._admit_claims()
         composition, scheduled, preempted = self._schedule_running()
         gave_way = preempted
@@ -244,6 +293,8 @@ class Scheduler:
         if not step.requests:
             return None
         self._lookahead.extend(step, composition.num_tokens, len(self._running))
+        step.plan.new_blocks = self.kv.take_new_blocks(self._entering)
+        self.kv.finish_plan()
         step.plan.released_req_indices, self._released_req_indices = self._released_req_indices, []
         self._in_flight[self._num_steps] = step
         self._num_steps += 1
@@ -253,17 +304,14 @@ class Scheduler:
         """How many tokens each running request moves forward, and whether any was preempted for it."""
         scheduled: dict[Request, int] = {}
         budget = self._budget.tokens
-        slides = self.kv.sliding_window is not None
         preempted = False
         candidates = self._candidates()
-        composition = self._composer.compose(candidates, self._waiting, len(self._free_req_indices), budget)
+        composition = self._composer.compose(candidates, self._waiting, self._num_free, budget)
         for request, limit in zip(composition.candidates, composition.limits, strict=False):
             num_new = min(request.next_tokens(), budget, limit)
             if num_new == 0 or request.req_index < 0:
                 continue  # nothing to do, no budget, or preempted a moment ago for one before it
-            if slides:
-                self.kv.drop_out_of_window(request)
-            while not self.kv.extend(request, request.num_computed_tokens + num_new):
+            while not self.kv.advance(request, num_new):
                 victim = self._choose_victim()
                 budget += scheduled.pop(victim, 0)
                 self._preempt(victim)
@@ -312,16 +360,19 @@ class Scheduler:
         Where there is no room for one, running requests of tenants with more than their share are preempted for it.
         """
         while (request := self._admit_claim()) is not None:
-            self._waiting.pop(request.spec.tenant)
+            self._waiting.pop(request.flow)
             self._assign_req_index(request)
 
     def _admit_claim(self) -> Request | None:
         for request in self._shares.claims(self._waiting):
-            victims = self._shares.giving_way_to(request, len(self._free_req_indices))
+            if not self.adapters.admits(request):
+                self._park(request)
+                continue
+            victims = self._shares.giving_way_to(request, self._num_free)
             for victim in victims or ():
                 self._preempt(victim)
             # Their blocks may be shared with others, and so still be held.
-            if victims is not None and self.kv.allocate_for(request, leave_watermark=False):
+            if victims is not None and self.kv.allocate_for(request, self._budget.tokens, leave_watermark=False):
                 return request
             if not self._shares.pass_over(request):
                 break
@@ -329,28 +380,50 @@ class Scheduler:
 
     def _admit_waiting(self, step: PlannedStep, composition: StepComposition, budget: int) -> None:
         """Admit waiting requests in turn while budget, request slots and blocks last; none is skipped within a tenant."""
-        names = list(self._waiting.tenants)
-        while budget > 0 and self._free_req_indices and (tenant := self._shares.next_tenant(names)) is not None:
-            chunk = composition.allowed(tenant.name)
-            if not chunk or not self._shares.may_admit(tenant, len(self._free_req_indices)):
-                names.remove(tenant.name)
+        flows = list(self._waiting.flows)
+        while budget > 0 and self._num_free and (tenant := self._shares.next_tenant(flows)) is not None:
+            chunk = composition.allowed(tenant.flow)
+            if not chunk or not self._shares.may_admit(tenant, self._num_free):
+                flows.remove(tenant.flow)
                 continue
-            request = self._waiting.peek(tenant.name)
+            request = self._waiting.peek(tenant.flow)
             if request.num_in_flight:
                 break  # preempted with a token in flight, which must be known first
-            if not self.kv.allocate_for(request, leave_watermark=bool(self._running)):
+            if not self.adapters.admits(request):
+                self._park(request)
+                if not self._waiting.num_of(tenant.flow):
+                    flows.remove(tenant.flow)
+                continue
+            room = self._room_for(request, min(budget, chunk), step)
+            if not room:
                 break
-            self._waiting.pop(tenant.name)
-            if not self._waiting.num_of(tenant.name):
-                names.remove(tenant.name)
+            if not self.kv.allocate_for(request, room, leave_watermark=bool(self._running)):
+                break
+            self._waiting.pop(tenant.flow)
+            if not self._waiting.num_of(tenant.flow):
+                flows.remove(tenant.flow)
             self._assign_req_index(request)
             self._enter(step, request)
-            num_new = min(request.next_tokens(), budget, chunk)
+            num_new = min(request.next_tokens(), room)
             budget -= num_new
-            composition.use(tenant.name, num_new)
+            composition.use(tenant.flow, num_new)
             # The row publishes its blocks at once, so the next in line with the same prompt shares them within this very
-            # step: in every layer all KV is written before any of it is read.
+            # step: in every layer all KV is written before any of it is read. (Not so where a group keeps states: its blocks
+            # are found from the next plan on.)
             self._add_rows(step, [request], [num_new])
+
+    def _park(self, request: Request) -> None:
+        """Take the next request of its flow out of the queue: its adapter has to wait, those behind it do not."""
+        self._waiting.pop(request.flow)
+        self.adapters.park(request)
+
+    def _adapter_order(self, request: Request) -> tuple[tuple[float, ...], tuple[int, int]]:
+        return self._shares.need_of(request), self._priority_key(request)
+
+    def _room_for(self, request: Request, room: int, step: PlannedStep) -> int:
+        """How many tokens `request` may have of the `room` that is left in `step`; 0: it waits."""
+        del request, step
+        return room
 
     def _assign_req_index(self, request: Request) -> None:
         """Move an admitted request into a request slot."""
@@ -361,6 +434,7 @@ class Scheduler:
         self._running[request.spec.request_id] = request
         self._entering[request] = None
         self._shares.enter(request)
+        self.adapters.enter(request)
         self._composer.prompts[request] = None
 
     def _enter(self, step: PlannedStep, request: Request) -> None:
@@ -418,6 +492,7 @@ class Scheduler:
     def _free_req_index(self, request: Request) -> None:
         del self._running[request.spec.request_id]
         self._shares.leave(request)
+        self.adapters.leave(request)
         self._composer.prompts.pop(request, None)
         self._free_req_indices.append(request.req_index)
         if request in self._entering:
@@ -428,11 +503,12 @@ class Scheduler:
 
     def _finish(self, request: Request) -> None:
         """End a request in any state, and free its request slot and blocks."""
-        if request.status is RequestStatus.RUNNING:
+        was_running = request.status is RequestStatus.RUNNING
+        if was_running:
             self._free_req_index(request)
-            request.status = RequestStatus.FINISHED
-        else:
-            request.status = RequestStatus.FINISHED
+        request.status = RequestStatus.FINISHED
+        was_parked = self.adapters.remove(request)
+        if not (was_running or was_parked):
             self._waiting.discard(request)
         self.kv.release(request)
         self._lookahead.remove(request)
@@ -459,7 +535,7 @@ class Scheduler:
                 entries = result.prompt_logprobs.get(row, [])
                 request.collect_prompt_logprobs(plan.num_computed_tokens[row], entries)
             if plan.samples[row]:
-                updates.append(self._process_output(request, result.sampled_token_ids[row], result.logprobs.get(row)))
+                updates.append(self._take_output(request, row, result))
             if row in result.draft_token_ids:
                 self._lookahead.receive(request, result.draft_token_ids[row])
         return updates
@@ -467,6 +543,10 @@ class Scheduler:
     def observe(self, plan: StepPlan, result: StepResult, seconds: float) -> None:
         """The turn of the engine's loop that ended with the result of `plan` took so long."""
         self._lookahead.observe(plan, result, seconds)
+
+    def calibrate(self, plan: StepPlan, result: StepResult, seconds: float) -> None:
+        """A plan of no request, made to be measured, took so long."""
+        self._lookahead.calibrate(plan, result, seconds)
 
     def _take_back_refused(self, step: PlannedStep, result: StepResult) -> None:
         """Let the counters of requests with drafts fall back to what was verified; their blocks stay."""
@@ -491,7 +571,7 @@ class Scheduler:
             num_tokens = step.plan.total_tokens
             num_base = step.num_base_tokens
             base = num_tokens if num_base is None else min(num_base, num_tokens)
-            self._composer.times.note(num_tokens, base, seconds, is_pure=base == num_tokens or step.only_decodes)
+            self._composer.note_time(num_tokens, base, seconds, only_decodes=step.only_decodes)
 
     def _fail_rows(self, step: PlannedStep, errors: dict[int, str]) -> None:
         """End the requests of failed rows, and recompute the requests that share blocks which these rows should have written.
@@ -500,7 +580,8 @@ class Scheduler:
         was planned: requests admitted in this step or in a later one in flight may have found them in the prefix cache.
         """
         in_flight = (step, *self._in_flight.values())
-        candidates = {request for planned in in_flight for _, request in planned.rows()}  # some are preempted by now
+        # Some that have rows are preempted by now, and some that were admitted had no row yet.
+        candidates = {request for planned in in_flight for _, request in planned.rows()} | set(self._running.values())
         affected: set[Request] = set()
         for row, error in errors.items():
             writer, position = step.requests[row], step.plan.num_computed_tokens[row]
@@ -512,6 +593,10 @@ class Scheduler:
             # The later rows of a request that ended here bring nothing new.
             planned.discarded |= affected.intersection(planned.requests)
         self._recompute({request for request in affected if not request.is_finished})
+
+    def _take_output(self, request: Request, row: int, result: StepResult) -> RequestUpdate:
+        """What came of a row that has computed all tokens of its request."""
+        return self._process_output(request, result.sampled_token_ids[row], result.logprobs.get(row))
 
     def _process_output(
         self, request: Request, token_ids: list[int], logprobs: list[TokenLogprobs] | None
@@ -531,13 +616,14 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Assert every invariant between requests, request slots and blocks. O(everything); for tests."""
         self.kv.check_integrity(self._requests.values())
-        assert len(self._waiting) + len(self._running) == len(self._requests)
+        self.adapters.check_integrity(list(self._requests.values()))
+        assert self.num_waiting + len(self._running) == len(self._requests)
         req_indices = [request.req_index for request in self._running.values()]
-        assert sorted(req_indices + self._free_req_indices) == list(range(self.limits.max_num_seqs))
+        assert sorted(req_indices + self._free_req_indices) == list(range(self._num_req_indices))
         for request in self._requests.values():
             running = request.status is RequestStatus.RUNNING
             assert running == (request.spec.request_id in self._running)
-            assert running == (request.lease is not None), (
+            assert running == (request.num_ready_tokens > 0), (
                 f"{request} holds blocks while it waits, or none while it runs"
             )
             assert 0 <= request.num_computed_tokens <= request.num_tokens + request.num_in_flight
@@ -547,26 +633,27 @@ class Scheduler:
     def find_leak(self) -> str:
         """What an engine without requests holds all the same, for the log; empty when nothing. O(1)."""
         leaks = {
-            "request slots": self.limits.max_num_seqs - len(self._free_req_indices),
+            "request slots": self._num_req_indices - len(self._free_req_indices),
             "running requests": len(self._running),
-            "waiting requests": len(self._waiting),
+            "waiting requests": self.num_waiting,
             "KV blocks": self.kv.pool.num_in_use,
         }
         return ", ".join(f"{count} {what}" for what, count in leaks.items() if count)
 
     def reset(self) -> None:
         """Take back what has leaked, in an engine without requests: it would be missing for as long as the engine runs."""
-        leaked = set(range(self.limits.max_num_seqs)).difference(self._free_req_indices)
+        leaked = set(range(self._num_req_indices)).difference(self._free_req_indices)
         self._released_req_indices += sorted(leaked.difference(self._released_req_indices))
-        self._free_req_indices = _all_req_indices(self.limits)
+        self._free_req_indices = _all_req_indices(self._num_req_indices)
         self._waiting = WaitingQueue(self.limits.policy)
-        self._shares = TenantShares(self.limits.max_num_seqs, self.kv, self._priority_key)
+        self._shares = TenantShares(self.limits.max_num_seqs, self.limits.max_model_len, self.kv, self._priority_key)
+        self.adapters.forget_requests()
         self._composer = StepComposer(self.limits, self._shares)
         self._running.clear()
         self._entering.clear()
         self.kv.reset()
 
 
-def _all_req_indices(limits: SchedulerLimits) -> list[int]:
+def _all_req_indices(count: int) -> list[int]:
     """The request slots, of which the last is given away first."""
-    return list(range(limits.max_num_seqs - 1, -1, -1))
+    return list(range(count - 1, -1, -1))

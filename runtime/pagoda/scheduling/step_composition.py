@@ -9,29 +9,40 @@ Two rules, both about time, which `StepTimes` turns into tokens:
                            weights / its weight times as long at most: two equal tenants halve the time. What the others have
                            is dealt out max-min fair by weight; within a tenant the rows take turns.
 
-`long_prefill_token_threshold` takes the place of the first rule where it is given.
+With `target_itl_ms` the first rule is that such a step takes as long as that, and where the rows alone take longer, a
+tenth longer than they do. `long_prefill_token_threshold` takes the place of the first rule where it alone is given; beside
+a target it bounds the chunks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import repeat
+from itertools import repeat, zip_longest
 
 from pagoda.scheduling.config import SchedulerLimits
-from pagoda.scheduling.request import Request
+from pagoda.scheduling.itl_target import ItlTarget
+from pagoda.scheduling.request import Flow, Request
 from pagoda.scheduling.step_times import StepTimes
 from pagoda.scheduling.tenant_shares import Tenant, TenantShares
 from pagoda.scheduling.waiting_queue import WaitingQueue
 
 PROMPT_SHARE = 0.75
+LEAST_SHARE = 0.1  # whatever the target: prompts go on
+
+
+@dataclass(slots=True)
+class Allowance:
+    """Tokens of a step that are left for those who share it."""
+
+    num_tokens: int
 
 
 @dataclass(slots=True)
 class StepComposition:
     """`candidates` in order, each with at most its entry of `limits` tokens; then requests are admitted within `allowed`.
 
-    `num_tokens`: of the step, at most. `room`: tokens left for prompts. `allowances`: tokens left for each tenant, where there
+    `num_tokens`: of the step, at most. `room`: tokens left for prompts. `allowances`: what is left for each flow, where there
     are several. `num_base_tokens`: of the rows that the rest of the step is weighed against; None: it is not.
     """
 
@@ -42,30 +53,49 @@ class StepComposition:
     longest_chunk: int
     has_company: bool = False
     num_base_tokens: int | None = None
-    allowances: dict[str, int] | None = None
+    allowances: Mapping[Flow, Allowance] | None = None
 
-    def allowed(self, tenant: str) -> int:
-        """The longest chunk of a request of `tenant` that is admitted now; 0: none is."""
-        allowed = min(_part(self.room, self.has_company), self.longest_chunk)
-        return allowed if self.allowances is None else min(allowed, self.allowances.get(tenant, 0))
+    def allowed(self, flow: Flow) -> int:
+        """The longest chunk of a request of `flow` that is admitted now; 0: none is."""
+        # Running prompts have a token each even where there is room for fewer.
+        allowed = min(_part(max(0, self.room), self.has_company), self.longest_chunk)
+        if self.allowances is None:
+            return allowed
+        return min(allowed, self.allowances[flow].num_tokens) if flow in self.allowances else 0
 
-    def use(self, tenant: str, num_tokens: int) -> None:
-        """A request of `tenant` was admitted with so many tokens."""
+    def use(self, flow: Flow, num_tokens: int) -> None:
+        """A request of `flow` was admitted with so many tokens."""
         self.room -= num_tokens
         if self.allowances is not None:
-            self.allowances[tenant] -= num_tokens
+            self.allowances[flow].num_tokens -= num_tokens
 
 
 class StepComposer:
     """Composes one step after another. `prompts`: running requests whose prompt is not computed to its end, in order."""
 
     def __init__(self, limits: SchedulerLimits, shares: TenantShares) -> None:
-        threshold = limits.long_prefill_token_threshold
-        self._is_timed = threshold is None
-        self._longest_chunk = threshold or limits.max_num_batched_tokens
+        self._target_ms: float | None = None
+        self._target: ItlTarget | None = None
+        self.configure(limits)
         self._shares = shares
         self.times = StepTimes(limits.max_num_batched_tokens // 16)
         self.prompts: dict[Request, None] = {}
+
+    def configure(self, limits: SchedulerLimits) -> None:
+        """Compose steps by other limits from now on."""
+        threshold, target = limits.long_prefill_token_threshold, limits.target_itl_ms
+        self._is_timed = threshold is None or target is not None
+        if target != self._target_ms:
+            self._target_ms = target
+            self._target = None if target is None else ItlTarget(target / 1000)
+        self._longest_chunk = threshold or limits.max_num_batched_tokens
+
+    def note_time(self, num_tokens: int, num_base: int, seconds: float, *, only_decodes: bool) -> None:
+        """A step of `num_tokens` took so long, `num_base` of which the rest was weighed against."""
+        is_pure = num_base == num_tokens or only_decodes
+        self.times.note(num_tokens, num_base, seconds, is_pure=is_pure)
+        if self._target is not None and not is_pure:
+            self._target.observe(seconds)
 
     def note_rows(self, requests: Sequence[Request], samples: Sequence[bool]) -> None:
         """These rows were planned; those that sample are done with their prompt."""
@@ -109,28 +139,32 @@ class StepComposer:
             return budget
         room = budget
         if self._is_timed:
-            share = max(PROMPT_SHARE, num_prompts / num_decodes)
-            room = self.times.extra_tokens(num_decodes, share, may_measure=may_measure)
+            if self._target is not None:
+                share, seconds = LEAST_SHARE, self._target.aim
+            else:
+                share, seconds = max(PROMPT_SHARE, num_prompts / num_decodes), None
+            room = self.times.extra_tokens(num_decodes, share, most_seconds=seconds, may_measure=may_measure)
         return min(room, max(1, budget - num_decodes))
 
     # ---- several tenants -------------------------------------------------------------------------------------------
 
     def _groups(self, candidates: Sequence[Request], waiting: WaitingQueue | None, budget: int) -> list[_Group]:
-        """The tenants that have something to compute. `waiting`: None where no request can be admitted."""
+        """Those who share the step and have something to compute. `waiting`: None where no request can be admitted."""
         eligible = set(candidates)
         groups = []
-        for tenant in self._shares.tenants.values():
-            rows = [row for row in tenant.rows if row in eligible and row.next_tokens()]
-            enters = waiting is not None and waiting.num_of(tenant.name) > 0
-            num_entering_tokens = waiting.peek(tenant.name).num_tokens if waiting is not None and enters else 0
-            if rows or enters:
-                groups.append(_Group(tenant, rows, self.prompts, num_entering_tokens, budget))
+        for flows in self._shares.parties():
+            flows.sort(key=lambda flow: flow.num_served_tokens)
+            rows = _in_turn([[row for row in flow.rows if row in eligible and row.next_tokens()] for flow in flows])
+            entering = [] if waiting is None else [flow.flow for flow in flows if waiting.num_of(flow.flow)]
+            num_entering_tokens = waiting.peek(entering[0]).num_tokens if waiting is not None and entering else 0
+            if rows or entering:
+                groups.append(_Group(flows, rows, self.prompts, num_entering_tokens, budget))
         return groups
 
     def _compose_shared(self, groups: list[_Group], num_entering: int, budget: int) -> StepComposition:
-        groups.sort(key=lambda group: (not group.rows, group.num_wanted / group.tenant.weight))
+        groups.sort(key=lambda group: (not group.rows, group.num_wanted / group.weight))
         least, *others = groups  # one with rows: whether a request can be admitted is not known yet
-        weight, weights = least.tenant.weight, sum(group.tenant.weight for group in groups)
+        weight, weights = least.weight, sum(group.weight for group in groups)
         base = min(least.num_wanted, max(1, int(budget * weight / weights)))
         extra = self.times.extra_tokens(base, (weights - weight) / weight)
         allowances = [(least, base)]
@@ -141,11 +175,11 @@ class StepComposer:
         room = self._room(num_decodes, num_prompts, budget, may_measure=False)
         candidates: list[Request] = []
         limits: list[int] = []
-        left: dict[str, int] = {}
-        for group, allowance in sorted(allowances, key=lambda pair: pair[0].tenant.num_served_tokens):
+        left: dict[Flow, Allowance] = {}
+        for group, allowance in sorted(allowances, key=lambda pair: pair[0].num_served_tokens):
             rows = group.rows_within(allowance, room, self._longest_chunk)
             used = sum(count for _, count in rows)
-            left[group.tenant.name] = allowance - used
+            left |= dict.fromkeys(group.flows, Allowance(allowance - used))
             room -= sum(count for row, count in rows if row in self.prompts)
             candidates += [row for row, _ in rows]
             limits += [count for _, count in rows]
@@ -162,12 +196,19 @@ class StepComposer:
 
 
 class _Group:
-    """The rows of one tenant that could run, those that were planned least recently first; `num_wanted` tokens in all."""
+    """The rows of these flows that could run, those that were planned least recently first; `num_wanted` tokens in all."""
 
     def __init__(
-        self, tenant: Tenant, rows: list[Request], prompts: dict[Request, None], num_entering_tokens: int, budget: int
+        self,
+        flows: Sequence[Tenant],
+        rows: list[Request],
+        prompts: dict[Request, None],
+        num_entering_tokens: int,
+        budget: int,
     ) -> None:
-        self.tenant = tenant
+        self.flows = [flow.flow for flow in flows]
+        self.weight = sum(flow.weight for flow in flows)
+        self.num_served_tokens = sum(flow.num_served_tokens for flow in flows) / len(flows)
         self.rows = rows
         self._prompts = [row for row in rows if row in prompts]
         self.decodes = [row for row in rows if row not in prompts] if self._prompts else rows
@@ -198,14 +239,21 @@ class _Group:
 
 def _fill(groups: Sequence[_Group], capacity: int) -> list[int]:
     """Tokens of each group, max-min fair by weight, one at least; the groups come by rising demand for their weight."""
-    weights = sum(group.tenant.weight for group in groups)
+    weights = sum(group.weight for group in groups)
     allowances = []
     for group in groups:
-        part = round(capacity * group.tenant.weight / weights)
+        part = round(capacity * group.weight / weights)
         allowances.append(min(group.num_wanted, max(1, part)))
         capacity -= allowances[-1]
-        weights -= group.tenant.weight
+        weights -= group.weight
     return allowances
+
+
+def _in_turn(rows: Sequence[list[Request]]) -> list[Request]:
+    """The rows of flows, one of each after the other, beginning with that of the flow that was served least."""
+    if len(rows) == 1:
+        return rows[0]
+    return [row for turn in zip_longest(*rows) for row in turn if row is not None]
 
 
 def _part(room: int, has_company: bool) -> int:

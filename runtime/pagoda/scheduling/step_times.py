@@ -1,6 +1,6 @@
-"""How long steps take, learned from those that ran: how much more a step may compute beside some rows.
+"""How much more a step may compute beside some rows, learned from the steps that ran.
 
-    seconds of a step with `base` rows alone      measured for each size (a quarter of an octave is one)
+    seconds of a step with `base` rows alone      `StepCost`
     seconds a token that is added to them         a moving average over all sizes
 
 The first is measured when such a step happens to run, or else is made to: `extra_tokens` is 0 at first, and every
@@ -12,7 +12,9 @@ from __future__ import annotations
 
 from math import log2
 
-_SIZES_PER_OCTAVE = 4
+from pagoda.scheduling.step_cost import StepCost
+
+_SIZES_PER_OCTAVE = 4  # those that are measured
 _MEASURE_EVERY = 64  # calls for a size, at most, between two steps of its rows alone
 _MEASURE_GAP = 8  # calls, at least, before a size is measured again after any was
 _WEIGHT = 0.25  # of a new value in a moving average
@@ -24,16 +26,20 @@ class StepTimes:
 
     def __init__(self, first_guess: int) -> None:
         self._first_guess = max(1, first_guess)
-        self._seconds: dict[int, float] = {}  # by size
+        self._cost = StepCost()
+        self._smallest: float | None = None  # of the measured steps' seconds a token
         self._measure_at: dict[int, int] = {}  # by size: the call that is to be answered with 0
         self._seconds_per_token: float | None = None
         self._num_calls = 0
         self._last_measured = 0
         self._largest_known = float(self._first_guess)  # tokens that were added to a step lately
 
-    def extra_tokens(self, num_base: int, share: float, *, may_measure: bool = True) -> int:
+    def extra_tokens(
+        self, num_base: int, share: float, *, most_seconds: float | None = None, may_measure: bool = True
+    ) -> int:
         """How many tokens to add to a step of `num_base` so that it takes `1 + share` times as long.
 
+        `most_seconds`: instead as many as make it take so long, and as `share` says where that is more.
         0 only with `may_measure`: the step is to run as it is, so that its time is known.
         """
         self._num_calls += 1
@@ -44,14 +50,14 @@ class StepTimes:
             self._last_measured = self._num_calls
             self._measure_at[size] = self._num_calls + _MEASURE_EVERY
             return 0
-        seconds = self._seconds.get(size)
-        if seconds is None:
+        seconds = self._cost.seconds(num_base)
+        # It is not more than all of a step's time divided by its tokens.
+        per_token = self._seconds_per_token or self._smallest
+        if not self._cost.is_measured(num_base) or per_token is None:
             return self._first_guess
-        per_token = self._seconds_per_token
-        if per_token is None:  # it is not more than all of a step's time divided by its tokens
-            per_token = min(seconds / _num_tokens(size) for size, seconds in self._seconds.items())
+        added = share * seconds if most_seconds is None else max(share * seconds, most_seconds - seconds)
         # Beyond twice of what was seen the time need not grow as it did up to there.
-        return max(1, int(min(share * seconds / per_token, 2 * self._largest_known)))
+        return max(1, int(min(added / per_token, 2 * self._largest_known)))
 
     def note(self, num_tokens: int, num_base: int, seconds: float, *, is_pure: bool) -> None:
         """A step of `num_tokens` took so long, `num_base` of which were there before any were added.
@@ -61,24 +67,20 @@ class StepTimes:
         if seconds <= 0:
             return  # shorter than the clock can tell
         num_added = num_tokens - num_base
-        base = self._seconds.get(_size(num_base)) if num_added else None
-        if base is not None:
+        if num_added and self._cost.is_measured(num_base):
+            base = self._cost.seconds(num_base)
             # Noise may make the step look shorter than its base: each token costs something.
             per_token = max(seconds - base, 0.02 * seconds) / num_added
             self._seconds_per_token = _moved(self._seconds_per_token, per_token)
             self._largest_known = max(num_added, 0.99 * self._largest_known, self._first_guess)
         if is_pure:
-            size = _size(num_tokens)
-            self._seconds[size] = _moved(self._seconds.get(size), seconds)
-            self._measure_at[size] = self._num_calls + _MEASURE_EVERY
+            self._cost.observe(num_tokens, seconds)
+            self._smallest = min(self._smallest or seconds, seconds / num_tokens)
+            self._measure_at[_size(num_tokens)] = self._num_calls + _MEASURE_EVERY
 
 
 def _size(num_tokens: int) -> int:
     return int(_SIZES_PER_OCTAVE * log2(max(1, num_tokens)))
-
-
-def _num_tokens(size: int) -> float:
-    return float(2.0 ** (size / _SIZES_PER_OCTAVE))
 
 
 def _moved(average: float | None, value: float) -> float:

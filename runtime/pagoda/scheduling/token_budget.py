@@ -13,6 +13,12 @@ class TokenBudget:
         self._configured = configured
         self._good_steps = 0
 
+    def configure(self, configured: int) -> None:
+        """Another full budget from the next step on."""
+        self._configured = configured
+        self.tokens = configured
+        self._good_steps = 0
+
     @property
     def shortage(self) -> str:
         """A description of the reduced budget; empty at the full budget."""

@@ -1,4 +1,4 @@
-"""The waiting queue: the requests of each tenant in an order of their own, under one of two policies.
+"""The waiting queue: the requests of each flow in an order of their own, under one of two policies.
 
 Whose request is next is not decided here but by `TenantShares`. Every operation is O(1) (first come, first served) or O(log n)
 (priority). Removing a request from the middle (an abort) only decreases the count; its entry is skipped when it reaches the
@@ -14,13 +14,15 @@ from collections.abc import Collection
 
 from typing_extensions import override
 
-from pagoda.scheduling.request import Request, RequestStatus
+from pagoda.scheduling.request import Flow, Request, RequestStatus
 
+DUE_SECONDS = 60.0
+"""From its arrival a request without a `ttft_slo` is due so late: those with one go before it no longer than that."""
 _SWEEP_FROM = 64  # stale entries that are not worth a sweep
 
 
-class TenantQueue(ABC):
-    """The waiting requests of one tenant, in the policy's order."""
+class FlowQueue(ABC):
+    """The waiting requests of one flow, in the policy's order."""
 
     def __init__(self) -> None:
         self.length = 0
@@ -74,7 +76,7 @@ class TenantQueue(ABC):
     def _sweep(self) -> None: ...
 
 
-class FirstComeFirstServed(TenantQueue):
+class FirstComeFirstServed(FlowQueue):
     """Order of arrival; preempted requests come before all that never ran."""
 
     def __init__(self) -> None:
@@ -102,22 +104,24 @@ class FirstComeFirstServed(TenantQueue):
         self._entries = deque(entry for entry in self._entries if entry.status is RequestStatus.WAITING)
 
 
-class ByPriority(TenantQueue):
-    """Lower `priority` first; among equals the order of arrival, which a preempted request keeps."""
+class ByPriority(FlowQueue):
+    """Lower `priority` first; among equals the one whose first token is due first, and then the order of arrival, which a
+    preempted request keeps.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self._heap: list[tuple[int, int, Request]] = []
+        self._heap: list[tuple[int, float, int, Request]] = []
 
     @override
     def _insert(self, request: Request) -> None:
-        heapq.heappush(self._heap, (request.spec.priority, request.sequence_number, request))
+        heapq.heappush(self._heap, (request.spec.priority, _due(request), request.sequence_number, request))
 
     _insert_preempted = _insert
 
     @override
     def _first(self) -> Request:
-        return self._heap[0][2]
+        return self._heap[0][3]
 
     @override
     def _drop_first(self) -> None:
@@ -125,32 +129,37 @@ class ByPriority(TenantQueue):
 
     @override
     def _sweep(self) -> None:
-        self._heap = [entry for entry in self._heap if entry[2].status is RequestStatus.WAITING]
+        self._heap = [entry for entry in self._heap if entry[3].status is RequestStatus.WAITING]
         heapq.heapify(self._heap)
 
 
-_POLICIES: dict[str, type[TenantQueue]] = {"fcfs": FirstComeFirstServed, "priority": ByPriority}
+def _due(request: Request) -> float:
+    slo = request.spec.ttft_slo
+    return request.spec.arrival_time + (DUE_SECONDS if slo is None else slo)
+
+
+_POLICIES: dict[str, type[FlowQueue]] = {"fcfs": FirstComeFirstServed, "priority": ByPriority}
 
 
 class WaitingQueue:
-    """The queues of all tenants that have waiting requests. `policy`: `fcfs` or `priority`."""
+    """The queues of all flows that have waiting requests. `policy`: `fcfs` or `priority`."""
 
     def __init__(self, policy: str) -> None:
         self._new_queue = _POLICIES[policy]
-        self._queues: dict[str, TenantQueue] = {}
+        self._queues: dict[Flow, FlowQueue] = {}
         self._length = 0
 
     def __len__(self) -> int:
         return self._length
 
     @property
-    def tenants(self) -> Collection[str]:
-        """The tenants with waiting requests."""
+    def flows(self) -> Collection[Flow]:
+        """The flows with waiting requests."""
         return self._queues.keys()
 
-    def num_of(self, tenant: str) -> int:
-        """How many requests of `tenant` wait."""
-        queue = self._queues.get(tenant)
+    def num_of(self, flow: Flow) -> int:
+        """How many requests of `flow` wait."""
+        queue = self._queues.get(flow)
         return 0 if queue is None else queue.length
 
     def push(self, request: Request) -> None:
@@ -163,28 +172,28 @@ class WaitingQueue:
         self._length += 1
         self._queue_of(request).push_preempted(request)
 
-    def peek(self, tenant: str) -> Request:
-        """The request of `tenant`, which is one of `tenants`, to admit next."""
-        return self._queues[tenant].peek()
+    def peek(self, flow: Flow) -> Request:
+        """The request of `flow`, which is one of `flows`, to admit next."""
+        return self._queues[flow].peek()
 
-    def pop(self, tenant: str) -> Request:
+    def pop(self, flow: Flow) -> Request:
         """Take the request that `peek` shows."""
-        request = self._queues[tenant].pop()
-        self._count_out(tenant)
+        request = self._queues[flow].pop()
+        self._count_out(flow)
         return request
 
     def discard(self, request: Request) -> None:
         """Count out a request that was finished while it waited (its status is FINISHED by now)."""
-        self._queues[request.spec.tenant].discard()
-        self._count_out(request.spec.tenant)
+        self._queues[request.flow].discard()
+        self._count_out(request.flow)
 
-    def _queue_of(self, request: Request) -> TenantQueue:
-        queue = self._queues.get(request.spec.tenant)
+    def _queue_of(self, request: Request) -> FlowQueue:
+        queue = self._queues.get(request.flow)
         if queue is None:
-            queue = self._queues[request.spec.tenant] = self._new_queue()
+            queue = self._queues[request.flow] = self._new_queue()
         return queue
 
-    def _count_out(self, tenant: str) -> None:
+    def _count_out(self, flow: Flow) -> None:
         self._length -= 1
-        if not self._queues[tenant].length:
-            del self._queues[tenant]
+        if not self._queues[flow].length:
+            del self._queues[flow]

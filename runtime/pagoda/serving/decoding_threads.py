@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Callable
 from typing import TypeVar
 
+from pagoda.fair_turns import FairTurns
+from pagoda.serving.auth.api_keys import caller_var
 from pagoda.serving.json_decoding import LARGE_BYTES
+from pagoda.serving.request_memory import RequestMemory
 
 T = TypeVar("T")
 
@@ -15,14 +19,19 @@ MAX_THREADS = 4
 
 
 class DecodingThreads:
-    """Runs what may take long, for a few large messages at a time."""
+    """Runs what may take long, for a few large messages at a time, by tenant in turn; `memory` bounds those that wait."""
 
-    def __init__(self) -> None:
-        self._turns = asyncio.Semaphore(MAX_THREADS)
+    def __init__(self, memory: RequestMemory) -> None:
+        self.memory = memory
+        self._turns = FairTurns(MAX_THREADS, sys.maxsize, "a thread that decodes")
 
     async def run(self, size: int, work: Callable[[], T]) -> T:
         """The result of `work` on a message of `size` bytes. A thread that has begun ends, whoever waits for it or not."""
         if size <= LARGE_BYTES:
             return work()
-        async with self._turns:
+        caller = caller_var.get()
+        await self._turns.take(caller.tenant, caller.limits.weight)
+        try:
             return await asyncio.to_thread(work)
+        finally:
+            self._turns.give_back()

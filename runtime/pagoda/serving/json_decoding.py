@@ -21,7 +21,8 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
-from pagoda.errors import InvalidRequestError, RequestTooLargeError
+from pagoda.config.sizes import exact_bytes
+from pagoda.errors import ContextLengthError, InvalidRequestError, RequestTooLargeError
 from pagoda.request import MAX_TOKEN_ID, TokenIds
 
 LARGE_BYTES = 2**16
@@ -160,14 +161,14 @@ def _check(scan: _Scan, view: memoryview, limits: JsonLimits) -> None:
     allowed = MEMORY_RATIO * len(view) + MEMORY_ALLOWANCE
     if memory > allowed:
         raise RequestTooLargeError(
-            f"the body of {len(view)} bytes has {num_values} values beside token ids, which take {memory} bytes of memory; "
-            f"at most {MEMORY_RATIO} times the body and {MEMORY_ALLOWANCE} bytes more are allowed"
+            f"the body of {exact_bytes(len(view))} has {num_values} values beside token ids; they take {exact_bytes(memory)}; "
+            f"at most {MEMORY_RATIO} times the body and {exact_bytes(MEMORY_ALLOWANCE)} more are allowed"
         )
     for start, end in scan.long_strings:
         num_characters = _least_characters(view[start + 1 : end])
         if limits.max_characters is not None and num_characters > limits.max_characters:
-            raise InvalidRequestError(
-                f"the body has a string of at least {num_characters} characters; the model's context holds "
+            raise ContextLengthError(
+                f"the body has a string of at least {num_characters} characters, and the context holds "
                 f"{limits.max_characters} at most"
             )
 

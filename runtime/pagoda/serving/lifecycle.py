@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from pagoda.engine.health import EngineState
@@ -37,14 +37,19 @@ class Lifecycle:
     def __init__(self, context: ServingContext) -> None:
         self._context = context
         self._signals = 0
+        self._reloading: asyncio.Future[None] | None = None
         self._signalled = asyncio.Event()
         self._signalled_again = asyncio.Event()
         self._engine_dead = asyncio.Event()
         context.health.subscribe(self._on_health)
 
-    def catch_signals(self) -> None:
-        """From now on the first signal drains the server, and the second aborts the requests still running."""
+    def catch_signals(self, reload: Callable[[], Awaitable[None]]) -> None:
+        """From now on the first signal drains the server, and the second aborts the requests still running.
+
+        On SIGHUP `reload` is called, which reads the settings again.
+        """
         loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGHUP, lambda: self._reload(reload))
         for number in SIGNALS:
             loop.add_signal_handler(number, self._on_signal, number)
 
@@ -68,8 +73,9 @@ class Lifecycle:
                 await self._drain()
                 return EXIT_FAILED if context.health.state is EngineState.DEAD else EXIT_OK
             cause = _failure(server) or _failure(loader) or context.health.cause
-            self._log_failure(cause)
-            context.health.fail(str(cause))
+            context.health.fail(str(cause))  # which logs it, but for a server that was dead already
+            if str(cause) != context.health.cause or not isinstance(cause, PagodaError | str):
+                self._log_failure(cause)
             await self._wait_until_idle(ABORT_TIMEOUT_SECONDS)
             return EXIT_FAILED
         finally:
@@ -83,26 +89,29 @@ class Lifecycle:
         grace = context.config.grace_period_seconds
         logger.info(
             "draining: %d running requests have %g s to finish; a second signal aborts them now",
-            context.runner.num_running,
+            context.models.num_running,
             grace,
         )
         context.health.drain("the server received a stop signal")
         signalled_again = asyncio.ensure_future(self._signalled_again.wait())
-        idle = asyncio.ensure_future(context.runner.wait_until_idle())
+        idle = asyncio.ensure_future(context.models.wait_until_idle())
         await asyncio.wait((signalled_again, idle), timeout=grace, return_when=asyncio.FIRST_COMPLETED)
         for task in (signalled_again, idle):
             task.cancel()
-        if context.runner.num_running:
-            logger.warning("aborting %d requests that did not finish in time", context.runner.num_running)
-            context.runner.stop()
+        if context.models.num_running:
+            logger.warning("aborting %d requests that did not finish in time", context.models.num_running)
+            context.models.stop()
             await self._wait_until_idle(ABORT_TIMEOUT_SECONDS)
 
     async def _wait_until_idle(self, seconds: float) -> None:
         try:
             async with asyncio.timeout(seconds):
-                await self._context.runner.wait_until_idle()
+                await self._context.models.wait_until_idle()
         except TimeoutError:
-            logger.warning("%d aborted requests are still running", self._context.runner.num_running)
+            logger.warning("%d aborted requests are still running", self._context.models.num_running)
+
+    def _reload(self, reload: Callable[[], Awaitable[None]]) -> None:
+        self._reloading = asyncio.ensure_future(reload())  # kept, for the loop does not
 
     def _on_signal(self, number: int) -> None:
         self._signals += 1

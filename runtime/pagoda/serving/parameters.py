@@ -28,8 +28,14 @@ MAX_PARAMETER_IDS = 2**19
 """Ids of a list such as allowed_token_ids; no vocabulary has more."""
 
 
+def whole_number(value: object) -> object:
+    """A float without a fraction, as some clients write every number, as the integer that it is; the rest as it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 def as_integer(name: str, value: object) -> int:
-    """`value`, if it is an integer that fits 32 bits (`seed`: 64)."""
+    """`value`, if it is an integer that fits 32 bits (`seed`: 64); 8.0 is one."""
+    value = whole_number(value)
     limit = 2**63 - 1 if name == "seed" else MAX_INTEGER
     if isinstance(value, bool) or not isinstance(value, int) or not -limit - 1 <= value <= limit:
         raise InvalidRequestError(f"{name} must be an integer of at most {limit}, got {shown(value)}", name)

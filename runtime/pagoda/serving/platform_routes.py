@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from dataclasses import asdict
 from typing import Any
 
 from fastapi import APIRouter
@@ -9,6 +11,7 @@ from pydantic import BaseModel
 from starlette.responses import Response
 
 import pagoda
+from pagoda.platform.hardware import cpu_report, memory_report, versions
 from pagoda.serving.context import ServingContext
 from pagoda.serving.http.responses import json_response
 from pagoda.serving.v2.errors import v2_errors
@@ -21,10 +24,11 @@ class LoadResponse(BaseModel):
 
 
 class ServerInfoResponse(BaseModel):
-    """Every setting but the secret ones, as it was given or left to its default."""
+    """Every setting but the secret ones, as it was given or left to its default; `system_env`: the machine, and versions."""
 
     version: str
     config: dict[str, Any]
+    system_env: dict[str, Any]
 
 
 class ResetResponse(BaseModel):
@@ -56,28 +60,33 @@ def platform_router(context: ServingContext) -> APIRouter:
     @router.get("/load", response_model=LoadResponse)
     async def load() -> Response:
         """How many sequences are in the engine."""
-        stats = context.client.stats
-        return json_response({"server_load": stats.num_running + stats.num_waiting})
+        stats = [served.client.stats for served in context.models]
+        return json_response({"server_load": sum(one.num_running + one.num_waiting for one in stats)})
 
     @router.get("/server_info", response_model=ServerInfoResponse)
     async def server_info() -> Response:
-        """Version and settings."""
-        return json_response({"version": pagoda.__version__, "config": context.config.without_secrets()})
+        """Version, settings and machine."""
+        system = await asyncio.to_thread(_system)
+        config = context.config.without_secrets()
+        return json_response({"version": pagoda.__version__, "config": config, "system_env": system})
 
     @router.post("/reset_prefix_cache", response_model=ResetResponse, responses=v2_errors(503))
     async def reset_prefix_cache() -> Response:
         """Let no request from now on find what others have computed; those that run go on."""
         context.health.check_ready()
-        context.client.reset_prefix_cache()
+        for served in context.models:
+            if served.health.is_ready:
+                served.client.reset_prefix_cache()
         return json_response({"success": True})
 
     if context.config.enable_tokenizer_info_endpoint:
 
         @router.get("/tokenizer_info", response_model=TokenizerInfoResponse, responses=v2_errors(503))
-        async def tokenizer_info() -> Response:
+        async def tokenizer_info(model: str | None = None) -> Response:
             """Special tokens and chat templates."""
-            context.health.check_ready()
-            tokenizer = context.generator.pool.tokenizer
+            served = context.models.asked(model)
+            served.health.check_ready()
+            tokenizer = served.text.pool.tokenizer
             templates = tokenizer.chat_templates
             return json_response(
                 {
@@ -89,3 +98,9 @@ def platform_router(context: ServingContext) -> APIRouter:
             )
 
     return router
+
+
+def _system() -> dict[str, Any]:
+    """What `pagoda doctor` says of the machine but for its GPUs, for which torch would be imported; sizes in bytes."""
+    cpu, memory = asdict(cpu_report()), asdict(memory_report())
+    return {"cpu": cpu, "memory": memory, "versions": {name: found for name, found in versions().items() if found}}

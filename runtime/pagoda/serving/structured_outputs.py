@@ -1,4 +1,4 @@
-"""What a client asks of the form of an answer, in OpenAI's and in vLLM's names, as one `GrammarSpec`."""
+"""What a client asks of the form of an answer, in the names of OpenAI, vLLM, SGLang and llama.cpp, as one `GrammarSpec`."""
 
 from __future__ import annotations
 
@@ -21,15 +21,17 @@ _CONSTRAINTS: dict[str, _Make] = {
     "grammar": GrammarSpec.of_grammar,
     "structural_tag": GrammarSpec.of_structural_tag,
 }
+# At the top of a request: vLLM's old names, SGLang's and llama.cpp's.
+_FIELDS: dict[str, str] = {
+    **{f"guided_{kind}": kind for kind in ("json", "regex", "choice", "grammar")},
+    **{"json_schema": "json", "regex": "regex", "ebnf": "grammar", "grammar": "grammar"},
+}
 # Of `structured_outputs` and beside `guided_*`: what is read, and what would change the answer and is not there.
 _WITHOUT_EFFECT = frozenset({"disable_fallback", "backend", "_backend", "_backend_was_auto"})
 _NOT_THERE = ("disable_additional_properties", "whitespace_pattern", "guided_whitespace_pattern")
 
 STRUCTURED_FIELDS = frozenset(
-    {
-        *("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"),
-        *("guided_whitespace_pattern", "guided_decoding_backend"),
-    }
+    {"response_format", "structured_outputs", *_FIELDS, "guided_whitespace_pattern", "guided_decoding_backend"}
 )
 
 
@@ -60,7 +62,7 @@ def _spec_of(name: str, value: object) -> GrammarSpec | None:
         return _response_format(_object(name, value))
     if name == "structured_outputs":
         return _structured_outputs(_object(name, value))
-    kind = name.removeprefix("guided_")
+    kind = _FIELDS[name]
     if kind == "choice" and isinstance(value, str):
         value = _parsed(name, value)
     return _make(name, _CONSTRAINTS[kind], value)

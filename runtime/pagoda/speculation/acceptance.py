@@ -10,24 +10,40 @@ _FIRST_GUESS = 0.7
 
 
 class AcceptanceRates:
-    """`rates[j]`: how often draft j was right where those before it were; new observations count for `share`."""
+    """`rates[j]`: how often draft j was right where those before it were. Places that no draft came to are like the one before
+    them."""
 
-    def __init__(self, rates: Sequence[float], share: float) -> None:
+    def __init__(self, rates: Sequence[float], share: float, num_believed: int = 1, num_tried: int = 0) -> None:
+        """`rates` are believed as if each were seen `num_believed` times, of the first `num_tried` places; with more
+        observations than 1 / `share` each new one counts for `share`."""
         self.rates = list(rates)
+        self.num_tried = num_tried
         self._share = share
+        self._num_seen = [num_believed] * len(self.rates)
 
     @classmethod
-    def unknown(cls, num_drafts: int, share: float) -> AcceptanceRates:
+    def unknown(cls, num_drafts: int, share: float, num_believed: int = 1) -> AcceptanceRates:
         """Before any draft was verified."""
-        return cls([_FIRST_GUESS] * num_drafts, share)
+        return cls([_FIRST_GUESS] * num_drafts, share, num_believed)
 
-    def observe(self, num_drafts: int, num_right: int) -> None:
-        """Of `num_drafts` in a row the first `num_right` were right, and the next one, if there was one, was not."""
-        rates, share = self.rates, self._share
-        for place in range(min(num_right, len(rates))):
-            rates[place] += share * (1.0 - rates[place])
-        if num_right < min(num_drafts, len(rates)):
-            rates[num_right] -= share * rates[num_right]
+    def copy(self, share: float, num_believed: int) -> AcceptanceRates:
+        """What another one begins with."""
+        return AcceptanceRates(self.rates, share, num_believed, self.num_tried)
+
+    def observe(self, num_drafts: int, num_right: int, least_share: float = 0.0) -> None:
+        """Of `num_drafts` in a row the first `num_right` were right, and the next one, if there was one, was not.
+
+        `least_share`: what this counts for at least; for observations that are rare.
+        """
+        rates = self.rates
+        num_told = min(num_right + 1, num_drafts, len(rates))
+        for place in range(num_told):
+            self._num_seen[place] += 1
+            share = max(self._share, least_share, 1.0 / self._num_seen[place])
+            rates[place] += share * ((1.0 if place < num_right else 0.0) - rates[place])
+        known = self.num_tried = max(self.num_tried, num_told)
+        if 0 < known < len(rates):
+            rates[known:] = [rates[known - 1]] * (len(rates) - known)
 
     def all_right_up_to(self, num_drafts: int) -> list[float]:
         """Of each of so many drafts how likely it and all before it are right."""

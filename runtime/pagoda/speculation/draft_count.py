@@ -12,10 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pagoda.speculation.step_cost import StepCost
+from pagoda.scheduling.step_cost import StepCost
 
 # Estimates err: what promises less than this gain is left alone.
-_LEAST_GAIN = 1.03
+LEAST_GAIN = 1.03
 
 
 def choose_counts(
@@ -31,7 +31,7 @@ def choose_counts(
     plain = cost.of(num_outputs)
     base = plain - cost.of(num_tokens)
     expected = float(num_outputs)
-    best_rate, best = _LEAST_GAIN * num_outputs / plain, 0
+    best_rate, best = LEAST_GAIN * num_outputs / plain, 0
     for count, (value, _, _) in enumerate(candidates, start=1):
         expected += value
         rate = expected / (base + cost.of(num_tokens + count))
@@ -47,7 +47,7 @@ def may_pay(num_outputs: int, num_tokens: int, most: int, cost: StepCost) -> boo
     """Whether drafts would pay if all of them were right, `most` at most."""
     plain = cost.of(num_outputs)
     base = plain - cost.of(num_tokens)
-    least_rate = _LEAST_GAIN * num_outputs / plain
+    least_rate = LEAST_GAIN * num_outputs / plain
     count = 1
     while count <= most:
         if (num_outputs + count) / (base + cost.of(num_tokens + count)) > least_rate:

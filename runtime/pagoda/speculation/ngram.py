@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pagoda.scheduling.request import Request
-from pagoda.speculation.history import BREAK, History
+from pagoda.speculation.history import BREAK, History, IndexBudget
 
 # Places compared for the one with the most equal tokens.
 _MOST_PLACES = 8
@@ -14,13 +14,16 @@ _MOST_PLACES = 8
 class NgramDrafter:
     """A request's own text: its predicted output where one was given, its prompt, and its output so far."""
 
-    def __init__(self, request: Request, shortest: int, longest: int) -> None:
+    def __init__(self, request: Request, shortest: int, longest: int, budget: IndexBudget | None = None) -> None:
         self._request = request
         self._longest = longest
-        self._history = History(shortest)
+        self._history = History(shortest, budget)
         self._prediction = request.spec.prediction_token_ids
         self._history.append([*self._prediction, BREAK] if self._prediction else [])
         self._num_taken = 0  # of the request's tokens
+
+    def close(self) -> None:
+        self._history.release()
 
     def propose(self, limit: int) -> Sequence[int]:
         """Up to `limit` tokens that may come next."""

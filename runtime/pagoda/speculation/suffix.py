@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from pagoda.config.speculation import SpeculativeConfig
 from pagoda.scheduling.request import Request
-from pagoda.speculation.history import BREAK, History, Match
+from pagoda.speculation.history import BREAK, History, IndexBudget, Match
 
 _SHORTEST = 2  # tokens that must be equal
 _MOST_PLACES = 16  # in each text
@@ -66,20 +66,25 @@ class PastOutputs:
 
 def key_of(request: Request) -> TenantKey:
     """Requests with equal keys may know of each other's outputs."""
-    return (request.spec.tenant, *request.spec.cache_keys)
+    return (request.spec.tenant, *request.spec.prefix_keys)
 
 
 class SuffixDrafter:
     """A request's own text and the past outputs of its tenant."""
 
-    def __init__(self, request: Request, config: SpeculativeConfig, past: PastOutputs) -> None:
+    def __init__(
+        self, request: Request, config: SpeculativeConfig, past: PastOutputs, budget: IndexBudget | None = None
+    ) -> None:
         self._request = request
         self._config = config
         self._past = past
-        self._own = History(_SHORTEST)
+        self._own = History(_SHORTEST, budget)
         self._prediction = request.spec.prediction_token_ids
         self._own.append([*self._prediction, BREAK] if self._prediction else [])
         self._num_taken = 0  # of the request's tokens
+
+    def close(self) -> None:
+        self._own.release()
 
     def propose(self, limit: int) -> Sequence[int]:
         """Up to `limit` tokens that may come next."""

@@ -9,7 +9,7 @@ import logging
 import sys
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 from pagoda.errors import DeadlineExceededError, InvalidRequestError, NotSupportedError, RequestFailedError
@@ -57,6 +57,8 @@ class GrammarAdmission:
         Raises `InvalidRequestError` that says why it does not, `QueueFullError` and `DeadlineExceededError` where too many
         others wait for the processes.
         """
+        if not spec.has_grammar:
+            return
         key = hashlib.sha256(f"{spec.kind} {spec.whitespace} {spec.source}".encode("utf-8", "surrogatepass")).digest()
         if key in self._verdicts:
             self._verdicts.move_to_end(key)
@@ -104,7 +106,7 @@ class GrammarAdmission:
         try:
             if process is None or process.returncode is not None:
                 process = await self._start()
-            answer = await _exchange(process, asdict(replace(spec, starts_after=(), opened_by=None)), self._timeout)
+            answer = await _exchange(process, asdict(spec.alone), self._timeout)
             answered = True
         except TimeoutError:
             logger.warning("a %s took longer than %g s to be compiled: its process is ended", spec.kind, self._timeout)

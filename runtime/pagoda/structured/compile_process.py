@@ -21,6 +21,7 @@ import numpy as np
 from pagoda.errors import ConfigError, InvalidRequestError
 from pagoda.structured.compiler import compile_grammar, grammar_error
 from pagoda.structured.matcher import GrammarMatcher
+from pagoda.structured.reasoning import Reasoning
 from pagoda.structured.spec import GrammarSpec
 from pagoda.structured.vocabulary import GrammarVocabulary
 
@@ -41,6 +42,7 @@ def try_grammar(spec: GrammarSpec, vocabulary: GrammarVocabulary) -> None:
     """Compile a grammar and follow it for some tokens. Raises `InvalidRequestError` for one that cannot be enforced."""
     matcher = GrammarMatcher(
         compile_grammar(spec, vocabulary),
+        Reasoning(spec, lambda _: b""),
         vocab_size=vocabulary.tokenizer.vocab_size,
         vocabulary_eos_ids=vocabulary.tokenizer.eos_tokens,
         end_ids=(),

@@ -16,7 +16,8 @@ import llguidance
 from llguidance.gbnf_to_lark import any_to_lark
 
 from pagoda.errors import InvalidRequestError
-from pagoda.structured.matcher import GrammarMatcher
+from pagoda.structured.matcher import GrammarMatcher, OutputMatcher, TextMatcher
+from pagoda.structured.reasoning import Reasoning
 from pagoda.structured.spec import GrammarSpec
 from pagoda.structured.structural_tag import json_source, lark_of_structural_tag
 from pagoda.structured.vocabulary import GrammarVocabulary
@@ -57,8 +58,8 @@ class GrammarCompiler:
         self._lock = threading.Lock()
 
     def is_cached(self, spec: GrammarSpec) -> bool:
-        """Whether `matcher` would give a copy at once."""
-        return _key(spec) in self._cached
+        """Whether `matcher` takes microseconds."""
+        return not spec.has_grammar or _key(spec) in self._cached
 
     def matcher(
         self,
@@ -68,20 +69,22 @@ class GrammarCompiler:
         stop_token_ids: Sequence[int] = (),
         min_tokens: int = 0,
         ignore_eos: bool = False,
-    ) -> GrammarMatcher:
+    ) -> OutputMatcher:
         """A matcher at the beginning of the output, see `GrammarMatcher`. Raises `InvalidRequestError`."""
+        tokenizer = self.vocabulary.tokenizer
+        reasoning = Reasoning(spec, lambda token_id: bytes(tokenizer.decode_bytes([token_id])))
+        if not spec.has_grammar:
+            return TextMatcher(tokenizer.vocab_size, reasoning)
         special = frozenset(self.vocabulary.special_tokens.values())
         return GrammarMatcher(
             self._compiled(spec).deep_copy(),
-            vocab_size=self.vocabulary.tokenizer.vocab_size,
-            vocabulary_eos_ids=self.vocabulary.tokenizer.eos_tokens,
+            reasoning,
+            vocab_size=tokenizer.vocab_size,
+            vocabulary_eos_ids=tokenizer.eos_tokens,
             end_ids=(*eos_token_ids, *(token_id for token_id in stop_token_ids if token_id in special)),
             stop_token_ids=stop_token_ids,
             min_tokens=min_tokens,
             ignore_eos=ignore_eos,
-            starts_after=spec.starts_after,
-            opened_by=spec.opened_by,
-            token_bytes=lambda token_id: bytes(self.vocabulary.tokenizer.decode_bytes([token_id])),
         )
 
     def _compiled(self, spec: GrammarSpec) -> llguidance.LLMatcher:

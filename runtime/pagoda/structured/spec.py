@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
+from pagoda.config.sizes import exact_bytes
 from pagoda.errors import InvalidRequestError
 
-GrammarKind = Literal["json_schema", "json_object", "regex", "choice", "grammar", "structural_tag"]
+GrammarKind = Literal["json_schema", "json_object", "regex", "choice", "grammar", "structural_tag", "text"]
 
 MAX_SOURCE_BYTES = 128 << 10
 MAX_JSON_CHARACTERS = 4 * MAX_SOURCE_BYTES  # with blanks and escapes
@@ -28,7 +29,11 @@ class GrammarSpec:
     `regex` a regular expression and for `grammar` a grammar in llguidance's Lark, as they are; empty for `json_object`.
     `whitespace`: between the tokens of JSON, one space or one line break with indentation, or none. `starts_after`: ids of the
     tokens that end the reasoning; the grammar begins behind their first occurrence in the output. Empty: at its beginning.
-    `opened_by`: there is reasoning only if the output begins with this token; None: it always begins within the reasoning.
+    `opened_by`: there is reasoning only if the output begins with these tokens, with a grammar one; empty: it always begins
+    within the reasoning.
+    `reasoning_budget`: so many tokens of reasoning at most, then those of `starts_after` come; `reasoning_left_by`: tokens
+    that end the reasoning, too, such as the marker of a call. `text` is any text: only the reasoning is bounded.
+    `reasoning_in_grammar`: the grammar is of the whole output, and has the reasoning in it.
     Raises `InvalidRequestError`.
     """
 
@@ -36,7 +41,10 @@ class GrammarSpec:
     source: str = ""
     whitespace: bool = True
     starts_after: tuple[int, ...] = ()
-    opened_by: int | None = None
+    opened_by: tuple[int, ...] = ()
+    reasoning_budget: int | None = None
+    reasoning_left_by: tuple[int, ...] = ()
+    reasoning_in_grammar: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in _KINDS:
@@ -44,9 +52,9 @@ class GrammarSpec:
         size = len(self.source.encode("utf-8", "surrogatepass"))
         if size > MAX_SOURCE_BYTES:
             raise InvalidRequestError(
-                f"{self.kind} has {size} bytes; at most {MAX_SOURCE_BYTES} are allowed", self.kind
+                f"{self.kind} has {exact_bytes(size)}; at most {exact_bytes(MAX_SOURCE_BYTES)} are allowed", self.kind
             )
-        if not self.source and self.kind != "json_object":
+        if not self.source and self.kind not in ("json_object", "text"):
             raise InvalidRequestError(f"{self.kind} is empty", self.kind)
 
     @classmethod
@@ -94,9 +102,24 @@ class GrammarSpec:
             raise InvalidRequestError("structural_tag must be an object", "structural_tag")
         return cls(kind="structural_tag", source=_dump(tag, "structural_tag"))
 
-    def after(self, token_ids: Sequence[int], opened_by: int | None = None) -> GrammarSpec:
+    @property
+    def has_grammar(self) -> bool:
+        """Whether the answer keeps to a grammar, which then knows where it may end."""
+        return self.kind != "text"
+
+    @property
+    def alone(self) -> GrammarSpec:
+        """The grammar without the reasoning before it."""
+        return GrammarSpec(kind=self.kind, source=self.source, whitespace=self.whitespace)
+
+    @property
+    def parsed(self) -> Any:
+        """The source as the client wrote it: a JSON value, or a text."""
+        return json.loads(self.source) if self.kind in ("json_schema", "structural_tag", "choice") else self.source
+
+    def after(self, token_ids: Sequence[int], opened_by: Sequence[int] = ()) -> GrammarSpec:
         """The same grammar, which begins behind these tokens: the end of the reasoning."""
-        return replace(self, starts_after=tuple(token_ids), opened_by=opened_by)
+        return replace(self, starts_after=tuple(token_ids), opened_by=tuple(opened_by))
 
 
 def check_length(text: str, name: str) -> None:
@@ -160,5 +183,5 @@ class _Size:
         self._left -= num_bytes
         if self._left < 0:
             raise InvalidRequestError(
-                f"{self._name} is too large: at most {MAX_SOURCE_BYTES} bytes are allowed", self._name
+                f"{self._name} is too large: at most {exact_bytes(MAX_SOURCE_BYTES)} are allowed", self._name
             )

@@ -14,9 +14,11 @@ from typing import Any
 import llguidance
 
 from pagoda.errors import InvalidRequestError, shown
+from pagoda.structured.loose_json import LooseJsonWriter, separated
 
 _TEXT = "TEXT"
-_FIRST_LINES = r"TEXT: /(.|\n)*/"
+_ANYTHING = r"/(.|\n)*/"
+_FIRST_LINES = f"{_TEXT}: {_ANYTHING}"
 _MAX_RULES = 2000
 
 
@@ -60,6 +62,14 @@ def _member(value: object, name: str, kind: Any, where: str) -> Any:
     return value[name]
 
 
+def _check_keys(part: Mapping[str, Any], kind: str) -> None:
+    """Refuse what is not read, unless it asks for nothing; xgrammar writes its defaults, too."""
+    defaults = {"style": "json", "type": kind}
+    for key, value in part.items():
+        if key not in _KEYS[kind] and value not in (None, [], "", False) and value != defaults.get(key):
+            raise _wrong(f"{shown(key)} of a {kind} cannot be enforced: it is not known here")
+
+
 def _wrong(message: str) -> InvalidRequestError:
     return InvalidRequestError(message, "structural_tag")
 
@@ -79,6 +89,7 @@ class _Writer:
         write = _FORMATS.get(kind)
         if write is None:
             raise _wrong(f"a format has the type {shown(kind)}; known types are {', '.join(sorted(_FORMATS))}")
+        _check_keys(part, kind)
         return write(self, part)
 
     def literal(self, text: str) -> str:
@@ -100,12 +111,17 @@ class _Writer:
 
     def tag(self, part: Mapping[str, Any], begin_after: str = "") -> str:
         """A tag, whose `begin` is there as far as `begin_after`."""
+        _check_keys(part, "tag")
         begin = _member(part, "begin", str, "a tag")[len(begin_after) :]
         content = _member(part, "content", Mapping, "a tag")
         ends = part.get("end", "")
         ends = ends if isinstance(ends, list) else [ends]
         if not ends or not all(isinstance(end, str) for end in ends):
             raise _wrong("'end' in a tag must be a text or a list of texts")
+        special = self._special.search(ends[0]) if len(ends) == 1 else None
+        if content.get("type") == "any_text" and special is not None and special.start():
+            end = ends[0][: special.start()]
+            return _sequence(self.literal(begin), self._up_to(end), self.literal(ends[0][special.start() :]))
         if content.get("type") == "any_text" and not any(self._special.match(end) for end in ends) and all(ends):
             name = f"TEXT_{len(self.rules)}"
             choices = " | ".join(json.dumps(end, ensure_ascii=False) for end in ends)
@@ -154,6 +170,22 @@ class _Writer:
         """Formats one after another."""
         return _sequence(*map(self.expression, _member(part, "elements", list, "sequence")))
 
+    def separated_sequence(self, part: Mapping[str, Any]) -> str:
+        """Formats in their order with a separator between them; those whose numbers are in `optional` may be left out."""
+        elements = _member(part, "elements", list, "separated_sequence")
+        separator = self.literal(_member(part, "separator", str, "separated_sequence"))
+        optional = part.get("optional", ())
+        rules = [(self._rule(self.expression(each)), number not in optional) for number, each in enumerate(elements)]
+        return separated(rules, separator, self._rule)
+
+    def loose_json(self, part: Mapping[str, Any]) -> str:
+        """An object as Gemma writes it."""
+        quote = _member(part, "quote", str, "loose_json")
+        schema = _member(part, "json_schema", Mapping | bool, "loose_json")
+        return LooseJsonWriter(
+            schema, self.literal(quote), self._up_to(quote), self.json, self._rule, self._defined
+        ).object()
+
     def choice(self, part: Mapping[str, Any]) -> str:
         """One of several formats."""
         return f"({' | '.join(map(self.expression, _member(part, 'elements', list, 'or')))})"
@@ -162,13 +194,28 @@ class _Writer:
         """What a regular expression matches."""
         return self._rule(f"/{llguidance.regex_to_lark(_member(part, 'pattern', str, 'regex'), '')}/")
 
-    def _up_to(self, trigger: str) -> str:
+    def other_text(self, part: Mapping[str, Any]) -> str:
+        """Free text that does not begin as `pattern` says, up to and with `end` where there is one."""
+        begin = llguidance.regex_to_lark(_member(part, "pattern", str, "other_text"), "")
+        name = f"OTHER_{len(self.rules)}"
+        self._add(f"{name}: {_ANYTHING} & ~/({begin})(.|\\n)*/")
+        end = part.get("end", "")
+        return self._up_to(end, name) if end else name
+
+    def _up_to(self, trigger: str, text: str = _TEXT) -> str:
         """Free text that ends where the trigger does."""
         special = self._special.match(trigger)
         if special is not None:
-            return _sequence(_TEXT, self.literal(trigger))
+            return _sequence(text, self.literal(trigger))
         name = f"trigger_{len(self.rules)}"
-        self._add(f"{name}[lazy]: {_TEXT} {json.dumps(trigger, ensure_ascii=False)}")
+        self._add(f"{name}[lazy]: {text} {json.dumps(trigger, ensure_ascii=False)}")
+        return name
+
+    def _defined(self, write: Callable[[str], str]) -> str:
+        """A rule that may name itself."""
+        place = len(self.rules)
+        name = self._rule("")
+        self.rules[place] = f"{name}: {write(name)}"
         return name
 
     def _rule(self, body: str) -> str:
@@ -202,10 +249,28 @@ _FORMATS: dict[str, Callable[[_Writer, Mapping[str, Any]], str]] = {
     "any_text": lambda _, __: _TEXT,
     "const_string": lambda writer, part: writer.literal(_member(part, "value", str, "const_string")),
     "json_schema": lambda writer, part: writer.json(_member(part, "json_schema", Mapping | bool, "json_schema")),
+    "loose_json": _Writer.loose_json,
     "or": _Writer.choice,
+    "other_text": _Writer.other_text,
     "regex": _Writer.regex,
+    "separated_sequence": _Writer.separated_sequence,
     "sequence": _Writer.sequence,
     "tag": lambda writer, part: writer.tag(part),
     "tags_with_separator": _Writer.separated,
     "triggered_tags": _Writer.triggered,
+}
+# What each has beside its type. Anything else would be asked for and not be kept.
+_KEYS: dict[str, frozenset[str]] = {
+    "any_text": frozenset(),
+    "const_string": frozenset({"value"}),
+    "json_schema": frozenset({"json_schema"}),
+    "loose_json": frozenset({"json_schema", "quote"}),
+    "or": frozenset({"elements"}),
+    "other_text": frozenset({"pattern", "end"}),
+    "regex": frozenset({"pattern"}),
+    "separated_sequence": frozenset({"elements", "separator", "optional"}),
+    "sequence": frozenset({"elements"}),
+    "tag": frozenset({"begin", "content", "end"}),
+    "tags_with_separator": frozenset({"tags", "separator", "at_least_one", "stop_after_first"}),
+    "triggered_tags": frozenset({"triggers", "tags", "at_least_one", "stop_after_first"}),
 }

@@ -10,6 +10,7 @@ from pagoda.config.schema import PagodaConfig
 from pagoda.errors import ConfigError
 from pagoda.models.checkpoint_files import has_file, read_json_object
 from pagoda.models.config import CONFIG_FILE, GENERATION_CONFIG_FILE, ModelConfig
+from pagoda.models.pooling_config import read_model, read_pooler
 from pagoda.text.tokenizer import Tokenizer
 
 
@@ -31,6 +32,16 @@ class CheckpointDefaults:
         return tuple(token_id for token_id in unique if token_id is not None and token_id < self.vocab_size)
 
 
+def pools(config: PagodaConfig) -> bool:
+    """Whether the configured model pools, and so generates nothing. Raises what `read_checkpoint_defaults` does."""
+    if config.model is None:
+        raise ConfigError("model is not set: there is no checkpoint to read")
+    return (
+        read_pooler(config, config.model, read_model(config.model, generation=False, model_impl=config.model_impl))
+        is not None
+    )
+
+
 def read_checkpoint_defaults(config: PagodaConfig) -> CheckpointDefaults:
     """Read config.json and, unless `generation_config` is `none`, generation_config.json of the configured model.
 
@@ -47,6 +58,7 @@ def read_checkpoint_defaults(config: PagodaConfig) -> CheckpointDefaults:
         read_json_object(directory, CONFIG_FILE),
         {**generation, **overridden},
         where=str(directory / CONFIG_FILE),
+        model_impl=config.model_impl,
         generation_where="override_generation_config" if overridden else str(directory / GENERATION_CONFIG_FILE),
     )
     recommended = asdict(model.generation)

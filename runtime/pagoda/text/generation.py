@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping
-from contextlib import aclosing
+from contextlib import aclosing, nullcontext
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -22,7 +22,8 @@ from pagoda.text.streams import merge_streams
 from pagoda.text.validation import RequestLimits, check_num_tokens, validate_request
 
 if TYPE_CHECKING:
-    from pagoda.engine.client.client import EngineClient
+    from pagoda.engine.client.interface import EngineClient
+    from pagoda.engine.client.request_queue import QueuePlaces
     from pagoda.text.pool import TokenizerPool
 
 __all__ = ["GenerationChunk", "PositionLogprobs", "TextGenerator", "TokenLogprob"]
@@ -38,8 +39,8 @@ class TextGenerator:
     `.render_chat_and_encode(messages, ...)` serve the routes that need tokens and no generation.
     `default_max_tokens` is used when `max_tokens` was not given; `default_sampling` holds the sampling defaults of
     the checkpoint's generation_config.json, `eos_token_ids` the ids that end generation, `answer_format` how the checkpoint's
-    answers mark reasoning and tool calls. `grammars` compiles each on trial before the engine sees it; None leaves it to the
-    engine.
+    answers mark reasoning and tool calls, `directory` where its files are. `grammars` compiles each on trial before the engine
+    sees it; None leaves it to the engine.
     """
 
     def __init__(
@@ -52,8 +53,10 @@ class TextGenerator:
         default_sampling: Mapping[str, Any] | None = None,
         answer_format: AnswerFormat | None = None,
         grammars: GrammarAdmission | None = None,
+        directory: str | None = None,
     ) -> None:
         self.client = client
+        self.directory = directory
         self._grammars = grammars
         self.pool = pool
         self.eos_token_ids = eos_token_ids
@@ -87,6 +90,7 @@ class TextGenerator:
                 timeout=config.structured_outputs_timeout_seconds,
                 caller=pool.caller,
             ),
+            directory=config.model,
         )
 
     async def shutdown(self) -> None:
@@ -104,9 +108,12 @@ class TextGenerator:
                 raise InvalidRequestError(f"there is no sampling parameter {name!r}", name)
         return SamplingParams(**{**self.default_sampling, **given})
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationChunk, None]:
+    async def generate(
+        self, request: GenerationRequest, places: QueuePlaces | None = None
+    ) -> AsyncGenerator[GenerationChunk, None]:
         """Stream the completion(s) of a request.
 
+        `places`: of its sequences, where it is one of several; of its own `params.n` it sees to it itself.
         Chunks of the `params.n` choices come interleaved in the order they are made. With `echo` the first chunk of each
         choice begins with the prompt's text. Closing the iterator, cancelling the task that reads it, or any error aborts what
         is still running.
@@ -114,6 +121,28 @@ class TextGenerator:
         Raises, before the first chunk: `InvalidRequestError`, `QueueFullError`, `EngineNotReadyError`; at any time:
         `EngineDeadError`, `RequestFailedError`.
         """
+        request, requests, echoed = await self._admitted(request)
+        params, prompt_token_ids = request.params, requests[0].prompt_token_ids
+        states = [self._state(request, prompt_token_ids, index, echoed) for index in range(params.n)]
+        if params.n == 1:  # read right here: each generator in between would cost every token a third of a microsecond
+            async with self._outputs(requests[0], places) as outputs:
+                async for output in outputs:
+                    yield states[0].process(output)
+                    if states[0].finished:
+                        return
+            raise RequestFailedError(UNFINISHED)
+        with self.client.reserve(request.tenant, params.n) if places is None else nullcontext(places) as places:
+            sequences = [self._chunks(*pair, places) for pair in zip(requests, states, strict=True)]
+            async with aclosing(merge_streams(sequences)) as chunks:
+                async for _, chunk in chunks:
+                    yield chunk
+
+    async def rendered(self, request: GenerationRequest) -> EngineRequest:
+        """What the engine would be asked, of several choices for the first. Raises what `generate` raises before a chunk."""
+        return (await self._admitted(request))[1][0]
+
+    async def _admitted(self, request: GenerationRequest) -> tuple[GenerationRequest, list[EngineRequest], str]:
+        """The request with its grammar placed, what the engine is asked for each choice, and the prompt's text for `echo`."""
         limits = self._limits()
         params, prompt = request.params, request.prompt
         if params.structured_outputs is not None and self._grammars is not None:
@@ -125,26 +154,14 @@ class TextGenerator:
             check_num_tokens(len(prompt), limits)
             prompt_token_ids = prompt.tolist() if isinstance(prompt, TokenIds) else prompt
             echoed = await self._decode_prompt(prompt_token_ids, params) if request.echo else ""
-        if params.structured_outputs is not None and request.answer is not None and self.answer_format is not None:
+        if request.answer is not None and self.answer_format is not None:
             spec = self.answer_format.constrained(params.structured_outputs, request.answer, prompt_token_ids)
             request = replace(request, params=replace(params, structured_outputs=spec))
         self.pool.check_response(len(echoed) * params.n)
         prediction: list[int] = []
         if request.prediction and limits.num_speculative_tokens:
             prediction = await self.pool.encode(request.prediction, add_special_tokens=False)
-        requests = validate_request(request, prompt_token_ids, self.pool.tokenizer, limits, prediction)
-        states = [self._state(request, prompt_token_ids, index, echoed) for index in range(params.n)]
-        if params.n == 1:  # read right here: each generator in between would cost every token a third of a microsecond
-            async with self._outputs(requests[0]) as outputs:
-                async for output in outputs:
-                    yield states[0].process(output)
-                    if states[0].finished:
-                        return
-            raise RequestFailedError(UNFINISHED)
-        sequences = [self._chunks(*pair) for pair in zip(requests, states, strict=True)]
-        async with aclosing(merge_streams(sequences)) as chunks:
-            async for _, chunk in chunks:
-                yield chunk
+        return request, validate_request(request, prompt_token_ids, self.pool.tokenizer, limits, prediction), echoed
 
     def _state(self, request: GenerationRequest, prompt: list[int], index: int, echoed: str) -> RequestTextState:
         params = request.params
@@ -171,13 +188,17 @@ class TextGenerator:
     async def _decode_prompt(self, prompt: list[int], params: SamplingParams) -> str:
         return await self.pool.decode(prompt, skip_special_tokens=params.skip_special_tokens)
 
-    def _outputs(self, request: EngineRequest) -> aclosing[AsyncGenerator[EngineOutput, None]]:
+    def _outputs(
+        self, request: EngineRequest, places: QueuePlaces | None
+    ) -> aclosing[AsyncGenerator[EngineOutput, None]]:
         """The engine's outputs of one sequence. However this is left, after a stop string too, the request is aborted."""
-        return aclosing(cast("AsyncGenerator[EngineOutput, None]", self.client.submit(request)))
+        return aclosing(cast("AsyncGenerator[EngineOutput, None]", self.client.submit(request, places)))
 
-    async def _chunks(self, request: EngineRequest, state: RequestTextState) -> AsyncGenerator[GenerationChunk, None]:
+    async def _chunks(
+        self, request: EngineRequest, state: RequestTextState, places: QueuePlaces
+    ) -> AsyncGenerator[GenerationChunk, None]:
         """The chunks of one of several sequences."""
-        async with self._outputs(request) as outputs:
+        async with self._outputs(request, places) as outputs:
             async for output in outputs:
                 yield state.process(output)
                 if state.finished:

@@ -44,6 +44,7 @@ class TextOperations:
         self._render = self.chat_template.render if self._process is None else self._process.render
         self._operations: dict[str, Callable[..., Any]] = {
             "encode": self.encode,
+            "encode_whole": self.encode_whole,
             "decode": self.decode,
             "decode_each": self.decode_each,
             "render_chat_and_encode": self.render_chat_and_encode,
@@ -72,6 +73,18 @@ class TextOperations:
         if max_tokens is not None and len(text) > max(PIECE_CHARACTERS, CHARACTERS_A_TOKEN * max_tokens):
             self._check_length(text, max_tokens)
         return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+    def encode_whole(
+        self, text: str, *, pair: str | None, add_special_tokens: bool, max_tokens: int | None, truncate_to: int | None
+    ) -> list[Any]:
+        """Token ids of a text or of a pair, and where the second one begins; see `Tokenizer.encode_whole`."""
+        if truncate_to is None and max_tokens is not None:
+            for part in (text, pair or ""):
+                if len(part) > max(PIECE_CHARACTERS, CHARACTERS_A_TOKEN * max_tokens):
+                    self._check_length(part, max_tokens)
+        return list(
+            self.tokenizer.encode_whole(text, pair, add_special_tokens=add_special_tokens, max_length=truncate_to)
+        )
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool, max_characters: int | None = None) -> str:
         """Text of `token_ids`, which may have `max_characters`."""

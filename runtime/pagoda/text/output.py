@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from pagoda.errors import RequestFailedError
+from pagoda.pooling.output import PooledOutput
 from pagoda.sampling.output import FinishReason
 from pagoda.text.responses.message import AssistantMessage, ContentDelta, MessageDelta
 
@@ -14,19 +16,20 @@ class TokenLogprob:
     """One candidate token at one position.
 
     `token` is readable (bytes that are no character alone show as U+FFFD); `bytes` are the exact bytes the token adds to the
-    output, so that the bytes of neighbours can be joined to whole characters. `rank` is 1 for the most probable token.
+    output, so that the bytes of neighbours can be joined to whole characters. `rank` is 1 for the most probable token, None of
+    tokens that were asked for by id.
     """
 
     token_id: int
     token: str
     bytes: list[int]
     logprob: float
-    rank: int
+    rank: int | None
 
 
 @dataclass(frozen=True, slots=True)
 class PositionLogprobs:
-    """The token at a position, and the most probable ones there by falling log-probability."""
+    """The token at a position, and the most probable ones there by falling log-probability, or those asked for by id."""
 
     chosen: TokenLogprob
     top: list[TokenLogprob]
@@ -39,6 +42,7 @@ class GenerationChunk:
     `text` and `token_ids` are what is new; joined over all chunks of an index they are the whole completion. Text that may
     still turn out to be half a character or the start of a stop string is held back, so a chunk may bring ids and no text,
     and the last one text and no ids. `logprobs` has one entry for each of `token_ids` if they were asked for.
+    `pooled`: the output of a request that pools, which has no text.
     Where the answer is parsed as a message, `text` is what is new of its content, and `deltas`, if there is anything else,
     all that is new in its order; `num_reasoning_tokens` counts those of `token_ids` that are reasoning.
     `finish_reason` is set on the last chunk of an index and only there; `stop_reason` is then the stop string or the id of
@@ -58,6 +62,7 @@ class GenerationChunk:
     deltas: Sequence[MessageDelta] | None = None
     num_reasoning_tokens: int = 0
     logprobs: list[PositionLogprobs] | None = None
+    pooled: PooledOutput | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     num_prompt_tokens: int | None = None
@@ -90,6 +95,7 @@ class CompletionOutput:
     deltas: list[MessageDelta] = field(default_factory=list, compare=False)
     num_reasoning_tokens: int = 0
     logprobs: list[PositionLogprobs] | None = None
+    pooled: PooledOutput | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     error: str | None = None
@@ -122,6 +128,8 @@ class CompletionOutput:
         if chunk.logprobs is not None:
             self.logprobs = self.logprobs or []
             self.logprobs += chunk.logprobs
+        if chunk.pooled is not None:
+            self.pooled = chunk.pooled
         if chunk.num_prompt_tokens is not None:
             self.num_prompt_tokens = chunk.num_prompt_tokens
             self.prompt_token_ids = chunk.prompt_token_ids or []
@@ -150,3 +158,45 @@ class RequestOutput:
     def num_cached_tokens(self) -> int:
         """Prompt tokens that were found in the prefix cache, by the choice that found most."""
         return max(output.num_cached_tokens for output in self.outputs)
+
+
+@dataclass(slots=True, kw_only=True)
+class PoolingOutput:
+    """What came of one prompt that was pooled; names are vLLM's. `prompt` is None where ids were given.
+
+    `error` says why there is nothing. `num_cached_tokens`: of the prompt, found in the prefix cache.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    pooled: PooledOutput | None = None
+    num_cached_tokens: int = 0
+    error: str | None = None
+
+    @property
+    def data(self) -> list[float] | list[list[float]]:
+        """The numbers; those of each token where a task is one of tokens. Raises `RequestFailedError` where there are none."""
+        if self.pooled is None:
+            raise RequestFailedError(self.error or "the request was not finished")
+        return self.pooled.tolist() if len(self.pooled.shape) == 1 else self.pooled.rows()
+
+    @property
+    def embedding(self) -> list[float]:
+        """The vector of the text."""
+        return self._numbers()
+
+    @property
+    def probs(self) -> list[float]:
+        """A classifier's numbers, one a label."""
+        return self._numbers()
+
+    @property
+    def score(self) -> float:
+        """How well two texts belong together."""
+        return self._numbers()[0]
+
+    def _numbers(self) -> list[float]:
+        if self.pooled is None:
+            raise RequestFailedError(self.error or "the request was not finished")
+        return self.pooled.tolist()

@@ -114,10 +114,7 @@ class RequestTextState:
         """The text of the new tokens up to a stop string, and how many of them that took."""
         text = ""
         token_ids = output.new_token_ids
-        # A token that ended the request is part of its ids and, unless it was asked for, not of its text.
-        terminated = output.finish_reason is FinishReason.STOP and self._drops_terminator and not output.is_complete
-        num_with_text = len(token_ids) - 1 if terminated else len(token_ids)
-        for position, token_id in enumerate(token_ids[:num_with_text], start=1):
+        for position, token_id in enumerate(self._tokens_with_text(output), start=1):
             self._num_tokens += 1
             delta = self._detokenizer.feed(token_id)
             if delta:
@@ -125,6 +122,12 @@ class RequestTextState:
                 if self._stop.matched is not None:
                     return text, position
         return text, len(token_ids)
+
+    def _tokens_with_text(self, output: EngineOutput) -> list[int]:
+        """The new tokens but for one that ended the request: it is part of the ids and, unless it was asked for, not of the
+        text. What completed a constrained output is part of both."""
+        terminated = output.finish_reason is FinishReason.STOP and self._drops_terminator and not output.is_complete
+        return output.new_token_ids[:-1] if terminated else output.new_token_ids
 
 
 class RequestMessageState(RequestTextState):
@@ -198,9 +201,7 @@ class RequestMessageState(RequestTextState):
     @override
     def _take_tokens(self, output: EngineOutput) -> tuple[str, int]:
         token_ids = output.new_token_ids
-        terminated = output.finish_reason is FinishReason.STOP and self._drops_terminator
-        num_with_text = len(token_ids) - 1 if terminated else len(token_ids)
-        for position, token_id in enumerate(token_ids[:num_with_text], start=1):
+        for position, token_id in enumerate(self._tokens_with_text(output), start=1):
             self._num_tokens += 1
             delta = self._detokenizer.feed(token_id)
             if delta:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -52,6 +53,8 @@ class TokenizerPool:
         self._loaded: TextOperations | None = None
         self._workers: Workers | None = None
         self.max_model_len: int | None = None
+        self._num_calls = 0
+        self._last_end = 0.0
 
     @classmethod
     def from_config(cls, config: PagodaConfig, **more: Any) -> TokenizerPool:
@@ -73,6 +76,11 @@ class TokenizerPool:
     def tokenizer(self) -> Tokenizer:
         """The tokenizer; raises `EngineNotReadyError` until it is loaded."""
         return self._operations.tokenizer
+
+    @property
+    def last_use(self) -> float:
+        """When a call ended last, in monotonic seconds: now, while one runs."""
+        return time.monotonic() if self._num_calls else self._last_end
 
     async def start(self) -> None:
         """Load the tokenizer and start all workers.
@@ -107,6 +115,42 @@ class TokenizerPool:
         arguments = {"text": text, "add_special_tokens": add_special_tokens, "max_tokens": self.max_model_len}
         token_ids: list[int] = await self._call("encode", arguments, inline=len(text) <= INLINE_CHARACTERS)
         return token_ids
+
+    async def encode_whole(
+        self,
+        text: str,
+        pair: str | None = None,
+        *,
+        add_special_tokens: bool = True,
+        truncate_to: int | None = None,
+    ) -> tuple[list[int], int | None]:
+        """Token ids of a text, or of two that are read together, and where the second one's token type begins.
+
+        `truncate_to`: the most tokens that are kept, -1 for as many as the model takes; None: a longer text is refused.
+        Raises what `encode` does.
+        """
+        limit = self.max_characters
+        if truncate_to is not None:
+            longest = self.max_model_len
+            truncate_to = longest if truncate_to < 0 or longest is None else min(truncate_to, longest)
+            if limit is not None:  # what cannot be among the tokens that are kept need not be tokenized
+                text, pair = text[: 4 * limit], None if pair is None else pair[: 4 * limit]
+        elif limit is not None and len(text) + len(pair or "") > limit:
+            raise ContextLengthError(
+                f"the input has {len(text) + len(pair or '')} characters, and they hold {limit} at most",
+                "input",
+                self.max_model_len,
+            )
+        arguments = {
+            "text": text,
+            "pair": pair,
+            "add_special_tokens": add_special_tokens,
+            "max_tokens": self.max_model_len,
+            "truncate_to": truncate_to,
+        }
+        is_short = len(text) + len(pair or "") <= INLINE_CHARACTERS
+        token_ids, second = await self._call("encode_whole", arguments, inline=is_short)
+        return token_ids, second
 
     async def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of `token_ids`; raises `InvalidRequestError` for a value that is no id at all."""
@@ -211,11 +255,16 @@ class TokenizerPool:
             return self._operations.call(operation, arguments)
         if self._workers is None:
             raise EngineNotReadyError("the tokenizer is still loading")
+        self._num_calls += 1
         try:
-            await self._turns.take(*self.caller(), self._options.call_timeout)
-        except TimeoutError:
-            raise call_took_too_long(operation, self._options) from None
-        try:
-            return await self._workers.call(operation, arguments)
+            try:
+                await self._turns.take(*self.caller(), self._options.call_timeout)
+            except TimeoutError:
+                raise call_took_too_long(operation, self._options) from None
+            try:
+                return await self._workers.call(operation, arguments)
+            finally:
+                self._turns.give_back()
         finally:
-            self._turns.give_back()
+            self._num_calls -= 1
+            self._last_end = time.monotonic()

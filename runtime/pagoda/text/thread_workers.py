@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from pagoda.errors import EngineNotReadyError
+from pagoda.process_control import lower_thread_priority, short_switches
 from pagoda.text.operations import TextOperations
-from pagoda.text.workers import WorkerOptions, call_took_too_long, not_started_in_time
+from pagoda.text.workers import NICENESS, WorkerOptions, call_took_too_long, not_started_in_time
 
 
 @dataclass(eq=False, slots=True)
@@ -99,6 +100,7 @@ class ThreadWorkers:
                     self._add_worker()
 
     def _work(self, worker: int) -> None:
+        lower_thread_priority(NICENESS)
         while (job := self._next_job(worker)) is not None:
             if job.future.cancelled():
                 continue
@@ -132,7 +134,8 @@ async def load_in_thread(options: WorkerOptions) -> TextOperations:
 
     def load() -> None:
         try:
-            _report(loop, loaded, options.load(), None)
+            with short_switches():
+                _report(loop, loaded, options.load(), None)
         except BaseException as error:  # carried to the one who waits, or the start would hang
             _report(loop, loaded, None, error)
 

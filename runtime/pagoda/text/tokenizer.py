@@ -14,13 +14,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Encoding, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as TokenizersTokenizer
-from tokenizers import decoders, models, pre_tokenizers
 
 from pagoda.errors import CheckpointError, InvalidRequestError
 from pagoda.models.checkpoint_files import (
     checkpoint_file,
     has_file,
+    is_checkpoint,
     names_ending_with,
     read_json_object,
     shown,
@@ -81,8 +82,8 @@ class Tokenizer:
         Raises `CheckpointError` when there is no tokenizer or it cannot be read.
         """
         path = Path(directory)
-        if not path.is_dir():
-            raise CheckpointError(f"{path} is not a directory with a tokenizer")
+        if not is_checkpoint(path):
+            raise CheckpointError(f"{path} is not a directory with a tokenizer, nor a GGUF file")
         files = read_tokenizer_files(path)
         if not has_file(path, TOKENIZER_FILE):
             return _from_auto_tokenizer(files, trust_remote_code)
@@ -116,6 +117,38 @@ class Tokenizer:
         except (UnicodeEncodeError, TypeError) as error:
             raise InvalidRequestError(f"the text is not valid Unicode and cannot be tokenized: {error}") from error
         return ids
+
+    def encode_whole(
+        self, text: str, pair: str | None = None, *, add_special_tokens: bool = True, max_length: int | None = None
+    ) -> tuple[list[int], int | None]:
+        """The ids of a text, or of two that are read together, and where the second one's token type begins, if it has one.
+
+        `max_length`: keep so many tokens, those around the texts included; of two texts the longer one is cut first, as
+        transformers does by `longest_first`. Raises `InvalidRequestError` for text that is not valid Unicode.
+        """
+        try:
+            if max_length is None:
+                texts = [text] if pair is None else [(text, pair)]
+                encoding = self._backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)[0]
+            else:
+                encoding = self._truncated(text, pair, max_length, add_special_tokens=add_special_tokens)
+        except (UnicodeEncodeError, TypeError) as error:
+            raise InvalidRequestError(f"the text is not valid Unicode and cannot be tokenized: {error}") from error
+        second = None
+        if pair is not None and 1 in encoding.type_ids:
+            second = encoding.type_ids.index(1)
+        return encoding.ids, second
+
+    def _truncated(self, text: str, pair: str | None, max_length: int, *, add_special_tokens: bool) -> Encoding:
+        texts = [text] if pair is None else [text, pair]
+        encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        around = self._backend.num_special_tokens_to_add(pair is not None) if add_special_tokens else 0
+        room = max(0, max_length - around)
+        lengths = [len(encoding.ids) for encoding in encodings]
+        for encoding, length in zip(encodings, _shortened(lengths, room), strict=True):
+            encoding.truncate(length)
+        first, second = encodings[0], encodings[1] if pair is not None else None
+        return self._backend.post_process(first, second, add_special_tokens)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of `token_ids`; ids that no token has are left out, bytes that are no character become U+FFFD."""
@@ -160,6 +193,18 @@ class Tokenizer:
     def _named_id(self, name: str) -> int | None:
         token = self.special_tokens.get(name)
         return None if token is None else self.token_id(token)
+
+
+def _shortened(lengths: list[int], room: int) -> list[int]:
+    """Lengths of one or two texts cut to `room` in all, the longer one first."""
+    if len(lengths) == 1:
+        return [min(lengths[0], room)]
+    shorter, longer = sorted(lengths)
+    if shorter + longer > room:
+        longer = max(shorter, room - shorter)
+        if shorter + longer > room:
+            shorter, longer = room // 2, room - room // 2
+    return [shorter, longer] if lengths[0] <= lengths[1] else [longer, shorter]
 
 
 class SettledTexts(dict[int, str | None]):

@@ -11,7 +11,8 @@ from functools import lru_cache
 from itertools import takewhile
 
 from pagoda.errors import ContextLengthError, InvalidRequestError
-from pagoda.request import EngineRequest, GenerationRequest
+from pagoda.pooling.params import PoolingParams
+from pagoda.request import EngineRequest, GenerationRequest, PoolingRequest
 from pagoda.sampling.params import SamplingParams
 from pagoda.text.tokenizer import Tokenizer
 
@@ -79,6 +80,31 @@ def validate_request(
     ]
 
 
+def check_pooled_prompt(prompt_token_ids: list[int], limits: RequestLimits) -> None:
+    """Refuse a prompt that cannot be pooled: no token follows it, so it may have as many as the model takes."""
+    if not prompt_token_ids:
+        raise InvalidRequestError("the input is empty: at least one token is needed", "input")
+    if len(prompt_token_ids) > limits.max_model_len:
+        raise ContextLengthError(
+            f"the input has {len(prompt_token_ids)} tokens; truncate_prompt_tokens cuts it, -1 to as many as fit",
+            "input",
+            limits.max_model_len,
+        )
+    _check_range("input", prompt_token_ids, limits.vocab_size)
+
+
+def pooling_request(request: PoolingRequest, prompt_token_ids: list[int], params: PoolingParams) -> EngineRequest:
+    """The engine's request for a prompt whose tokens are known."""
+    return EngineRequest.of(
+        replace(request, params=params),
+        prompt_token_ids=prompt_token_ids,
+        max_tokens=1,
+        eos_token_ids=(),
+        prediction_token_ids=[],
+        arrival_time=time.monotonic(),
+    )
+
+
 def check_num_tokens(num_prompt_tokens: int, limits: RequestLimits) -> None:
     """Refuse a prompt of so many tokens unless it leaves one for the completion."""
     if num_prompt_tokens == 0:
@@ -114,6 +140,7 @@ def _resolve_max_tokens(params: SamplingParams, num_prompt_tokens: int, limits: 
 def _check_ids(params: SamplingParams, vocab_size: int) -> None:
     _check_range("allowed_token_ids", params.allowed_token_ids or (), vocab_size)
     _check_range("logit_bias", params.logit_bias or (), vocab_size)
+    _check_range("logprob_token_ids", params.logprob_token_ids or (), vocab_size)
     _check_range("stop_token_ids", params.stop_token_ids, vocab_size)
     for token_ids in params.bad_words_token_ids:
         _check_range("bad_words_token_ids", token_ids, vocab_size)

@@ -8,8 +8,9 @@ import sys
 from typing import BinaryIO
 
 from pagoda.errors import PagodaError
+from pagoda.process_control import lower_thread_priority
 from pagoda.text.frames import LENGTH_BYTES, encode_error, encode_frame
-from pagoda.text.workers import WorkerOptions
+from pagoda.text.workers import NICENESS, WorkerOptions
 
 
 def serve(source: BinaryIO, sink: BinaryIO) -> None:
@@ -48,6 +49,7 @@ def main() -> None:
     """Serve on the standard streams. Other output goes to standard error and cannot break the protocol."""
     sink = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    lower_thread_priority(NICENESS)
     serve(sys.stdin.buffer, sink)
 
 

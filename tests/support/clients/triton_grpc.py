@@ -92,6 +92,9 @@ def run_sync(address: str, model: str, prompt: str, headers: dict[str, str]) -> 
         report["stream_error"] = answers.get(timeout=SECONDS)[1].message()
         client.stop_stream()
         report["streamed"] = pieces
+        report["statistics"] = [
+            client.get_inference_statistics(name, headers=headers, as_json=True)["model_stats"] for name in (model, "")
+        ]
         return report
 
 

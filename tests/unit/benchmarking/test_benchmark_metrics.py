@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pagoda.benchmarking.load import ClientLoad
 from pagoda.benchmarking.metrics import ServiceLevel, max_concurrent, percentile, summarize, summary
-from pagoda.benchmarking.plot import load_plot
+from pagoda.benchmarking.plot import load_plot, round_ticks
 from pagoda.benchmarking.records import RequestRecord
 from pagoda.benchmarking.report import client_figures
 from pagoda.errors import InvalidRequestError
@@ -98,3 +98,35 @@ def test_the_plot_is_an_image_with_a_panel_for_each_metric_that_has_values():
     assert len(lines) == 5
     only_whole = ElementTree.fromstring(load_plot([record(times=[1.0])], "one"))
     assert len([element for element in only_whole.iter() if element.tag.endswith("polyline")]) == 3
+
+
+def test_the_plot_says_what_its_axes_are_and_marks_the_median_and_the_worst():
+    records = [record(times=[float(second)]) for second in range(1, 102)]
+    root = ElementTree.fromstring(load_plot(records, "one"))
+    words = [element.text for element in root.iter() if element.tag.endswith("text")]
+    for text in (
+        "ttft: time to first token",
+        "milliseconds",
+        "% of values",
+        "seconds since the first was sent",
+        "requests",
+    ):
+        assert text in words
+    (median, worst) = [word for word in words if word.startswith("p")][:2]
+    assert (median, worst) == ("p50 51000 ms", "p99 100000 ms")
+
+
+@pytest.mark.parametrize(
+    ("highest", "ticks"),
+    [
+        (100, [0, 20, 40, 60, 80, 100]),
+        (7, [0, 2, 4, 6, 8]),
+        (0.3, [0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3]),
+        (1234, [0, 500, 1000, 1500]),
+        (5, [0, 1, 2, 3, 4, 5]),
+        (0, [0, 1]),
+        (float("nan"), [0, 1]),
+    ],
+)
+def test_ticks_are_round(highest, ticks):
+    assert round_ticks(highest) == pytest.approx(ticks)

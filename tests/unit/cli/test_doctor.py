@@ -61,6 +61,7 @@ def test_what_cannot_work_is_a_problem_beside_the_rest_of_the_report(
     checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "did you mean --max-model-len?" in doctor(capsys, "--max-model-ln=1")["problem"]
+    assert "did you mean --changed?" in doctor(capsys, "--chnged")["problem"]
     report = doctor(capsys, "--model", str(checkpoint), "--kv-cache-memory-bytes=64KiB", "--max-model-len=500")
     assert "max_model_len=500 does not fit" in report["problem"]
     assert report["settings"]
@@ -101,9 +102,35 @@ def test_what_is_open_is_said(
     found = doctor(capsys, "--model", str(checkpoint), keys, "--distributed-executor-backend=ray")["security"]
     assert found["server"].endswith("2 API keys")
     assert found["ray"].startswith("a token will be made for the head")
-    assert found["warnings"] == []
+    assert "6379 (head) and ports that the kernel chooses" in found["ray"]
+    (warning,) = found["warnings"]
+    assert "binds its ports to all interfaces" in warning
+    assert "NetworkPolicy" in warning
+    found = doctor(
+        capsys, "--model", str(checkpoint), keys, "--distributed-executor-backend=ray", "--ray-first-port=20000"
+    )["security"]
+    assert "20000 to 20099" in found["ray"]
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     found = doctor(capsys, "--model", str(checkpoint), keys, "--distributed-executor-backend=ray")["security"]
-    assert "whoever reaches its ports runs code" in found["warnings"][0]
+    assert any("whoever reaches its ports runs code" in warning for warning in found["warnings"])
     (tmp_path / "keys").write_text("")
     assert "holds no API key" in doctor(capsys, "--model", str(checkpoint), keys)["problem"]
+
+
+def test_changed_settings_have_their_source_and_default(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "pagoda.yaml"
+    file.write_text("max_body_bytes: 1MiB\nhttp_port: 8080\n")
+    monkeypatch.setenv("PAGODA_SEED", "7")
+    report = doctor(capsys, f"--config={file}", "--api-keys=s3cret", "--changed")
+    assert {key: (value["value"], value["default"], value["source"]) for key, value in report["settings"].items()} == {
+        "seed": ("7", "0", "environment PAGODA_SEED"),
+        "device": ("cpu", "auto", "command line --device"),
+        "api_keys": ("<secret>", "()", "command line --api-keys"),
+        "max_body_bytes": ("1.00 MiB", "32.00 MiB", f"file {file}"),
+    }
+    assert main(["doctor", "--changed", "--device=cpu"]) == 0
+    assert capsys.readouterr().out == (
+        "seed = 7    [environment PAGODA_SEED; default 0]\ndevice = cpu    [command line --device; default auto]\n"
+    )

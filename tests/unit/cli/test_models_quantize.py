@@ -25,6 +25,8 @@ from pagoda.models.quantization.quality import ScoredText, Scores, in_windows, s
 from pagoda.models.quantization.schemes import QuantizationConfig, choose_quantization
 from pagoda.models.quantization.writing import write_quantized_checkpoint
 from tests.support.kernel_backends import reference_kernels
+from tests.support.model_families import family_config
+from tests.support.model_harness import save_random_checkpoint
 
 __all__ = ["reference_kernels"]
 pytestmark = pytest.mark.usefixtures("reference_kernels")
@@ -61,6 +63,40 @@ def test_written_checkpoint_equals_quantization_at_load(
     tokens = [ScoredText(tuple(range(3, 40)))]
     ours, theirs = (score(model, tokens, lambda: None) for model in (at_load, loaded(written, stored)))
     assert torch.equal(ours.logprobs, theirs.logprobs)
+
+
+@pytest.mark.parametrize("name", ["phi3-window", "qwen3-moe", "mixtral"])
+def test_fused_layers_and_experts_are_written_as_they_are_named(name: str, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    save_random_checkpoint(family_config(name), source)
+    write_quantized_checkpoint(source, tmp_path / "quantized", "int8", None, no_progress)
+    stored = ModelConfig.from_directory(tmp_path / "quantized").quantization
+    assert stored is not None
+    at_load = loaded(source, choose_quantization("int8", None, None, SIZES))
+    tokens = [ScoredText(tuple(range(3, 40)))]
+    ours, theirs = (score(model, tokens, lambda: None) for model in (at_load, loaded(tmp_path / "quantized", stored)))
+    assert torch.equal(ours.logprobs, theirs.logprobs)
+    names = {name for file in (tmp_path / "quantized").glob("*.safetensors") for name in load_file(file)}
+    written = ("qkv_proj.weight_scale", ".experts.0.w1.weight_scale", ".experts.0.gate_proj.weight_scale")
+    assert any(name.endswith(written) for name in names)
+    assert not any(name.endswith(".gate.weight_scale") for name in names)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_experts_in_one_tensor_become_layers_of_their_own(kind: str, tmp_path: Path) -> None:
+    config = family_config("gpt-oss")
+    config.intermediate_size, config.head_dim = 64, 32
+    save_random_checkpoint(config, tmp_path / "source")
+    write_quantized_checkpoint(tmp_path / "source", tmp_path / "quantized", kind, None, no_progress)
+    stored = ModelConfig.from_directory(tmp_path / "quantized").quantization
+    sizes = ModelConfig.from_directory(tmp_path / "source").linear_input_sizes
+    at_load = loaded(tmp_path / "source", choose_quantization(kind, None, None, sizes))
+    tokens = [ScoredText(tuple(range(3, 40)))]
+    ours, theirs = (score(model, tokens, lambda: None) for model in (at_load, loaded(tmp_path / "quantized", stored)))
+    assert torch.equal(ours.logprobs, theirs.logprobs)
+    names = {name for file in (tmp_path / "quantized").glob("*.safetensors") for name in load_file(file)}
+    assert "model.layers.0.mlp.experts.3.up_proj.weight_scale" in names
+    assert not any(name.endswith(".gate_up_proj") for name in names)
 
 
 def test_int4_layout_is_that_of_compressed_tensors(tmp_path: Path) -> None:

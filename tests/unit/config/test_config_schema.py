@@ -61,13 +61,13 @@ def test_the_defaults_are_sound_and_every_setting_is_explained() -> None:
         ({"runaway_max_period": 200}, "must be at most half of runaway_min_tokens=256"),
         (
             {"quantization": "fp8"},
-            "quantization=fp8: must be one of int8, int4, gptq, awq, compressed-tensors, or none",
+            "quantization=fp8: must be one of int8, int4, gptq, awq, compressed-tensors, gguf, dequantize, or none",
         ),
         ({"quantization": "int4", "quantization_group_size": 48}, "must be 32, 64 or 128, or auto"),
         ({"quantization": "int8", "quantization_group_size": 64}, "needs quantization=int4"),
         (
-            {"speculative_config": {"method": "eagle3"}},
-            "method='eagle3' is not one of them: it must be one of ngram, suffix, draft_model",
+            {"speculative_config": {"method": "medusa"}},
+            "method='medusa' is not one of them: it must be one of ngram, suffix, grammar, draft_model, eagle3",
         ),
     ],
 )
@@ -124,7 +124,6 @@ for name in ("pydantic", "yaml", "torch", "numpy"):
 from pagoda.config import PagodaConfig, from_kwargs
 from pagoda.engine.core.auto import resolve
 from pagoda.platform.hardware import cpu_report, memory_report
-from pagoda.engine.core.kv_sizing import fit_max_model_len
 from pagoda.errors import ConfigError
 resolve(from_kwargs({"max_num_seqs": 4}), checkpoint_dtype="float32", cpu=cpu_report())
 try:

@@ -98,6 +98,7 @@ def test_lists_sizes_and_words() -> None:
     [
         (["--max-num-seq=2"], "--max-num-seq (command line): unknown option; did you mean --max-num-seqs?"),
         (["--qqq"], "--qqq (command line): unknown option"),
+        (["--no-such", "4"], "--no-such (command line): unknown option"),
         (["./model"], "./model (command line): unexpected; every setting has a name, as in --model DIR"),
         (["--seed"], "--seed (command line): needs a value"),
         (["--seed", "--dtype=auto"], "--seed (command line): needs a value"),
@@ -182,6 +183,10 @@ def test_variables_that_kubernetes_makes_for_services_are_ignored() -> None:
     }
     assert all(is_from_kubernetes(name, value) for name, value in environ.items() if name.startswith("PAGODA_"))
     assert load([], environ).config == load([], {}).config
+
+
+def test_the_key_of_commands_that_ask_a_server_is_no_setting_of_one() -> None:
+    assert load([], {"PAGODA_ADMIN_KEY": "a-key"}).config == load([], {}).config
 
 
 def test_other_variables_with_our_prefix_are_errors() -> None:

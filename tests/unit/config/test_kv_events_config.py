@@ -44,3 +44,11 @@ def test_it_is_off_unless_it_is_turned_on() -> None:
     assert not KVEventsConfig.parse({"endpoint": "tcp://*:5557"}).is_on
     assert not KVEventsConfig.parse({"enable_kv_cache_events": True, "publisher": "null"}).is_on
     assert KVEventsConfig.parse({"enable_kv_cache_events": True}).is_on
+
+
+def test_what_only_a_pod_knows_comes_from_its_environment() -> None:
+    value = {"endpoint": "tcp://${PICKER}:5557", "topic": "kv@${POD_IP}@Qwen/Qwen3"}
+    config = KVEventsConfig.parse(value, {"PICKER": "epp", "POD_IP": "10.0.0.7"})
+    assert (config.endpoint, config.topic) == ("tcp://epp:5557", "kv@10.0.0.7@Qwen/Qwen3")
+    with pytest.raises(ValueError, match=re.escape("the environment has no variable POD_IP")):
+        KVEventsConfig.parse(value, {"PICKER": "epp"})

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from pagoda.config.lora import LoraModule
 from pagoda.config.names import settings_by_name
 from pagoda.config.sources import LoadedConfig, load, load_as_vllm
 from pagoda.config.vllm_flags import SHORT, TAKEN, VLLM_VERSION, vllm_flags
@@ -35,6 +36,14 @@ def config(command: str, **environ: str) -> dict[str, Any]:
 
 def vars_of(found: LoadedConfig) -> dict[str, Any]:
     return {name: getattr(found.config, name) for name in found.sources}
+
+
+def test_metrics_are_read_without_the_key_as_of_vllm() -> None:
+    assert config("--api-key secret")["anonymous_scopes"] == ("read",)
+    assert config("", VLLM_API_KEY="secret")["anonymous_scopes"] == ("read",)
+    assert config("--api-key secret --anonymous-scopes infer")["anonymous_scopes"] == ("infer",)
+    assert config("")["anonymous_scopes"] == ()
+    assert load(["--api-key", "secret"], {}, vllm=True).config.anonymous_scopes == ()
 
 
 def test_no_flag_of_vllm_is_unknown() -> None:
@@ -123,9 +132,9 @@ def test_the_presets_command_line_is_taken_as_it_is(tmp_path: Path) -> None:
     assert found.config.disable_access_log_for_endpoints == ("/health", "/metrics", "/ping")
     assert [note.partition(" ")[0] for note in found.notes] == [
         "--enable-ssl-refresh",
-        "--collect-detailed-traces",
-        "--otlp-traces-endpoint",
     ]
+    assert found.config.otlp_traces_endpoint == "http://collector:4317"
+    assert found.config.collect_detailed_traces == ("all",)
 
 
 @pytest.mark.parametrize(
@@ -192,9 +201,10 @@ def test_variables_of_vllm_count_where_pagodas_own_are_not_set() -> None:
 @pytest.mark.parametrize(
     ("written", "message"),
     [
-        ("--kv-transfer-config {}x", "--kv-transfer-config={}x: is not supported: the KV cache is not sent"),
-        ("--kv-transfer-config.kv_connector N", "kv_connector=N: is not supported: the KV cache is not sent"),
-        ("--enable-lora", "--enable-lora: is not supported: adapters are not served"),
+        ("--kv-transfer-config {}x", "--kv-transfer-config={}x: is not supported: the KV cache is neither"),
+        ("--kv-transfer-config.kv_connector N", "kv_connector=N: is not supported: the KV cache is neither"),
+        ("--lora-target-modules q_proj", "=q_proj: is not supported: an adapter's own layers are taken"),
+        ("--lora-modules sql", "must be name=path, or a JSON object such as"),
         ("--nnodes 2", "--nnodes=2: is not supported: ranks of several machines"),
         ("--hf-token secret", "set HF_TOKEN"),
         ("--max-logprobs 21", "at most 20 a token"),
@@ -212,6 +222,35 @@ def test_what_cannot_be_done_is_refused_with_the_reason(written: str, message: s
     assert message in str(caught.value).replace(" (command line)", "")
 
 
+@pytest.mark.parametrize(
+    "written",
+    [
+        [
+            "--lora-modules",
+            "sql=/a/sql",
+            '{"name": "org/chat", "path": "/a/chat", "base_model_name": "m"}',
+            "--port",
+            "1",
+        ],
+        [
+            "--lora-modules=sql=/a/sql",
+            "--lora-modules",
+            '{"name": "org/chat", "path": "/a/chat", "base_model_name": "m"}',
+        ],
+    ],
+)
+def test_adapters_are_named_as_for_vllm(written: list[str]) -> None:
+    config = load_as_vllm(["--enable-lora", "--max-lora-rank", "64", "--max-loras=2", *written], {}).config
+    assert config.adapters == (LoraModule("sql", "/a/sql"), LoraModule("org/chat", "/a/chat", "m"))
+    assert (config.enable_lora, config.max_lora_rank, config.max_loras, config.num_cpu_loras) == (True, 64, 2, 2)
+
+
+def test_adapters_of_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("enable-lora: true\nlora-modules:\n- sql=/a/sql\n- {name: chat, path: /a/chat}\n")
+    assert loaded(f"--config {file}").config.adapters == (LoraModule("sql", "/a/sql"), LoraModule("chat", "/a/chat"))
+
+
 def test_the_vllm_command_is_pagodas() -> None:
     def run(*words: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -221,7 +260,53 @@ def test_the_vllm_command_is_pagodas() -> None:
     version = run("--version")
     assert version.returncode == 0
     assert version.stdout.startswith("pagoda ")
-    refused = run("serve", "owner/name", "--enable-lora")
+    assert version.stdout.splitlines()[-1].split()[-1] == VLLM_VERSION  # what KServe's preset reads
+    refused = run("serve", "owner/name", "--uds", "socket")
     assert (refused.returncode, refused.stdout) == (2, "")
-    assert refused.stderr == "vllm serve: --enable-lora (command line): is not supported: adapters are not served\n"
+    why = "the server listens on ports; gRPC and REST run side by side"
+    assert refused.stderr == f"vllm serve: --uds=socket (command line): is not supported: {why}\n"
     assert run("bench").stderr == "vllm: bench is not a command of Pagoda: use `pagoda bench`\n"
+
+
+def test_a_file_of_vllm_is_taken(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(
+        "model: owner/name\nserved-model-name: [qwen, publishers/team/models/qwen]\nport: 9000\ntensor-parallel-size: 2\n"
+        "max-model-len: 4k\ndtype: half\nenable-prefix-caching: false\nuvicorn-log-level: info\nenable-chunked-prefill: true\n"
+        "trust-remote-code: false\napi-key: [one, two]\nkv-events-config: {enable_kv_cache_events: true}\n"
+        "cpu-offload-gb: 0\nhf-overrides: {}\n"
+    )
+    found = loaded(f"--config {file}")
+    config = found.config
+    assert (config.model, config.model_name, config.model_aliases) == (
+        "owner/name",
+        "qwen",
+        ("publishers/team/models/qwen",),
+    )
+    assert (config.http_port, config.tensor_parallel_size, config.max_model_len, config.dtype) == (
+        9000,
+        2,
+        4000,
+        "float16",
+    )
+    assert (config.enable_prefix_caching, config.api_keys) == (False, ("one", "two"))
+    assert [note.partition(" ")[0] for note in found.notes] == ["--uvicorn-log-level", "--enable-chunked-prefill"]
+    assert loaded(f"--config {file} --port 7000").config.http_port == 7000  # the command line counts more
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ("lora-target-modules: [q_proj]", "an adapter's own layers are taken"),
+        ("kv-transfer-config: {kv_connector: NixlConnector}", "prefill and decode are not disaggregated"),
+        ("tensor-paralel-size: 2", "unknown setting; did you mean tensor_parallel_size?"),
+        ("cpu-offload-gb: 4", "weights and KV cache are not offloaded"),
+    ],
+)
+def test_what_a_file_of_vllm_asks_for_and_is_not_there_is_refused(written: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(written)
+    with pytest.raises(ConfigError) as caught:
+        loaded(f"--config {file}")
+    assert message in str(caught.value)
+    assert str(file) in str(caught.value)

@@ -8,6 +8,7 @@ from pagoda.engine.core.kv_sizing import fit_max_model_len
 from pagoda.errors import ConfigError
 from pagoda.execution.kv_memory import choose_cpu_kv_cache_bytes
 from pagoda.platform.hardware import CpuReport, GpuReport
+from pagoda.scheduling.kv_groups import FullGroup
 
 CPU = CpuReport(
     name="cpu",
@@ -119,27 +120,29 @@ def test_one_given_limit_bounds_the_other(given: dict, sequences: int, tokens: i
     assert (resolved.max_num_seqs, resolved.max_num_batched_tokens) == (sequences, tokens)
 
 
-@pytest.mark.parametrize(
-    ("asked", "available", "expected"),
-    [
-        (123, 10**9, 123),
-        (None, 10**6, 500_000),  # half of what is free
-        (None, 10**12, 100 * (2 * 4 + 1)),  # 2 sequences of 4 blocks, and the null block
-    ],
-)
-def test_the_kv_cache_on_cpu_takes_half_of_what_is_free_and_no_more_than_it_can_use(asked, available, expected) -> None:
-    block_bytes = 100 if available > 10**9 or asked else 10**6
-    choice = choose_cpu_kv_cache_bytes(
-        asked, memory_available=available, block_bytes=block_bytes, block_size=16, max_model_len=64, max_num_seqs=2
-    )
-    assert choice.value == expected
+def kv_bytes(asked: int | None = None, **changes) -> int:
+    arguments = {
+        "memory_available": 2**50,
+        "block_bytes": 100,
+        "block_size": 16,
+        "rules": [FullGroup()],
+        "max_num_seqs": 4,
+        "max_model_len": 8192,
+        "max_step_tokens": 512,
+    }
+    return choose_cpu_kv_cache_bytes(asked, **(arguments | changes)).value
 
 
-def test_the_kv_cache_on_cpu_is_capped() -> None:
-    choice = choose_cpu_kv_cache_bytes(
-        None, memory_available=2**50, block_bytes=2**30, block_size=16, max_model_len=4096, max_num_seqs=256
-    )
-    assert choice.value == 16 * 2**30
+def test_the_kv_cache_on_cpu_has_room_for_usual_sequences_or_one_of_full_length() -> None:
+    assert kv_bytes(123) == 123
+    assert kv_bytes() == (4 * 2048 // 16 + 1) * 100  # and the null block
+    assert kv_bytes(max_model_len=64) == (4 * 4 + 1) * 100
+    assert kv_bytes(max_model_len=32768) == (32768 // 16 + 1) * 100
+
+
+def test_the_kv_cache_on_cpu_takes_at_most_half_of_what_is_free_and_is_capped() -> None:
+    assert kv_bytes(memory_available=1000) == 500
+    assert kv_bytes(block_bytes=2**30) == 16 * 2**30
 
 
 def fit(**changes):
@@ -150,7 +153,7 @@ def fit(**changes):
 def test_auto_length_is_what_fits_without_the_null_block() -> None:
     fitted = fit()
     assert (fitted.num_blocks, fitted.max_model_len) == (10, 9 * 16)
-    assert "1000 B / 100 B a block = 10 blocks; (10 - 1 null block) * 16 = 144 tokens" in fitted.equation
+    assert "1000 B / 100 B a block = 10 blocks; (10 - 1 null block) * 16 = 144 tokens, 6 B a token" in fitted.equation
     assert "max_model_len = 144 (all that fits; the model's own limit is 512), so 1.0 sequences" in fitted.equation
 
 

@@ -7,8 +7,8 @@ import asyncio
 import pytest
 
 from pagoda.config.schema import PagodaConfig
-from pagoda.engine.client import client as client_module
-from pagoda.engine.client.client import ProcessEngineClient
+from pagoda.engine.client import process_client as client_module
+from pagoda.engine.client.process_client import ProcessEngineClient
 from pagoda.engine.health import EngineState
 from pagoda.engine.heartbeat import EngineHeartbeat
 from pagoda.engine.messages import EngineReady, Shutdown
@@ -58,7 +58,7 @@ class Cores:
         self.num_asked = 0
         self.started: list[FakeCore] = []
 
-    async def start(self, *_: object) -> FakeCore:
+    async def start(self, *_: object, **__: object) -> FakeCore:
         self.num_asked += 1
         await self.may_start.wait()
         self.started.append(FakeCore())

@@ -62,6 +62,12 @@ class Core:
     def stats(self) -> EngineStats:
         return EngineStats()
 
+    def take_trace(self) -> None:
+        """Nobody looks."""
+
+    def take_adapter_outcomes(self) -> list[Never]:
+        return []
+
     def ranks(self) -> list[Never]:
         return []
 

@@ -10,8 +10,9 @@ from contextlib import aclosing
 import pytest
 
 from pagoda.config.schema import PagodaConfig
-from pagoda.engine.client.client import ProcessEngineClient
 from pagoda.engine.client.prelaunch import PrelaunchedProcess
+from pagoda.engine.client.process_client import ProcessEngineClient
+from pagoda.engine.client.request_queue import QueuePlaces
 from pagoda.engine.data_parallel import client as data_parallel
 from pagoda.engine.data_parallel.client import DataParallelClient, create_engine_client, devices_of
 from pagoda.engine.data_parallel.health import overall
@@ -73,10 +74,10 @@ class FakeReplica(FakeEngineClient):
         )
         await super().start()
 
-    async def submit(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
+    async def submit(self, request: EngineRequest, places: QueuePlaces | None = None) -> AsyncIterator[EngineOutput]:
         if self.refusal is not None:
             raise self.refusal
-        async for output in super().submit(request):
+        async for output in super().submit(request, places):
             if self.loss is not None:
                 raise self.loss
             yield output
@@ -183,9 +184,7 @@ async def test_an_abort_reaches_the_replica_that_has_the_request() -> None:
     await first
 
 
-async def test_a_request_whose_replica_is_killed_before_its_first_token_is_run_by_another(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+async def test_a_request_whose_replica_is_killed_is_run_by_another(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     client, (left, right) = await started()
     left.hold.clear()
@@ -197,35 +196,39 @@ async def test_a_request_whose_replica_is_killed_before_its_first_token_is_run_b
     assert "request r goes to replica 1: the engine was lost" in caplog.text
 
 
-async def test_a_request_in_a_replica_that_failed_by_itself_is_not_given_the_next_one() -> None:
-    client, (left, right) = await started()
-    left.hold.clear()
-    task = asyncio.create_task(run(client, request()))
-    await wait_until_async(lambda: left.num_running == 1)
-    left.lose(was_killed=False)
-    with pytest.raises(EngineDeadError):
-        await task
-    assert names_of(right) == []
-
-
-async def test_a_request_that_has_sent_tokens_ends_with_its_replica() -> None:
+async def test_a_request_goes_on_behind_the_tokens_that_it_has_sent() -> None:
     client, (left, right) = await started()
     outputs = client.submit(request(max_tokens=50))
-    await anext(outputs)
+    first = await anext(outputs)
     left.lose(was_killed=True)
-    with pytest.raises(EngineDeadError):
-        async for _ in outputs:
-            pass
-    assert names_of(right) == []
-    assert client._router.typical_output == FIRST_TYPICAL_OUTPUT, "nothing is learned from an output that was cut off"
+    rest = [output async for output in outputs]
+    assert right.submitted[0].output_token_ids == first.new_token_ids
+    assert len(first.new_token_ids) + sum(len(output.new_token_ids) for output in rest) == 50
+    assert rest[-1].finish_reason is not None
 
 
-async def test_a_request_that_kills_whatever_runs_it_is_tried_once_by_each_and_ends() -> None:
+async def test_a_request_that_makes_engines_fail_takes_two_of_them(caplog: pytest.LogCaptureFixture) -> None:
     client, replicas = await started(3)
     for replica in replicas:
-        replica.refusal = EngineDeadError("the engine was lost", was_killed=True)
+        replica.refusal = EngineDeadError("the engine failed")
     with pytest.raises(EngineDeadError):
-        await run(client, request())
+        await run(client, request("poison"))
+    assert "request poison was running in 2 engines that failed" in caplog.text
+
+
+async def test_a_request_whose_replicas_are_all_killed_waits_for_the_first_that_is_back() -> None:
+    client, (left, right) = await started()
+    left.hold.clear()
+    right.hold.clear()
+    task = asyncio.create_task(run(client, request()))
+    await wait_until_async(lambda: left.num_running == 1)
+    right.lose(was_killed=True)
+    left.lose(was_killed=True)
+    await wait_until_async(lambda: left.num_running == 0)
+    await asyncio.sleep(0.05)
+    assert not task.done()
+    left.come_back()
+    assert await task == [1, 2, 3]
 
 
 async def test_a_full_replica_passes_requests_on_and_all_full_is_the_shortest_wait() -> None:

@@ -18,10 +18,34 @@ def health_in(state: EngineState) -> EngineHealth:
         EngineState.DEGRADED: [EngineState.READY, EngineState.DEGRADED],
         EngineState.DRAINING: [EngineState.DRAINING],
         EngineState.DEAD: [EngineState.DEAD],
+        EngineState.SLEEPING: [EngineState.READY, EngineState.SLEEPING],
+        EngineState.UNLOADED: [],
     }[state]
     for step in way:
         health.transition(step, "on the way")
+    if state is EngineState.UNLOADED:
+        health.unload("on the way")
     return health
+
+
+@pytest.mark.parametrize("origin", [EngineState.UNLOADED, EngineState.DEAD])
+def test_what_is_loaded_again_is_loading_and_no_failure(origin: EngineState, caplog: pytest.LogCaptureFixture) -> None:
+    health = health_in(origin)
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        health.load("loading")
+    assert [record.levelname for record in caplog.records] == ["INFO"]
+    assert (health.state, health.is_loading) == (EngineState.STARTING, True)
+    health.transition(EngineState.READY, "loaded")
+    assert not health.is_loading
+
+
+@pytest.mark.parametrize("origin", EngineState)
+def test_an_engine_may_be_unloaded_whatever_it_does(origin: EngineState) -> None:
+    health = health_in(origin)
+    health.hold("tokenizer")
+    health.unload("a test")
+    assert (health.state, health.phase) == (EngineState.UNLOADED, "unloaded")
 
 
 @pytest.mark.parametrize(("origin", "target"), itertools.permutations(EngineState, 2))

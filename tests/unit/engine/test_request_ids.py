@@ -9,7 +9,7 @@ from typing import cast
 import pytest
 
 from pagoda.config.schema import PagodaConfig
-from pagoda.engine.client.client import ProcessEngineClient
+from pagoda.engine.client.process_client import ProcessEngineClient
 from pagoda.engine.health import EngineState
 from pagoda.engine.messages import AbortRequests, EngineOutput, EngineOutputs, EngineReady, EngineStats
 from pagoda.request import EngineRequest

@@ -71,8 +71,18 @@ def test_pauses_grow_to_a_bound_and_restarts_are_counted() -> None:
     for second in range(10):
         policy.core_started(second)
         pauses.append(policy.backoff(second + 0.5))
-    assert pauses[:3] == [FIRST_BACKOFF_SECONDS, 2 * FIRST_BACKOFF_SECONDS, 4 * FIRST_BACKOFF_SECONDS]
+    assert pauses[:3] == [FIRST_BACKOFF_SECONDS, 4 * FIRST_BACKOFF_SECONDS, 16 * FIRST_BACKOFF_SECONDS]
     assert pauses[7:] == [LONGEST_BACKOFF_SECONDS, LONGEST_BACKOFF_SECONDS, None]
+
+
+def test_a_core_that_had_outputs_is_replaced_at_once() -> None:
+    policy = RestartPolicy("restart", 9)
+    pauses = []
+    for second in range(10):
+        policy.core_started(second)
+        policy.has_served = True
+        pauses.append(policy.backoff(second + 0.5))
+    assert pauses == [FIRST_BACKOFF_SECONDS] * 9 + [None]
 
 
 def test_a_core_that_lived_long_earns_its_restarts_back() -> None:

@@ -16,6 +16,7 @@ SPECS = {
     "mistral in shards": DummySpec(family="mistral", sliding_window=32, num_shards=3, dtype="float16"),
     "qwen2 in bfloat16": DummySpec(family="qwen2", dtype="bfloat16", sliding_window=16, max_window_layers=1),
     "qwen3 tied": DummySpec(family="qwen3", tie_word_embeddings=True),
+    "qwen3_moe": DummySpec(family="qwen3_moe", num_experts=3, moe_intermediate_size=24),
 }
 
 

@@ -49,9 +49,9 @@ def test_omitted_values_are_those_of_transformers(model_type: str) -> None:
     ours = read(model_type, **sizes)
     assert ours.num_kv_heads == theirs.num_key_value_heads
     assert ours.head_dim == getattr(theirs, "head_dim", 128 // 64)
-    assert ours.rms_norm_eps == theirs.rms_norm_eps
+    assert ours.norm.eps == theirs.rms_norm_eps
     assert ours.max_position_embeddings == theirs.max_position_embeddings
-    assert ours.rope.theta == theirs.rope_parameters["rope_theta"]
+    assert ours.layers[0].attention.rope.theta == theirs.rope_parameters["rope_theta"]
     assert ours.tie_word_embeddings == theirs.tie_word_embeddings
     window = theirs.sliding_window if model_type == "mistral" else None
     assert ours.layer_windows == (window,) * 4
@@ -64,14 +64,22 @@ def test_null_kv_heads_mean_as_many_as_heads() -> None:
 
 def test_biases_and_norms_follow_the_family() -> None:
     kv = {"num_key_value_heads": 2}
-    llama = read("llama", attention_bias=True, mlp_bias=True)
-    assert (llama.qkv_bias, llama.output_bias, llama.mlp_bias, llama.qk_norm) == (True, True, True, False)
-    mistral = read("mistral", attention_bias=True)
-    assert (mistral.qkv_bias, mistral.output_bias, mistral.mlp_bias, mistral.qk_norm) == (False, False, False, False)
-    qwen2 = read("qwen2", **kv)
-    assert (qwen2.qkv_bias, qwen2.output_bias, qwen2.mlp_bias, qwen2.qk_norm) == (True, False, False, False)
-    qwen3 = read("qwen3", **kv)
-    assert (qwen3.qkv_bias, qwen3.output_bias, qwen3.mlp_bias, qwen3.qk_norm) == (False, False, False, True)
+    has = {
+        "llama": read("llama", attention_bias=True, mlp_bias=True),
+        "mistral": read("mistral", attention_bias=True),
+        "qwen2": read("qwen2", **kv),
+        "qwen3": read("qwen3", **kv),
+    }
+    of_attention = {
+        name: (layer.attention.qkv_bias, layer.attention.output_bias, layer.mlp.bias, layer.attention.qk_norm)
+        for name, layer in ((name, config.layers[0]) for name, config in has.items())
+    }
+    assert of_attention == {
+        "llama": (True, True, True, None),
+        "mistral": (False, False, False, None),
+        "qwen2": (True, False, False, None),
+        "qwen3": (False, False, False, "head"),
+    }
 
 
 @pytest.mark.parametrize(
@@ -109,9 +117,10 @@ def test_old_and_new_rope_spellings_mean_the_same() -> None:
         rope_theta=5e5,
         max_position_embeddings=4096,
     )
-    assert new.rope == old.rope == oldest.rope
-    assert (new.rope.rope_type, new.rope.theta, new.rope.factor) == ("yarn", 5e5, 4.0)
-    assert read(rope_scaling=None, rope_theta=5e5).rope == read(rope_theta=5e5).rope
+    assert new.layers == old.layers == oldest.layers
+    rope = new.layers[0].attention.rope
+    assert (rope.rope_type, rope.theta, rope.factor) == ("yarn", 5e5, 4.0)
+    assert read(rope_scaling=None, rope_theta=5e5).layers == read(rope_theta=5e5).layers
 
 
 @pytest.mark.parametrize(
@@ -185,11 +194,11 @@ def test_kv_bytes_count_keys_and_values_of_all_layers() -> None:
         ("[1]", "must hold a JSON object, found list"),
         (
             config_json() | {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"},
-            "GPT2LMHeadModel is not supported.*Qwen3ForCausalLM",
+            "GPT2LMHeadModel is not supported.*ForCausalLM: Llama, .*Qwen3, ",
         ),
         ({**SIZES}, "model_type None is not supported"),
         (config_json(hidden_act="gelu"), "activation 'gelu' is not supported.*silu"),
-        (config_json(rope_scaling={"type": "longrope"}), "rope type 'longrope' is not supported.*yarn"),
+        (config_json(rope_scaling={"type": "su"}), "rope type 'su' is not supported.*yarn"),
         (config_json(rope_scaling={"type": "linear"}), "factor is missing; it must be a number of at least 0.001"),
         (config_json(rope_scaling={"type": "linear", "factor": "2"}), "factor must be a number.*found '2'"),
         (config_json(rope_parameters={"full_attention": {"rope_theta": 1.0}}), "differ between layers"),
@@ -228,7 +237,9 @@ def test_unusable_config_is_refused_with_what_is_wrong(
 
 
 def test_missing_directory_and_missing_config_are_told_apart(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="is not a directory"):
+    with pytest.raises(
+        CheckpointError, match=r"is not there: a checkpoint is a directory with config.json, or a GGUF file"
+    ):
         ModelConfig.from_directory(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match=r"config.json does not exist"):
         ModelConfig.from_directory(tmp_path)

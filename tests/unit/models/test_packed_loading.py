@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 from pagoda.models.build import build_model
 from pagoda.models.config import ModelConfig
 from pagoda.models.decoder import DecoderForCausalLM
+from pagoda.models.layers.embedding import PackedEmbedding
 from pagoda.models.loading.loader import initialize_dummy_weights, load_weights, with_tie_as_stored
 from pagoda.models.loading.packed import (
-    PackedEmbedding,
     PackedLinearMethod,
     deferred_layers,
     linear_layers,

@@ -74,9 +74,15 @@ def test_kv_heads_are_shared_where_there_are_fewer_than_ranks() -> None:
 
 def test_kv_memory_is_that_of_the_layers_and_heads_of_the_rank() -> None:
     config = config_of()
-    assert ModelShard.of(config, ParallelLayout(), 0).kv_bytes_per_token(2) == config.kv_bytes_per_token(2)
-    assert ModelShard.of(config, ParallelLayout(2, 2), 0).kv_bytes_per_token(2) == 2 * 4 * 1 * 16 * 2
-    assert ModelShard.of(config, ParallelLayout(4, 2), 7).kv_bytes_per_token(2) == 2 * 3 * 1 * 16 * 2
+    groups = config.kv_groups(16)
+
+    def block_bytes(layout: ParallelLayout, rank: int) -> int:
+        shard = ModelShard.of(config, layout, rank)
+        return groups.block_bytes(shard.layers, layout.tensor_parallel_size, 16, 2)
+
+    assert block_bytes(ParallelLayout(), 0) == 16 * config.kv_bytes_per_token(2)
+    assert block_bytes(ParallelLayout(2, 2), 0) == 16 * 2 * 4 * 1 * 16 * 2
+    assert block_bytes(ParallelLayout(4, 2), 7) == 16 * 2 * 3 * 1 * 16 * 2
 
 
 @pytest.mark.parametrize(

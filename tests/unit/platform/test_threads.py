@@ -6,15 +6,17 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
+import torch
 
 from pagoda.config.schema import PagodaConfig
 from pagoda.errors import ConfigError
 from pagoda.platform.cpu_sets import format_cpu_sets, parse_cpu_sets
 from pagoda.platform.hardware import cpu_report, first_logical_cores
-from pagoda.platform.threads import CpuSets, affinities_of_replicas, choose_cpu_sets, choose_threads
+from pagoda.platform.threads import CpuSets, affinities_of_replicas, choose_cpu_sets, choose_threads, in_nice_thread
 
 HYPERTHREADS = {"allowed": frozenset(range(16)), "cores": tuple(range(8))}
 PLAIN = {"allowed": frozenset(range(8)), "cores": tuple(range(8))}
@@ -135,3 +137,28 @@ waiting.set()
     assert older == sorted(os.sched_getaffinity(0))
     assert len(bound) >= 2
     assert all(cores == [core] for cores in bound)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="priorities of threads are Linux's")
+def test_work_in_a_nice_thread_leaves_the_calling_thread_its_priority_and_takes_over_its_threads() -> None:
+    before = torch.get_num_threads(), os.sched_getaffinity(0)
+
+    def work() -> int:
+        torch.set_num_threads(1)
+        os.sched_setaffinity(0, {min(before[1])})
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    try:
+        own = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+        assert in_nice_thread(work, 19) == 19
+        assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == own
+        assert (torch.get_num_threads(), os.sched_getaffinity(0)) == (1, {min(before[1])})
+        with pytest.raises(ConfigError, match="as the test wants"):
+            in_nice_thread(lambda: raise_(ConfigError("as the test wants")), 19)
+    finally:
+        torch.set_num_threads(before[0])
+        os.sched_setaffinity(0, before[1])
+
+
+def raise_(error: Exception) -> None:
+    raise error

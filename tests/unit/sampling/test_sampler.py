@@ -305,3 +305,27 @@ def test_each_row_gets_as_many_logprobs_as_it_asked_for():
     assert [len(entry.token_ids) for entry in entries] == [1, 4, 5]
     assert [len(entry.logprobs) for entry in entries] == [1, 4, 5]
     assert entries[2].token_ids[1:] == [1, 2, 0, 3]
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_logprobs_of_certain_tokens_beside_those_of_the_best(count):
+    logits = [1.0, 3.0, 2.0, 0.0, 2.5]
+    asked = [(3, 0), (2, 4, 1), None]
+    rows = [
+        Row(logits, [1], [], greedy(logprob_token_ids=ids, logprobs=None if ids else count, logit_bias={3: 50.0}))
+        for ids in asked
+    ]
+    sampled = sample_rows(rows)
+    reference = torch.tensor(logits).log_softmax(-1)
+    entries = sampled.logprobs.to_lists(sampled.logprob_counts)
+    for entry, ids in zip(entries, (*asked[:2], (1, 4, 2, 0)[:count]), strict=True):
+        assert entry.token_ids == [3, *ids]
+        assert entry.logprobs == pytest.approx(reference[[3, *ids]].tolist(), abs=1e-6)
+
+
+def test_certain_tokens_are_checked():
+    for ids, words in (((), "1 to 512"), ((-1,), "at least 0"), (tuple(range(513)), "513 ids")):
+        with pytest.raises(InvalidRequestError, match=words):
+            SamplingParams(logprob_token_ids=ids)
+    with pytest.raises(InvalidRequestError, match="not both"):
+        SamplingParams(logprob_token_ids=(1,), logprobs=1)

@@ -13,8 +13,9 @@ from pagoda.sampling.params import SamplingParams
 from pagoda.scheduling.block_pool import BlockLease
 from pagoda.scheduling.config import SchedulerLimits
 from pagoda.scheduling.kv_cache_manager import KVCacheManager
+from pagoda.scheduling.kv_groups import WindowGroup
 from pagoda.scheduling.plan import SampledTokensUpdate, StepPlan, StepResult
-from pagoda.scheduling.request import Request
+from pagoda.scheduling.request import Flow, Request
 from pagoda.scheduling.sampled_tokens_update import SampledTokensTracker
 from pagoda.scheduling.scheduler import RequestUpdate, Scheduler
 from tests.support.requests import make_request
@@ -80,7 +81,7 @@ def test_equal_prompts_that_arrive_together_share_blocks_in_the_same_step() -> N
     plan = scheduler.schedule()
     assert plan is not None
     assert scheduled(plan) == {"a": 10, "b": 2}
-    assert plan.new_requests[1].block_ids[:2] == plan.new_requests[0].block_ids[:2]
+    assert plan.new_requests[1].block_ids[0][:2] == plan.new_requests[0].block_ids[0][:2]
 
 
 def test_a_cached_prompt_still_computes_its_last_token() -> None:
@@ -210,7 +211,7 @@ def test_sending_and_aborting_for_ever_does_not_grow_the_queue() -> None:
     for index in range(2000):
         scheduler.add(make_request(f"r{index}"))
         scheduler.abort([f"r{index}"])
-    assert len(scheduler._waiting._queues[""]._entries) < 200  # type: ignore[attr-defined]
+    assert len(scheduler._waiting._queues[Flow("", "")]._entries) < 200  # type: ignore[attr-defined]
     assert scheduler.num_waiting == 1
 
 
@@ -266,6 +267,23 @@ def test_what_is_in_flight_of_a_request_with_blocks_of_a_row_that_failed_is_not_
     assert scheduled(step(scheduler)) == {"b": 16, "c": 1}
 
 
+def test_who_was_admitted_with_blocks_of_a_row_that_failed_and_had_no_row_yet_is_computed_again() -> None:
+    """Another tenant is admitted at once, and has its turn in a later step."""
+    scheduler = make_scheduler(block_size=1, max_num_batched_tokens=1)
+    scheduler.add(make_request("a", 6, first=5, tenant="a"))
+    first = scheduler.schedule()
+    scheduler.add(make_request("b", 6, first=5, tenant="b"))
+    second = scheduler.schedule()
+    assert first is not None
+    assert second is not None
+    assert scheduled(second) == {"a": 1}
+    assert scheduler._requests["b"].num_shared_blocks == 1
+    scheduler.apply(first, StepResult(first.step_id, [[]], errors={0: "it did not run"}))
+    finish(scheduler, second)
+    plan = step(scheduler)
+    assert (scheduled(plan), plan.num_computed_tokens) == ({"b": 1}, [0])
+
+
 def test_leaked_request_slots_and_blocks_are_found_when_idle_and_can_be_used_again_after_a_reset() -> None:
     scheduler = make_scheduler(num_usable=4, max_num_seqs=2)
     request = make_request("a", 8, max_tokens=1)
@@ -273,7 +291,7 @@ def test_leaked_request_slots_and_blocks_are_found_when_idle_and_can_be_used_aga
     leaked = BlockLease(scheduler.kv.pool)
     plan = scheduler.schedule()
     assert plan is not None
-    leaked.adopt(request.lease.blocks)
+    leaked.adopt(request.leases[0].blocks)
     finish(scheduler, plan)
     req_index = scheduler._free_req_indices.pop()
     assert scheduler.find_leak() == "1 request slots, 2 KV blocks"
@@ -293,10 +311,11 @@ def test_plan_names_only_what_changed() -> None:
     scheduler.add(make_request("a", 3))
     first, second, third = step(scheduler), step(scheduler), step(scheduler)
     assert len(first.new_requests) == 1
-    assert (first.new_block_ids, second.new_block_ids) == ([[]], [[]])  # the fourth token still fits the first block
+    assert not first.new_blocks
+    assert not second.new_blocks  # the fourth token still fits the first block
     assert not second.new_requests
-    assert len(third.new_block_ids[0]) == 1
-    assert third.block_offsets == [1]
+    (new,) = third.new_blocks
+    assert (new.req_index, new.group, new.offset, len(new.block_ids)) == (third.req_indices[0], 0, 1, 1)
 
 
 def test_prompt_logprobs_come_once_even_when_the_prompt_is_computed_twice() -> None:
@@ -431,7 +450,7 @@ def test_time_limit_ends_a_request_with_what_it_has() -> None:
 
 
 def test_windowed_prefix_hits_without_the_blocks_that_have_left_the_window() -> None:
-    kv = KVCacheManager(20, 4, sliding_window=6)
+    kv = KVCacheManager(20, 4, groups=[WindowGroup(6)])
     scheduler = Scheduler(
         SchedulerLimits(max_num_seqs=4, max_num_batched_tokens=64, max_model_len=64, max_num_waiting=10), kv
     )
@@ -447,7 +466,7 @@ def test_windowed_prefix_hits_without_the_blocks_that_have_left_the_window() -> 
     plan = step(scheduler)
     assert scheduled(plan) == {"b": 4}
     assert again.num_cached_tokens == 20
-    assert plan.new_requests[0].block_ids[:3] == [0, 0, 0]
+    assert plan.new_requests[0].block_ids[0][:3] == [0, 0, 0]
 
 
 def test_stages_of_a_pipeline_all_have_requests_to_decode() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from pagoda.errors import QueueFullError
+from pagoda.scheduling.tenant_shares import MAX_FLOWS
 from tests.support.timed_engine import TimedEngine
 
 
@@ -120,6 +121,18 @@ def test_what_a_tenant_leaves_is_the_others() -> None:
     assert not b.is_finished
 
 
+def test_what_others_left_is_not_held_against_a_tenant() -> None:
+    """One that comes later has no turn before it for all that it had while nobody else wanted it."""
+    engine = TimedEngine(max_num_batched_tokens=8, max_model_len=128, long_prefill_token_threshold=None)
+    engine.add("light", 5, 100)
+    for _ in range(50):
+        engine.add("heavy", 60, 5)
+    engine.run_until(lambda: len(engine.plans) == 95)
+    light, heavy = (tenant.num_served_tokens for tenant in engine.scheduler._shares.tenants.values())
+    assert engine.num_tokens_run > 4 * light
+    assert light < heavy <= light + 128 + 8
+
+
 def test_more_tenants_than_request_slots_take_turns() -> None:
     engine = TimedEngine(max_num_seqs=4, long_prefill_token_threshold=None)
     for index in range(200):
@@ -128,3 +141,46 @@ def test_more_tenants_than_request_slots_take_turns() -> None:
     ended = [request for request in engine.requests.values() if request.is_finished]
     assert len(ended) < 32, "the flood of a is not served before the others"
     assert sum(request.num_preemptions for request in engine.requests.values()) == 0
+
+
+@pytest.mark.parametrize("flood", ["long outputs", "long prompts"])
+def test_a_second_flow_of_a_tenant_takes_three_times_as_long_as_alone_at_most(flood: str) -> None:
+    engine = TimedEngine(long_prefill_token_threshold=None)
+    FLOODS[flood](engine)
+    engine.run_until(lambda: len(engine.plans) == 100)
+    for num_prompt_tokens in (10, 10, 300):
+        seconds = engine.seconds_of("a", num_prompt_tokens, 8, fairness_id="other")
+        assert seconds <= 3 * engine.seconds_alone(num_prompt_tokens, 8)
+    engine.scheduler.check_integrity()
+
+
+def test_many_flows_do_not_make_the_share_of_a_tenant_larger() -> None:
+    engine = TimedEngine(long_prefill_token_threshold=None, max_num_waiting=4096)
+    for number in range(100):
+        for _ in range(4):
+            engine.add("a", 20, 1900, fairness_id=str(number))
+    assert len(engine.scheduler._shares.tenants) == MAX_FLOWS + 1  # the others are of the flow without an id
+    engine.run_until(lambda: len(engine.plans) == 100)
+    for num_prompt_tokens in (10, 10, 300):
+        seconds = engine.seconds_of("b", num_prompt_tokens, 8)
+        assert seconds <= 3 * engine.seconds_alone(num_prompt_tokens, 8)
+
+
+def test_what_is_due_first_is_served_first_and_nobody_waits_longer_than_a_minute_for_it() -> None:
+    engine = TimedEngine(policy="priority", max_num_seqs=1, long_prefill_token_threshold=None)
+    running = engine.add("a", 10, 5)
+    engine.step()
+    plain = engine.add("a", 10, 5)
+    soon, later = engine.add("a", 10, 5, ttft_slo=0.5), engine.add("a", 10, 5, ttft_slo=0.8)
+    urgent = engine.add("a", 10, 5, priority=-1)
+    engine.run_until(lambda: all(request.is_finished for request in (running, plain, soon, later, urgent)))
+    began = [engine.token_times[request.spec.request_id][0] for request in (running, urgent, soon, later, plain)]
+    assert began == sorted(began)
+    first = engine.add("a", 10, 5)
+    engine.step()
+    waiting = engine.add("a", 10, 5)
+    engine.clock.advance(61)
+    hurried = engine.add("a", 10, 5, ttft_slo=0.5)
+    engine.run_until(lambda: hurried.is_finished)
+    assert engine.token_times[waiting.spec.request_id][0] < engine.token_times[hurried.spec.request_id][0]
+    assert first.is_finished

@@ -15,6 +15,7 @@ from pagoda.errors import InvalidRequestError, RequestTooLargeError
 from pagoda.serving.decoding_threads import DecodingThreads
 from pagoda.serving.http.bodies import ANY_RATIO_BYTES, decode_body
 from pagoda.serving.json_decoding import LARGE_BYTES
+from pagoda.serving.request_memory import RequestMemory
 
 T = TypeVar("T")
 LIMIT = 4 * LARGE_BYTES
@@ -28,8 +29,12 @@ def request_of(body: bytes, **headers: str) -> Request:
     return Request({"type": "http", "path": "/", "headers": raw}, receive)
 
 
+def threads() -> DecodingThreads:
+    return DecodingThreads(RequestMemory(2**30))
+
+
 async def decode_it(request: Request, decode: Callable[[bytes | bytearray], T]) -> T:
-    return await decode_body(request, LIMIT, DecodingThreads(), decode)
+    return await decode_body(request, LIMIT, threads(), decode)
 
 
 @pytest.mark.parametrize(
@@ -74,8 +79,6 @@ async def test_errors_and_limits_are_those_of_a_small_body() -> None:
 async def test_a_compressed_body_may_not_become_anything() -> None:
     zeros = gzip.compress(b" " * 2 * ANY_RATIO_BYTES)
     with pytest.raises(RequestTooLargeError, match="100 times as large"):
-        await decode_body(request_of(zeros, content_encoding="gzip"), 2**24, DecodingThreads(), len)
+        await decode_body(request_of(zeros, content_encoding="gzip"), 2**24, threads(), len)
     words = gzip.compress(" ".join(map(str, range(300_000))).encode())
-    assert (
-        await decode_body(request_of(words, content_encoding="gzip"), 2**24, DecodingThreads(), len) > ANY_RATIO_BYTES
-    )
+    assert await decode_body(request_of(words, content_encoding="gzip"), 2**24, threads(), len) > ANY_RATIO_BYTES

@@ -65,7 +65,9 @@ def test_each_offset_is_where_the_tokens_text_is(
             and not entry.startswith("<0x")
             and not (skip and token_id in tokenizer.special_token_ids)
         ):
-            assert text[offset : offset + len(own)] == own
+            # The text begins without the space that its first token has behind a special one that is left out.
+            is_first = offset == 0 and text.startswith(own.removeprefix(" "))
+            assert is_first or text[offset : offset + len(own)] == own
 
 
 def test_special_tokens_that_are_left_out_take_no_room(tokenizers: dict[str, Tokenizer]) -> None:

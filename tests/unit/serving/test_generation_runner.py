@@ -11,18 +11,22 @@ from pagoda.errors import DeadlineExceededError, EngineNotReadyError
 from pagoda.request import GenerationRequest
 from pagoda.serving.interruptible_wait import InterruptibleWait
 from pagoda.text.output import GenerationChunk
-from tests.support.jobs import job, runner_of
+from tests.support.jobs import AnyNumber, job, runner_of
 from tests.support.virtual_time import in_virtual_time
 
 
 class Endless:
     """A generator that gives a token every `seconds`, for ever."""
 
+    client = AnyNumber()
+
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
         self.num_started = self.num_closed = 0
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationChunk, None]:
+    async def generate(
+        self, request: GenerationRequest, places: object = None
+    ) -> AsyncGenerator[GenerationChunk, None]:
         self.num_started += 1
         try:
             while True:

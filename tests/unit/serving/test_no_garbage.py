@@ -18,16 +18,20 @@ from pagoda.serving.http.disconnect import until_disconnect
 from pagoda.serving.http.event_stream import open_event_stream
 from pagoda.serving.metrics.prometheus import Metrics
 from pagoda.text.output import GenerationChunk
-from tests.support.jobs import job, runner_of
+from tests.support.jobs import AnyNumber, job, runner_of
 
 
 class Failing:
     """A generator that gives one token and then fails, or hangs."""
 
+    client = AnyNumber()
+
     def __init__(self, *, hangs: bool = False) -> None:
         self._hangs = hangs
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationChunk, None]:
+    async def generate(
+        self, request: GenerationRequest, places: object = None
+    ) -> AsyncGenerator[GenerationChunk, None]:
         yield GenerationChunk(text="x", token_ids=[1])
         if self._hangs:
             await asyncio.Event().wait()

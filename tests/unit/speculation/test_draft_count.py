@@ -10,11 +10,13 @@ from hypothesis import strategies as st
 
 from pagoda.request import EngineRequest
 from pagoda.sampling.params import SamplingParams
+from pagoda.scheduling.lookahead import MeasuredStep
+from pagoda.scheduling.plan import StepPlan, StepResult
 from pagoda.scheduling.request import Request
+from pagoda.scheduling.step_cost import StepCost
 from pagoda.speculation.acceptance import AcceptanceRates
 from pagoda.speculation.draft_count import choose_counts, may_pay
 from pagoda.speculation.proposer import HostProposer
-from pagoda.speculation.step_cost import StepCost
 
 
 def measured(seconds: dict[int, float]) -> StepCost:
@@ -96,6 +98,17 @@ class Fixed:
         return [self.token] * limit
 
 
+def step_of(num_drafts: int, num_accepted: int, seconds: float) -> MeasuredStep:
+    return MeasuredStep(
+        num_outputs=1,
+        num_tokens=1 + num_drafts,
+        num_drafts=num_drafts,
+        num_made=1 + num_accepted,
+        only_decodes=True,
+        seconds=seconds,
+    )
+
+
 def play(drafter: Fixed, output_token: int, cost: dict[int, float], steps: int = 200, **fields) -> list[int]:
     """How many drafts each of `steps` steps verified, of a request whose output is `output_token` throughout."""
     proposer = HostProposer(8, lambda request: drafter)
@@ -109,7 +122,7 @@ def play(drafter: Fixed, output_token: int, cost: dict[int, float], steps: int =
         counts.append(len(drafts))
         accepted = len(drafts) if drafter.token == output_token else 0
         request.token_ids += [output_token] * (accepted + 1)
-        proposer.observe(1 + len(drafts), table.of(1 + len(drafts)))
+        proposer.observe(step_of(len(drafts), accepted, table.of(1 + len(drafts))))
     return counts
 
 
@@ -136,6 +149,16 @@ def test_rates_are_learned_without_verifying_anything() -> None:
     for _ in range(100):
         ((*drafts,),) = proposer.propose([request], [8], 1, 1)
         request.token_ids += [6] * (1 + 0 * len(drafts))
-        proposer.observe(1 + len(drafts), 1.0 + len(drafts))
+        proposer.observe(step_of(len(drafts), 0, 1.0 + len(drafts)))
     state = request.draft_state
-    assert state.rates.rates[0] < 0.05  # type: ignore[attr-defined]
+    assert state.sources[0].rates.rates[0] < 0.05  # type: ignore[attr-defined]
+
+
+def test_several_model_steps_on_one_plan_are_measured_as_one_of_them() -> None:
+    """Else nothing would be known of what rows without drafts take, with `num_scheduler_steps`."""
+    plan = StepPlan(0, num_scheduled_tokens=[1, 1], samples=[True, True], num_steps=[4, 4])
+    result = StepResult(0, [[5] * 4, [5] * 4])
+    step = MeasuredStep.of(plan, result, 2.0)
+    assert (step.num_outputs, step.num_tokens, step.only_decodes, step.seconds) == (2, 2, True, 0.5)
+    plan.num_steps = [4, 1]
+    assert not MeasuredStep.of(plan, result, 2.0).only_decodes

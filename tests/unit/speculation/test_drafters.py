@@ -9,7 +9,7 @@ from pagoda.config.speculation import SpeculativeConfig
 from pagoda.request import EngineRequest
 from pagoda.sampling.params import SamplingParams
 from pagoda.scheduling.request import Request
-from pagoda.speculation.history import History
+from pagoda.speculation.history import History, IndexBudget
 from pagoda.speculation.ngram import NgramDrafter
 from pagoda.speculation.suffix import PastOutputs, SuffixDrafter
 
@@ -131,3 +131,15 @@ def test_past_outputs_are_bounded_and_the_newest_stay() -> None:
     for number in range(200):
         big.add(request_of([1], [number] * 5000, tenant=str(number % 3)))
     assert sum(len(text.tokens) for tenant in "012" for text in big.of(request_of([1], tenant=tenant))) <= 1 << 19
+
+
+def test_indexes_of_all_requests_together_have_a_bound_and_give_back_what_they_took() -> None:
+    budget = IndexBudget(100)
+    prompt = [1, 2, 3, 4, 5] * 12
+    first, second = (NgramDrafter(request_of(prompt), 3, 8, budget) for _ in range(2))
+    assert first.propose(4) == [1, 2, 3, 4]
+    assert second.propose(4) == []  # 60 and 60 are more than 100
+    first.close()
+    assert second.propose(4) == [1, 2, 3, 4]
+    second.close()
+    assert budget.left == 100

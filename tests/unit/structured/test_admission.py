@@ -9,13 +9,13 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 from pathlib import Path
 
-import psutil
 import pytest
 
 import pagoda
 from pagoda.errors import InvalidRequestError, NotSupportedError
 from pagoda.structured.admission import GrammarAdmission
 from pagoda.structured.spec import GrammarSpec
+from tests.support.child_processes import children_running
 
 DEMO = str(Path(pagoda.__file__).parent / "demo_model")
 GOOD = GrammarSpec.of_regex("a+")
@@ -31,8 +31,7 @@ async def admission() -> AsyncIterator[GrammarAdmission]:
 
 
 def children() -> list[int]:
-    found = psutil.Process().children()
-    return [child.pid for child in found if "pagoda.structured.compile_process" in child.cmdline()]
+    return [child.pid for child in children_running("pagoda.structured.compile_process")]
 
 
 async def test_verdicts_are_kept_and_one_process_gives_them_all(admission: GrammarAdmission) -> None:

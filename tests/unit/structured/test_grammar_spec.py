@@ -69,6 +69,10 @@ def test_properties_keep_their_order() -> None:
         ({"guided_choice": ["a", "b"]}, GrammarSpec.of_choice(["a", "b"])),
         ({"guided_choice": '["a", "b"]'}, GrammarSpec.of_choice(["a", "b"])),
         ({"guided_grammar": "start: A"}, GrammarSpec.of_grammar("start: A")),
+        ({"json_schema": json.dumps(SCHEMA)}, SPEC),
+        ({"regex": "a+"}, GrammarSpec.of_regex("a+")),
+        ({"ebnf": 'root ::= "a"'}, GrammarSpec.of_grammar('root ::= "a"')),
+        ({"grammar": 'root ::= "a"'}, GrammarSpec.of_grammar('root ::= "a"')),
     ],
 )
 def test_all_spellings_give_one_record(parameters: dict[str, Any], expected: GrammarSpec | None) -> None:

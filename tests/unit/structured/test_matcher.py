@@ -6,6 +6,7 @@ import json
 import random
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,13 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers
 
 from pagoda.errors import ConfigError, InvalidRequestError
+from pagoda.models.checkpoint_source import demo_checkpoint
 from pagoda.structured.compiler import GrammarCompiler
 from pagoda.structured.matcher import GrammarMatcher
 from pagoda.structured.spec import GrammarSpec
 from pagoda.structured.vocabulary import GrammarVocabulary
 from pagoda.text.tokenizer import Tokenizer
+from tests.support.gguf_files import gguf_bytes, metadata_of
 from tests.support.tokenizers import save_tokenizer
 
 DEMO = Path(__file__).parents[3] / "runtime/pagoda/demo_model"
@@ -186,7 +189,7 @@ def test_reasoning_is_free_and_does_not_end_and_the_grammar_begins_behind_it(end
 
 
 def test_reasoning_that_may_be_left_out_begins_with_its_token() -> None:
-    spec = SPECS["choice"].after([END], opened_by=START)
+    spec = SPECS["choice"].after([END], opened_by=[START])
     grammar = masks_of(matcher_of(SPECS["choice"]))[0]
     assert masks_of(matcher_of(spec)) == [grammar | {START}]
     thinking = matcher_of(spec)
@@ -263,6 +266,17 @@ CANNOT: dict[str, GrammarSpec] = {
     "leniency": GrammarSpec.of_json_schema({"not": {}, "x-guidance": {"lenient": True}}),
     "nothing": GrammarSpec.of_json_schema(False),
     "look-ahead": GrammarSpec.of_regex("a(?=b)"),
+    "a word boundary": GrammarSpec.of_regex(r"\bred\b"),
+    "lines": GrammarSpec.of_regex("(?m)^a$"),
+    "a back-reference": GrammarSpec.of_regex(r"(a)\1"),
+    "priorities": GrammarSpec.of_grammar('start: A\nA.2: "a"'),
+    "a style of arguments": GrammarSpec.of_structural_tag(
+        {"format": {"type": "json_schema", "json_schema": {}, "style": "qwen_xml"}}
+    ),
+    "what text must not have": GrammarSpec.of_structural_tag({"format": {"type": "any_text", "excludes": ["x"]}}),
+    "a part of a tag": GrammarSpec.of_structural_tag(
+        {"format": {"type": "tag", "begin": "a", "content": {"type": "any_text"}, "end": "b", "repeats": 2}}
+    ),
     "no Lark": GrammarSpec.of_grammar("start: (("),
     "no tag": GrammarSpec.of_structural_tag({"format": {"type": "no_such"}}),
     "no trigger": GrammarSpec.of_structural_tag({"structures": [], "triggers": ["<"]}),
@@ -382,7 +396,7 @@ def sentencepiece() -> tokenizers.Tokenizer:
     return tokenizer
 
 
-@pytest.mark.parametrize("kind", ["byte_level_bpe", "unigram_byte_fallback", "sentencepiece", "demo"])
+@pytest.mark.parametrize("kind", ["byte_level_bpe", "unigram_byte_fallback", "unigram", "sentencepiece", "demo"])
 def test_tokens_have_the_bytes_that_the_tokenizer_gives_them(tmp_path: Path, kind: str) -> None:
     if kind == "sentencepiece":
         sentencepiece().save(str(tmp_path / "tokenizer.json"))
@@ -398,13 +412,97 @@ def test_tokens_have_the_bytes_that_the_tokenizer_gives_them(tmp_path: Path, kin
             assert vocabulary.tokenizer.decode_bytes([token_id]) == tokenizer.token_bytes(token_id)
 
 
-@pytest.mark.parametrize("kind", ["unigram", "word_piece"])
-def test_a_tokenizer_without_bytes_is_refused_in_a_sentence(tmp_path: Path, kind: str) -> None:
-    save_tokenizer(tmp_path, kind)
-    with pytest.raises(ConfigError, match="structured outputs cannot use the tokenizer"):
+def test_a_unigram_model_writes_what_a_grammar_allows(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path, "unigram")
+    tokenizer = Tokenizer.from_directory(tmp_path)
+    compiler = GrammarCompiler(GrammarVocabulary.from_directory(tmp_path, tokenizer.vocab_size))
+    matcher = compiler.matcher(GrammarSpec.of_regex("[a-e ]{5,40}"), eos_token_ids=(EOS,), ignore_eos=True)
+    taken = []
+    choose = random.Random(0).choice
+    while True:
+        (mask,) = masks_of(matcher)
+        if mask == {EOS}:
+            break
+        taken.append(choose(sorted(mask)))
+        if matcher.advance(taken[-1]):
+            break
+        assert matcher.error is None
+    assert re.fullmatch("[a-e ]{5,40}", b"".join(map(tokenizer.token_bytes, taken)).decode())
+
+
+def test_a_tokenizer_without_bytes_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path, "word_piece")
+    with pytest.raises(ConfigError, match="cannot use a WordPiece tokenizer: whether there is a space"):
         GrammarVocabulary.from_directory(tmp_path)
 
 
 def test_no_tokenizer_file_is_refused_in_a_sentence(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match="does not exist"):
         GrammarVocabulary.from_directory(tmp_path)
+
+
+def test_a_gguf_file_has_the_vocabulary_of_its_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_bytes(gguf_bytes(metadata_of(demo_checkpoint(), "llama")))
+    read, expected = map(GrammarVocabulary.from_directory, (tmp_path / "m.gguf", demo_checkpoint()))
+    assert read.tokenizer.vocab_size > 2000
+    for token_id in range(read.tokenizer.vocab_size):
+        assert read.tokenizer.decode_bytes([token_id]) == expected.tokenizer.decode_bytes([token_id])
+
+
+@pytest.mark.parametrize("end", [[END], tokens_of("</think>")], ids=["one token", "several tokens"])
+@pytest.mark.parametrize("budget", [0, 3])
+@pytest.mark.parametrize("kind", ["choice", "text"])
+def test_reasoning_ends_when_its_budget_is_used_up(kind: str, budget: int, end: list[int]) -> None:
+    spec = replace(SPECS["choice"] if kind == "choice" else GrammarSpec(kind="text"), reasoning_budget=budget)
+    everything = set(range(2048))
+    behind = everything if kind == "text" else masks_of(matcher_of(SPECS["choice"]))[0]
+    matcher = matcher_of(spec.after(end))
+    # In drafts as in tokens that are kept.
+    masks = masks_of(matcher, [500] * budget + end)
+    assert [len(mask) == 1 for mask in masks] == [False] * budget + [True] * len(end) + [False]
+    for number in range(budget):
+        assert matcher.restricts(1) == (kind == "choice")
+        assert masks_of(matcher) == [masks[number]] == [everything if kind == "text" else everything - {EOS}]
+        assert not matcher.advance(500)
+    for token_id in end:
+        assert matcher.restricts(1)
+        assert masks_of(matcher) == [{token_id}]
+        assert not matcher.advance(token_id)
+    assert masks_of(matcher) == [behind]
+    assert kind == "choice" or not matcher.restricts(100)
+
+
+def test_reasoning_that_ends_in_time_is_not_ended_again() -> None:
+    spec = replace(GrammarSpec(kind="text"), reasoning_budget=5, reasoning_left_by=(7,))
+    for last in (END, 7):
+        matcher = matcher_of(spec.after([END]))
+        for token_id in (500, last):
+            matcher.advance(token_id)
+        for _ in range(20):
+            assert masks_of(matcher) == [set(range(2048))]
+            matcher.advance(500)
+    # It does not begin, or it does.
+    optional = spec.after([END], opened_by=[START])
+    plain, thinking = matcher_of(optional), matcher_of(optional)
+    assert not plain.advance(500)
+    assert not plain.restricts(100)
+    for token_id in (START, *[500] * 5):
+        thinking.advance(token_id)
+    assert masks_of(thinking) == [{END}]
+
+
+def test_an_opening_of_several_tokens_is_found_by_its_text() -> None:
+    spec = replace(GrammarSpec(kind="text"), reasoning_budget=2).after([END], opened_by=tokens_of("<think>"))
+    for text, opens in (
+        ("<think>", True),
+        ("\n<think>", True),
+        ("<thin", False),
+        ("<thick>", False),
+        ("a <think>", False),
+    ):
+        matcher = matcher_of(spec)
+        for token_id in tokens_of(text):
+            matcher.advance(token_id)
+        for _ in range(2):
+            matcher.advance(500)
+        assert (masks_of(matcher) == [{END}]) == opens, text

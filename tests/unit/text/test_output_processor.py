@@ -12,7 +12,9 @@ from pagoda.errors import ErrorKind, QueueFullError, RequestFailedError
 from pagoda.sampling.output import FinishReason, TokenLogprobs
 from pagoda.sampling.params import SamplingParams
 from pagoda.text.output import GenerationChunk
-from pagoda.text.output_processor import RequestTextState
+from pagoda.text.output_processor import RequestMessageState, RequestTextState
+from pagoda.text.responses.checkpoint import format_of, make_parser
+from pagoda.text.responses.tools import ToolSet
 from pagoda.text.tokenizer import Tokenizer
 from tests.support.tokenizers import CORPUS, save_tokenizer
 
@@ -105,6 +107,25 @@ def test_token_that_ended_the_request_is_in_its_text_when_that_was_asked_for():
     ids = [*TOKENIZER.encode("the end"), EOS]
     state = state_of(skip_special_tokens=False, include_stop_str_in_output=True)
     assert text_of(run(state, ids, reason=FinishReason.STOP)) == "the end<|im_end|>"
+
+
+@pytest.mark.parametrize("at_once", [1, 100])
+@pytest.mark.parametrize("is_message", [False, True])
+def test_token_that_completed_a_constrained_answer_is_in_its_text(is_message, at_once):
+    state = state_of()
+    if is_message:
+        parser = make_parser(format_of("hermes", "think"), ToolSet({"f": {}}))
+        state = RequestMessageState(TOKENIZER, PROMPT, SamplingParams(), parser)
+    ids = TOKENIZER.encode('{"age": 34}')
+    text = ""
+    for start in range(0, len(ids), at_once):
+        some = ids[start : start + at_once]
+        is_last = start + at_once >= len(ids)
+        reason = FinishReason.STOP if is_last else None
+        output = EngineOutput(request_id="r", new_token_ids=some, finish_reason=reason, is_complete=is_last)
+        chunk = state.process(output)
+        text += "".join(delta.text for delta in chunk.all_deltas())
+    assert text == '{"age": 34}'
 
 
 def test_unfinished_character_is_held_back_and_ends_as_a_replacement():

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import jinja2
+import numpy as np
 import pytest
 
 from pagoda.errors import CheckpointError, ConfigError
 from pagoda.request import AnswerOptions
+from pagoda.structured.compiler import GrammarCompiler
 from pagoda.structured.spec import GrammarSpec
+from pagoda.structured.vocabulary import GrammarVocabulary
 from pagoda.text.detokenizer import MarkingDetokenizer
-from pagoda.text.responses.checkpoint import answer_format, format_of, make_parser
+from pagoda.text.responses.checkpoint import AnswerFormat, answer_format, format_of, make_parser
 from pagoda.text.responses.checkpoint_template import TemplateParser, read_response_template
 from pagoda.text.responses.formats import CALL_NAMES, REASONING_NAMES
 from pagoda.text.responses.marks import bind
@@ -498,20 +503,90 @@ def test_the_prompt_says_whether_the_answer_begins_in_reasoning(tokenizer: Token
 def test_a_constraint_begins_where_the_reasoning_ends(tokenizer: Tokenizer) -> None:
     spec = GrammarSpec.of_json_object()
 
-    def bounds(tail: str, name: str = "qwen3", **options: Any) -> tuple[str, int | None]:
+    def bounds(tail: str, name: str = "qwen3", **options: Any) -> tuple[str, str]:
         found = answer_format(tokenizer, [], reasoning_parser=name)
         prompt = tokenizer.encode("What does <think> do?<|im_end|>" + tail, add_special_tokens=False)
         placed = found.constrained(spec, AnswerOptions(**options), prompt)
-        assert replace(placed, starts_after=(), opened_by=None) == spec
-        return tokenizer.decode(placed.starts_after, skip_special_tokens=False), placed.opened_by
+        assert placed is not None
+        assert placed.alone == spec
+        assert placed.reasoning_budget == options.get("thinking_token_budget")
+        return decode(placed.starts_after), decode(placed.opened_by)
 
-    assert bounds("<|im_start|>assistant\n<think>\n") == ("</think>", None)
-    assert bounds("<|im_start|>assistant\n<think>\n\n</think>\n\n") == ("", None)
-    assert bounds("<|im_start|>assistant\n", "deepseek_r1") == ("</think>", None)
-    assert bounds("<|im_start|>assistant\n", "off") == ("", None)
-    assert bounds("<|im_start|>assistant\n", "mistral") == ("", None)  # its markers are no tokens here
-    assert bounds("<think>so</think> far", continued="<think>so</think> far") == ("", None)
-    assert bounds("<|start|>assistant", "openai_gptoss") == ("<|channel|>final<|message|>", None)
+    def decode(token_ids: Sequence[int]) -> str:
+        return tokenizer.decode(token_ids, skip_special_tokens=False)
+
+    assert bounds("<|im_start|>assistant\n<think>\n") == ("</think>", "")
+    assert bounds("<|im_start|>assistant\n<think>\n\n</think>\n\n") == ("", "")
+    assert bounds("<|im_start|>assistant\n", "deepseek_r1") == ("</think>", "")
+    assert bounds("<|im_start|>assistant\n", "off") == ("", "")
+    assert bounds("<|im_start|>assistant\n", "mistral") == ("", "")  # its markers are no tokens here
+    assert bounds("<think>so</think> far", continued="<think>so</think> far") == ("", "")
+    assert bounds("<|start|>assistant", "openai_gptoss") == ("<|channel|>final<|message|>", "")
+
+
+def test_a_budget_bounds_reasoning_without_a_grammar(tokenizer: Tokenizer) -> None:
+    def bounded(tail: str, name: str = "qwen3", **options: Any) -> GrammarSpec | None:
+        found = answer_format(tokenizer, [], reasoning_parser=name, tool_call_parser="hermes")
+        prompt = tokenizer.encode("<|im_end|>" + tail, add_special_tokens=False)
+        return found.constrained(None, AnswerOptions(thinking_token_budget=7, **options), prompt)
+
+    close = tuple(tokenizer.encode("</think>", add_special_tokens=False))
+    expected = GrammarSpec(kind="text", starts_after=close, reasoning_budget=7)
+    assert bounded("<|im_start|>assistant\n<think>\n") == expected
+    opening = tuple(tokenizer.encode("<think>", add_special_tokens=False))
+    assert bounded("<|im_start|>assistant\n") == replace(expected, opened_by=opening)
+    with_tools = bounded("<|im_start|>assistant\n<think>\n", tools={"f": {}})
+    assert with_tools is not None
+    assert with_tools.reasoning_left_by == (tokenizer.added_tokens["<tool_call>"],)
+    assert bounded("<|im_start|>assistant\n<think>\n\n</think>\n\n") is None  # there is none to bound
+
+
+@pytest.mark.parametrize("budget", [0, 1, 6])
+@pytest.mark.parametrize("form", [None, GrammarSpec.of_json_object(), GrammarSpec.of_choice(["red", "塔"])])
+def test_a_budget_bounds_reasoning_in_channels(tmp_path: Path, budget: int, form: GrammarSpec | None) -> None:
+    directory = save_tokenizer(tmp_path, "byte_level_bpe")
+    backend = Tokenizer.from_directory(directory)._backend
+    markers = ("start", "channel", "message", "constrain", "end", "call", "return")
+    backend.add_special_tokens([f"<|{marker}|>" for marker in markers])
+    backend.save(str(Path(directory) / "tokenizer.json"))
+    tokenizer = Tokenizer.from_directory(directory)
+    found = answer_format(tokenizer, [], reasoning_parser="openai_gptoss", tool_call_parser="openai")
+    assert found.can_end_reasoning
+    options = AnswerOptions(thinking_token_budget=budget, tools={"f": {}} if form is None else {})
+    compiler = GrammarCompiler(GrammarVocabulary.from_directory(directory))
+
+    def walk(seed: int) -> tuple[list[int], AssistantMessage]:
+        """What a model says that reasons for as long as it may, with "塔" in pieces, and is random then."""
+        spec = found.constrained(form, options, tokenizer.encode("<|start|>assistant", add_special_tokens=False))
+        assert spec is not None
+        matcher = compiler.matcher(spec, eos_token_ids=[tokenizer.added_tokens["<|return|>"]])
+        wanted = tokenizer.encode("<|channel|>analysis<|message|>" + "塔" * 9, add_special_tokens=False)
+        choose, ids = Random(seed).choice, []
+        words = np.empty((1, matcher.num_words), dtype=np.int32)
+        while len(ids) < 300:
+            matcher.fill(words)
+            assert matcher.error is None
+            allowed = np.unpackbits(words[0].view(np.uint8), bitorder="little").nonzero()[0].tolist()
+            wants = len(ids) < len(wanted) and wanted[: len(ids)] == ids and wanted[len(ids)] in allowed
+            ids.append(wanted[len(ids)] if wants else choose(allowed))
+            if matcher.advance(ids[-1]):
+                break
+        return ids, read_ids(tokenizer, "openai", ids)
+
+    end = tokenizer.added_tokens["<|end|>"]
+    num_ended = 0
+    for seed in range(6):
+        ids, message = walk(seed)
+        header = len(tokenizer.encode("<|channel|>analysis<|message|>", add_special_tokens=False))
+        assert 0 <= ids.index(end) - header - budget <= 3  # the rest of a character
+        assert tokenizer.decode(ids, skip_special_tokens=False).count("<|channel|>analysis") == 1
+        assert message.reasoning.replace("塔", "") == ""
+        if len(ids) < 300 and form is not None:
+            num_ended += 1
+            assert (
+                message.content in ("red", "塔") if form.kind == "choice" else json.loads(message.content) is not None
+            )
+    assert form is None or num_ended
 
 
 def test_names_are_vllms() -> None:
@@ -574,6 +649,22 @@ def test_a_checkpoints_template_is_read_as_transformers_reads_it(name: str) -> N
             functions = [call["function"] for call in expected.get("tool_calls", [])]
             assert [call.name for call in message.tool_calls] == [function["name"] for function in functions]
             assert arguments_of(message) == [function["arguments"] for function in functions]
+
+
+@pytest.mark.parametrize(("name", "grammar"), [("qwen2", "hermes"), ("qwen3_5", "qwen3_coder"), ("gemma4", "gemma4")])
+def test_a_templates_calls_are_held_to_the_format_that_it_reads(tokenizer: Tokenizer, name: str, grammar: str) -> None:
+    template = read_response_template(_transformers_templates()[name], "here")
+    found = AnswerFormat(tokenizer, template=template)
+    assert found.grammar_name == grammar
+    if template.reasoning is not None:
+        assert found.can_end_reasoning
+
+
+def test_a_template_that_reads_no_known_calls_has_no_grammar(tokenizer: Tokenizer) -> None:
+    fields = {"content": {}, "tool_calls": {"open": "<<", "close": ">>", "content": "json"}}
+    template = read_response_template({"start_anchor": "<|im_start|>assistant", "fields": fields}, "here")
+    assert AnswerFormat(tokenizer, template=template).grammar_name is None
+    assert AnswerFormat(tokenizer).grammar_name is None
 
 
 def test_what_a_template_cannot_read_is_content() -> None:

@@ -6,13 +6,13 @@ import os
 import signal
 import threading
 
-import psutil
 import pytest
 
 from pagoda.errors import ConfigError, InvalidRequestError
 from pagoda.text import template_process
 from pagoda.text.chat_template import ChatTemplate
 from pagoda.text.template_process import TemplateProcess
+from tests.support.child_processes import children_running
 
 # What the first message says is what the template does.
 TEMPLATE = """
@@ -42,7 +42,7 @@ def renderer():
 
 
 def children() -> set[int]:
-    return {child.pid for child in psutil.Process().children() if "pagoda.text.template_process" in child.cmdline()}
+    return {child.pid for child in children_running("pagoda.text.template_process")}
 
 
 @pytest.mark.parametrize("what", ["endless", "repeated", "wide", "doubled", "list", "printed", "recursive"])

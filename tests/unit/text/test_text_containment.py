@@ -55,8 +55,8 @@ async def test_sequences_wait_for_a_reader_who_takes_his_time(generator: TextGen
     steps: list[int] = []
     submit = generator.client.submit
 
-    async def counted(request):
-        async for output in submit(request):
+    async def counted(request, places=None):
+        async for output in submit(request, places):
             steps.append(1)
             yield output
 

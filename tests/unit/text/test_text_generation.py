@@ -8,6 +8,7 @@ from contextlib import aclosing
 import pytest
 
 from pagoda.config.schema import PagodaConfig
+from pagoda.engine.client.request_queue import QueuePlaces, RequestQueue
 from pagoda.engine.messages import EngineOutput, EngineReady
 from pagoda.errors import (
     EngineDeadError,
@@ -42,7 +43,10 @@ class ScriptedClient:
         self.requests: list[EngineRequest] = []
         self.aborted: list[str] = []
 
-    async def submit(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
+    def reserve(self, tenant: str, count: int) -> QueuePlaces:
+        return QueuePlaces(RequestQueue(), tenant, count)
+
+    async def submit(self, request: EngineRequest, places: QueuePlaces | None = None) -> AsyncIterator[EngineOutput]:
         self.requests.append(request)
         ended = False
         try:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import Iterator
 
 import pytest
 
 from pagoda.text.thread_workers import ThreadWorkers
-from pagoda.text.workers import WorkerOptions
+from pagoda.text.workers import NICENESS, WorkerOptions
 
 
 class Operations:
@@ -31,6 +32,21 @@ def faults(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[threading.ExceptHoo
     monkeypatch.setattr(threading, "excepthook", found.append)
     yield found
     found.clear()
+
+
+async def test_the_engine_goes_before_what_tokenizes() -> None:
+    class Priority:
+        def call(self, operation: str, arguments: object) -> int:
+            return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    workers = ThreadWorkers(
+        WorkerOptions(directory="", size=1, start_timeout=30.0, call_timeout=30.0),
+        Priority(),  # type: ignore[arg-type]
+    )
+    await workers.start()
+    own = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    assert await workers.call("encode", {}) == min(19, own + NICENESS)
+    await workers.shutdown(30.0)
 
 
 def test_a_loop_that_closes_while_a_thread_is_at_work_takes_no_worker_with_it(

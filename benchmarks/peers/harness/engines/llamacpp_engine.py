@@ -12,7 +12,7 @@ import numpy as np
 from harness.engine import Engine, EngineSettings, Tokens
 
 BATCH_TOKENS = 2048
-CACHE_TYPES = {"bf16": "GGML_TYPE_F16", "fp32": "GGML_TYPE_F32", "int8": "GGML_TYPE_F16"}
+CACHE_TYPES = {"bf16": "GGML_TYPE_F16", "fp32": "GGML_TYPE_F32", "int8": "GGML_TYPE_F16", "gguf": "GGML_TYPE_F16"}
 
 
 @dataclass

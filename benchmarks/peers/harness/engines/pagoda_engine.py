@@ -10,7 +10,7 @@ from pagoda.engine.core.startup import start_core
 from pagoda.request import EngineRequest
 from pagoda.sampling.params import SamplingParams
 
-DTYPES = {"bf16": "bfloat16", "fp32": "float32", "int8": "bfloat16"}
+DTYPES = {"bf16": "bfloat16", "fp32": "float32", "int8": "bfloat16", "gguf": "bfloat16"}
 
 
 class PagodaEngine(Engine):

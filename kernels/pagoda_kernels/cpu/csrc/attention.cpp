@@ -267,24 +267,25 @@ class Attention {
     multiply_matrix<Dot>(span.num_rows, num_vectors, scores, true);
     for (int64_t r = 0; r < span.num_rows; ++r) softmax_row(span, r, first_key, num_vectors, work);
     if constexpr (kPair == 1) {
-      if (span.num_rows <= kFewRows && a_.head_dim == padded_dim_) {
+      if (span.num_rows <= kFewRows && a_.value_dim == padded_dim_) {
         add_values_in_place(span, first_key, rows, work);
         return;
       }
     }
     tiles_.load_values(rows, work.values);
-    add_values<Dot>(span, rows.low / kPair, ceil_div(rows.high, kPair), work.values, work);
+    add_values<Dot>(span, rows.low / kPair, ceil_div(rows.high, kPair), work.values, padded_dim_, work);
   }
 
-  // Adds the values of steps first .. last - 1 of the tile, which begin at `values`' row `first`, by their weights.
+  // Adds the values of steps first .. last - 1 of the tile, which begin at `values`' row `first`, by their weights. From row to
+  // row they are `stride` elements apart.
   template <class ValueDot>
-  void add_values(const Span& span, int64_t first, int64_t last, const typename ValueDot::B* values,
+  void add_values(const Span& span, int64_t first, int64_t last, const typename ValueDot::B* values, int64_t stride,
                   const Work& work) const {
     TileOperands<ValueDot> operands{last - first,
                                     weights_of(work) + first,
                                     kTileKeys / kPair,
-                                    values + first * padded_dim_,
-                                    padded_dim_,
+                                    values + first * stride,
+                                    stride,
                                     kPanel,
                                     work.segment.values,
                                     padded_dim_,
@@ -298,7 +299,7 @@ class Attention {
     for (int64_t t = rows.low; t < rows.high;) {
       const int64_t left = a_.block_size - (first_key + t) % a_.block_size;
       const int64_t end = smaller(rows.high, t + left);
-      add_values<DotNarrow<T>>(span, t, end, values + rows.offsets[t] - t * a_.head_dim, work);
+      add_values<DotNarrow<T>>(span, t, end, values + rows.offsets[t] - t * a_.head_dim, a_.head_dim, work);
       t = end;
     }
   }
@@ -367,12 +368,15 @@ class Attention {
     T* output = static_cast<T*>(a_.output);
     for (int64_t r = 0; r < num_rows; ++r) {
       const int64_t token = unit.first_query + r / group_, head = unit.kv_head * group_ + r % group_;
-      T* to = output + (token * a_.num_heads + head) * a_.head_dim;
-      const Vector total = broadcast(state.total[r]);
+      T* to = output + (token * a_.num_heads + head) * a_.value_dim;
+      float weights = state.total[r];
+      // A sink is one more weight in the sum. Where it is greater than all scores by far, what is left is 0 anyway.
+      if (a_.sinks != nullptr) weights += lane0(exponential(broadcast(a_.sinks[head] - state.greatest[r])));
+      const Vector total = broadcast(weights);
       const float* values = state.values + r * padded_dim_;
       int64_t d = 0;
-      for (; d + kLanes <= a_.head_dim; d += kLanes) store(to + d, divide(load(values + d), total));
-      if (d < a_.head_dim) store(to + d, divide(load(values + d), total), static_cast<int>(a_.head_dim - d));
+      for (; d + kLanes <= a_.value_dim; d += kLanes) store(to + d, divide(load(values + d), total));
+      if (d < a_.value_dim) store(to + d, divide(load(values + d), total), static_cast<int>(a_.value_dim - d));
     }
   }
 

@@ -27,16 +27,20 @@ bool has_avx512_bf16() {
 // Slowest first. A level brings kernels of its own only where its instructions make a difference.
 const Level kLevels[] = {
     {{"avx2", avx2::attention, avx2::norm, avx2::gated_activation, avx2::heads, avx2::greedy, avx2::linear, avx2::linear_quantized,
-      avx2::pack},
+      avx2::pack, avx2::layer_norm, avx2::embedding, avx2::ragged_attention, avx2::soft_cap, avx2::delta_net,
+      avx2::lora_shrink, avx2::lora_expand, avx2::token_bitmask},
      has_avx2},
     {{"avx512", avx512::attention, avx512::norm, avx512::gated_activation, avx512::heads, avx512::greedy, avx512::linear,
-      avx512::linear_quantized, avx512::pack},
+      avx512::linear_quantized, avx512::pack, avx512::layer_norm, avx512::embedding, avx512::ragged_attention, avx512::soft_cap, avx512::delta_net,
+      avx512::lora_shrink, avx512::lora_expand, avx512::token_bitmask},
      has_avx512},
     {{"avx512_vnni", avx512::attention, avx512::norm, avx512::gated_activation, avx512::heads, avx512::greedy, avx512::linear,
-      avx512_vnni::linear_quantized, avx512::pack},
+      avx512_vnni::linear_quantized, avx512::pack, avx512::layer_norm, avx512::embedding, avx512::ragged_attention, avx512::soft_cap, avx512::delta_net,
+      avx512::lora_shrink, avx512::lora_expand, avx512::token_bitmask},
      has_avx512_vnni},
     {{"avx512_bf16", avx512_bf16::attention, avx512::norm, avx512::gated_activation, avx512::heads, avx512::greedy,
-      avx512_bf16::linear, avx512_vnni::linear_quantized, avx512::pack},
+      avx512_bf16::linear, avx512_vnni::linear_quantized, avx512::pack, avx512::layer_norm, avx512::embedding, avx512::ragged_attention, avx512::soft_cap, avx512::delta_net,
+      avx512::lora_shrink, avx512::lora_expand, avx512::token_bitmask},
      has_avx512_bf16},
 };
 

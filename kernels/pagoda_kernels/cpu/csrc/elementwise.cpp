@@ -1,6 +1,8 @@
 // What stands between the matrix products: norms, the gated activation, and the way of heads from projection to cache.
 
+#include "activations.h"
 #include "parallel.h"
+#include "row_vectors.h"
 #include "simd.h"
 
 namespace pagoda::PAGODA_ISA {
@@ -15,26 +17,6 @@ inline Vector rounded(Vector x, const T*) {
   return load(lanes);
 }
 
-// Calls body(offset, load, store) for pieces of a row of `size` elements: whole vectors, then what is left.
-template <class Body>
-inline void for_each_vector(int64_t size, const Body& body) {
-  int64_t i = 0;
-  for (; i + kLanes <= size; i += kLanes) body(i, kLanes);
-  if (i < size) body(i, static_cast<int>(size - i));
-}
-template <class T>
-inline Vector load_some(const T* p, int count) {
-  return count == kLanes ? load(p) : load(p, count);
-}
-template <class T>
-inline void store_some(T* p, Vector a, int count) {
-  if (count == kLanes) {
-    store(p, a);
-  } else {
-    store(p, a, count);
-  }
-}
-
 // 1 / sqrt(mean of squares + epsilon) of a row.
 template <class T>
 inline Vector inverse_rms(const T* row, int64_t size, float epsilon) {
@@ -46,11 +28,21 @@ inline Vector inverse_rms(const T* row, int64_t size, float epsilon) {
   return broadcast(1.0f / __builtin_sqrtf(sum(squares) / static_cast<float>(size) + epsilon));
 }
 
+// Numbers of unit root mean square times the norm's weight, as a T: rounded before the product too, unless the weight is wider.
 template <class T>
-void norm_rows(const NormArguments& a) {
+inline void store_weighted(T* to, Vector unit, const T* weight, int count) {
+  store_some(to, multiply(rounded(unit, weight), load_some(weight, count)), count);
+}
+template <class T, class Weight>
+inline void store_weighted(T* to, Vector unit, const Weight* weight, int count) {
+  store_some(to, multiply(unit, load_some(weight, count)), count);
+}
+
+template <class T, class Weight>
+void norm_rows_by(const NormArguments& a) {
   parallel_for(a.num_threads, a.num_rows, a.num_rows * a.size, [&](int64_t row) {
     const T* x = static_cast<const T*>(a.x) + row * a.size;
-    const T* weight = static_cast<const T*>(a.weight);
+    const Weight* weight = static_cast<const Weight*>(a.weight);
     T* normed = static_cast<T*>(a.normed) + row * a.size;
     const T* stream = x;
     if (a.residual != nullptr) {
@@ -63,17 +55,18 @@ void norm_rows(const NormArguments& a) {
     }
     const Vector scale = inverse_rms(stream, a.size, a.epsilon);
     for_each_vector(a.size, [&](int64_t i, int count) {
-      const Vector unit = rounded(multiply(load_some(stream + i, count), scale), weight);
-      store_some(normed + i, multiply(unit, load_some(weight + i, count)), count);
+      store_weighted(normed + i, multiply(load_some(stream + i, count), scale), weight + i, count);
     });
   });
 }
 
-// GELU in its tanh form is x * sigmoid of this, as 1 + tanh(u) = 2 * sigmoid(2u).
-inline Vector gelu_argument(Vector x) {
-  const Vector cubic = multiply_add(multiply(multiply(x, x), broadcast(0.044715f)), x, x);
-  return multiply(cubic, broadcast(1.5957691216057308f));
+template <class T>
+void norm_rows(const NormArguments& a) {
+  a.float32_weight ? norm_rows_by<T, float>(a) : norm_rows_by<T, T>(a);
 }
+
+constexpr float kSwigluAlpha = 1.702f;
+constexpr float kSwigluLimit = 7.0f;
 
 template <class T>
 void activate_rows(const GatedActivationArguments& a) {
@@ -82,35 +75,78 @@ void activate_rows(const GatedActivationArguments& a) {
     const T* up = gate + a.size;
     T* output = static_cast<T*>(a.output) + row * a.size;
     for_each_vector(a.size, [&](int64_t i, int count) {
-      const Vector x = load_some(gate + i, count);
-      const Vector steepness = a.activation == Activation::kSilu ? x : gelu_argument(x);
-      const Vector activated = divide(x, add(broadcast(1.0f), exponential(subtract(zero(), steepness))));
-      store_some(output + i, multiply(rounded(activated, gate), load_some(up + i, count)), count);
+      if (a.activation == Activation::kClampedSwiglu) {
+        const Vector limit = broadcast(kSwigluLimit), x = minimum(load_some(gate + i, count), limit);
+        const Vector other = maximum(minimum(load_some(up + i, count), limit), broadcast(-kSwigluLimit));
+        const Vector decay = exponential(multiply(x, broadcast(-kSwigluAlpha)));
+        const Vector swish = divide(x, add(broadcast(1.0f), decay));
+        store_some(output + i, multiply(swish, add(other, broadcast(1.0f))), count);
+        return;
+      }
+      const Vector value = activated(a.activation, load_some(gate + i, count));
+      store_some(output + i, multiply(rounded(value, gate), load_some(up + i, count)), count);
     });
+  });
+}
+
+// The turn of one head, and how it is normalized before where there is a weight.
+struct Turn {
+  const void* weight;
+  bool float32_weight;
+  float epsilon;
+  const float* cosines;  // of the token, or null
+  const float* sines;
+  int64_t rotary_dim;
+  bool interleaved;
+};
+
+template <class T, class Weight>
+inline void normalize_head(const T* from, T* to, const Turn& turn, int64_t head_dim) {
+  const Weight* weight = static_cast<const Weight*>(turn.weight);
+  const Vector scale = inverse_rms(from, head_dim, turn.epsilon);
+  for_each_vector(head_dim, [&](int64_t i, int count) {
+    store_weighted(to + i, multiply(load_some(from + i, count), scale), weight + i, count);
+  });
+}
+
+// `x` with every two neighbours turned by the angle of their pair. Pairs are pulled apart, turned as vectors, and put back.
+template <class T>
+inline void turn_neighbours(const T* from, T* to, const Turn& turn) {
+  for_each_vector(turn.rotary_dim / 2, [&](int64_t i, int count) {
+    alignas(64) T evens[kLanes], odds[kLanes];
+    for (int lane = 0; lane < count; ++lane) {
+      evens[lane] = from[2 * (i + lane)];
+      odds[lane] = from[2 * (i + lane) + 1];
+    }
+    const Vector first = load_some(evens, count), second = load_some(odds, count);
+    const Vector cosine = load_some(turn.cosines + i, count), sine = load_some(turn.sines + i, count);
+    store_some(evens, multiply_add(subtract(zero(), second), sine, multiply(first, cosine)), count);
+    store_some(odds, multiply_add(first, sine, multiply(second, cosine)), count);
+    for (int lane = 0; lane < count; ++lane) {
+      to[2 * (i + lane)] = evens[lane];
+      to[2 * (i + lane) + 1] = odds[lane];
+    }
   });
 }
 
 // One head: normalized where there is a weight, turned where there is an angle. `from` and `to` may be the same.
 template <class T>
-inline void turn_head(const T* from, T* to, const T* weight, float epsilon, const float* cosines, const float* sines,
-                      int64_t head_dim) {
+inline void turn_head(const T* from, T* to, const Turn& turn, int64_t head_dim) {
   const T* source = from;
-  if (weight != nullptr) {
-    const Vector scale = inverse_rms(from, head_dim, epsilon);
-    for_each_vector(head_dim, [&](int64_t i, int count) {
-      const Vector unit = rounded(multiply(load_some(from + i, count), scale), weight);
-      store_some(to + i, multiply(unit, load_some(weight + i, count)), count);
-    });
+  if (turn.weight != nullptr) {
+    turn.float32_weight ? normalize_head<T, float>(from, to, turn, head_dim) : normalize_head<T, T>(from, to, turn, head_dim);
     source = to;
   }
-  const int64_t half = head_dim / 2;
-  if (cosines == nullptr) {
-    if (source != to) __builtin_memcpy(to, source, head_dim * sizeof(T));
+  const int64_t turned = turn.cosines == nullptr ? 0 : turn.rotary_dim, half = turned / 2;
+  if (source != to && turned < head_dim) __builtin_memcpy(to + turned, source + turned, (head_dim - turned) * sizeof(T));
+  if (turned == 0) return;
+  if (turn.interleaved) {
+    turn_neighbours(source, to, turn);
     return;
   }
   for_each_vector(half, [&](int64_t i, int count) {
     const Vector first = load_some(source + i, count), second = load_some(source + half + i, count);
-    const Vector cosine = load_some(cosines + i, count), sine = load_some(sines + i, count);
+    const Vector cosine = load_some(turn.cosines + i, count), sine = load_some(turn.sines + i, count);
     store_some(to + i, multiply_add(subtract(zero(), second), sine, multiply(first, cosine)), count);
     store_some(to + half + i, multiply_add(first, sine, multiply(second, cosine)), count);
   });
@@ -120,16 +156,17 @@ template <class T>
 void heads_of_tokens(const HeadsArguments& a) {
   const int64_t heads = a.num_heads + 2 * a.num_kv_heads;
   parallel_for(a.num_threads, a.num_tokens, a.num_tokens * heads * a.head_dim * 2, [&](int64_t token) {
-    const int64_t half = a.head_dim / 2;
-    const float* cosines = a.cosines == nullptr ? nullptr : a.cosines + token * half;
-    const float* sines = a.sines == nullptr ? nullptr : a.sines + token * half;
+    const int64_t half = a.rotary_dim / 2;
+    Turn turn{a.query_norm, a.float32_norm, a.epsilon, a.cosines, a.sines, a.rotary_dim, a.interleaved};
+    if (turn.cosines != nullptr) turn.cosines += token * half;
+    if (turn.sines != nullptr) turn.sines += token * half;
     if (a.query != nullptr) {
       const T* query = static_cast<const T*>(a.query) + token * a.query_stride;
       T* output = static_cast<T*>(a.query_output) + token * a.num_heads * a.head_dim;
       for (int64_t h = 0; h < a.num_heads; ++h)
-        turn_head(query + h * a.head_dim, output + h * a.head_dim, static_cast<const T*>(a.query_norm), a.epsilon,
-                  cosines, sines, a.head_dim);
+        turn_head(query + h * a.head_dim, output + h * a.head_dim, turn, a.head_dim);
     }
+    turn.weight = a.key_norm;
     const T* key = static_cast<const T*>(a.key) + token * a.key_stride;
     const int64_t slot = a.slot_mapping == nullptr ? 0 : a.slot_mapping[token];
     const int64_t block = slot / a.block_size, offset = slot % a.block_size;
@@ -137,7 +174,7 @@ void heads_of_tokens(const HeadsArguments& a) {
       const int64_t place = ((block * a.num_kv_heads + h) * a.block_size + offset) * a.head_dim;
       T* to = a.key_output != nullptr ? static_cast<T*>(a.key_output) + (token * a.num_kv_heads + h) * a.head_dim
                                       : static_cast<T*>(a.k_cache) + place;
-      turn_head(key + h * a.head_dim, to, static_cast<const T*>(a.key_norm), a.epsilon, cosines, sines, a.head_dim);
+      turn_head(key + h * a.head_dim, to, turn, a.head_dim);
       if (a.value != nullptr) {
         const T* value = static_cast<const T*>(a.value) + token * a.value_stride + h * a.head_dim;
         __builtin_memcpy(static_cast<T*>(a.v_cache) + place, value, a.head_dim * sizeof(T));
@@ -196,6 +233,32 @@ void gated_activation(const GatedActivationArguments& a) {
 }
 
 void greedy(const GreedyArguments& a) { greedy_rows(a); }
+
+// Words of allowed and forbidden tokens are mixed without an order that a branch predictor could learn, so there is no branch
+// for a token, and none but the first for a word.
+void token_bitmask(const TokenBitmaskArguments& a) {
+  const Vector forbidden = broadcast(-__builtin_inff());
+  parallel_for(a.num_threads, a.count, a.count * a.words * 32 * 4, [&](int64_t m) {
+    float* logits = a.logits + a.rows[m] * a.size;
+    const uint32_t* mask = a.mask + m * a.words;
+    for (int64_t w = 0; w < a.words; ++w, logits += 32) {
+      if (mask[w] == ~0u) continue;
+      for (int i = 0; i < 32; i += kLanes) store(logits + i, where_bit(mask[w] >> i, load(logits + i), forbidden));
+    }
+  });
+}
+
+void soft_cap(const SoftCapArguments& a) {
+  const Vector steepness = broadcast(2.0f / a.cap), cap = broadcast(a.cap), one = broadcast(1.0f), two = broadcast(2.0f);
+  parallel_for(a.num_threads, a.num_rows, a.num_rows * a.size * 4, [&](int64_t row) {
+    float* values = a.values + row * a.size;
+    for_each_vector(a.size, [&](int64_t i, int count) {
+      // tanh(x) = 1 - 2 / (e^2x + 1)
+      const Vector power = exponential(multiply(load_some(values + i, count), steepness));
+      store_some(values + i, multiply(subtract(one, divide(two, add(power, one))), cap), count);
+    });
+  });
+}
 
 void heads(const HeadsArguments& a) {
   by_dtype(a, heads_of_tokens<float>, heads_of_tokens<BFloat16>, heads_of_tokens<Half>);

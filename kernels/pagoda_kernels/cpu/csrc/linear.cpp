@@ -3,6 +3,7 @@
 // Few rows: every panel of weights is read once, from memory at its bandwidth. Many rows: a block of panels and depth stays in
 // the second-level cache while all rows of the task pass over it. Sums run over the depth in order in both.
 
+#include "group.h"
 #include "parallel.h"
 #include "scratch.h"
 #include "tile.h"
@@ -17,23 +18,35 @@ constexpr int64_t kFewPanelBlock = 2;   // and where there are few
 constexpr int64_t kDepthBlockBytes = 64 * 1024;  // of one panel
 constexpr int64_t kCacheLine = 64;
 
+// A product, cut into tasks.
 template <class Dot>
-void multiply_packed(const LinearArguments& a, const typename Dot::A* x, int64_t x_stride, int64_t num_steps) {
-  const auto* weight = static_cast<const typename Dot::B*>(a.weight);
-  const int64_t panels = ceil_div(a.out_features, kPanel);
-  const bool few_rows = a.num_rows <= kTileRows;
-  const int64_t row_block = few_rows ? a.num_rows : ceil_div(a.num_rows, ceil_div(a.num_rows, kRowBlock));
-  const int64_t panel_block = few_rows ? kFewPanelBlock : kPanelBlock;
-  const int64_t step_block =
-      few_rows ? num_steps : kDepthBlockBytes / (kPanel * static_cast<int64_t>(sizeof(typename Dot::B)));
-  const int64_t row_tasks = ceil_div(a.num_rows, row_block);
-  const int64_t bytes = panels * kPanel * num_steps * static_cast<int64_t>(sizeof(typename Dot::B));
-  const int64_t cost = larger(bytes, bytes / kLanes * a.num_rows);
-  const WriteRows write = write_rows_of(a);
-  parallel_for_dynamic(a.num_threads, row_tasks * ceil_div(panels, panel_block), cost, [&](int64_t task) {
+struct PackedProduct {
+  const LinearArguments* a;
+  const typename Dot::A* x;
+  int64_t x_stride;
+  int64_t num_steps;
+  int64_t panels, row_block, panel_block, step_block, row_tasks, cost;
+  WriteRows write;
+
+  PackedProduct(const LinearArguments& arguments, const typename Dot::A* inputs, int64_t stride, int64_t steps)
+      : a(&arguments), x(inputs), x_stride(stride), num_steps(steps), write(write_rows_of(arguments)) {
+    panels = ceil_div(a->out_features, kPanel);
+    const bool few_rows = a->num_rows <= kTileRows;
+    row_block = few_rows ? a->num_rows : ceil_div(a->num_rows, ceil_div(a->num_rows, kRowBlock));
+    panel_block = few_rows ? kFewPanelBlock : kPanelBlock;
+    step_block = few_rows ? num_steps : kDepthBlockBytes / (kPanel * static_cast<int64_t>(sizeof(typename Dot::B)));
+    row_tasks = ceil_div(a->num_rows, row_block);
+    const int64_t bytes = panels * kPanel * num_steps * static_cast<int64_t>(sizeof(typename Dot::B));
+    cost = larger(bytes, bytes / kLanes * a->num_rows);
+  }
+
+  int64_t num_tasks() const { return row_tasks * ceil_div(panels, panel_block); }
+
+  void run(int64_t task) const {
     static thread_local Scratch scratch;
+    const auto* weight = static_cast<const typename Dot::B*>(a->weight);
     const int64_t row = task % row_tasks * row_block, panel = task / row_tasks * panel_block;
-    const int64_t rows = smaller(row_block, a.num_rows - row), taken = smaller(panel_block, panels - panel);
+    const int64_t rows = smaller(row_block, a->num_rows - row), taken = smaller(panel_block, panels - panel);
     const int64_t sum_stride = panel_block * kPanel;
     float* sums = static_cast<float*>(scratch.get(row_block * sum_stride * static_cast<int64_t>(sizeof(float))));
     for (int64_t step = 0; step < num_steps; step += step_block) {
@@ -46,10 +59,34 @@ void multiply_packed(const LinearArguments& a, const typename Dot::A* x, int64_t
                                        sums,
                                        sum_stride,
                                        step > 0};
-      multiply_matrix<Dot>(rows, taken * kPanelVectors, operands, rows <= kWideTileRows);
+      multiply_matrix<Dot>(rows, taken * kPanelVectors, operands, false);
     }
     const int64_t column = panel * kPanel;
-    write(a, sums, sum_stride, row, rows, column, smaller(taken * kPanel, a.out_features - column));
+    write(*a, sums, sum_stride, row, rows, column, smaller(taken * kPanel, a->out_features - column));
+  }
+};
+
+template <class Dot>
+void multiply_packed(const LinearArguments* a, int64_t count, const typename Dot::A* x, int64_t x_stride,
+                     int64_t num_steps) {
+  if (count == 1) {
+    const PackedProduct<Dot> product(*a, x, x_stride, num_steps);
+    parallel_for_dynamic(a->num_threads, product.num_tasks(), product.cost, [&](int64_t task) { product.run(task); });
+    return;
+  }
+  static thread_local Scratch scratch;
+  GroupStart* starts = static_cast<GroupStart*>(scratch.get((count + 1) * static_cast<int64_t>(sizeof(GroupStart))));
+  starts[0] = {0, 0};
+  int64_t cost = 0;
+  for (int64_t index = 0; index < count; ++index) {
+    const PackedProduct<Dot> product(a[index], x, x_stride, num_steps);
+    starts[index + 1] = {starts[index].row + a[index].num_rows, starts[index].task + product.num_tasks()};
+    cost += product.cost;
+  }
+  parallel_for_dynamic(a->num_threads, starts[count].task, cost, [&](int64_t task) {
+    const int64_t index = product_at<&GroupStart::task>(starts, count, task);
+    const PackedProduct<Dot> product(a[index], x + starts[index].row * x_stride, x_stride, num_steps);
+    product.run(task - starts[index].task);
   });
 }
 
@@ -61,17 +98,23 @@ struct WideInputs {
 
 // A copy where x is not float32. A copy too where there are many rows, with a gap between them: rows a power of two apart share
 // one set of the cache, which holds fewer of them than a tile has.
-inline WideInputs widened(const LinearArguments& a) {
-  if (a.dtype == DType::kFloat32 && a.num_rows <= kTileRows) return {static_cast<const float*>(a.x), a.in_features};
+inline WideInputs widened(const LinearArguments* products, int64_t count) {
+  const LinearArguments& a = *products;
+  int64_t num_rows = 0, most = 0;
+  for (int64_t index = 0; index < count; ++index) {
+    num_rows += products[index].num_rows;
+    most = larger(most, products[index].num_rows);
+  }
+  if (a.dtype == DType::kFloat32 && most <= kTileRows) return {static_cast<const float*>(a.x), a.in_features};
   static thread_local Scratch scratch;
   const int64_t stride = ceil_div(a.in_features, kLanes) * kLanes + kCacheLine / static_cast<int64_t>(sizeof(float));
-  float* wide = static_cast<float*>(scratch.get(a.num_rows * stride * static_cast<int64_t>(sizeof(float))));
-  parallel_for(a.num_threads, a.num_rows, a.num_rows * a.in_features / 4, [&](int64_t row) {
+  float* wide = static_cast<float*>(scratch.get(num_rows * stride * static_cast<int64_t>(sizeof(float))));
+  parallel_for(a.num_threads, num_rows, num_rows * a.in_features / 4, [&](int64_t row) {
     for (int64_t i = 0; i < a.in_features; i += kLanes) {
-      const int count = static_cast<int>(smaller<int64_t>(kLanes, a.in_features - i));
+      const int count_here = static_cast<int>(smaller<int64_t>(kLanes, a.in_features - i));
       const int64_t at = row * a.in_features + i;
-      const Vector x = a.dtype == DType::kFloat32 ? load(static_cast<const float*>(a.x) + at, count)
-                                                  : load(static_cast<const BFloat16*>(a.x) + at, count);
+      const Vector x = a.dtype == DType::kFloat32 ? load(static_cast<const float*>(a.x) + at, count_here)
+                                                  : load(static_cast<const BFloat16*>(a.x) + at, count_here);
       store(wide + row * stride + i, x);
     }
   });
@@ -80,20 +123,22 @@ inline WideInputs widened(const LinearArguments& a) {
 
 }  // namespace
 
-void linear(const LinearArguments& a) {
+void linear(const LinearArguments* products, int64_t count) {
+  const LinearArguments& a = *products;
   if (a.kind == WeightKind::kFloat32) {
-    const WideInputs x = widened(a);
-    multiply_packed<Streamed<DotFloat32>>(a, x.values, x.stride, a.in_features);
+    const WideInputs x = widened(products, count);
+    multiply_packed<Streamed<DotFloat32>>(products, count, x.values, x.stride, a.in_features);
     return;
   }
 #if defined(PAGODA_BF16_DOT)
   if (a.dtype == DType::kBFloat16) {
-    multiply_packed<Streamed<DotBFloat16>>(a, static_cast<const uint32_t*>(a.x), a.in_features / 2, a.in_features / 2);
+    multiply_packed<Streamed<DotBFloat16>>(products, count, static_cast<const uint32_t*>(a.x), a.in_features / 2,
+                                           a.in_features / 2);
     return;
   }
 #endif
-  const WideInputs x = widened(a);
-  multiply_packed<Streamed<DotBFloat16Weights>>(a, x.values, x.stride, a.in_features / 2);
+  const WideInputs x = widened(products, count);
+  multiply_packed<Streamed<DotBFloat16Weights>>(products, count, x.values, x.stride, a.in_features / 2);
 }
 
 void pack(const PackArguments& a) {

@@ -3,8 +3,15 @@
 //
 //   output[m][n] = Σ_g  x_scale[m][g] * scale[g][n] * ( Σ_k xq[m][k] * wq[n][k]  -  zero[g][n] * Σ_k xq[m][k] )
 //
+// or, where a group has a min, what a stored 0 stands for,
+//
+//   output[m][n] = Σ_g  x_scale[m][g] * ( scale[g][n] * Σ_k xq[m][k] * wq[n][k]  +  min[g][n] * Σ_k xq[m][k] )
+//
 // wq is unsigned, as VNNI wants one of its two operands.
 
+#include <new>
+
+#include "group.h"
 #include "parallel.h"
 #include "scratch.h"
 #include "simd.h"
@@ -17,14 +24,17 @@ constexpr int64_t kPanel = 32;
 constexpr int kPanelVectors = kPanel / kLanes;
 constexpr int64_t kRowBlock = 96;
 constexpr int64_t kPanelBlock = 4;
+constexpr int64_t kCachedBytes = 8192;
 // Tiles of so few rows are done before the next weights are there, unless these were asked for so many bytes ahead.
 constexpr int kStreamRows = 8;
 constexpr int64_t kPrefetchBytes = 2048;
 #if defined(__AVX512F__)
 constexpr int kTileRows = 12;
+constexpr int kRegisterRows = 4;
 constexpr int kVectors = 2;  // of a tile: a whole panel
 #else
 constexpr int kTileRows = 4;
+constexpr int kRegisterRows = 1;
 constexpr int kVectors = 2;  // of a tile: half a panel
 #endif
 
@@ -74,6 +84,9 @@ inline IntVector subtract_product(IntVector a, IntVector b, IntVector c) {
 inline IntVector widen_bytes(const uint8_t* p) {
   return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
+inline IntVector widen_signed_bytes(const int8_t* p) {
+  return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
 inline IntVector minus(IntVector a, int b) { return _mm512_sub_epi32(a, _mm512_set1_epi32(b)); }
 inline IntVector all_lanes(int x) { return _mm512_set1_epi32(x); }
 inline IntVector to_integers(Vector a) { return _mm512_cvtps_epi32(a); }
@@ -92,6 +105,9 @@ inline IntVector subtract_product(IntVector a, IntVector b, IntVector c) {
 }
 inline IntVector widen_bytes(const uint8_t* p) {
   return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+}
+inline IntVector widen_signed_bytes(const int8_t* p) {
+  return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
 }
 inline IntVector minus(IntVector a, int b) { return _mm256_sub_epi32(a, _mm256_set1_epi32(b)); }
 inline IntVector all_lanes(int x) { return _mm256_set1_epi32(x); }
@@ -137,20 +153,62 @@ void quantize_group(const T* x, int64_t size, int8_t* values, int64_t stride, fl
   *sum_of_values = sum_of_lanes(total);
 }
 
-// One group of a tile: products of kRows rows with kVectors * kLanes columns, added to `outputs` in float32.
-struct GroupTile {
-  int64_t num_steps;  // of 4 inputs
-  const int8_t* x;
-  int64_t x_stride;        // from step to step
-  const float* x_scales;   // of the group, from row to row at group_stride
+// Scales of a panel's columns, and what a stored 0 stands for where mins say so: of float32 or Half, [groups][kPanel].
+template <class S>
+struct PanelScales {
+  PanelScales(const LinearArguments& a, int64_t panel, int64_t groups)
+      : scales(static_cast<const S*>(a.scales) + panel * groups * kPanel),
+        mins(a.mins == nullptr ? nullptr : static_cast<const S*>(a.mins) + panel * groups * kPanel) {}
+  Vector scale(int64_t group, int64_t column) const { return load(scales + group * kPanel + column); }
+  Vector min(int64_t group, int64_t column) const { return load(mins + group * kPanel + column); }
+
+  const S* scales;
+  const S* mins;
+};
+
+// The same in two levels, as K-quants have them: numbers of 8 bits, times a Half for the groups of a block.
+template <>
+struct PanelScales<int8_t> {
+  PanelScales(const LinearArguments& a, int64_t panel, int64_t groups)
+      : scales(static_cast<const int8_t*>(a.scales) + panel * groups * kPanel),
+        mins(a.mins == nullptr ? nullptr : static_cast<const int8_t*>(a.mins) + panel * groups * kPanel),
+        block_groups(a.block_groups),
+        block_stride(a.mins == nullptr ? kPanel : 2 * kPanel),
+        blocks(static_cast<const Half*>(a.block_scales) + panel * (groups / a.block_groups) * block_stride) {}
+  Vector scale(int64_t group, int64_t column) const {
+    return multiply(widened(scales + group * kPanel + column), load(blocks + group / block_groups * block_stride + column));
+  }
+  Vector min(int64_t group, int64_t column) const {
+    return multiply(widened(mins + group * kPanel + column),
+                    load(blocks + group / block_groups * block_stride + kPanel + column));
+  }
+  static Vector widened(const int8_t* p) { return to_floats(widen_signed_bytes(p)); }
+
+  const int8_t* scales;
+  const int8_t* mins;
+  int64_t block_groups;
+  int64_t block_stride;
+  const Half* blocks;
+};
+
+// Products of kRows rows with kVectors * kLanes columns over some groups of inputs, added up in float32 in the groups' order.
+template <class S>
+struct GroupsTile {
+  int64_t first_group;
+  int64_t num_groups;
+  int64_t group_size;   // of all but a last one that the inputs do not fill
+  int64_t in_features;
+  const int8_t* x;         // of group 0
+  int64_t x_stride;        // from four inputs to the next four
+  const float* x_scales;   // of group 0, from row to row at group_stride
   const int32_t* x_sums;   // likewise
   int64_t group_stride;
-  const uint8_t* weights;  // of the group and the tile's first column
-  const float* scales;     // of the group and the tile's first column
-  const uint8_t* zeros;    // likewise, or null
-  float* outputs;
+  const uint8_t* weights;  // of the panel and the tile's first column
+  PanelScales<S> scales;   // of the panel
+  const uint8_t* zeros;    // of the panel, or null
+  int64_t column;          // of the panel
+  float* outputs;          // overwritten by group 0
   int64_t output_stride;
-  bool accumulate;
 };
 
 inline IntVector four_inputs(const int8_t* x) {
@@ -185,18 +243,24 @@ struct ZeroPoints<4> {
   Vector zeros_;
 };
 
+// Sums of products with what is stored, in float32.
+template <int kBits>
+inline Vector of_stored(IntVector sums, int32_t x_sum) {
+  if constexpr (kBits == 8 && kSignedOffset != 0) sums = subtract_product(sums, all_lanes(-kSignedOffset), all_lanes(x_sum));
+  return to_floats(sums);
+}
+
+// Always inline: sums would lie in memory for a function of its own.
 template <int kBits, int kRows>
-inline void multiply_group(const GroupTile& t) {
-  IntVector sums[kRows][kVectors];
+[[gnu::always_inline]] inline void multiply_group(int64_t num_steps, const int8_t* x, int64_t x_stride, const uint8_t* weights,
+                           IntVector (&sums)[kRows][kVectors]) {
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) sums[r][v] = no_bits();
-  const int8_t* x = t.x;
-  const uint8_t* weights = t.weights;
   constexpr int64_t kBytes = kLanes * 4;
   if constexpr (kBits == 8) {
-    for (int64_t step = 0; step < t.num_steps; ++step, x += t.x_stride, weights += kPanel * 4) {
+    for (int64_t step = 0; step < num_steps; ++step, x += x_stride, weights += kPanel * 4) {
       IntVector columns[kVectors];
       if constexpr (kRows <= kStreamRows) prefetch(weights);
 #pragma GCC unroll 4
@@ -209,7 +273,7 @@ inline void multiply_group(const GroupTile& t) {
       }
     }
   } else {
-    for (int64_t step = 0; step < t.num_steps; step += 2, x += 2 * t.x_stride, weights += kPanel * 4) {
+    for (int64_t step = 0; step < num_steps; step += 2, x += 2 * x_stride, weights += kPanel * 4) {
       IntVector low[kVectors], high[kVectors];
       if constexpr (kRows <= kStreamRows) prefetch(weights);
 #pragma GCC unroll 4
@@ -220,7 +284,7 @@ inline void multiply_group(const GroupTile& t) {
       }
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
-        const IntVector first = four_inputs(x + r * 4), second = four_inputs(x + r * 4 + t.x_stride);
+        const IntVector first = four_inputs(x + r * 4), second = four_inputs(x + r * 4 + x_stride);
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v) {
           sums[r][v] = dot_four_bits(sums[r][v], low[v], first);
@@ -229,31 +293,75 @@ inline void multiply_group(const GroupTile& t) {
       }
     }
   }
-#pragma GCC unroll 4
-  for (int v = 0; v < kVectors; ++v) {
-    const Vector scale = load(t.scales + v * kLanes);
-    const ZeroPoints<kBits> zeros(t.zeros == nullptr ? nullptr : t.zeros + v * kLanes);
+}
+
+template <int kBits, int kRows, class S>
+inline void multiply_groups(const GroupsTile<S>& t) {
+  // Totals of few rows stay in registers; those of more would push the sums of products out of them.
+  constexpr bool kInRegisters = kRows <= kRegisterRows;
+  Vector totals[kRows][kVectors];
+  const auto output = [&](int r, int v) { return t.outputs + r * t.output_stride + v * kLanes; };
+  if constexpr (kInRegisters) {
 #pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
-      const Vector product = zeros.without(sums[r][v], t.x_sums[r * t.group_stride]);
-      const Vector both_scales = multiply(scale, broadcast(t.x_scales[r * t.group_stride]));
-      float* output = t.outputs + r * t.output_stride + v * kLanes;
-      const Vector before = t.accumulate ? load(output) : zero();
-      store(output, multiply_add(product, both_scales, before));
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) totals[r][v] = t.first_group > 0 ? load(output(r, v)) : zero();
+  }
+  for (int64_t g = t.first_group; g < t.first_group + t.num_groups; ++g) {
+    const int64_t first = g * t.group_size;
+    IntVector sums[kRows][kVectors];
+    multiply_group<kBits, kRows>(smaller(t.group_size, t.in_features - first) / 4, t.x + first / 4 * t.x_stride, t.x_stride,
+                                 t.weights + first * kPanel * kBits / 8, sums);
+    const float* x_scales = t.x_scales + g;
+    const int32_t* x_sums = t.x_sums + g;
+    const auto add_product = [&](int r, int v, Vector product, Vector factor) {
+      if constexpr (kInRegisters) {
+        totals[r][v] = multiply_add(product, factor, totals[r][v]);
+      } else {
+        store(output(r, v), multiply_add(product, factor, g > 0 ? load(output(r, v)) : zero()));
+      }
+    };
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t column = t.column + v * kLanes;
+      const Vector scale = t.scales.scale(g, column);
+      if (t.scales.mins != nullptr) {
+        const Vector min = t.scales.min(g, column);
+#pragma GCC unroll 16
+        for (int r = 0; r < kRows; ++r) {
+          const int32_t x_sum = x_sums[r * t.group_stride];
+          const Vector offset = multiply(min, broadcast(static_cast<float>(x_sum)));
+          const Vector product = multiply_add(scale, of_stored<kBits>(sums[r][v], x_sum), offset);
+          add_product(r, v, product, broadcast(x_scales[r * t.group_stride]));
+        }
+        continue;
+      }
+      const ZeroPoints<kBits> zeros(t.zeros == nullptr ? nullptr : t.zeros + g * kPanel + column);
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+        const Vector product = zeros.without(sums[r][v], x_sums[r * t.group_stride]);
+        add_product(r, v, product, multiply(scale, broadcast(x_scales[r * t.group_stride])));
+      }
     }
   }
-}
-
-template <int kBits, int kRows>
-inline void multiply_group_rows(int64_t rows, const GroupTile& t) {
-  if (rows == kRows) {
-    multiply_group<kBits, kRows>(t);
-  } else if constexpr (kRows > 1) {
-    multiply_group_rows<kBits, kRows - 1>(rows, t);
+  if constexpr (kInRegisters) {
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) store(output(r, v), totals[r][v]);
   }
 }
 
-template <class T, int kBits>
+template <int kBits, int kRows, class S>
+inline void multiply_groups_of_rows(int64_t rows, const GroupsTile<S>& t) {
+  if (rows == kRows) {
+    multiply_groups<kBits, kRows>(t);
+  } else if constexpr (kRows > 1) {
+    multiply_groups_of_rows<kBits, kRows - 1>(rows, t);
+  }
+}
+
+template <class T, int kBits, class S>
 class QuantizedLinear {
  public:
   explicit QuantizedLinear(const LinearArguments& arguments)
@@ -264,67 +372,64 @@ class QuantizedLinear {
         tiles_(ceil_div(arguments.num_rows, kTileRows)),
         tile_rows_(ceil_div(arguments.num_rows, tiles_)),
         tile_bytes_(arguments.in_features * tile_rows_),
+        panel_block_(arguments.num_rows <= kTileRows ? 2 : kPanelBlock),
+        row_block_(ceil_div(tiles_, ceil_div(arguments.num_rows, kRowBlock)) * tile_rows_),
+        row_tasks_(ceil_div(arguments.num_rows, row_block_)),
         write_(write_rows_of(arguments)) {}
 
-  void run() {
-    quantize_inputs();
-    const bool few_rows = a_.num_rows <= kTileRows;
-    const int64_t row_block = ceil_div(tiles_, ceil_div(a_.num_rows, kRowBlock)) * tile_rows_;
-    const int64_t panel_block = few_rows ? 2 : kPanelBlock;
-    const int64_t row_tasks = ceil_div(a_.num_rows, row_block);
+  int64_t num_tasks() const { return row_tasks_ * ceil_div(panels_, panel_block_); }
+
+  int64_t cost() const {
     const int64_t bytes = panels_ * panel_bytes_;
-    const int64_t cost = larger(bytes, bytes / (kLanes * 4) * a_.num_rows);
-    parallel_for_dynamic(a_.num_threads, row_tasks * ceil_div(panels_, panel_block), cost, [&](int64_t task) {
-      const int64_t row = task % row_tasks * row_block, panel = task / row_tasks * panel_block;
-      const int64_t last = smaller(panel + panel_block, panels_);
-      for (int64_t p = panel; p < last; ++p) run_panel(row, smaller(row_block, a_.num_rows - row), p);
-    });
+    return larger(bytes, bytes / (kLanes * 4) * a_.num_rows);
   }
 
- private:
-  void quantize_inputs() {
-    static thread_local Scratch scratch;
-    Pieces sizes(nullptr);
-    lay_out(sizes);
-    Pieces pieces(scratch.get(sizes.used()));
-    lay_out(pieces);
-    const T* x = static_cast<const T*>(a_.x);
-    parallel_for(a_.num_threads, a_.num_rows, a_.num_rows * a_.in_features, [&](int64_t row) {
-      int8_t* values = x_.values + row / tile_rows_ * tile_bytes_ + row % tile_rows_ * 4;
-      for (int64_t g = 0; g < groups_; ++g) {
-        const int64_t first = g * a_.group_size, at = row * groups_ + g;
-        const int64_t size = smaller(a_.group_size, a_.in_features - first);
-        quantize_group(x + row * a_.in_features + first, size, values + first * tile_rows_, tile_rows_ * 4,
-                       x_.scales + at, x_.sums + at);
-      }
-    });
-  }
-
+  // Takes the memory for the inputs.
   void lay_out(Pieces& pieces) {
     x_.values = pieces.take<int8_t>(tiles_ * tile_bytes_);
     x_.scales = pieces.take<float>(a_.num_rows * groups_);
     x_.sums = pieces.take<int32_t>(a_.num_rows * groups_);
   }
 
+  void quantize_row(int64_t row) const {
+    const T* x = static_cast<const T*>(a_.x) + row * a_.in_features;
+    int8_t* values = x_.values + row / tile_rows_ * tile_bytes_ + row % tile_rows_ * 4;
+    for (int64_t g = 0; g < groups_; ++g) {
+      const int64_t first = g * a_.group_size, at = row * groups_ + g;
+      const int64_t size = smaller(a_.group_size, a_.in_features - first);
+      quantize_group(x + first, size, values + first * tile_rows_, tile_rows_ * 4, x_.scales + at, x_.sums + at);
+    }
+  }
+
+  void run(int64_t task) const {
+    const int64_t row = task % row_tasks_ * row_block_, panel = task / row_tasks_ * panel_block_;
+    const int64_t last = smaller(panel + panel_block_, panels_);
+    for (int64_t p = panel; p < last; ++p) run_panel(row, smaller(row_block_, a_.num_rows - row), p);
+  }
+
+ private:
   void run_panel(int64_t first_row, int64_t num_rows, int64_t panel) const {
     alignas(64) float outputs[kRowBlock * kPanel];
-    const uint8_t* weights = static_cast<const uint8_t*>(a_.weight) + panel * panel_bytes_;
-    for (int64_t g = 0; g < groups_; ++g) {
-      const int64_t size = smaller(a_.group_size, a_.in_features - g * a_.group_size);
-      const int64_t scale_at = g * panels_ * kPanel + panel * kPanel;
+    // Groups whose weights stay in the innermost cache while one tile after the other meets them.
+    const int64_t group_bytes = a_.group_size * kPanel * kBits / 8;
+    const int64_t at_once = num_rows <= tile_rows_ ? groups_ : larger<int64_t>(1, kCachedBytes / group_bytes);
+    for (int64_t g = 0; g < groups_; g += at_once) {
       for (int64_t v = 0; v < kPanelVectors; v += kVectors) {
-        GroupTile tile{size / 4,
-                       x_.values + first_row / tile_rows_ * tile_bytes_ + g * a_.group_size * tile_rows_,
-                       tile_rows_ * 4,
-                       x_.scales + first_row * groups_ + g,
-                       x_.sums + first_row * groups_ + g,
-                       groups_,
-                       weights + g * a_.group_size * kPanel * kBits / 8 + v * kLanes * 4,
-                       a_.scales + scale_at + v * kLanes,
-                       a_.zeros == nullptr ? nullptr : a_.zeros + scale_at + v * kLanes,
-                       outputs + v * kLanes,
-                       kPanel,
-                       g > 0};
+        GroupsTile<S> tile{g,
+                           smaller(at_once, groups_ - g),
+                           a_.group_size,
+                           a_.in_features,
+                           x_.values + first_row / tile_rows_ * tile_bytes_,
+                           tile_rows_ * 4,
+                           x_.scales + first_row * groups_,
+                           x_.sums + first_row * groups_,
+                           groups_,
+                           static_cast<const uint8_t*>(a_.weight) + panel * panel_bytes_ + v * kLanes * 4,
+                           PanelScales<S>(a_, panel, groups_),
+                           a_.zeros == nullptr ? nullptr : a_.zeros + panel * groups_ * kPanel,
+                           v * kLanes,
+                           outputs + v * kLanes,
+                           kPanel};
         multiply_rows(num_rows, tile);
       }
     }
@@ -332,9 +437,9 @@ class QuantizedLinear {
     write_(a_, outputs, kPanel, first_row, num_rows, column, smaller(kPanel, a_.out_features - column));
   }
 
-  void multiply_rows(int64_t num_rows, GroupTile tile) const {
+  void multiply_rows(int64_t num_rows, GroupsTile<S> tile) const {
     for (int64_t row = 0; row < num_rows; row += tile_rows_) {
-      multiply_group_rows<kBits, kTileRows>(smaller(tile_rows_, num_rows - row), tile);
+      multiply_groups_of_rows<kBits, kTileRows>(smaller(tile_rows_, num_rows - row), tile);
       tile.x += tile_bytes_;
       tile.x_scales += tile_rows_ * tile.group_stride;
       tile.x_sums += tile_rows_ * tile.group_stride;
@@ -349,26 +454,67 @@ class QuantizedLinear {
   const int64_t tiles_;       // of rows, all of them of the same height but the last
   const int64_t tile_rows_;
   const int64_t tile_bytes_;  // of a tile's inputs
+  const int64_t panel_block_;  // of a task
+  const int64_t row_block_;    // likewise
+  const int64_t row_tasks_;
   const WriteRows write_;
   QuantizedInputs x_{};
 };
 
-template <class T>
-void quantized_of(const LinearArguments& a) {
-  if (a.kind == WeightKind::kInt8) {
-    QuantizedLinear<T, 8>(a).run();
+template <class Product>
+void multiply_quantized(const LinearArguments* a, int64_t count) {
+  static thread_local Scratch product_scratch, start_scratch, input_scratch;
+  Product* products = static_cast<Product*>(product_scratch.get(count * static_cast<int64_t>(sizeof(Product))));
+  GroupStart* starts =
+      static_cast<GroupStart*>(start_scratch.get((count + 1) * static_cast<int64_t>(sizeof(GroupStart))));
+  starts[0] = {0, 0};
+  int64_t cost = 0;
+  Pieces sizes(nullptr);
+  for (int64_t index = 0; index < count; ++index) {
+    Product& product = *new (products + index) Product(a[index]);
+    product.lay_out(sizes);
+    starts[index + 1] = {starts[index].row + a[index].num_rows, starts[index].task + product.num_tasks()};
+    cost += product.cost();
+  }
+  Pieces pieces(input_scratch.get(sizes.used()));
+  for (int64_t index = 0; index < count; ++index) products[index].lay_out(pieces);
+  parallel_for(a->num_threads, starts[count].row, starts[count].row * a->in_features, [&](int64_t row) {
+    const int64_t index = product_at<&GroupStart::row>(starts, count, row);
+    products[index].quantize_row(row - starts[index].row);
+  });
+  parallel_for_dynamic(a->num_threads, starts[count].task, cost, [&](int64_t task) {
+    const int64_t index = product_at<&GroupStart::task>(starts, count, task);
+    products[index].run(task - starts[index].task);
+  });
+}
+
+template <class T, int kBits>
+void with_bits(const LinearArguments* a, int64_t count) {
+  if (a->block_scales != nullptr) {
+    multiply_quantized<QuantizedLinear<T, kBits, int8_t>>(a, count);
+  } else if (a->scale_dtype == DType::kHalf) {
+    multiply_quantized<QuantizedLinear<T, kBits, Half>>(a, count);
   } else {
-    QuantizedLinear<T, 4>(a).run();
+    multiply_quantized<QuantizedLinear<T, kBits, float>>(a, count);
+  }
+}
+
+template <class T>
+void quantized_of(const LinearArguments* a, int64_t count) {
+  if (a->kind == WeightKind::kInt8) {
+    with_bits<T, 8>(a, count);
+  } else {
+    with_bits<T, 4>(a, count);
   }
 }
 
 }  // namespace
 
-void linear_quantized(const LinearArguments& a) {
-  if (a.dtype == DType::kFloat32) {
-    quantized_of<float>(a);
+void linear_quantized(const LinearArguments* products, int64_t count) {
+  if (products->dtype == DType::kFloat32) {
+    quantized_of<float>(products, count);
   } else {
-    quantized_of<BFloat16>(a);
+    quantized_of<BFloat16>(products, count);
   }
 }
 

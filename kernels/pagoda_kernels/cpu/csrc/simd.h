@@ -60,6 +60,10 @@ inline Vector where_lane_in(int64_t begin, int64_t end, Vector a, Vector b) {
   const int high = static_cast<int>(larger<int64_t>(0, smaller<int64_t>(end, kLanes)));
   return _mm512_mask_blend_ps(first_lanes(high) & ~first_lanes(low), b, a);
 }
+// Lanes of `a` whose bit is set, of `b` elsewhere; the first lane has the lowest bit.
+inline Vector where_bit(uint32_t bits, Vector a, Vector b) {
+  return _mm512_mask_blend_ps(static_cast<__mmask16>(bits), b, a);
+}
 inline Vector times_power_of_two(Vector x, Vector exponent) { return _mm512_scalef_ps(x, exponent); }
 
 inline float sum(Vector a) { return _mm512_reduce_add_ps(a); }
@@ -108,6 +112,11 @@ inline IntVector broadcast_bits(uint32_t x) { return _mm512_set1_epi32(static_ca
 inline Vector first_of_pairs(IntVector pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
 inline Vector second_of_pairs(IntVector pairs) {
   return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xFFFF0000u))));
+}
+// Lane i is the pair of `first`[i] and `second`[i].
+inline IntVector pairs_of(const BFloat16* first, const BFloat16* second) {
+  const __m256i low_halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(first));
+  return _mm512_or_si512(_mm512_cvtepu16_epi32(low_halves), _mm512_castps_si512(load(second)));
 }
 
 // The 16 x 16 matrix of 32-bit elements in `rows`, transposed in place.
@@ -169,6 +178,11 @@ inline Vector where_lane_in(int64_t begin, int64_t end, Vector a, Vector b) {
   const int high = static_cast<int>(larger<int64_t>(0, smaller<int64_t>(end, kLanes)));
   const __m256i inside = _mm256_andnot_si256(first_lanes(low), first_lanes(high));
   return _mm256_blendv_ps(b, a, _mm256_castsi256_ps(inside));
+}
+inline Vector where_bit(uint32_t bits, Vector a, Vector b) {
+  const __m256i lanes = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  const __m256i set = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), lanes), lanes);
+  return _mm256_blendv_ps(b, a, _mm256_castsi256_ps(set));
 }
 // The exponent must be an integer, and the result a normal number, zero or infinity.
 inline Vector times_power_of_two(Vector x, Vector exponent) {

@@ -1,6 +1,7 @@
-// The end of a product: its float32 sums with the bias, in the output's type.
+// The end of a product: its float32 sums with bias and activation, in the output's type.
 #pragma once
 
+#include "activations.h"
 #include "simd.h"
 
 namespace pagoda::PAGODA_ISA {
@@ -21,6 +22,7 @@ void write_rows(const LinearArguments& a, const float* sums, int64_t sum_stride,
       const int count = static_cast<int>(smaller<int64_t>(kLanes, num_columns - c));
       Vector value = load(from + c);
       if (bias != nullptr) value = add(value, load(bias + column + c, count));
+      if (a.activation != Activation::kNone) value = activated(a.activation, value);
       store(output + c, value, count);
     }
   }

@@ -94,7 +94,8 @@ def _make_token(environ: Mapping[str, str]) -> Path:
 
 def _write_once(path: Path) -> Path:
     """Write a token for this user alone, unless another process has just done so."""
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+    # Not the process id: that of another container with the same home may be the same.
+    unfinished = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
     with open(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600), "w") as file:
         file.write(secrets.token_hex(_TOKEN_BYTES))
     try:

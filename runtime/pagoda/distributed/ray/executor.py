@@ -53,7 +53,9 @@ class RayLauncher(RankLauncher):
 
     def __init__(self, config: PagodaConfig) -> None:
         self._config = config
-        self._layout = ParallelLayout(config.tensor_parallel_size, config.pipeline_parallel_size)
+        self._layout = ParallelLayout(
+            config.tensor_parallel_size, config.pipeline_parallel_size, config.enable_expert_parallel
+        )
         self._room: PlacementGroup | None = None
         self._actors: list[ActorHandle] = []
         self._served: list[ObjectRef[int]] = []

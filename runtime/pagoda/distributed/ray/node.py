@@ -104,7 +104,7 @@ def require_ray() -> str:
     """The version of Ray that is installed here. Raises `ConfigError` if there is none."""
     found = installed_version("ray")
     if found is None:
-        raise ConfigError("Ray is not installed here, which several nodes need: pip install 'pagoda[ray]'")
+        raise ConfigError("Ray is not installed here, which several nodes need: pip install ray")
     return found
 
 

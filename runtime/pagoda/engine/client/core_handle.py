@@ -36,15 +36,18 @@ class EngineCoreHandle:
         config: PagodaConfig,
         environment: Mapping[str, str] | None = None,
         launched: PrelaunchedProcess | None = None,
+        *,
+        niceness: int = 0,
     ) -> EngineCoreHandle:
         """Start a core with this configuration; it reports its start-up phases from here on.
 
         `environment`: variables that it gets beside those of this process. `launched`: its process, where there is one.
+        `niceness`: see `StartCore`.
         """
         core = (launched or PrelaunchedProcess()).take()
         reader, writer = await asyncio.open_unix_connection(sock=core.socket)
         child = cls(core, reader, writer)
-        child.send(StartCore(config.without_secrets(), dict(environment or {})))
+        child.send(StartCore(config.without_secrets(), dict(environment or {}), niceness))
         return child
 
     @property

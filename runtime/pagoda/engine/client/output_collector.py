@@ -19,6 +19,7 @@ class RequestOutputCollector:
     """One writer (the connection to the core), one reader (the request's coroutine), on one event loop."""
 
     def __init__(self) -> None:
+        self.has_output = False
         self._pending: EngineOutput | None = None
         self._is_merged = False  # `_pending` was made here: its `new_token_ids` are its own
         self._failure: PagodaError | None = None
@@ -26,6 +27,7 @@ class RequestOutputCollector:
 
     def put(self, output: EngineOutput) -> None:
         """Add an output of a step."""
+        self.has_output = True
         pending = self._pending
         if pending is None:
             self._pending, self._is_merged = output, False

@@ -51,7 +51,12 @@ class PrelaunchedProcess:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the process, unless it was taken."""
         if not self._is_taken:
+            self._is_taken = True
             self.process.kill()
             self.process.wait()
             self._close()

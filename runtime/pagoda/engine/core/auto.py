@@ -20,6 +20,9 @@ CPU_BATCHED_TOKENS = 512
 GPU_BATCHED_TOKENS = 8192
 # Beyond these, decode throughput hardly grows and every sequence only gets slower.
 CPU_SEQUENCES = 32
+# An encoder's step on a CPU: enough rows for its products, and activations that stay in the cache.
+ENCODER_BATCHED_TOKENS = 2048
+ENCODER_SEQUENCES = 256
 GPU_SEQUENCES = 256
 # Instruction sets that multiply bfloat16 natively; without them it is emulated and slower than float32.
 BFLOAT16_SETS = ("amx_bf16", "avx512_bf16", "svebf16", "bf16")
@@ -46,18 +49,29 @@ class ResolvedSettings:
 
 
 def resolve(
-    config: PagodaConfig, *, checkpoint_dtype: str | None, cpu: CpuReport, gpus: Collection[GpuReport] = ()
+    config: PagodaConfig,
+    *,
+    checkpoint_dtype: str | None,
+    cpu: CpuReport,
+    gpus: Collection[GpuReport] = (),
+    whole_prompts: int | None = None,
 ) -> ResolvedSettings:
     """Choose everything that can be chosen before weights are loaded.
 
-    `checkpoint_dtype`: what config.json says, None if it does not. `gpus`: what torch sees, empty for none.
+    `checkpoint_dtype`: what config.json says, None if it does not. `gpus`: what torch sees, empty for none. `whole_prompts`:
+    of a model that computes each prompt whole, in one step, the tokens of the longest; None for others.
 
     Raises:
         ConfigError: the device asked for is not there, or cannot run the dtype, or that of the KV cache, asked for.
     """
     device = choose_device(config.device, gpus)
     capability = min((gpu.capability for gpu in gpus), default=None) if device.value == "cuda" else None
-    sequences = choose_max_num_seqs(config.max_num_seqs, device.value, config.max_num_batched_tokens)
+    tokens: Choice | None = None
+    if whole_prompts is None:
+        sequences = choose_max_num_seqs(config.max_num_seqs, device.value, config.max_num_batched_tokens)
+    else:
+        tokens = choose_tokens_of_whole_prompts(config.max_num_batched_tokens, device.value, whole_prompts)
+        sequences = choose_whole_prompts(config.max_num_seqs)
     choices = (
         device,
         choose_dtype(config.dtype, checkpoint_dtype, capability, cpu.instruction_sets),
@@ -68,7 +82,7 @@ def resolve(
             affinity=config.cpu_thread_affinity,
         ),
         sequences,
-        choose_max_num_batched_tokens(config.max_num_batched_tokens, device.value, sequences.value),
+        tokens or choose_max_num_batched_tokens(config.max_num_batched_tokens, device.value, sequences.value),
         choose_kv_cache_dtype(config.kv_cache_dtype, capability),
     )
     return ResolvedSettings(**{choice.key: choice.value for choice in choices}, choices=choices)
@@ -132,6 +146,30 @@ def choose_max_num_batched_tokens(asked: int | None, device: str, sequences: int
     if usual < sequences:
         return Choice("max_num_batched_tokens", sequences, f"max_num_seqs is {sequences}")
     return Choice("max_num_batched_tokens", usual, f"usual on {device}")
+
+
+def choose_whole_prompts(asked: int | None) -> Choice:
+    """Most prompts in a step that computes each whole: slots cost little, and the token budget bounds the step."""
+    return (
+        Choice("max_num_seqs", ENCODER_SEQUENCES, "usual for an encoder")
+        if asked is None
+        else Choice("max_num_seqs", asked, GIVEN)
+    )
+
+
+def choose_tokens_of_whole_prompts(asked: int | None, device: str, longest: int) -> Choice:
+    """Most tokens in a step that computes each prompt whole. Raises `ConfigError` for less than the longest has."""
+    if asked is not None:
+        if asked < longest:
+            raise ConfigError(
+                f"max_num_batched_tokens={asked}: an encoder computes a text in one step, and max_model_len is {longest}; "
+                f"use {longest} at least, or lower max_model_len"
+            )
+        return Choice("max_num_batched_tokens", asked, GIVEN)
+    usual = GPU_BATCHED_TOKENS if device == "cuda" else ENCODER_BATCHED_TOKENS
+    if usual < longest:
+        return Choice("max_num_batched_tokens", longest, f"max_model_len is {longest}, and a text is computed whole")
+    return Choice("max_num_batched_tokens", usual, f"usual for an encoder on {device}")
 
 
 def choose_kv_cache_dtype(asked: str, capability: tuple[int, int] | None) -> Choice:

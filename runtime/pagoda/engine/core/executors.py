@@ -6,10 +6,13 @@ from pagoda.config.schema import PagodaConfig
 from pagoda.execution.executor import Executor
 from pagoda.execution.in_process import InProcessExecutor
 from pagoda.models.config import ModelConfig
+from pagoda.models.encoders.config import EncoderConfig
 
 
-def create_executor(config: PagodaConfig, model_config: ModelConfig) -> Executor:
+def create_executor(config: PagodaConfig, model_config: ModelConfig | EncoderConfig) -> Executor:
     """The configured executor. Raises `ConfigError` if this machine cannot run it."""
+    if isinstance(model_config, EncoderConfig):
+        return InProcessExecutor(config, model_config)
     backend = config.distributed_executor_backend
     if backend == "auto" and config.ray_address is not None:
         backend = "ray"

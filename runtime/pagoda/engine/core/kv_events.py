@@ -15,26 +15,34 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
 from typing_extensions import override
 
+from pagoda.adapters import adapter_name
 from pagoda.config.kv_events import KVEventsConfig
 from pagoda.errors import ConfigError
 from pagoda.scheduling.cache_events import CacheEvent, CacheEventLog, CacheEventSink, Cleared, Stored
+from pagoda.scheduling.kv_groups import FullGroup, GroupRule
 
 logger = logging.getLogger(__name__)
 
 END_OF_REPLAY = (-1).to_bytes(8, "big", signed=True)
 _POLL_MILLISECONDS = 100
 _LINGER_MILLISECONDS = 200
+_SALT = "salt="
 _MEDIUM = {"cpu": "CPU", "cuda": "GPU"}
 
 
 class BlockStored(msgspec.Struct, tag=True, tag_field="type", kw_only=True):
-    """Blocks that can be found now. `extra_keys`: one entry a block, what else than tokens is in its hash."""
+    """Blocks that can be found now. `extra_keys`: one entry a block, of the first of a prompt the request's `cache_salt`.
+
+    A router hashes these with the tokens and compares with the salt in a request's body. It knows nothing of tenants, and they
+    are not published. `group_idx`: the group of layers; with several, a prefix can be found where all of them have what they
+    need of it.
+    """
 
     block_hashes: list[bytes]
     parent_block_hash: bytes | None
@@ -44,6 +52,9 @@ class BlockStored(msgspec.Struct, tag=True, tag_field="type", kw_only=True):
     medium: str | None
     lora_name: str | None = None
     extra_keys: list[list[str] | None] | None = None
+    group_idx: int | None = None
+    kv_cache_spec_kind: str | None = None
+    kv_cache_spec_sliding_window: int | None = None
 
 
 class BlockRemoved(msgspec.Struct, tag=True, tag_field="type", kw_only=True):
@@ -51,6 +62,7 @@ class BlockRemoved(msgspec.Struct, tag=True, tag_field="type", kw_only=True):
 
     block_hashes: list[bytes]
     medium: str | None
+    group_idx: int | None = None
 
 
 class AllBlocksCleared(msgspec.Struct, tag=True, tag_field="type"):
@@ -70,11 +82,13 @@ class KVEventPublisher(CacheEventSink):
         *,
         block_size: int,
         device: str,
+        rules: Sequence[GroupRule] = (FullGroup(),),
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._config = config
         self._log = log
         self._block_size = block_size
+        self._rules = rules
         self._medium = _MEDIUM[device]
         self._clock = clock
         self._queue: queue.Queue[bytes] = queue.Queue(config.max_queue_size)
@@ -164,15 +178,22 @@ class KVEventPublisher(CacheEventSink):
 
     def _encoded(self, event: CacheEvent) -> msgspec.Struct:
         if isinstance(event, Stored):
-            keys = list(event.cache_keys) if event.parent is None and event.cache_keys else None
+            salts = [key.removeprefix(_SALT) for key in event.cache_keys if key.startswith(_SALT)]
+            adapters = [adapter_name(key) for key in event.cache_keys]
+            keys = salts if event.parent is None and salts else None
+            rule = self._rules[event.group]
             return BlockStored(
                 block_hashes=list(event.block_hashes),
                 parent_block_hash=event.parent,
                 token_ids=list(event.token_ids),
                 block_size=self._block_size,
+                lora_name=next((name for name in adapters if name is not None), None),
                 medium=self._medium,
                 extra_keys=None if keys is None else [keys, *[None] * (len(event.block_hashes) - 1)],
+                group_idx=event.group,
+                kv_cache_spec_kind=rule.kind,
+                kv_cache_spec_sliding_window=rule.window,
             )
         if isinstance(event, Cleared):
             return AllBlocksCleared()
-        return BlockRemoved(block_hashes=list(event.block_hashes), medium=self._medium)
+        return BlockRemoved(block_hashes=list(event.block_hashes), medium=self._medium, group_idx=event.group)

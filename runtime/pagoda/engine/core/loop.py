@@ -11,17 +11,29 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
 
-from pagoda.engine.messages import EngineOutput, EngineOutputs, EngineReady, EngineStats
-from pagoda.errors import EngineDeadError, InvalidRequestError, NotSupportedError, PagodaError
-from pagoda.execution.executor import Executor, StepHandle, is_out_of_memory
+from pagoda.adapters import LoraAdapter
+from pagoda.engine.core.step_recorder import Kernels, StepRecorder, TracingRecorder
+from pagoda.engine.messages import EngineOutput, EngineOutputs, EngineReady, EngineStats, EngineTrace
+from pagoda.errors import (
+    ConfigError,
+    EngineDeadError,
+    ErrorKind,
+    InvalidRequestError,
+    NotSupportedError,
+    PagodaError,
+)
+from pagoda.execution.executor import AdapterOutcome, Executor, RankLoadListener, StepHandle, is_out_of_memory
 from pagoda.parallel.rank_health import RankHealth
+from pagoda.pooling.params import PoolingParams
 from pagoda.request import EngineRequest
 from pagoda.sampling.output import FinishReason
+from pagoda.sampling.params import SamplingParams
 from pagoda.scheduling.cache_events import CacheEventSink
-from pagoda.scheduling.plan import StepPlan
+from pagoda.scheduling.plan import ExpertLoad, StepPlan
 from pagoda.scheduling.request import Request
 from pagoda.scheduling.scheduler import RequestUpdate, Scheduler
 from pagoda.scheduling.step_timeout import tokens_to_wait_for
@@ -30,16 +42,18 @@ from pagoda.structured.outputs import StructuredOutputs
 logger = logging.getLogger(__name__)
 
 _COMPILE_WAIT_SECONDS = 0.05
+_ADAPTER_WAIT_SECONDS = 0.02
 
 SubmitListener = Callable[[int, int], None]
 
 
 class _InFlight(NamedTuple):
-    """A step that was submitted; `num_tokens`: see `tokens_to_wait_for`."""
+    """A step that was submitted, at `submitted` monotonic seconds; `num_tokens`: see `tokens_to_wait_for`."""
 
     plan: StepPlan
     handle: StepHandle
     num_tokens: int
+    submitted: float
 
 
 class EngineCore:
@@ -59,21 +73,34 @@ class EngineCore:
         self._structured = structured
         # Final outputs of requests that did not come as far as the scheduler.
         self._refused: list[EngineOutput] = []
+        self._adapter_outcomes: list[AdapterOutcome] = []
         self._scheduler = scheduler
+        self._sized = scheduler.limits
         self._executor = executor
         self._in_flight: deque[_InFlight] = deque()
         self._num_steps = 0
         self._num_scheduled_tokens = 0
         self._step_seconds = 0.0
+        self._expert_load: ExpertLoad | None = None
         self._was_idle = True
+        self._recorder = StepRecorder()
         # Called with the number of steps done and of tokens in flight, those of the step that is about to be submitted
         # included: on a CPU a step is over when it is submitted.
         self.on_submit: SubmitListener | None = None
 
+    def most_blocks(self, num_tokens: int) -> int:
+        """KV blocks, of all groups, that a request of so many tokens takes at most."""
+        return self._scheduler.kv.most_blocks(num_tokens)
+
     @property
     def has_work(self) -> bool:
         """Whether a `step` would do anything."""
-        return self._scheduler.has_work or bool(self._in_flight) or self._has_unscheduled
+        return (
+            self._scheduler.has_work
+            or bool(self._in_flight)
+            or self._has_unscheduled
+            or self._scheduler.adapters.has_changes
+        )
 
     @property
     def num_tokens_in_flight(self) -> int:
@@ -90,12 +117,20 @@ class EngineCore:
         if prompt and not 0 <= min(prompt) <= max(prompt) < vocab_size:
             # The embedding would be read out of bounds, which on a GPU is the end of the process.
             raise InvalidRequestError(f"the prompt has token ids outside of 0 to {vocab_size - 1}", "prompt")
-        if request.params.structured_outputs is None:
+        if request.adapter is not None and not self._scheduler.limits.max_loras:
+            raise NotSupportedError("this engine is served without LoRA adapters (enable_lora)")
+        params = request.params
+        if isinstance(params, SamplingParams) == bool(self.ready.pooling_tasks):
+            does = ", ".join(self.ready.pooling_tasks) or "generate"
+            raise NotSupportedError(f"this model is served for {does}")
+        if isinstance(params, PoolingParams):
+            params.checked(self.ready.pooling_tasks, self.ready.output_size)
+        if isinstance(params, PoolingParams) or params.structured_outputs is None:
             self._scheduler.add(Request(request))
         elif self._structured is None:
             raise NotSupportedError("this engine has no structured outputs")
-        else:
-            self._structured.add(request)
+        elif (matcher := self._structured.add(request)) is not None:
+            self._scheduler.add(Request(request, matcher))
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """Abort requests; unknown ids and those of finished requests are ignored."""
@@ -105,9 +140,76 @@ class EngineCore:
                 self._refused.append(EngineOutput(request_id=request_id, finish_reason=FinishReason.ABORT))
         self._scheduler.abort(request_ids)
 
+    def load_adapter(self, adapter: LoraAdapter) -> None:
+        """Read an adapter before there are requests for it; `take_adapter_outcomes` says what came of it."""
+        if not self._scheduler.limits.max_loras:
+            self._adapter_outcomes.append(
+                AdapterOutcome(adapter, "the engine is served without adapters (enable_lora)")
+            )
+        elif not self._scheduler.adapters.want(adapter):
+            self._adapter_outcomes.append(AdapterOutcome(adapter))
+
+    def unload_adapter(self, adapter: LoraAdapter) -> None:
+        """Free the memory of an adapter, once it has no requests."""
+        self._scheduler.adapters.retire(adapter)
+
+    def take_adapter_outcomes(self) -> list[AdapterOutcome]:
+        """What came of the adapters that were asked for, since the last call."""
+        outcomes, self._adapter_outcomes = self._adapter_outcomes, []
+        return outcomes
+
     def reset_prefix_cache(self) -> None:
         """Let no later request find what is cached now."""
         self._scheduler.reset_prefix_cache()
+
+    def reconfigure(self, changes: Mapping[str, Any]) -> None:
+        """Plan within other limits from the next step on: `changes` of `SchedulerLimits`, all of them or none.
+
+        Raises `ConfigError` for what is more than memory was sized for at start.
+        """
+        sized, given = self._sized, dict(changes)
+        for name in ("max_num_seqs", "max_num_batched_tokens", "num_speculative_tokens"):
+            most = getattr(sized, name)
+            if given.get(name, most) is None:
+                given[name] = most
+            if given.get(name, 0) > most:
+                raise ConfigError(
+                    f"{name}={given[name]}: must be at most {most}, what was sized at start, without a restart"
+                )
+        limits = replace(self._scheduler.limits, **given)
+        if limits.max_num_batched_tokens < limits.max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens={limits.max_num_batched_tokens}: must be at least max_num_seqs={limits.max_num_seqs}"
+            )
+        self._scheduler.configure(limits)
+
+    def sleep(self, level: int) -> None:
+        """Give back weights and KV cache. Raises `InvalidRequestError` while requests are running."""
+        if self.has_work:
+            raise InvalidRequestError("requests are running: an engine sleeps when it is idle")
+        self._scheduler.reset_prefix_cache()  # what it holds goes with the KV cache
+        self._kv_events.flush()
+        self._executor.release(level)
+        self._scheduler.adapters.forget_weights()
+
+    def wake_up(self, progress: RankLoadListener | None = None) -> None:
+        """Take weights and KV cache again, as many blocks as before."""
+        self._executor.load(progress)
+        self._executor.initialize_kv_cache(self.ready.num_blocks, self.ready.max_model_len)
+
+    def trace_steps(self, is_on: bool, *, kernels: bool = False) -> None:
+        """Record steps from now on for `take_trace`, or no longer; `kernels`: also what runs within them."""
+        self._recorder.close()
+        recorder: Kernels | None = None
+        if is_on and kernels:
+            from pagoda.engine.core.kernel_recorder import KernelRecorder  # its profiler takes a moment to import
+
+            recorder = KernelRecorder()
+        self._recorder = TracingRecorder(self._scheduler, recorder) if is_on else StepRecorder()
+
+    def take_trace(self) -> EngineTrace | None:
+        """What was recorded since the last time; None where nothing is, or too little time has passed."""
+        return self._recorder.take(time.monotonic(), is_idle=not self.has_work)
 
     def step(self) -> EngineOutputs:
         """Run one turn of the loop and return the output of every request that has any.
@@ -119,6 +221,8 @@ class EngineCore:
         if self._has_unscheduled:
             self._schedule_compiled()
         self._plan_ahead()
+        if self._scheduler.adapters.has_changes:
+            self._change_adapters()
         updates = self._collect_oldest(started)
         updates += self._scheduler.take_ended()
         if not self.has_work and not self._was_idle:
@@ -156,6 +260,23 @@ class EngineCore:
                     )
                 )
 
+    def _change_adapters(self) -> None:
+        """Have the ranks read and drop adapters, and take what was read; with nothing else to do, wait a moment for that."""
+        gate = self._scheduler.adapters
+        for slot in gate.take_unloads():
+            self._executor.unload_adapter(slot)
+        for slot, adapter in gate.take_loads():
+            self._executor.load_adapter(slot, adapter)
+        timeout = 0.0 if self._in_flight else _ADAPTER_WAIT_SECONDS
+        for outcome in self._executor.take_loaded_adapters(timeout) if gate.is_loading else ():
+            self._adapter_outcomes.append(outcome)
+            if outcome.error is None:
+                gate.loaded(outcome.adapter)
+            else:
+                logger.warning("adapter %s: %s", outcome.adapter, outcome.error)
+                gate.failed(outcome.adapter)
+                self._scheduler.fail_requests_of(outcome.adapter, ErrorKind.INVALID_REQUEST, outcome.error)
+
     def _check_idle(self) -> None:
         """Mend a leak: it is an error, but no reason to end the engine, and without requests everything can be taken back."""
         leak = self._scheduler.find_leak()
@@ -175,7 +296,8 @@ class EngineCore:
             if self.on_submit is not None:
                 self.on_submit(self._num_steps, self.num_tokens_in_flight + num_tokens)
             try:
-                self._in_flight.append(_InFlight(plan, self._executor.submit(plan), num_tokens))
+                submitted = time.monotonic()
+                self._in_flight.append(_InFlight(plan, self._executor.submit(plan), num_tokens, submitted))
             except Exception as error:  # any error ends the requests of this step, not the engine
                 self._fail_step(plan, error)
                 return
@@ -183,15 +305,18 @@ class EngineCore:
     def _collect_oldest(self, started: float) -> list[RequestUpdate]:
         if not self._in_flight:
             return []
-        plan, handle, _ = self._in_flight.popleft()
+        plan, handle, _, submitted = self._in_flight.popleft()
         try:
             result = handle.result()
         except Exception as error:  # as above: a step may fail in any way
             self._fail_step(plan, error)
             return []
         self._num_steps += 1
+        self._expert_load = result.expert_load or self._expert_load
         updates = self._scheduler.apply(plan, result)
-        self._scheduler.observe(plan, result, time.monotonic() - started)
+        now = time.monotonic()
+        self._scheduler.observe(plan, result, now - started)
+        self._recorder.record(self._num_steps, plan, updates, submitted, now)
         return updates
 
     def _fail_step(self, plan: StepPlan, error: Exception) -> None:
@@ -234,6 +359,7 @@ class EngineCore:
             num_blocks_in_use=kv.pool.num_in_use,
             prefix_cache_queries=kv.num_prefix_queries,
             prefix_cache_hits=kv.num_prefix_hits,
+            prefix_cache_misses=dict(kv.prefix_misses.num_tokens),
             num_preemptions=self._scheduler.num_preemptions,
             num_repetitions=self._scheduler.repetition.num_found,
             num_scheduled_tokens=self._num_scheduled_tokens,
@@ -243,6 +369,9 @@ class EngineCore:
             num_spec_accepted_tokens_per_pos=list(speculation.num_accepted_per_position),
             step_seconds=self._step_seconds,
             degradation=self._scheduler.degradation,
+            expert_load=self._expert_load,
+            running_adapters=self._scheduler.adapters.running,
+            waiting_adapters=self._scheduler.adapters.waiting,
         )
 
     def shutdown(self) -> None:
@@ -259,6 +388,7 @@ def _output(update: RequestUpdate) -> EngineOutput:
         new_token_ids=update.new_token_ids,
         logprobs=update.logprobs,
         prompt_logprobs=update.prompt_logprobs,
+        pooled=update.pooled,
         finish_reason=request.finish_reason,
         stop_reason=request.stop_reason,
         error_kind=request.error_kind,

@@ -17,23 +17,33 @@ import socket
 import sys
 import threading
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pagoda.config.schema import PagodaConfig
 from pagoda.engine import wire
 from pagoda.engine.heartbeat import SharedHeartbeat
 from pagoda.engine.messages import (
     AbortRequests,
+    AdapterLoaded,
     EngineFailed,
     EngineOutput,
     EngineOutputs,
     EngineRanks,
     EngineStartupPhase,
+    LoadAdapter,
+    Reconfigure,
+    Reconfigured,
     ResetPrefixCache,
     Shutdown,
+    Sleep,
+    SleepState,
     StartCore,
+    TraceSteps,
+    UnloadAdapter,
+    WakeUp,
 )
 from pagoda.errors import ErrorKind, PagodaError, RequestFailedError
+from pagoda.logs import set_level
 from pagoda.process_control import become_child, uncollected
 from pagoda.request import EngineRequest
 from pagoda.sampling.output import FinishReason
@@ -43,6 +53,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+LOG_LEVEL = "log_level"  # the one setting of the process that is no limit of the scheduler
 _HEARTBEAT_SECONDS = 0.5  # between heartbeats of an idle core
 _OUTBOX_LENGTH = 256  # messages the parent has not read; past that the loop waits for it
 _INBOX_LENGTH = 4096  # messages the loop has not taken; past that they wait in the parent, which then refuses requests
@@ -131,7 +142,17 @@ class EngineCoreLoop:
                 # Only an iteration with progress writes a heartbeat: the watchdog must catch a core that spins.
                 self._heartbeat.write(message.stats.step, self._core.num_tokens_in_flight, is_busy=self._core.has_work)
                 self._connection.send(message)
+            self._send_trace()
+            self._report_adapters()
             self._report_ranks()
+
+    def _send_trace(self) -> None:
+        if (trace := self._core.take_trace()) is not None:
+            self._connection.send(trace)
+
+    def _report_adapters(self) -> None:
+        for outcome in self._core.take_adapter_outcomes():
+            self._connection.send(AdapterLoaded(outcome.adapter, outcome.error))
 
     def _report_ranks(self) -> None:
         """Report the health of the ranks every `_RANKS_SECONDS`."""
@@ -170,10 +191,48 @@ class EngineCoreLoop:
             self._core.abort(message.request_ids)
         elif isinstance(message, ResetPrefixCache):
             self._core.reset_prefix_cache()
+        elif isinstance(message, Reconfigure):
+            self._reconfigure(message.settings)
+        elif isinstance(message, Sleep):
+            self._sleep(message.level)
+        elif isinstance(message, WakeUp):
+            self._wake_up()
+        elif isinstance(message, TraceSteps):
+            self._core.trace_steps(message.is_on, kernels=message.kernels)
+            self._send_trace()
+        elif isinstance(message, LoadAdapter):
+            self._core.load_adapter(message.adapter)
+            self._report_adapters()
+        elif isinstance(message, UnloadAdapter):
+            self._core.unload_adapter(message.adapter)
         elif isinstance(message, Shutdown):
             self._is_ending = True
         else:
             raise TypeError(f"the engine core does not take {type(message).__name__}")
+
+    def _reconfigure(self, settings: dict[str, Any]) -> None:
+        level = settings.pop(LOG_LEVEL, None)
+        try:
+            self._core.reconfigure(settings)
+        except PagodaError as error:
+            self._connection.send(Reconfigured(str(error)))
+            return
+        if level is not None:
+            set_level(level)
+        self._connection.send(Reconfigured())
+
+    def _sleep(self, level: int) -> None:
+        try:
+            self._core.sleep(level)
+        except PagodaError as error:
+            self._connection.send(SleepState(0, str(error)))
+            return
+        self._connection.send(SleepState(level))
+
+    def _wake_up(self) -> None:
+        """Loading is progress: the watchdog must not take it for a core that is stuck."""
+        self._core.wake_up(lambda *_: self._heartbeat.write(self._last_step, 0, is_busy=False))
+        self._connection.send(SleepState(0))
 
     def _refuse(self, request_id: str, error: PagodaError) -> None:
         output = EngineOutput(
@@ -199,8 +258,9 @@ def main(socket_fd: int, heartbeat_fd: int) -> int:
             raise failure
         _serve(first, connection, heartbeat)
     except Exception as error:  # any error is reported to the parent
-        # A `PagodaError` names its cause; anything else needs its stack.
-        logger.error("the engine core failed: %s", error, exc_info=not isinstance(error, PagodaError))
+        # The parent says what a `PagodaError` is; anything else needs its stack.
+        if not isinstance(error, PagodaError):
+            logger.exception("the engine core failed: %s", error)
         kind = error.kind if isinstance(error, PagodaError) else ErrorKind.ENGINE_DEAD
         message = str(error) if isinstance(error, PagodaError) else f"{type(error).__name__}: {error}"
         connection.send(EngineFailed(kind, message))
@@ -223,11 +283,19 @@ def _import_engine() -> Exception | None:
 def _serve(first: StartCore, connection: Connection, heartbeat: SharedHeartbeat) -> None:
     from pagoda.engine.core.startup import start_core
     from pagoda.logs import configure_logging
+    from pagoda.platform.hardware import may_have_gpu
+    from pagoda.platform.threads import in_nice_thread
 
     os.environ.update(first.environment)
     config = PagodaConfig.of_fields(first.config)
     configure_logging(config.log_level, config.log_format, model_name=config.served_model_name)
-    core = start_core(config, lambda name, detail: connection.send(EngineStartupPhase(name, detail)))
+
+    def start() -> EngineCore:
+        return start_core(config, lambda name, detail: connection.send(EngineStartupPhase(name, detail)))
+
+    # Ranks would inherit the priority, and a GPU is the current one of a thread.
+    is_alone = config.tensor_parallel_size * config.pipeline_parallel_size == 1 and not may_have_gpu()
+    core = in_nice_thread(start, first.niceness) if first.niceness and is_alone else start()
     gc.collect()
     gc.freeze()  # objects of the start-up stay: later collections need not walk them
     heartbeat.write(0, 0, is_busy=False)

@@ -88,17 +88,22 @@ class PrefixRouter:
         """Blocks that a replica is thought to have cached."""
         return len(self._replicas[replica].prefixes)
 
-    def set_capacity(self, replica: int, num_blocks: int) -> None:
-        """A replica has started: its cache is empty, and holds so many blocks."""
+    def set_capacity(self, replica: int, num_blocks: int, block_size: int) -> None:
+        """A replica has started: its cache is empty, and holds so many blocks of so many tokens.
+
+        They may be other sizes than the setting says: a model that keeps states has blocks as large as one of these.
+        """
+        if self._block_size:
+            self._block_size = block_size
         self._replicas[replica].capacity = num_blocks
         self._replicas[replica].prefixes.clear()
 
     def place(self, request: EngineRequest, candidates: Collection[int]) -> Placement:
         """Choose one of `candidates` (at least one) and count the request there; `remove` undoes that."""
-        root = root_hash(request.cache_keys)
+        root = root_hash(request.prefix_keys)
         hashes: list[bytes] = []
         num_prompt_tokens = len(request.prompt_token_ids)
-        if self._block_size and request.params.prompt_logprobs is None:  # those need every position computed
+        if self._block_size and not request.needs_every_token:  # those need every position computed
             extend_hashes(hashes, root, request.prompt_token_ids, self._block_size)
         # The last token is computed in any case, for what comes after it.
         findable = hashes[: (num_prompt_tokens - 1) // self._block_size] if hashes else hashes

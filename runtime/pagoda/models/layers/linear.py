@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from typing_extensions import override
 from pagoda.models.sharding import Shard
 from pagoda.models.weights import WeightTarget
 from pagoda.parallel.groups import TensorParallelGroup
+from pagoda_kernels.interface import LoraLinear
 
 # Values of a weight that are upcast at a time: 4 MiB of float32, which the caches of most processors hold.
 _UPCAST_ELEMENTS = 1 << 20
@@ -22,7 +24,10 @@ class LinearMethod(ABC):
     """How a linear layer keeps its weight and multiplies by it: as it is in the checkpoint, packed, quantized.
 
     A method sees the sizes that are allocated on this rank, and where they lie in the stored tensors; never other ranks.
+    `comes_loaded`: the weight is not allocated when the layer is built, but made as it is read.
     """
+
+    comes_loaded: ClassVar[bool] = False
 
     @abstractmethod
     def create_weights(
@@ -39,6 +44,25 @@ class LinearMethod(ABC):
         """`x @ weight.T + bias` for x [T, in_features]; returns [T, out_features] of `layer.out_dtype`."""
 
 
+def create_bias(layer: Linear, bias: bool, dtype: torch.dtype, device: torch.device) -> None:
+    """The bias, which every method keeps as floats, or None."""
+    layer.bias = None
+    if bias:
+        layer.bias = nn.Parameter(torch.empty(layer.out_features, dtype=dtype, device=device), requires_grad=False)
+
+
+def bias_targets(layer: Linear, prefix: str) -> dict[str, WeightTarget]:
+    """`<part>.bias` where the layer has one."""
+    targets: dict[str, WeightTarget] = {}
+    if layer.bias is None:
+        return targets
+    row = 0
+    for name, shard in layer.parts.items():
+        targets[f"{prefix}{name}.bias"] = WeightTarget(layer.bias[row : row + shard.length], (shard,))
+        row += shard.size
+    return targets
+
+
 class UnquantizedLinearMethod(LinearMethod):
     """The checkpoint's weight in the model's dtype, multiplied by torch."""
 
@@ -50,19 +74,15 @@ class UnquantizedLinearMethod(LinearMethod):
             values = torch.empty(layer.out_features, layer.in_features, dtype=dtype, device=device)
             weight = nn.Parameter(values, requires_grad=False)
         layer.weight = weight
-        layer.bias = None
-        if bias:
-            layer.bias = nn.Parameter(torch.empty(layer.out_features, dtype=dtype, device=device), requires_grad=False)
+        create_bias(layer, bias, dtype, device)
 
     def weight_targets(self, layer: Linear, prefix: str) -> dict[str, WeightTarget]:
         """`<part>.weight`, and `<part>.bias` where the layer has one."""
-        targets = {}
+        targets = bias_targets(layer, prefix)
         row = 0
         for name, shard in layer.parts.items():
-            rows = slice(row, row + shard.length)
-            targets[f"{prefix}{name}.weight"] = WeightTarget(layer.weight[rows], (shard, layer.inputs))
-            if layer.bias is not None:
-                targets[f"{prefix}{name}.bias"] = WeightTarget(layer.bias[rows], (shard,))
+            weight = layer.weight[row : row + shard.length]
+            targets[f"{prefix}{name}.weight"] = WeightTarget(weight, (shard, layer.inputs))
             row += shard.size
         return targets
 
@@ -124,8 +144,10 @@ class Linear(nn.Module):
 
     Outputs are of `out_dtype`: `dtype` itself, or float32, which leaves sums unrounded.
 
-    `inputs` is the share of the input held here; `parts` maps the names the checkpoint gives the layers to the share of
-    their outputs, in output order. Padding of a part is rows that are never filled: their outputs must not be used.
+    `inputs` is the share of the input held here; `parts` maps the names the model gives the layers, within the module of name
+    `prefix`, to the share of their outputs, in output order. Padding of a part is rows that are never filled: their outputs
+    must not be used. `method`: how the weight is kept; None: as floats that torch multiplies. `lora`: what adapters
+    add, set by `LoraModel`.
     """
 
     weight: nn.Parameter
@@ -141,14 +163,18 @@ class Linear(nn.Module):
         device: torch.device,
         weight: nn.Parameter | None = None,
         out_dtype: torch.dtype | None = None,
+        prefix: str = "",
+        method: LinearMethod | None = None,
     ) -> None:
         super().__init__()
+        self.prefix = prefix
         self.inputs = inputs
         self.parts = dict(parts)
         self.in_features = inputs.size
         self.out_features = sum(shard.size for shard in self.parts.values())
         self.out_dtype = out_dtype or dtype
-        self.method: LinearMethod = unquantized_method(dtype, self.out_dtype, device)
+        self.method: LinearMethod = method or unquantized_method(dtype, self.out_dtype, device)
+        self.lora: LoraLinear | None = None
         self.method.create_weights(self, bias, weight, dtype, device)
 
     def weight_targets(self, prefix: str) -> dict[str, WeightTarget]:
@@ -157,7 +183,14 @@ class Linear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [T, in_features] to [T, out_features] of `out_dtype`."""
-        return self.method.apply(self, x)
+        return self.multiply(x)
+
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        """The product on this rank, with what adapters add to it."""
+        product = self.method.apply(self, x)
+        if self.lora is not None:
+            self.lora.add(x.contiguous(), product)
+        return product
 
 
 class RowParallelLinear(Linear):
@@ -175,10 +208,13 @@ class RowParallelLinear(Linear):
         group: TensorParallelGroup,
         dtype: torch.dtype,
         device: torch.device,
+        prefix: str = "",
+        method: LinearMethod | None = None,
     ) -> None:
-        super().__init__(inputs, parts, bias=bias and group.rank == 0, dtype=dtype, device=device)
+        has_bias = bias and group.rank == 0
+        super().__init__(inputs, parts, bias=has_bias, dtype=dtype, device=device, prefix=prefix, method=method)
         self.group = group
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [T, in_features], different on each rank, to [T, out_features], the same on all."""
-        return self.group.all_reduce(self.method.apply(self, x))
+        return self.group.all_reduce(self.multiply(x))

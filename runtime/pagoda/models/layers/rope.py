@@ -11,26 +11,43 @@ import math
 import torch
 from torch import nn
 
-from pagoda.models.rope_config import RopeConfig
+from pagoda.models.rope_config import RopeConfig, yarn_mscale
 
 
-def build_rotary_embedding(rope: RopeConfig, head_dim: int, device: torch.device) -> RotaryEmbedding:
-    """The embedding for `rope` over heads of `head_dim`."""
+def build_rotary_embedding(
+    rope: RopeConfig | None, head_dim: int, device: torch.device, *, longest: int | None = None
+) -> RotaryEmbedding:
+    """The embedding for `rope` over heads of `head_dim`; None: one that rotates nothing.
+
+    `longest`: the longest context that the model will serve, by which longrope chooses its factors (None: longer than the
+    original length). transformers chooses by the longest sequence of a batch and computes the cache anew where that grows
+    beyond the original length; here, where requests share batches and caches, one choice holds for all, as in vLLM.
+    """
+    if rope is None:
+        return RotaryEmbedding(torch.empty(0), 1.0, device)
+    rotary_dim = rope.rotary_dim(head_dim)
     if rope.rope_type == "dynamic":
-        return DynamicRotaryEmbedding(rope, head_dim, device)
-    return RotaryEmbedding(inverse_frequencies(rope, head_dim), attention_scaling(rope), device)
+        return DynamicRotaryEmbedding(rope, rotary_dim, device)
+    is_long = longest is None or longest > rope.original_max_position_embeddings
+    frequencies = inverse_frequencies(rope, rotary_dim, is_long=is_long)
+    if rope.query_scaling:
+        return QueryScalingEmbedding(rope, frequencies, device)
+    return RotaryEmbedding(frequencies, attention_scaling(rope), device, interleaved=rope.interleaved)
 
 
 class RotaryEmbedding(nn.Module):
     """Angles `position * inverse_frequency`, for fixed frequencies."""
 
-    def __init__(self, inverse_frequency: torch.Tensor, scaling: float, device: torch.device) -> None:
+    def __init__(
+        self, inverse_frequency: torch.Tensor, scaling: float, device: torch.device, *, interleaved: bool = False
+    ) -> None:
         super().__init__()
         self.inverse_frequency = nn.Buffer(inverse_frequency.to(device), persistent=False)
         self.scaling = scaling
+        self.interleaved = interleaved
 
-    def forward(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """positions int64 [T] to `(cos, sin)`, each float32 [T, head_dim // 2], with yarn's attention scaling in them."""
+    def forward(self, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """positions int64 [T] to `(cos, sin)`, each float32 [T, rotary_dim // 2], with yarn's attention scaling in them."""
         angles = positions.float().unsqueeze(1) * self._frequencies(positions)
         cos, sin = angles.cos(), angles.sin()
         if self.scaling != 1.0:
@@ -38,8 +55,22 @@ class RotaryEmbedding(nn.Module):
         return cos, sin
 
     def _frequencies(self, positions: torch.Tensor) -> torch.Tensor:
-        """Broadcastable to [T, head_dim // 2]."""
+        """Broadcastable to [T, rotary_dim // 2]."""
         return self.inverse_frequency
+
+
+class QueryScalingEmbedding(RotaryEmbedding):
+    """With a third tensor: what each token's rotated queries are multiplied by, float32 [T, 1, 1]."""
+
+    def __init__(self, rope: RopeConfig, inverse_frequency: torch.Tensor, device: torch.device) -> None:
+        super().__init__(inverse_frequency, attention_scaling(rope), device, interleaved=rope.interleaved)
+        self.rope = rope
+
+    def forward(self, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """As in `RotaryEmbedding`."""
+        whole_lengths = torch.floor(positions / self.rope.original_max_position_embeddings)
+        scales = 1 + self.rope.query_scaling * torch.log(1 + whole_lengths)
+        return (*super().forward(positions), scales.view(-1, 1, 1))
 
 
 class DynamicRotaryEmbedding(RotaryEmbedding):
@@ -53,7 +84,7 @@ class DynamicRotaryEmbedding(RotaryEmbedding):
     """
 
     def __init__(self, rope: RopeConfig, head_dim: int, device: torch.device) -> None:
-        super().__init__(inverse_frequencies(rope, head_dim), 1.0, device)
+        super().__init__(inverse_frequencies(rope, head_dim), 1.0, device, interleaved=rope.interleaved)
         self.rope = rope
         self.exponents = nn.Buffer(_exponents(head_dim).to(device), persistent=False)
         self.growth = head_dim / (head_dim - 2)
@@ -67,23 +98,32 @@ class DynamicRotaryEmbedding(RotaryEmbedding):
 
 
 def attention_scaling(rope: RopeConfig) -> float:
-    """The factor of cosines and sines; 1 for every type but yarn (Peng et al., 2023, section 3.4)."""
+    """The factor of cosines and sines; 1 but for yarn (Peng et al., 2023, section 3.4) and longrope (Ding et al., 2024)."""
+    if rope.rope_type == "longrope":
+        if rope.attention_factor is not None:
+            return rope.attention_factor
+        stretched = max(1.0, rope.factor)
+        return math.sqrt(1 + math.log(stretched) / math.log(rope.original_max_position_embeddings))
     if rope.rope_type != "yarn":
         return 1.0
     if rope.attention_factor is not None:
         return rope.attention_factor
     if rope.mscale and rope.mscale_all_dim:
-        return _yarn_mscale(rope.factor, rope.mscale) / _yarn_mscale(rope.factor, rope.mscale_all_dim)
-    return _yarn_mscale(rope.factor, 1.0)
+        return yarn_mscale(rope.factor, rope.mscale) / yarn_mscale(rope.factor, rope.mscale_all_dim)
+    return yarn_mscale(rope.factor, 1.0)
 
 
-def _yarn_mscale(factor: float, mscale: float) -> float:
-    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
-
-
-def inverse_frequencies(rope: RopeConfig, head_dim: int) -> torch.Tensor:
-    """float32 [head_dim // 2] on the CPU; for `dynamic`, those up to the original length."""
+def inverse_frequencies(rope: RopeConfig, head_dim: int, *, is_long: bool = True) -> torch.Tensor:
+    """float32 [head_dim // 2] on the CPU, `head_dim` being the rotated dimensions; for `dynamic`, those up to the original
+    length. `is_long`: which of longrope's factors count."""
+    if rope.rope_type == "longrope":
+        factors = torch.tensor(rope.long_factors if is_long else rope.short_factors, dtype=torch.float32)
+        return 1.0 / (factors * rope.theta ** _exponents(head_dim))
     unscaled = 1.0 / (rope.theta ** _exponents(head_dim))
+    if rope.rope_type == "proportional":
+        num_turning = int(rope.partial_rotary_factor * head_dim // 2)
+        unscaled[num_turning:] = 0.0
+        return unscaled / rope.factor
     if rope.rope_type == "linear":
         return unscaled / rope.factor
     if rope.rope_type == "llama3":

@@ -25,16 +25,17 @@ from pagoda.models.build import build_model
 from pagoda.models.checkpoint_files import shown, shown_name
 from pagoda.models.config import ModelConfig
 from pagoda.models.decoder import DecoderForCausalLM
+from pagoda.models.layers.embedding import PackedEmbedding
 from pagoda.models.loading.checkpoint import (
     FLOAT_TYPES,
-    StoredTensor,
     StoredTensors,
     TensorSpec,
     chunks,
     stored_tensors,
     with_model_names,
 )
-from pagoda.models.loading.packed import PackedEmbedding, deferred_layers, load_packed_weights
+from pagoda.models.loading.packed import deferred_layers, load_packed_weights
+from pagoda.models.loading.stored_tensor import StoredTensor
 from pagoda.models.quantization.schemes import QuantizationConfig
 from pagoda.models.weight_files import listed, weight_files
 from pagoda.models.weights import WeightTarget
@@ -76,8 +77,13 @@ def check_weights(
         # Under either name, or under both.
         specs[second] = replace(specs[first], optional=True)
         specs[first] = replace(specs[first], optional=second in stored)
-    stored = with_model_names(stored, specs)
-    unknown = [name for name in stored if name not in specs and not name.endswith(IGNORED_SUFFIXES)]
+    outputs = {linear.name: linear.outputs for linear in config.linears()}
+    stored = with_model_names(stored, specs, config.names, outputs)
+    unknown = [
+        name
+        for name in stored
+        if name not in specs and not name.endswith(IGNORED_SUFFIXES) and not config.names.is_ignored(name)
+    ]
     _check_names(stored, specs, unknown, directory)
     if quantization is not None:
         _check_quantized_layers(unknown, specs, directory)
@@ -96,7 +102,7 @@ def with_tie_as_stored(config: ModelConfig, directory: str | Path) -> ModelConfi
     if not config.tie_word_embeddings:
         return config
     names = ("lm_head.weight", "model.embed_tokens.weight")
-    stored = with_model_names(stored_tensors(weight_files(Path(directory))), names)
+    stored = with_model_names(stored_tensors(weight_files(Path(directory))), names, config.names)
     head, embedding = (stored.get(name) for name in names)
     if head is None or embedding is None or _are_equal(head, embedding):
         return config
@@ -137,7 +143,7 @@ def initialize_dummy_weights(model: DecoderForCausalLM, seed: int = 0, std: floa
     """
     for name, target in model.weight_targets().items():
         destination = target.destination
-        if name.endswith("norm.weight"):
+        if "norm" in name.rpartition(".")[0].rpartition(".")[2]:
             destination.fill_(1.0)
             continue
         # 32 bits are all that torch's generator on the CPU takes of a seed.
@@ -283,6 +289,8 @@ def _copy(
             for part in chunks(rows, _row_bytes(stored[name])):
                 here = slice(part.start - rows.start, part.stop - rows.start)
                 destination[here].copy_(source.read(name, part, *others))
+            if targets[name].offset:
+                destination.add_(targets[name].offset)
             with lock:
                 bytes_done += destination.nbytes
                 if progress is not None:

@@ -1,7 +1,7 @@
 """Weights packed for the CPU's kernels, as they are read.
 
-A layer gives its weight back before anything is in it, waits with a `DeferredLinearMethod`, and gets a `PackedLinearMethod`
-when it is loaded, some rows at a time: a model is never there unpacked, and no layer is there twice.
+A layer is built with a `DeferredLinearMethod`, which has no weight yet, and gets a `PackedLinearMethod` when it is loaded,
+some rows at a time: a model is never there unpacked, and no layer is there twice.
 """
 
 from __future__ import annotations
@@ -9,19 +9,18 @@ from __future__ import annotations
 import ctypes
 import threading
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import torch
 from torch import nn
+from typing_extensions import override
 
-from pagoda.models.decoder import DecoderForCausalLM, DecoderLayer
-from pagoda.models.layers.embedding import TokenEmbedding
-from pagoda.models.layers.linear import Linear, LinearMethod, UnquantizedLinearMethod
+from pagoda.models.decoder import DecoderForCausalLM
+from pagoda.models.layers.embedding import PackedEmbedding
+from pagoda.models.layers.linear import Linear, LinearMethod, bias_targets, create_bias
 from pagoda.models.loading.checkpoint import FLOAT_TYPES, TensorSource, TensorSpec
-from pagoda.models.sharding import Shard
 from pagoda.models.weights import WeightTarget
-from pagoda.parallel.groups import TensorParallelGroup
 from pagoda_kernels import backend
 from pagoda_kernels.packed_weights import empty_packed, pack_into
 from pagoda_kernels.types import PANEL, PackedWeight
@@ -30,21 +29,38 @@ from pagoda_kernels.types import PANEL, PackedWeight
 _ELEMENTS_AT_ONCE = 1 << 19
 
 
-class PackedLinearMethod(LinearMethod):
-    """A loaded weight, packed: each layer that is packed has an instance of its own."""
-
-    def __init__(self, weight: PackedWeight) -> None:
-        self.weight = weight
+class LoadedMethod(LinearMethod):
+    """A weight that is packed and loaded: each layer that is packed has an instance of its own."""
 
     def create_weights(
         self, layer: Linear, bias: bool, weight: nn.Parameter | None, dtype: torch.dtype, device: torch.device
     ) -> None:
-        """Not possible: layers are created unpacked, and packed when they are loaded."""
+        """Not possible: layers are created with the method that loads their weight."""
         raise NotImplementedError("a packed layer is made when its weight is loaded")
 
     def weight_targets(self, layer: Linear, prefix: str) -> dict[str, WeightTarget]:
         """None: nothing can be loaded into a packed weight."""
         return {}
+
+    @abstractmethod
+    def weights(self) -> dict[str, PackedWeight]:
+        """The packed weights that it is made of; see `DeferredLinearMethod.with_weights`."""
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the weight takes."""
+        return sum(weight.nbytes for weight in self.weights().values())
+
+
+class PackedLinearMethod(LoadedMethod):
+    """One packed weight, of all parts of the layer."""
+
+    def __init__(self, weight: PackedWeight) -> None:
+        self.weight = weight
+
+    @override
+    def weights(self) -> dict[str, PackedWeight]:
+        return {"weight": self.weight}
 
     def apply(self, layer: Linear, x: torch.Tensor) -> torch.Tensor:
         """One matrix product for all parts."""
@@ -54,6 +70,8 @@ class PackedLinearMethod(LinearMethod):
 class DeferredLinearMethod(LinearMethod):
     """A packed weight that is not there yet; each layer without one has an instance of its own."""
 
+    comes_loaded = True
+
     def __init__(self, prefix: str) -> None:
         """`prefix`: that of the layer's parts in the checkpoint."""
         self.prefix = prefix
@@ -61,18 +79,13 @@ class DeferredLinearMethod(LinearMethod):
     def create_weights(
         self, layer: Linear, bias: bool, weight: nn.Parameter | None, dtype: torch.dtype, device: torch.device
     ) -> None:
-        """Not possible: a layer is created with a float weight, which it gives back."""
-        raise NotImplementedError("a layer awaits its packed weight only once it is created")
+        """The bias alone: the weight comes with its values. Not for a weight that another layer has."""
+        assert weight is None
+        create_bias(layer, bias, dtype, device)
 
     def weight_targets(self, layer: Linear, prefix: str) -> dict[str, WeightTarget]:
         """The biases: they are floats, and loaded like other floats."""
-        if layer.bias is None:
-            return {}
-        targets, row = {}, 0
-        for name, shard in layer.parts.items():
-            targets[f"{prefix}{name}.bias"] = WeightTarget(layer.bias[row : row + shard.length], (shard,))
-            row += shard.size
-        return targets
+        return bias_targets(layer, prefix)
 
     def apply(self, layer: Linear, x: torch.Tensor) -> torch.Tensor:
         """Not possible before the weight is loaded."""
@@ -83,11 +96,31 @@ class DeferredLinearMethod(LinearMethod):
         """The tensors of the checkpoint that hold the weight, those of all ranks' shares."""
 
     @abstractmethod
+    def load(self, layer: Linear, source: TensorSource) -> LoadedMethod:
+        """The method with this rank's share of the weight."""
+
+    @abstractmethod
+    def with_weights(self, weights: Mapping[str, PackedWeight]) -> LoadedMethod:
+        """The method that `load` gave, from its `weights`. Raises `KeyError` where one is missing."""
+
+
+class DeferredWeightMethod(DeferredLinearMethod):
+    """One packed weight, of all parts of the layer."""
+
+    @abstractmethod
     def read(self, layer: Linear, source: TensorSource) -> PackedWeight:
         """This rank's share of the weight."""
 
+    @override
+    def load(self, layer: Linear, source: TensorSource) -> LoadedMethod:
+        return PackedLinearMethod(self.read(layer, source))
 
-class DeferredFloatMethod(DeferredLinearMethod):
+    @override
+    def with_weights(self, weights: Mapping[str, PackedWeight]) -> LoadedMethod:
+        return PackedLinearMethod(weights["weight"])
+
+
+class DeferredFloatMethod(DeferredWeightMethod):
     """A float weight, packed without a change of its values, but where the model's dtype asks for one.
 
     In a float32 model, weights that bfloat16 holds exactly, as those of most checkpoints, are packed so: products with
@@ -144,89 +177,31 @@ class DeferredFloatMethod(DeferredLinearMethod):
             first_row += shard.size
 
 
-class PackedEmbedding(TokenEmbedding):
-    """The vectors of a vocabulary, looked up in the packed weight of the head that shares them; of a rank, its own share."""
-
-    def __init__(self, vocabulary: Shard, dtype: torch.dtype) -> None:
-        nn.Module.__init__(self)  # no weight of its own
-        self.vocabulary = vocabulary
-        self.dtype = dtype
-        self.packed: PackedWeight | None = None
-
-    def weight_targets(self, prefix: str) -> dict[str, WeightTarget]:
-        """None: the head loads the weight."""
-        return {}
-
-    def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """token_ids int64 [T] to [T, hidden_size]."""
-        assert self.packed is not None, "the embedding is not loaded"
-        if self.packed.bits == 8:
-            return int8_rows(self.packed, token_ids).to(self.dtype)
-        return backend.active.packed_rows(self.packed, token_ids, self.dtype)
-
-
-class VocabParallelPackedEmbedding(PackedEmbedding):
-    """The same where the vocabulary is spread over ranks: one of them has a token's vector, the others add zero."""
-
-    def __init__(self, vocabulary: Shard, dtype: torch.dtype, group: TensorParallelGroup) -> None:
-        super().__init__(vocabulary, dtype)
-        self.group = group
-
-    def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """token_ids int64 [T], the same on all ranks, to [T, hidden_size], the same on all ranks."""
-        rows = token_ids - self.vocabulary.start
-        elsewhere = (rows < 0) | (rows >= self.vocabulary.length)
-        vectors = super().forward(rows.masked_fill_(elsewhere, 0))
-        return self.group.all_reduce(vectors.masked_fill_(elsewhere.unsqueeze(1), 0))
-
-
-def int8_rows(weight: PackedWeight, ids: torch.Tensor) -> torch.Tensor:
-    """Rows of an int8 weight with one scale for each, dequantized: int64 ids [T] to float32 [T, in_features]."""
-    assert weight.scales is not None
-    stored = weight.values[ids // PANEL, :, ids % PANEL].flatten(1).float()
-    return stored.sub_(128).mul_(weight.scales[0, ids].unsqueeze(1))
-
-
-def pack_when_loaded(model: DecoderForCausalLM) -> None:
-    """Let every linear layer of a model that is not loaded, and that awaits no quantized weight, await its own packed.
-
-    Not for a model in float16: there are no kernels for it.
-    """
-    for prefix, layer in linear_layers(model):
-        if isinstance(layer.method, UnquantizedLinearMethod):
-            defer_weight(model, layer, DeferredFloatMethod(prefix, model.dtype))
-
-
-def defer_weight(model: DecoderForCausalLM, layer: Linear, method: DeferredLinearMethod) -> None:
-    """Let a layer give its float weight back; an embedding that shares it looks the packed one up."""
-    is_shared = model.embed_tokens is not None and model.embed_tokens.weight is layer.weight
-    layer.method = method
-    del layer.weight
-    if not is_shared:
-        return
-    if model.groups.tp_group.size == 1:
-        model.embed_tokens = PackedEmbedding(model.shard.vocabulary, model.dtype)
-    else:
-        model.embed_tokens = VocabParallelPackedEmbedding(model.shard.vocabulary, model.dtype, model.groups.tp_group)
-
-
-def linear_layers(model: DecoderForCausalLM) -> Iterator[tuple[str, Linear]]:
-    """Every linear layer, with the prefix of its parts' names in the checkpoint; the head is the last."""
-    for index, layer in zip(model.shard.layers, model.layers, strict=True):
-        assert isinstance(layer, DecoderLayer)
-        attention, mlp = f"model.layers.{index}.self_attn.", f"model.layers.{index}.mlp."
-        yield attention, layer.self_attn.qkv_proj
-        yield attention, layer.self_attn.o_proj
-        yield mlp, layer.mlp.gate_up_proj
-        yield mlp, layer.mlp.down_proj
-    if model.lm_head is not None:
-        yield "", model.lm_head
+def linear_layers(model: nn.Module) -> Iterator[tuple[str, Linear]]:
+    """Every linear layer, with the prefix of its parts' names."""
+    for module in model.modules():
+        if isinstance(module, Linear):
+            yield module.prefix, module
 
 
 def deferred_layers(model: nn.Module) -> list[tuple[Linear, DeferredLinearMethod]]:
     """The layers whose packed weights are not there yet, in the order of the model."""
-    linears = [layer for layer in model.modules() if isinstance(layer, Linear)]
-    return [(layer, layer.method) for layer in linears if isinstance(layer.method, DeferredLinearMethod)]
+    return [
+        (layer, layer.method) for _, layer in linear_layers(model) if isinstance(layer.method, DeferredLinearMethod)
+    ]
+
+
+def layer_name(layer: Linear) -> str:
+    """The names of its parts in the model."""
+    return f"{layer.prefix}{'/'.join(layer.parts)}"
+
+
+def set_loaded(model: DecoderForCausalLM, layer: Linear, loaded: LoadedMethod) -> None:
+    """Give a layer of `model` its weight, and the embedding the one that it shares with the head."""
+    layer.method = loaded
+    if layer is model.lm_head and isinstance(model.embed_tokens, PackedEmbedding):
+        assert isinstance(loaded, PackedLinearMethod)
+        model.embed_tokens.packed = loaded.weight
 
 
 def load_packed_weights(
@@ -244,21 +219,17 @@ def load_packed_weights(
         torch.set_num_threads(1)
         own.source = make_source()
 
-    def read(layer: Linear, method: DeferredLinearMethod) -> PackedWeight:
-        weight: PackedWeight = method.read(layer, own.source)
-        return weight
+    def load(layer: Linear, method: DeferredLinearMethod) -> LoadedMethod:
+        return method.load(layer, own.source)
 
     largest_first = sorted(deferred_layers(model), key=lambda each: -each[0].out_features * each[0].in_features)
     pool = ThreadPoolExecutor(num_threads, "load-weights", initializer=begin)
     try:
-        futures = {pool.submit(read, layer, method): (layer, method) for layer, method in largest_first}
+        futures = {pool.submit(load, layer, method): layer for layer, method in largest_first}
         for future in as_completed(futures):
-            layer, method = futures[future]
-            weight = future.result()
-            layer.method = PackedLinearMethod(weight)
-            if layer is model.lm_head and isinstance(model.embed_tokens, PackedEmbedding):
-                model.embed_tokens.packed = weight
-            yield f"{method.prefix}{'/'.join(layer.parts)}", layer.out_features * layer.in_features
+            layer = futures[future]
+            set_loaded(model, layer, future.result())
+            yield layer_name(layer), layer.out_features * layer.in_features
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(num_threads)  # what a thread sets for itself counts for those that begin later, too
@@ -272,10 +243,16 @@ def _give_free_memory_back() -> None:
         trim(0)
 
 
-def weight_bytes(model: DecoderForCausalLM) -> int:
+def weight_bytes(model: nn.Module) -> int:
     """Memory that the weights of a loaded model take, each counted once."""
     parameters = {parameter.data_ptr(): parameter.nbytes for parameter in model.parameters()}
-    packed = [
-        layer.method.weight.nbytes for _, layer in linear_layers(model) if isinstance(layer.method, PackedLinearMethod)
-    ]
+    packed = [layer.method.nbytes for _, layer in linear_layers(model) if isinstance(layer.method, LoadedMethod)]
     return sum(parameters.values()) + sum(packed)
+
+
+def pack_linear(layer: Linear) -> None:
+    """Put the floats of a loaded layer in the form of the CPU's kernels."""
+    packed = empty_packed(layer.out_features, layer.in_features, layer.weight.dtype)
+    pack_into(packed, 0, layer.weight.data)
+    del layer.weight
+    layer.method = PackedLinearMethod(packed)

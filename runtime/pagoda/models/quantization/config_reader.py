@@ -1,4 +1,4 @@
-"""Reads `quantization_config` of a checkpoint's config.json: GPTQ, AWQ and compressed-tensors."""
+"""Reads `quantization_config` of a checkpoint's config.json: GPTQ, AWQ, compressed-tensors, and what is derived for GGUF."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import regex
 from pagoda.errors import CheckpointError
 from pagoda.models.checkpoint_files import shown, shown_name
 from pagoda.models.config_reader import ConfigReader
+from pagoda.models.gguf.ggml_types import BY_NAME
 from pagoda.models.quantization.schemes import IN_CHECKPOINTS, QuantizationConfig, SchemeGroup, WeightScheme
 
 MAX_PATTERNS = 1 << 14
@@ -19,7 +20,7 @@ MAX_PATTERN_CHARACTERS = 1024
 
 
 def read_quantization(config: ConfigReader) -> QuantizationConfig | None:
-    """The quantization in config.json; None if there is none.
+    """The quantization in config.json; None if there is none, or one of float8, whose weights are read as floats.
 
     Raises:
         CheckpointError: a method, or a variety of one, that is not supported; says what is.
@@ -35,9 +36,22 @@ def read_quantization(config: ConfigReader) -> QuantizationConfig | None:
         return _awq(reader)
     if method == "compressed-tensors":
         return _compressed_tensors(reader)
+    if method == "gguf" and "layers" in values:
+        return _gguf(reader)
+    if method == "mxfp4":
+        return _mxfp4()
+    if method == "fp8":
+        return None
     raise CheckpointError(
         f"{reader.where}: quant_method {shown(method)} is not supported; supported: {', '.join(IN_CHECKPOINTS)}"
     )
+
+
+def _mxfp4() -> QuantizationConfig:
+    """gpt-oss's: the experts are quantized, and nothing else."""
+    scheme = WeightScheme(layout="mxfp4", bits=8, group_size=32)
+    experts = SchemeGroup(targets=(r"re:.*\.mlp\.experts\.",), scheme=scheme)
+    return QuantizationConfig(method="mxfp4", groups=(experts,))
 
 
 def _gptq(reader: ConfigReader) -> QuantizationConfig:
@@ -72,13 +86,34 @@ def _awq(reader: ConfigReader) -> QuantizationConfig:
     return QuantizationConfig(method="awq", groups=groups, ignore=("lm_head", *skipped))
 
 
-def _compressed_tensors(reader: ConfigReader) -> QuantizationConfig:
+def _gguf(reader: ConfigReader) -> QuantizationConfig:
+    """As `models.gguf.config` derives it: the names of layers by the type that they are stored in."""
+    layers = ConfigReader(reader.mapping("layers"), f"{reader.where}.layers")
+    groups = []
+    for name in layers.values:
+        kind = BY_NAME.get(name)
+        if kind is None or kind.stored == "float":
+            raise CheckpointError(f"{layers.where}: {shown(name)} is no type of quantized GGUF tensors")
+        scheme = WeightScheme(
+            layout="gguf",
+            bits=kind.stored,
+            group_size=kind.group,
+            has_mins=kind.has_mins,
+            block_groups=kind.block_groups,
+        )
+        groups.append(SchemeGroup(targets=_patterns(layers, name), scheme=scheme))
+    return QuantizationConfig(method="gguf", groups=tuple(groups))
+
+
+def _compressed_tensors(reader: ConfigReader) -> QuantizationConfig | None:
     if reader.mapping("sparsity_config").get("format", "dense") != "dense":
         raise CheckpointError(f"{reader.where}: sparse weights (sparsity_config) are not supported; supported: dense")
     _check_kv_cache(ConfigReader(reader.mapping("kv_cache_scheme"), f"{reader.where}.kv_cache_scheme"))
     if reader.mapping("transform_config"):
         raise CheckpointError(f"{reader.where}: rotated weights (transform_config) are not supported; supported: none")
     groups = reader.mapping("config_groups")
+    if groups and all(map(_is_float8, groups.values())):
+        return None
     if not 1 <= len(groups) <= MAX_GROUPS:
         raise reader.error("config_groups", f"an object with at least 1 and at most {MAX_GROUPS} groups")
     group_reader = ConfigReader(groups, reader.where)
@@ -88,6 +123,11 @@ def _compressed_tensors(reader: ConfigReader) -> QuantizationConfig:
     )
     ignore = _patterns(reader, "ignore")
     return QuantizationConfig(method="compressed-tensors", groups=read, ignore=ignore)
+
+
+def _is_float8(group: Any) -> bool:
+    weights = group.get("weights") if isinstance(group, dict) else None
+    return isinstance(weights, dict) and (weights.get("type"), weights.get("num_bits")) == ("float", 8)
 
 
 def _scheme_group(values: Mapping[str, Any], where: str, parent: ConfigReader) -> SchemeGroup:

@@ -8,9 +8,13 @@
     awq              qweight        int32 [K, N / F]        [G, N]    qzeros int32 [G, N / F]    -
     pack-quantized   weight_packed  int32 [N, ceil(K / F)]  [N, G]    int32 [ceil(N / F), G]     weight_g_idx int32 [K]
     int-quantized    weight         int8 [N, K]             [N, G]    int8 [N, G]                -
+    gguf             weight         blocks, read as floats [N, K]: see models/gguf/blocks.py     -
+    mxfp4            blocks         uint8 [N, G, 16]        [N, G]    -                          -
 
-In AWQ's int32 words the values are in the order 0 2 4 6 1 3 5 7. The signed values of the last two formats are stored with
-2^(bits - 1) added where they are packed. GPTQ's first version stores zeros with 1 subtracted.
+In AWQ's int32 words the values are in the order 0 2 4 6 1 3 5 7. The signed values of compressed-tensors are stored with
+2^(bits - 1) added where they are packed. GPTQ's first version stores zeros with 1 subtracted. MXFP4 (OCP Microscaling Formats,
+2023) has 32 inputs a group, two E2M1 numbers an octet, the first in its low bits, and exponents of 2, biased by 127, as
+scales: it is kept in 8 bits, which hold twice each number exactly.
 """
 
 from __future__ import annotations
@@ -18,7 +22,8 @@ from __future__ import annotations
 import torch
 
 from pagoda.errors import CheckpointError
-from pagoda.models.loading.checkpoint import FLOAT_TYPES, TensorSource, TensorSpec
+from pagoda.models.gguf.blocks import Blocks
+from pagoda.models.loading.checkpoint import FLOAT_TYPES, StoredTensors, TensorSource, TensorSpec
 from pagoda.models.quantization.rounding import QuantizedRows, round_rows
 from pagoda.models.quantization.schemes import WeightScheme
 
@@ -31,8 +36,13 @@ def tensor_specs(scheme: WeightScheme, name: str, out_features: int, in_features
     n, k = out_features, in_features
     packed_n, packed_k = -(-n // factor), -(-k // factor)
     specs: dict[str, TensorSpec]
-    if scheme.layout == "float":
+    if scheme.layout in ("float", "gguf"):
         specs = {"weight": TensorSpec((n, k), FLOAT_TYPES)}
+    elif scheme.layout == "mxfp4":
+        specs = {
+            "blocks": TensorSpec((n, groups, 16), ("U8",)),
+            "scales": TensorSpec((n, groups), ("U8",)),
+        }
     elif scheme.layout == "gptq":
         specs = {
             "qweight": TensorSpec((packed_k, n), ("I32",)),
@@ -65,7 +75,7 @@ def tensor_specs(scheme: WeightScheme, name: str, out_features: int, in_features
 def check_order(scheme: WeightScheme, name: str, in_features: int, source: TensorSource) -> None:
     """Raise `CheckpointError` if the inputs of a layer are in groups out of order, as act-order leaves them."""
     for key in (f"{name}.g_idx", f"{name}.weight_g_idx"):
-        if scheme.layout == "float" or key not in source:
+        if scheme.layout in ("float", "gguf") or key not in source:
             continue
         expected = torch.arange(in_features) // (scheme.group_size or in_features)
         if not torch.equal(source.read(key, slice(0, in_features)).long(), expected):
@@ -82,13 +92,37 @@ def read_rows(
     if scheme.layout == "float":
         weight = source.read(f"{name}.weight", outputs, slice(0, in_features))
         return round_rows(weight, scheme.bits, scheme.group_size, inputs)
+    if scheme.layout == "gguf":
+        assert isinstance(source, StoredTensors)
+        return _of_blocks(scheme, source.read_blocks(f"{name}.weight", outputs, inputs))
     size = scheme.group_size
     groups = slice(0, 1) if size is None else slice(inputs.start // size, inputs.stop // size)
     if scheme.layout == "gptq":
         return _read_gptq(scheme, name, outputs, inputs, groups, source)
+    if scheme.layout == "mxfp4":
+        return _read_mxfp4(name, outputs, groups, source)
     if scheme.layout == "awq":
         return _read_awq(scheme, name, outputs, inputs, groups, source)
     return _read_compressed_tensors(scheme, name, outputs, inputs, groups, source)
+
+
+def _of_blocks(scheme: WeightScheme, blocks: Blocks) -> QuantizedRows:
+    """In the scheme of all parts of a layer, which has at least the bits of each, and groups that divide theirs."""
+    assert scheme.group_size is not None
+    repeats, middle = blocks.group // scheme.group_size, 2 ** (scheme.bits - 1)
+    if scheme.block_groups:
+        assert blocks.block_scales is not None
+        values = blocks.values if scheme.has_mins else blocks.values + (middle - blocks.zero)
+        return QuantizedRows(values, blocks.scales, blocks.mins, blocks.group, blocks.block_scales)
+    blocks = blocks.in_one_level()
+    scales, mins = blocks.scales, blocks.mins
+    if scheme.has_mins and mins is None:
+        mins = scales * -blocks.zero
+    values = blocks.values if scheme.has_mins else blocks.values + (middle - blocks.zero)
+    if repeats > 1:
+        scales = scales.repeat_interleave(repeats, dim=1)
+        mins = None if mins is None else mins.repeat_interleave(repeats, dim=1)
+    return QuantizedRows(values, scales, mins, scheme.group_size)
 
 
 def _read_gptq(
@@ -121,6 +155,18 @@ def _read_awq(
     zeros = in_order(source.read(f"{name}.qzeros", groups, words))
     scales = source.read(f"{name}.scales", groups, outputs).T.float()
     return QuantizedRows(values, scales, zeros, scheme.group_size or _length(inputs))
+
+
+# Twice each E2M1 number, by its code.
+_E2M1_TWICE = torch.tensor([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], dtype=torch.int16)
+
+
+def _read_mxfp4(name: str, outputs: slice, groups: slice, source: TensorSource) -> QuantizedRows:
+    octets = source.read(f"{name}.blocks", outputs, groups)
+    codes = torch.stack((octets & 15, octets >> 4), dim=3).flatten(1).long()
+    exponents = source.read(f"{name}.scales", outputs, groups).to(torch.int32) - 127
+    scales = torch.ldexp(torch.full(exponents.shape, 0.5), exponents)
+    return QuantizedRows((_E2M1_TWICE[codes] + 128).to(torch.uint8), scales, None, 32)
 
 
 def _read_compressed_tensors(

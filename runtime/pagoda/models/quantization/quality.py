@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
+from pagoda.models.causal_lm import allocate_kv_caches
 from pagoda.models.decoder import DecoderForCausalLM
+from pagoda.scheduling.kv_groups import KVSpec, RecurrentState
 from pagoda_kernels.types import AttentionMetadata
 
 WINDOW = 512
@@ -67,9 +69,12 @@ def _score(model: DecoderForCausalLM, text: ScoredText) -> Scores:
     ids = torch.tensor(text.token_ids, device=model.device)
     count = len(ids)
     num_blocks = -(-count // _BLOCK_SIZE) + 1  # block 0 is the null block
-    shape = (num_blocks, model.shard.kv_heads.size, _BLOCK_SIZE, model.config.head_dim)
-    caches = torch.zeros((2 * len(model.shard.layers), *shape), dtype=model.dtype, device=model.device)
-    kv_caches = list(zip(caches[0::2], caches[1::2], strict=True))
+
+    def zeros(shape: tuple[int, ...], spec: KVSpec) -> torch.Tensor:
+        dtype = torch.float32 if isinstance(spec, RecurrentState) else model.dtype
+        return torch.zeros((num_blocks, *shape), dtype=dtype, device=model.device)
+
+    kv_caches = allocate_kv_caches(model.config.kv_specs, _BLOCK_SIZE, zeros)
     positions = torch.arange(count, device=model.device)
     metadata = AttentionMetadata(
         query_start_loc=torch.tensor([0, count], dtype=torch.int32, device=model.device),
@@ -80,7 +85,7 @@ def _score(model: DecoderForCausalLM, text: ScoredText) -> Scores:
         max_seq_len=count,
         num_decode_rows=int(count == 1),
     )
-    hidden = model(ids, positions, kv_caches, metadata)
+    hidden = model(ids, positions, kv_caches, [metadata])
     logprobs, choices = [], []
     predicting, predicted = hidden[text.first - 1 : -1], ids[text.first :]
     for start in range(0, len(predicted), _ROWS_OF_LOGITS):

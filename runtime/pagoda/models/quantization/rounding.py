@@ -14,13 +14,24 @@ class QuantizedRows:
     """Some outputs of a layer: `weight[n, k] = scales[n, g] * (values[n, k] - zeros[n, g])`, input k being of group g.
 
     `values` uint8 [N, K]: 0 .. 255 for 8 bits, 0 .. 15 for 4. `scales` float32 and `zeros` uint8 are [N, G]; zeros of None:
-    128, or 8. `group_size`: inputs of a group.
+    128, or 8; of float32: what a stored 0 stands for, `scales * values + zeros`. `group_size`: inputs of a group.
+    `block_scales`: as in `PackedWeight`, float16 [N, B, 1], or [N, B, 2] with zeros; `scales` and zeros are int8 then.
     """
 
     values: torch.Tensor
     scales: torch.Tensor
     zeros: torch.Tensor | None
     group_size: int
+    block_scales: torch.Tensor | None = None
+
+    def dequantized(self, bits: int) -> torch.Tensor:
+        """The weight, float32 [N, K]."""
+        grouped = self.values.float().view(len(self.values), -1, self.group_size)
+        scales = self.scales.unsqueeze(2)
+        if self.zeros is not None and self.zeros.is_floating_point():
+            return (grouped * scales + self.zeros.unsqueeze(2)).flatten(1)
+        zeros = 2 ** (bits - 1) if self.zeros is None else self.zeros.float().unsqueeze(2)
+        return ((grouped - zeros) * scales).flatten(1)
 
 
 def round_rows(weight: torch.Tensor, bits: int, group_size: int | None, inputs: slice) -> QuantizedRows:

@@ -12,12 +12,13 @@ import regex  # as re, but a match can be given a time limit
 from pagoda.errors import CheckpointError, ConfigError
 
 # Where a layer's values come from: rounded at load from a float weight, or stored as the formats of these names lay them out.
-Layout = Literal["float", "gptq", "awq", "pack-quantized", "int-quantized"]
+Layout = Literal["float", "gptq", "awq", "pack-quantized", "int-quantized", "gguf", "mxfp4"]
 
 MATCH_SECONDS = 2.0
 GROUP_SIZES = (32, 64, 128)
 AT_LOAD = ("int8", "int4")
-IN_CHECKPOINTS = ("gptq", "awq", "compressed-tensors")
+IN_CHECKPOINTS = ("gptq", "awq", "compressed-tensors", "mxfp4")
+DEQUANTIZE = "dequantize"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +26,9 @@ class WeightScheme:
     """How one layer is quantized: `weight = scale * (stored - zero)`, with `stored` of `bits` bits, unsigned.
 
     `group_size` consecutive inputs share scale and zero; None: all inputs do. `has_zeros`: the checkpoint says where zero is;
-    else it is in the middle. `zeros_less_one`: it stores zeros with one subtracted, as GPTQ did first.
+    else it is in the middle. `zeros_less_one`: it stores zeros with one subtracted, as GPTQ did first. `has_mins`: instead of
+    zeros there is what a stored 0 stands for, `weight = scale * stored + min`. `block_groups`: scales, and mins, of so many
+    groups are integers times a number of their block; 0: there are no blocks.
     """
 
     layout: Layout
@@ -33,6 +36,8 @@ class WeightScheme:
     group_size: int | None = None
     has_zeros: bool = False
     zeros_less_one: bool = False
+    has_mins: bool = False
+    block_groups: int = 0
 
     def num_groups(self, in_features: int) -> int:
         """Groups of a layer with `in_features` inputs."""
@@ -45,6 +50,19 @@ class WeightScheme:
 
 # Of a head that no scheme names. It is the greatest weight of a small model, and hardly loses anything by 8 bits.
 HEAD = WeightScheme(layout="float", bits=8)
+
+
+def common_scheme(schemes: Iterable[WeightScheme]) -> WeightScheme:
+    """The one that holds layers of GGUF files that run as one, each without loss: the most bits and the smallest groups."""
+    all_of = list(schemes)
+    if len(set(all_of)) == 1:
+        return all_of[0]
+    return replace(
+        max(all_of, key=lambda scheme: scheme.bits),
+        group_size=min(scheme.group_size or 0 for scheme in all_of),
+        has_mins=any(scheme.has_mins for scheme in all_of),
+        block_groups=0,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,15 +118,19 @@ def choose_quantization(
     """How the model is quantized; None: not at all.
 
     Args:
-        asked, group_size: the settings `quantization` and `quantization_group_size`.
+        asked, group_size: the settings `quantization` and `quantization_group_size`. A GGUF file can be dequantized, and
+            rounded again, as others cannot.
         stored: what the checkpoint is.
         input_sizes: the inputs of the model's linear layers, those of all ranks together.
 
     Raises:
         ConfigError: what is asked for does not fit the checkpoint, or the group size not the model.
     """
+    can_dequantize = stored is not None and stored.method == "gguf"
+    if asked == DEQUANTIZE and can_dequantize:
+        return None
     if asked in AT_LOAD:
-        if stored is not None:
+        if stored is not None and not can_dequantize:
             raise ConfigError(
                 f"quantization={asked}: the checkpoint is quantized already, {stored}; leave quantization out, or take the "
                 "checkpoint that it was made from"
@@ -122,17 +144,22 @@ def choose_quantization(
         found = "not quantized" if stored is None else f"quantized by {stored.method}"
         raise ConfigError(
             f"quantization={asked}: the checkpoint is {found}; allowed: {', '.join(AT_LOAD)} for one that is not quantized, "
-            "the method that config.json names for one that is, or none"
+            f"the method that config.json names for one that is, {DEQUANTIZE} for a GGUF file, or none"
         )
     return stored
 
 
 def check_device(quantization: QuantizationConfig, device: str, dtype: str) -> None:
     """Raise `ConfigError` if a quantized model cannot run on that device or in that dtype."""
+    can_dequantize = quantization.method == "gguf"
     if device != "cpu":
-        raise ConfigError(f"quantization: {quantization.method} runs on a CPU only in this version, not on {device}")
+        raise ConfigError(
+            f"quantization: {quantization.method} runs on a CPU only in this version, not on {device}"
+            + (f"; use quantization={DEQUANTIZE}" if can_dequantize else "")
+        )
     if dtype == "float16":
-        raise ConfigError("dtype=float16: quantized models run in bfloat16 or float32; use one of these, or auto")
+        allowed = f"one of these, auto, or quantization={DEQUANTIZE}" if can_dequantize else "one of these, or auto"
+        raise ConfigError(f"dtype=float16: quantized models run in bfloat16 or float32; use {allowed}")
 
 
 def _group_size(asked: int | None, input_sizes: tuple[int, ...]) -> int:

@@ -12,14 +12,13 @@ from collections.abc import Iterable
 from contextlib import aclosing
 from typing import Any
 
-import pydantic_core
-
 from pagoda.request import GenerationRequest
 from pagoda.sampling.output import FinishReason
 from pagoda.serving.anthropic.requests import chat_request
 from pagoda.serving.anthropic.types import MessagesRequest
-from pagoda.serving.context import ServingContext
 from pagoda.serving.http.event_stream import Events, named_event
+from pagoda.serving.json_values import arguments_object
+from pagoda.serving.models import ServedModel
 from pagoda.serving.openai.chat import ChatCall, within_context
 from pagoda.text.output import CompletionOutput, GenerationChunk
 from pagoda.text.responses.message import ArgumentsDelta, CallDelta, ContentDelta, MessageDelta, ReasoningDelta
@@ -28,15 +27,17 @@ from pagoda.text.responses.message import ArgumentsDelta, CallDelta, ContentDelt
 class MessagesCall:
     """A checked request; `whole` or `events` runs it, once."""
 
-    def __init__(self, context: ServingContext, request: MessagesRequest, seconds: float | None) -> None:
+    def __init__(self, model: ServedModel, request: MessagesRequest, seconds: float | None) -> None:
         """Check everything that can be checked before the template is applied; `seconds` is the header's limit."""
-        self._context = context
-        self._chat = ChatCall(context, chat_request(request), seconds)
+        self._model = model
+        format = model.generator.answer_format
+        bounds_reasoning = format is not None and format.can_end_reasoning
+        self._chat = ChatCall(model, chat_request(request, bounds_reasoning=bounds_reasoning), seconds)
         self._message_id = f"msg_{uuid.uuid4().hex}"
 
     async def whole(self) -> dict[str, Any]:
         """The message when it is done; cancelling the call aborts it in the engine."""
-        (result,) = await self._context.runner.collect(await self._job(), self._message_id)
+        (result,) = await self._model.runner.collect(await self._job(), self._message_id)
         message = result.message
         blocks: list[dict[str, Any]] = []
         if message.reasoning:
@@ -44,7 +45,7 @@ class MessagesCall:
         if message.content:
             blocks.append({"type": "text", "text": message.content})
         blocks += [
-            {"type": "tool_use", "id": call.id, "name": call.name, "input": _input(call.arguments)}
+            {"type": "tool_use", "id": call.id, "name": call.name, "input": arguments_object(call.arguments)}
             for call in message.tool_calls
         ]
         return self._message(blocks, _stop(result, has_calls=bool(message.tool_calls)), _usage(result))
@@ -54,7 +55,7 @@ class MessagesCall:
         job = await self._job()
         blocks = _Blocks()
         usage = _Usage()
-        async with aclosing(self._context.runner.stream(job, self._message_id)) as chunks:
+        async with aclosing(self._model.runner.stream(job, self._message_id)) as chunks:
             async for chunk in chunks:
                 if usage.add(chunk):
                     start = self._message([], {"stop_reason": None, "stop_sequence": None}, usage.shown())
@@ -72,14 +73,14 @@ class MessagesCall:
 
     async def _job(self) -> GenerationRequest:
         (job,) = await self._chat.jobs()
-        return within_context(job, self._context)
+        return within_context(job, self._model)
 
     def _message(self, blocks: list[dict[str, Any]], stop: dict[str, Any], usage: dict[str, int]) -> dict[str, Any]:
         return {
             "id": self._message_id,
             "type": "message",
             "role": "assistant",
-            "model": self._context.model_name,
+            "model": self._model.name,
             "content": blocks,
             **stop,
             "usage": usage,
@@ -167,15 +168,6 @@ def _stop(part: CompletionOutput | GenerationChunk, *, has_calls: bool) -> dict[
     if isinstance(part.stop_reason, str):
         return {"stop_reason": "stop_sequence", "stop_sequence": part.stop_reason}
     return {"stop_reason": "end_turn", "stop_sequence": None}
-
-
-def _input(arguments: str) -> Any:
-    """The object that arguments are; of such that were cut off, what there is, as Anthropic's SDK reads a stream."""
-    try:
-        value = pydantic_core.from_json(arguments, allow_partial=True)
-    except ValueError:
-        value = None
-    return value if isinstance(value, dict) else {"arguments": arguments}
 
 
 def _signature() -> str:

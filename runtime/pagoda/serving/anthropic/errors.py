@@ -11,6 +11,7 @@ from pagoda.serving.status import ErrorReport
 PATH_PREFIX = "/v1/messages"
 _TYPES = {
     ErrorKind.INVALID_REQUEST: "invalid_request_error",
+    ErrorKind.CONTEXT_LENGTH_EXCEEDED: "invalid_request_error",
     ErrorKind.NOT_SUPPORTED: "invalid_request_error",
     ErrorKind.UNAUTHENTICATED: "authentication_error",
     ErrorKind.PERMISSION_DENIED: "permission_error",

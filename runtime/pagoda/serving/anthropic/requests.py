@@ -16,8 +16,11 @@ _ROLES = ("user", "assistant", "system")
 _EFFORTS = {"max": "xhigh"}
 
 
-def chat_request(request: CountTokensRequest) -> ChatCompletionRequest:
-    """The chat that `request` is. Raises `InvalidRequestError` or `NotSupportedError` for blocks that cannot be understood."""
+def chat_request(request: CountTokensRequest, *, bounds_reasoning: bool = False) -> ChatCompletionRequest:
+    """The chat that `request` is. Raises `InvalidRequestError` or `NotSupportedError` for blocks that cannot be understood.
+
+    `bounds_reasoning`: this model's reasoning can be held to a budget. Clients send one to any model.
+    """
     body: dict[str, Any] = {"messages": [*_system(request.system), *_messages(request.messages)]}
     tools = [
         {
@@ -41,6 +44,8 @@ def chat_request(request: CountTokensRequest) -> ChatCompletionRequest:
             "stream": request.stream,
         }
         body |= {name: value for name, value in given.items() if value is not None}
+        if bounds_reasoning and request.thinking is not None and request.thinking.type == "enabled":
+            body["thinking_token_budget"] = request.thinking.budget_tokens
     return parse_request(ChatCompletionRequest, body)
 
 

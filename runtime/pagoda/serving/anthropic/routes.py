@@ -29,7 +29,7 @@ def anthropic_router(context: ServingContext) -> APIRouter:
         """Continue a conversation; `stream: true` streams Anthropic's events."""
         seconds = requested_seconds(request)
         body, call = await read_request(
-            context, request, MessagesRequest, lambda body: (body, MessagesCall(context, body, seconds))
+            context, request, MessagesRequest, lambda model, body: (body, MessagesCall(model, body, seconds))
         )
         if body.stream:
             return await open_event_stream(request, call.events(), anthropic_error_event, context.metrics)
@@ -39,7 +39,7 @@ def anthropic_router(context: ServingContext) -> APIRouter:
     async def count_tokens(request: Request) -> Response:
         """Tokens of the prompt that a conversation becomes."""
         chat = await read_request(
-            context, request, CountTokensRequest, lambda body: ChatCall(context, chat_request(body), None)
+            context, request, CountTokensRequest, lambda model, body: ChatCall(model, chat_request(body), None)
         )
         (job,) = await until_disconnect(request, chat.jobs())
         return json_response({"input_tokens": len(job.prompt)})

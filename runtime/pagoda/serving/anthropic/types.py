@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field
 
-from pagoda.serving.openai.types import MAX_TOOLS, RequestModel, RequestPart, Strings
+from pagoda.serving.openai.types import MAX_TOOLS, Integer, RequestModel, RequestPart, Strings
 
 Blocks = Annotated[list[dict[str, Any]], Field(fail_fast=True)]
 
@@ -38,7 +38,7 @@ class Thinking(RequestPart):
     """`type`: enabled, disabled or adaptive."""
 
     type: str
-    budget_tokens: int | None = None
+    budget_tokens: Integer | None = None
 
 
 class OutputConfig(RequestPart):
@@ -65,14 +65,14 @@ class MessagesRequest(CountTokensRequest):
     model_config = ConfigDict(
         strict=True,
         extra="allow",
-        json_schema_extra={"example": {"messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 32}},
+        json_schema_extra={"example": {"messages": [{"role": "user", "content": "Who are you?"}], "max_tokens": 32}},
     )
 
-    max_tokens: int | None = Field(
+    max_tokens: Integer | None = Field(
         None, description="A bound; what does not fit the model's context is left out of it."
     )
     stop_sequences: Strings | None = None
     temperature: float | None = None
     top_p: float | None = None
-    top_k: int | None = None
+    top_k: Integer | None = None
     stream: bool | None = None

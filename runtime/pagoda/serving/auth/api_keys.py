@@ -6,8 +6,9 @@ import asyncio
 import hashlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 
 from pagoda.config.schema import PagodaConfig
@@ -28,6 +29,14 @@ caller_var: ContextVar[ApiKey] = ContextVar("pagoda_caller", default=ANONYMOUS)
 """Whom the current task serves. Set where the key is checked and read where a job starts, so that no route in between can
 forget it.
 """
+
+
+@dataclass(slots=True)
+class KeyUse:
+    """How often a key was used since the server began; `last`: when, in seconds since the epoch."""
+
+    requests: int = 0
+    last: float | None = None
 
 
 class ApiKeys:
@@ -56,6 +65,7 @@ class ApiKeys:
         if self.file is not None:
             self._keys = self._joined(self.file.read() or ())
             self.file.succeed()
+        self.uses: dict[str, KeyUse] = {}  # by the key's name
         self._anonymous = ANONYMOUS
         if not self.are_required:
             self._anonymous = EVERYBODY
@@ -76,6 +86,9 @@ class ApiKeys:
     def __len__(self) -> int:
         return len(self._keys)
 
+    def __iter__(self) -> Iterator[ApiKey]:
+        return iter(self._keys)
+
     def is_known(self, word: str) -> bool:
         """Whether a word is one of the keys, for the logs to mask it."""
         return self._keys.find(word) is not None
@@ -93,6 +106,10 @@ class ApiKeys:
         caller = caller or self._anonymous
         caller_var.set(caller)
         _require(caller, access)
+        if caller.digest:
+            use = self.uses.setdefault(caller.name, KeyUse())
+            use.requests += 1
+            use.last = time.time()
         return caller
 
     def check_again(self, access: Access) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from pagoda.config.file import unique_key_loader
+from pagoda.config.sizes import exact_bytes
 from pagoda.errors import ConfigError
 from pagoda.serving.auth.keys import ApiKey, KeySet, nameless_key, parse_digest, parse_secret
 from pagoda.serving.auth.scopes import Scope
@@ -74,7 +75,7 @@ def _read(path: Path) -> bytes:
             raise ConfigError(f"{path} is no file")
         content = file.read(MAX_FILE_BYTES + 1)
     if len(content) > MAX_FILE_BYTES:
-        raise ConfigError(f"{path} is larger than {MAX_FILE_BYTES} bytes")
+        raise ConfigError(f"{path} is larger than {exact_bytes(MAX_FILE_BYTES)}")
     return content
 
 

@@ -25,13 +25,20 @@ ROUTES: Mapping[str, Access] = {
     **dict.fromkeys(("GET /", "GET /health", "GET /v2/health/live", "GET /v2/health/ready"), Access.PUBLIC),
     **{f"GET {model}/ready": Access.PUBLIC for model in MODEL},
     # The description of the API, the same on every server of this version.
-    **dict.fromkeys(("GET /docs", "GET /docs/oauth2-redirect", "GET /openapi.json"), Access.PUBLIC),
+    **dict.fromkeys(("GET /docs", "GET /openapi.json"), Access.PUBLIC),
+    **{f"GET /docs/{name}": Access.PUBLIC for name in ("swagger-ui.css", "swagger-ui-bundle.js", "initialize.js")},
+    # The page, and what it shows of the engines.
+    **dict.fromkeys(("GET /ui", "GET /ui/{asset}"), Access.PUBLIC),
+    "GET /ui/events": Access.READ,
+    "GET /ui/keys": Access.ADMIN,
     **dict.fromkeys(("GET /version", "GET /v2", "GET /v2/"), Access.ANY_KEY),
-    **dict.fromkeys(("GET /metrics", "GET /load", "GET /server_info"), Access.READ),
+    **dict.fromkeys(
+        ("GET /metrics", "GET /load", "GET /server_info", "GET /is_sleeping", "GET /settings"), Access.READ
+    ),
     **dict.fromkeys(("GET /ping", "POST /ping"), Access.PUBLIC),
     # The model, and what it does.
     **{f"GET {model}/config": Access.INFER for model in MODEL},
-    **{f"GET {model}/stats": Access.READ for model in MODEL},
+    **{f"GET {path}/stats": Access.READ for path in ("/v2/models", *MODEL)},
     **{f"GET {model}": Access.INFER for model in MODEL},
     **{
         f"POST {model}/{operation}": Access.INFER
@@ -42,7 +49,10 @@ ROUTES: Mapping[str, Access] = {
     **{
         f"POST {prefix}/{operation}": Access.INFER
         for prefix in OPENAI
-        for operation in ("completions", "chat/completions", "responses", "embeddings")
+        for operation in (
+            *("completions", "completions/render", "chat/completions", "chat/completions/render"),
+            *("responses", "embeddings", "decisions"),
+        )
     },
     **{
         f"{method} {prefix}/responses/{{response_id}}": Access.INFER
@@ -51,9 +61,20 @@ ROUTES: Mapping[str, Access] = {
     },
     **dict.fromkeys(("POST /v1/messages", "POST /v1/messages/count_tokens"), Access.INFER),
     **dict.fromkeys(("POST /tokenize", "POST /detokenize", "POST /invocations", "GET /tokenizer_info"), Access.INFER),
+    **dict.fromkeys(("POST /", "POST /generate", "POST /generate_stream", "GET /info"), Access.INFER),
+    **dict.fromkeys(("POST /api/generate", "POST /api/chat", "POST /api/show"), Access.INFER),
+    **dict.fromkeys(("GET /api/tags", "GET /api/ps"), Access.INFER),
+    "GET /api/version": Access.ANY_KEY,
+    **{
+        f"POST {prefix}/{operation}": Access.INFER
+        for prefix in ("", "/v1")
+        for operation in ("score", "rerank", "classify", "pooling")
+    },
+    "POST /v2/rerank": Access.INFER,
     "POST /v2/repository/index": Access.INFER,
     # What changes for everybody.
-    "POST /reset_prefix_cache": Access.ADMIN,
+    **dict.fromkeys(("POST /reset_prefix_cache", "POST /sleep", "POST /wake_up", "PATCH /settings"), Access.ADMIN),
+    **{f"POST /v1/{action}_lora_adapter": Access.ADMIN for action in ("load", "unload")},
     **{f"POST /v2/repository/models/{MODEL_NAME}/{action}": Access.ADMIN for action in ("load", "unload")},
 }
 
@@ -63,6 +84,7 @@ METHODS: Mapping[str, Access] = {
         for access, methods in {
             Access.PUBLIC: ("ServerLive", "ServerReady", "ModelReady"),
             Access.ANY_KEY: ("ServerMetadata",),
+            Access.READ: ("ModelStatistics",),
             Access.INFER: ("ModelMetadata", "ModelConfig", "RepositoryIndex", "ModelInfer", "ModelStreamInfer"),
             Access.ADMIN: ("RepositoryModelLoad", "RepositoryModelUnload"),
         }.items()

@@ -1,18 +1,18 @@
 """V2 protobuf messages to checked V2 requests, and output tensors to V2 protobuf messages.
 
-Tensors come as typed `contents` or as `raw_input_contents`, never both; the response has the form of the request, because
-tritonclient reads numbers from raw contents only, while a person with grpcurl reads typed ones.
+Tensors come as typed `contents` or as `raw_input_contents`, never both. Outputs are always `raw_output_contents`, as those of
+Triton are: tritonclient reads numbers from nothing else, and V2 allows raw contents for all outputs or for none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from pagoda.errors import InvalidRequestError, shown
-from pagoda.serving.grpc.messages import InferTensorContents, ModelInferResponse, ModelStreamInferResponse
+from pagoda.serving.grpc.messages import ModelInferResponse, ModelStreamInferResponse
 from pagoda.serving.v2.inference import (
     V2Request,
     check_num_tensors,
@@ -29,7 +29,6 @@ from pagoda.serving.v2.tensors import (
     tensor_from_integers,
     tensor_from_raw,
     tensor_from_values,
-    values_of,
 )
 
 CONTENTS_FIELDS = {
@@ -59,9 +58,33 @@ _CHANGING_OUTPUTS = frozenset({"text_output", "output_ids", "num_output_tokens"}
 """What differs between two pieces of a sequence that goes on."""
 
 
-def decode_request(message: Any, timeout_seconds: float | None) -> V2Request:
-    """A `ModelInferRequest` whose client waits `timeout_seconds`; raises `InvalidRequestError` for what does not fit."""
-    raw = message.raw_input_contents
+class InferMessage:
+    """A `ModelInferRequest`, and its raw contents where they are not in it: a large message is not copied.
+
+    `on_release`: called when the message is not needed any more, at least once.
+    """
+
+    __slots__ = ("_on_release", "head", "raw_contents")
+
+    def __init__(
+        self,
+        head: Any,
+        raw_contents: Sequence[bytes | memoryview] = (),
+        on_release: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.head = head
+        self.raw_contents: Sequence[bytes | memoryview] = raw_contents or head.raw_input_contents
+        self._on_release = on_release
+
+    def release(self) -> None:
+        """The contents were decoded, or will not be; what is left is what responses repeat. May be called twice."""
+        self.raw_contents = ()
+        self._on_release()
+
+
+def decode_request(request: InferMessage, timeout_seconds: float | None) -> V2Request:
+    """A request whose client waits `timeout_seconds`; raises `InvalidRequestError` for what does not fit."""
+    message, raw = request.head, request.raw_contents
     check_num_tensors("inputs", len(message.inputs))
     check_num_tensors("outputs", len(message.outputs))
     if raw and len(raw) != len(message.inputs):
@@ -106,17 +129,17 @@ def decode_parameters(parameters: Mapping[str, Any]) -> dict[str, object]:
 
 
 def encode_response(
-    message: Any, tensors: Sequence[Tensor], *, model_version: str, parameters: Mapping[str, bool | int] | None = None
+    request: InferMessage,
+    tensors: Sequence[Tensor],
+    *,
+    model_version: str,
+    parameters: Mapping[str, bool | int] | None = None,
 ) -> Any:
-    """The `ModelInferResponse` to request `message` that carries `tensors`."""
-    response = ModelInferResponse(model_name=message.model_name, model_version=model_version, id=message.id)
-    use_raw = bool(message.raw_input_contents)
+    """The `ModelInferResponse` to `request` that carries `tensors`."""
+    response = ModelInferResponse(model_name=request.head.model_name, model_version=model_version, id=request.head.id)
     for tensor in tensors:
-        output = response.outputs.add(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
-        if use_raw:
-            response.raw_output_contents.append(raw_from_tensor(tensor))
-        else:
-            output.contents.CopyFrom(_contents_of(tensor))
+        response.outputs.add(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
+        response.raw_output_contents.append(raw_from_tensor(tensor))
     for name, value in (parameters or {}).items():
         parameter = response.parameters[name]
         if isinstance(value, bool):
@@ -129,11 +152,10 @@ def encode_response(
 class PieceEncoder:
     """The responses of a stream to one sequence that bring nothing but tokens: one message, changed where they differ.
 
-    `first` is the `ModelInferResponse` to the request `message` with the sequence's first piece; `names` are its outputs.
+    `first` is the `ModelInferResponse` with the sequence's first piece; `names` are its outputs.
     """
 
-    def __init__(self, message: Any, first: Any, names: Sequence[str]) -> None:
-        self._use_raw = bool(message.raw_input_contents)
+    def __init__(self, first: Any, names: Sequence[str]) -> None:
         self._response = ModelStreamInferResponse(infer_response=first)
         self._places = {name: index for index, name in enumerate(names) if name in _CHANGING_OUTPUTS}
 
@@ -149,11 +171,8 @@ class PieceEncoder:
                 output.shape[-1] = len(token_ids)
             else:
                 data = [num_output_tokens]
-            if self._use_raw:
-                tensor = Tensor(name, output.datatype, tuple(output.shape), data)
-                inner.raw_output_contents[place] = raw_from_tensor(tensor)
-            else:
-                getattr(output.contents, CONTENTS_FIELDS[output.datatype])[:] = data
+            tensor = Tensor(name, output.datatype, tuple(output.shape), data)
+            inner.raw_output_contents[place] = raw_from_tensor(tensor)
         serialized: bytes = self._response.SerializeToString()
         return serialized
 
@@ -180,10 +199,3 @@ def _tensor_from_contents(tensor: Any) -> Tensor:
         return tensor_from_integers(tensor.name, tensor.datatype, tensor.shape, np.concatenate(pieces))
     values = list(values)
     return tensor_from_values(tensor.name, tensor.datatype, tensor.shape, values)
-
-
-def _contents_of(tensor: Tensor) -> Any:
-    values = values_of(tensor.data)
-    if tensor.datatype == BYTES:
-        values = [element.encode() if isinstance(element, str) else element for element in values]
-    return InferTensorContents(**{CONTENTS_FIELDS[tensor.datatype]: values})

@@ -1,6 +1,6 @@
 """What every RPC passes: parsing, API key, errors as status codes, log lines, and the end of streams at shutdown.
 
-Messages are parsed here and not by grpc, whose status for a malformed one is INTERNAL.
+A large message is in memory twice: as it came, and as token ids or texts. See `InferMessage`.
 """
 
 from __future__ import annotations
@@ -8,9 +8,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any
-from urllib.parse import unquote
 
 import grpc
 from google.protobuf.descriptor import MethodDescriptor
@@ -22,19 +21,23 @@ from pagoda.errors import (
     EngineNotReadyError,
     ErrorKind,
     InvalidRequestError,
-    RequestTooLargeError,
 )
 from pagoda.serving.auth import audit
 from pagoda.serving.auth.routes import METHODS
 from pagoda.serving.auth.scopes import Access
 from pagoda.serving.context import ServingContext
-from pagoda.serving.grpc.message_reader import MessageReader
-from pagoda.serving.grpc.messages import SERVICE_NAME, service_methods
+from pagoda.serving.grpc.call import Call, CallError
+from pagoda.serving.grpc.codec import InferMessage
+from pagoda.serving.grpc.connection import Handler
+from pagoda.serving.grpc.message_reader import MessageReader, Received
+from pagoda.serving.grpc.messages import SERVICE_NAME, ModelInferRequest, service_methods
 from pagoda.serving.grpc.service import ClientGoneError, InferenceService
 from pagoda.serving.grpc.wire import check_cost
+from pagoda.serving.inference_headers import inference_headers_var, read_headers
 from pagoda.serving.json_decoding import LARGE_BYTES
 from pagoda.serving.stalled_client import StalledClientTimeout
 from pagoda.serving.status import ErrorReport, report
+from pagoda.serving.tracing.seam import CallSpan
 from pagoda.serving.v2.service import V2Service
 
 logger = logging.getLogger("pagoda.serving.grpc")
@@ -43,10 +46,8 @@ METHODS_WITH_TENSORS = frozenset({"ModelInfer", "ModelStreamInfer"})
 LOGGED_METHODS = METHODS_WITH_TENSORS
 # A status message travels percent-encoded in a header, of which clients take 8 KiB by default.
 MAX_STATUS_MESSAGE_BYTES = 1536
-LAST_STATUS_SECONDS = 5.0
-"""For the status to reach a client that has stopped reading."""
 
-Parser = Callable[[bytes], Awaitable[Any]]
+Parser = Callable[[Received], Awaitable[Any]]
 UnaryMethod = Callable[[Any, float | None], Awaitable[Any]]
 
 
@@ -64,8 +65,8 @@ class InferenceHandlers:
             service, context.decoding, lambda error: self._report("ModelStreamInfer", error)
         )
 
-    def generic_handler(self) -> grpc.GenericRpcHandler:
-        """A handler for each method of the descriptor; one that is not implemented fails here, at start."""
+    def handlers(self) -> dict[str, Handler]:
+        """A handler for each method of the descriptor, by its path; one that is not implemented fails here, at start."""
         service = self._service
         unary: dict[str, UnaryMethod] = {
             "ServerLive": service.server_live,
@@ -75,63 +76,77 @@ class InferenceHandlers:
             "ModelMetadata": service.model_metadata,
             "ModelInfer": service.model_infer,
             "ModelConfig": service.model_config,
+            "ModelStatistics": service.model_statistics,
             "RepositoryIndex": service.repository_index,
             "RepositoryModelLoad": service.repository_model_load,
             "RepositoryModelUnload": service.repository_model_unload,
         }
-        handlers = {}
+        handlers: dict[str, Handler] = {}
         for method in service_methods():
             parse = self._parser(method)
-            if method.name in unary:
-                # One of streams, so that the message is received when the key was checked.
-                behavior = self._unary(method.name, parse, unary[method.name], is_empty=not method.input_type.fields)
-                handlers[method.name] = grpc.stream_unary_rpc_method_handler(behavior, response_serializer=_serialize)
-            else:
-                stream = self._stream(method.name, parse)
-                handlers[method.name] = grpc.stream_stream_rpc_method_handler(stream, response_serializer=_serialize)
-        return grpc.method_handlers_generic_handler(SERVICE_NAME, handlers)
+            handlers[f"/{SERVICE_NAME}/{method.name}"] = (
+                self._unary(method.name, parse, unary[method.name], is_empty=not method.input_type.fields)
+                if method.name in unary
+                else self._stream(method.name, parse)
+            )
+        return handlers
 
     def _parser(self, method: MethodDescriptor) -> Parser:
         """Makes the messages of a method; a large one beside the event loop, if it holds no more than a request may."""
+        if method.name in METHODS_WITH_TENSORS:
+            return self._parse_infer
         make = GetMessageClass(method.input_type).FromString
 
-        async def parse(raw: bytes) -> Any:
-            if len(raw) > LARGE_BYTES and method.name not in METHODS_WITH_TENSORS:
-                raise RequestTooLargeError(f"a message of {method.name} may have {LARGE_BYTES} bytes, got {len(raw)}")
-            return await self._context.decoding.run(len(raw), lambda: checked(raw))
-
-        def checked(raw: bytes) -> Any:
-            if len(raw) > LARGE_BYTES:
-                check_cost(raw, method.input_type, self._context.json_limits.max_characters)
-            try:
-                return make(raw)
-            except DecodeError as error:
-                raise InvalidRequestError(f"the message is not a valid request: {error}") from None
+        async def parse(received: Received) -> Any:
+            return _parsed(make, received.content)
 
         return parse
 
-    def _unary(self, name: str, parse: Parser, method: UnaryMethod, *, is_empty: bool) -> Callable[..., Awaitable[Any]]:
+    async def _parse_infer(self, received: Received) -> InferMessage:
+        content = received.content
+        if len(content) <= LARGE_BYTES:
+            return InferMessage(_parsed(ModelInferRequest.FromString, content), on_release=received.release)
+        max_characters = self._context.models.json_limits.max_characters
+
+        def checked() -> InferMessage:
+            split = check_cost(content, ModelInferRequest.DESCRIPTOR, max_characters)
+            return InferMessage(_parsed(ModelInferRequest.FromString, split.rest), split.contents, received.release)
+
+        return await self._context.decoding.run(len(content), checked)
+
+    def _unary(self, name: str, parse: Parser, method: UnaryMethod, *, is_empty: bool) -> Handler:
         """`is_empty`: the request has no fields, so nothing of it is received."""
         access = _access_of(name)
+        longest = None if name in METHODS_WITH_TENSORS else LARGE_BYTES
 
-        async def handle(_: object, call: grpc.aio.ServicerContext) -> Any:
+        async def handle(call: Call) -> bytes | None:
             async def respond() -> Any:
                 is_known = await self.admit(access, call)
-                raw = b"" if is_empty else await self._reader.read(call, is_known=is_known)
-                if raw is None:
+                if is_empty:
+                    received: Received | None = Received(b"")
+                elif is_known:
+                    call.works()
+                    received = await self._reader.read(call, longest)
+                else:
+                    received = await self._reader.read_unknown(call)
+                    call.works()
+                if received is None:
                     raise InvalidRequestError("the call has no message")
-                message = await parse(raw)
-                del raw  # it may be large
-                return await method(message, call.time_remaining())
+                try:
+                    return await method(await parse(received), call.time_remaining())
+                finally:
+                    received.release()
 
-            return await self._guard(name, call, respond)
+            response = await self._guard(name, call, respond)
+            serialized: bytes = response.SerializeToString()
+            return serialized
 
         return handle
 
-    def _stream(self, name: str, parse: Parser) -> Callable[..., Awaitable[None]]:
+    def _stream(self, name: str, parse: Parser) -> Handler:
         access = _access_of(name)
 
-        async def handle(raw_messages: AsyncIterator[bytes], call: grpc.aio.ServicerContext) -> None:
+        async def handle(call: Call) -> None:
             one_at_a_time = asyncio.Lock()
             stalled = asyncio.Event()
             watch = StalledClientTimeout(self._send_timeout, TimeoutError)
@@ -141,17 +156,17 @@ class InferenceHandlers:
                     if stalled.is_set():
                         raise ClientGoneError
                     try:
-                        await watch.run(call.write(message))
-                    except grpc.aio.BaseError as error:
-                        # The connection was closed, or the call is over; grpc cancels this task a moment later.
-                        raise ClientGoneError from error
+                        # Those of a sequence that goes on are serialized already.
+                        serialized = message if isinstance(message, bytes) else message.SerializeToString()
+                        await watch.run(call.write(serialized))
                     except TimeoutError as error:
                         stalled.set()
                         raise ClientGoneError from error
 
             async def respond() -> None:
                 await self.admit(access, call)
-                messages = self._messages(parse, raw_messages, stalled, access)
+                call.works()
+                messages = self._messages(parse, call, stalled, access)
                 await self._service.model_stream_infer(messages, write, call.time_remaining)
                 if stalled.is_set():
                     raise DeadlineExceededError(f"no response was read for {self._send_timeout:g} s")
@@ -163,18 +178,29 @@ class InferenceHandlers:
 
         return handle
 
-    async def _guard(self, name: str, call: grpc.aio.ServicerContext, respond: Callable[[], Awaitable[Any]]) -> Any:
+    async def _guard(self, name: str, call: Call, respond: Callable[[], Awaitable[Any]]) -> Any:
         """The response of `respond`, or the status of its error; one log line either way."""
-        with audit.recorded(_access_of(name), name, _address(call), lambda: _outcome(call)):
+        with (
+            audit.recorded(_access_of(name), name, call.address, lambda: call.code.name),
+            self._span(name, call) as call.span,
+        ):
             return await self._guarded(name, call, respond)
 
-    async def _guarded(self, name: str, call: grpc.aio.ServicerContext, respond: Callable[[], Awaitable[Any]]) -> Any:
+    def _span(self, name: str, call: Call) -> CallSpan:
+        def status() -> tuple[int, str]:
+            return call.code.value[0], call.code.name
+
+        return self._context.tracing.grpc_call(f"{SERVICE_NAME}/{name}", call.metadata.get, status)
+
+    async def _guarded(self, name: str, call: Call, respond: Callable[[], Awaitable[Any]]) -> Any:
         started = time.monotonic()
         level = logging.INFO if name in LOGGED_METHODS else logging.DEBUG
         try:
             response = await respond()
         except asyncio.CancelledError:
             logger.log(level, "%s cancelled after %.3f s", name, time.monotonic() - started)
+            raise
+        except CallError:
             raise
         except Exception as error:  # whatever it is, the client gets a status and the log the rest
             failure = self._report(name, error)
@@ -183,16 +209,20 @@ class InferenceHandlers:
             return response
         retry_after = failure.retry_after_seconds
         trailers = () if retry_after is None else (("retry-after", str(retry_after)),)
-        async with asyncio.timeout(LAST_STATUS_SECONDS):
-            return await call.abort(grpc.StatusCode[failure.grpc_code], _clipped(failure.message), trailers)
+        call.code = grpc.StatusCode[failure.grpc_code]
+        raise CallError(call.code, _clipped(failure.message), trailers)
 
-    async def admit(self, access: Access, call: grpc.aio.ServicerContext) -> bool:
+    async def admit(self, access: Access, call: Call) -> bool:
         """Let the current task speak for the caller; whether it may do more than what is public.
 
         Raises what `ApiKeys.admit` does.
         """
-        metadata = dict(call.invocation_metadata() or ())
-        caller = await self._context.keys.admit(access, metadata.get("authorization"), _address(call))
+        metadata = call.metadata
+        caller = await self._context.keys.admit(access, metadata.get("authorization"), call.address)
+        if access is Access.INFER:
+            call.span.begin()
+            inference_headers_var.set(read_headers(metadata.get, self._context.config.inference_objectives or {}))
+            await self._context.turns.begin(caller)
         return bool(caller.scopes)
 
     def _report(self, name: str, error: Exception) -> ErrorReport:
@@ -206,18 +236,17 @@ class InferenceHandlers:
         return failure
 
     async def _messages(
-        self, parse: Parser, raw_messages: AsyncIterator[bytes], stalled: asyncio.Event, access: Access
+        self, parse: Parser, call: Call, stalled: asyncio.Event, access: Access
     ) -> AsyncGenerator[Any, None]:
         """The messages of a stream, until the client closes its side or reads nothing (`stalled`).
 
         Raises `EngineNotReadyError` when the server shuts down, and what `ApiKeys.check_again` does.
         """
-        iterator = aiter(raw_messages)
         stopping = asyncio.ensure_future(self._stopping.wait())
         stalling = asyncio.ensure_future(stalled.wait())
         try:
             while True:
-                arrival = asyncio.ensure_future(anext(iterator))
+                arrival = asyncio.ensure_future(self._reader.read_next(call))
                 try:
                     await asyncio.wait((arrival, stopping, stalling), return_when=asyncio.FIRST_COMPLETED)
                 finally:
@@ -226,38 +255,31 @@ class InferenceHandlers:
                     return
                 if not arrival.done():
                     raise EngineNotReadyError("the server is shutting down; open a stream to another replica")
-                try:
-                    raw = arrival.result()
-                except StopAsyncIteration:
+                received = arrival.result()
+                del arrival  # it may be large
+                if received is None:
                     return
-                self._context.keys.check_again(access)
-                message = await parse(raw)
-                del raw, arrival  # they may be large
+                try:
+                    self._context.keys.check_again(access)
+                    message = await parse(received)
+                except BaseException:  # raised on: nobody else gives its memory back
+                    received.release()
+                    raise
                 yield message
         finally:
             stopping.cancel()
             stalling.cancel()
 
 
-def _outcome(call: grpc.aio.ServicerContext) -> str:
-    """The name of the status that the call has so far."""
-    code: grpc.StatusCode | None = call.code()
-    return code.name if isinstance(code, grpc.StatusCode) else "OK"
-
-
 def _access_of(name: str) -> Access:
     return METHODS[f"/{SERVICE_NAME}/{name}"]
 
 
-def _address(call: grpc.aio.ServicerContext) -> str:
-    """The address of the client: `ipv4:10.0.0.1:4711` is `10.0.0.1`, `ipv6:%5B::1%5D:4711` is `::1`."""
-    kind, _, rest = call.peer().partition(":")
-    return unquote(rest).rpartition(":")[0].strip("[]") if kind in ("ipv4", "ipv6") else rest
-
-
-def _serialize(message: Any) -> bytes:
-    """The bytes of a message, or those that a stream has made of one itself."""
-    return message if isinstance(message, bytes) else message.SerializeToString()
+def _parsed(make: Callable[[bytes | bytearray], Any], content: bytes | bytearray) -> Any:
+    try:
+        return make(content)
+    except DecodeError as error:
+        raise InvalidRequestError(f"the message is not a valid request: {error}") from None
 
 
 def _clipped(message: str) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 
 import grpc
 from grpc_health.v1 import health_pb2
 
+from pagoda.serving.grpc.call import Call, CallError
 from pagoda.serving.grpc.messages import SERVICE_NAME
-from pagoda.serving.health import ServerHealth
+from pagoda.serving.health import Health
 
 SERVICES = ("", SERVICE_NAME)
 """The server as a whole and the inference service; both are SERVING while requests are accepted."""
@@ -20,25 +22,23 @@ MAX_WATCHES = 1024
 class HealthService:
     """Check responds at once; Watch sends every change until the client leaves or `stopping` is set."""
 
-    def __init__(self, health: ServerHealth, stopping: asyncio.Event) -> None:
+    def __init__(self, health: Health, stopping: asyncio.Event) -> None:
         self._health = health
         self._stopping = stopping
         self._num_watches = 0
 
-    async def Check(  # noqa: N802
-        self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext
-    ) -> health_pb2.HealthCheckResponse:
+    async def Check(self, request: health_pb2.HealthCheckRequest, call: Call) -> health_pb2.HealthCheckResponse:  # noqa: N802
         """SERVING or NOT_SERVING; NOT_FOUND for a service that is not here."""
         if request.service not in SERVICES:
-            await context.abort(grpc.StatusCode.NOT_FOUND, f"service {request.service[:200]!r} is not served here")
+            raise CallError(grpc.StatusCode.NOT_FOUND, f"service {request.service[:200]!r} is not served here")
         return health_pb2.HealthCheckResponse(status=self._status(request.service))
 
     async def Watch(  # noqa: N802
-        self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext
-    ) -> None:
+        self, request: health_pb2.HealthCheckRequest, call: Call
+    ) -> AsyncIterator[health_pb2.HealthCheckResponse]:
         """The status now and after each change; SERVICE_UNKNOWN, and no error, for a service that is not here."""
         if self._num_watches >= MAX_WATCHES:
-            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{MAX_WATCHES} clients watch already")
+            raise CallError(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{MAX_WATCHES} clients watch already")
         self._num_watches += 1
         changed = asyncio.Event()
         unsubscribe = self._health.subscribe(changed.set)
@@ -49,10 +49,7 @@ class HealthService:
                 changed.clear()
                 status = self._status(request.service)
                 if status != sent:
-                    try:
-                        await context.write(health_pb2.HealthCheckResponse(status=status))
-                    except grpc.aio.BaseError:
-                        return  # the client has left
+                    yield health_pb2.HealthCheckResponse(status=status)
                     sent = status
                 if self._stopping.is_set():
                     return

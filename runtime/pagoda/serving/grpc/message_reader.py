@@ -1,133 +1,140 @@
 """Receives the messages of calls, once it is known who calls.
 
-grpc receives no message before a handler asks for it; until then a stream holds what fits its flow-control window, 64 KiB. A
-handler of a method with a single message is called only when that has arrived, so every method is registered as one that takes
-a stream, and asks here.
-
-A method that needs no key needs a message all the same. Callers without a key share few places to send one. While others
-wait, a place is for a moment only, for a probe's message comes with its head; and peers take turns, so that none keeps out the
-probes of another.
+Of a message that nobody has asked for, `WINDOW_BYTES` arrive at most. Its size is checked before more of it is let in: against
+what a message may have, and what is being received already. A method that needs no key needs a message all the same: a small
+one, which comes with its head. Where more than a few hundred of them do not, the call that has waited longest makes room.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import grpc
 
 from pagoda.config.schema import PagodaConfig
-from pagoda.errors import DeadlineExceededError, QueueFullError, RequestTooLargeError
+from pagoda.config.sizes import exact_bytes
+from pagoda.errors import DeadlineExceededError, InvalidRequestError, QueueFullError, RequestTooLargeError
+from pagoda.serving.decoding_threads import DecodingThreads
+from pagoda.serving.grpc.call import Call, CallError
+from pagoda.serving.http.bodies import decompress
+from pagoda.serving.json_decoding import LARGE_BYTES
+from pagoda.serving.request_memory import Reservation
 
 SLOWEST_MESSAGE_BYTES_PER_SECOND = 64 * 1024
-UNKNOWN_CALLERS_BYTES = 32 * 2**20
-"""What the messages of all callers without a key may take together while they are received."""
-MAX_UNKNOWN_MESSAGE_BYTES = 64 * 1024
+MAX_UNKNOWN_MESSAGE_BYTES = 16 * 1024
+"""Without an API key: the name of a model or a service."""
+MAX_UNKNOWN_WAITING = 256
+"""Calls without an API key whose message has not come. Each may hold a window."""
 UNKNOWN_MESSAGE_SECONDS = 5.0
-TURN_SECONDS = 0.02
-MAX_WAITING_PER_PEER = 64
+ENCODINGS = frozenset({"gzip", "deflate"})
+
+
+class Received:
+    """A message as bytes, and the room that it takes until `release`."""
+
+    __slots__ = ("_reservation", "content")
+
+    def __init__(self, content: bytes | bytearray, reservation: Reservation | None = None) -> None:
+        self.content = content
+        self._reservation = reservation
+
+    def release(self) -> None:
+        """The message was decoded, or will not be; may be called twice."""
+        self.content = b""
+        if self._reservation is not None:
+            self._reservation.release()
 
 
 class MessageReader:
-    """The messages of all calls of a server, as bytes."""
+    """The messages of all calls of a server."""
 
-    def __init__(self, config: PagodaConfig) -> None:
-        longest = config.max_grpc_message_bytes
-        self._seconds = config.body_timeout_seconds + longest / SLOWEST_MESSAGE_BYTES_PER_SECOND
-        self._places = _Places(max(1, UNKNOWN_CALLERS_BYTES // longest))
+    def __init__(self, config: PagodaConfig, decoding: DecodingThreads) -> None:
+        self._longest = config.max_grpc_message_bytes
+        self._seconds = config.body_timeout_seconds + self._longest / SLOWEST_MESSAGE_BYTES_PER_SECOND
+        self._decoding = decoding
+        self._waiting: dict[Call, asyncio.Timeout] = {}  # of calls without a key, in the order of their arrival
 
-    async def read(self, call: grpc.aio.ServicerContext, *, is_known: bool) -> bytes | None:
-        """The next message of `call`, None after the last one. `is_known`: whether the caller may do more than what is public.
+    async def read(self, call: Call, longest: int | None = None) -> Received | None:
+        """The message of a call whose caller may do more than what is public; None for a call without one.
 
-        Raises `DeadlineExceededError` where it does not arrive in time. For a caller without a key: `QueueFullError` where
-        others want the place, `RequestTooLargeError` for what no probe sends.
+        `longest`: bytes that a message of its method may have, None for as many as any.
+
+        Raises `DeadlineExceededError` where it does not arrive in time, `RequestTooLargeError` for one that is too large,
+        `QueueFullError` where too much is being received.
         """
-        if is_known:
-            return await _read(call, self._seconds)
-        await self._places.take(call.peer().rpartition(":")[0])
-        reading = asyncio.ensure_future(_read(call, UNKNOWN_MESSAGE_SECONDS))
-        self._places.use(reading)
+        async with self._in_time(self._seconds):
+            prefix = await call.read_prefix()
+            return None if prefix is None else await self._content(call, *prefix, longest or self._longest)
+
+    async def read_next(self, call: Call) -> Received | None:
+        """The next message of a stream, None at its end. It may begin when it likes; raises what `read` does."""
+        prefix = await call.read_prefix()
+        if prefix is None:
+            return None
+        async with self._in_time(self._seconds):
+            return await self._content(call, *prefix, self._longest)
+
+    async def read_unknown(self, call: Call) -> Received | None:
+        """The next message of a caller without a key, None after the last one.
+
+        Raises `DeadlineExceededError` where it does not arrive soon, `QueueFullError` where many others wait,
+        `RequestTooLargeError` for what no probe sends.
+        """
+        if len(self._waiting) >= MAX_UNKNOWN_WAITING:
+            oldest = next(iter(self._waiting))
+            self._waiting.pop(oldest).reschedule(0)
         try:
-            await asyncio.wait((reading,))
-            if reading.cancelled():
-                raise QueueFullError(
-                    "the message did not come with the call's head, and others without an API key wait"
-                )
-            message = reading.result()
+            async with asyncio.timeout(UNKNOWN_MESSAGE_SECONDS) as deadline:
+                self._waiting[call] = deadline
+                prefix = await call.read_prefix()
+                if prefix is None:
+                    return None
+                is_compressed, size = prefix
+                if size > MAX_UNKNOWN_MESSAGE_BYTES or is_compressed:
+                    raise RequestTooLargeError(
+                        f"without an API key a message may have {exact_bytes(MAX_UNKNOWN_MESSAGE_BYTES)}, uncompressed"
+                    )
+                return Received(await call.read_content(size))
+        except TimeoutError:
+            if call not in self._waiting:
+                raise QueueFullError("the message did not come, and others without an API key wait") from None
+            raise DeadlineExceededError(f"the message did not arrive within {UNKNOWN_MESSAGE_SECONDS:g} s") from None
         finally:
-            reading.cancel()
-            self._places.release(reading)
-        if message is not None and len(message) > MAX_UNKNOWN_MESSAGE_BYTES:
-            raise RequestTooLargeError(f"without an API key a message may have {MAX_UNKNOWN_MESSAGE_BYTES} bytes")
-        return message
+            self._waiting.pop(call, None)
 
-
-class _Places:
-    """Places of which each is used by one `reading` at a time, and given to peers in turn."""
-
-    def __init__(self, num_places: int) -> None:
-        self._num_free = num_places
-        self._used: dict[asyncio.Future[bytes | None], float] = {}  # since when
-        self._waiting: dict[str, deque[asyncio.Future[None]]] = {}  # by peer, in the order of their turns
-        self._timer: asyncio.TimerHandle | None = None
-
-    async def take(self, peer: str) -> None:
-        """Wait for a place; `use` or `release` must follow."""
-        if self._num_free:
-            self._num_free -= 1
-            return
-        turns = self._waiting.setdefault(peer, deque())
-        if len(turns) >= MAX_WAITING_PER_PEER:
-            raise QueueFullError(f"{len(turns)} calls without an API key wait already")
-        turn = asyncio.get_running_loop().create_future()
-        turns.append(turn)
-        self._arm()
+    async def _content(self, call: Call, is_compressed: bool, size: int, longest: int) -> Received:
+        if size > longest:
+            raise self._too_large(f"has {exact_bytes(size)}", longest)
+        encoding = call.metadata.get("grpc-encoding", "identity") if is_compressed else ""
+        if encoding and encoding not in ENCODINGS:
+            if encoding == "identity":
+                raise InvalidRequestError("the message is marked as compressed, and grpc-encoding is identity")
+            raise CallError(
+                grpc.StatusCode.UNIMPLEMENTED, f"grpc-encoding must be gzip, deflate or identity, got {encoding[:40]!r}"
+            )
+        reservation = self._decoding.memory.reserve(size)
         try:
-            await turn
-        except asyncio.CancelledError:
-            if not turn.cancelled():
-                self._give()  # it was ours already
+            content = await call.read_content(size)
+            if encoding:
+                compressed, too_large = content, self._too_large("becomes larger when it is decompressed", longest)
+                # A small message may decompress to a large one.
+                content = await self._decoding.run(LARGE_BYTES + 1, lambda: decompress(compressed, longest, too_large))
+                reservation.grow(max(0, len(content) - size))
+        except BaseException:  # raised on: nobody else gives its memory back
+            reservation.release()
             raise
+        return Received(content, reservation)
 
-    def use(self, reading: asyncio.Future[bytes | None]) -> None:
-        """The place is used by `reading`, which is cancelled where others have waited for long enough."""
-        self._used[reading] = asyncio.get_running_loop().time()
-        self._arm()
+    def _too_large(self, what: str, longest: int) -> RequestTooLargeError:
+        why = "max_grpc_message_bytes" if longest == self._longest else "of a method without tensors"
+        return RequestTooLargeError(f"the message {what}; {exact_bytes(longest)} are allowed ({why})")
 
-    def release(self, reading: asyncio.Future[bytes | None]) -> None:
-        """Give the place to who waits."""
-        del self._used[reading]
-        self._give()
-
-    def _give(self) -> None:
-        while self._waiting:
-            peer, turns = next(iter(self._waiting.items()))
-            turn = turns.popleft()
-            del self._waiting[peer]
-            if turns:
-                self._waiting[peer] = turns  # behind the others
-            if not turn.done():
-                turn.set_result(None)
-                return
-        self._num_free += 1
-
-    def _arm(self) -> None:
-        if self._waiting and self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(TURN_SECONDS, self._end_turns)
-
-    def _end_turns(self) -> None:
-        self._timer = None
-        before = asyncio.get_running_loop().time() - TURN_SECONDS
-        for reading, since in self._used.items():
-            if since <= before:
-                reading.cancel()
-        self._arm()
-
-
-async def _read(call: grpc.aio.ServicerContext, seconds: float) -> bytes | None:
-    try:
-        async with asyncio.timeout(seconds):
-            message = await call.read()
-    except TimeoutError:
-        raise DeadlineExceededError(f"the message did not arrive within {seconds:g} s") from None
-    return None if message is grpc.aio.EOF else message
+    @asynccontextmanager
+    async def _in_time(self, seconds: float) -> AsyncIterator[None]:
+        try:
+            async with asyncio.timeout(seconds):
+                yield
+        except TimeoutError:
+            raise DeadlineExceededError(f"the message did not arrive within {seconds:g} s") from None

@@ -11,28 +11,32 @@ import uuid
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, suppress
+from functools import partial
 from typing import Any
 
 from pagoda.errors import PagodaError
 from pagoda.logs import request_id_var
 from pagoda.serving.decoding_threads import DecodingThreads
-from pagoda.serving.grpc.codec import PieceEncoder, decode_request, encode_response
+from pagoda.serving.grpc.codec import InferMessage, PieceEncoder, decode_request, encode_response
 from pagoda.serving.grpc.messages import (
     ModelConfigResponse,
     ModelInferResponse,
     ModelMetadataResponse,
     ModelReadyResponse,
+    ModelStatisticsResponse,
     ModelStreamInferResponse,
     RepositoryIndexResponse,
     RepositoryModelLoadResponse,
+    RepositoryModelUnloadResponse,
     ServerLiveResponse,
     ServerMetadataResponse,
     ServerReadyResponse,
 )
 from pagoda.serving.status import ErrorReport
+from pagoda.serving.v2.call import V2Call
 from pagoda.serving.v2.inference import output_tensors
-from pagoda.serving.v2.service import MODEL_VERSION, V2Call, V2Service
-from pagoda.serving.v2.triton import triton_type
+from pagoda.serving.v2.service import V2Service
+from pagoda.serving.v2.triton import statistics, triton_type
 from pagoda.text.output import CompletionOutput
 
 MAX_REQUESTS_PER_STREAM = 256
@@ -94,6 +98,14 @@ class InferenceService:
             config.output.add(name=tensor["name"], data_type=triton_type(tensor["datatype"]), dims=tensor["shape"])
         return response
 
+    async def model_statistics(self, request: Any, remaining: float | None) -> Any:
+        """Triton's statistics of a model, or of every one."""
+        names = [request.name] if request.name else [state.name for state in self._service.index()]
+        found = [statistics(self._service, name, request.version or None) for name in names]
+        for one in found:
+            del one["batch_stats"]  # there are none
+        return ModelStatisticsResponse(model_stats=found)
+
     async def repository_index(self, request: Any, remaining: float | None) -> Any:
         """Every model with its state."""
         response = RepositoryIndexResponse()
@@ -102,22 +114,25 @@ class InferenceService:
         return response
 
     async def repository_model_load(self, request: Any, remaining: float | None) -> Any:
-        """Success once the model is loaded; there is nothing else to load."""
-        model = self._service.load(request.model_name or request.name_or_repository)
+        """Success once the model is loaded; the parameter `config` has settings for as long as it is."""
+        name, parameters = request.model_name or request.name_or_repository, _values(request.parameters)
+        model = await self._service.load(name, parameters)
         return RepositoryModelLoadResponse(model_name=model.name, isLoaded=True)
 
     async def repository_model_unload(self, request: Any, remaining: float | None) -> Any:
-        """Not supported: the model is served as long as the server runs."""
-        self._service.unload(request.model_name or request.name_or_repository)
+        """Success once the model is unloaded, of several; the only model lives as long as the server."""
+        name, parameters = request.model_name or request.name_or_repository, _values(request.parameters)
+        model = await self._service.unload(name, parameters)
+        return RepositoryModelUnloadResponse(model_name=model.name, isUnloaded=True)
 
-    async def model_infer(self, request: Any, remaining: float | None) -> Any:
+    async def model_infer(self, request: InferMessage, remaining: float | None) -> Any:
         """One response with every sequence in it."""
         request_id_var.set(_log_name(request))
         return await self._infer(request, await self._prepare(request, remaining))
 
     async def model_stream_infer(
         self,
-        requests: AsyncIterator[Any],
+        requests: AsyncIterator[InferMessage],
         write: Callable[[Any], Awaitable[None]],
         remaining: Callable[[], float | None],
     ) -> None:
@@ -130,7 +145,7 @@ class InferenceService:
         slots = asyncio.Semaphore(MAX_REQUESTS_PER_STREAM)
         stream_error: PagodaError | None = None
 
-        async def respond(request: Any) -> None:
+        async def respond(request: InferMessage) -> None:
             request_id_var.set(_log_name(request))
             try:
                 await self._respond_in_stream(request, remaining(), write)
@@ -140,15 +155,20 @@ class InferenceService:
         async with asyncio.TaskGroup() as group:
             try:
                 async for request in requests:
-                    await slots.acquire()
-                    group.create_task(respond(request))
+                    try:
+                        await slots.acquire()
+                    except BaseException:  # raised on: there is no task that gives its memory back
+                        request.release()
+                        raise
+                    # Also where it is cancelled before it has begun.
+                    group.create_task(respond(request)).add_done_callback(partial(_release, request))
             except PagodaError as error:
                 stream_error = error
         if stream_error is not None:
             raise stream_error
 
     async def _respond_in_stream(
-        self, request: Any, remaining: float | None, write: Callable[[Any], Awaitable[None]]
+        self, request: InferMessage, remaining: float | None, write: Callable[[Any], Awaitable[None]]
     ) -> None:
         try:
             async with aclosing(self._responses(request, remaining)) as responses:
@@ -158,13 +178,13 @@ class InferenceService:
             return  # leaving the block above has aborted the request
         except Exception as error:  # whatever it is, this request ends with it and the stream goes on
             failure = self._report_error(error)
-            failed = ModelInferResponse(model_name=request.model_name, id=request.id)
+            failed = ModelInferResponse(model_name=request.head.model_name, id=request.head.id)
             failed.parameters[FINAL_RESPONSE].bool_param = True
             failed.parameters[ERROR_CODE].string_param = failure.grpc_code
             with suppress(ClientGoneError):
                 await write(ModelStreamInferResponse(error_message=failure.message, infer_response=failed))
 
-    async def _responses(self, request: Any, remaining: float | None) -> AsyncGenerator[Any, None]:
+    async def _responses(self, request: InferMessage, remaining: float | None) -> AsyncGenerator[Any, None]:
         """Stream responses (some as bytes): chunks as they come, or one whole where the client gave `stream` as false."""
         call = await self._prepare(request, remaining)
         has_empty_end = call.request.parameters.get(EMPTY_FINAL_RESPONSE) is True
@@ -177,10 +197,10 @@ class InferenceService:
                 async for response in pieces:
                     yield response
         if has_empty_end:
-            end = encode_response(request, (), model_version=MODEL_VERSION, parameters={FINAL_RESPONSE: True})
+            end = encode_response(request, (), model_version=call.model.version, parameters={FINAL_RESPONSE: True})
             yield ModelStreamInferResponse(infer_response=end)
 
-    async def _pieces(self, request: Any, call: V2Call, has_empty_end: bool) -> AsyncGenerator[Any, None]:
+    async def _pieces(self, request: InferMessage, call: V2Call, has_empty_end: bool) -> AsyncGenerator[Any, None]:
         """One response for each chunk: text, ids and log-probabilities are what is new, token counts are totals."""
         batch = call.batch
         num_open = sum(job.params.n for job in batch.jobs)
@@ -209,22 +229,36 @@ class InferenceService:
                 parameters: dict[str, bool | int] = {FINAL_RESPONSE: num_open == 0 and not has_empty_end}
                 if not is_single:
                     parameters |= {"prompt_index": prompt_index, "sequence_index": chunk.index}
-                response = encode_response(request, tensors, model_version=MODEL_VERSION, parameters=parameters)
+                response = encode_response(request, tensors, model_version=call.model.version, parameters=parameters)
                 if chunk.finish_reason is None and chunk.logprobs is None:
-                    encoders[sequence] = PieceEncoder(request, response, batch.output_names)
+                    encoders[sequence] = PieceEncoder(response, batch.output_names)
                 yield ModelStreamInferResponse(infer_response=response)
 
-    async def _infer(self, request: Any, call: V2Call) -> Any:
+    async def _infer(self, request: InferMessage, call: V2Call) -> Any:
         response = await call.infer()
         return encode_response(request, response.outputs, model_version=response.model_version)
 
-    async def _prepare(self, request: Any, remaining: float | None) -> V2Call:
-        self._service.find_ready(request.model_name, request.model_version)  # before the tensors are decoded
-        return await self._decoding.run(
-            request.ByteSize(), lambda: self._service.prepare(decode_request(request, remaining))
-        )
+    async def _prepare(self, request: InferMessage, remaining: float | None) -> V2Call:
+        size = sum(map(len, request.raw_contents)) or request.head.ByteSize()
+        try:
+            # Before the tensors are decoded.
+            await self._service.wait_ready(request.head.model_name, request.head.model_version, remaining)
+            return await self._decoding.run(size, lambda: self._service.prepare(decode_request(request, remaining)))
+        finally:
+            request.release()
 
 
-def _log_name(request: Any) -> str:
+def _values(parameters: Any) -> dict[str, object]:
+    """The parameters of a load or an unload as Python values."""
+    return {
+        name: getattr(value, value.WhichOneof("parameter_choice") or "bool_param") for name, value in parameters.items()
+    }
+
+
+def _release(request: InferMessage, _: object) -> None:
+    request.release()
+
+
+def _log_name(request: InferMessage) -> str:
     """The request id in the log lines of this request's task: the client's own, cut to a bounded length."""
-    return request.id[:MAX_LOGGED_ID_CHARACTERS] or uuid.uuid4().hex
+    return request.head.id[:MAX_LOGGED_ID_CHARACTERS] or uuid.uuid4().hex

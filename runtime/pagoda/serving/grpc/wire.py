@@ -1,11 +1,13 @@
-"""What a serialized message holds, counted before protobuf makes it.
+"""What a serialized message holds, counted before protobuf makes it; its raw contents are left where they are.
 
 Two bytes on the wire (an empty tensor, an id in typed contents) become eight to two hundred in memory, and protobuf keeps the
-interpreter lock for a whole message. So the fields of a large one are counted first; raw contents are one field whatever they
-hold. The format is that of https://protobuf.dev/programming-guides/encoding.
+interpreter lock for a whole message. So the fields of a large one are counted first. Raw contents are one field whatever they
+hold, and most of what is large: protobuf, which would copy them twice, does not see them. The format is that of https://protobuf.dev/programming-guides/encoding.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
@@ -37,17 +39,36 @@ _NUMBERS = frozenset(
 )
 
 
-def check_cost(raw: bytes, message: Descriptor, max_characters: int | None) -> None:
+@dataclass(frozen=True, slots=True)
+class SplitMessage:
+    """A serialized message in two: its raw contents, in order, and everything else, which is a message, too."""
+
+    rest: bytes
+    contents: list[memoryview]
+
+
+def check_cost(raw: bytes | bytearray, message: Descriptor, max_characters: int | None) -> SplitMessage:
     """Raise `RequestTooLargeError` if `raw`, a serialized `message`, has too many fields or numbers, or too long a text.
 
     `max_characters`: what one text may have, None if that is not known. Bytes that are no message are left to protobuf.
     """
     max_text_bytes = MIN_TEXT_BYTES if max_characters is None else max(MIN_TEXT_BYTES, 4 * max_characters)
-    _Count(max_text_bytes).add(memoryview(raw), message)
+    view = memoryview(raw)
+    count = _Count(max_text_bytes)
+    count.add(view, message)
+    contents, rest, end = [], bytearray(), 0
+    for begin, start, stop in count.raw_contents:
+        contents.append(view[start:stop])
+        rest += view[end:begin]
+        end = stop
+    return SplitMessage(bytes(rest + view[end:]), contents)
 
 
 class _Count:
+    """`raw_contents`: where each field begins, and where its content begins and ends."""
+
     def __init__(self, max_text_bytes: int) -> None:
+        self.raw_contents: list[tuple[int, int, int]] = []
         self._max_text_bytes = max_text_bytes
         self._num_fields = self._num_numbers = 0
 
@@ -55,6 +76,7 @@ class _Count:
         """Count the fields of a message, and of those in it; the schema has none that hold themselves."""
         place = 0
         while place < len(view):
+            begin = place
             tag, place = _varint(view, place)
             wire_type = tag & 7
             self._add_fields(1)
@@ -69,6 +91,8 @@ class _Count:
                     self._add_numbers(view[place : place + size], field)
                 elif field is None or field.name != RAW_CONTENTS:
                     self._check_text(size)
+                elif place + size <= len(view):
+                    self.raw_contents.append((begin, place, place + size))
                 place += size
             else:
                 place += _FIXED_SIZES.get(wire_type, 0)

@@ -12,10 +12,12 @@ from typing import Any, TypeVar
 import orjson
 from starlette.requests import Request
 
+from pagoda.config.sizes import exact_bytes
 from pagoda.errors import InvalidRequestError, RequestTooLargeError
 from pagoda.serving import json_decoding
 from pagoda.serving.decoding_threads import DecodingThreads
 from pagoda.serving.json_decoding import LARGE_BYTES, NO_LIMITS, JsonLimits
+from pagoda.serving.request_memory import Reservation
 
 T = TypeVar("T")
 
@@ -35,17 +37,22 @@ async def decode_body(
     """`decode` of the decompressed body, in a thread where that may take long.
 
     Neither the body nor what it decompresses to is ever held beyond `limit` bytes. Raises what `decode` raises,
-    `RequestTooLargeError` as soon as the limit is passed, `InvalidRequestError` for what cannot be decompressed, and
-    starlette's `ClientDisconnect` when the client leaves.
+    `RequestTooLargeError` as soon as the limit is passed, `QueueFullError` where too much is being received (at once, if the
+    body's length was declared), `InvalidRequestError` for what cannot be decompressed, and starlette's `ClientDisconnect` when
+    the client leaves.
     """
-    body = await _read(request, limit)
-    encoding = request.headers.get("content-encoding", "identity").strip().lower()
-    if encoding in ("", "identity"):
-        return await threads.run(len(body), lambda: decode(body))
-    if encoding not in ENCODINGS:
-        raise InvalidRequestError(f"Content-Encoding must be gzip, deflate or identity, got {encoding[:40]!r}")
-    # A small body may decompress to a large one.
-    return await threads.run(LARGE_BYTES + 1, lambda: decode(_decompress(body, limit)))
+    reservation = threads.memory.reserve(0)
+    try:
+        body = await _read(request, limit, reservation)
+        encoding = request.headers.get("content-encoding", "identity").strip().lower()
+        if encoding in ("", "identity"):
+            return await threads.run(len(body), lambda: decode(body))
+        if encoding not in ENCODINGS:
+            raise InvalidRequestError(f"Content-Encoding must be gzip, deflate or identity, got {encoding[:40]!r}")
+        # A small body may decompress to a large one.
+        return await threads.run(LARGE_BYTES + 1, lambda: decode(decompress(body, limit, _too_large(limit))))
+    finally:
+        reservation.release()
 
 
 def parse_object(body: bytes | bytearray | memoryview, limits: JsonLimits = NO_LIMITS) -> dict[str, Any]:
@@ -64,14 +71,18 @@ def parse_object(body: bytes | bytearray | memoryview, limits: JsonLimits = NO_L
     return value
 
 
-async def _read(request: Request, limit: int) -> bytes | bytearray:
-    declared = request.headers.get("content-length", "")
-    if declared.isdigit() and int(declared) > limit:
+async def _read(request: Request, limit: int, reservation: Reservation) -> bytes | bytearray:
+    length = request.headers.get("content-length", "")
+    declared = int(length) if length.isdigit() else 0
+    if declared > limit:
         raise _too_large(limit)
+    reservation.grow(declared)
     body: bytes | bytearray = b""
     async for piece in request.stream():
         if len(body) + len(piece) > limit:
             raise _too_large(limit)
+        if not declared:
+            reservation.grow(len(piece))
         if not body:
             body = piece
         elif isinstance(body, bytearray):
@@ -81,8 +92,8 @@ async def _read(request: Request, limit: int) -> bytes | bytearray:
     return body
 
 
-def _decompress(body: bytes | bytearray, limit: int) -> bytearray:
-    """`body` decompressed, piece by piece, so that nothing is made beyond a limit."""
+def decompress(body: bytes | bytearray, limit: int, too_large: RequestTooLargeError) -> bytearray:
+    """`body` decompressed, piece by piece, so that nothing is made beyond `limit` bytes: `too_large` is raised then."""
     decompressor = zlib.decompressobj(GZIP_OR_ZLIB_WINDOW_BITS)
     decompressed = bytearray()
     ratio_limit = max(ANY_RATIO_BYTES, MAX_COMPRESSION_RATIO * len(body))
@@ -98,11 +109,11 @@ def _decompress(body: bytes | bytearray, limit: int) -> bytearray:
                 is_cut = not decompressor.eof and (bool(rest) or len(made) == _PIECE)
                 decompressed += made
                 if len(decompressed) > limit:
-                    raise _too_large(limit)
+                    raise too_large
                 if len(decompressed) > ratio_limit:
                     raise RequestTooLargeError(
                         f"the body becomes more than {MAX_COMPRESSION_RATIO} times as large when it is decompressed, and "
-                        f"larger than {ANY_RATIO_BYTES} bytes; compress it less, or not at all"
+                        f"larger than {exact_bytes(ANY_RATIO_BYTES)}; compress it less, or not at all"
                     )
     except zlib.error as error:
         raise InvalidRequestError(f"the body cannot be decompressed: {error}") from None
@@ -112,4 +123,4 @@ def _decompress(body: bytes | bytearray, limit: int) -> bytearray:
 
 
 def _too_large(limit: int) -> RequestTooLargeError:
-    return RequestTooLargeError(f"the body is larger than the {limit} bytes allowed (max_body_bytes)")
+    return RequestTooLargeError(f"the body is larger than the {exact_bytes(limit)} allowed (max_body_bytes)")

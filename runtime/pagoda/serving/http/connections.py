@@ -1,4 +1,4 @@
-"""The connections of the REST port: how many there may be, in all and of one peer, who makes room, and whose time is up.
+"""The connections of a port: how many there may be, in all and of one peer, who makes room, and whose time is up.
 
 A connection that waits for a request (idle, in the TLS handshake, or in the middle of a head) holds no work. Where there are
 as many connections as allowed, the one that waits longest is closed for a new one, as nginx does; so connections that send
@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from email.utils import formatdate
 from ipaddress import IPv6Address
@@ -39,6 +40,40 @@ class Connection(Protocol):
     def end(self) -> None:
         """Close as soon as the response under way, if any, is complete."""
 
+    def abort(self) -> None:
+        """Cut the connection."""
+
+
+class PortConnection(asyncio.Protocol, ABC):
+    """A connection from `client`, an address and port, as its port opens it.
+
+    `opening` is the task that does, TLS handshake included.
+    """
+
+    def __init__(self, client: tuple[str, int]) -> None:
+        self.client = client
+        self.opening: asyncio.Task[None] | None = None
+
+    @property
+    def peer(self) -> str:
+        """The client, for logs."""
+        return f"{self.client[0]}:{self.client[1]}"
+
+    def evict(self) -> None:
+        """Close at once: another needs the place."""
+        if self.opening is not None:
+            self.opening.cancel()
+        self.abort()
+
+    @abstractmethod
+    def check(self, now: float) -> None:
+        """Close what has waited too long; `now` is the event loop's time."""
+
+    @abstractmethod
+    def end(self) -> None:
+        """Close as soon as what is under way is complete."""
+
+    @abstractmethod
     def abort(self) -> None:
         """Cut the connection."""
 
@@ -128,7 +163,7 @@ class Connections:
 
     def is_waiting(self, connection: Connection) -> None:
         """The connection waits for a request."""
-        self._drop_head(connection)
+        self.drop_head(connection)
         peer = self._connections.get(connection)
         if peer is not None:
             self._waiting[connection] = peer.waiting[connection] = None
@@ -142,12 +177,13 @@ class Connections:
             self.remove(oldest)
             oldest.evict()
 
-    def _drop_head(self, connection: Connection) -> None:
+    def drop_head(self, connection: Connection) -> None:
+        """The head is complete, or its connection gone."""
         self._num_head_bytes -= self._heads.pop(connection, 0)
 
     def is_busy(self, connection: Connection) -> None:
         """The connection has a request under way."""
-        self._drop_head(connection)
+        self.drop_head(connection)
         if self._waiting.pop(connection, connection) is None:
             del self._connections[connection].waiting[connection]
 
@@ -156,7 +192,7 @@ class Connections:
         peer = self._connections.pop(connection, None)
         if peer is None:
             return
-        self._drop_head(connection)
+        self.drop_head(connection)
         self._waiting.pop(connection, None)
         peer.waiting.pop(connection, None)
         peer.num_connections -= 1

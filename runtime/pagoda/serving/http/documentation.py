@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,10 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from pagoda.serving.auth.routes import ROUTES
+from pagoda.serving.auth.scopes import Access
+
+_CONVERTOR = re.compile(r":\w+}")  # of a parameter in a route's path
 REFERENCE = "#/components/schemas/{model}"
 ERRORS = {
     400: "The request is invalid.",
@@ -70,8 +75,23 @@ def _document(app: FastAPI, bodies: Sequence[type[BaseModel]]) -> dict[str, Any]
         for operation in operations.values():
             # FastAPI adds its own validation error wherever a path has parameters; bad input is a 400 here.
             operation["responses"].pop("422", None)
+    _describe_keys(document)
     _, definitions = models_json_schema([(model, "validation") for model in bodies], ref_template=REFERENCE)
     schemas.update(definitions.get("$defs", {}))
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)
     return document
+
+
+def _describe_keys(document: dict[str, Any]) -> None:
+    """Which operations need an API key, where the server has keys, and how it is sent."""
+    document["components"]["securitySchemes"] = {
+        "bearer": {"type": "http", "scheme": "bearer", "description": "An API key, on a server that has keys."},
+        "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key", "description": "The same."},
+    }
+    access = {_CONVERTOR.sub("}", route): access for route, access in ROUTES.items()}
+    document["security"] = [{"bearer": []}, {"x-api-key": []}]
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            if access.get(f"{method.upper()} {path}") is Access.PUBLIC:
+                operation["security"] = []

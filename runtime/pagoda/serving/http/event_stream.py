@@ -1,4 +1,4 @@
-"""Server-sent events whose source is closed when the client disconnects, and an HTTP status for an early error.
+"""Streams of events or lines whose source is closed when the client disconnects, and an HTTP status for an early error.
 
 The status line waits for the first event, so that a refused request is a 400 or a 429 and not a broken stream. Where the
 first event takes long (a full queue, a long prompt) the stream is opened with a comment, and further comments keep proxies
@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass
 from typing import Any
 
 import orjson
@@ -26,6 +27,20 @@ from pagoda.serving.status import ErrorReport
 OPEN_AFTER_SECONDS = 10.0
 COMMENT_EVERY_SECONDS = 15.0
 COMMENT = b": waiting for the first token\n\n"
+
+
+@dataclass(frozen=True, slots=True)
+class StreamForm:
+    """How pieces are told apart. `waiting`: what keeps proxies from closing a stream that has nothing to send yet; empty where
+    the form knows no comments.
+    """
+
+    media_type: str
+    waiting: bytes
+
+
+SERVER_SENT_EVENTS = StreamForm("text/event-stream", COMMENT)
+JSON_LINES = StreamForm("application/x-ndjson", b"")
 DONE = b"data: [DONE]\n\n"
 
 Events = AsyncGenerator[bytes, None]
@@ -36,6 +51,11 @@ ErrorEvent = Callable[[ErrorReport], bytes]
 def event(content: object) -> bytes:
     """`content` (plain values) as one event."""
     return b"data: " + orjson.dumps(content) + b"\n\n"
+
+
+def json_line(content: object) -> bytes:
+    """`content` (plain values) as one line of JSON."""
+    return orjson.dumps(content) + b"\n"
 
 
 def named_event(name: str, content: dict[str, Any]) -> bytes:
@@ -56,7 +76,11 @@ class EventTemplate:
 
 
 async def open_event_stream(
-    request: Request, events: Events, error_body: ErrorBody | ErrorEvent, metrics: Metrics
+    request: Request,
+    events: Events,
+    error_body: ErrorBody | ErrorEvent,
+    metrics: Metrics,
+    form: StreamForm = SERVER_SENT_EVENTS,
 ) -> EventStream:
     """The response that streams `events`; raises what the source raises before its first event.
 
@@ -80,13 +104,11 @@ async def open_event_stream(
         made = error_body(report_error(error, metrics, request.url.path))
         return made if isinstance(made, bytes) else event(made)
 
-    return EventStream(first, events, leaving, error_event)
+    return EventStream(first, events, leaving, error_event, form)
 
 
 class EventStream(Response):
     """The response of `open_event_stream`."""
-
-    media_type = "text/event-stream"
 
     def __init__(
         self,
@@ -94,8 +116,11 @@ class EventStream(Response):
         events: Events,
         leaving: asyncio.Future[None],
         error_event: Callable[[Exception], bytes],
+        form: StreamForm,
     ) -> None:
-        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
+        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+        super().__init__(headers=headers, media_type=form.media_type)
+        self._waiting = form.waiting
         del self.headers["content-length"]
         self._first = first
         self._events = events
@@ -121,7 +146,8 @@ class EventStream(Response):
             await send({"type": "http.response.body", "body": body, "more_body": True})
 
         while not self._first.done():
-            await send_piece(COMMENT)
+            if self._waiting:
+                await send_piece(self._waiting)
             await asyncio.wait((self._first,), timeout=COMMENT_EVERY_SECONDS)
         try:
             await send_piece(await self._first)

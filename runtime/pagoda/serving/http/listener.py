@@ -1,30 +1,28 @@
-"""The REST port's socket, taken before anything heavy is imported."""
+"""The sockets of the ports; that of REST is taken before anything heavy is imported."""
 
 from __future__ import annotations
 
 import resource
 import socket
 
-from pagoda.config.schema import PagodaConfig
 from pagoda.errors import ConfigError
 
 BACKLOG = 2048
 MAX_OPEN_FILES = 2**16
 
 
-def listen(config: PagodaConfig) -> socket.socket:
-    """The socket of the REST port, listening: clients that come while the server is loaded wait in its backlog.
+def listen(host: str, port: int, setting: str) -> socket.socket:
+    """The socket of a port, listening: clients that come while the server is loaded wait in its backlog.
 
-    Raises `ConfigError` for an address or port that cannot be had.
+    Raises `ConfigError`, which names the `setting`, for an address or port that cannot be had.
     """
-    address = (config.host, config.http_port)
     try:
-        family = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0][0]
-        is_any_ipv6 = config.host == "::" and socket.has_dualstack_ipv6()
-        return socket.create_server(address, family=family, backlog=BACKLOG, dualstack_ipv6=is_any_ipv6)
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        is_any_ipv6 = host == "::" and socket.has_dualstack_ipv6()
+        return socket.create_server((host, port), family=family, backlog=BACKLOG, dualstack_ipv6=is_any_ipv6)
     except OSError as error:
         raise ConfigError(
-            f"cannot listen on {config.host}:{config.http_port} (host, http_port): {error.strerror or error}"
+            f"cannot listen on {host}:{port}; check host, {setting}: {error.strerror or error}"
         ) from error
 
 

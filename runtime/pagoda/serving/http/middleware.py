@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -21,9 +21,12 @@ from pagoda.serving.auth.api_keys import ApiKeys
 from pagoda.serving.auth.routes import RouteAccess
 from pagoda.serving.auth.scopes import Access
 from pagoda.serving.http.responses import json_response, report_error
+from pagoda.serving.inference_headers import inference_headers_var, read_headers
 from pagoda.serving.metrics.prometheus import Metrics
 from pagoda.serving.rate_limits import RateLimiter
+from pagoda.serving.request_turns import RequestTurns
 from pagoda.serving.status import ErrorReport
+from pagoda.serving.tracing.seam import Tracing
 from pagoda.tenants import UNLIMITED, TenantLimits
 
 logger = logging.getLogger(__name__)
@@ -37,7 +40,7 @@ ErrorBody = Callable[[str, ErrorReport], dict[str, Any]]
 class RequestMiddleware:
     """ASGI middleware around all routes; no error reaches the server's own handler before the response has started.
 
-    `access`: what a request must bring. `error_body`: the body of an error on a path.
+    `access`: what a request must bring. `error_body`: the body of an error on a path. `objectives`: see `read_headers`.
     """
 
     def __init__(
@@ -48,6 +51,9 @@ class RequestMiddleware:
         access: RouteAccess,
         error_body: ErrorBody,
         rate_limits: RateLimiter,
+        turns: RequestTurns,
+        objectives: Mapping[str, int],
+        tracing: Tracing,
     ) -> None:
         self._app = app
         self._keys = keys
@@ -55,6 +61,9 @@ class RequestMiddleware:
         self._access = access
         self._error_body = error_body
         self._rate_limits = rate_limits
+        self._turns = turns
+        self._objectives = objectives
+        self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, or respond with an error."""
@@ -82,11 +91,18 @@ class RequestMiddleware:
         path: str = scope["path"]
         access = self._access.of(scope["method"], path)
         peer = scope["client"][0] if scope["client"] else ""
-        with bind_request_id(request_id), audit.recorded(access, f"{scope['method']} {path}", peer, lambda: status):
+        with (
+            bind_request_id(request_id),
+            audit.recorded(access, f"{scope['method']} {path}", peer, lambda: status),
+            self._tracing.http_call(scope, headers.get, lambda: status) as span,
+        ):
             try:
                 caller = await self._keys.admit(access, _authorization(headers), peer)
                 if access is Access.INFER:
                     tenant, limits = caller.tenant, caller.limits
+                    span.begin()
+                    inference_headers_var.set(read_headers(headers.get, self._objectives))
+                    await self._turns.begin(caller)
                 await self._app(scope, receive, send_with_id)
             except ClientDisconnect:
                 logger.debug("client disconnected before the response to %s was complete", path)

@@ -19,7 +19,8 @@ from http import HTTPStatus
 
 from starlette.types import ASGIApp
 
-from pagoda.serving.http.connections import SLOWEST_BODY_BYTES_PER_SECOND, Connections
+from pagoda.config.sizes import exact_bytes
+from pagoda.serving.http.connections import SLOWEST_BODY_BYTES_PER_SECOND, Connections, PortConnection
 from pagoda.serving.http.exchange import Exchange, encode_refusal
 from pagoda.serving.http.head import CRLF, HEAD_END, RequestError, check_beginning, parse_head
 from pagoda.serving.http.request_body import ChunkedBody, RequestBody, SizedBody
@@ -41,14 +42,13 @@ class State(Enum):
     LINGERING = auto()  # the end, from the client's side
 
 
-class HttpProtocol(asyncio.Protocol):
-    """A connection that `connections` has admitted. `opening` is the task that accepts it, TLS handshake included."""
+class HttpProtocol(PortConnection):
+    """A connection that `connections` has admitted."""
 
     def __init__(self, app: ASGIApp, connections: Connections, address: tuple[str, int]) -> None:
-        self.client = address
+        super().__init__(address)
         self.server: tuple[str, int] | None = None
         self.scheme = "http"
-        self.opening: asyncio.Task[None] | None = None
         self._app = app
         self._connections = connections
         self._limits = connections.limits
@@ -117,12 +117,6 @@ class HttpProtocol(asyncio.Protocol):
 
     # ---- the registry's calls
 
-    def evict(self) -> None:
-        """Close at once."""
-        if self.opening is not None:
-            self.opening.cancel()
-        self.abort()
-
     def check(self, now: float) -> None:
         """Abort where the client reads nothing; close, with a 408 if it has begun a request, where it sends nothing."""
         if self._transport is None:
@@ -169,11 +163,6 @@ class HttpProtocol(asyncio.Protocol):
             self._transport.abort()
 
     # ---- the exchange's calls
-
-    @property
-    def peer(self) -> str:
-        """The client, for logs."""
-        return f"{self.client[0]}:{self.client[1]}"
 
     @property
     def date_header(self) -> bytes:
@@ -247,9 +236,7 @@ class HttpProtocol(asyncio.Protocol):
         if size > limits.max_header_bytes:
             has_target = 0 <= buffer.find(CRLF) < limits.max_header_bytes
             too_large = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE if has_target else HTTPStatus.REQUEST_URI_TOO_LONG
-            message = (
-                f"the request's head is larger than the {limits.max_header_bytes} bytes allowed (max_header_bytes)"
-            )
+            message = f"the request's head is larger than {exact_bytes(limits.max_header_bytes)} (max_header_bytes)"
             raise RequestError(too_large, message)
         if end < 0:
             check_beginning(buffer, self._num_scanned)

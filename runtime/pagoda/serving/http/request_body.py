@@ -6,6 +6,7 @@ import re
 from http import HTTPStatus
 from typing import Protocol
 
+from pagoda.config.sizes import exact_bytes
 from pagoda.serving.http.head import CRLF, RequestError
 
 MAX_CHUNK_OVERHEAD_BYTES = 16 * 1024
@@ -146,7 +147,7 @@ class ChunkedBody:
         if num_bytes > self._max_trailer_bytes:
             raise RequestError(
                 HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
-                f"the request's trailers are larger than the {self._max_trailer_bytes} bytes allowed (max_header_bytes)",
+                f"the request's trailers are larger than {exact_bytes(self._max_trailer_bytes)} (max_header_bytes)",
             )
 
     def _check_overhead(self, num_bytes: int) -> None:

@@ -4,30 +4,46 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 
 from prometheus_client import Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from pagoda.engine.client.client import EngineClient
-from pagoda.engine.health import SERVING, EngineState
+from pagoda.engine.client.interface import EngineClient
+from pagoda.engine.health import NOT_LOADED, SERVING, EngineState
 from pagoda.engine.messages import EngineStats
 
 # An engine that is not there runs nothing: its last report must not be shown as the present.
-STATES_WITHOUT_REQUESTS = (EngineState.STARTING, EngineState.DEAD)
+STATES_WITHOUT_REQUESTS = (EngineState.STARTING, EngineState.DEAD, EngineState.UNLOADED, EngineState.SLEEPING)
+_ENDED_ON_PURPOSE = (*NOT_LOADED, EngineState.SLEEPING)
+_SLEEP_STATES = ("awake", "weights_offloaded", "discard_all")  # vLLM's, by level
 
 
 class EngineCollector(Collector):
     """Gauges and counts of one engine, under the names and labels of `Metrics`; of several replicas the sums, and each."""
 
-    def __init__(self, engine: EngineClient, model_name: str, prefix: str) -> None:
+    def __init__(self, engine: EngineClient, model_name: str, prefix: str, max_loras: int = 0) -> None:
+        """`max_loras`: adapters that may run together; 0: it is served without."""
+        self._max_loras = max_loras
         self._engine = engine
         self._model_name = model_name
         self._prefix = prefix
         # One count for each core: a core that is restarted counts from 0 again, and the others go on.
         self._parts = [_Part(part) for part in engine.replicas or [engine]]
+        self._transitions: Counter[tuple[str, str]] = Counter()  # of engines that others have taken the place of
+        self._num_replays = 0
+
+    def follow(self, engine: EngineClient) -> None:
+        """Report the figures of `engine`, which has had no requests; counts go on from those of the one before."""
+        self._transitions += self._engine.health.transitions
+        self._num_replays += self._engine.num_replays
+        self._engine = engine
+        parts = engine.replicas or [engine]
+        for known, part in zip(self._parts, parts, strict=False):
+            known.follow(part)
+        self._parts += [_Part(part) for part in parts[len(self._parts) :]]
 
     def collect(self) -> Iterator[Metric]:
         """One family for each figure, as of now."""
@@ -50,18 +66,39 @@ class EngineCollector(Collector):
         yield self._count(
             "prefix_cache_hits", "Prefix cache hits, in cached tokens.", sum(part.hits() for part in self._parts)
         )
+        misses = CounterMetricFamily(
+            self._prefix + "prefix_cache_misses",
+            "Tokens that were not in the prefix cache, by reason.",
+            labels=["model_name", "reason"],
+        )
+        for reason in stats.prefix_cache_misses:
+            misses.add_metric([self._model_name, reason], sum(part.misses(reason) for part in self._parts))
+        yield misses
+        yield self._gauge("engine_step_seconds", "How long the engine's last step took.", stats.step_seconds)
         yield self._count("num_preemptions", "Number of preemptions.", sum(part.preemptions() for part in self._parts))
         yield self._count(
             "runaways",
             "Number of outputs found to repeat themselves without end.",
             sum(part.runaways() for part in self._parts),
         )
+        yield from self._expert_load(stats)
         yield from self._cache_config()
+        yield from self._adapters(stats, idle)
         yield from self._speculation(stats)
         yield from self._health(state)
         yield from self._rank_health()
         if self._engine.replicas:
             yield from self._replicas()
+
+    def _expert_load(self, stats: EngineStats) -> Iterator[Metric]:
+        """Of a mixture of experts, once it was measured."""
+        load = stats.expert_load
+        if load is None:
+            return
+        yield self._gauge("moe_expert_imbalance", "Rows of the busiest expert by the average one's.", load.imbalance)
+        yield self._gauge("moe_expert_imbalance_worst", "The same, of the worst layer.", load.worst_imbalance)
+        yield self._gauge("moe_experts_idle", "Share of experts that no row chose.", load.idle_share)
+        yield self._gauge("moe_rank_imbalance", "Rows of the busiest rank by the average one's.", load.rank_imbalance)
 
     def _cache_config(self) -> Iterator[Metric]:
         """Size and number of KV blocks, from which llm-d's prefix scorer learns what a replica can hold."""
@@ -73,6 +110,23 @@ class EngineCollector(Collector):
             self._prefix + "cache_config_info", "1; KV blocks are in the labels.", labels=["model_name", *values]
         )
         family.add_metric([self._model_name, *values.values()], 1)
+        yield family
+
+    def _adapters(self, stats: EngineStats, idle: bool) -> Iterator[Metric]:
+        """Which adapters run and wait, as llm-d's endpoint picker reads it; nothing without adapters."""
+        if not self._max_loras:
+            return
+        values = {
+            "max_lora": str(self._max_loras),
+            "waiting_lora_adapters": "" if idle else ",".join(stats.waiting_adapters),
+            "running_lora_adapters": "" if idle else ",".join(stats.running_adapters),
+        }
+        family = GaugeMetricFamily(
+            self._prefix + "lora_requests_info",
+            "Time of this report; adapters with requests are in the labels.",
+            labels=["model_name", *values],
+        )
+        family.add_metric([self._model_name, *values.values()], time.time())
         yield family
 
     def _speculation(self, stats: EngineStats) -> Iterator[Metric]:
@@ -115,9 +169,14 @@ class EngineCollector(Collector):
 
     def _health(self, state: EngineState) -> Iterator[Metric]:
         """The state, its transitions, and the age of the last heartbeat."""
-        transitions = self._engine.health.transitions
+        transitions = self._transitions + Counter(self._engine.health.transitions)
         restarts = sum(part.restarts() for part in self._parts)
         yield self._count("engine_restarts", "Times the engine failed and was restarted.", restarts)
+        yield self._count(
+            "request_replays",
+            "Times a request went on in another engine than failed.",
+            self._num_replays + self._engine.num_replays,
+        )
         states = GaugeMetricFamily(
             self._prefix + "engine_state",
             "1 for the state the engine is in, 0 for others.",
@@ -126,6 +185,14 @@ class EngineCollector(Collector):
         for name in EngineState:
             states.add_metric([self._model_name, name.value], float(name == state))
         yield states
+        sleep = GaugeMetricFamily(
+            self._prefix + "engine_sleep_state",
+            "1 for the sleep state of the engine, 0 for others: awake, or level 1 or 2.",
+            labels=["model_name", "sleep_state"],
+        )
+        for level, sleep_state in enumerate(_SLEEP_STATES):
+            sleep.add_metric([self._model_name, sleep_state], float(level == self._engine.sleep_level))
+        yield sleep
         moves = CounterMetricFamily(
             self._prefix + "engine_state_transitions",
             "Times the engine went from one state to another.",
@@ -209,12 +276,31 @@ class _Part:
         self._engine = engine
         self._queries = _Total()
         self._hits = _Total()
+        self._misses: defaultdict[str, _Total] = defaultdict(_Total)
         self._preemptions = _Total()
         self._runaways = _Total()
         self._drafts = _Total()
         self._draft_tokens = _Total()
         self._accepted_tokens = _Total()
         self._accepted_tokens_per_position: defaultdict[int, _Total] = defaultdict(_Total)
+        self._restarts = 0  # of engines before
+
+    def follow(self, engine: EngineClient) -> None:
+        """Count those of `engine`, from 0, on top."""
+        self._restarts = self.restarts()
+        self._observe()
+        self._engine = engine
+        self._observe()
+
+    def _observe(self) -> None:
+        for figure in (self.queries, self.hits, self.preemptions, self.runaways):
+            figure()
+        for figure in (self.drafts, self.draft_tokens, self.accepted_tokens):
+            figure()
+        for reason in {*self._misses, *self.stats.prefix_cache_misses}:
+            self.misses(reason)
+        for position in {*self._accepted_tokens_per_position, *range(len(self.stats.num_spec_accepted_tokens_per_pos))}:
+            self.accepted_tokens_at(position)
 
     @property
     def stats(self) -> EngineStats:
@@ -229,6 +315,9 @@ class _Part:
 
     def hits(self) -> int:
         return self._hits(self.stats.prefix_cache_hits)
+
+    def misses(self, reason: str) -> int:
+        return self._misses[reason](self.stats.prefix_cache_misses.get(reason, 0))
 
     def preemptions(self) -> int:
         return self._preemptions(self.stats.num_preemptions)
@@ -250,7 +339,12 @@ class _Part:
         return self._accepted_tokens_per_position[position](counts[position] if position < len(counts) else 0)
 
     def restarts(self) -> int:
-        return sum(times for (_, to), times in self._engine.health.transitions.items() if to == EngineState.STARTING)
+        transitions = self._engine.health.transitions
+        return self._restarts + sum(
+            times
+            for (origin, to), times in transitions.items()
+            if to == EngineState.STARTING and origin not in _ENDED_ON_PURPOSE
+        )
 
 
 class _Total:

@@ -7,10 +7,11 @@ import time
 from collections.abc import Callable
 
 from pagoda.errors import DeadlineExceededError, EngineNotReadyError, ErrorKind, PagodaError
+from pagoda.pooling.params import PoolingParams
 from pagoda.sampling.output import FinishReason
 from pagoda.sampling.params import SamplingParams
 from pagoda.serving.metrics.prometheus import Metrics
-from pagoda.serving.metrics.request_timer import RequestTimer
+from pagoda.serving.metrics.request_timer import NO_SLOS, RequestTimer, Slos
 from pagoda.text.output import GenerationChunk
 
 ENDS = frozenset({ErrorKind.ENGINE_DEAD, ErrorKind.DEADLINE_EXCEEDED, ErrorKind.INTERNAL})
@@ -20,20 +21,21 @@ ENDS = frozenset({ErrorKind.ENGINE_DEAD, ErrorKind.DEADLINE_EXCEEDED, ErrorKind.
 class RequestMeter:
     """Counts each sequence of one job exactly once, however the job ends: a `RequestObserver` of `GenerationRunner`.
 
-    `arrival_time`: monotonic seconds, as `clock` gives them. A job that was refused was never accepted: it is no request here,
-    only an error answer, which the protocol counts. A client that leaves before the first chunk leaves an accepted request
-    behind.
+    `arrival_time`: monotonic seconds, as `clock` gives them.
+    A job that was refused was never accepted: it is no request here, only an error answer, which the protocol counts. A client
+    that leaves before the first chunk leaves an accepted request behind.
     """
 
     def __init__(
         self,
         metrics: Metrics,
-        params: SamplingParams,
+        params: SamplingParams | PoolingParams,
         arrival_time: float,
         clock: Callable[[], float] = time.monotonic,
+        slos: Slos = NO_SLOS,
     ) -> None:
         self._clock = clock
-        self._timers = [RequestTimer(metrics, arrival_time, params.max_tokens) for _ in range(params.n)]
+        self._timers = [RequestTimer(metrics, arrival_time, params.max_tokens, slos) for _ in range(params.n)]
         self._metrics = metrics
         self._is_accepted = False
 
@@ -42,7 +44,7 @@ class RequestMeter:
         self._is_accepted = True
         timer, now = self._timers[chunk.index], self._clock()
         if chunk.num_prompt_tokens is not None:
-            timer.start(chunk.num_prompt_tokens, chunk.scheduled_time)
+            timer.start(chunk.num_prompt_tokens, chunk.scheduled_time, chunk.num_cached_tokens or 0)
         timer.tokens(len(chunk.token_ids), now)
         if chunk.finish_reason is not None:
             is_abort = chunk.finish_reason is FinishReason.ABORT

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import logging
+from typing import NamedTuple
+
 from pagoda.sampling.output import FinishReason
 from pagoda.serving.metrics.prometheus import Metrics
+
+logger = logging.getLogger("pagoda.requests")
+
+
+class Slos(NamedTuple):
+    """What a request came with, in seconds: time to the first token, and for each further one. None: it wants nothing."""
+
+    ttft: float | None = None
+    tpot: float | None = None
+
+
+NO_SLOS = Slos()
 
 
 class RequestTimer:
     """Feeds one sequence's times and tokens into `metrics`; one for each of a request's `n` choices.
 
-    All times are monotonic seconds. `max_tokens` is what the client gave, None if nothing. Call `start` when the engine is
-    known to have the sequence, `tokens` for each batch of new ones, `end` at the end; only the first `end` counts, so that
-    every way out of a request may call it.
+    All times are monotonic seconds. `max_tokens` is what the client gave, None if nothing; `slos` are what it wants. Call
+    `start` when the engine is known to have the sequence, `tokens` for each batch of new ones, `end` at the end; only the
+    first `end` counts, so that every way out of a request may call it.
     """
 
     __slots__ = (
@@ -20,26 +35,30 @@ class RequestTimer:
         "_last_token_time",
         "_max_tokens",
         "_metrics",
+        "_num_cached_tokens",
         "_num_generated_tokens",
         "_num_prompt_tokens",
         "_scheduled_time",
+        "_slos",
         "ended",
     )
 
-    def __init__(self, metrics: Metrics, arrival_time: float, max_tokens: int | None) -> None:
+    def __init__(self, metrics: Metrics, arrival_time: float, max_tokens: int | None, slos: Slos = NO_SLOS) -> None:
         self._metrics = metrics
         self._arrival_time = arrival_time
         self._max_tokens = max_tokens
+        self._slos = slos
         self._num_prompt_tokens: int | None = None
+        self._num_cached_tokens = 0
         self._num_generated_tokens = 0
         self._scheduled_time: float | None = None
         self._first_token_time: float | None = None
         self._last_token_time = arrival_time
         self.ended = False
 
-    def start(self, num_prompt_tokens: int, scheduled_time: float | None) -> None:
-        """The prompt was computed; `scheduled_time` is when the sequence left the waiting queue."""
-        self._num_prompt_tokens = num_prompt_tokens
+    def start(self, num_prompt_tokens: int, scheduled_time: float | None, num_cached_tokens: int = 0) -> None:
+        """The prompt was computed, but for what was cached; `scheduled_time` is when the sequence left the waiting queue."""
+        self._num_prompt_tokens, self._num_cached_tokens = num_prompt_tokens, num_cached_tokens
         self._scheduled_time = scheduled_time
         self._metrics.prompt_tokens.inc(num_prompt_tokens)
 
@@ -52,6 +71,7 @@ class RequestTimer:
             self._first_token_time = self._last_token_time = now
             self._metrics.generated_tokens.add_first(count)
             self._metrics.time_to_first_token.observe(now - self._arrival_time)
+            self._metrics.count_slo("ttft", now - self._arrival_time, self._slos.ttft)
             return
         self._metrics.generated_tokens.add(count, (now - self._last_token_time) / count)
         self._last_token_time = now
@@ -71,9 +91,21 @@ class RequestTimer:
             metrics.request_params_max_tokens.observe(self._max_tokens)
         if self._num_prompt_tokens is not None:
             metrics.request_prompt_tokens.observe(self._num_prompt_tokens)
+            logger.info(
+                "%d prompt tokens, %d cached (%.1f %%), %d generated: %s",
+                self._num_prompt_tokens,
+                self._num_cached_tokens,
+                100 * self._num_cached_tokens / self._num_prompt_tokens,
+                self._num_generated_tokens,
+                reason.value,
+            )
         if self._scheduled_time is not None:
             metrics.request_queue_time.observe(self._scheduled_time - self._arrival_time)
+            metrics.request_inference_time.observe(now - self._scheduled_time)
         if self._first_token_time is not None:
-            metrics.request_decode_time.observe(self._last_token_time - self._first_token_time)
+            seconds = self._last_token_time - self._first_token_time
+            metrics.request_decode_time.observe(seconds)
+            if self._num_generated_tokens > 1:
+                metrics.count_slo("tpot", seconds / (self._num_generated_tokens - 1), self._slos.tpot)
             if self._scheduled_time is not None:
                 metrics.request_prefill_time.observe(self._first_token_time - self._scheduled_time)

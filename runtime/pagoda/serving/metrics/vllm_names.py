@@ -22,9 +22,11 @@ NAMES = frozenset(
         *("prompt_tokens", "generation_tokens", "request_success", "iteration_tokens_total"),
         *("request_prompt_tokens", "request_generation_tokens", "request_params_max_tokens"),
         *("time_to_first_token_seconds", "inter_token_latency_seconds", "e2e_request_latency_seconds"),
-        *("request_queue_time_seconds", "request_prefill_time_seconds", "request_decode_time_seconds"),
+        *("request_queue_time_seconds", "request_inference_time_seconds"),
+        *("request_prefill_time_seconds", "request_decode_time_seconds"),
         *("spec_decode_num_drafts", "spec_decode_num_draft_tokens", "spec_decode_num_accepted_tokens"),
-        "spec_decode_num_accepted_tokens_per_pos",
+        *("spec_decode_num_accepted_tokens_per_pos", "lora_requests_info"),
+        "engine_sleep_state",
     }
 )
 

@@ -12,8 +12,8 @@ from contextlib import aclosing
 from typing import Any, ClassVar, TypeVar
 
 from pagoda.request import GenerationRequest
-from pagoda.serving.context import ServingContext
 from pagoda.serving.http.event_stream import DONE, Events, EventTemplate, event
+from pagoda.serving.models import ServedModel
 from pagoda.serving.openai.types import SamplingFields
 from pagoda.serving.openai.usage import UsageCounter
 from pagoda.text.output import CompletionOutput, GenerationChunk
@@ -41,18 +41,19 @@ class Choice(ABC):
 
 
 class Call(ABC):
-    """A checked request; `whole` or `events` runs it, once."""
+    """A checked request; `whole` or `events` runs it, once. `response_id`: of the response, and of the request in logs."""
 
     id_prefix: ClassVar[str]
     object_name: ClassVar[str]
     chunk_object_name: ClassVar[str]
 
-    def __init__(self, context: ServingContext, request: SamplingFields) -> None:
-        self._context = context
-        self._response_id = f"{self.id_prefix}-{uuid.uuid4().hex}"
+    def __init__(self, model: ServedModel, request: SamplingFields) -> None:
+        self._model = model
+        self.response_id = f"{self.id_prefix}-{uuid.uuid4().hex}"
         self._created = int(time.time())
         options = request.stream_options
         self._includes_usage = bool(options and options.include_usage)
+        self._returns_ids = bool(request.return_token_ids)
         self._is_usage_continuous = bool(self._includes_usage and options and options.continuous_usage_stats)
 
     @abstractmethod
@@ -71,11 +72,15 @@ class Call(ABC):
         """What a whole response has beside its choices and usage; `results[prompt][sequence]`."""
         return {}
 
+    def members_of_chunk(self, chunk: GenerationChunk) -> dict[str, Any]:
+        """What the first event of `chunk` has beside its choices and usage."""
+        return {}
+
     async def whole(self) -> dict[str, Any]:
         """The response when everything is done; cancelling the call aborts it in the engine."""
         jobs = await self.jobs()
-        results = await self._context.runner.collect_all(jobs, self._response_id)
-        usage = UsageCounter(has_drafts=self._context.config.speculative_config is not None)
+        results = await self._model.runner.collect_all(jobs, self.response_id)
+        usage = UsageCounter(has_drafts=self._model.config.speculative_config is not None)
         choices: list[dict[str, Any]] = []
         for prompt_index, sequences in enumerate(results):
             for sequence in sequences:
@@ -89,9 +94,9 @@ class Call(ABC):
     async def events(self) -> Events:
         """The response in events; closing the iterator aborts it in the engine."""
         jobs = await self.jobs()
-        usage = UsageCounter(has_drafts=self._context.config.speculative_config is not None)
+        usage = UsageCounter(has_drafts=self._model.config.speculative_config is not None)
         choices: dict[tuple[int, int], tuple[Choice, EventTemplate]] = {}
-        async with aclosing(self._context.runner.stream_all(jobs, self._response_id)) as chunks:
+        async with aclosing(self._model.runner.stream_all(jobs, self.response_id)) as chunks:
             async for prompt_index, made in chunks:
                 chunk = self.shown(prompt_index, made)
                 usage.add(prompt_index, chunk)
@@ -103,13 +108,16 @@ class Call(ABC):
                 else:
                     choice, text_event = known
                     if chunk.finish_reason is None and not (
-                        chunk.logprobs or chunk.deltas or self._is_usage_continuous
+                        chunk.logprobs or chunk.deltas or self._is_usage_continuous or self._returns_ids
                     ):
                         if chunk.text:
                             yield text_event(chunk.text)
                         continue
+                members = self.members_of_chunk(chunk)
                 for delta in await choice.deltas(chunk):
-                    yield event(self._chunk([delta], usage.usage() if self._is_usage_continuous else None))
+                    content = self._chunk([delta], usage.usage() if self._is_usage_continuous else None)
+                    yield event({**content, **members})
+                    members = {}
         if self._includes_usage:
             yield event(self._chunk([], usage.usage()))
         yield DONE
@@ -117,10 +125,10 @@ class Call(ABC):
     def envelope(self, object_name: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         """The members that a response and all its events share, around `choices`."""
         return {
-            "id": self._response_id,
+            "id": self.response_id,
             "object": object_name,
             "created": self._created,
-            "model": self._context.model_name,
+            "model": self._model.name,
             "choices": choices,
         }
 

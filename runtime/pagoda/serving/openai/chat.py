@@ -11,8 +11,8 @@ from typing_extensions import override
 from pagoda.errors import InvalidRequestError, NotSupportedError
 from pagoda.request import GenerationRequest
 from pagoda.sampling.params import MAX_LOGPROBS
-from pagoda.serving.context import ServingContext
 from pagoda.serving.generation import check_cost, limit_time
+from pagoda.serving.models import ServedModel
 from pagoda.serving.openai.call import Call, Choice
 from pagoda.serving.openai.finish import finish_fields
 from pagoda.serving.openai.logprobs import chat_logprobs, prompt_logprobs
@@ -30,7 +30,7 @@ class ChatCall(Call):
     object_name = "chat.completion"
     chunk_object_name = "chat.completion.chunk"
 
-    def __init__(self, context: ServingContext, request: ChatCompletionRequest, seconds: float | None) -> None:
+    def __init__(self, model: ServedModel, request: ChatCompletionRequest, seconds: float | None) -> None:
         """Check everything that can be checked before the template is applied; `seconds` is the header's limit."""
         check_stream_options(request)
         if (request.model_extra or {}).get("echo"):
@@ -38,10 +38,10 @@ class ChatCall(Call):
         overrides: dict[str, Any] = {"logprobs": _num_logprobs(request)}
         if request.max_completion_tokens is not None:
             overrides["max_tokens"] = request.max_completion_tokens
-        super().__init__(context, request)
+        super().__init__(model, request)
         self._request = request
         self._messages = template_messages(request.messages)
-        generator = context.generator
+        generator = model.generator
         job = limit_time(generation_request(request, generator.sampling_params, overrides), seconds)
         if request.prediction is not None:
             job = replace(job, prediction=request.prediction.text)
@@ -53,7 +53,7 @@ class ChatCall(Call):
     @override
     async def jobs(self) -> list[GenerationRequest]:
         tools = template_tools(self._request.tools, self._request.tool_choice)
-        prompt = await encode_chat(self._context, self._request, self._messages, tools=tools, variables=self._variables)
+        prompt = await encode_chat(self._model, self._request, self._messages, tools=tools, variables=self._variables)
         return [replace(self._job, prompt=prompt)]
 
     @override
@@ -63,6 +63,7 @@ class ChatCall(Call):
             index,
             has_logprobs=bool(request.logprobs),
             as_token_ids=bool(request.return_tokens_as_token_ids),
+            returns_ids=self._returns_ids,
             shows_reasoning=request.include_reasoning is not False,
             names_calls=not is_named(request.tool_choice),
         )
@@ -70,19 +71,38 @@ class ChatCall(Call):
     @override
     def members_of(self, results: list[list[CompletionOutput]]) -> dict[str, Any]:
         ((first, *_),) = results
-        return {} if first.prompt_logprobs is None else {"prompt_logprobs": prompt_logprobs(first.prompt_logprobs)}
+        members: dict[str, Any] = {}
+        if first.prompt_logprobs is not None:
+            members["prompt_logprobs"] = prompt_logprobs(first.prompt_logprobs)
+        if self._returns_ids:
+            members["prompt_token_ids"] = first.prompt_token_ids
+        return members
+
+    @override
+    def members_of_chunk(self, chunk: GenerationChunk) -> dict[str, Any]:
+        if not self._returns_ids or chunk.index or chunk.prompt_token_ids is None:
+            return {}
+        return {"prompt_token_ids": chunk.prompt_token_ids}
 
 
 class _ChatChoice(Choice):
     """`names_calls`: calls have a finish reason of their own, as OpenAI has it unless the request named the function."""
 
     def __init__(
-        self, index: int, *, has_logprobs: bool, as_token_ids: bool, shows_reasoning: bool, names_calls: bool
+        self,
+        index: int,
+        *,
+        has_logprobs: bool,
+        as_token_ids: bool,
+        returns_ids: bool,
+        shows_reasoning: bool,
+        names_calls: bool,
     ) -> None:
         super().__init__(index)
         self._names_calls = names_calls
         self._has_logprobs = has_logprobs
         self._as_token_ids = as_token_ids
+        self._returns_ids = returns_ids
         self._shows_reasoning = shows_reasoning
         self._has_begun = False
         self._has_calls = False
@@ -108,6 +128,7 @@ class _ChatChoice(Choice):
             if self._has_logprobs
             else None,
             **finish_fields(result.finish_reason, result.stop_reason, has_calls=bool(calls) and self._names_calls),
+            **({"token_ids": list(result.token_ids)} if self._returns_ids else {}),
         }
 
     @override
@@ -117,11 +138,14 @@ class _ChatChoice(Choice):
             self._has_begun = True
             deltas.append(self._delta({"role": "assistant", "content": ""}))
         pieces = self._pieces(chunk)
-        if not pieces and (chunk.logprobs or chunk.finish_reason is not None):
+        shows_ids = self._returns_ids and bool(chunk.token_ids)
+        if not pieces and (chunk.logprobs or shows_ids or chunk.finish_reason is not None):
             pieces = [{}]
         parts = [self._delta(piece) for piece in pieces]
         if chunk.logprobs:
             parts[0]["logprobs"] = chat_logprobs(chunk.logprobs, as_token_ids=self._as_token_ids)
+        if shows_ids:
+            parts[0]["token_ids"] = chunk.token_ids
         if chunk.finish_reason is not None:
             parts[-1] |= finish_fields(chunk.finish_reason, chunk.stop_reason, has_calls=self._has_calls)
         return deltas + parts
@@ -160,11 +184,11 @@ def _reasoning_members(text: str) -> dict[str, str]:
     return {"reasoning": text, "reasoning_content": text}
 
 
-def within_context(job: GenerationRequest, context: ServingContext) -> GenerationRequest:
+def within_context(job: GenerationRequest, model: ServedModel) -> GenerationRequest:
     """`job`, whose prompt is encoded, with `max_tokens` cut to what fits the model's context: a bound, as protocols that give
     it in every request mean it.
     """
-    ready, max_tokens = context.client.ready, job.params.max_tokens
+    ready, max_tokens = model.ready, job.params.max_tokens
     if ready is None or max_tokens is None:
         return job
     remaining = max(1, ready.max_model_len - len(job.prompt))
@@ -172,7 +196,7 @@ def within_context(job: GenerationRequest, context: ServingContext) -> Generatio
 
 
 async def encode_chat(
-    context: ServingContext,
+    model: ServedModel,
     request: ChatCompletionRequest | TokenizeRequest,
     messages: list[dict[str, Any]],
     *,
@@ -182,7 +206,7 @@ async def encode_chat(
     """Token ids of the conversation in `request`, whose `messages` are in the template's form, through the chat template."""
     continues = bool(request.continue_final_message)
     add_generation_prompt = request.add_generation_prompt
-    return await context.generator.pool.render_chat_and_encode(
+    return await model.generator.pool.render_chat_and_encode(
         messages,
         tools=tools,
         add_generation_prompt=not continues if add_generation_prompt is None else add_generation_prompt,

@@ -10,8 +10,8 @@ from typing_extensions import override
 from pagoda.errors import NotSupportedError
 from pagoda.request import GenerationRequest
 from pagoda.sampling.output import FinishReason
-from pagoda.serving.context import ServingContext
 from pagoda.serving.generation import check_cost, limit_time
+from pagoda.serving.models import ServedModel
 from pagoda.serving.openai.call import Call, Choice, Part
 from pagoda.serving.openai.finish import finish_fields
 from pagoda.serving.openai.logprobs import CompletionLogprobs, joined, prompt_logprobs
@@ -28,7 +28,7 @@ class CompletionCall(Call):
     object_name = "text_completion"
     chunk_object_name = "text_completion"
 
-    def __init__(self, context: ServingContext, request: CompletionRequest, seconds: float | None) -> None:
+    def __init__(self, model: ServedModel, request: CompletionRequest, seconds: float | None) -> None:
         """Check everything that can be checked before a prompt is tokenized; `seconds` is the header's limit."""
         check_stream_options(request)
         # An echoed prompt has log-probabilities too.
@@ -37,10 +37,10 @@ class CompletionCall(Call):
         self._shows_prompt_only = bool(request.echo) and request.max_tokens == 0
         if self._shows_prompt_only:  # what is generated, for the engine does not do without, is not shown
             overrides |= {"max_tokens": 1, "min_tokens": None}
-        job = limit_time(generation_request(request, context.generator.sampling_params, overrides), seconds)
+        job = limit_time(generation_request(request, model.generator.sampling_params, overrides), seconds)
         if request.stream and echoes_logprobs and job.params.n > 1:
             raise NotSupportedError("echo with logprobs and n > 1 cannot be streamed; leave stream out, or n")
-        super().__init__(context, request)
+        super().__init__(model, request)
         self._request = request
         add_special_tokens = request.add_special_tokens is not False
         check_cost(job.params, len(request.prompt))
@@ -57,7 +57,7 @@ class CompletionCall(Call):
     def choice(self, index: int) -> Choice:
         prompt_index = index // self._jobs[0].params.n
         echoed = self._echoed[prompt_index] if self._request.echo else None
-        tokenizer = self._context.generator.pool.tokenizer
+        tokenizer = self._model.generator.pool.tokenizer
         return _CompletionChoice(index, self._request, tokenizer, echoed)
 
     @override
@@ -72,7 +72,7 @@ class CompletionCall(Call):
     async def _text_of(self, job: GenerationRequest) -> str:
         if isinstance(job.prompt, str):
             return job.prompt
-        pool = self._context.generator.pool
+        pool = self._model.generator.pool
         return await pool.decode(job.prompt, skip_special_tokens=job.params.skip_special_tokens)
 
 
@@ -94,7 +94,8 @@ class _CompletionChoice(Choice):
     @override
     async def deltas(self, chunk: GenerationChunk) -> list[dict[str, Any]]:
         choice = self._choice(chunk)
-        shows = choice["text"] or choice["logprobs"] or choice["finish_reason"] or "prompt_logprobs" in choice
+        shows = choice["text"] or choice["logprobs"] or choice["finish_reason"] or choice.get("token_ids")
+        shows = shows or "prompt_logprobs" in choice
         return [choice] if shows else []
 
     @override
@@ -111,6 +112,10 @@ class _CompletionChoice(Choice):
         }
         if self._request.prompt_logprobs is not None and part.prompt_logprobs is not None:
             choice["prompt_logprobs"] = prompt_logprobs(part.prompt_logprobs)
+        if self._request.return_token_ids:
+            choice["token_ids"] = list(part.token_ids)
+            if part.prompt_token_ids is not None:
+                choice["prompt_token_ids"] = part.prompt_token_ids
         return choice
 
     def _logprobs_of(self, part: GenerationChunk | CompletionOutput) -> dict[str, Any] | None:

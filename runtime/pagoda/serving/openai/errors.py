@@ -9,7 +9,10 @@ from pagoda.serving.http.documentation import error_responses
 from pagoda.serving.openai.types import OpenAIErrorResponse
 from pagoda.serving.status import ErrorReport
 
-PATH_PREFIXES = ("/v1/", "/openai/", "/tokenize", "/detokenize", "/invocations")
+PATH_PREFIXES = (
+    *("/v1/", "/openai/", "/tokenize", "/detokenize", "/invocations"),
+    *("/score", "/rerank", "/v2/rerank", "/classify", "/pooling"),
+)
 
 openai_errors = partial(error_responses, OpenAIErrorResponse)
 """`responses` of a route for these error statuses."""

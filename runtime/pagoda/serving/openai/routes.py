@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from pagoda.errors import InvalidRequestError, NotSupportedError
+from pagoda.errors import InvalidRequestError
 from pagoda.serving.context import ServingContext
 from pagoda.serving.http.bodies import decode_body, parse_object
 from pagoda.serving.http.disconnect import until_disconnect
@@ -16,10 +16,12 @@ from pagoda.serving.http.documentation import request_body
 from pagoda.serving.http.event_stream import open_event_stream
 from pagoda.serving.http.responses import json_response
 from pagoda.serving.model_paths import MODEL_NAME
+from pagoda.serving.models import ServedModel
 from pagoda.serving.openai.call import Call
 from pagoda.serving.openai.chat import ChatCall, encode_chat
 from pagoda.serving.openai.completions import CompletionCall
 from pagoda.serving.openai.errors import openai_error, openai_errors
+from pagoda.serving.openai.render import RenderedRequest, rendered
 from pagoda.serving.openai.requests import parse_request, template_messages
 from pagoda.serving.openai.tools import template_tools
 from pagoda.serving.openai.types import (
@@ -47,23 +49,24 @@ Made = TypeVar("Made")
 
 
 def openai_router(context: ServingContext, prefix: str, started: int) -> APIRouter:
-    """Models, completions, chat completions and embeddings under one prefix. `started`: when, in seconds since the epoch."""
+    """Models, completions and chat completions under one prefix. `started`: when, in seconds since the epoch."""
     router = APIRouter(prefix=prefix, tags=["openai"], include_in_schema=prefix == PREFIXES[0])
     errors = openai_errors(*GENERATION_ERRORS)
 
     @router.get("/models", response_model=ModelList, responses=openai_errors(401, 503))
     @router.get("/models/", include_in_schema=False)
     async def models() -> Response:
-        """The served model under each of its names, once it is ready."""
-        context.health.check_ready()
-        names = [name for served in context.models for name in served.names]
-        return json_response({"object": "list", "data": [_card(context, name, started) for name in names]})
+        """Each served model under each of its names, and its adapters, loaded or not; the only one, once it is ready."""
+        context.repository.check_open()
+        cards = [_card(model, name, started) for served in context.models for name, model in served.listed]
+        return json_response({"object": "list", "data": cards})
 
     @router.get(f"/models/{MODEL_NAME}", response_model=ModelCard, responses=openai_errors(401, 404, 503))
     async def model(model_name: str) -> Response:
         """The served model by one of its names, which may have slashes."""
-        context.models.find(model_name).health.check_ready()
-        return json_response(_card(context, model_name, started))
+        served = context.models.find(model_name)
+        context.repository.check_open()
+        return json_response(_card(served, model_name, started))
 
     @router.post(
         "/completions",
@@ -75,7 +78,7 @@ def openai_router(context: ServingContext, prefix: str, started: int) -> APIRout
         """Complete prompts; `stream: true` streams events that end with `[DONE]`."""
         seconds = requested_seconds(request)
         body, call = await read_request(
-            context, request, CompletionRequest, lambda body: (body, CompletionCall(context, body, seconds))
+            context, request, CompletionRequest, lambda model, body: (body, CompletionCall(model, body, seconds))
         )
         return await _response(context, request, body, call)
 
@@ -89,14 +92,36 @@ def openai_router(context: ServingContext, prefix: str, started: int) -> APIRout
         """Continue a conversation; `stream: true` streams events that end with `[DONE]`."""
         seconds = requested_seconds(request)
         body, call = await read_request(
-            context, request, ChatCompletionRequest, lambda body: (body, ChatCall(context, body, seconds))
+            context, request, ChatCompletionRequest, lambda model, body: (body, ChatCall(model, body, seconds))
         )
         return await _response(context, request, body, call)
 
-    @router.post("/embeddings", responses=openai_errors(400, 401), response_class=Response)
-    async def embeddings() -> Response:
-        """Not supported."""
-        raise NotSupportedError("embeddings are not supported by this server; it serves a generating model")
+    @router.post(
+        "/completions/render",
+        response_model=list[RenderedRequest],
+        responses=errors,
+        openapi_extra=request_body(CompletionRequest),
+    )
+    async def render_completions(request: Request) -> Response:
+        """Token ids and sampling parameters of each prompt; nothing is generated."""
+        model, body, call = await read_request(
+            context, request, CompletionRequest, lambda model, body: (model, body, CompletionCall(model, body, None))
+        )
+        return json_response(await until_disconnect(request, rendered(model, body, call)))
+
+    @router.post(
+        "/chat/completions/render",
+        response_model=RenderedRequest,
+        responses=errors,
+        openapi_extra=request_body(ChatCompletionRequest),
+    )
+    async def render_chat(request: Request) -> Response:
+        """Token ids and sampling parameters of a conversation; nothing is generated."""
+        model, body, call = await read_request(
+            context, request, ChatCompletionRequest, lambda model, body: (model, body, ChatCall(model, body, None))
+        )
+        (only,) = await until_disconnect(request, rendered(model, body, call))
+        return json_response(only)
 
     return router
 
@@ -115,14 +140,17 @@ def invocations_router(context: ServingContext) -> APIRouter:
         """What `/v1/chat/completions` or `/v1/completions` answer."""
         seconds = requested_seconds(request)
 
-        def parsed(content: Mapping[str, Any]) -> tuple[SamplingFields, Call]:
+        def parsed(content: Mapping[str, Any]) -> ChatCompletionRequest | CompletionRequest:
             if "messages" in content:
-                conversation = _for_model(context, parse_request(ChatCompletionRequest, content))
-                return conversation, ChatCall(context, conversation, seconds)
-            completion = _for_model(context, parse_request(CompletionRequest, content))
-            return completion, CompletionCall(context, completion, seconds)
+                return parse_request(ChatCompletionRequest, content)
+            return parse_request(CompletionRequest, content)
 
-        body, call = await _read_object(context, request, parsed)
+        def made(model: ServedModel, body: ChatCompletionRequest | CompletionRequest) -> tuple[SamplingFields, Call]:
+            if isinstance(body, ChatCompletionRequest):
+                return body, ChatCall(model, body, seconds)
+            return body, CompletionCall(model, body, seconds)
+
+        body, call = await _read_object(context, request, parsed, made)
         return await _response(context, request, body, call)
 
     return router
@@ -141,8 +169,8 @@ def tokenizer_router(context: ServingContext) -> APIRouter:
     )
     async def tokenize(request: Request) -> Response:
         """Token ids of a prompt or of a conversation."""
-        body = await read_request(context, request, TokenizeRequest, _checked)
-        return json_response(await until_disconnect(request, _tokenize(context, body)))
+        model, body = await read_request(context, request, TokenizeRequest, _checked)
+        return json_response(await until_disconnect(request, _tokenize(model, body)))
 
     @router.post(
         "/detokenize",
@@ -152,38 +180,44 @@ def tokenizer_router(context: ServingContext) -> APIRouter:
     )
     async def detokenize(request: Request) -> Response:
         """Text of token ids."""
-        tokens = await read_request(context, request, DetokenizeRequest, lambda body: body.tokens)
-        work = context.generator.pool.decode_request(tokens, _num_token_ids(context))
+        model, tokens = await read_request(
+            context, request, DetokenizeRequest, lambda model, body: (model, body.tokens)
+        )
+        work = model.text.pool.decode_request(tokens, _num_token_ids(model))
         return json_response({"prompt": await until_disconnect(request, work)})
 
     return router
 
 
 async def read_request(
-    context: ServingContext, request: Request, kind: type[Body], make: Callable[[Body], Made]
+    context: ServingContext, request: Request, kind: type[Body], make: Callable[[ServedModel, Body], Made]
 ) -> Made:
-    """What `make` makes of the checked body of a request for the served model, once that is ready.
+    """What `make` makes of the model that a request asks for, once that is ready, and of the checked body.
 
     A large body is parsed and checked, and `make` called, beside the event loop.
     """
-    return await _read_object(context, request, lambda content: make(_for_model(context, parse_request(kind, content))))
+    return await _read_object(context, request, lambda content: parse_request(kind, content), make)
 
 
-async def _read_object(context: ServingContext, request: Request, make: Callable[[Mapping[str, Any]], Made]) -> Made:
-    context.health.check_ready()
-    limits = context.json_limits
-    return await decode_body(
+async def _read_object(
+    context: ServingContext,
+    request: Request,
+    parse: Callable[[Mapping[str, Any]], Body],
+    make: Callable[[ServedModel, Body], Made],
+) -> Made:
+    models = context.models
+    context.repository.check_open()
+    limits = models.json_limits
+    size, body = await decode_body(
         request,
         context.config.max_body_bytes,
         context.decoding,
-        lambda content: make(parse_object(content, limits)),
+        lambda content: (len(content), parse(parse_object(content, limits))),
     )
-
-
-def _for_model(context: ServingContext, body: Body) -> Body:
-    if body.model is not None:
-        context.models.find(body.model)
-    return body
+    model = models.asked(body.model)
+    ready = context.repository.ready(model, requested_seconds(request))
+    model = await (ready if model.health.is_ready else until_disconnect(request, ready))
+    return await context.decoding.run(size, lambda: make(model, body))
 
 
 async def _response(context: ServingContext, request: Request, body: SamplingFields, call: Call) -> Response:
@@ -197,39 +231,39 @@ def requested_seconds(request: Request) -> float | None:
     return parse_timeout_header(request.headers.get(TIMEOUT_HEADER))
 
 
-def _card(context: ServingContext, name: str, created: int) -> dict[str, Any]:
-    ready = context.client.ready
+def _card(model: ServedModel, name: str, created: int) -> dict[str, Any]:
+    ready = model.ready
     return {
         "id": name,
         "object": "model",
         "created": created,
         "owned_by": "pagoda",
-        "root": context.config.model or context.model_name,
-        "parent": None,
+        "root": model.root,
+        "parent": model.parent,
         "max_model_len": ready.max_model_len if ready is not None else None,
     }
 
 
-def _num_token_ids(context: ServingContext) -> int:
+def _num_token_ids(model: ServedModel) -> int:
     """Ids of the model or of its tokenizer: either may have some that the other has not."""
-    ready = context.client.ready
-    return max(context.generator.pool.tokenizer.vocab_size, ready.vocab_size if ready is not None else 0)
+    ready = model.ready
+    return max(model.text.pool.tokenizer.vocab_size, ready.vocab_size if ready is not None else 0)
 
 
-def _checked(body: TokenizeRequest) -> TokenizeRequest:
+def _checked(model: ServedModel, body: TokenizeRequest) -> tuple[ServedModel, TokenizeRequest]:
     if (body.prompt is None) == (body.messages is None):
         raise InvalidRequestError("give exactly one of prompt and messages", "prompt")
-    return body
+    return model, body
 
 
-async def _tokenize(context: ServingContext, body: TokenizeRequest) -> dict[str, Any]:
-    pool = context.generator.pool
+async def _tokenize(model: ServedModel, body: TokenizeRequest) -> dict[str, Any]:
+    pool = model.text.pool
     if body.prompt is not None:
         token_ids = await pool.encode(body.prompt, add_special_tokens=body.add_special_tokens is not False)
     else:
         messages = template_messages(body.messages or [])
-        token_ids = await encode_chat(context, body, messages, tools=template_tools(body.tools, None))
-    ready = context.client.ready
+        token_ids = await encode_chat(model, body, messages, tools=template_tools(body.tools, None))
+    ready = model.ready
     return {
         "count": len(token_ids),
         "max_model_len": ready.max_model_len if ready is not None else None,

@@ -13,7 +13,7 @@ from pagoda.request import AnswerOptions, GenerationRequest
 from pagoda.serving.openai.types import ChatCompletionRequest, ToolDefinition
 from pagoda.structured.spec import GrammarSpec
 from pagoda.text.responses.checkpoint import AnswerFormat
-from pagoda.text.responses.structural_tags import calls_or_json, calls_or_text, has_structural_tags, required_calls
+from pagoda.text.responses.structural_tags import calls_or_json, calls_or_text, required_calls
 from pagoda.text.responses.tools import ToolSet
 
 MAX_NAME_CHARACTERS = 128
@@ -36,7 +36,26 @@ def answer_options(request: ChatCompletionRequest, format: AnswerFormat | None) 
         tools={name: schemas[name] for name in allowed},
         parallel_tool_calls=request.parallel_tool_calls is not False and not is_named(request.tool_choice),
         continued=_continued(request),
+        thinking_token_budget=_thinking_token_budget(request.thinking_token_budget, format),
     )
+
+
+def _thinking_token_budget(budget: int | None, format: AnswerFormat | None) -> int | None:
+    """The budget, None without one; -1 is none, as vLLM has it."""
+    if budget is None or budget == -1:
+        return None
+    if budget < 0:
+        raise InvalidRequestError(
+            f"thinking_token_budget must be an integer of at least 0, or -1 for none, got {budget}",
+            "thinking_token_budget",
+        )
+    if format is None or not format.can_end_reasoning:
+        raise InvalidRequestError(
+            "thinking_token_budget cannot be held: this model's reasoning is not known to end with a marker. If it has one, "
+            "start the server with --reasoning-parser",
+            "thinking_token_budget",
+        )
+    return budget
 
 
 def is_named(choice: str | dict[str, Any] | None) -> bool:
@@ -56,14 +75,14 @@ def constrained(
         return job
     _, is_forced = _allowed_names(request.tool_choice, list(answer.tools))
     tools = ToolSet(answer.tools, answer.parallel_tool_calls)
-    if is_forced and not has_structural_tags(format.call_name):
+    if is_forced and format.grammar_name is None:
         raise InvalidRequestError(
             "a tool_choice that wants a call cannot be held in the format of this model's tool calls; auto and none can",
             "tool_choice",
         )
-    if not has_structural_tags(format.call_name):
+    if format.grammar_name is None:
         return job
-    name, grammar = str(format.call_name), job.params.structured_outputs
+    name, grammar = format.grammar_name, job.params.structured_outputs
     strict = [tool.function.name for tool in request.tools or () if tool.function and tool.function.strict]
     tag: dict[str, Any] | None = None
     if is_forced:
@@ -74,7 +93,7 @@ def constrained(
     ):  # the form of what is said after the calls
         tag = calls_or_json(name, tools, orjson.loads(grammar.source or '{"type": "object"}'))
     elif grammar is None and strict:
-        tag = calls_or_text(name, tools, strict)
+        tag = calls_or_text(name, tools, strict, one_reasoning=answer.thinking_token_budget is not None)
     if tag is None:
         return job
     params = replace(job.params, structured_outputs=GrammarSpec.of_structural_tag(tag))

@@ -1,19 +1,20 @@
 """What OpenAI's routes take and give, with the extra fields that vLLM's clients know.
 
-Requests are checked strictly (a string is no number) and to the first error: pydantic would make one for every element of a
-list and every branch of a union. Unknown fields are kept, logged once and otherwise ignored: new clients send new fields.
-Responses are built as plain dictionaries; the response types here document them and check them in tests.
+Requests are checked strictly (a string is no number; 8.0 is an integer) and to the first error: pydantic would make one for
+every element of a list and every branch of a union. Unknown fields are kept, logged once and otherwise ignored: new clients
+send new fields. Responses are built as plain dictionaries; the response types here document them and check them in tests.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError
 
 from pagoda.errors import InvalidRequestError, shown
 from pagoda.request import TokenIds
 from pagoda.serving.openai.validators import first_error, mapping, prompts, strings, token_ids
+from pagoda.serving.parameters import whole_number
 
 
 class RequestPart(BaseModel):
@@ -28,6 +29,7 @@ class RequestModel(RequestPart):
     model: str | None = Field(None, description="The served model; may be left out.")
 
 
+Integer = Annotated[int, BeforeValidator(whole_number)]
 Strings = Annotated[list[str], PlainValidator(strings, json_schema_input_type=list[str])]
 Ids = Annotated[list[int] | TokenIds, PlainValidator(token_ids, json_schema_input_type=list[int])]
 LogitBias = Annotated[dict[str, float], PlainValidator(mapping, json_schema_input_type=dict[str, float])]
@@ -44,12 +46,12 @@ class StreamOptions(RequestPart):
 class SamplingFields(RequestModel):
     """What the two generating routes have in common."""
 
-    max_tokens: int | None = None
+    max_tokens: Integer | None = None
     temperature: float | None = None
     top_p: float | None = None
-    n: int | None = None
+    n: Integer | None = None
     stop: str | Strings | None = None
-    seed: int | None = None
+    seed: Integer | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     logit_bias: LogitBias | None = None
@@ -58,25 +60,29 @@ class SamplingFields(RequestModel):
     user: str | None = Field(None, description="Accepted and not used.")
 
     # Beyond OpenAI, by vLLM's names.
-    top_k: int | None = None
+    top_k: Integer | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
-    min_tokens: int | None = None
+    min_tokens: Integer | None = None
     ignore_eos: bool | None = None
     stop_token_ids: Ids | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     bad_words: Strings | None = None
     allowed_token_ids: Ids | None = None
-    prompt_logprobs: int | None = None
+    prompt_logprobs: Integer | None = None
     add_special_tokens: bool | None = None
     return_tokens_as_token_ids: bool | None = Field(
         None, description="Tokens in logprobs as `token_id:N`: texts of tokens may be equal, or no text at all."
     )
-    priority: int | None = None
+    return_token_ids: bool | None = Field(
+        None,
+        description="`token_ids` of the answer beside its text, in each event those that are new, and `prompt_token_ids`.",
+    )
+    priority: Integer | None = None
     cache_salt: str | None = None
     timeout_seconds: float | None = Field(None, description="Seconds from arrival after which the request is ended.")
-    num_speculative_tokens: int | None = Field(
+    num_speculative_tokens: Integer | None = Field(
         None, description="Most drafts in a step, below the server's own number; 0: no speculative decoding."
     )
 
@@ -89,10 +95,15 @@ class SamplingFields(RequestModel):
     )
     guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = None
-    guided_choice: list[str] | None = None
+    guided_choice: Annotated[list[str], Field(fail_fast=True)] | None = None
     guided_grammar: str | None = None
     guided_whitespace_pattern: str | None = None
     guided_decoding_backend: str | None = Field(None, description="Accepted and not used.")
+    # By SGLang's and llama.cpp's names.
+    json_schema: dict[str, Any] | str | None = None
+    regex: str | None = None
+    ebnf: str | None = None
+    grammar: str | None = None
 
 
 class CompletionRequest(SamplingFields):
@@ -106,7 +117,7 @@ class CompletionRequest(SamplingFields):
         list[str | list[int] | TokenIds],
         PlainValidator(prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
     ]
-    logprobs: int | None = None
+    logprobs: Integer | None = None
     echo: bool | None = None
 
 
@@ -153,7 +164,7 @@ class Message(RequestPart):
     """One message of a conversation; text may come in parts."""
 
     role: str
-    content: str | Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
+    content: str | Annotated[list[dict[str, Any] | str], Field(fail_fast=True)] | None = None
     name: str | None = None
     reasoning: str | None = Field(None, description="What an assistant's message had; reasoning_content is the same.")
     reasoning_content: str | None = None
@@ -161,21 +172,25 @@ class Message(RequestPart):
     tool_call_id: str | None = None
 
 
-def _messages(value: object) -> list[dict[str, Any]]:
-    """Messages as the client wrote them: a `Message` of each would take ten times its memory."""
-    if not isinstance(value, list):
-        raise ValueError(f"a list of messages is needed, got {shown(value)}")
-    for index, message in enumerate(value):
-        try:
-            Message.model_validate(message)
-        except ValidationError as error:
-            where, what = first_error(error)
-            where = ".".join(("messages", str(index), where)) if where else f"messages.{index}"
-            raise InvalidRequestError(f"{where}: {what}", "messages") from None
-    return value
+def messages_of(kind: type[RequestPart]) -> PlainValidator:
+    """A field of messages as the client wrote them, each checked as a `kind`, which held would take ten times its memory."""
+
+    def check(value: object) -> list[dict[str, Any]]:
+        if not isinstance(value, list):
+            raise ValueError(f"a list of messages is needed, got {shown(value)}")
+        for index, message in enumerate(value):
+            try:
+                kind.model_validate(message)
+            except ValidationError as error:
+                where, what = first_error(error)
+                where = ".".join(("messages", str(index), where)) if where else f"messages.{index}"
+                raise InvalidRequestError(f"{where}: {what}", "messages") from None
+        return value
+
+    return PlainValidator(check, json_schema_input_type=list[kind])  # type: ignore[valid-type]
 
 
-Messages = Annotated[list[dict[str, Any]], PlainValidator(_messages, json_schema_input_type=list[Message])]
+Messages = Annotated[list[dict[str, Any]], messages_of(Message)]
 
 
 class TextPart(RequestPart):
@@ -189,7 +204,7 @@ class Prediction(RequestPart):
     """What the answer will mostly be, such as a file that is edited; with speculative decoding it then comes faster."""
 
     type: Literal["content"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
 
     @property
     def text(self) -> str:
@@ -203,13 +218,13 @@ class ChatCompletionRequest(SamplingFields):
     model_config = ConfigDict(
         strict=True,
         extra="allow",
-        json_schema_extra={"example": {"messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 32}},
+        json_schema_extra={"example": {"messages": [{"role": "user", "content": "Who are you?"}], "max_tokens": 32}},
     )
 
     messages: Messages
-    max_completion_tokens: int | None = Field(None, description="Wins over max_tokens.")
+    max_completion_tokens: Integer | None = Field(None, description="Wins over max_tokens.")
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: Integer | None = None
     prediction: Prediction | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
@@ -219,13 +234,16 @@ class ChatCompletionRequest(SamplingFields):
     parallel_tool_calls: bool | None = None
     reasoning_effort: str | None = None
     enable_thinking: bool | None = Field(None, description="The same as in chat_template_kwargs.")
+    thinking_token_budget: Integer | None = Field(
+        None, description="Tokens of reasoning; then its end is forced. -1: no bound."
+    )
     include_reasoning: bool | None = Field(None, description="false: reasoning is left out of the answer.")
 
 
 class TokenizeRequest(RequestModel):
     """A text, or a conversation through the chat template."""
 
-    model_config = ConfigDict(strict=True, extra="allow", json_schema_extra={"example": {"prompt": "Hello"}})
+    model_config = ConfigDict(strict=True, extra="allow", json_schema_extra={"example": {"prompt": "Once upon a time"}})
 
     prompt: str | None = None
     messages: Messages | None = None
@@ -302,6 +320,8 @@ class CompletionChoice(BaseModel):
     finish_reason: Literal["stop", "length"] | None
     stop_reason: int | str | None = None
     prompt_logprobs: list[dict[str, Any] | None] | None = None
+    token_ids: list[int] | None = None
+    prompt_token_ids: list[int] | None = None
 
 
 class CompletionResponse(BaseModel):
@@ -368,6 +388,7 @@ class ChatChoice(BaseModel):
     logprobs: ChatLogprobs | None
     finish_reason: Literal["stop", "length", "tool_calls"] | None
     stop_reason: int | str | None = None
+    token_ids: list[int] | None = None
 
 
 class ChatCompletionResponse(BaseModel):
@@ -380,6 +401,7 @@ class ChatCompletionResponse(BaseModel):
     choices: list[ChatChoice]
     usage: Usage
     prompt_logprobs: list[dict[str, Any] | None] | None = None
+    prompt_token_ids: list[int] | None = None
 
 
 class ModelCard(BaseModel):

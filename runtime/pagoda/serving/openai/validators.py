@@ -16,33 +16,31 @@ PROMPT_FORMS = "a string, a list of strings, a list of token ids, or a list of l
 Prompt = str | list[int] | TokenIds
 
 
-def prompts(value: object) -> list[Prompt]:
-    """The prompts of a request, one or several: text, or token ids."""
+def prompts(value: object, name: str = "prompt", most: int = MAX_SEQUENCES_PER_REQUEST) -> list[Prompt]:
+    """The prompts of a request, one or several, at most `most`: text, or token ids. `name`: of the field, for errors."""
     if isinstance(value, str):
         return [value]
     if isinstance(value, TokenIds):
         return [value]
     if not isinstance(value, list) or not value:
-        raise InvalidRequestError(f"prompt must be {PROMPT_FORMS}, and not empty", "prompt")
+        raise InvalidRequestError(f"{name} must be {PROMPT_FORMS}, and not empty", name)
     if isinstance(value[0], int):
-        return [_prompt_ids(value)]
-    if len(value) > MAX_SEQUENCES_PER_REQUEST:
-        raise InvalidRequestError(
-            f"prompt has {len(value)} prompts; at most {MAX_SEQUENCES_PER_REQUEST} are allowed", "prompt"
-        )
+        return [_prompt_ids(value, name)]
+    if len(value) > most:
+        raise InvalidRequestError(f"{name} has {len(value)} prompts; at most {most} are allowed", name)
     is_text = isinstance(value[0], str)
     if not all(isinstance(entry, str) == is_text for entry in value):
-        raise InvalidRequestError(f"prompt must be {PROMPT_FORMS}", "prompt")
-    return value if is_text else [_prompt_ids(entry) for entry in value]
+        raise InvalidRequestError(f"{name} must be {PROMPT_FORMS}", name)
+    return value if is_text else [_prompt_ids(entry, name) for entry in value]
 
 
-def _prompt_ids(value: object) -> list[int] | TokenIds:
+def _prompt_ids(value: object, name: str) -> list[int] | TokenIds:
     if not isinstance(value, list | TokenIds) or not all_token_ids(value):
         raise InvalidRequestError(
-            f"prompt must be {PROMPT_FORMS}, and an id an integer of at most {MAX_TOKEN_ID}, none below 0", "prompt"
+            f"{name} must be {PROMPT_FORMS}, and an id an integer of at most {MAX_TOKEN_ID}, none below 0", name
         )
     if not value:
-        raise InvalidRequestError("a prompt of token ids must hold at least one id", "prompt")
+        raise InvalidRequestError("a prompt of token ids must hold at least one id", name)
     return value
 
 
@@ -81,6 +79,7 @@ def mapping(value: object) -> dict[str, Any]:
 
 
 def first_error(error: ValidationError) -> tuple[str, str]:
-    """Where the first error is, with dots, and what it says."""
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    return ".".join(str(part) for part in first["loc"])[:200], first["msg"][:300]
+    """Where the first error is, with dots, and what it says, with the value where a value is what is wrong."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    found = f", got {shown(first['input'])}" if first["type"].endswith(("_type", "_parsing")) else ""
+    return ".".join(str(part) for part in first["loc"])[:200], first["msg"].removeprefix("Value error, ")[:300] + found

@@ -12,8 +12,8 @@ from pagoda.request import TokenIds
 from pagoda.serving.http.bodies import parse_object
 from pagoda.serving.json_decoding import JsonLimits
 from pagoda.serving.parameters import TIMEOUT_HEADER, as_boolean, parse_timeout_header
+from pagoda.serving.v2.call import V2Call
 from pagoda.serving.v2.inference import INPUT_IDS, TEXT_INPUT, V2Request, check_request_id, logprobs_json
-from pagoda.serving.v2.service import MODEL_VERSION, V2Call
 from pagoda.serving.v2.tensors import BYTES, tensor_from_values
 from pagoda.text.output import CompletionOutput
 
@@ -52,7 +52,7 @@ def decode_generate(
 def envelope(call: V2Call) -> dict[str, Any]:
     """The members that every response and every event of a call begin with."""
     request_id = {"id": call.request.request_id} if call.request.request_id else {}
-    return {**request_id, "model_name": call.model.name, "model_version": MODEL_VERSION}
+    return {**request_id, "model_name": call.model.name, "model_version": call.model.version}
 
 
 def encode_result(call: V2Call, result: CompletionOutput) -> dict[str, Any]:

@@ -15,10 +15,12 @@ from pagoda.serving.http.documentation import event_stream, request_body
 from pagoda.serving.http.event_stream import Events, EventTemplate, event, open_event_stream
 from pagoda.serving.http.responses import json_response
 from pagoda.serving.model_paths import V2_MODEL, V2_VERSION
+from pagoda.serving.parameters import TIMEOUT_HEADER, parse_timeout_header
+from pagoda.serving.v2.call import V2Call
 from pagoda.serving.v2.errors import v2_errors, v2_stream_error
 from pagoda.serving.v2.generate_codec import decode_generate, encode_result, envelope
 from pagoda.serving.v2.schemas import GenerateRequest, GenerateResponse
-from pagoda.serving.v2.service import V2Call, V2Service
+from pagoda.serving.v2.service import V2Service
 from pagoda.text.output import CompletionOutput
 
 
@@ -45,8 +47,9 @@ def generate_router(context: ServingContext, service: V2Service) -> APIRouter:
         return await open_event_stream(request, _events(call), v2_stream_error, context.metrics)
 
     async def _prepare(request: Request, model_name: str, model_version: str | None) -> V2Call:
-        service.find_ready(model_name, model_version)  # before the body is read
-        headers, limits = request.headers, context.json_limits
+        # Before the body is read.
+        await service.wait_ready(model_name, model_version, parse_timeout_header(request.headers.get(TIMEOUT_HEADER)))
+        headers, limits = request.headers, context.models.json_limits
         call = await decode_body(
             request,
             context.config.max_body_bytes,

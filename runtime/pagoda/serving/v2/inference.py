@@ -18,7 +18,7 @@ import orjson
 
 from pagoda.errors import InvalidRequestError, NotSupportedError, shown
 from pagoda.request import MAX_TOKEN_ID, GenerationRequest, TokenIds
-from pagoda.serving.generation import MAX_SEQUENCES_PER_REQUEST, check_cost, limit_time
+from pagoda.serving.generation import MAX_SEQUENCES_PER_REQUEST, Job, check_cost, limit_time
 from pagoda.serving.json_values import finite_logprob
 from pagoda.serving.parameters import FIELDS, LIST_FIELDS, MAX_PARAMETER_IDS, MakeSampling, parse_parameters
 from pagoda.serving.v2.tensors import BYTES, INTEGER_DATATYPES, Tensor, text_of, values_of
@@ -40,6 +40,8 @@ OUTPUTS: tuple[dict[str, Any], ...] = (
     {"name": "logprobs", "datatype": BYTES, "shape": [-1]},
 )
 OUTPUT_NAMES = tuple(output["name"] for output in OUTPUTS)
+POOLED_OUTPUT_NAMES = ("embedding", "score", "probabilities", "label")
+"""Of models that pool, see `serving.v2.pooled`: a request's outputs are read before its model is known."""
 MAX_TENSORS = 64
 MAX_REQUEST_ID_CHARACTERS = 256
 PADDING_ID = -1
@@ -90,7 +92,7 @@ class V2Response:
 class V2Batch:
     """What a V2 request asks for: one job a prompt. `stream` and `output_names` hold for the whole request."""
 
-    jobs: list[GenerationRequest]
+    jobs: Sequence[Job]
     output_names: tuple[str, ...]
 
     @property
@@ -116,7 +118,7 @@ def check_request_id(request_id: str) -> str:
 
 def requested_output(name: str, parameters: Mapping[str, object]) -> RequestedOutput:
     """One entry of a request's `outputs`, checked."""
-    if name not in OUTPUT_NAMES:
+    if name not in OUTPUT_NAMES and name not in POOLED_OUTPUT_NAMES:
         raise InvalidRequestError(f"unknown output {shown(name)}; the outputs are {', '.join(OUTPUT_NAMES)}", "outputs")
     binary_data: bool | None = None
     for key, value in parameters.items():
@@ -148,7 +150,7 @@ def parse_infer(request: V2Request, make_sampling: MakeSampling) -> V2Batch:
             known = ", ".join((TEXT_INPUT, INPUT_IDS, *sorted(FIELDS)))
             raise InvalidRequestError(f"unknown input {shown(tensor.name)}; the inputs are {known}", "inputs")
         tensors[tensor.name] = tensor
-    prompts = _prompts(tensors.pop(TEXT_INPUT, None), tensors.pop(INPUT_IDS, None))
+    prompts = prompts_of(tensors.pop(TEXT_INPUT, None), tensors.pop(INPUT_IDS, None))
     for name in tensors:
         if name in request.parameters:
             raise InvalidRequestError(f"{name} is given both as a tensor and as a parameter", name)
@@ -184,7 +186,8 @@ def _candidate(token: TokenLogprob) -> dict[str, Any]:
     }
 
 
-def _prompts(text: Tensor | None, ids: Tensor | None) -> list[str | list[int] | TokenIds]:
+def prompts_of(text: Tensor | None, ids: Tensor | None) -> list[str | list[int] | TokenIds]:
+    """The prompts of the two inputs, of which one is given."""
     if text is not None and ids is not None:
         raise InvalidRequestError(f"give {TEXT_INPUT} or {INPUT_IDS}, not both", "inputs")
     if text is not None:
@@ -275,6 +278,10 @@ def _output_names(outputs: tuple[RequestedOutput, ...], jobs: list[GenerationReq
         wants_logprobs = any(job.params.logprobs is not None for job in jobs)
         return OUTPUT_NAMES if wants_logprobs else OUTPUT_NAMES[:-1]
     names = tuple(output.name for output in outputs)
+    if of_others := [name for name in names if name not in OUTPUT_NAMES]:
+        raise InvalidRequestError(
+            f"unknown output {shown(of_others[0])}; the outputs are {', '.join(OUTPUT_NAMES)}", "outputs"
+        )
     if len(set(names)) != len(names):
         raise InvalidRequestError(f"an output is named twice in {', '.join(names[: len(OUTPUT_NAMES)])}", "outputs")
     return names

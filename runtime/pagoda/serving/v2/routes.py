@@ -16,6 +16,7 @@ from pagoda.serving.http.disconnect import until_disconnect
 from pagoda.serving.http.documentation import request_body
 from pagoda.serving.http.responses import json_response
 from pagoda.serving.model_paths import MODEL_NAME, V2_MODEL, V2_VERSION
+from pagoda.serving.parameters import TIMEOUT_HEADER, parse_timeout_header
 from pagoda.serving.v2.errors import v2_errors
 from pagoda.serving.v2.json_codec import decode_infer, encode_infer
 from pagoda.serving.v2.schemas import (
@@ -28,9 +29,10 @@ from pagoda.serving.v2.schemas import (
     ReadyResponse,
     RepositoryEntry,
     ServerMetadataResponse,
+    UnloadResponse,
 )
 from pagoda.serving.v2.service import V2Service
-from pagoda.serving.v2.triton import model_config, model_statistics
+from pagoda.serving.v2.triton import model_config, statistics
 
 
 def v2_router(context: ServingContext, service: V2Service) -> APIRouter:
@@ -73,8 +75,8 @@ def v2_router(context: ServingContext, service: V2Service) -> APIRouter:
     @router.post(f"{V2_VERSION}/infer", response_model=InferenceResponse, responses=errors, openapi_extra=body)
     async def infer(request: Request, model_name: str, model_version: str | None = None) -> Response:
         """Generate for a batch of prompts; tensors as JSON or as binary data behind it."""
-        service.find_ready(model_name, model_version)  # before the body is read
-        headers, limits = request.headers, context.json_limits
+        await service.wait_ready(model_name, model_version, requested_seconds(request))  # before the body is read
+        headers, limits = request.headers, context.models.json_limits
         call = await decode_body(
             request,
             context.config.max_body_bytes,
@@ -89,13 +91,17 @@ def v2_router(context: ServingContext, service: V2Service) -> APIRouter:
         """Triton's model configuration."""
         return model_config(service.model_metadata(model_name, model_version))
 
+    # Before the paths with a name, which would match it.
+    @router.get("/v2/models/stats", responses=v2_errors(401))
+    async def stats_of_all() -> dict[str, Any]:
+        """Triton's statistics of every model."""
+        return {"model_stats": [statistics(service, state.name, None) for state in service.index()]}
+
     @router.get(f"{V2_MODEL}/stats", responses=v2_errors(401, 404))
     @router.get(f"{V2_VERSION}/stats", responses=v2_errors(401, 404))
-    async def statistics(model_name: str, model_version: str | None = None) -> dict[str, Any]:
+    async def stats(model_name: str, model_version: str | None = None) -> dict[str, Any]:
         """Triton's statistics of the model: requests that have ended, and their times."""
-        context.metrics.observe_steps()
-        model = service.model_metadata(model_name, model_version)
-        return {"model_stats": [model_statistics(model, context.metrics)]}
+        return {"model_stats": [statistics(service, model_name, model_version)]}
 
     # After the longer paths, which it would match too; the lower one is added first.
     @router.get(V2_MODEL, response_model=ModelMetadataResponse, responses=v2_errors(401, 404))
@@ -105,6 +111,11 @@ def v2_router(context: ServingContext, service: V2Service) -> APIRouter:
         return json_response(service.model_metadata(model_name, model_version))
 
     return router
+
+
+def requested_seconds(request: Request) -> float | None:
+    """The time that the client's header allows."""
+    return parse_timeout_header(request.headers.get(TIMEOUT_HEADER))
 
 
 def repository_router(context: ServingContext, service: V2Service) -> APIRouter:
@@ -122,15 +133,21 @@ def repository_router(context: ServingContext, service: V2Service) -> APIRouter:
 
     @router.post(f"/models/{MODEL_NAME}/load", response_model=LoadResponse, responses=v2_errors(400, 401, 404, 503))
     async def load(request: Request, model_name: str) -> Response:
-        """Success once the model is loaded; there is nothing else to load."""
-        await _optional_object(request)
-        return json_response({"name": service.load(model_name).name, "load": True})
+        """Success once the model is loaded; `parameters.config` has settings for as long as it is."""
+        model = await service.load(model_name, await _parameters(request))
+        return json_response({"name": model.name, "load": True})
 
-    @router.post(f"/models/{MODEL_NAME}/unload", responses=v2_errors(400, 401, 404))
-    async def unload(request: Request, model_name: str) -> None:
-        """Not supported: the model is served as long as the server runs."""
-        await _optional_object(request)
-        service.unload(model_name)
+    @router.post(f"/models/{MODEL_NAME}/unload", response_model=UnloadResponse, responses=v2_errors(400, 401, 404))
+    async def unload(request: Request, model_name: str) -> Response:
+        """Success once the model is unloaded, of several; the only model lives as long as the server."""
+        model = await service.unload(model_name, await _parameters(request))
+        return json_response({"name": model.name, "unload": True})
+
+    async def _parameters(request: Request) -> dict[str, object]:
+        parameters = (await _optional_object(request)).get("parameters") or {}
+        if not isinstance(parameters, dict):
+            raise InvalidRequestError("parameters must be a JSON object", "parameters")
+        return parameters
 
     async def _optional_object(request: Request) -> dict[str, object]:
         return await decode_body(

@@ -157,6 +157,13 @@ class RepositoryEntry(BaseModel):
     reason: str
 
 
+class UnloadResponse(BaseModel):
+    """The model is unloaded."""
+
+    name: str
+    unload: bool
+
+
 class LoadResponse(BaseModel):
     """The model is loaded."""
 

@@ -8,27 +8,24 @@ gRPC service     proto ─▶ grpc.codec ───┘      V2Call, V2Response  �
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import orjson
+
 import pagoda
 from pagoda.engine.health import EngineState
-from pagoda.errors import InvalidRequestError, ModelNotFoundError, NotSupportedError, shown
-from pagoda.serving.health import ServerHealth
-from pagoda.serving.models import ServedModel, ServedModels
-from pagoda.serving.v2.inference import (
-    INPUTS,
-    OUTPUTS,
-    V2Batch,
-    V2Request,
-    V2Response,
-    output_tensors,
-    parse_infer,
-)
-from pagoda.text.output import CompletionOutput, GenerationChunk
+from pagoda.errors import EngineNotReadyError, InvalidRequestError, ModelNotFoundError, NotSupportedError, shown
+from pagoda.serving.health import Health
+from pagoda.serving.models import ModelRegistry, ServedModel
+from pagoda.serving.repository import ModelRepository
+from pagoda.serving.v2.call import V2Call
+from pagoda.serving.v2.inference import INPUTS, OUTPUTS, V2Request, parse_infer
+from pagoda.serving.v2.pooled import POOLED_INPUTS, PooledCall, outputs_of, parse_pooled
+from pagoda.serving.versions import LOADING, Strategy, check_strategy, check_version
+from pagoda.text.pooling import TextPooler
 
-MODEL_VERSION = "1"
 PLATFORM = "pagoda"
 EXTENSIONS = (
     "model_repository",
@@ -69,45 +66,13 @@ class ModelState:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class V2Call:
-    """A checked request to a model that is ready. Nothing runs before one of its methods is called, once."""
-
-    model: ServedModel
-    request: V2Request
-    batch: V2Batch
-    engine_request_id: str
-
-    async def results(self) -> list[list[CompletionOutput]]:
-        """The finished sequences, `[prompt][sequence]`; cancelling the call aborts them in the engine."""
-        if self.batch.stream:
-            raise InvalidRequestError(
-                "stream is for generate_stream (REST) and ModelStreamInfer (gRPC); other methods give one response",
-                "stream",
-            )
-        return await self.model.runner.collect_all(self.batch.jobs, self.engine_request_id)
-
-    async def infer(self) -> V2Response:
-        """The outputs of all prompts together; cancelling the call aborts them in the engine."""
-        results = await self.results()
-        return V2Response(
-            model_name=self.model.name,
-            model_version=MODEL_VERSION,
-            request_id=self.request.request_id,
-            outputs=output_tensors(results, self.batch.output_names),
-        )
-
-    def stream(self) -> AsyncGenerator[tuple[int, GenerationChunk], None]:
-        """`(prompt index, chunk)` as they come; closing the iterator aborts all prompts in the engine."""
-        return self.model.runner.stream_all(self.batch.jobs, self.engine_request_id)
-
-
 class V2Service:
     """What the V2 protocol asks of this server. All methods raise `PagodaError`s whose sentence is for the client."""
 
-    def __init__(self, models: ServedModels, health: ServerHealth) -> None:
+    def __init__(self, models: ModelRegistry, health: Health, repository: ModelRepository) -> None:
         self._models = models
         self._health = health
+        self._repository = repository
 
     # ---- the server -----------------------------------------------------------------------------------------------
 
@@ -130,9 +95,15 @@ class V2Service:
     def find(self, name: str, version: str | None = None) -> ServedModel:
         """The model, ready or not; raises `ModelNotFoundError` for another name or version."""
         model = self._models.find(name)
-        if version not in (None, "", MODEL_VERSION):
+        if version not in (None, "", model.version):
+            for other in self._repository.other_versions(model):
+                if other.version == version:
+                    raise EngineNotReadyError(
+                        f"version {shown(version)} of model {name!r} takes no requests: {other.state}"
+                        f"{other.cause and f' ({other.cause})'}; version {model.version!r} serves"
+                    )
             raise ModelNotFoundError(
-                f"model {name!r} has no version {shown(version)}; its only version is {MODEL_VERSION!r}"
+                f"model {name!r} has no version {shown(version)}; its only version is {model.version!r}"
             )
         return model
 
@@ -142,38 +113,87 @@ class V2Service:
         model.health.check_ready()
         return model
 
+    async def wait_ready(self, name: str, version: str | None = None, seconds: float | None = None) -> ServedModel:
+        """The model that a request is for, once it takes requests, see `ModelRepository.ready`."""
+        return await self._repository.ready(self.find(name, version), seconds)
+
     def model_metadata(self, name: str, version: str | None = None) -> ModelMetadata:
         """Inputs and outputs of the model, loaded or not."""
-        return ModelMetadata(self.find(name, version).name, (MODEL_VERSION,), PLATFORM, INPUTS, OUTPUTS)
+        model = self.find(name, version)
+        text = model.runner.generator if model.runner.has_generator else None
+        inputs, outputs = (POOLED_INPUTS, outputs_of(text)) if isinstance(text, TextPooler) else (INPUTS, OUTPUTS)
+        return ModelMetadata(model.name, (model.version,), PLATFORM, inputs, outputs)
 
     def index(self, *, only_ready: bool = False) -> list[ModelState]:
-        """Every model of the repository with its state."""
-        states = [_state_of(model) for model in self._models]
+        """Every version of every model of the repository with its state."""
+        states = []
+        for model in self._models:
+            states.append(_state_of(model))
+            for other in self._repository.other_versions(model):
+                state = "LOADING" if other.state == LOADING else "UNAVAILABLE"
+                states.append(ModelState(model.name, other.version, state, other.cause or other.state))
         return [state for state in states if state.state == "READY" or not only_ready]
 
-    def load(self, name: str) -> ServedModel:
-        """The model, if it is loaded: it is loaded at start and never on demand."""
-        return self.find_ready(name)
+    async def load(self, name: str, parameters: Mapping[str, object] | None = None) -> ServedModel:
+        """The model, once it is loaded. `parameters`: Triton's `config`, a JSON object of settings for as long as it is, the
+        `version` that this is, and the `strategy` by which it takes the place of another.
 
-    def unload(self, name: str) -> None:
-        """Always raises: `NotSupportedError` for a model that is served."""
-        model = self.find(name)
-        raise NotSupportedError(
-            f"model {model.name!r} cannot be unloaded while the server runs; stop the server instead"
+        Raises what `ModelRepository.load` does.
+        """
+        model = await self._repository.find(name)
+        given = dict(parameters or {})
+        version, strategy = given.pop("version", None), given.pop("strategy", Strategy.ROLLING_UPDATE)
+        return await self._repository.load(
+            model,
+            _settings_of(given),
+            version=None if version is None else check_version(str(version)),
+            strategy=check_strategy(strategy),
         )
+
+    async def unload(self, name: str, parameters: Mapping[str, object] | None = None) -> ServedModel:
+        """The model, once it is unloaded. Raises what `ModelRepository.unload` does."""
+        model = self.find(name)
+        for key in parameters or {}:
+            if key != "unload_dependents":  # there are none
+                raise InvalidRequestError(f"unknown parameter {shown(key)}; unload_dependents is allowed", "parameters")
+        await self._repository.unload(model)
+        return model
 
     # ---- inference ------------------------------------------------------------------------------------------------
 
     def prepare(self, request: V2Request) -> V2Call:
         """Check everything that can be checked before a prompt is tokenized."""
         model = self.find_ready(request.model_name, request.model_version)
-        batch = parse_infer(request, model.runner.generator.sampling_params)
-        return V2Call(model, request, batch, f"{request.method}-{uuid.uuid4().hex}")
+        engine_request_id = f"{request.method}-{uuid.uuid4().hex}"
+        text = model.runner.generator
+        if isinstance(text, TextPooler):
+            return PooledCall(model, request, parse_pooled(request, text), engine_request_id, text)
+        return V2Call(model, request, parse_infer(request, text.sampling_params), engine_request_id)
+
+
+def _settings_of(parameters: Mapping[str, object]) -> Mapping[str, Any]:
+    """The settings in the parameters of a load."""
+    for key, value in parameters.items():
+        if key.startswith("file:"):
+            raise NotSupportedError("files of a model cannot be sent; put them into its directory")
+        if key != "config":
+            raise InvalidRequestError(
+                f"unknown parameter {shown(key)}; config, version and strategy are allowed", "parameters"
+            )
+        if isinstance(value, str | bytes):
+            try:
+                value = orjson.loads(value)
+            except orjson.JSONDecodeError as error:
+                raise InvalidRequestError(f"config is not JSON: {error}", "parameters") from None
+        if not isinstance(value, dict):
+            raise InvalidRequestError("config must be a JSON object of settings", "parameters")
+        return value
+    return {}
 
 
 def _state_of(model: ServedModel) -> ModelState:
     health = model.health
     if health.is_ready:
-        return ModelState(model.name, MODEL_VERSION, "READY", "")
+        return ModelState(model.name, model.version, "READY", "")
     state = "LOADING" if health.state is EngineState.STARTING else "UNAVAILABLE"
-    return ModelState(model.name, MODEL_VERSION, state, health.cause or health.phase)
+    return ModelState(model.name, model.version, state, health.cause or health.phase)

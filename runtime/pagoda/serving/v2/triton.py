@@ -1,4 +1,4 @@
-"""Triton's model configuration and statistics extensions on the REST wire, which perf_analyzer reads before it measures."""
+"""Triton's model configuration and statistics extensions, which perf_analyzer reads before it measures."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from pagoda.sampling.output import FinishReason
 from pagoda.serving.metrics.prometheus import Metrics
-from pagoda.serving.v2.service import ModelMetadata
+from pagoda.serving.v2.service import ModelMetadata, V2Service
 
 _NANOSECONDS = 1_000_000_000
 _FAILED = (FinishReason.ABORT, FinishReason.ERROR)
@@ -39,6 +39,13 @@ def model_config(model: ModelMetadata) -> dict[str, Any]:
         ],
         "model_transaction_policy": {"decoupled": True},
     }
+
+
+def statistics(service: V2Service, name: str, version: str | None) -> dict[str, Any]:
+    """Triton's statistics of a model up to now. Raises `ModelNotFoundError`."""
+    metrics = service.find(name, version).metrics
+    metrics.observe_steps()
+    return model_statistics(service.model_metadata(name, version), metrics)
 
 
 def model_statistics(model: ModelMetadata, metrics: Metrics) -> dict[str, Any]:

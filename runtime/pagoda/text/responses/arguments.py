@@ -278,8 +278,17 @@ def _python_source(cursor: TextCursor, ends: str) -> Reading[str]:
 
 
 def python_to_json(source: str) -> str:
-    """A Python literal as JSON; what is none (a name, a call) as the string that it is."""
+    """A Python literal as JSON; what is none (a name, a call) as the string that it is.
+
+    What is JSON is read as JSON: a grammar holds values to that, whose escapes are not all Python's.
+    """
     if source in _PYTHON_CONSTANTS:
+        return source
+    try:
+        json.loads(source, parse_constant=_no_json)
+    except (ValueError, RecursionError):
+        pass
+    else:
         return source
     try:
         if len(source) > 1 << 20 or max(map(source.count, "([{")) > 10_000:
@@ -393,6 +402,10 @@ def _hand_on(cursor: TextCursor, emit: Emit, position: int) -> None:
 def _escaped(text: str) -> str:
     """`text` as it stands within a JSON string."""
     return json.dumps(text, ensure_ascii=False)[1:-1]
+
+
+def _no_json(name: str) -> None:
+    raise ValueError(name)
 
 
 def _loads(text: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -11,10 +12,19 @@ from pagoda.errors import ConfigError
 from pagoda.request import AnswerOptions
 from pagoda.structured.spec import GrammarSpec
 from pagoda.text.responses.channels import ChannelParser
-from pagoda.text.responses.formats import CALL_NAMES, CALLS, HARMONY, REASONING, REASONING_NAMES
+from pagoda.text.responses.formats import CALL_NAMES, CALLS, HARMONY, HARMONY_END, REASONING, REASONING_NAMES
 from pagoda.text.responses.machine import MarkupParser
 from pagoda.text.responses.marks import NO_MARKS, Marks, bind
+from pagoda.text.responses.message import AssistantMessage, ToolCall
 from pagoda.text.responses.parser import ResponseParser
+from pagoda.text.responses.structural_tags import (
+    as_format,
+    example,
+    formats_with_tags,
+    harmony_answer,
+    has_structural_tags,
+    required_calls,
+)
 from pagoda.text.responses.syntax import ResponseFormat
 from pagoda.text.responses.tools import ToolSet
 
@@ -26,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 AUTO, OFF = "auto", "off"
 _TAIL_TOKENS = 32
+_HARMONY_ANALYSIS = "<|channel|>analysis<|message|>"
 _HARMONY_FINAL = "<|channel|>final<|message|>"
 _TEMPLATE_TAIL_TOKENS = 2048
 
@@ -72,11 +83,36 @@ class AnswerFormat:
         self._tokenizer = tokenizer
         self.call_name, self.reasoning_name = calls, reasoning
         self._template = template
+        self._reasoning = REASONING.get(reasoning or "") if template is None else template.reasoning
+
+    @property
+    def can_end_reasoning(self) -> bool:
+        """Whether there is a marker that ends the reasoning, so that it can be given a budget."""
+        if self.reasoning_name == "openai_gptoss":
+            return HARMONY_END in self._tokenizer.added_tokens
+        return self._reasoning is not None
 
     @property
     def has_calls(self) -> bool:
         """Whether tool calls can be told from content."""
         return self._template is not None or self.call_name is not None
+
+    @cached_property
+    def grammar_name(self) -> str | None:
+        """The format whose grammars hold calls, None where there is none; of a template, one whose calls it reads."""
+        if self._template is None:
+            return self.call_name if has_structural_tags(self.call_name) else None
+        from pagoda.text.responses.checkpoint_template import TemplateParser
+
+        tools = ToolSet({"f": {"type": "object", "properties": {}}}, parallel=False)
+        for name in formats_with_tags():
+            parser = TemplateParser(self._template, tools, "")
+            message = AssistantMessage.of(
+                [*parser.feed(example(required_calls(name, tools)["format"])), *parser.finish()]
+            )
+            if message.tool_calls == [ToolCall("f", arguments="{}")] and not message.content:
+                return name
+        return None
 
     @property
     def description(self) -> str:
@@ -112,23 +148,68 @@ class AnswerFormat:
         parser.reads_special_tokens = options.is_constrained
         return parser
 
-    def constrained(self, spec: GrammarSpec, options: AnswerOptions, prompt_token_ids: Sequence[int]) -> GrammarSpec:
-        """`spec`, so that it begins behind the reasoning of the answer to the prompt, if there is any."""
-        if self._template is not None:
-            return spec
+    def skipping_reasoning(self, prompt_token_ids: Sequence[int]) -> list[int]:
+        """What the model would have to say behind the prompt, so that the next token is the content's first."""
+        if self.reasoning_name == "openai_gptoss":
+            return self._tokenizer.encode(_HARMONY_FINAL, add_special_tokens=False)
+        if self._reasoning is None or not self._is_in_reasoning("", prompt_token_ids):
+            return []
+        return self._tokenizer.encode(f"\n{self._reasoning.close}\n\n", add_special_tokens=False)
+
+    def constrained(
+        self, spec: GrammarSpec | None, options: AnswerOptions, prompt_token_ids: Sequence[int]
+    ) -> GrammarSpec | None:
+        """`spec`, so that it begins behind the reasoning of the answer to the prompt, and that within its budget.
+
+        None: nothing is asked of the answer, neither a form nor a budget that could be reached.
+        """
         encode = self._tokenizer.encode
         if self.reasoning_name == "openai_gptoss":
-            return spec.after(encode(_HARMONY_FINAL, add_special_tokens=False))
-        reasoning = REASONING.get(self.reasoning_name or "")
-        if reasoning is None:
+            return self._constrained_in_channels(spec, options)
+        reasoning, budget = self._reasoning, options.thinking_token_budget
+        if reasoning is None or (spec is None and budget is None):
             return spec
+        bounded = spec or replace(GrammarSpec(kind="text"), reasoning_left_by=self._trigger_ids(options))
+        bounded = replace(bounded, reasoning_budget=budget)
         close = encode(reasoning.close, add_special_tokens=False)
         if self._is_in_reasoning(options.continued, prompt_token_ids):
-            return spec.after(close)
+            return bounded.after(close)
         opening = encode(reasoning.open, add_special_tokens=False)
         tail = self._tail(prompt_token_ids)
-        may_open = len(opening) == 1 and not options.continued and not tail.endswith(reasoning.close)
-        return spec.after(close, opened_by=opening[0]) if may_open else spec
+        may_open = not options.continued and not tail.endswith(reasoning.close)
+        if may_open and bounded.has_grammar:
+            may_open = (
+                len(opening) == 1
+            )  # spelled with several tokens, it could not be told from what the grammar allows
+        return bounded.after(close, opened_by=opening) if may_open else spec
+
+    def _constrained_in_channels(self, spec: GrammarSpec | None, options: AnswerOptions) -> GrammarSpec | None:
+        """A grammar of calls has all channels in it, any other begins in the final one. With a budget it is of the whole
+        answer in any case: nothing else keeps the model from reasoning again behind the end of its reasoning."""
+        encode, budget = self._tokenizer.encode, options.thinking_token_budget
+        if budget is None:
+            if spec is None or options.is_constrained:
+                return spec
+            return spec.after(encode(_HARMONY_FINAL, add_special_tokens=False))
+        if not options.is_constrained:
+            tools = ToolSet(options.tools)
+            tag = harmony_answer(
+                tools, frozenset(tools.parameters), None if spec is None else as_format(spec), one_reasoning=True
+            )
+            whitespace = spec is None or spec.whitespace
+            spec = replace(GrammarSpec.of_structural_tag(tag), whitespace=whitespace)
+        assert spec is not None
+        bounded = replace(spec, reasoning_budget=budget, reasoning_in_grammar=True)
+        end, opening = (encode(text, add_special_tokens=False) for text in (HARMONY_END, _HARMONY_ANALYSIS))
+        return bounded.after(end, opened_by=opening)
+
+    def _trigger_ids(self, options: AnswerOptions) -> tuple[int, ...]:
+        """Tokens that begin calls, which end the reasoning, too."""
+        if not options.tools or self.call_name is None:
+            return ()
+        added = self._tokenizer.added_tokens
+        triggers = (calls.trigger for calls in CALLS.get(self.call_name, ()))
+        return tuple(dict.fromkeys(added[text] for text in triggers if text in added))
 
     @cached_property
     def _bound(self) -> dict[tuple[bool, bool], tuple[ResponseFormat, Marks]]:
@@ -146,7 +227,7 @@ class AnswerFormat:
 
     def _is_in_reasoning(self, continued: str, prompt_token_ids: Sequence[int]) -> bool:
         """Whether the prompt ends within the model's reasoning."""
-        reasoning = REASONING.get(self.reasoning_name or "")
+        reasoning = self._reasoning
         if reasoning is None:
             return False
         if continued:

@@ -18,6 +18,7 @@ from pagoda.errors import CheckpointError
 from pagoda.text.responses.cursor import MAX_HELD_CHARACTERS, Reading
 from pagoda.text.responses.parser import ResponseParser
 from pagoda.text.responses.schema_types import coerce, schema_types
+from pagoda.text.responses.syntax import Reasoning
 from pagoda.text.responses.tools import ToolSet
 
 MAX_FIELDS = 64
@@ -36,10 +37,12 @@ _PLACEHOLDER = regex.compile(r"\{(\w+(?:\.\w+)*)\}")
 
 @dataclass(frozen=True)
 class _Delimiter:
-    """`may_grow`: a match at the end of the text so far may become another one with more text."""
+    """`may_grow`: a match at the end of the text so far may become another one with more text. `literal`: the only text that
+    matches, if there is only one."""
 
     pattern: Any
     may_grow: bool
+    literal: str = ""
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,15 @@ class ResponseTemplate:
 
     anchor: _Delimiter
     fields: tuple[_Field, ...]
+
+    @property
+    def reasoning(self) -> Reasoning | None:
+        """The markers around the reasoning, where each is one text."""
+        for field in self.fields:
+            if field.name in _REASONING and field.open is not None and field.close is not None:
+                opening, closing = field.open.literal.strip(), field.close.literal.strip()
+                return Reasoning(opening, closing) if opening and closing else None
+        return None
 
     def message_start(self, prompt: str) -> str:
         """What `prompt` has of the assistant's message already."""
@@ -129,7 +141,9 @@ def _delimiter(owner: Mapping[str, Any], literal_key: str, pattern_key: str) -> 
             raise ValueError(f"has {literal_key} that is no text and no list of texts")
         longest_first = sorted(set(literals), key=len, reverse=True)
         may_grow = any(other != text and other.startswith(text) for text in literals for other in literals)
-        return _Delimiter(_compiled("|".join(map(regex.escape, longest_first))), may_grow)
+        return _Delimiter(
+            _compiled("|".join(map(regex.escape, longest_first))), may_grow, literals[0] if len(literals) == 1 else ""
+        )
     return None if owner.get(pattern_key) is None else _Delimiter(_compiled(owner[pattern_key]), may_grow=True)
 
 

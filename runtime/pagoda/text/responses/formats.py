@@ -137,12 +137,13 @@ REASONING: Mapping[str, Reasoning] = {
     "seed_oss": Reasoning("<seed:think>", "</seed:think>"),
 }
 
+HARMONY_END = "<|end|>"
 HARMONY = Channels(
     start="<|start|>",
     channel="<|channel|>",
     message="<|message|>",
     constrain="<|constrain|>",
-    ends=("<|end|>", "<|call|>", "<|return|>"),
+    ends=(HARMONY_END, "<|call|>", "<|return|>"),
     reasoning_channels=("analysis",),
 )
 

@@ -9,10 +9,10 @@ from contextlib import aclosing
 from typing import Any
 
 from pagoda.sampling.output import FinishReason
-from pagoda.serving.context import ServingContext
 from pagoda.serving.http.event_stream import Events, named_event
+from pagoda.serving.models import ServedModel
 from pagoda.serving.openai.chat import ChatCall, within_context
-from pagoda.serving.openai.responses.output import Event, OutputItems
+from pagoda.serving.openai.responses.output import Event, OutputItems, TextLogprobs
 from pagoda.serving.openai.responses.requests import Message, chat_request
 from pagoda.serving.openai.responses.store import TenantResponses
 from pagoda.serving.openai.responses.types import ResponsesRequest
@@ -25,16 +25,16 @@ class ResponsesCall:
     """A checked request; `whole` or `events` runs it, once."""
 
     def __init__(
-        self, context: ServingContext, request: ResponsesRequest, seconds: float | None, store: TenantResponses
+        self, model: ServedModel, request: ResponsesRequest, seconds: float | None, store: TenantResponses
     ) -> None:
         """Check everything that can be checked before the template is applied; `seconds` is the header's limit."""
-        self._context = context
+        self._model = model
         self._request = request
         self._store = store
         previous = request.previous_response_id
         earlier: list[Message] = store.get(previous)[1] if previous is not None else []
         chat, self._messages, self._tools = chat_request(request, earlier)
-        self._chat = ChatCall(context, chat, seconds)
+        self._chat = ChatCall(model, chat, seconds)
         self._id = f"resp_{uuid.uuid4().hex}"
         self._created = int(time.time())
         self._num_events = 0
@@ -60,20 +60,22 @@ class ResponsesCall:
 
     async def _run(self) -> AsyncGenerator[Event, None]:
         (job,) = await self._chat.jobs()
-        job = within_context(job, self._context)
+        job = within_context(job, self._model)
         items, usage = OutputItems(self._tools), UsageCounter(has_drafts=False)
+        logprobs = TextLogprobs()
         deltas: list[MessageDelta] = []
         has_begun = False
-        async with aclosing(self._context.runner.stream(job, self._id)) as chunks:
+        async with aclosing(self._model.runner.stream(job, self._id)) as chunks:
             async for chunk in chunks:
                 if not has_begun:  # a refused request has an error's status, and no stream
                     has_begun = True
                     yield "response.created", {"response": self._response("in_progress", [], None)}
                     yield "response.in_progress", {"response": self._response("in_progress", [], None)}
                 usage.add(0, chunk)
+                logprobs.wait(chunk.logprobs or ())
                 for delta in chunk.all_deltas():
                     deltas.append(delta)
-                    for event in items.add(delta):
+                    for event in items.add(delta, logprobs.of(delta)):
                         yield event
                 if chunk.finish_reason is None:
                     continue
@@ -123,7 +125,7 @@ class ResponsesCall:
             "instructions": request.instructions,
             "max_output_tokens": request.max_output_tokens,
             "metadata": request.metadata or {},
-            "model": self._context.model_name,
+            "model": self._model.name,
             "output": output,
             "parallel_tool_calls": request.parallel_tool_calls is not False,
             "previous_response_id": request.previous_response_id,
@@ -133,6 +135,7 @@ class ResponsesCall:
             "text": {"format": {"type": "text"}, **text},
             "tool_choice": request.tool_choice or "auto",
             "tools": request.tools or [],
+            "top_logprobs": request.top_logprobs or 0,
             "top_p": request.top_p,
             "truncation": "disabled",
             "usage": None if usage is None else _usage(usage),

@@ -12,11 +12,39 @@ import uuid
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from pagoda.serving.openai.logprobs import chat_logprobs
 from pagoda.serving.openai.responses.requests import ToolKind
+from pagoda.text.output import PositionLogprobs
 from pagoda.text.responses.message import ArgumentsDelta, CallDelta, ContentDelta, MessageDelta, ReasoningDelta
 
 Event = tuple[str, dict[str, Any]]
 """Its name, and its members but for type and sequence number."""
+
+
+class TextLogprobs:
+    """Gives each delta the log-probabilities of its tokens. Tokens wait for the delta that has their text: what may be the
+    beginning of a marker is held back, and markers are in no delta."""
+
+    def __init__(self) -> None:
+        self._waiting: list[PositionLogprobs] = []
+
+    def wait(self, positions: Iterable[PositionLogprobs]) -> None:
+        """More tokens, whose texts come in this delta or a later one."""
+        self._waiting += positions
+
+    def of(self, delta: MessageDelta) -> list[dict[str, Any]]:
+        """Those of a delta's tokens, as Responses has them."""
+        if isinstance(delta, CallDelta) or not self._waiting:
+            return []
+        begin, end, text = 0, 0, ""
+        while end < len(self._waiting) and delta.text not in text:
+            text += self._waiting[end].chosen.token
+            end += 1
+        while begin < end and delta.text in (rest := text[len(self._waiting[begin].chosen.token) :]):
+            begin, text = begin + 1, rest
+        own, self._waiting = self._waiting[begin:end], self._waiting[end:]
+        content: list[dict[str, Any]] = chat_logprobs(own)["content"]
+        return content
 
 
 class OutputItems:
@@ -27,14 +55,14 @@ class OutputItems:
         self._open: _TextItem | _CallItem | None = None
         self.done: list[dict[str, Any]] = []
 
-    def add(self, delta: MessageDelta) -> Iterable[Event]:
-        """The events of one delta."""
+    def add(self, delta: MessageDelta, logprobs: list[dict[str, Any]]) -> Iterable[Event]:
+        """The events of one delta; `logprobs`: of its tokens, where they were asked for."""
         match delta:
             case ContentDelta(text) | ReasoningDelta(text):
                 kind = "message" if isinstance(delta, ContentDelta) else "reasoning"
                 if not isinstance(self._open, _TextItem) or self._open.kind != kind:
                     yield from self._enter(_TextItem(kind, len(self.done) + (self._open is not None)))
-                yield from self._open.add(text)  # type: ignore[union-attr]
+                yield from self._open.add(text, logprobs)  # type: ignore[call-arg, union-attr]
             case CallDelta(_, call_id, name):
                 kind_of_tool = self._tools.get(name, ToolKind(name))
                 yield from self._enter(_CallItem(kind_of_tool, call_id, len(self.done) + (self._open is not None)))
@@ -66,17 +94,19 @@ class _TextItem:
         self._id = f"{'msg' if kind == 'message' else 'rs'}_{uuid.uuid4().hex}"
         self._name = "response.output_text" if kind == "message" else "response.reasoning_text"
         self._texts: list[str] = []
+        self._logprobs: list[dict[str, Any]] = []
 
     def open(self) -> Iterable[Event]:
         yield "response.content_part.added", {**self._place(), "part": self._part("")}
 
-    def add(self, text: str) -> Iterable[Event]:
+    def add(self, text: str, logprobs: list[dict[str, Any]]) -> Iterable[Event]:
         self._texts.append(text)
-        yield f"{self._name}.delta", {**self._place(), "delta": text, **self._no_logprobs()}
+        self._logprobs += logprobs
+        yield f"{self._name}.delta", {**self._place(), "delta": text, **self._with_logprobs(logprobs)}
 
     def close(self, status: str) -> Iterable[Event]:
         text = "".join(self._texts)
-        yield f"{self._name}.done", {**self._place(), "text": text, **self._no_logprobs()}
+        yield f"{self._name}.done", {**self._place(), "text": text, **self._with_logprobs(self._logprobs)}
         yield "response.content_part.done", {**self._place(), "part": self._part(text)}
 
     def shown(self, status: str) -> dict[str, Any]:
@@ -91,13 +121,13 @@ class _TextItem:
     def _part(self, text: str) -> dict[str, Any]:
         if self.kind == "reasoning":
             return {"type": "reasoning_text", "text": text}
-        return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+        return {"type": "output_text", "text": text, "annotations": [], "logprobs": self._logprobs if text else []}
 
     def _place(self) -> dict[str, Any]:
         return {"item_id": self._id, "output_index": self.index, "content_index": 0}
 
-    def _no_logprobs(self) -> dict[str, Any]:
-        return {"logprobs": []} if self.kind == "message" else {}
+    def _with_logprobs(self, logprobs: list[dict[str, Any]]) -> dict[str, Any]:
+        return {"logprobs": logprobs} if self.kind == "message" else {}
 
 
 class _CallItem:

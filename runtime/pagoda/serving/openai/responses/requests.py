@@ -22,7 +22,6 @@ _UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "background": (None, False),
     "conversation": (None,),
     "prompt": (None,),
-    "top_logprobs": (None, 0),
     "truncation": (None, "disabled"),
     "max_tool_calls": (None,),
 }
@@ -30,6 +29,7 @@ _PASSED_ON = (
     *("temperature", "top_p", "top_k", "min_p", "seed", "repetition_penalty", "priority", "cache_salt"),
     *("timeout_seconds", "chat_template_kwargs", "parallel_tool_calls", "stream"),
 )
+LOGPROBS = "message.output_text.logprobs"
 _TEXTS = frozenset({"input_text", "output_text", "text", "summary_text", "reasoning_text"})
 
 
@@ -53,14 +53,16 @@ def chat_request(
         value = (request.model_extra or {}).get(name)
         if value not in allowed:
             raise NotSupportedError(f"{name}={shown(value)} is not supported by this server")
-    messages = [*earlier, *_messages(request.input)]
+    messages = [*earlier, *messages_of(request.input)]
     tools, kinds = _tools(request.tools or [])
     body: dict[str, Any] = {name: value for name in _PASSED_ON if (value := getattr(request, name)) is not None}
-    body["messages"] = _with_instructions(messages, request.instructions)
+    body["messages"] = with_instructions(messages, request.instructions)
     if tools:
         body["tools"] = tools
     if request.tool_choice is not None and (tools or request.tool_choice not in ("auto", "none")):
         body["tool_choice"] = _tool_choice(request.tool_choice)
+    if wants_logprobs(request):
+        body |= {"logprobs": True, "top_logprobs": request.top_logprobs or 0}
     if request.max_output_tokens is not None:
         body["max_tokens"] = request.max_output_tokens
     if request.reasoning is not None and request.reasoning.effort is not None:
@@ -76,19 +78,24 @@ def chat_request(
     return parse_request(ChatCompletionRequest, body), messages, kinds
 
 
+def wants_logprobs(request: ResponsesRequest) -> bool:
+    """Whether the texts are to have the log-probabilities of their tokens."""
+    return bool(request.top_logprobs) or LOGPROBS in (request.include or ())
+
+
 def function_name(name: str, namespace: object) -> str:
     """The name under which the model knows a function of a namespace."""
     return f"{namespace}__{name}" if isinstance(namespace, str) and namespace else name
 
 
-def _with_instructions(messages: list[Message], instructions: str | None) -> list[Message]:
+def with_instructions(messages: list[Message], instructions: str | None) -> list[Message]:
     """One system message in front, for many chat templates take no other: of the instructions and what comes first."""
     first = next((index for index, message in enumerate(messages) if message["role"] != "system"), len(messages))
     texts = [*([instructions] if instructions else []), *(message["content"] for message in messages[:first])]
     return [*([{"role": "system", "content": "\n\n".join(texts)}] if texts else []), *messages[first:]]
 
 
-def _messages(items: str | list[dict[str, Any]]) -> list[Message]:
+def messages_of(items: str | list[dict[str, Any]]) -> list[Message]:
     """The items as messages; what an assistant thought, said and called in a row is one message."""
     if isinstance(items, str):
         return [{"role": "user", "content": items}]

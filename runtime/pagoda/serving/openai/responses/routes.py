@@ -33,7 +33,10 @@ def responses_router(context: ServingContext, prefix: str, store: ResponseStore)
         """Continue a conversation; `stream: true` streams OpenAI's events."""
         seconds, kept = requested_seconds(request), store.of(caller_var.get().tenant)
         body, call = await read_request(
-            context, request, ResponsesRequest, lambda body: (body, ResponsesCall(context, body, seconds, kept))
+            context,
+            request,
+            ResponsesRequest,
+            lambda model, body: (body, ResponsesCall(model, body, seconds, kept)),
         )
         if body.stream:
             return await open_event_stream(request, call.events(), call.error_event, context.metrics)

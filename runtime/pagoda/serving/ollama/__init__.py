@@ -1,0 +1,1 @@
+"""Ollama's routes over the chats and completions of this server."""

@@ -1,0 +1,1 @@
+"""The routes of Hugging Face's Text Generation Inference over the completions of this server."""

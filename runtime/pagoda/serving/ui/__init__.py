@@ -1,0 +1,1 @@
+"""The web page `/ui` and the stream of events behind it."""
