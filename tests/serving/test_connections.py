@@ -83,7 +83,8 @@ def test_one_with_a_request_under_way_makes_no_room(small: RestHarness) -> None:
         busy = [stack.enter_context(RawClient(small.port)) for _ in range(MAX_CONNECTIONS)]
         for client in busy:
             client.send(HALF)
-        wait_until(lambda: not small.server._connections._waiting)
+        ports = {client.port for client in busy}
+        wait_until(lambda: ports_of(small) == ports and not small.server._connections._waiting)
         with RawClient(small.port) as new:
             new.send(LIVE)
             response = new.read()
