@@ -142,7 +142,7 @@ def measured(own: argparse.Namespace, texts: list[ScoredText]) -> Iterator[tuple
     """Every other way to compute the model, one after the other in memory."""
     yield "transformers bfloat16", transformers_scores(transformers_model(own.model, torch.bfloat16), texts)
     yield "Pagoda float32", pagoda_scores(own.model, torch.float32, None, texts)
-    best = available_levels()[-1]
+    best = active_level()
     for level in available_levels() if own.levels else [best]:
         use_level(level)
         yield f"Pagoda bfloat16 ({active_level()})", pagoda_scores(own.model, torch.bfloat16, None, texts)

@@ -135,6 +135,15 @@ def test_a_processor_without_avx2_runs_the_reference_kernels(monkeypatch: pytest
         choose_cpu_kernels("compiled")
 
 
+def test_processors_of_intel_do_not_multiply_bfloat16_pairs_by_themselves() -> None:
+    require_cpu_kernels()
+    from pagoda_kernels.cpu.operators import active_level, available_levels
+
+    is_intel = "GenuineIntel" in Path("/proc/cpuinfo").read_text()
+    fast = [level for level in available_levels() if not (is_intel and level == "avx512_bf16")]
+    assert active_level() == fast[-1]
+
+
 def test_other_processors_have_no_compiled_kernels(no_library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
     with pytest.raises(BuildError, match="x86-64, this machine is aarch64"):

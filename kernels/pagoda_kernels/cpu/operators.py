@@ -49,7 +49,7 @@ def available_levels() -> list[str]:
 
 
 def active_level() -> str:
-    """The instruction set in use: the best available one, unless `use_level` has chosen another."""
+    """The instruction set in use: the fastest on this processor, unless `use_level` has chosen another."""
     level: str = torch.ops.pagoda_cpu.active_level()
     return level
 

@@ -49,17 +49,27 @@ struct PackedProduct {
     const int64_t rows = smaller(row_block, a->num_rows - row), taken = smaller(panel_block, panels - panel);
     const int64_t sum_stride = panel_block * kPanel;
     float* sums = static_cast<float*>(scratch.get(row_block * sum_stride * static_cast<int64_t>(sizeof(float))));
+    const bool one_tile = rows <= kTileRows;
     for (int64_t step = 0; step < num_steps; step += step_block) {
-      const TileOperands<Dot> operands{smaller(step_block, num_steps - step),
-                                       x + row * x_stride + step * Dot::kAStep,
-                                       x_stride,
-                                       weight + (panel * num_steps + step) * kPanel,
-                                       kPanel,
-                                       num_steps * kPanel,
-                                       sums,
-                                       sum_stride,
-                                       step > 0};
-      multiply_matrix<Dot>(rows, taken * kPanelVectors, operands, false);
+      const int64_t steps = smaller(step_block, num_steps - step);
+      for (int64_t p = 0; p < taken; ++p) {
+        const typename Dot::B* b = weight + ((panel + p) * num_steps + step) * kPanel;
+        // Blocks of depth of these panels follow each other, then those of the next task's panels.
+        const void* next = p + 1 < taken              ? b + num_steps * kPanel
+                           : step + steps < num_steps ? weight + (panel * num_steps + step + steps) * kPanel
+                                                      : b + steps * kPanel;
+        const TileOperands<Dot> operands{steps,
+                                         x + row * x_stride + step * Dot::kAStep,
+                                         x_stride,
+                                         b,
+                                         kPanel,
+                                         num_steps * kPanel,
+                                         sums + p * kPanel,
+                                         sum_stride,
+                                         step > 0,
+                                         one_tile ? reinterpret_cast<const char*>(b) + kFarBytes : next};
+        multiply_matrix<Dot>(rows, kPanelVectors, operands, false);
+      }
     }
     const int64_t column = panel * kPanel;
     write(*a, sums, sum_stride, row, rows, column, smaller(taken * kPanel, a->out_features - column));

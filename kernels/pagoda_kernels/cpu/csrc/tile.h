@@ -11,6 +11,7 @@
 // A `Dot` says what an element of A and B is and how one step of depth is multiplied.
 #pragma once
 
+#include "far_ahead.h"
 #include "simd.h"
 
 namespace pagoda::PAGODA_ISA {
@@ -29,6 +30,7 @@ template <class T>
 struct DotNarrow {
   using A = float;
   using B = T;
+  static constexpr bool kAsksFar = false;
   static constexpr bool prefetches(int) { return false; }
   static constexpr int kParts = 1;
   static constexpr int kAStep = 1;
@@ -44,6 +46,7 @@ using DotFloat32 = DotNarrow<float>;
 struct DotBFloat16Weights {
   using A = float;
   using B = uint32_t;
+  static constexpr bool kAsksFar = false;
   static constexpr bool prefetches(int) { return false; }
   static constexpr int kParts = 2;
   static constexpr int kAStep = 2;
@@ -60,6 +63,7 @@ struct DotBFloat16Weights {
 struct DotBFloat16 {
   using A = uint32_t;
   using B = uint32_t;
+  static constexpr bool kAsksFar = false;
   static constexpr bool prefetches(int) { return false; }
   static constexpr int kParts = 1;
   static constexpr int kAStep = 1;
@@ -76,10 +80,12 @@ struct DotBFloat16 {
 };
 #endif
 
-// The same where B comes from memory. Few rows are done with weights before the next ones are there, so these are asked for.
+// The same where B comes from memory. Few rows are done with weights before the next ones are there, so these are asked for:
+// far ahead into the second-level cache (`TileOperands::next`), or into the first where that was measured to be better.
 template <class Dot>
 struct Streamed : Dot {
-  static constexpr bool prefetches(int rows) { return rows <= kStreamRows; }
+  static constexpr bool kAsksFar = pagoda::PAGODA_ISA::kAsksFar;
+  static constexpr bool prefetches(int rows) { return !kAsksFar && rows <= kStreamRows; }
 };
 
 #if defined(PAGODA_BF16_DOT)
@@ -103,6 +109,9 @@ struct TileOperands {
   float* c;
   int64_t c_stride;
   bool accumulate;  // add to C instead of overwriting it
+  // Where `kAsksFar`: what is multiplied next, as long as `num_steps` of B. The first tiles of rows ask for it.
+  const void* next = nullptr;
+  FarAhead ask = {};
 };
 
 template <class Dot, int kRows, int kVectors>
@@ -115,6 +124,7 @@ inline void multiply_tile(const TileOperands<Dot>& t) {
   for (int64_t step = 0; step < t.num_steps; ++step) {
     const auto* b = t.b + step * t.b_stride;
     const auto* a = t.a + step * Dot::kAStep;
+    if constexpr (Dot::kAsksFar) t.ask.prefetch(step);
     if constexpr (Dot::prefetches(kRows)) {
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v)
@@ -161,8 +171,10 @@ inline void multiply_rows(int64_t rows, const TileOperands<Dot>& t) {
 template <class Dot, int kVectors, int kMaxRows>
 inline void multiply_columns(int64_t num_rows, TileOperands<Dot> t) {
   // Tiles of nearly equal height: a last one of a row or two would leave the multipliers idle.
-  for (int64_t tiles = ceil_div(num_rows, kMaxRows); tiles > 0; --tiles) {
-    const int64_t rows = ceil_div(num_rows, tiles);
+  const int64_t tiles = ceil_div(num_rows, kMaxRows);
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const int64_t rows = ceil_div(num_rows, tiles - tile);
+    if constexpr (Dot::kAsksFar) t.ask = far_ahead(t.next, t.num_steps, tile, tiles);
     multiply_rows<Dot, kVectors, kMaxRows>(rows, t);
     t.a += rows * t.a_stride;
     t.c += rows * t.c_stride;
