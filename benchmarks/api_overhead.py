@@ -207,7 +207,7 @@ def run_server(rate: str) -> None:
     sys.exit(pagoda(["serve", *(f"--{name}={value}" for name, value in options.items())]))
 
 
-def run_core(rate: str, socket_fd: str, heartbeat_fd: str) -> None:
+def run_core(rate: str, socket_fd: str, heartbeat_fd: str, _niceness: str) -> None:
     """Speaks the protocol of `pagoda.engine.core.process` and computes nothing."""
     from pagoda.engine import wire
     from pagoda.engine.heartbeat import SharedHeartbeat

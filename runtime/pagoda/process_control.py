@@ -9,8 +9,11 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import TypeVar
+
+T = TypeVar("T")
 
 # Dumps the stacks of all threads to stderr, without ending the process.
 STACKS_SIGNAL = signal.SIGUSR1
@@ -18,6 +21,12 @@ STACKS_SIGNAL = signal.SIGUSR1
 _SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 _SET_CHILD_SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER
 
+NICENESS = 5
+"""Of what tokenizes: the engine, whose steps all requests wait for, goes first where processors are scarce."""
+LOADING_NICENESS = 10
+"""Of imports and start of an engine beside others that serve, which keep their time between tokens. It has what they leave,
+and a tenth of a core where they leave none.
+"""
 _NICEST = 19
 _SWITCH_SECONDS = sys.getswitchinterval()
 _SHORT_SWITCH_SECONDS = 0.1 * _SWITCH_SECONDS
@@ -68,6 +77,37 @@ def lower_thread_priority(niceness: int) -> None:
     if sys.platform == "linux":
         thread = threading.get_native_id()
         os.setpriority(os.PRIO_PROCESS, thread, min(_NICEST, os.getpriority(os.PRIO_PROCESS, thread) + niceness))
+
+
+def lower_process_priority(pid: int, niceness: int) -> None:
+    """Let others go before a child that has just been started, from its first instruction on."""
+    with suppress(ProcessLookupError):
+        os.setpriority(os.PRIO_PROCESS, pid, min(_NICEST, os.getpriority(os.PRIO_PROCESS, 0) + niceness))
+
+
+def with_lower_priority(work: Callable[[], T], niceness: int) -> T:
+    """What `work` returns or raises in a thread of its own, of lower priority, which threads that it starts have, too.
+
+    The calling thread's own priority could not be raised again. Without `niceness` it does the work itself.
+    """
+    if not niceness:
+        return work()
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        lower_thread_priority(niceness)
+        try:
+            results.append(work())
+        except BaseException as error:  # raised on, in the calling thread
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="lower-priority")
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
+    return results[0]
 
 
 @contextmanager

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from typing import TypeVar
 
 from pagoda.errors import ConfigError
 from pagoda.platform.choice import GIVEN, Choice
 from pagoda.platform.cpu_sets import CpuSets, format_cpu_sets, format_cpus, parse_cpu_sets
 from pagoda.platform.hardware import CpuReport, cpu_report, first_logical_cores
-from pagoda.process_control import lower_thread_priority
+from pagoda.process_control import with_lower_priority
 
 logger = logging.getLogger(__name__)
 
@@ -97,25 +95,16 @@ def affinities_of_replicas(affinity: str, threads: int | None, *, num_replicas: 
 def in_nice_thread(work: Callable[[], T], niceness: int) -> T:
     """What `work` returns or raises in a thread of lower priority, which ends with it, as do compute threads that it starts.
 
-    The calling thread, whose own could not be raised again, computes with as many threads and on the same cores then.
+    The calling thread computes with as many threads and on the same cores then.
     """
     import torch
 
-    done: Future[tuple[T, int, set[int]]] = Future()
     has_affinity = hasattr(os, "sched_getaffinity")
 
-    def run() -> None:
-        lower_thread_priority(niceness)
-        try:
-            result = work()
-            done.set_result((result, torch.get_num_threads(), os.sched_getaffinity(0) if has_affinity else set()))
-        except BaseException as error:  # raised on, in the calling thread
-            done.set_exception(error)
+    def run() -> tuple[T, int, set[int]]:
+        return work(), torch.get_num_threads(), os.sched_getaffinity(0) if has_affinity else set()
 
-    thread = threading.Thread(target=run, name="engine-start")
-    thread.start()
-    result, num_threads, cpus = done.result()
-    thread.join()
+    result, num_threads, cpus = with_lower_priority(run, niceness)
     torch.set_num_threads(num_threads)
     if has_affinity:
         os.sched_setaffinity(0, cpus)

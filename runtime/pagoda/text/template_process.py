@@ -29,7 +29,7 @@ import jinja2
 
 from pagoda.errors import ConfigError, InvalidRequestError, PagodaError, RequestFailedError
 from pagoda.models.checkpoint_files import shown_reason
-from pagoda.process_control import environment_of_parser
+from pagoda.process_control import NICENESS, environment_of_parser, lower_process_priority
 from pagoda.text.chat_template import ChatTemplate, Message
 from pagoda.text.frames import LENGTH_BYTES, encode_error, encode_frame, result_of
 
@@ -90,6 +90,7 @@ class TemplateProcess:
             bufsize=0,
             env=environment_of_parser({"MALLOC_ARENA_MAX": "1"}),
         )
+        lower_process_priority(self._process.pid, NICENESS)
         self._exchange(self._setup, _COMPILE_SECONDS + 5 * _GRACE_SECONDS)
 
     def _exchange(self, frame: bytes, seconds: float) -> Any:

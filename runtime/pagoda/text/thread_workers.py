@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from pagoda.errors import EngineNotReadyError
-from pagoda.process_control import lower_thread_priority, short_switches
+from pagoda.process_control import NICENESS, lower_thread_priority, short_switches
 from pagoda.text.operations import TextOperations
-from pagoda.text.workers import NICENESS, WorkerOptions, call_took_too_long, not_started_in_time
+from pagoda.text.workers import WorkerOptions, call_took_too_long, not_started_in_time
 
 
 @dataclass(eq=False, slots=True)
@@ -128,16 +128,30 @@ class ThreadWorkers:
 
 
 async def load_in_thread(options: WorkerOptions) -> TextOperations:
-    """Load the tokenizer off the event loop; raises `EngineNotReadyError` when it takes longer than `start_timeout`."""
+    """Load the tokenizer off the event loop; raises `EngineNotReadyError` when it takes longer than `start_timeout`.
+
+    What nobody waits for any more when it is loaded is closed: it may have a process.
+    """
     loop = asyncio.get_running_loop()
     loaded: asyncio.Future[TextOperations] = loop.create_future()
 
     def load() -> None:
         try:
             with short_switches():
-                _report(loop, loaded, options.load(), None)
+                operations = options.load()
         except BaseException as error:  # carried to the one who waits, or the start would hang
             _report(loop, loaded, None, error)
+            return
+        try:
+            loop.call_soon_threadsafe(hand_over, operations)
+        except RuntimeError:  # the loop is closed
+            operations.close()
+
+    def hand_over(operations: TextOperations) -> None:
+        if loaded.done():
+            operations.close()
+        else:
+            loaded.set_result(operations)
 
     # Not of the loop's own pool: the interpreter would wait for a stuck thread of that when it ends.
     threading.Thread(target=load, name="tokenizer-load", daemon=True).start()
@@ -146,6 +160,10 @@ async def load_in_thread(options: WorkerOptions) -> TextOperations:
             return await loaded
     except TimeoutError:
         raise not_started_in_time("the first tokenizer worker", options) from None
+    except asyncio.CancelledError:
+        if not loaded.cancel() and not loaded.cancelled() and loaded.exception() is None:
+            loaded.result().close()
+        raise
 
 
 def _report(

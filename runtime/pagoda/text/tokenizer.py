@@ -8,11 +8,14 @@ a checkpoint without one goes through AutoTokenizer, which converts its vocabula
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 from tokenizers import Encoding, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as TokenizersTokenizer
@@ -30,7 +33,13 @@ from pagoda.models.checkpoint_files import (
 from pagoda.text.stream_decoder import DecoderPlan
 from pagoda.text.tokenizer_bounds import check_steps, check_vocabulary
 from pagoda.text.tokenizer_files import TokenizerFiles, read_tokenizer_files
-from pagoda.text.tokenizer_loading import MAX_TOKENIZER_BYTES, TOKENIZER_FILE, is_panic, load_tokenizer_json
+from pagoda.text.tokenizer_loading import (
+    MAX_TOKENIZER_BYTES,
+    TOKENIZER_FILE,
+    is_panic,
+    load_tokenizer_json,
+    read_tokenizer_json,
+)
 
 # Of a checkpoint without tokenizer.json: what transformers may read for its tokenizer, and what of it is JSON.
 _TOKENIZER_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab", ".spm", ".bpe")
@@ -38,6 +47,13 @@ _READ_AS_JSON = (
     *("config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
     *("chat_template.json", "processor_config.json", "preprocessor_config.json"),
 )
+
+
+_loaded: WeakValueDictionary[tuple[bytes, str], Tokenizer] = WeakValueDictionary()
+"""By what they were loaded from. While the library loads one, 0.1 to 0.4 s, it holds the interpreter lock: a server streams
+nothing; versions of a model have the same one, and so has a model that comes again.
+"""
+_last_loaded: deque[Tokenizer] = deque(maxlen=2)
 
 
 class Tokenizer:
@@ -87,7 +103,16 @@ class Tokenizer:
         files = read_tokenizer_files(path)
         if not has_file(path, TOKENIZER_FILE):
             return _from_auto_tokenizer(files, trust_remote_code)
-        backend = load_tokenizer_json(path)
+        data, digest = read_tokenizer_json(path)
+        content = digest, repr(replace(files, directory=Path()))
+        tokenizer = _loaded.get(content)
+        if tokenizer is None:
+            tokenizer = _loaded[content] = cls._of_json(path, files, load_tokenizer_json(path, data, digest))
+        _last_loaded.append(tokenizer)
+        return tokenizer
+
+    @classmethod
+    def _of_json(cls, path: Path, files: TokenizerFiles, backend: TokenizersTokenizer) -> Tokenizer:
         _apply_add_prefix_space(backend, files)
         _add_missing_tokens(backend, files)
         backend.encode_special_tokens = files.split_special_tokens

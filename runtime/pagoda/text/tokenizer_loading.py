@@ -18,7 +18,7 @@ from tokenizers import Tokenizer as TokenizersTokenizer
 
 from pagoda.errors import CheckpointError
 from pagoda.models.checkpoint_files import read_file, shown_reason
-from pagoda.process_control import environment_of_parser
+from pagoda.process_control import NICENESS, environment_of_parser, lower_process_priority
 from pagoda.text.tokenizer_bounds import check_steps, matches_in_decoder
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -53,43 +53,49 @@ def is_panic(error: BaseException) -> bool:
     return type(error).__name__ == "PanicException"
 
 
-def load_tokenizer_json(directory: Path) -> TokenizersTokenizer:
-    """The tokenizer that tokenizer.json of the checkpoint in `directory` describes.
-
-    Raises `CheckpointError`: the file cannot be read or is too large, the library does not take it or does not survive it, or
-    its steps are beyond the bounds of `tokenizer_bounds`.
-    """
-    path = directory / TOKENIZER_FILE
+def read_tokenizer_json(directory: Path) -> tuple[bytes, bytes]:
+    """The content of tokenizer.json, and its digest. Raises `CheckpointError`: it cannot be read, or is too large."""
     data = read_file(directory, TOKENIZER_FILE, MAX_TOKENIZER_BYTES)
-    digest = hashlib.blake2b(data).digest()
+    return data, hashlib.blake2b(data).digest()
+
+
+def load_tokenizer_json(directory: Path, data: bytes, digest: bytes) -> TokenizersTokenizer:
+    """The tokenizer that `data`, tokenizer.json of the checkpoint in `directory`, describes.
+
+    Raises `CheckpointError`: the library does not take it or does not survive it, or its steps are beyond the bounds of
+    `tokenizer_bounds`.
+    """
     if digest not in _passed:
         problem = _try_in_process(data)
         if problem is not None:
-            raise CheckpointError(f"{path}: {problem}")
+            raise CheckpointError(f"{directory / TOKENIZER_FILE}: {problem}")
         _passed.add(digest)
     return TokenizersTokenizer.from_buffer(data)
 
 
 def _try_in_process(data: bytes) -> str | None:
     """The error in the content of a tokenizer.json, without the file's name; None if there is none."""
-    try:
-        ended = subprocess.run(
-            [sys.executable, "-m", "pagoda.text.tokenizer_loading"],
-            input=data,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=environment_of_parser(_ENVIRONMENT),
-            timeout=_MAX_SECONDS,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return f"the tokenizers library was not done with it after {_MAX_SECONDS:g} s"
+    with subprocess.Popen(
+        [sys.executable, "-m", "pagoda.text.tokenizer_loading"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=environment_of_parser(_ENVIRONMENT),
+    ) as ended:
+        lower_process_priority(ended.pid, NICENESS)
+        try:
+            answer, _ = ended.communicate(data, timeout=_MAX_SECONDS)
+        except BaseException as error:  # raised on, but for one: without the process
+            ended.kill()
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+            return f"the tokenizers library was not done with it after {_MAX_SECONDS:g} s"
     if ended.returncode < 0:
         name = signal.Signals(-ended.returncode).name
         return f"it ends the process that loads it ({name}), as a file does that takes too much memory"
     if ended.returncode > 0:
         return f"the process that loads it ended with status {ended.returncode}"
-    problem: str | None = json.loads(ended.stdout)
+    problem: str | None = json.loads(answer)
     return problem
 
 

@@ -8,9 +8,9 @@ import sys
 from typing import BinaryIO
 
 from pagoda.errors import PagodaError
-from pagoda.process_control import lower_thread_priority
+from pagoda.process_control import NICENESS, lower_thread_priority
 from pagoda.text.frames import LENGTH_BYTES, encode_error, encode_frame
-from pagoda.text.workers import NICENESS, WorkerOptions
+from pagoda.text.workers import WorkerOptions
 
 
 def serve(source: BinaryIO, sink: BinaryIO) -> None:

@@ -9,9 +9,6 @@ from typing import Any, Protocol
 from pagoda.errors import DeadlineExceededError, EngineNotReadyError
 from pagoda.text.operations import TextOperations
 
-NICENESS = 5
-"""Of what tokenizes: the engine, whose steps all requests wait for, goes first where processors are scarce."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerOptions:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import queue
 import socket
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import SimpleNamespace
@@ -14,9 +16,9 @@ import pytest
 
 from pagoda.engine import wire
 from pagoda.engine.client.prelaunch import PrelaunchedProcess
-from pagoda.engine.core import process
+from pagoda.engine.core import process, service
 from pagoda.engine.core.loop import EngineCore
-from pagoda.engine.core.process import EngineCoreLoop
+from pagoda.engine.core.service import EngineCoreLoop
 from pagoda.engine.heartbeat import SharedHeartbeat
 from pagoda.engine.messages import (
     EngineFailed,
@@ -185,14 +187,16 @@ def test_the_tokens_of_all_plans_in_flight_stand_on_the_board_while_any_of_them_
     assert (heartbeat.read().scheduled_tokens, heartbeat.read().is_busy) == (0, False)
 
 
-def start(monkeypatch: pytest.MonkeyPatch, heartbeat: SharedHeartbeat, first: StartCore) -> wire.Message:
+def start(
+    monkeypatch: pytest.MonkeyPatch, heartbeat: SharedHeartbeat, first: StartCore, niceness: int = 0
+) -> wire.Message:
     """What a core's process, run in this one, says of itself first."""
     monkeypatch.setattr(process, "become_child", lambda: None)
-    monkeypatch.setattr(process.Connection, "_read", lambda _: None)  # it ends the process with the connection
+    monkeypatch.setattr(service.Connection, "_read", lambda _: None)  # it ends the process with the connection
     ours, theirs = socket.socketpair()
     with ours, ours.makefile("rb") as stream:
         ours.sendall(wire.encode(first))
-        assert process.main(theirs.detach(), os.dup(heartbeat.fd)) == 1
+        assert process.main(theirs.detach(), os.dup(heartbeat.fd), niceness) == 1
         header = stream.read(wire.HEADER.size)
         return wire.decode(header, stream.read(wire.payload_size(header)))
 
@@ -203,6 +207,20 @@ def test_what_the_engine_cannot_be_imported_for_is_told_to_the_parent(
     monkeypatch.setattr(process, "_import_engine", lambda: ImportError("libtorch.so: no such file"))
     answer = start(monkeypatch, heartbeat, StartCore({}))
     assert answer == EngineFailed(ErrorKind.ENGINE_DEAD, "ImportError: libtorch.so: no such file")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have priorities of their own on Linux only")
+def test_the_engine_is_imported_at_lower_priority_and_runs_at_its_own(
+    monkeypatch: pytest.MonkeyPatch, heartbeat: SharedHeartbeat
+) -> None:
+    def priority() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    own = priority()
+    monkeypatch.setattr(process, "_import_engine", lambda: ImportError(f"at {priority()}"))
+    answer = start(monkeypatch, heartbeat, StartCore({}), niceness=3)
+    assert answer == EngineFailed(ErrorKind.ENGINE_DEAD, f"ImportError: at {min(19, own + 3)}")
+    assert priority() == own
 
 
 def test_the_core_has_the_variables_that_came_with_its_configuration(

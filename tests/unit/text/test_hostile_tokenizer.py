@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pagoda.errors import CheckpointError, InvalidRequestError, RequestFailedError
-from pagoda.text import tokenizer_loading
+from pagoda.text import tokenizer, tokenizer_loading
 from pagoda.text.operations import TextOperations
 from pagoda.text.tokenizer import Tokenizer
 from pagoda.text.tokenizer_bounds import MAX_TOKEN_CHARACTERS
@@ -153,6 +153,7 @@ def test_a_vocabulary_beyond_the_bounds_is_refused(tmp_path: Path, vocabulary: d
 def test_a_tokenizer_json_that_takes_for_ever_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_tokenizer(tmp_path, "byte_level_bpe", pad_token=None)
     monkeypatch.setattr(tokenizer_loading, "_passed", set())
+    monkeypatch.setattr(tokenizer, "_loaded", {})
     monkeypatch.setattr(tokenizer_loading, "_MAX_SECONDS", 0.01)
     refused(tmp_path, "tokenizer.json: the tokenizers library was not done with it after 0.01 s")
 

@@ -215,3 +215,11 @@ def test_bytes_of_tokens_join_to_the_text(pairs, kind):
     joined = b"".join(ours.token_bytes(token_id) for token_id in ids).decode()
     assert joined.lstrip() == ours.decode(ids)
     assert ours.token_bytes(ours.vocab_size + 5) == b""
+
+
+def test_what_is_loaded_already_is_not_loaded_again(tmp_path):
+    first = Tokenizer.from_directory(save_tokenizer(tmp_path / "a", "byte_level_bpe"))
+    assert Tokenizer.from_directory(save_tokenizer(tmp_path / "b", "byte_level_bpe")) is first
+    other = Tokenizer.from_directory(save_tokenizer(tmp_path / "b", "byte_level_bpe", chat_template="{{ messages }}"))
+    assert other is not first
+    assert other.chat_templates == {"default": "{{ messages }}"}

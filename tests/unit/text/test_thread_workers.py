@@ -9,8 +9,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from pagoda.process_control import NICENESS
 from pagoda.text.thread_workers import ThreadWorkers
-from pagoda.text.workers import NICENESS, WorkerOptions
+from pagoda.text.workers import WorkerOptions
 
 
 class Operations:

@@ -42,9 +42,9 @@ class EngineCoreHandle:
         """Start a core with this configuration; it reports its start-up phases from here on.
 
         `environment`: variables that it gets beside those of this process. `launched`: its process, where there is one.
-        `niceness`: see `StartCore`.
+        `niceness`: of its imports and start, see `StartCore`.
         """
-        core = (launched or PrelaunchedProcess()).take()
+        core = (launched or PrelaunchedProcess(niceness=niceness)).take()
         reader, writer = await asyncio.open_unix_connection(sock=core.socket)
         child = cls(core, reader, writer)
         child.send(StartCore(config.without_secrets(), dict(environment or {}), niceness))

@@ -23,15 +23,16 @@ class PrelaunchedProcess:
     side exits the other reads the disconnect at once.
     """
 
-    def __init__(self) -> None:
-        """Launch. Raises `OSError` where there can be no process."""
+    def __init__(self, *, niceness: int = 0) -> None:
+        """Launch; `niceness`: see nice(2), of its imports. Raises `OSError` where there can be no process."""
         self.socket, theirs = socket.socketpair()
         self.heartbeat = SharedHeartbeat()
         self._is_taken = False
         try:
             with theirs:
+                arguments = (theirs.fileno(), self.heartbeat.fd, niceness)
                 self.process = subprocess.Popen(
-                    [sys.executable, "-m", "pagoda.engine.core.process", str(theirs.fileno()), str(self.heartbeat.fd)],
+                    [sys.executable, "-m", "pagoda.engine.core.process", *map(str, arguments)],
                     pass_fds=(theirs.fileno(), self.heartbeat.fd),
                     env=environment_without_keys(),
                     stdin=subprocess.DEVNULL,

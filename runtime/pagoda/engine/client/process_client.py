@@ -65,6 +65,7 @@ from pagoda.errors import (
 )
 from pagoda.parallel.rank_health import RankHealth
 from pagoda.platform.hardware import memory_report
+from pagoda.process_control import LOADING_NICENESS
 from pagoda.request import EngineRequest
 
 logger = logging.getLogger(__name__)
@@ -432,7 +433,7 @@ class ProcessEngineClient(EngineClient):
             logger.info("no spare engine process: %d MiB of memory are available", available // 2**20)
             return
         try:
-            self._launched = PrelaunchedProcess()
+            self._launched = PrelaunchedProcess(niceness=LOADING_NICENESS)
         except OSError as error:
             logger.warning("no spare engine process: %s", error)
 
