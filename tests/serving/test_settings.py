@@ -203,3 +203,39 @@ async def test_the_file_is_watched_also_where_it_is_a_link_that_is_set_anew(
     await asyncio.wait_for(changed.wait(), 10)
     watching.cancel()
     assert reloads == [f"file {link}"]
+
+
+def test_a_server_that_is_drained_takes_no_requests_until_it_is_undrained(harness: RestHarness) -> None:
+    client, metrics = harness.client, harness.context.metrics
+    assert client.patch("/settings", json={"drain": True}).status_code == 200
+    refused = client.post("/v1/completions", json={"prompt": "a b"})
+    assert (refused.status_code, "the setting drain is on" in refused.text) == (503, True)
+    assert client.get("/v2/health/ready").status_code == 503
+    assert client.get("/v2/health/live").status_code == 200
+    health = client.get("/health").json()
+    assert (health["state"], health["cause"]) == ("draining", "the setting drain is on")
+    assert metrics.value("engine_state", state="draining") == 1
+    assert client.patch("/settings", json={"drain": False}).status_code == 200
+    assert client.get("/v2/health/ready").status_code == 200
+    assert client.post("/v1/completions", json={"prompt": "a b"}).status_code == 200
+    assert metrics.value("engine_state", state="ready") == 1
+
+
+def test_of_several_models_one_is_drained_by_itself() -> None:
+    with SeveralHarness("a", "b", load_on_demand=True) as harness:
+        client = harness.client
+        harness.complete("a")
+        assert client.patch("/settings?model=b", json={"drain": True}).status_code == 200
+        assert harness.complete("b").status_code == 503
+        assert harness.state("b") == "unloaded"  # a request that is refused loads nothing
+        assert harness.complete("a").status_code == 200
+        assert client.get("/v2/health/ready").status_code == 200
+        assert client.post("/v2/repository/models/b/load").status_code == 200  # it may load, and waits for its requests
+        assert client.get("/v2/models/b/ready").status_code == 503
+        assert client.get("/v2/health/ready").status_code == 503  # for it must be there now
+        assert client.get("/health").json()["state"] == "draining"
+        assert client.patch("/settings", json={"drain": True}).status_code == 200
+        assert harness.complete("a").status_code == 503
+        assert client.patch("/settings", json={"drain": False}).status_code == 200
+        assert (harness.complete("a").status_code, harness.complete("b").status_code) == (200, 200)
+        assert client.get("/v2/health/ready").status_code == 200

@@ -205,14 +205,14 @@ def test_a_busy_model_is_not_unloaded_for_another(monkeypatch: pytest.MonkeyPatc
         assert (harness.state("a"), harness.state("b")) == ("unloaded", "ready")
 
 
-def test_two_that_are_wanted_at_once_take_turns_in_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_three_that_are_wanted_by_many_at_once_take_turns_in_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(repository, "MIN_IDLE_SECONDS", 0.01)
     with (
         SeveralHarness("a", "b", "c", load_on_demand=True, max_loaded_models=1) as harness,
-        ThreadPoolExecutor(6) as pool,
+        ThreadPoolExecutor(30) as pool,
     ):
-        asked = [pool.submit(harness.complete, name) for name in "abcabc"]
-        assert [one.result().status_code for one in asked] == [200] * 6
+        asked = [pool.submit(harness.complete, name) for name in "abc" * 10]
+        assert [one.result().status_code for one in asked] == [200] * 30
         assert sorted(harness.state(name) for name in "abc") == ["ready", "unloaded", "unloaded"]
 
 

@@ -291,10 +291,19 @@ def test_a_model_that_was_added_and_cannot_be_loaded_leaves_the_server_ready() -
         assert harness.complete("new").status_code == 200
 
 
-def test_a_checkpoint_that_comes_into_the_directory_is_loaded_when_it_is_asked_for(tmp_path: Path) -> None:
-    (tmp_path / "first").symlink_to(shared_checkpoint())
+def test_checkpoints_come_into_an_empty_directory_and_one_is_loaded_when_it_is_asked_for(tmp_path: Path) -> None:
     with SeveralHarness(model_dir_root=str(tmp_path), max_loaded_models=2) as harness:
+        assert (names(harness), harness.client.get("/v2/health/ready").status_code) == ([], 200)
+        for body in ({"model": "first"}, {}):
+            refused = harness.client.post("/v1/completions", json={"prompt": "a", **body})
+            assert (refused.status_code, "served here" in refused.text) == (404, True)
+        health = harness.client.get("/health").json()
+        assert (health["state"], health["models"]) == ("ready", [])
+        assert harness.client.get("/metrics").status_code == 200
+        (tmp_path / "first").symlink_to(shared_checkpoint())
+        harness.run(harness.settings.look_for_models)
         assert names(harness) == ["first"]
+        assert harness.client.post("/v1/completions", json={"prompt": "a", "max_tokens": 2}).status_code == 200
         assert load(harness, "second").status_code == 404
         (tmp_path / "second").symlink_to(shared_checkpoint())
         assert load(harness, "second").status_code == 200  # as KServe's agent asks, once it has fetched one

@@ -26,7 +26,8 @@ def serves_several(config: PagodaConfig) -> bool:
 def model_configs(config: PagodaConfig) -> dict[str, PagodaConfig]:
     """The settings of each model by its name, in order: entries of `models`, then what is found in `model_dir_root`.
 
-    Raises `ConfigError` for an entry that is wrong, a name that two models have, or no model at all.
+    There may be none in `model_dir_root` yet. Raises `ConfigError` for an entry that is wrong, a name that two models have, or
+    a list without any.
     """
     if not serves_several(config):
         return {config.served_model_name: config}
@@ -52,8 +53,8 @@ def model_configs(config: PagodaConfig) -> dict[str, PagodaConfig]:
         if name not in found
     ]
     raise_problems(problems)
-    if not found:
-        raise ConfigError(f"model_dir_root={config.model_dir_root}: there is no checkpoint in it")
+    if not found and config.model_dir_root is None:
+        raise ConfigError("models: there is none in it")
     return found
 
 

@@ -633,6 +633,13 @@ class PagodaConfig:
         of_server=True,
         live="server",
     )
+    drain: bool = option(
+        False,
+        "limits",
+        "Take no requests while it is on: not ready, requests are answered 503, those that run go on. With several models "
+        "each may be drained by itself.",
+        live="server",
+    )
     engine_start_timeout_seconds: float = option(
         1800.0, "limits", "Longest time from start to ready; then the server exits.", gt=0, unit="seconds"
     )

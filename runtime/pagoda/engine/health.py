@@ -96,6 +96,7 @@ class EngineHealth:
         self.cause: str | None = None
         self.since = time.time()
         self.is_loading = True  # not started yet, rather than restarting
+        self.is_drained = False
         self.transitions: Counter[tuple[str, str]] = Counter()
         self.history: deque[Transition] = deque(maxlen=_HISTORY_LENGTH)
         self._held_by: list[str] = []
@@ -103,8 +104,22 @@ class EngineHealth:
         self._listeners: list[Listener] = []
 
     @property
+    def shown_state(self) -> EngineState:
+        """The state as clients see it: one that serves, and may serve none by the setting `drain`, is draining."""
+        return EngineState.DRAINING if self.is_drained and self.state in SERVING else self.state
+
+    def drain(self, is_drained: bool) -> None:
+        """Have the server refuse requests, or not any more. To the engine itself it is nothing: it restarts where it fails."""
+        if is_drained != self.is_drained:
+            self.is_drained = is_drained
+            logger.info(
+                "%s %s", self.name, "is drained: it takes no requests" if is_drained else "takes requests again"
+            )
+            self._notify()
+
+    @property
     def accepts_requests(self) -> bool:
-        """Whether a request sent now would be taken."""
+        """Whether the engine would take a request sent now."""
         return self.state in SERVING
 
     @property

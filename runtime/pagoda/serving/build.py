@@ -73,7 +73,8 @@ def _context(
     for (name, one), client in zip(configs.items(), clients, strict=True):
         models.append(make_model(one, client, Metrics(name, families=families), rate_limits, tracing))
         watch_engine(models[-1])
-    metrics = models[0].metrics
+    # What is counted for the server itself has the label of its first model, where it has one at the start.
+    metrics = models[0].metrics if models else Metrics("", families=families)
     report_keys(metrics, keys)
 
     registry = ModelRegistry(models, names_model=budget is not None)
@@ -85,10 +86,12 @@ def _context(
         idle_unload_seconds=config.idle_unload_seconds,
         spare_process_seconds=config.spare_process_seconds,
     )
-    health: Health = models[0].health
+    health: Health
     if budget is not None:
         health = several = ServerHealth([(model.name, model.health) for model in models], repository.must_be_there)
         repository.server_health = several
+    else:
+        health = models[0].health
     return ServingContext(
         config=config,
         models=registry,
@@ -144,6 +147,7 @@ def make_model(
     """A served model, before its engine has started. `metrics`: those of its name."""
     health = ModelHealth(client)
     health.wakes_on_request = config.wake_on_request
+    client.health.drain(config.drain)
     tracing.watch(client)
     name = config.served_model_name
 

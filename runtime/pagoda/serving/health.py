@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 Listener = Callable[[], None]
 
 TOKENIZER_PHASE = "tokenizer"
+DRAINED = "the setting drain is on"
 
 
 class Health(ABC):
@@ -113,12 +114,19 @@ class ModelHealth(Health):
     @property
     @override
     def state(self) -> EngineState:
-        return self._engine.health.state
+        return self._engine.health.shown_state
+
+    @property
+    def is_drained(self) -> bool:
+        """Whether the setting `drain` is on."""
+        return self._engine.health.is_drained
 
     @property
     @override
     def is_ready(self) -> bool:
         health = self._engine.health
+        if health.is_drained:
+            return False
         return health.accepts_requests or (health.state is EngineState.SLEEPING and self.wakes_on_request)
 
     @property
@@ -134,11 +142,22 @@ class ModelHealth(Health):
     @property
     @override
     def cause(self) -> str | None:
-        return self._engine.health.cause
+        health = self._engine.health
+        return DRAINED if health.is_drained and health.state in SERVING else health.cause
+
+    def check_admits(self) -> None:
+        """Raise `EngineNotReadyError` where the model is drained, whatever its engine could do."""
+        if self.is_drained:
+            raise EngineNotReadyError(f"the model takes no requests ({DRAINED}); send the request to another replica")
 
     @override
     def check_ready(self) -> None:
-        state = self.state
+        self.check_engine()
+        self.check_admits()
+
+    def check_engine(self) -> None:
+        """Raise as `check_ready` does where the engine would not take a request, drained or not."""
+        state = self._engine.health.state
         if state is EngineState.DEAD:
             raise EngineDeadError(f"the engine is dead: {self.cause or 'unknown cause'}")
         if state is EngineState.STARTING:
@@ -155,7 +174,7 @@ class ModelHealth(Health):
     @override
     def summary(self) -> dict[str, Any]:
         health = self._engine.health
-        return {"state": str(health.state), "started": health.has_started, "stage": health.phase}
+        return {"state": str(health.shown_state), "started": health.has_started, "stage": health.phase}
 
     @override
     def snapshot(self) -> dict[str, Any]:
@@ -170,12 +189,12 @@ class ModelHealth(Health):
         health, stats, progress = self._engine.health, self._engine.stats, self._engine.heartbeat
         is_up = progress is not None and progress.is_up
         return {
-            "state": str(health.state),
+            "state": str(health.shown_state),
             "started": health.has_started,
             "stage": health.phase,
             "detail": health.detail,
             "since": health.since,
-            "cause": health.cause,
+            "cause": self.cause,
             "running": stats.num_running,
             "waiting": stats.num_waiting,
             "kv_cache_usage": stats.kv_cache_usage,
@@ -223,7 +242,7 @@ class ModelHealth(Health):
 
     @override
     def drain(self, cause: str) -> None:
-        if self.state not in (EngineState.DRAINING, EngineState.DEAD, EngineState.UNLOADED):
+        if self._engine.health.state not in (EngineState.DRAINING, EngineState.DEAD, EngineState.UNLOADED):
             self._engine.health.transition(EngineState.DRAINING, cause)
 
     @override
@@ -237,7 +256,8 @@ class ModelHealth(Health):
 
 
 class ServerHealth(Health):
-    """Of a server of several models: ready while each of those is that must be there, dead when all are.
+    """Of a server of several models: ready while each of those is that must be there, dead when all are. One that has no model
+    yet is ready: none must be there.
 
     `required` says whether a model must be there. What another model does shows in its own health only.
     """
@@ -255,13 +275,17 @@ class ServerHealth(Health):
     @property
     @override
     def state(self) -> EngineState:
-        if self._failed is not None or all(health.state is EngineState.DEAD for health in self._models.values()):
+        models = self._models.values()
+        if self._failed is not None or (models and all(health.state is EngineState.DEAD for health in models)):
             return EngineState.DEAD
-        if self._drained is not None:
+        missing = self._missing()
+        if self._drained is not None or (models and all(health.is_drained for health in models)):
             return EngineState.DRAINING
-        if self._missing():
-            return EngineState.STARTING
-        states = {health.state for health in self._models.values()}
+        if missing:
+            return (
+                EngineState.DRAINING if all(self._models[name].is_drained for name in missing) else EngineState.STARTING
+            )
+        states = {health.state for health in models}
         if states <= {EngineState.SLEEPING, EngineState.UNLOADED} and EngineState.SLEEPING in states:
             return EngineState.SLEEPING
         return EngineState.DEGRADED if EngineState.DEGRADED in states else EngineState.READY
@@ -292,7 +316,7 @@ class ServerHealth(Health):
             return self._failed or self._drained
         missing = self._missing()
         if not missing:
-            return None
+            return DRAINED if self.state is EngineState.DRAINING else None
         return "; ".join(f"{name} is {self._models[name].state}" for name in missing)
 
     @override
@@ -301,7 +325,8 @@ class ServerHealth(Health):
         if state is EngineState.DEAD:
             raise EngineDeadError(f"the server is dead: {self._failed or 'no model is left'}")
         if state is EngineState.DRAINING:
-            raise EngineNotReadyError("the server is shutting down; send the request to another replica")
+            what = "is shutting down" if self._drained is not None else f"takes no requests ({DRAINED})"
+            raise EngineNotReadyError(f"the server {what}; send the request to another replica")
         if state is EngineState.STARTING:
             raise EngineNotReadyError(f"models are loading (stage: {self.phase})")
 

@@ -76,11 +76,13 @@ def share_out(
     cpu: CpuReport | None = None,
 ) -> ServerBudget:
     """The budget of a server with these models. Raises `ConfigError` where they do not fit, with the figures."""
+    total = config.models_memory_bytes or int(FREE_SHARE * (memory or memory_report()).available)
+    if not models:  # `model_dir_root` is empty; the same memory is shared out when something is in it
+        return ServerBudget(total, 1, {})
     if config.max_loaded_models is not None:
         places = min(config.max_loaded_models, len(models) + 1)
     else:
         places = min(MAX_LOADED_ON_DEMAND if config.load_on_demand else len(models), len(models))
-    total = config.models_memory_bytes or int(FREE_SHARE * (memory or memory_report()).available)
     weights = {name: weights_in_files(one) for name, one in models.items()}
     fixed = {name: one.engine_memory_bytes for name, one in models.items() if one.engine_memory_bytes is not None}
     needed = {name: fixed.get(name, weights[name] + PROCESS_BYTES + MIN_KV_BYTES) for name in models}

@@ -63,6 +63,7 @@ class ServedModel:
         """Run with `config` from the next load on; the name stays."""
         self.config = config
         self.client.configure(config)
+        self.client.health.drain(config.drain)
 
     def reconfigure(self, config: PagodaConfig) -> None:
         """Other settings are in force, of those that may change while the model is loaded."""
@@ -195,7 +196,9 @@ class ModelRegistry:
 
     @property
     def default(self) -> ServedModel:
-        """The model of requests that name none."""
+        """The model of requests that name none. Raises `ModelNotFoundError` where there is no model yet."""
+        if not self._models:
+            raise ModelNotFoundError("no model is served here yet")
         return self._models[0]
 
     def asked(self, name: str | None) -> ServedModel:
@@ -237,6 +240,8 @@ class ModelRegistry:
     def _known(self) -> str:
         if not caller_var.get().scopes:
             return ""
+        if not self._models:
+            return "; no model is, yet"
         if len(self._models) == 1:
             return f"; the served model is {self.default.name!r}"
         return f"; the served models are {', '.join(model.name for model in self._models)}"
@@ -245,8 +250,8 @@ class ModelRegistry:
     def json_limits(self) -> JsonLimits:
         """What a body may hold whose model is not known yet."""
         limits = [model.json_limits for model in self._models]
-        if len(limits) == 1:
-            return limits[0]
+        if len(limits) <= 1:
+            return limits[0] if limits else NO_LIMITS
         characters = [one.max_characters for one in limits]
         token_ids = [one.max_token_ids for one in limits]
         return JsonLimits(

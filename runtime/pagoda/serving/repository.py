@@ -39,6 +39,7 @@ from pagoda.errors import (
 )
 from pagoda.logs import model_name_var
 from pagoda.platform.hardware import memory_report
+from pagoda.process_control import LOADING_NICENESS
 from pagoda.serving.adapters import AdapterManager
 from pagoda.serving.health import ServerHealth
 from pagoda.serving.loading import ModelLoader
@@ -54,8 +55,6 @@ RETRY_SECONDS = 30.0
 MIN_IDLE_SECONDS = 1.0
 """A model that a request has just been admitted to is not unloaded under it."""
 LOOK_SECONDS = 1.0
-START_NICENESS = 5
-"""Of an engine that loads beside others that serve, which keep their time between tokens."""
 SLEEP_LEVEL = 1
 """Of an engine that sleeps because it is idle."""
 
@@ -164,6 +163,10 @@ class ModelRepository:
             for entry in self._entries.values():
                 entry.model.client.health.unload("not loaded yet")
 
+    def keep_process(self, process: PrelaunchedProcess) -> None:
+        """Have the engine that is loaded next run in this process."""
+        self._spare = process
+
     @property
     def adapters(self) -> list[AdapterManager]:
         """What says which adapters there are of each model."""
@@ -199,6 +202,7 @@ class ModelRepository:
         """
         entry = self._by_client[id(model.client)]
         entry.used_at = self._clock()
+        entry.model.health.check_admits()
         if model.client.health.accepts_requests:
             return model
         if self._awaited(entry) is None:
@@ -306,7 +310,7 @@ class ModelRepository:
             is_loaded = entry.model.health.state not in NOT_LOADED
             content = content._replace(config=entry.content.config) if is_loaded else content
         if entry.model.client.health.is_loading and entry.model.health.state is EngineState.STARTING:
-            entry.model.health.check_ready()
+            entry.model.health.check_engine()
         entry.used_at = self._clock()
         if entry.model.health.state in NOT_LOADED and self._budget is not None:
             await self._finished(entry, self._begin_load(entry, content.config, version))
@@ -314,7 +318,7 @@ class ModelRepository:
             await self._finished(entry, self._begin_replacing(entry, content, version, strategy))
         elif entry.model.health.state is EngineState.SLEEPING:
             await self.wake_up(entry.model)
-        entry.model.health.check_ready()
+        entry.model.health.check_engine()
         return entry.model
 
     async def _settled(self, entry: _Entry, config: PagodaConfig) -> Content:
@@ -506,7 +510,7 @@ class ModelRepository:
 
     def _prepare_start(self, model: ServedModel) -> None:
         if any(one.client.health.accepts_requests for one in self._models):
-            model.client.start_niceness = START_NICENESS
+            model.client.start_niceness = LOADING_NICENESS
         if self._spare is not None:
             model.client.use_process(self._spare)
             self._spare = None
@@ -654,7 +658,7 @@ class ModelRepository:
         all_loaded = all(entry.memory for entry in self._entries.values())
         if not self._is_ending and not all_loaded and memory_report().available >= SPARE_PROCESS_BYTES:
             with suppress(OSError):
-                self._spare = PrelaunchedProcess()
+                self._spare = PrelaunchedProcess(niceness=LOADING_NICENESS)
 
     def _is_idle(self, entry: _Entry, seconds: float) -> bool:
         model = entry.model
@@ -733,7 +737,7 @@ class ModelRepository:
         """
         if model.health.state is EngineState.SLEEPING:
             return
-        model.health.check_ready()
+        model.health.check_engine()
         try:
             async with asyncio.timeout(model.config.grace_period_seconds):
                 await model.runner.wait_until_idle()
@@ -749,7 +753,7 @@ class ModelRepository:
         if model.health.state is EngineState.SLEEPING or entry.waking is not None:
             await asyncio.shield(entry.waking or self._wake(entry))
         entry.used_at = self._clock()
-        model.health.check_ready()
+        model.health.check_engine()
 
     def _wake(self, entry: _Entry) -> asyncio.Task[None]:
         async def wake() -> None:

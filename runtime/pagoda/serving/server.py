@@ -140,6 +140,8 @@ async def _serve_several(
         for name, one in models.items()
     ]
     context = make_context_of_several(config, models, clients, keys, budget, _make_engine(loaded, greeting))
+    if not at_start:
+        context.repository.keep_process(core)
     if greeting is not None:
         greeting.follow(context.health)
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pagoda.config.models import changed, model_configs, serves_several
+from pagoda.config.models import changed, checkpoints_in, model_configs, serves_several
 from pagoda.config.names import normalized, settings_by_name
 from pagoda.config.option import OptionInfo
 from pagoda.config.schema import PagodaConfig, option_defaults, options, rules
@@ -285,12 +285,14 @@ class Settings:
                     await self.reload(f"file {path}" if path == self._loaded.file else f"directory {path}")
 
 
-def _identity(path: str) -> tuple[int, int, int] | None:
+def _identity(path: str) -> tuple[object, ...] | None:
+    """What changes when the file does, or when a directory has other checkpoints: one may get its files one by one."""
     try:
         status = Path(path).stat()
-    except OSError:
+        names = tuple(checkpoints_in(path)) if Path(path).is_dir() else ()
+    except (OSError, ConfigError):
         return None
-    return status.st_ino, status.st_mtime_ns, status.st_size
+    return status.st_ino, status.st_mtime_ns, status.st_size, names
 
 
 def _fate(before: PagodaConfig | None, after: PagodaConfig | None) -> str:

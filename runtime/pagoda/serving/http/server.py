@@ -46,3 +46,5 @@ class HttpServer(ConnectionServer):
     def _on_health(self) -> None:
         if self._health.state is EngineState.DRAINING:
             self._connections.is_closing_soon = True
+        elif self._health.is_ready:
+            self._connections.is_closing_soon = False  # it was drained for a while

@@ -47,7 +47,7 @@ class EngineCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """One family for each figure, as of now."""
-        stats, state = self._engine.stats, self._engine.health.state
+        stats, state = self._engine.stats, self._engine.health.shown_state
         idle = state in STATES_WITHOUT_REQUESTS
         yield self._gauge(
             "num_requests_running", "Number of requests in model execution batches.", 0 if idle else stats.num_running

@@ -94,7 +94,7 @@ class Viewers:
                 follow()
                 while (content := unsent.take()) is not None:
                     yield event(content)
-                if all(served.health.state is EngineState.DEAD for served in self._context.models):
+                if self._context.health.state is EngineState.DEAD:
                     return
                 unsent.arrived.clear()
                 try:
