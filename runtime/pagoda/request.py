@@ -82,13 +82,15 @@ class AnswerOptions:
     `tools`: JSON schemas of the parameters of the tools that may be called, by name; without any, no calls are looked for.
     `parallel_tool_calls`: else the answer ends with its first call. `continued`: the beginning of the message, where the
     client gave one and the prompt ends with it. `is_constrained`: a grammar holds the answer to the format of calls, so that
-    markers are what they say, however they are spelled. `thinking_token_budget`: tokens of reasoning, then it is ended.
+    markers are what they say, however they are spelled. `only_calls`: and allows nothing but calls behind the reasoning.
+    `thinking_token_budget`: tokens of reasoning, then it is ended.
     """
 
     tools: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     parallel_tool_calls: bool = True
     continued: str = ""
     is_constrained: bool = False
+    only_calls: bool = False
     thinking_token_budget: int | None = None
 
 

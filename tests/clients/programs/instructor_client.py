@@ -23,7 +23,7 @@ for mode in (instructor.Mode.TOOLS, instructor.Mode.JSON_SCHEMA, instructor.Mode
         "model": server.model,
         "messages": [{"role": "user", "content": PERSON}],
         "temperature": 0,
-        "max_tokens": 100,
+        "max_tokens": 400,
         "response_model": Person,
         "max_retries": 3,
     }

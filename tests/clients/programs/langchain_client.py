@@ -10,7 +10,7 @@ from pydantic import BaseModel, SecretStr
 
 server = Server()
 model = ChatOpenAI(
-    model=server.model, base_url=server.openai_url, api_key=SecretStr("none"), temperature=0, max_completion_tokens=60
+    model=server.model, base_url=server.openai_url, api_key=SecretStr("none"), temperature=0, max_completion_tokens=400
 )
 
 
@@ -33,7 +33,7 @@ server.says("".join(str(piece.content) for piece in model.stream(SUM)), SUM_ANSW
 for each in model.batch([SUM] * 3):
     server.says(str(each.content), SUM_ANSWER)
 
-with_tools = model.bind_tools([get_weather], tool_choice="required")
+with_tools = model.bind_tools([get_weather], tool_choice="required", parallel_tool_calls=False)
 called = with_tools.invoke(WEATHER)
 (call,) = called.tool_calls
 assert call["name"] == "get_weather"
@@ -54,6 +54,6 @@ assert isinstance(model.with_structured_output(Person, method="function_calling"
 responses = ChatOpenAI(
     model=server.model, base_url=server.openai_url, api_key=SecretStr("none"), temperature=0, use_responses_api=True
 )
-server.says(responses.bind(max_output_tokens=40).invoke(SUM).text, SUM_ANSWER)
+server.says(responses.bind(max_output_tokens=400).invoke(SUM).text, SUM_ANSWER)
 completion = OpenAI(model=server.model, base_url=server.openai_url, api_key=SecretStr("none"), max_tokens=8)
 assert completion.invoke("Once upon")

@@ -15,7 +15,7 @@ litellm.telemetry = False
 OPENAI: dict[str, Any] = {"model": f"openai/{server.model}", "api_base": server.openai_url, "api_key": "none"}
 VLLM: dict[str, Any] = {**OPENAI, "model": f"hosted_vllm/{server.model}"}
 ANTHROPIC: dict[str, Any] = {"model": f"anthropic/{server.model}", "api_base": server.url, "api_key": "none"}
-LIMITS: dict[str, Any] = {"temperature": 0, "max_tokens": 60, "num_retries": 0}
+LIMITS: dict[str, Any] = {"temperature": 0, "max_tokens": 400, "num_retries": 0}
 TOOL = {
     "type": "function",
     "function": {
@@ -41,7 +41,8 @@ for provider in (OPENAI, VLLM, ANTHROPIC):
     assert answer.usage.completion_tokens > 0
     pieces = list(litellm.completion(**provider, **LIMITS, messages=ask(SUM), stream=True))
     server.says("".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices), SUM_ANSWER)
-    called = litellm.completion(**provider, **LIMITS, messages=ask(WEATHER), tools=[TOOL], tool_choice="required")
+    one_call = {"tools": [TOOL], "tool_choice": "required", "parallel_tool_calls": False}
+    called = litellm.completion(**provider, **LIMITS, messages=ask(WEATHER), **one_call)
     (call,) = called.choices[0].message.tool_calls
     server.says(json.loads(call.function.arguments)["city"], "Rome")
 
@@ -58,7 +59,7 @@ text = litellm.text_completion(
 )
 assert text.choices[0].text
 
-response = litellm.responses(**OPENAI, input=SUM, temperature=0, max_output_tokens=40)
+response = litellm.responses(**OPENAI, input=SUM, temperature=0, max_output_tokens=400)
 server.says(response.output[0].content[0].text, SUM_ANSWER)
 
 try:

@@ -18,7 +18,7 @@ llm = OpenAILike(
     is_function_calling_model=True,
     context_window=2048,
     temperature=0,
-    max_tokens=60,
+    max_tokens=400,
     max_retries=0,
 )
 
@@ -48,7 +48,7 @@ called = llm.chat_with_tools([tool], user_msg=WEATHER, tool_required=True)
 (selected,) = llm.get_tool_calls_from_response(called)
 assert selected.tool_name == "get_weather"
 server.says(selected.tool_kwargs["city"], "Rome")
-assert str(llm.predict_and_call([tool], user_msg=WEATHER)) == WEATHER_RESULT
+assert str(llm.predict_and_call([tool], user_msg=WEATHER, tool_required=True)) == WEATHER_RESULT
 
 person = llm.structured_predict(Person, PromptTemplate(PERSON))
 assert isinstance(person, Person)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 from agents import (
     Agent,
@@ -20,7 +21,7 @@ from pydantic import BaseModel
 server = Server()
 set_tracing_disabled(True)
 client = AsyncOpenAI(base_url=server.openai_url, api_key="none", max_retries=0)
-settings = ModelSettings(temperature=0, max_tokens=60)
+settings = ModelSettings(temperature=0, max_tokens=400)
 
 
 class Person(BaseModel):
@@ -44,6 +45,14 @@ async def main() -> None:
             num_events += 1
         assert num_events > 3
         server.says(streamed.final_output, SUM_ANSWER)
+        forced = Agent(
+            name="forced",
+            model=model,
+            model_settings=replace(settings, tool_choice="required", parallel_tool_calls=False),
+            tools=[get_weather],
+            tool_use_behavior="stop_on_first_tool",
+        )
+        assert (await Runner.run(forced, WEATHER)).final_output == WEATHER_RESULT
         if server.is_demo:  # of another model it is not known whether it calls the tool, and stops calling it
             with_tool = Agent(name="tools", model=model, model_settings=settings, tools=[get_weather])
             result = await Runner.run(with_tool, WEATHER)

@@ -31,14 +31,14 @@ def ask(text: str) -> list[Any]:
 
 
 def chats() -> None:
-    answer = client.chat.completions.create(model=model, messages=ask(SUM), temperature=0, max_tokens=40, logprobs=True)
+    answer = client.chat.completions.create(model=model, messages=ask(SUM), temperature=0, max_tokens=400, logprobs=True)
     server.says(answer.choices[0].message.content, SUM_ANSWER)
     assert answer.choices[0].logprobs is not None
     assert answer.usage is not None
     assert answer.usage.prompt_tokens > 0
 
     with client.chat.completions.stream(
-        model=model, messages=ask(SUM), temperature=0, max_tokens=40, stream_options={"include_usage": True}
+        model=model, messages=ask(SUM), temperature=0, max_tokens=400, stream_options={"include_usage": True}
     ) as stream:
         kinds = {event.type for event in stream}
     assert {"chunk", "content.delta", "content.done"} <= kinds, kinds
@@ -49,13 +49,13 @@ def chats() -> None:
 
 def parsing() -> None:
     parsed = client.chat.completions.parse(
-        model=model, messages=ask(PERSON), response_format=Person, temperature=0, max_tokens=60
+        model=model, messages=ask(PERSON), response_format=Person, temperature=0, max_tokens=400
     )
     person = parsed.choices[0].message.parsed
     assert person is not None
     server.is_person(person.name, person.age)
     with client.chat.completions.stream(
-        model=model, messages=ask(PERSON), response_format=Person, temperature=0, max_tokens=60
+        model=model, messages=ask(PERSON), response_format=Person, temperature=0, max_tokens=400
     ) as stream:
         person = stream.get_final_completion().choices[0].message.parsed
     assert person is not None
@@ -65,21 +65,19 @@ def parsing() -> None:
 def tools() -> None:
     tool = openai.pydantic_function_tool(get_weather, description=WEATHER_DESCRIPTION)
     messages = ask(WEATHER)
-    answer = client.chat.completions.parse(
-        model=model, messages=messages, tools=[tool], tool_choice="required", temperature=0, max_tokens=60
-    )
+    asked: Any = {"model": model, "tools": [tool], "temperature": 0, "max_tokens": 400}
+    one_call: Any = {"tool_choice": "required", "parallel_tool_calls": False}
+    answer = client.chat.completions.parse(**asked, **one_call, messages=messages)
     (call,) = answer.choices[0].message.tool_calls or []
     assert isinstance(call.function.parsed_arguments, get_weather)
     server.says(call.function.parsed_arguments.city, "Rome")
-    with client.chat.completions.stream(
-        model=model, messages=messages, tools=[tool], tool_choice="required", temperature=0, max_tokens=60
-    ) as stream:
+    with client.chat.completions.stream(**asked, **one_call, messages=messages) as stream:
         events = [event.type for event in stream]
     assert "tool_calls.function.arguments.done" in events, events
     (streamed,) = stream.get_final_completion().choices[0].message.tool_calls or []
     assert streamed.function.arguments == call.function.arguments
     messages += [answer.choices[0].message, {"role": "tool", "tool_call_id": call.id, "content": WEATHER_RESULT}]
-    answer = client.chat.completions.parse(model=model, messages=messages, tools=[tool], temperature=0, max_tokens=40)
+    answer = client.chat.completions.parse(**asked, messages=messages)
     server.says(answer.choices[0].message.content, WEATHER_ANSWER)
 
 
@@ -91,17 +89,17 @@ def completions() -> None:
 
 
 def responses() -> None:
-    answer = client.responses.create(model=model, input=SUM, temperature=0, max_output_tokens=40)
+    answer = client.responses.create(model=model, input=SUM, temperature=0, max_output_tokens=400)
     server.says(answer.output_text, SUM_ANSWER)
     further = client.responses.create(model=model, input=SUM, previous_response_id=answer.id, max_output_tokens=8)
     assert further.previous_response_id == answer.id
-    with client.responses.stream(model=model, input=SUM, temperature=0, max_output_tokens=40) as stream:
+    with client.responses.stream(model=model, input=SUM, temperature=0, max_output_tokens=400) as stream:
         kinds = [event.type for event in stream]
         server.says(stream.get_final_response().output_text, SUM_ANSWER)
     assert kinds[0] == "response.created"
     assert kinds[-1] == "response.completed"
     parsed = client.responses.parse(
-        model=model, input=PERSON, text_format=Person, temperature=0, max_output_tokens=60
+        model=model, input=PERSON, text_format=Person, temperature=0, max_output_tokens=400
     ).output_parsed
     assert parsed is not None
     server.is_person(parsed.name, parsed.age)
@@ -113,7 +111,13 @@ def responses() -> None:
         "strict": False,
     }
     called = client.responses.create(
-        model=model, input=WEATHER, tools=[tool], tool_choice="required", temperature=0, max_output_tokens=60
+        model=model,
+        input=WEATHER,
+        tools=[tool],
+        tool_choice="required",
+        parallel_tool_calls=False,
+        temperature=0,
+        max_output_tokens=400,
     )
     (call,) = (item for item in called.output if item.type == "function_call")
     server.says(json.loads(call.arguments)["city"], "Rome")
@@ -136,7 +140,7 @@ async def asynchronous() -> None:
     async with openai.AsyncOpenAI(base_url=server.openai_url, api_key="none") as others:
         answers = await asyncio.gather(
             *(
-                others.chat.completions.create(model=model, messages=ask(SUM), temperature=0, max_tokens=40)
+                others.chat.completions.create(model=model, messages=ask(SUM), temperature=0, max_tokens=400)
                 for _ in "abc"
             )
         )

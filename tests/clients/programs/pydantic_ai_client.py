@@ -16,7 +16,7 @@ from pydantic_ai.settings import ModelSettings
 
 server = Server()
 provider = OpenAIProvider(base_url=server.openai_url, api_key="none")
-settings = ModelSettings(temperature=0, max_tokens=60)
+settings = ModelSettings(temperature=0, max_tokens=400)
 chat = OpenAIChatModel(server.model, provider=provider, settings=settings)
 responses = OpenAIResponsesModel(server.model, provider=provider, settings=settings)
 messages = AnthropicModel(
@@ -42,6 +42,7 @@ async def main() -> None:
         server.says((await Agent(model).run(SUM)).output, SUM_ANSWER)
         async with Agent(model).run_stream(SUM) as streamed:
             server.says(await streamed.get_output(), SUM_ANSWER)
+        assert (await Agent(model, output_type=get_weather).run(WEATHER)).output == WEATHER_RESULT  # it must be called
         if server.is_demo:  # of another model it is not known whether it calls the tool, and stops calling it
             tool = Tool(get_weather, name="get_weather", description=WEATHER_DESCRIPTION)
             server.says((await Agent(model, tools=[tool]).run(WEATHER)).output, WEATHER_ANSWER)

@@ -126,6 +126,17 @@ def read(name: str, text: str) -> list[tuple[str, dict[str, Any]]]:
     return [(call.name, json.loads(call.arguments)) for call in message.tool_calls]
 
 
+@pytest.mark.parametrize("name", _WRITTEN)
+def test_what_is_left_of_a_required_call_that_was_cut_off_is_no_content(name: str) -> None:
+    text = answer_of(name, ("f", ARGUMENTS), *([("g", {})] if not _WRITTEN[name].is_single else []))
+    for length in range(len(text)):
+        parser = make_parser(format_of(name, None), TOOLS)
+        parser.drops_content = True
+        message = AssistantMessage.of([*parser.feed(text[:length]), *parser.finish()])
+        assert message.content == ""
+        assert len(message.tool_calls) <= 2
+
+
 @pytest.mark.parametrize("name", [name for name, written in _WRITTEN.items() if written.preceded_by])
 def test_reasoning_may_stand_before_the_calls(vocabulary: GrammarVocabulary, tokenizer: Tokenizer, name: str) -> None:
     text = "<|channel|>analysis<|message|>I look.\nNow.<|end|><|start|>assistant" + answer_of(name, ("f", ARGUMENTS))

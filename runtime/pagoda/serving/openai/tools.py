@@ -97,7 +97,7 @@ def constrained(
     if tag is None:
         return job
     params = replace(job.params, structured_outputs=GrammarSpec.of_structural_tag(tag))
-    return replace(job, params=params, answer=replace(answer, is_constrained=True))
+    return replace(job, params=params, answer=replace(answer, is_constrained=True, only_calls=is_forced))
 
 
 def template_tools(tools: Sequence[ToolDefinition] | None, tool_choice: str | dict[str, Any] | None) -> Any:

@@ -130,7 +130,9 @@ class AnswerFormat:
             from pagoda.text.responses.checkpoint_template import TemplateParser
 
             prompt = self._tokenizer.decode(prompt_token_ids[-_TEMPLATE_TAIL_TOKENS:], skip_special_tokens=False)
-            return TemplateParser(self._template, tools, prompt, skip_special=skip_special)
+            read = TemplateParser(self._template, tools, prompt, skip_special=skip_special)
+            read.drops_content = options.only_calls
+            return read
         wants_calls = bool(options.tools) and self.call_name is not None
         wants_reasoning = self.reasoning_name is not None
         if not wants_calls and not wants_reasoning:
@@ -146,6 +148,7 @@ class AnswerFormat:
             skip_special=skip_special,
         )
         parser.reads_special_tokens = options.is_constrained
+        parser.drops_content = options.only_calls
         return parser
 
     def skipping_reasoning(self, prompt_token_ids: Sequence[int]) -> list[int]:

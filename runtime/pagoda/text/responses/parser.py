@@ -18,9 +18,11 @@ class ResponseParser(ABC):
     `tools`: only their names begin a call. `skip_special`: markers in prose that are special tokens are dropped, as other
     special tokens are. `is_reasoning`: whether what comes next is reasoning, as far as is known. `is_complete`: no more is
     wanted of the model. `reads_special_tokens`: all special tokens are part of the text, spelled; else only `marks` are.
+    `drops_content`: a grammar allows none, so that what looks like content is the beginning of a call that was cut off.
     """
 
     reads_special_tokens = False
+    drops_content = False
 
     def __init__(self, tools: ToolSet, marks: Marks = NO_MARKS, *, skip_special: bool = True) -> None:
         self.marks = marks
@@ -66,6 +68,8 @@ class ResponseParser(ABC):
 
     def _say(self, text: str) -> None:
         """More content. White space at its end waits until it is known what follows."""
+        if self.drops_content:
+            return
         settled = self._settled(text)
         if settled:
             self._deltas.add_content(self._separated("content", settled))
