@@ -31,7 +31,9 @@ def ask(text: str) -> list[Any]:
 
 
 def chats() -> None:
-    answer = client.chat.completions.create(model=model, messages=ask(SUM), temperature=0, max_tokens=400, logprobs=True)
+    answer = client.chat.completions.create(
+        model=model, messages=ask(SUM), temperature=0, max_tokens=400, logprobs=True
+    )
     server.says(answer.choices[0].message.content, SUM_ANSWER)
     assert answer.choices[0].logprobs is not None
     assert answer.usage is not None

@@ -26,6 +26,11 @@ class Choice(ABC):
 
     def __init__(self, index: int) -> None:
         self.index = index
+        self.has_begun = False  # a chunk of it came
+
+    def opening(self) -> dict[str, Any] | None:
+        """The choice of its first event, before anything is known of it; None where there is none."""
+        return None
 
     @abstractmethod
     async def whole(self, result: CompletionOutput) -> dict[str, Any]:
@@ -95,28 +100,31 @@ class Call(ABC):
         """The response in events; closing the iterator aborts it in the engine."""
         jobs = await self.jobs()
         usage = UsageCounter(has_drafts=self._model.config.speculative_config is not None)
-        choices: dict[tuple[int, int], tuple[Choice, EventTemplate]] = {}
+        choices: dict[int, tuple[Choice, EventTemplate]] = {}
         async with aclosing(self._model.runner.stream_all(jobs, self.response_id)) as chunks:
             async for prompt_index, made in chunks:
                 chunk = self.shown(prompt_index, made)
                 usage.add(prompt_index, chunk)
-                key = (prompt_index, chunk.index)
-                known = choices.get(key)
-                if known is None:
-                    choice = self.choice(prompt_index * jobs[prompt_index].params.n + chunk.index)
-                    choices[key] = choice, self._text_template(choice)
-                else:
-                    choice, text_event = known
-                    if chunk.finish_reason is None and not (
-                        chunk.logprobs or chunk.deltas or self._is_usage_continuous or self._returns_ids
-                    ):
-                        if chunk.text:
-                            yield text_event(chunk.text)
-                        continue
                 members = self.members_of_chunk(chunk)
+                if not choices:  # OpenAI's helper numbers choices as they begin, so all begin in their order
+                    for index in range(sum(job.params.n for job in jobs)):
+                        begun = self.choice(index)
+                        choices[index] = begun, self._text_template(begun)
+                        if (opening := begun.opening()) is not None:
+                            yield event({**self._chunk([opening], self._usage_so_far(usage)), **members})
+                            members = {}
+                choice, text_event = choices[prompt_index * jobs[prompt_index].params.n + chunk.index]
+                if (
+                    choice.has_begun
+                    and chunk.finish_reason is None
+                    and not (chunk.logprobs or chunk.deltas or self._is_usage_continuous or self._returns_ids)
+                ):
+                    if chunk.text:
+                        yield text_event(chunk.text)
+                    continue
+                choice.has_begun = True
                 for delta in await choice.deltas(chunk):
-                    content = self._chunk([delta], usage.usage() if self._is_usage_continuous else None)
-                    yield event({**content, **members})
+                    yield event({**self._chunk([delta], self._usage_so_far(usage)), **members})
                     members = {}
         if self._includes_usage:
             yield event(self._chunk([], usage.usage()))
@@ -135,6 +143,9 @@ class Call(ABC):
     def _chunk(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None) -> dict[str, Any]:
         content = self.envelope(self.chunk_object_name, choices)
         return {**content, "usage": usage} if self._includes_usage else content
+
+    def _usage_so_far(self, usage: UsageCounter) -> dict[str, Any] | None:
+        return usage.usage() if self._is_usage_continuous else None
 
     def _text_template(self, choice: Choice) -> EventTemplate:
         return EventTemplate(lambda text: self._chunk([choice.text_delta(text)], None))

@@ -104,8 +104,11 @@ class _ChatChoice(Choice):
         self._as_token_ids = as_token_ids
         self._returns_ids = returns_ids
         self._shows_reasoning = shows_reasoning
-        self._has_begun = False
         self._has_calls = False
+
+    @override
+    def opening(self) -> dict[str, Any]:
+        return self._delta({"role": "assistant", "content": ""})
 
     @override
     async def whole(self, result: CompletionOutput) -> dict[str, Any]:
@@ -133,10 +136,6 @@ class _ChatChoice(Choice):
 
     @override
     async def deltas(self, chunk: GenerationChunk) -> list[dict[str, Any]]:
-        deltas = []
-        if not self._has_begun:
-            self._has_begun = True
-            deltas.append(self._delta({"role": "assistant", "content": ""}))
         pieces = self._pieces(chunk)
         shows_ids = self._returns_ids and bool(chunk.token_ids)
         if not pieces and (chunk.logprobs or shows_ids or chunk.finish_reason is not None):
@@ -148,7 +147,7 @@ class _ChatChoice(Choice):
             parts[0]["token_ids"] = chunk.token_ids
         if chunk.finish_reason is not None:
             parts[-1] |= finish_fields(chunk.finish_reason, chunk.stop_reason, has_calls=self._has_calls)
-        return deltas + parts
+        return parts
 
     def _pieces(self, chunk: GenerationChunk) -> list[dict[str, Any]]:
         """What is new of the message. OpenAI's clients join the strings under one key, so names and ids are sent once."""

@@ -149,7 +149,7 @@ def _usage(usage: dict[str, Any]) -> dict[str, Any]:
     reasoning = usage.get("completion_tokens_details") or {"reasoning_tokens": 0}
     return {
         "input_tokens": usage["prompt_tokens"],
-        "input_tokens_details": {"cached_tokens": usage["prompt_tokens_details"]["cached_tokens"]},
+        "input_tokens_details": {**usage["prompt_tokens_details"], "cache_write_tokens": 0},
         "output_tokens": usage["completion_tokens"],
         "output_tokens_details": {"reasoning_tokens": reasoning["reasoning_tokens"]},
         "total_tokens": usage["total_tokens"],
