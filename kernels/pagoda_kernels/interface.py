@@ -7,7 +7,14 @@ from typing import ClassVar, Protocol
 
 import torch
 
-from pagoda_kernels.types import AttentionMetadata, DeltaNetWeights, ExpertWeights, PackedWeight, StepTensors
+from pagoda_kernels.types import (
+    AttentionMetadata,
+    DeltaNetWeights,
+    ExpertWeights,
+    LoraLimits,
+    PackedWeight,
+    StepTensors,
+)
 
 PackedLinear = tuple[
     torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, int, int, bool
@@ -18,7 +25,14 @@ class LoraBatch(Protocol):
     """Which rows of a step have which adapter; shared by all layers of a model. Made by `KernelBackend.lora_batch`."""
 
     def set(self, slots: torch.Tensor | None) -> None:
-        """`slots` int32 [T]: of each row of the steps that follow the slot of its adapter, -1: none; None: no row has one."""
+        """`slots` int32 [T]: of each row of the steps that follow the slot of its adapter, -1: none; None: no row has one.
+
+        On a GPU this is queued: steps before it are not touched, and graphs that were captured after `expect` read it.
+        """
+
+    def expect(self, num_tokens: int) -> None:
+        """Before a graph is captured: its step has up to so many rows, whose adapters later calls of `set` say; 0: it runs for
+        steps without any."""
 
 
 class LoraLinear(Protocol):
@@ -47,11 +61,13 @@ class LoraLinear(Protocol):
     def clear(self, slot: int) -> None:
         """Empty `slot`; it may be empty already."""
 
-    def add(self, x: torch.Tensor, output: torch.Tensor) -> None:
+    def add(self, x: torch.Tensor, output: torch.Tensor, rows: torch.Tensor | None = None) -> None:
         """Add to rows of `output` [T, out_features], in place, `scale * (x @ a) @ b` of their adapters; x [T, in_features].
 
-        Both contiguous, float32 or bfloat16. Sums are float32, and rounded with the output that they are added to; a
-        row's bits are the same alone and in any batch. Rows whose adapter has nothing for this layer are left as they are.
+        Both contiguous, of the model's dtype, or `output` float32. `rows` int64 [T]: of each row of x which one of the step it
+        is, as where an expert has some of them; None: all of the step's, in order. Sums are float32, and rounded with the
+        output that they are added to; a row's bits are the same alone and in any batch. Rows whose adapter has nothing for
+        this layer are left as they are.
         """
 
 
@@ -70,6 +86,13 @@ class FusedExperts(Protocol):
 
     def set_load(self, load: torch.Tensor) -> None:
         """int64 [experts], to which every `forward` adds how many rows chose each."""
+
+    def set_lora(self, index: int, gate_up: LoraLinear, down: LoraLinear) -> None:
+        """What adapters add to the products of the expert that was added as number `index`; all of one `LoraBatch`, whose
+        rows are those of `forward`. To be called for each expert or none."""
+
+    def set_shared_lora(self, gate_up: LoraLinear, down: LoraLinear) -> None:
+        """The same for the shared expert."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x float32 or bfloat16 [T, hidden_size], contiguous, to the same shape: the weighted sum of a token's experts in the
@@ -539,7 +562,7 @@ class KernelBackend:
 
     # ---- adapters ------------------------------------------------------------------------------------------------------
 
-    def lora_batch(self) -> LoraBatch:
+    def lora_batch(self, limits: LoraLimits) -> LoraBatch:
         """The rows of a step, none of which has an adapter yet."""
         raise self._not_implemented("lora_batch")
 

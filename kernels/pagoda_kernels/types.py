@@ -13,6 +13,18 @@ PANEL = 32
 LORA_ALIGNMENT = 16
 """Ranks of adapters are filled up with zeros to a multiple of this."""
 
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraLimits:
+    """The most that there may be of adapters: slots, rank, and rows of a step; and the type of the model's products."""
+
+    num_slots: int
+    max_rank: int
+    max_num_tokens: int
+    dtype: torch.dtype
+    device: torch.device
+
+
 SWIGLU_ALPHA, SWIGLU_LIMIT = 1.702, 7.0
 """Of `KernelBackend.clamped_swiglu_and_mul`."""
 

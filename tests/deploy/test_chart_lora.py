@@ -65,7 +65,6 @@ def test_a_config_map_of_ones_own() -> None:
         ({"lora": {"enabled": True, "adapters": ADAPTERS[1:], "configMap": "x"}}, "give one of lora.adapters and"),
         ({"lora": {"adapters": ADAPTERS}}, "need lora.enabled"),
         ({"lora": {"enabled": True, "adapters": ADAPTERS}}, "the path of lora.adapters: sql is in lora.claim"),
-        ({"lora": {"enabled": True, "configMap": "x"}, "resources": {"gpus": 1}}, "on a CPU only"),
     ],
 )
 def test_values_that_do_not_go_together(values: dict[str, Any], message: str) -> None:

@@ -25,7 +25,7 @@ from pagoda.models.dummy import DummySpec, write_dummy_checkpoint
 from pagoda.request import EngineRequest
 from pagoda.sampling.output import FinishReason
 from pagoda.sampling.params import SamplingParams
-from tests.support.lora_adapters import adapter_of, base_model, merged_model, write_adapter
+from tests.support.lora_adapters import ALL_LINEAR, adapter_of, add_experts, base_model, merged_model, write_adapter
 from tests.support.model_families import family_config
 from tests.support.parity import ParityCase, greedy, parity_case, run_greedily
 
@@ -65,6 +65,20 @@ def write_adapters(directory: Path, model: Path) -> list[Path]:
     ]
 
 
+def case_for(directory: Path, paths: list[Path], *, num_prompts: int, longest: int, new_tokens: int) -> LoraCase:
+    """Prompts of the model alone and of each adapter in turn."""
+    base = base_model(directory)
+    case = parity_case(directory, base, num_prompts=num_prompts, longest=longest, new_tokens=new_tokens)
+    models = [base, *(merged_model(directory, path) for path in paths)]
+    expected = [
+        case.expected[index] if index % len(models) == 0 else greedy(models[index % len(models)], prompt, new_tokens)
+        for index, prompt in enumerate(case.prompts)
+    ]
+    changed = sum(own != of_base for own, of_base in zip(expected, case.expected, strict=True))
+    assert changed > num_prompts // 2, "the adapters were meant to matter"
+    return LoraCase(replace(case, expected=expected), [None, *map(adapter_of, paths)])
+
+
 @pytest.fixture(scope="module")
 def case_of(tmp_path_factory: pytest.TempPathFactory):
     @cache
@@ -72,17 +86,29 @@ def case_of(tmp_path_factory: pytest.TempPathFactory):
         directory = tmp_path_factory.mktemp("lora") / family
         write_dummy_checkpoint(directory, SPECS[family])
         paths = write_adapters(directory.parent / "adapters", directory)
-        base = base_model(directory)
-        case = parity_case(directory, base, num_prompts=NUM_PROMPTS, longest=LONGEST, new_tokens=NEW_TOKENS)
-        models = [base, *(merged_model(directory, path) for path in paths)]
-        prompts = case.prompts
-        expected = [
-            case.expected[index] if index % 9 == 0 else greedy(models[index % 9], prompt, NEW_TOKENS)
-            for index, prompt in enumerate(prompts)
-        ]
-        changed = sum(own != of_base for own, of_base in zip(expected, case.expected, strict=True))
-        assert changed > NUM_PROMPTS // 2, "the adapters were meant to matter"
-        return LoraCase(replace(case, expected=expected), [None, *map(adapter_of, paths)])
+        return case_for(directory, paths, num_prompts=NUM_PROMPTS, longest=LONGEST, new_tokens=NEW_TOKENS)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def experts_of(tmp_path_factory: pytest.TempPathFactory):
+    """Mixtures of experts and three adapters of each: of all that PEFT has for it, of the experts alone, of the rest."""
+
+    @cache
+    def make(family: str) -> LoraCase:
+        from transformers import AutoModelForCausalLM
+
+        directory = tmp_path_factory.mktemp("experts") / family
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(family_config(family)).save_pretrained(directory)
+        stacked = family in ("qwen3-moe", "gpt-oss")
+        paths = [directory.parent / name for name in ("all", "experts", "attention")]
+        for seed, (path, targets) in enumerate(zip(paths, (ALL_LINEAR, (), ALL_LINEAR), strict=True)):
+            write_adapter(path, directory, rank=(8, 3, 16)[seed], targets=targets, seed=seed)
+            if path.name != "attention":
+                add_experts(path, directory, stacked=stacked, seed=seed)
+        return case_for(directory, paths, num_prompts=9, longest=40, new_tokens=10)
 
     return make
 
@@ -140,6 +166,23 @@ def test_layer_by_layer_and_on_the_reference_kernels(case_of) -> None:
 def test_with_drafts(case_of) -> None:
     stats = check(case_of("llama"), speculative_config={"method": "ngram", "num_speculative_tokens": 3})
     assert stats.num_spec_draft_tokens > 0
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["qwen2-moe", "gpt-oss", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mixtral", "qwen3-moe"))],
+)
+def test_experts(experts_of, family: str) -> None:
+    check(experts_of(family), num_gpu_blocks_override=64)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["tensor", "expert", "reference"])
+def test_experts_on_ranks(experts_of, layout: str) -> None:
+    if layout == "reference":
+        check(experts_of("qwen2-moe"), cpu_kernels="reference")
+    else:
+        check(experts_of("qwen2-moe"), tensor_parallel_size=2, enable_expert_parallel=layout == "expert")
 
 
 def test_several_steps_a_plan(case_of) -> None:
@@ -281,10 +324,9 @@ def test_llm_takes_vllms_lora_requests(tmp_path: Path) -> None:
         llm.generate([prompt], params, lora_request=requests[1])
 
 
-@pytest.mark.parametrize(("device", "dtype"), [("cuda", "bfloat16"), ("cpu", "float16")])
-def test_where_there_are_no_kernels_it_is_refused(device: str, dtype: str) -> None:
-    with pytest.raises(ConfigError, match=f"enable_lora: .* not with device={device} and dtype={dtype}"):
-        startup._check_adapters(PagodaConfig(enable_lora=True, device=device, dtype=dtype))
+def test_where_there_are_no_kernels_it_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"enable_lora: .* on a CPU in float32 and bfloat16, not in float16"):
+        startup._check_adapters(PagodaConfig(enable_lora=True, device="cpu", dtype="float16"))
 
 
 def request_of(name: str, prompt: list[int], adapter: LoraAdapter | None, max_tokens: int) -> EngineRequest:

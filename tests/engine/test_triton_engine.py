@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,15 @@ from pagoda.config.schema import PagodaConfig
 from pagoda.engine.core.startup import start_core
 from pagoda.execution.cuda_graphs import graph_sizes
 from pagoda.execution.in_process import InProcessExecutor
+from pagoda.execution.worker import Worker
 from pagoda.models.dummy import DummySpec, write_dummy_checkpoint
+from pagoda.models.lora.weights import LoraModel
 from pagoda.sampling.params import SamplingParams
 from pagoda_kernels import backend
+from tests.support.lora_adapters import adapter_of, base_model, merged_model, write_adapter
 from tests.support.model_families import family_config
 from tests.support.model_harness import save_random_checkpoint
-from tests.support.parity import parity_case, run_greedily
+from tests.support.parity import greedy, parity_case, run_greedily
 from tests.support.plan_driver import PlanDriver, make_executor
 from tests.support.recording import Recording
 from tests.support.triton_kernels import float8_as_on_a_gpu, kernels, require_interpreter
@@ -84,6 +88,52 @@ def test_rows_of_one_token_and_of_few_in_one_graph(tmp_path: Path) -> None:
     checkpoint = write_dummy_checkpoint(tmp_path / "model", spec)
     expected = generated(checkpoint, "reference", graphs=False, num_drafts=3)
     assert generated(checkpoint, "triton", graphs=True, num_drafts=3) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("kernels")
+def test_adapters_in_captured_steps(tmp_path: Path) -> None:
+    """Base and two adapters in one step, chunked prompts, and graphs with adapters and without."""
+    model = write_dummy_checkpoint(tmp_path / "model", DummySpec(num_layers=1, num_heads=2, num_kv_heads=1))
+    paths = [write_adapter(tmp_path / str(rank), model, rank=rank, seed=rank, size=2.0) for rank in (4, 20)]
+    settings = {"max_num_batched_tokens": 16, "max_num_seqs": 3, "max_model_len": 32, "max_lora_rank": 20}
+    core = start_core(
+        PagodaConfig(
+            model=str(model),
+            device="cpu",
+            dtype="float32",
+            threads=1,
+            cpu_kernels="reference",
+            enable_lora=True,
+            **settings,
+        )
+    )
+    backend.use_backend("triton")
+    executor = core._executor
+    assert isinstance(executor, InProcessExecutor)
+    worker, runner = executor._worker, executor.runner
+    assert isinstance(worker, Worker)
+    adapters = LoraModel(runner.model, worker.model_config, worker._lora_limits(), max_num_seqs=3)
+    runner.adapters = worker.adapters = executor._loader._model = adapters  # type: ignore[union-attr]
+    recording = Recording()
+    runner.capture_graphs(recording)
+    assert recording.num_captured == 2 * len(graph_sizes(3))
+    models = [base_model(model), *(merged_model(model, path) for path in paths)]
+    prompt = [(13 * n + 5) % 500 for n in range(19)]
+    case = parity_case(model, models[0], num_prompts=6, longest=20, new_tokens=3)
+    case = replace(
+        case,
+        prompts=[prompt] * 3,
+        expected=[greedy(each, prompt, 3) for each in models],
+    )
+    assert len({tuple(tokens) for tokens in case.expected}) == 3, "the adapters were meant to matter"
+    named = [None, *map(adapter_of, paths)]
+    assert run_greedily(core, case, "all", named) == case.expected
+    replayed = recording.num_replayed
+    assert replayed > 0
+    assert run_greedily(core, replace(case, prompts=[prompt], expected=case.expected[:1]), "base") == case.expected[:1]
+    assert recording.num_replayed > replayed
+    core.shutdown()
 
 
 @pytest.mark.usefixtures("kernels", "float8_as_on_a_gpu")

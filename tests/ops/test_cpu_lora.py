@@ -13,6 +13,7 @@ from tests.ops.test_lora import (
     make_adapter,
     make_layer,
     test_each_row_has_its_own_adapter,
+    test_some_rows_of_a_step_and_float32_outputs,
     test_the_last_adapter_of_a_slot_counts_and_an_empty_slot_adds_nothing,
 )
 from tests.support.cpu_kernels import kernels, require_cpu_kernels
@@ -22,6 +23,7 @@ require_cpu_kernels()
 __all__ = [
     "kernels",
     "test_each_row_has_its_own_adapter",
+    "test_some_rows_of_a_step_and_float32_outputs",
     "test_the_last_adapter_of_a_slot_counts_and_an_empty_slot_adds_nothing",
 ]
 

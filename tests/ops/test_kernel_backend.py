@@ -66,8 +66,6 @@ def test_the_triton_backend_implements_all_that_a_model_of_floats_runs() -> None
             "pack",
             "fused_decoder",
             "fused_experts",
-            "lora_batch",
-            "lora_linear",
         }
         with pytest.raises(NotImplementedError, match="the kernel backend 'triton' does not implement write_kv"):
             kernels.write_kv(*[torch.zeros(1, 1, 2)] * 2, *[torch.zeros(1, 1, 1, 2)] * 2, torch.zeros(1).long())

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pagoda_kernels.interface import KernelBackend, LoraBatch, LoraLinear
-from pagoda_kernels.types import LORA_ALIGNMENT, PANEL
+from pagoda_kernels.types import LORA_ALIGNMENT, PANEL, LoraLimits
 
 WIDTHS = (40, 8, 24)  # of the fused layers
 OUT_FEATURES = sum(WIDTHS)
@@ -60,8 +60,11 @@ def install(layer: LoraLinear, slot: int, adapter: Adapter) -> None:
     )
 
 
-def make_layer(kernels: KernelBackend, inputs: int, adapters: dict[int, Adapter]) -> tuple[LoraBatch, LoraLinear]:
-    batch = kernels.lora_batch()
+def make_layer(
+    kernels: KernelBackend, inputs: int, adapters: dict[int, Adapter], dtype: torch.dtype = torch.float32
+) -> tuple[LoraBatch, LoraLinear]:
+    limits = LoraLimits(num_slots=8, max_rank=64, max_num_tokens=80, dtype=dtype, device=torch.device("cpu"))
+    batch = kernels.lora_batch(limits)
     layer = kernels.lora_linear(batch, inputs, OUT_FEATURES)
     for slot, adapter in adapters.items():
         install(layer, slot, adapter)
@@ -74,13 +77,21 @@ def make_layer(kernels: KernelBackend, inputs: int, adapters: dict[int, Adapter]
 def test_each_row_has_its_own_adapter(
     kernels: KernelBackend, inputs: int, weight_dtype: torch.dtype, dtype: torch.dtype
 ) -> None:
+    check_rows(kernels, inputs, weight_dtype, dtype)
+
+
+def check_rows(
+    kernels: KernelBackend, inputs: int, weight_dtype: torch.dtype, dtype: torch.dtype, last_rows: int = 60
+) -> None:
     adapters = {
         0: make_adapter(0, inputs, {0: 8, 1: 8, 2: 8}, weight_dtype),
         2: make_adapter(1, inputs, {0: 16, 2: 3}, weight_dtype),
         5: make_adapter(2, inputs, {1: 64}, weight_dtype),
     }
-    batch, layer = make_layer(kernels, inputs, adapters)
-    slots = torch.tensor([5, -1, 0, 2, 0, 0, 3, -1, *[2] * 60], dtype=torch.int32)  # 3 has nothing for this layer
+    batch, layer = make_layer(kernels, inputs, adapters, dtype)
+    slots = torch.tensor(
+        [5, -1, 0, 2, 0, 0, 3, -1, *[2] * last_rows], dtype=torch.int32
+    )  # 3 has nothing for this layer
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(len(slots), inputs, generator=generator).to(dtype)
     output = torch.randn(len(slots), OUT_FEATURES, generator=generator).to(dtype)
@@ -96,6 +107,23 @@ def test_each_row_has_its_own_adapter(
     torch.testing.assert_close(output.double(), expected, rtol=tolerance, atol=tolerance * scale)
     untouched = (slots == -1) | (slots == 3)
     assert torch.equal(output[untouched], before[untouched])
+
+
+def test_some_rows_of_a_step_and_float32_outputs(kernels: KernelBackend) -> None:
+    adapters = {slot: make_adapter(slot, 96, {0: 8, 2: 4}, torch.bfloat16) for slot in range(2)}
+    batch, layer = make_layer(kernels, 96, adapters)
+    slots = torch.tensor([0, -1, 1, 1, 0], dtype=torch.int32)
+    batch.set(slots)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 96, generator=generator).bfloat16()
+    rows = torch.tensor([4, 2, 1, 4])
+    output = torch.randn(4, OUT_FEATURES, generator=generator)
+    expected = output.double()
+    for index, row in enumerate(rows.tolist()):
+        if slots[row] >= 0:
+            expected[index] += adapters[int(slots[row])].delta(x[row : row + 1])[0]
+    layer.add(x[rows].contiguous(), output, rows)
+    torch.testing.assert_close(output.double(), expected, rtol=1e-4, atol=1e-3)
 
 
 def test_the_last_adapter_of_a_slot_counts_and_an_empty_slot_adds_nothing(kernels: KernelBackend) -> None:

@@ -85,6 +85,11 @@ def test_gated_delta_net(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(600)
+def test_adapters(tmp_path: Path) -> None:
+    assert_fits(compiled(tmp_path, [90], ["lora_.* bfloat16 inputs=4096"]))
+
+
+@pytest.mark.timeout(600)
 def test_experts_of_a_mixture(tmp_path: Path) -> None:
     found = compiled(tmp_path, [80, 90], ["expert_.* bfloat16 hidden_size=2048", "combine_experts hidden_size=2048"])
     assert_fits(found)

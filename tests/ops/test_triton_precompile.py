@@ -182,7 +182,7 @@ from pagoda.parallel.groups import SINGLE_RANK, ParallelGroups, PipelineParallel
 from pagoda.parallel.layout import ParallelLayout
 from pagoda_kernels import backend
 from pagoda_kernels.gpu.tuning import load_table
-from pagoda_kernels.types import AttentionMetadata, StepTensors
+from pagoda_kernels.types import AttentionMetadata, LoraLimits, StepTensors
 from pagoda.sampling.selection import pad_to_blocks
 
 kernels = backend.use_backend("triton")
@@ -198,6 +198,8 @@ build = ModelBuild(
     device=torch.device("cuda", 0),
 )
 wanted = wanted_kernels(build)
+limits = LoraLimits(num_slots=2, max_rank=16, max_num_tokens=64, dtype=torch.bfloat16, device=torch.device("cuda", 0))
+of_adapters = {one.name for one in wanted_kernels(dataclasses.replace(build, lora=limits))} - {one.name for one in wanted}
 
 # A mixed step and then a decode step of three rows, of tensors that have memory, as the runner makes them.
 model = build_model(config, torch.bfloat16, "cpu")
@@ -251,6 +253,7 @@ OUT.write_text(json.dumps({
     "missed": [one.name for one in launched if one.data not in {other.data for other in wanted}],
     "launched": sorted(one.name for one in launched),
     "parallel": parallel,
+    "of_adapters": sorted(of_adapters),
 }))
 """
 
@@ -280,6 +283,7 @@ def test_a_models_steps_launch_nothing_that_was_not_to_be_compiled(tmp_path: Pat
     assert reduction <= set(found["launched"]) or family == "mistral"
     assert found["missed"] == [], "the first step would wait for these"
     assert found["wanted"] == found["launched"], "compiled for nothing"
+    assert found["of_adapters"] == ["lora_expand_kernel", "lora_shrink_kernel"]
     for rank, names in found["parallel"].items():
         assert set(names) - reduction == (layers | sampling if rank == "2" else layers), "one rank samples"
 

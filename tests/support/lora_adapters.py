@@ -70,6 +70,71 @@ def write_adapter(
     return directory
 
 
+def add_experts(directory: Path, model: Path, *, stacked: bool, seed: int = 0, size: float = 0.3) -> Path:
+    """Give an adapter that `write_adapter` made something for all experts, too; returns `directory`.
+
+    `stacked`: as PEFT's `target_parameters` are stored, for transformers keeps experts in one parameter; else each as layers
+    of its own, by the names of before (Mixtral's `w1`).
+    """
+    config = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
+    tensors = load_file(directory / "adapter_model.safetensors")
+    rank = config["r"]
+    generator = torch.Generator().manual_seed(1000 + seed)
+
+    def values(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    for name, module in base_model(model).named_modules():
+        if not name.endswith(".experts"):
+            continue
+        for parameter in ("gate_up_proj", "down_proj"):
+            count, outputs, inputs = _oriented(module, parameter).shape
+            if stacked:
+                own = f"{name}.base_layer" if parameter == "gate_up_proj" else name
+                pairs = {own: (values(count * rank, inputs), values(outputs, rank * count))}
+            else:
+                names = _EACH.get(json.loads((model / "config.json").read_text())["model_type"], _MEMBERS)[parameter]
+                root = name.replace(".mlp.", ".block_sparse_moe.") if "w1" in names or "w2" in names else name
+                pairs = {
+                    f"{root}.{expert}.{member}": (values(rank, inputs), values(outputs // len(names), rank))
+                    for expert in range(count)
+                    for member in names
+                }
+            for own, (a, b) in pairs.items():
+                tensors[f"base_model.model.{own}.lora_A.weight"] = a / math.sqrt(inputs)
+                tensors[f"base_model.model.{own}.lora_B.weight"] = b * size / rank
+    if stacked:
+        config["target_parameters"] = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    save(directory, config, tensors)
+    return directory
+
+
+_MEMBERS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+_EACH = {"mixtral": {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}}
+
+
+def _oriented(experts: Any, parameter: str) -> torch.Tensor:
+    """A view [experts, outputs, inputs] of the weights of all experts."""
+    weight: torch.Tensor = getattr(experts, parameter).data
+    return weight.transpose(1, 2) if getattr(experts, "is_transposed", False) else weight
+
+
+def _add_to_experts(modules: dict[str, Any], name: str, a: torch.Tensor, b: torch.Tensor, scale: float) -> None:
+    one = re.match(r"(.*\.experts)\.(\d+)\.(\w+)$", name)
+    if one is None:  # PEFT's ParamWrapper.get_delta_weight
+        parameter = "gate_up_proj" if name.endswith(".base_layer") else "down_proj"
+        weight = _oriented(modules[name.removesuffix(".base_layer")], parameter)
+        count = len(weight)
+        by_expert = a.reshape(count, -1, a.shape[1]), b.reshape(b.shape[0], -1, count)
+        weight += scale * torch.einsum("o r e, e r i -> e o i", by_expert[1], by_expert[0])
+        return
+    experts = modules[one[1].replace(".block_sparse_moe.", ".mlp.")]
+    parameter = "down_proj" if one[3] in ("down_proj", "w2") else "gate_up_proj"
+    weight = _oriented(experts, parameter)[int(one[2])]
+    first = len(weight) // 2 if one[3] in ("up_proj", "w3") else 0
+    weight[first : first + len(b)] += scale * b @ a
+
+
 def save(directory: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
     """Both files of an adapter."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -97,6 +162,9 @@ def merged_model(model: Path, adapter: Path) -> Any:
         rank = len(a)
         alpha = _of(config["alpha_pattern"], name, config["lora_alpha"])
         scale = alpha / math.sqrt(rank) if config["use_rslora"] else alpha / rank
+        if ".experts" in name:
+            _add_to_experts(modules, name, a, b, config["lora_alpha"] / config["r"])
+            continue
         modules[name].weight += scale * (b.float() @ a.float())
     return merged
 

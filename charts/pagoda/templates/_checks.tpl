@@ -72,9 +72,6 @@
 {{- fail (printf "lora: the path of lora.adapters: %s is in lora.claim, which has no name" .name) -}}
 {{- end -}}
 {{- end -}}
-{{- if and .enabled (include "pagoda.gpus" $ | int) -}}
-{{- fail "lora: adapters are served on a CPU only: resources.gpus, resources.claims" -}}
-{{- end -}}
 {{- end -}}
 {{- end -}}
 

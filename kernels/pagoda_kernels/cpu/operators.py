@@ -15,7 +15,7 @@ from pagoda_kernels.interface import (
     LoraLinear,
     PackedLinear,
 )
-from pagoda_kernels.types import AttentionMetadata, DeltaNetWeights, PackedWeight, StepTensors
+from pagoda_kernels.types import AttentionMetadata, DeltaNetWeights, LoraLimits, PackedWeight, StepTensors
 
 torch.ops.load_library(str(library()))  # type: ignore[no-untyped-call]
 
@@ -301,7 +301,8 @@ class CpuBackend(KernelBackend):
         return experts
 
     @override
-    def lora_batch(self) -> LoraBatch:
+    def lora_batch(self, limits: LoraLimits) -> LoraBatch:
+        del limits  # weights are where they are, and nothing is captured
         batch: LoraBatch = torch.classes.pagoda_cpu.LoraBatch()
         return batch
 

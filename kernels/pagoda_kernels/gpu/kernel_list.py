@@ -48,6 +48,15 @@ from pagoda_kernels.gpu.experts import (
     TILE_M,
     columns_of_tile,
 )
+from pagoda_kernels.gpu.lora import (
+    EXPAND_WARPS,
+    MAX_PARTS,
+    SHRINK_WARPS,
+    STAGES,
+    expand_constants,
+    shrink_constants,
+)
+from pagoda_kernels.gpu.lora_kernels import lora_expand_kernel, lora_shrink_kernel
 from pagoda_kernels.gpu.sampling import BITMASK_TILE, BITMASK_WARPS, SAMPLING_TILE, SAMPLING_WARPS, num_tiles
 from pagoda_kernels.gpu.sampling_kernels import greedy_kernel, sample_top_p_kernel, token_bitmask_kernel
 from pagoda_kernels.gpu.step import GATHER_TILE, GATHER_WARPS
@@ -111,6 +120,7 @@ def tuned_builds(arch: int) -> Iterator[KernelBuild]:
         yield from _activation_builds(dtype)
         yield from _rotate_builds(dtype, dtype)
         yield from _expert_builds(dtype)
+        yield from _lora_builds(dtype)
         yield from _delta_net_builds(dtype, interleaved=dtype == "bfloat16")
     yield from _sampling_builds()
     yield _step_build()
@@ -277,6 +287,35 @@ def _expert_builds(dtype: str) -> Iterator[KernelBuild]:
                 num_warps=COMBINE_WARPS,
                 is_decode=True,
             )
+
+
+def _lora_builds(dtype: str) -> Iterator[KernelBuild]:
+    """Adapters of q, k and v, and of down, in Qwen3-8B, of rank 16."""
+    pointer, rank_stride = f"*{TRITON_TYPES[dtype]}", 16 * MAX_PARTS
+    tables = {"adapters": "*i64", **dict.fromkeys(("blocks", "order"), "*i32")}
+    for inputs, outputs in ((4096, 6144), (12288, 4096)):
+        yield KernelBuild(
+            name=f"lora_shrink {dtype} inputs={inputs}",
+            kernel=lora_shrink_kernel,
+            types={"shrunk": "*fp32", "x": pointer, **tables},
+            constants=shrink_constants(inputs, rank_stride),
+            num_warps=SHRINK_WARPS,
+            num_stages=STAGES,
+            is_decode=True,
+        )
+        yield KernelBuild(
+            name=f"lora_expand {dtype} inputs={inputs} outputs={outputs}",
+            kernel=lora_expand_kernel,
+            types={
+                **dict.fromkeys(("output", "weights_like"), pointer),
+                **dict.fromkeys(("shrunk", "scales"), "*fp32"),
+                **tables,
+            },
+            constants=expand_constants(inputs, outputs, rank_stride),
+            num_warps=EXPAND_WARPS,
+            num_stages=STAGES,
+            is_decode=True,
+        )
 
 
 def _delta_net_builds(dtype: str, *, interleaved: bool) -> Iterator[KernelBuild]:

@@ -6,13 +6,21 @@ from pagoda_kernels.gpu.attention import TritonAttention
 from pagoda_kernels.gpu.delta_net import TritonDeltaNet
 from pagoda_kernels.gpu.elementwise import TritonElementwise
 from pagoda_kernels.gpu.experts import TritonExperts
+from pagoda_kernels.gpu.lora import TritonLora
 from pagoda_kernels.gpu.sampling import TritonSampling
 from pagoda_kernels.gpu.step import TritonStep
 from pagoda_kernels.reference.encoder import ReferenceEncoder
 
 
 class TritonBackend(
-    TritonAttention, TritonDeltaNet, TritonElementwise, TritonExperts, TritonSampling, TritonStep, ReferenceEncoder
+    TritonAttention,
+    TritonDeltaNet,
+    TritonElementwise,
+    TritonExperts,
+    TritonLora,
+    TritonSampling,
+    TritonStep,
+    ReferenceEncoder,
 ):
     """What models with float weights run on a GPU; encoders, by torch's own operations, row after row.
 

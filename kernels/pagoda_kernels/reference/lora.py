@@ -8,6 +8,7 @@ import torch
 from typing_extensions import override
 
 from pagoda_kernels.interface import KernelBackend, LoraBatch, LoraLinear
+from pagoda_kernels.types import LoraLimits
 
 
 class ReferenceLoraBatch:
@@ -19,6 +20,10 @@ class ReferenceLoraBatch:
     def set(self, slots: torch.Tensor | None) -> None:
         """See `LoraBatch`."""
         self.slots = slots
+
+    def expect(self, num_tokens: int) -> None:
+        """See `LoraBatch`; nothing is captured here."""
+        self.slots = torch.full((num_tokens,), -1, dtype=torch.int32) if num_tokens else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,22 +56,24 @@ class ReferenceLoraLinear:
         """See `LoraLinear`."""
         self._adapters.pop(slot, None)
 
-    def add(self, x: torch.Tensor, output: torch.Tensor) -> None:
+    def add(self, x: torch.Tensor, output: torch.Tensor, rows: torch.Tensor | None = None) -> None:
         """See `LoraLinear`."""
         slots = self._batch.slots
         if slots is None:
             return
+        if rows is not None:
+            slots = slots[rows]
         for slot in sorted(set(slots.tolist()) & self._adapters.keys()):
             adapter = self._adapters[slot]
-            rows = (slots == slot).nonzero().flatten()
-            shrunk = x[rows].float() @ adapter.a.float()
+            own = (slots == slot).nonzero().flatten()
+            shrunk = x[own].float() @ adapter.a.float()
             first = 0
             for b, column, width, scale in adapter.parts:
                 rank = b.shape[1]
                 outputs = b.transpose(0, 1).flatten(1)[:, :width].float()
                 added = (shrunk[:, first : first + rank] * scale) @ outputs
                 part = output[:, column : column + width]
-                part[rows] = (part[rows].float() + added).to(output.dtype)
+                part[own] = (part[own].float() + added).to(output.dtype)
                 first += rank
 
 
@@ -74,7 +81,8 @@ class ReferenceLora(KernelBackend):
     """Adapters of linear layers."""
 
     @override
-    def lora_batch(self) -> LoraBatch:
+    def lora_batch(self, limits: LoraLimits) -> LoraBatch:
+        del limits
         return ReferenceLoraBatch()
 
     @override

@@ -372,7 +372,7 @@ class PagodaConfig:
     enable_lora: bool = option(
         False,
         "adapters",
-        "Serve LoRA adapters of the model, in PEFT's format: a request names one in the place of the model. On a CPU only.",
+        "Serve LoRA adapters of the model, in PEFT's format: a request names one in the place of the model.",
     )
     max_loras: int = option(8, "adapters", "Most adapters whose requests run in one step.", ge=1, le=1024)
     max_lora_rank: int = option(16, "adapters", "Greatest rank of an adapter.", ge=1, le=1024)

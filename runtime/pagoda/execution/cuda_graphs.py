@@ -21,6 +21,7 @@ and received by the host, so several stages run without graphs.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +30,7 @@ from torch import Tensor
 from pagoda.errors import ConfigError
 from pagoda.execution.input_batch import RowLayout
 from pagoda.models.causal_lm import CausalLM, KVCache
+from pagoda.models.lora.weights import LoraModel
 from pagoda.parallel.layout import ParallelLayout
 from pagoda_kernels.types import AttentionMetadata, StepTensors
 
@@ -86,9 +88,11 @@ def graph_sizes(
     return sorted(sizes, key=lambda size: (size.num_tokens, size.query_len))
 
 
-def reserved_bytes(sizes: Sequence[GraphSize], bytes_per_token: int) -> int:
-    """Memory to leave for graphs: the tensors of the largest one, which all share, and what the driver keeps of each."""
-    return max(size.num_tokens for size in sizes) * bytes_per_token + len(sizes) * BYTES_PER_GRAPH
+def reserved_bytes(sizes: Sequence[GraphSize], bytes_per_token: int, *, has_adapters: bool = False) -> int:
+    """Memory to leave for graphs: the tensors of the largest one, which all share, and what the driver keeps of each; with
+    adapters there are two of each size."""
+    num_graphs = len(sizes) * (1 + has_adapters)
+    return max(size.num_tokens for size in sizes) * bytes_per_token + num_graphs * BYTES_PER_GRAPH
 
 
 class DecodeGraphs:
@@ -105,8 +109,10 @@ class DecodeGraphs:
         num_groups: int = 1,
         block_size: int = 0,
         capture: Capture,
+        adapters: LoraModel | None = None,
     ) -> None:
-        """Capture every one of `sizes`, the largest first: the smaller ones then fit into the memory it took.
+        """Capture every one of `sizes`, the largest first: the smaller ones then fit into the memory it took. With `adapters`
+        each is captured twice: a step without any does not launch what adds them.
 
         `capture`: `CudaCapture()`. Raises `ConfigError` where a size cannot be captured.
         """
@@ -125,7 +131,7 @@ class DecodeGraphs:
         self._written: tuple[RowLayout, GraphSize] | None = None
         self._max_seq_len = max_model_len
         self._block_size = block_size
-        self._steps: dict[GraphSize, tuple[Replay, Tensor]] = {}
+        self._steps: dict[tuple[GraphSize, bool], tuple[Replay, Tensor]] = {}
         self._num_collectives = 0
 
         def step_of(size: GraphSize) -> Callable[[], Tensor]:
@@ -140,9 +146,11 @@ class DecodeGraphs:
 
             return step
 
-        for size in reversed(self._sizes):
+        for size, has_adapters in product(reversed(self._sizes), (False,) if adapters is None else (True, False)):
+            if adapters is not None:
+                adapters.begin_capture(size.num_tokens if has_adapters else 0)
             try:
-                self._steps[size] = capture(step_of(size))
+                self._steps[size, has_adapters] = capture(step_of(size))
             except RuntimeError as error:
                 raise ConfigError(
                     f"the step of {size.num_rows} sequences, {size.query_len} tokens each, could not be captured as a CUDA "
@@ -200,9 +208,10 @@ class DecodeGraphs:
         self._query_start_loc[num_rows + 1 : size.num_rows + 1] = padding + layout.num_tokens
         self._written = layout, size
 
-    def run(self, size: GraphSize) -> Tensor:
-        """Hidden states `[size.num_tokens, hidden_size]` of a step on the buffers of `tensors_for`, until the next."""
-        replay, hidden = self._steps[size]
+    def run(self, size: GraphSize, has_adapters: bool = False) -> Tensor:
+        """Hidden states `[size.num_tokens, hidden_size]` of a step on the buffers of `tensors_for`, until the next.
+        `has_adapters`: as the step was begun, see `LoraModel.begin_step`."""
+        replay, hidden = self._steps[size, has_adapters]
         self._group.count_replayed(self._num_collectives)
         replay()
         return hidden

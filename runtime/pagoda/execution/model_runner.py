@@ -207,6 +207,7 @@ class ModelRunner:
             num_groups=batch.num_groups,
             block_size=batch.block_size,
             capture=capture,
+            adapters=self.adapters,
         )
 
     @torch.inference_mode()
@@ -249,11 +250,12 @@ class ModelRunner:
 
     def _forward(self, inputs: StepInputs) -> Tensor | None:
         """Hidden states `[T, hidden_size]` of the step, by a graph where one fits it; None before the last stage."""
+        has_adapters = self.adapters is not None and self.adapters.begin_step(
+            inputs.layout.req_indices, inputs.layout.num_scheduled_tokens
+        )
         size = self.graphs.size_for(inputs.layout) if self.graphs is not None else None
         if self.graphs is not None and size is not None:
-            return self.graphs.run(size)[: inputs.layout.num_tokens]
-        if self.adapters is not None:
-            self.adapters.begin_step(inputs.layout.req_indices, inputs.layout.num_scheduled_tokens)
+            return self.graphs.run(size, has_adapters)[: inputs.layout.num_tokens]
         tensors = inputs.tensors[0]
         return self.model.forward(tensors.input_ids, tensors.positions, self.kv_caches, inputs.metadata())
 

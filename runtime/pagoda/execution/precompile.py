@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,13 +20,14 @@ from pagoda.models.build import build_model
 from pagoda.models.causal_lm import KVCache
 from pagoda.models.config import ModelConfig
 from pagoda.models.layers.rope import RotaryEmbedding
+from pagoda.models.lora.weights import LoraModel
 from pagoda.models.quantization.schemes import QuantizationConfig
 from pagoda.parallel.groups import ParallelGroups, PipelineParallelGroup, TensorParallelGroup
 from pagoda.platform.hardware import cpu_report
 from pagoda.sampling.selection import pad_to_blocks
 from pagoda.scheduling.kv_groups import RecurrentState
 from pagoda_kernels import backend
-from pagoda_kernels.types import AttentionMetadata, StepTensors
+from pagoda_kernels.types import AttentionMetadata, LoraLimits, StepTensors
 
 if TYPE_CHECKING:
     from pagoda_kernels.gpu.precompile import Specialization
@@ -39,7 +40,7 @@ _PROMPT_TOKENS, _SHORT_TOKENS, _DECODE_ROWS, _CONTEXT_TOKENS = 16, 2, 2, 1 << 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelBuild:
-    """What a rank's kernels follow from, with `device`, on which they will run."""
+    """What a rank's kernels follow from, with `device`, on which they will run; `lora`: where adapters are served."""
 
     config: ModelConfig
     groups: ParallelGroups
@@ -48,6 +49,7 @@ class ModelBuild:
     kv_dtype: torch.dtype
     block_size: int
     device: torch.device
+    lora: LoraLimits | None = None
 
 
 @contextmanager
@@ -86,6 +88,9 @@ def wanted_kernels(build: ModelBuild) -> list[Specialization]:
     meta = torch.device("meta")
     model = build_model(build.config, build.dtype, meta, _unconnected(build.groups), build.quantization)
     model.rotary_embeddings = nn.ModuleList(map(_NoAngles, model.rotary_embeddings))
+    adapters = None
+    if build.lora is not None:
+        adapters = LoraModel(model, build.config, replace(build.lora, device=meta), max_num_seqs=1)
     shard = model.shard
     caches: list[KVCache] = []
     for layer in shard.layers:
@@ -103,6 +108,8 @@ def wanted_kernels(build: ModelBuild) -> list[Specialization]:
         ):
             ids = torch.empty(num_tokens, dtype=torch.int64, device=meta)
             metadata = _metadata(num_tokens, num_decode_rows, num_short_rows, build.block_size)
+            if adapters is not None:
+                adapters.begin_capture(num_tokens)
             hidden = model.forward(ids, ids, caches, [metadata])
             logits = model.compute_logits(hidden[:1]) if hidden is not None else None
             if logits is not None:

@@ -66,6 +66,7 @@ from pagoda.scheduling.kv_groups import KVSpec, RecurrentState, cache_forms
 from pagoda.scheduling.plan import NO_SAMPLED_TOKENS, NewRequest, SampledTokensUpdate, StepPlan
 from pagoda_kernels import backend
 from pagoda_kernels.huge_pages import zeros_on_huge_pages
+from pagoda_kernels.types import LoraLimits
 
 logger = logging.getLogger(__name__)
 
@@ -137,10 +138,7 @@ class Worker:
         self.model.layer_groups = [self.kv_groups.group_of_layer[layer] for layer in self.shard.layers]
         if self.config.enable_lora:
             self.adapters = LoraModel(
-                self.model,
-                self.model_config,
-                max_lora_rank=self.config.max_lora_rank,
-                max_num_seqs=self._max_num_seqs(),
+                self.model, self.model_config, self._lora_limits(), max_num_seqs=self._max_num_seqs()
             )
         if isinstance(self.model, DecoderForCausalLM):
             fuse_layers(self.model)
@@ -241,6 +239,7 @@ class Worker:
                 kv_dtype=self.kv_dtype,
                 block_size=self.config.block_size,
                 device=self.device,
+                lora=self._lora_limits() if self.config.enable_lora else None,
             )
         )
 
@@ -379,9 +378,19 @@ class Worker:
 
     def _adapter_bytes(self) -> int:
         """Memory of as many adapters of the greatest rank as may be in it."""
-        if self.adapters is None:
-            return 0
-        return self.config.num_cpu_loras * self.adapters.bytes_of_rank(self.config.max_lora_rank, self.dtype)
+        return 0 if self.adapters is None else self.adapters.max_bytes
+
+    def _lora_limits(self) -> LoraLimits:
+        """What adapters are sized for; a graph may have more rows than the greatest step, as padding."""
+        largest = self._largest_step(self._longest_sequence())["num_tokens"]
+        of_graphs = max(size.num_tokens for size in self._graph_sizes()) if self._uses_cuda_graphs() else 0
+        return LoraLimits(
+            num_slots=self.config.num_cpu_loras,
+            max_rank=self.config.max_lora_rank,
+            max_num_tokens=max(largest, of_graphs),
+            dtype=self.dtype,
+            device=self.device,
+        )
 
     def _max_num_seqs(self) -> int:
         assert self.config.max_num_seqs is not None
@@ -468,7 +477,7 @@ class Worker:
         torch.cuda.synchronize()
         logger.info(
             "CUDA graphs: %d, for up to %d rows, and up to %d tokens a row, captured in %.1f s, %s",
-            len(sizes),
+            len(sizes) * (2 if self.adapters is not None else 1),
             max(size.num_rows for size in sizes),
             max(size.query_len for size in sizes),
             time.perf_counter() - started,
@@ -536,9 +545,13 @@ class Worker:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_reserved()
-        self._run_largest(
-            self._make_runner(1, num_tokens // num_rows + 2, num_rows), num_rows=num_rows, num_tokens=num_tokens
-        )
+        runner = self._make_runner(1, num_tokens // num_rows + 2, num_rows)
+        if self.adapters is not None:
+            self.adapters.assumes_adapters = True
+        self._run_largest(runner, num_rows=num_rows, num_tokens=num_tokens)
+        if self.adapters is not None:
+            self.adapters.assumes_adapters = False
+        del runner
         step_bytes = torch.cuda.max_memory_reserved() - held
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info()
@@ -547,13 +560,16 @@ class Worker:
         table_bytes = self._max_num_seqs() * (8 * (self._longest_sequence() + 1) + 4 * columns)
         graph_bytes = 0
         if self._uses_cuda_graphs():
-            graph_bytes = reserved_bytes(self._graph_sizes(), -(-step_bytes // num_tokens))
+            graph_bytes = reserved_bytes(
+                self._graph_sizes(), -(-step_bytes // num_tokens), has_adapters=self.adapters is not None
+            )
         share = self.config.gpu_memory_utilization
-        available = max(0, int(total * share) - (total - free) - step_bytes - graph_bytes - table_bytes)
+        adapters = self._adapter_bytes()
+        available = max(0, int(total * share) - (total - free) - step_bytes - graph_bytes - table_bytes - adapters)
         logger.info(
             "memory of the KV cache: %g of %s - %s in use - %s for a step - %s for CUDA graphs - %s for tokens and block "
-            "tables = %s",
+            "tables - %s for adapters = %s",
             share,
-            *(format_bytes(size) for size in (total, total - free, step_bytes, graph_bytes, table_bytes, available)),
+            *map(format_bytes, (total, total - free, step_bytes, graph_bytes, table_bytes, adapters, available)),
         )
         return available

@@ -142,12 +142,16 @@ def _fuse_experts(moe: MixtureOfExperts) -> None:
         router.group_members,
         ACTIVATIONS.index(config.activation),
     )
-    for expert in moe.experts:
+    for index, expert in enumerate(moe.experts):
         assert isinstance(expert, Expert)
         fused.add_expert(_parts_of(expert.gate_up_proj), _parts_of(expert.down_proj))
+        if expert.gate_up_proj.lora is not None and expert.down_proj.lora is not None:
+            fused.set_lora(index, expert.gate_up_proj.lora, expert.down_proj.lora)
     if moe.shared is not None:
         gate = None if moe.shared_gate is None else _parts_of(moe.shared_gate)
         fused.set_shared(_parts_of(moe.shared.gate_up_proj), _parts_of(moe.shared.down_proj), gate)
+        if moe.shared.gate_up_proj.lora is not None and moe.shared.down_proj.lora is not None:
+            fused.set_shared_lora(moe.shared.gate_up_proj.lora, moe.shared.down_proj.lora)
     fused.set_first_expert(moe.first_expert)
     fused.set_load(moe.load)
     moe.fused = fused

@@ -17,7 +17,7 @@ from pagoda.models.lora import peft
 from pagoda.models.lora.peft import LoraCheckpoint, read_adapter, read_version
 from pagoda.models.lora.source import AdapterSource
 from tests.support.checkpoints import shared_checkpoint
-from tests.support.lora_adapters import write_adapter
+from tests.support.lora_adapters import add_experts, write_adapter
 from tests.support.model_families import family_config
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -105,7 +105,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "replicated layers": ({"layer_replication": [[0, 1]]}, "layer_replication"),
     "token indices": ({"trainable_token_indices": [3]}, "adapters of embeddings"),
     "activated LoRA": ({"alora_invocation_tokens": [3]}, "activated LoRA"),
-    "stacked experts": ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "stacked experts"),
     "PiSSA": ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4' changes the base model's weights"),
     "a rank that is none": ({"r": 0}, "r must be an integer of at least 1"),
     "an alpha that is none": ({"lora_alpha": "x"}, "lora_alpha must be a number"),
@@ -178,25 +177,59 @@ def test_an_adapter_of_another_model_names_it(tmp_path: Path, model: ModelConfig
         read(path, model)
 
 
-def test_experts_are_refused_by_name(tmp_path: Path) -> None:
+def mixture(tmp_path: Path) -> tuple[Path, ModelConfig, Path]:
+    """A mixture of experts with an adapter of its attention."""
     from transformers import AutoModelForCausalLM
 
     directory = tmp_path / "moe"
     AutoModelForCausalLM.from_config(family_config("mixtral")).save_pretrained(directory)
-    model = ModelConfig.from_directory(directory)
-    expert = next(linear for linear in model.linears() if "experts" in linear.name)
     path = write_adapter(tmp_path / "adapter", directory, targets=("q_proj", "o_proj"))
+    return directory, ModelConfig.from_directory(directory), path
+
+
+def test_experts_are_taken_as_layers_of_their_own_and_stacked(tmp_path: Path) -> None:
+    directory, model, path = mixture(tmp_path)
     assert {name.rpartition(".")[2] for name in read(path, model).layers} == {"q_proj", "o_proj"}
-    name = f"base_model.model.{expert.name}"
-    change_tensors(
-        path,
-        **{
-            f"{name}.lora_A.weight": torch.zeros(8, expert.inputs),
-            f"{name}.lora_B.weight": torch.zeros(expert.outputs, 8),
-        },
-    )
-    with pytest.raises(CheckpointError, match=r"adapters are served for q_proj, .*, but not of experts"):
+    add_experts(path, directory, stacked=False)
+    each = {name: one for name, one in read(path, model).layers.items() if ".experts." in name}
+    experts = {linear.name for linear in model.linears() if ".experts." in linear.name}
+    assert set(each) == experts
+    assert not any(one.num_experts > 1 for one in each.values())
+    write_adapter(path, directory, targets=("q_proj",))
+    add_experts(path, directory, stacked=True)
+    stacked = {name: one for name, one in read(path, model).layers.items() if ".experts." in name}
+    assert set(stacked) == experts
+    one = next(one for name, one in stacked.items() if name.endswith("layers.1.mlp.experts.2.up_proj"))
+    assert one.a.endswith("layers.1.mlp.experts.base_layer.lora_A.weight")
+    assert (one.expert, one.num_experts, one.first_row, one.rank) == (2, 4, 40, 8)
+
+
+def test_stacked_experts_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:
+    directory, model, path = mixture(tmp_path)
+    add_experts(path, directory, stacked=True)
+    change(path, target_parameters=["mlp.experts.down_proj"])
+    with pytest.raises(
+        CheckpointError, match=r"experts\.base_layer.* but target_parameters .*expected: experts\.gate_up_proj"
+    ):
         read(path, model)
+    change(path, target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"])
+    down = "base_model.model.model.layers.0.mlp.experts"
+    of_down = load_file(path / "adapter_model.safetensors")
+    a, b = of_down[f"{down}.lora_A.weight"], of_down[f"{down}.lora_B.weight"]
+    for changed, message in (
+        ((a[:-1], b[:, :-1]), r"\(down_proj\) has A .*not those of 4 experts"),
+        (
+            (b.T, a.T),
+            r"is for 64 inputs and 40 outputs; each expert of this model has 40 and 64: save it with PEFT 0\.18",
+        ),
+        ((a[:4], b[:, :4]), r"experts\.down_proj has rank 1; adapter_config\.json says 8"),
+    ):
+        change_tensors(
+            path,
+            **{f"{down}.lora_{which}.weight": each.contiguous() for which, each in zip("AB", changed, strict=True)},
+        )
+        with pytest.raises(CheckpointError, match=message):
+            read(path, model)
 
 
 def test_the_greatest_rank_is_a_setting(adapter: Path, model: ModelConfig) -> None:

@@ -238,7 +238,7 @@ at::Tensor Decoder::forward(const at::Tensor& embedded, const std::vector<at::Te
   const auto multiply = [&](const PackedLinear& linear, const at::Tensor& x, int64_t in_features,
                             const at::Tensor& output, const c10::intrusive_ptr<LoraLinear>& lora) {
     run_linear(linear.arguments(dtype, x.const_data_ptr(), tokens, in_features, output.mutable_data_ptr()));
-    if (lora) lora->add(dtype, x.const_data_ptr(), output.mutable_data_ptr(), tokens);
+    if (lora) lora->add(dtype, x.const_data_ptr(), dtype, output.mutable_data_ptr(), tokens);
   };
 
   // The residual stream is `residual + pending`, and not summed up before it is needed. At the bottom there is no residual: the

@@ -153,6 +153,51 @@ void Experts::set_load(const at::Tensor& load) {
   load_ = load;
 }
 
+void Experts::set_lora(int64_t index, const c10::intrusive_ptr<LoraLinear>& gate_up, const c10::intrusive_ptr<LoraLinear>& down) {
+  TORCH_CHECK(index >= 0 && index < static_cast<int64_t>(experts_.size()), "there is no expert ", index);
+  GatedExpert& expert = experts_[static_cast<size_t>(index)];
+  expert.lora_gate_up = gate_up;
+  expert.lora_down = down;
+  lora_batch_ = gate_up->batch();
+}
+
+void Experts::set_shared_lora(const c10::intrusive_ptr<LoraLinear>& gate_up, const c10::intrusive_ptr<LoraLinear>& down) {
+  TORCH_CHECK(shared_, "there is no shared expert");
+  shared_->lora_gate_up = gate_up;
+  shared_->lora_down = down;
+}
+
+// `x`, `output`: rows by expert, at `places`. An expert's rows of one adapter are a group.
+void Experts::add_lora_of_experts(const std::vector<int32_t>& ids, const std::vector<int64_t>& places, const at::Tensor& x,
+                                  const at::Tensor& output, bool is_down) const {
+  struct Pair {
+    const LoraAdapter* adapter;  // of one expert's layer
+    int32_t place;
+  };
+  std::vector<Pair> pairs;
+  for (size_t row = 0; row < places.size(); ++row) {
+    const int32_t slot = places[row] < 0 ? -1 : lora_batch_->slot_of(static_cast<int64_t>(row) / top_k_);
+    if (slot < 0) continue;
+    const GatedExpert& expert = experts_[static_cast<size_t>(ids[row] - first_expert_)];
+    const LoraAdapter* const adapter = (is_down ? expert.lora_down : expert.lora_gate_up)->find(slot);
+    if (adapter != nullptr) pairs.push_back({adapter, static_cast<int32_t>(places[row])});
+  }
+  std::sort(pairs.begin(), pairs.end(), [](const Pair& a, const Pair& b) {
+    return std::less<const LoraAdapter*>()(a.adapter, b.adapter) || (a.adapter == b.adapter && a.place < b.place);
+  });
+  std::vector<int32_t> rows;
+  rows.reserve(pairs.size());
+  for (const Pair& pair : pairs) rows.push_back(pair.place);
+  std::vector<LoraRows> groups;
+  for (size_t at = 0; at < pairs.size(); ++at) {
+    if (at == 0 || pairs[at].adapter != pairs[at - 1].adapter)
+      groups.push_back({pairs[at].adapter, rows.data() + at, static_cast<int64_t>(at), 0});
+    ++groups.back().num_rows;
+  }
+  add_lora(groups, static_cast<int64_t>(rows.size()), x.size(1), output.size(1), dtype_of(x), x.const_data_ptr(),
+           dtype_of(output), output.mutable_data_ptr());
+}
+
 void Experts::choose(float* logits, float* weights, int32_t* ids) const {
   const int64_t experts = router_.out_features;
   std::vector<float> scores(logits, logits + experts);
@@ -195,8 +240,12 @@ void Experts::choose(float* logits, float* weights, int32_t* ids) const {
 
 at::Tensor Experts::run_shared(const at::Tensor& x) const {
   const std::vector<int64_t> all = {x.size(0)};
-  const at::Tensor hidden = activated(multiply_group({&shared_->gate_up}, all, x, x.scalar_type()), activation_);
-  return multiply_group({&shared_->down}, all, hidden, at::kFloat);
+  const at::Tensor gate_up = multiply_group({&shared_->gate_up}, all, x, x.scalar_type());
+  if (shared_->lora_gate_up) shared_->lora_gate_up->add(x, gate_up, std::nullopt);
+  const at::Tensor units = activated(gate_up, activation_);
+  at::Tensor output = multiply_group({&shared_->down}, all, units, at::kFloat);
+  if (shared_->lora_down) shared_->lora_down->add(units, output, std::nullopt);
+  return output;
 }
 
 at::Tensor Experts::forward(const at::Tensor& x) const {
@@ -257,8 +306,14 @@ at::Tensor Experts::forward(const at::Tensor& x) const {
 
   at::Tensor outputs;
   if (own_rows > 0) {
-    const at::Tensor units = activated(multiply_group(gate_ups, counts, grouped, x.scalar_type()), activation_);
+    const bool has_lora = lora_batch_ && !lora_batch_->groups().empty();
+    TORCH_CHECK(!has_lora || lora_batch_->num_tokens() == tokens, "the step's adapters are set for ", lora_batch_->num_tokens(),
+                " rows, not ", tokens);
+    const at::Tensor gate_up = multiply_group(gate_ups, counts, grouped, x.scalar_type());
+    if (has_lora) add_lora_of_experts(ids, places, grouped, gate_up, false);
+    const at::Tensor units = activated(gate_up, activation_);
     outputs = multiply_group(downs, counts, units, at::kFloat);
+    if (has_lora) add_lora_of_experts(ids, places, units, outputs, true);
   } else {
     outputs = at::empty({0, hidden}, x.options().dtype(at::kFloat));
   }

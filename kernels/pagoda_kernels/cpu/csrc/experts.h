@@ -3,6 +3,7 @@
 
 #include <torch/custom_class.h>
 
+#include "lora.h"
 #include "packed_linear.h"
 
 namespace pagoda {
@@ -12,6 +13,7 @@ enum class Scoring : int64_t { kSoftmax, kSigmoid, kSoftmaxOfChosen };
 
 struct GatedExpert {
   PackedLinear gate_up, down;
+  c10::intrusive_ptr<LoraLinear> lora_gate_up{}, lora_down{};  // null where there are no adapters
 };
 
 class Experts : public torch::CustomClassHolder {
@@ -29,12 +31,18 @@ class Experts : public torch::CustomClassHolder {
   // int64 [experts], to which every `forward` adds how many rows chose each.
   void set_load(const at::Tensor& load);
 
+  // What adapters add to the products of the expert that was added as number `index`, and of the shared one.
+  void set_lora(int64_t index, const c10::intrusive_ptr<LoraLinear>& gate_up, const c10::intrusive_ptr<LoraLinear>& down);
+  void set_shared_lora(const c10::intrusive_ptr<LoraLinear>& gate_up, const c10::intrusive_ptr<LoraLinear>& down);
+
   // x [T, hidden_size] to the same shape and dtype.
   at::Tensor forward(const at::Tensor& x) const;
 
  private:
   void choose(float* logits, float* weights, int32_t* ids) const;
   at::Tensor run_shared(const at::Tensor& x) const;
+  void add_lora_of_experts(const std::vector<int32_t>& ids, const std::vector<int64_t>& places, const at::Tensor& x,
+                           const at::Tensor& output, bool is_down) const;
 
   PackedLinear router_;
   std::optional<at::Tensor> correction_bias_;
@@ -50,6 +58,7 @@ class Experts : public torch::CustomClassHolder {
   std::optional<at::Tensor> load_;
   std::optional<GatedExpert> shared_;
   std::optional<PackedLinear> shared_gate_;
+  c10::intrusive_ptr<LoraBatch> lora_batch_;  // null where there are no adapters
 };
 
 }  // namespace pagoda

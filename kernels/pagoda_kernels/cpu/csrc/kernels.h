@@ -262,6 +262,7 @@ struct LoraAdapter {
   const void* a;  // [in_features, rank_padded], the ranks of all parts after each other
   int64_t rank_padded;
   const LoraPart* parts;
+  int64_t num_parts;
 };
 
 // Some rows of one adapter: `rows` of x and output, `first_row` and on of what is shrunk.

@@ -26,23 +26,31 @@ T* reserve(std::vector<T>& buffer, int64_t size) {
 }  // namespace
 
 void LoraBatch::set(const std::optional<at::Tensor>& slots) {
+  slots_.clear();
+  if (slots) {
+    check(*slots, "slots", {slots->size(0)}, at::kInt);
+    const int32_t* slot = slots->const_data_ptr<int32_t>();
+    slots_.assign(slot, slot + slots->size(0));
+  }
+  group();
+}
+
+void LoraBatch::expect(int64_t num_tokens) {
+  slots_.assign(static_cast<size_t>(num_tokens), -1);
+  group();
+}
+
+void LoraBatch::group() {
   groups_.clear();
   rows_.clear();
-  num_tokens_ = 0;
-  if (!slots) return;
-  num_tokens_ = slots->size(0);
-  check(*slots, "slots", {num_tokens_}, at::kInt);
-  const int32_t* slot = slots->const_data_ptr<int32_t>();
-  std::vector<int32_t> order;
-  for (int64_t row = 0; row < num_tokens_; ++row)
-    if (slot[row] >= 0) order.push_back(static_cast<int32_t>(row));
-  std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return slot[a] < slot[b]; });
-  for (size_t at = 0; at < order.size(); ++at) {
-    if (groups_.empty() || groups_.back().slot != slot[order[at]])
-      groups_.push_back({slot[order[at]], static_cast<int64_t>(at), 0});
+  for (size_t row = 0; row < slots_.size(); ++row)
+    if (slots_[row] >= 0) rows_.push_back(static_cast<int32_t>(row));
+  std::stable_sort(rows_.begin(), rows_.end(), [&](int32_t a, int32_t b) { return slot_of(a) < slot_of(b); });
+  for (size_t at = 0; at < rows_.size(); ++at) {
+    if (groups_.empty() || groups_.back().slot != slot_of(rows_[at]))
+      groups_.push_back({slot_of(rows_[at]), static_cast<int64_t>(at), 0});
     ++groups_.back().num_rows;
   }
-  rows_ = std::move(order);
 }
 
 LoraLinear::LoraLinear(c10::intrusive_ptr<LoraBatch> batch, int64_t in_features, int64_t out_features)
@@ -75,68 +83,97 @@ void LoraLinear::set(int64_t slot, const at::Tensor& a, const std::vector<at::Te
   if (static_cast<int64_t>(adapters_.size()) <= slot) adapters_.resize(static_cast<size_t>(slot) + 1);
   std::optional<Adapter>& place = adapters_[static_cast<size_t>(slot)];
   place = std::move(adapter);
-  place->view = {dtype_of(a), a.const_data_ptr(), a.size(1), place->parts.data()};
+  place->view = {dtype_of(a), a.const_data_ptr(), a.size(1), place->parts.data(), static_cast<int64_t>(place->parts.size())};
 }
 
 void LoraLinear::clear(int64_t slot) {
   if (slot >= 0 && slot < static_cast<int64_t>(adapters_.size())) adapters_[static_cast<size_t>(slot)].reset();
 }
 
-void LoraLinear::add(const at::Tensor& x, const at::Tensor& output) const {
-  if (batch_->groups().empty()) return;
-  check(x, "x", {x.size(0), in_features_}, x.scalar_type());
-  check(output, "output", {x.size(0), out_features_}, x.scalar_type());
-  add(dtype_of(x), x.const_data_ptr(), output.mutable_data_ptr(), x.size(0));
+const LoraAdapter* LoraLinear::find(int64_t slot) const {
+  if (slot >= static_cast<int64_t>(adapters_.size()) || !adapters_[static_cast<size_t>(slot)]) return nullptr;
+  return &adapters_[static_cast<size_t>(slot)]->view;
 }
 
-void LoraLinear::add(DType dtype, const void* x, void* output, int64_t num_rows) const {
-  const std::vector<LoraBatch::Group>& groups = batch_->groups();
-  if (groups.empty()) return;
+void LoraLinear::add(const at::Tensor& x, const at::Tensor& output, const std::optional<at::Tensor>& rows) const {
+  if (batch_->groups().empty()) return;
+  check(x, "x", {x.size(0), in_features_}, x.scalar_type());
+  check(output, "output", {x.size(0), out_features_}, output.scalar_type());
+  const DType dtype = dtype_of(x), output_dtype = dtype_of(output);
+  if (!rows) return add(dtype, x.const_data_ptr(), output_dtype, output.mutable_data_ptr(), x.size(0));
+  check(*rows, "rows", {x.size(0)}, at::kLong);
+  LoraBatch some;
+  some.slots_.reserve(static_cast<size_t>(x.size(0)));
+  for (int64_t row = 0; row < x.size(0); ++row) {
+    const int64_t token = rows->const_data_ptr<int64_t>()[row];
+    TORCH_CHECK(token >= 0 && token < batch_->num_tokens(), "row ", token, " of a step of ", batch_->num_tokens());
+    some.slots_.push_back(batch_->slot_of(token));
+  }
+  some.group();
+  add(some, dtype, x.const_data_ptr(), output_dtype, output.mutable_data_ptr());
+}
+
+void LoraLinear::add(DType dtype, const void* x, DType output_dtype, void* output, int64_t num_rows) const {
+  if (batch_->groups().empty()) return;
   TORCH_CHECK(num_rows == batch_->num_tokens(), "the step's adapters are set for ", batch_->num_tokens(), " rows, not ", num_rows);
-  TORCH_CHECK(dtype != DType::kHalf, "adapters are added to float32 and bfloat16 outputs");
+  add(*batch_, dtype, x, output_dtype, output);
+}
+
+void LoraLinear::add(const LoraBatch& batch, DType dtype, const void* x, DType output_dtype, void* output) const {
+  static thread_local std::vector<LoraRows> groups;
+  groups.clear();
+  for (const LoraBatch::Group& group : batch.groups()) {
+    const LoraAdapter* const adapter = find(group.slot);
+    if (adapter != nullptr)
+      groups.push_back({adapter, batch.rows().data() + group.first_row, group.first_row, group.num_rows});
+  }
+  add_lora(groups, static_cast<int64_t>(batch.rows().size()), in_features_, out_features_, dtype, x, output_dtype, output);
+}
+
+void add_lora(const std::vector<LoraRows>& groups, int64_t num_rows, int64_t in_features, int64_t out_features, DType dtype,
+              const void* x, DType output_dtype, void* output) {
+  if (groups.empty()) return;
+  TORCH_CHECK(dtype != DType::kHalf && output_dtype != DType::kHalf, "adapters are added to float32 and bfloat16 outputs");
   static thread_local std::vector<LoraTask> shrink_tasks, expand_tasks;
   static thread_local std::vector<float> shrunk;
   shrink_tasks.clear();
   expand_tasks.clear();
-  const int64_t num_chunks = ceil_div(in_features_, kLoraChunk);
+  const int64_t num_chunks = ceil_div(in_features, kLoraChunk);
   int64_t rank_stride = 0, shrink_cost = 0, expand_cost = 0;
-  for (const LoraBatch::Group& group : groups) {
-    if (group.slot >= static_cast<int64_t>(adapters_.size()) || !adapters_[static_cast<size_t>(group.slot)]) continue;
-    const Adapter& adapter = *adapters_[static_cast<size_t>(group.slot)];
-    rank_stride = std::max(rank_stride, adapter.view.rank_padded);
-    const int64_t bytes = adapter.view.rank_padded * in_features_ * size_of(adapter.view.dtype);
+  for (const LoraRows& group : groups) {
+    const LoraAdapter& adapter = *group.adapter;
+    rank_stride = std::max(rank_stride, adapter.rank_padded);
+    const int64_t bytes = adapter.rank_padded * in_features * size_of(adapter.dtype);
     shrink_cost += std::max(bytes, bytes / 16 * group.num_rows);
     for (int64_t done = 0; done < group.num_rows; done += kLoraRows) {
-      LoraTask task{&adapter.view, batch_->rows().data() + group.first_row + done, group.first_row + done,
-                    std::min(kLoraRows, group.num_rows - done), 0, 0};
+      LoraTask task{&adapter, group.rows + done, group.first_row + done, std::min(kLoraRows, group.num_rows - done), 0, 0};
       for (task.part = 0; task.part < num_chunks; ++task.part) shrink_tasks.push_back(task);
-      for (task.part = 0; task.part < static_cast<int64_t>(adapter.parts.size()); ++task.part) {
-        const LoraPart& part = adapter.parts[static_cast<size_t>(task.part)];
+      for (task.part = 0; task.part < adapter.num_parts; ++task.part) {
+        const LoraPart& part = adapter.parts[task.part];
         for (task.column = 0; task.column < part.columns; task.column += kLoraColumns) expand_tasks.push_back(task);
-        expand_cost += std::max(part.rank * part.columns * size_of(adapter.view.dtype), part.rank * part.columns / 4 * task.num_rows);
+        expand_cost += std::max(part.rank * part.columns * size_of(adapter.dtype), part.rank * part.columns / 4 * task.num_rows);
       }
     }
   }
-  if (shrink_tasks.empty()) return;
   LoraShrinkArguments shrink{};
   shrink.dtype = dtype;
   shrink.x = x;
-  shrink.output = reserve(shrunk, static_cast<int64_t>(batch_->rows().size()) * num_chunks * rank_stride);
+  shrink.output = reserve(shrunk, num_rows * num_chunks * rank_stride);
   shrink.tasks = shrink_tasks.data();
   shrink.num_tasks = static_cast<int64_t>(shrink_tasks.size());
-  shrink.in_features = in_features_;
+  shrink.in_features = in_features;
   shrink.num_chunks = num_chunks;
   shrink.rank_stride = rank_stride;
   shrink.cost = shrink_cost / kShare;
   shrink.num_threads = at::get_num_threads();
   active_kernels().lora_shrink(shrink);
   LoraExpandArguments expand{};
-  expand.dtype = dtype;
+  expand.dtype = output_dtype;
   expand.shrunk = shrink.output;
   expand.output = output;
   expand.tasks = expand_tasks.data();
   expand.num_tasks = static_cast<int64_t>(expand_tasks.size());
-  expand.out_features = out_features_;
+  expand.out_features = out_features;
   expand.num_chunks = num_chunks;
   expand.rank_stride = rank_stride;
   expand.cost = expand_cost / kShare;

@@ -478,6 +478,18 @@ TORCH_LIBRARY(pagoda_cpu, m) {
   m.def("greedy_sample(Tensor logits) -> (Tensor, Tensor)");
   m.def("apply_token_bitmask(Tensor(a!) logits, Tensor rows, Tensor bitmask) -> ()");
   m.def("packed_rows(Tensor weight, Tensor ids, int num_rows, bool as_float) -> Tensor");
+  m.class_<pagoda::LoraBatch>("LoraBatch")
+      .def(torch::init<>())
+      .def("set", &pagoda::LoraBatch::set)
+      .def("expect", &pagoda::LoraBatch::expect);
+  m.class_<pagoda::LoraLinear>("LoraLinear")
+      .def(torch::init<c10::intrusive_ptr<pagoda::LoraBatch>, int64_t, int64_t>())
+      .def("set", &pagoda::LoraLinear::set)
+      .def("clear", &pagoda::LoraLinear::clear)
+      .def("add",
+           static_cast<void (pagoda::LoraLinear::*)(const Tensor&, const Tensor&, const std::optional<Tensor>&) const>(
+               &pagoda::LoraLinear::add),
+           "", {torch::arg("x"), torch::arg("output"), torch::arg("rows") = c10::IValue()});
   m.class_<pagoda::Experts>("Experts")
       .def(torch::init<pagoda::PackedLinearTuple, std::optional<Tensor>, int64_t, int64_t, bool, double, int64_t, int64_t,
                        int64_t, int64_t>())
@@ -485,13 +497,9 @@ TORCH_LIBRARY(pagoda_cpu, m) {
       .def("set_shared", &pagoda::Experts::set_shared)
       .def("set_first_expert", &pagoda::Experts::set_first_expert)
       .def("set_load", &pagoda::Experts::set_load)
+      .def("set_lora", &pagoda::Experts::set_lora)
+      .def("set_shared_lora", &pagoda::Experts::set_shared_lora)
       .def("forward", &pagoda::Experts::forward);
-  m.class_<pagoda::LoraBatch>("LoraBatch").def(torch::init<>()).def("set", &pagoda::LoraBatch::set);
-  m.class_<pagoda::LoraLinear>("LoraLinear")
-      .def(torch::init<c10::intrusive_ptr<pagoda::LoraBatch>, int64_t, int64_t>())
-      .def("set", &pagoda::LoraLinear::set)
-      .def("clear", &pagoda::LoraLinear::clear)
-      .def("add", static_cast<void (pagoda::LoraLinear::*)(const Tensor&, const Tensor&) const>(&pagoda::LoraLinear::add));
   m.class_<pagoda::Decoder>("Decoder")
       .def(torch::init<double, Tensor>())
       .def("add_layer", &pagoda::Decoder::add_layer)

@@ -326,10 +326,9 @@ def _with_block_size(config: PagodaConfig, model_config: ModelConfig) -> PagodaC
 
 def _check_adapters(config: PagodaConfig) -> None:
     """Raise `ConfigError` where there are no kernels for adapters; device and dtype are resolved."""
-    if config.enable_lora and (config.device != "cpu" or config.dtype == "float16"):
+    if config.enable_lora and config.device == "cpu" and config.dtype == "float16":
         raise ConfigError(
-            f"enable_lora: adapters are served on a CPU in float32 and bfloat16, not with device={config.device} and "
-            f"dtype={config.dtype}"
+            "enable_lora: adapters are served on a CPU in float32 and bfloat16, not in float16; set dtype"
         )
 
 

@@ -181,15 +181,15 @@ class Linear(nn.Module):
         """The parameters by checkpoint name. `prefix`: the name of the module that contains the layer."""
         return self.method.weight_targets(self, prefix)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [T, in_features] to [T, out_features] of `out_dtype`."""
-        return self.multiply(x)
+    def forward(self, x: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """x [T, in_features] to [T, out_features] of `out_dtype`. `rows`: of the step that x has, see `LoraLinear.add`."""
+        return self.multiply(x, rows)
 
-    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+    def multiply(self, x: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
         """The product on this rank, with what adapters add to it."""
         product = self.method.apply(self, x)
         if self.lora is not None:
-            self.lora.add(x.contiguous(), product)
+            self.lora.add(x.contiguous(), product, rows)
         return product
 
 
@@ -215,6 +215,6 @@ class RowParallelLinear(Linear):
         super().__init__(inputs, parts, bias=has_bias, dtype=dtype, device=device, prefix=prefix, method=method)
         self.group = group
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
         """x [T, in_features], different on each rank, to [T, out_features], the same on all."""
-        return self.group.all_reduce(self.multiply(x))
+        return self.group.all_reduce(self.multiply(x, rows))

@@ -13,6 +13,7 @@ Experts of floats lie in one tensor where the backend runs them as grouped produ
 from __future__ import annotations
 
 from functools import cached_property
+from itertools import islice
 
 import torch
 from torch import nn
@@ -114,9 +115,9 @@ class Expert(nn.Module):
     def weight_targets(self, prefix: str) -> dict[str, WeightTarget]:
         return {**self.gate_up_proj.weight_targets(prefix), **self.down_proj.weight_targets(prefix)}
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [T, hidden_size] to float32 of the same shape."""
-        output: torch.Tensor = self.down_proj(self.activate(self.gate_up_proj(x)))
+    def forward(self, x: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """x [T, hidden_size] to float32 of the same shape. `rows`: of the step that x has, None: all."""
+        output: torch.Tensor = self.down_proj(self.activate(self.gate_up_proj(x, rows)), rows)
         return output
 
 
@@ -213,10 +214,15 @@ class MixtureOfExperts(nn.Module):
             output += shared if self.shared_gate is None else self.shared_gate(x).sigmoid_() * shared
         return self.group.all_reduce(output.to(x.dtype))
 
+    @property
+    def _has_adapters(self) -> bool:
+        """Whether adapters may add to what experts compute: then those of floats run one after another, too."""
+        return any(expert.gate_up_proj.lora is not None for expert in islice(self.experts, 1))
+
     def _run_experts(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """The weighted sum of what each token's experts give, float32 [T, hidden_size]."""
         self.load.scatter_add_(0, ids.flatten(), self.load.new_ones(1).expand(ids.numel()))
-        if self.stacks is not None:
+        if self.stacks is not None and not self._has_adapters:
             return backend.active.grouped_experts(x.contiguous(), weights.contiguous(), ids, self.expert_weights)
         top_k, num_experts = self.config.top_k, self.config.num_experts
         chosen = ids.flatten()
@@ -226,7 +232,8 @@ class MixtureOfExperts(nn.Module):
         by_expert = torch.split(order, counts)[self.first_expert : self.first_expert + len(self.experts)]
         for expert, rows in zip(self.experts, by_expert, strict=True):
             if len(rows):
-                outputs[rows] = expert(x[rows // top_k])
+                tokens = rows // top_k
+                outputs[rows] = expert(x[tokens], tokens)
         by_choice = outputs.view(len(x), top_k, -1)
         total = by_choice[:, 0] * weights[:, :1]
         for choice in range(1, top_k):

@@ -7,6 +7,13 @@
 An adapter adds `scale * B @ A` to the weight of a layer, where scale is alpha / rank, or alpha / sqrt(rank) with rslora
 (Kalajdzievski, 2023). Where a checkpoint of the model keeps several layers as one (Phi-3's qkv_proj), so does its adapter:
 each has the whole A, and its own rows of B.
+
+Experts are layers of their own (`experts.3.up_proj`), or, where transformers keeps those of all experts in one parameter,
+PEFT's `target_parameters`:
+
+    <mlp>.experts.lora_A.weight            [experts * rank, inputs]     of the last of them that has an adapter
+    <mlp>.experts.lora_B.weight            [outputs, rank * experts]    the expert is what changes from column to column
+    <mlp>.experts.base_layer.lora_A.…      of the one before it
 """
 
 from __future__ import annotations
@@ -15,6 +22,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -33,6 +41,7 @@ from pagoda.models.checkpoint_files import (
     shown_name,
     shown_reason,
 )
+from pagoda.models.checkpoint_names import STACKED_EXPERTS, StackedExperts
 from pagoda.models.config import ModelConfig
 from pagoda.models.config_reader import ConfigReader
 from pagoda.models.layer_config import LinearShape
@@ -44,6 +53,8 @@ MAX_HEADER_BYTES = 16 << 20
 MATCH_SECONDS = 1.0
 
 _PREFIX = "base_model.model."
+_BASE_LAYER = ".base_layer"
+_EXPERT = re.compile(r"\b(layers\.\d+\.).*\bexperts\.(\d+)\.(\w+)$")
 _FLOAT_TYPES = ("F32", "BF16", "F16")
 _CHUNK_BYTES = 1 << 20
 
@@ -57,7 +68,6 @@ _REFUSED = {
     "trainable_token_indices": "adapters of embeddings (trainable_token_indices) are not served",
     "layer_replication": "models of replicated layers (layer_replication) are not served",
     "alora_invocation_tokens": "activated LoRA (alora_invocation_tokens) is not served",
-    "target_parameters": "adapters of stacked experts (target_parameters) are not served",
     "lora_bias": "biases of adapters (lora_bias) are not served",
     "use_qalora": "QALoRA adapters are not served",
 }
@@ -69,8 +79,9 @@ _CHANGES_BASE = ("pissa", "olora", "corda", "loftq")
 class LoraTensors:
     """The adapter of one of the model's linear layers.
 
-    `a`, `b`: names of its tensors in the file. `first_row`: of B, where the layer's outputs begin in it. `rank` is that of
-    both, `scale` what their product is multiplied by.
+    `a`, `b`: names of its tensors in the file. `first_row`, `row_step`: of B, where the layer's outputs are in it. `rank` is
+    that of both, `scale` what their product is multiplied by. `expert`: which one of `num_experts` it is whose tensors are
+    stacked.
     """
 
     a: str
@@ -78,6 +89,9 @@ class LoraTensors:
     first_row: int
     rank: int
     scale: float
+    row_step: int = 1
+    expert: int = 0
+    num_experts: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +117,7 @@ class _Stored:
 
 def adaptable(layer: str) -> bool:
     """Whether adapters are served for the model's linear layer of that name."""
-    return layer.rpartition(".")[2] in KINDS and "expert" not in layer
+    return layer.rpartition(".")[2] in KINDS
 
 
 def read_version(directory: Path) -> str:
@@ -213,6 +227,12 @@ class _Layers:
     def __init__(self, model: ModelConfig, config: ConfigReader, file: Path, max_lora_rank: int) -> None:
         self._names = model.names
         self._linears = {linear.name: linear for linear in model.linears()}
+        # By the layer (`layers.3.`): of each expert its linear layers, by the last part of their names.
+        self._experts: dict[str, dict[int, dict[str, LinearShape]]] = {}
+        for name, linear in self._linears.items():
+            if found := _EXPERT.search(name):
+                members = self._experts.setdefault(found[1], {}).setdefault(int(found[2]), {})
+                members[found[3]] = linear
         self._config = config
         self._file = file
         self._max_lora_rank = max_lora_rank
@@ -229,7 +249,9 @@ class _Layers:
         for module, pair in pairs.items():
             if len(pair) != 2:
                 raise CheckpointError(f"{self._file}: {shown_name(module)} has lora_{next(iter(pair))} alone")
-            layers.update(self._layers_of(module, pair["A"], pair["B"]))
+            is_stack = module.removesuffix(_BASE_LAYER).endswith(".experts")
+            read = self._experts_of if is_stack else self._layers_of
+            layers.update(read(module, pair["A"], pair["B"]))
         return layers
 
     def _split(self, name: str) -> tuple[str, str]:
@@ -261,6 +283,15 @@ class _Layers:
                 f"{self._file}: the adapter of {shown_name(module)} is for {a.shape[1]} inputs and {b.shape[0]} outputs; this "
                 f"model's layer has {inputs} and {outputs}{self._base()}"
             )
+        rank, scale = self._rank_of(module, rank)
+        layers, first_row = {}, 0
+        for shape in shapes:
+            layers[shape.name] = LoraTensors(a.name, b.name, first_row, rank, scale)
+            first_row += shape.outputs
+        return layers
+
+    def _rank_of(self, module: str, rank: int) -> tuple[int, float]:
+        """The rank of its tensors, which must be what the configuration says and what may be, and the scale."""
         expected, scale = self._scales.of(module)
         if rank != expected:
             raise CheckpointError(
@@ -270,11 +301,57 @@ class _Layers:
             raise CheckpointError(
                 f"{self._file}: the adapter of {shown_name(module)} has rank {rank}; max_lora_rank is {self._max_lora_rank}"
             )
-        layers, first_row = {}, 0
-        for shape in shapes:
-            layers[shape.name] = LoraTensors(a.name, b.name, first_row, rank, scale)
-            first_row += shape.outputs
+        return rank, scale
+
+    def _experts_of(self, module: str, a: _Stored, b: _Stored) -> dict[str, LoraTensors]:
+        """The layers of all experts whose tensors are stacked."""
+        stack = self._stack_of(module)
+        layer = re.search(r"\blayers\.\d+\.", module)
+        experts = self._experts.get(layer[0] if layer else "", {})
+        if not experts:
+            raise CheckpointError(f"{self._file}: {shown_name(module)}: this model has no experts there{self._base()}")
+        shapes = [members[stack.members[0]] for members in experts.values()]
+        count, inputs = len(experts), shapes[0].inputs
+        outputs = len(stack.members) * shapes[0].outputs
+        where = f"{self._file}: the adapter of {shown_name(module)} ({stack.name})"
+        if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1] or a.shape[0] % count:
+            raise CheckpointError(
+                f"{where} has A {list(a.shape)} and B {list(b.shape)}, which are not those of {count} experts"
+            )
+        if (a.shape[1], b.shape[0]) != (inputs, outputs):
+            hint = ": save it with PEFT 0.18 or later" if (a.shape[1], b.shape[0]) == (outputs, inputs) else ""
+            raise CheckpointError(
+                f"{where} is for {a.shape[1]} inputs and {b.shape[0]} outputs; each expert of this model has {inputs} and "
+                f"{outputs}{hint or self._base()}"
+            )
+        rank, scale = self._rank_of(f"{module.removesuffix(_BASE_LAYER)}.{stack.name}", a.shape[0] // count)
+        layers = {}
+        for expert, members in experts.items():
+            for place, member in enumerate(stack.members):
+                first_row, step = (place, len(stack.members)) if stack.interleaved else (place * shapes[0].outputs, 1)
+                layers[members[member].name] = LoraTensors(
+                    a.name, b.name, first_row, rank, scale, step, expert=expert, num_experts=count
+                )
         return layers
+
+    def _stack_of(self, module: str) -> StackedExperts:
+        """Which of the parameters of `experts` an adapter's module is for: PEFT wraps them in the order that they have in the
+        model, the last one outermost."""
+        targets = self._config.values.get("target_parameters")
+        named = [str(each) for each in targets] if isinstance(targets, list) else []
+        stacks = [
+            each
+            for each in self._names.stacked or STACKED_EXPERTS
+            if any(f".{target}".endswith((f".{each.name}", ".*")) for target in named)
+        ]
+        depth = 1 + module.endswith(_BASE_LAYER)
+        if depth > len(stacks):
+            expected = ", ".join(f"experts.{each.name}" for each in STACKED_EXPERTS)
+            raise CheckpointError(
+                f"{self._file}: {shown_name(module)} is an adapter of experts that are one parameter, but "
+                f"target_parameters in {CONFIG_FILE} has {shown(named)}; expected: {expected}"
+            )
+        return stacks[-depth]
 
     def _shapes_of(self, module: str) -> list[LinearShape]:
         """The model's linear layers, in order, that the module of that name in its checkpoints is."""
@@ -286,7 +363,7 @@ class _Layers:
             if all(name in self._linears for name in names):
                 if not all(adaptable(name) for name in names):
                     raise CheckpointError(
-                        f"{self._file}: {shown_name(module)}: adapters are served for {', '.join(KINDS)}, but not of experts"
+                        f"{self._file}: {shown_name(module)}: adapters are served for {', '.join(KINDS)}"
                     )
                 return [self._linears[name] for name in names]
         if last in ("lm_head", "embed_tokens"):
