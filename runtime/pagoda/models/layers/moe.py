@@ -13,7 +13,6 @@ Experts of floats lie in one tensor where the backend runs them as grouped produ
 from __future__ import annotations
 
 from functools import cached_property
-from itertools import islice
 
 import torch
 from torch import nn
@@ -217,7 +216,8 @@ class MixtureOfExperts(nn.Module):
     @property
     def _has_adapters(self) -> bool:
         """Whether adapters may add to what experts compute: then those of floats run one after another, too."""
-        return any(expert.gate_up_proj.lora is not None for expert in islice(self.experts, 1))
+        first = next(iter(self.experts), None)
+        return isinstance(first, Expert) and first.gate_up_proj.lora is not None
 
     def _run_experts(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """The weighted sum of what each token's experts give, float32 [T, hidden_size]."""
