@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import time
 from collections.abc import Iterator
@@ -245,6 +246,38 @@ def test_a_directory_is_what_is_served(directory: Path, tmp_path: Path, monkeypa
         wait_until(
             lambda: 'lora_dir_last_sync_successful{model_name="demo"} 1.0' in harness.client.get("/metrics").text
         )
+
+
+def test_the_list_is_a_setting_that_changes_as_a_whole(
+    directory: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sql, chat = (str(directory / name) for name in ("sql", "chat"))
+    with RestHarness(enable_lora=True, lora_modules=(f"sql={sql}",)) as harness:
+
+        def change(*modules: Any) -> Any:
+            return harness.client.patch("/settings", json={"lora_modules": modules})
+
+        assert load(harness, "own", directory / "chat").status_code == 200
+        with caplog.at_level(logging.INFO, "pagoda.audit"):
+            answer = change({"name": "chat", "path": chat}, f"sql={sql}")
+        assert answer.status_code == 200, answer.text
+        assert served(harness) == {"sql": sql, "chat": chat, "own": chat}
+        assert "lora_modules" in caplog.text
+        refused = change("chat=/nowhere", f"new={sql}", f"demo={sql}")
+        assert refused.status_code == 400
+        for piece in ("lora_modules: chat: /nowhere is no directory", "demo is the name of a model"):
+            assert piece in refused.json()["error"]
+        assert served(harness) == {"sql": sql, "chat": chat, "own": chat}
+        assert "must not hold the name chat twice" in change(f"chat={sql}", f"chat={chat}").json()["error"]
+        # Changed files are another version; what is named no longer goes, what was loaded over the API stays.
+        path = write_adapter(tmp_path / "sql", shared_checkpoint(), rank=4, seed=5)
+        assert change(f"sql={path}").status_code == 200
+        harness.client.post("/v1/completions", json={"model": "sql", "prompt": "abc"})
+        assert harness.engine.submitted[-1].adapter == adapter_of(path)
+        assert served(harness) == {"sql": str(path), "own": chat}
+        assert change().status_code == 200
+        assert served(harness) == {"own": chat}
+        assert harness.client.post("/v1/completions", json={"model": "sql", "prompt": "abc"}).status_code == 404
 
 
 def test_a_directory_that_cannot_be_read_changes_nothing(

@@ -75,7 +75,8 @@ class FakeEngineClient(EngineClient):
         self.adapters.append(adapter)
 
     def unload_adapter(self, adapter: LoraAdapter) -> None:
-        self.adapters.remove(adapter)
+        if adapter in self.adapters:  # else it has not been read yet
+            self.adapters.remove(adapter)
 
     def reserve(self, tenant: str, count: int) -> QueuePlaces:
         self._check(count)

@@ -35,7 +35,8 @@ class OptionInfo:
     (a directory or a Hugging Face id). `auto`: None means a value chosen at start. `secret`: the value is never printed.
     `guards`: given empty it is an error, for what it guards would be open. `of_server`: it is the server's, also in a group
     whose settings are each model's own. `live`: what takes a new value while the server runs: the server at once, a new text
-    layer with the next request, or the engine between two steps; empty where that needs a restart.
+    layer with the next request, the engine between two steps, or what says which adapters are served; empty where that needs a
+    restart.
     """
 
     help: str
@@ -53,7 +54,7 @@ class OptionInfo:
     secret: bool = False
     guards: bool = False
     of_server: bool = False
-    live: Literal["", "server", "text", "engine"] = ""
+    live: Literal["", "server", "text", "engine", "adapters"] = ""
 
     @property
     def is_of_server(self) -> bool:

@@ -386,7 +386,8 @@ class PagodaConfig:
     lora_modules: tuple[str, ...] = option(
         (),
         "adapters",
-        'Adapters that are served from the start, each name=path or {"name": …, "path": …}; one that does not fit ends it.',
+        'Adapters that are served, each name=path or {"name": …, "path": …}; one that does not fit ends the start.',
+        live="adapters",
     )
     lora_dir: str | None = option(
         None,

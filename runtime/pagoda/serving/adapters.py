@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -123,16 +123,7 @@ class AdapterManager:
         `InvalidRequestError` or `CheckpointError` for one that cannot be served; then nothing is changed.
         """
         self._check_enabled()
-        try:
-            check_adapter_name(name)
-        except ValueError as error:
-            raise InvalidRequestError(f"{shown(name)}: {error}", "lora_name") from error
-        if name in self._taken_names:
-            raise InvalidRequestError(f"{name} is the name of a model", "lora_name")
-        if base_model_name is not None and base_model_name not in self.model.names:
-            raise InvalidRequestError(
-                f"base_model_name={shown(base_model_name)}: the model is {self.model.name}", "base_model_name"
-            )
+        self._check_name(name, base_model_name)
         async with self._changes:
             before = self.model.adapters.get(name)
             if before is not None:
@@ -154,6 +145,42 @@ class AdapterManager:
                 self.model.client.unload_adapter(before.adapter)
         logger.info("adapter %s is served (%s)", adapter, origin)
         return adapter
+
+    async def prepare(self, modules: Sequence[LoraModule]) -> list[LoraAdapter]:
+        """Check that `modules` can be what `lora_modules` names from now on, for `commit`; nothing is changed.
+
+        Raises `ConfigError` with all that is wrong. Also where files of an adapter have changed: it is then another version.
+        """
+        found, problems = [], []
+        for module in modules:
+            try:
+                self._check_name(module.name, module.base_model_name)
+                if module.name in self._origins:
+                    self._check_origin(module.name, "lora_modules")
+                found.append(await asyncio.to_thread(self._resolve, module.name, module.path))
+            except PagodaError as error:
+                problems.append(f"lora_modules: {module.name}: {error}")
+        if problems:
+            raise ConfigError("\n".join(problems))
+        return found
+
+    def commit(self, adapters: Sequence[LoraAdapter]) -> None:
+        """Serve what `prepare` found, and no others that `lora_modules` named before. Their weights are read with the first
+        request for each; requests that run go on with what they began with."""
+        served = self.model.adapters
+        named = {adapter.name for adapter in adapters}
+        for name in [name for name, origin in self._origins.items() if origin == "lora_modules" and name not in named]:
+            before = served.pop(name).adapter
+            del self._origins[name]
+            if before is not None:
+                self.model.client.unload_adapter(before)
+        for adapter in adapters:
+            before = served[adapter.name].adapter if adapter.name in served else None
+            self._origins[adapter.name] = "lora_modules"
+            if before != adapter:
+                served[adapter.name] = self.model.with_adapter(adapter)
+                if before is not None:
+                    self.model.client.unload_adapter(before)
 
     async def take_over(self, before: AdapterManager) -> None:
         """Serve what was loaded over the API for the version before. Raises what `load` does."""
@@ -177,6 +204,18 @@ class AdapterManager:
     def _check_enabled(self) -> None:
         if not self._config.enable_lora:
             raise NotSupportedError("the model is served without LoRA adapters: set enable_lora")
+
+    def _check_name(self, name: str, base_model_name: str | None) -> None:
+        try:
+            check_adapter_name(name)
+        except ValueError as error:
+            raise InvalidRequestError(f"{shown(name)}: {error}", "lora_name") from error
+        if name in self._taken_names:
+            raise InvalidRequestError(f"{name} is the name of a model", "lora_name")
+        if base_model_name is not None and base_model_name not in self.model.names:
+            raise InvalidRequestError(
+                f"base_model_name={shown(base_model_name)}: the model is {self.model.name}", "base_model_name"
+            )
 
     def _check_origin(self, name: str, origin: Origin) -> None:
         """What the directory says is changed there, and what it does not say it does not change."""

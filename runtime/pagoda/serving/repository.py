@@ -172,6 +172,10 @@ class ModelRepository:
         """What says which adapters there are of each model."""
         return [entry.loader.adapters for entry in self._entries.values()]
 
+    def adapters_of(self, model: ServedModel) -> AdapterManager:
+        """That of the version of a model that serves."""
+        return self._by_client[id(model.client)].loader.adapters
+
     def check_open(self) -> None:
         """Raise where no model could take a request, before a body is read that says for which model it is."""
         if self._budget is None:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pagoda.adapters import LoraAdapter
 from pagoda.config.models import changed, checkpoints_in, model_configs, serves_several
 from pagoda.config.names import normalized, settings_by_name
 from pagoda.config.option import OptionInfo
@@ -45,12 +46,13 @@ _ENGINE_NAMES = {
 
 @dataclass(slots=True)
 class _Change:
-    """Of one model: its settings before and after, and the text layer that is to take over."""
+    """Of one model: its settings before and after, the text layer that is to take over, and the adapters of its list."""
 
     model: ServedModel
     before: PagodaConfig
     after: PagodaConfig
     text: TextLayer | None = None
+    adapters: list[LoraAdapter] | None = None
 
     def names(self, live: str) -> list[str]:
         """The settings that differ, of one kind of change."""
@@ -155,6 +157,9 @@ class Settings:
                     await plan.text.start()
                     plan.text.generator()
             for plan in plans:
+                if plan.names("adapters"):
+                    plan.adapters = await self._context.repository.adapters_of(plan.model).prepare(plan.after.adapters)
+            for plan in plans:
                 limits = _limits(plan.after, plan.names("engine"))
                 if level is not None:
                     limits["log_level"] = level
@@ -187,6 +192,8 @@ class Settings:
                 found[key] = (getattr(plan.before, key), getattr(plan.after, key))
                 self._sources[plan.model.name, key] = source
             plan.model.reconfigure(plan.after)
+            if plan.adapters is not None:
+                self._context.repository.adapters_of(plan.model).commit(plan.adapters)
             self._context.repository.reconfigured(plan.model, plan.text)
         if found:
             self.generation += 1
@@ -324,6 +331,7 @@ def _note(info: OptionInfo) -> str:
         "server": "at once",
         "text": "with the next request",
         "engine": "between two steps of the engine",
+        "adapters": "with the next request; those that run keep theirs",
     }[info.live]
 
 
