@@ -239,3 +239,13 @@ def test_of_several_models_one_is_drained_by_itself() -> None:
         assert client.patch("/settings", json={"drain": False}).status_code == 200
         assert (harness.complete("a").status_code, harness.complete("b").status_code) == (200, 200)
         assert client.get("/v2/health/ready").status_code == 200
+
+
+def test_speculation_is_turned_off_and_on_again_as_it_was_at_the_start() -> None:
+    given = {"method": "ngram", "num_speculative_tokens": 4}
+    with RestHarness(speculative_config=given) as harness:
+        for config, drafts in ((None, 0), ({**given, "num_speculative_tokens": 2}, 2), (None, 0), (given, 4)):
+            answer = harness.client.patch("/settings", json={"speculative_config": config})
+            assert (answer.status_code, harness.engine.settings["num_speculative_tokens"]) == (200, drafts), answer.text
+        other = harness.client.patch("/settings", json={"speculative_config": {"method": "suffix"}})
+        assert (other.status_code, "another method needs a restart" in other.text) == (400, True)

@@ -32,9 +32,9 @@ MAX_POOLED_CHARACTERS = 1 << 20
 class ServedModel:
     """A model by one name, and by `aliases`; answers have its name. Exists from the first second, loaded or not.
 
-    `config`: its settings. `client`: its engine. `runner`: runs its requests, over the text layer. `version`: as the V2
-    protocol has it in paths and answers; a new version that takes over is another object, and a request is of the one that it
-    found. `adapters`: by their names, each as a model that computes its requests with the
+    `config`: its settings. `speculation`: as it was loaded. `client`: its engine. `runner`: runs its requests, over the text
+    layer. `version`: as the V2 protocol has it in paths and answers; a new version that takes over is another object, and a
+    request is of the one that it found. `adapters`: by their names, each as a model that computes its requests with the
     `adapter`, and whose `parent` this is; `AdapterManager` says which there are.
     """
 
@@ -51,6 +51,7 @@ class ServedModel:
         self.aliases = config.model_aliases
         self.version = version
         self.config = config
+        self.speculation = config.speculation
         self.client = client
         self.runner = runner
         self.health = health
@@ -61,13 +62,17 @@ class ServedModel:
 
     def configure(self, config: PagodaConfig) -> None:
         """Run with `config` from the next load on; the name stays."""
+        self.speculation = config.speculation
+        self._configure(config)
+
+    def _configure(self, config: PagodaConfig) -> None:
         self.config = config
         self.client.configure(config)
         self.client.health.drain(config.drain)
 
     def reconfigure(self, config: PagodaConfig) -> None:
         """Other settings are in force, of those that may change while the model is loaded."""
-        self.configure(config)
+        self._configure(config)
         self.runner.request_timeout_seconds = config.request_timeout_seconds
         self.health.wakes_on_request = config.wake_on_request
 

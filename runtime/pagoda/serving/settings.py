@@ -141,7 +141,7 @@ class Settings:
             after = changed(target.config, of_models, _refusal_of_model if self._is_several else _refusal)
             if not self._is_several:
                 after = server_after
-            _check_speculation(target.config, after)
+            _check_speculation(target, after)
             plans.append(_Change(target, target.config, after))
         await self._prepare(plans, server_before, server_after)
         return self._commit(plans, server_after, source, model)
@@ -335,10 +335,10 @@ def _note(info: OptionInfo) -> str:
     }[info.live]
 
 
-def _check_speculation(before: PagodaConfig, after: PagodaConfig) -> None:
-    """Drafts may be fewer or none: another method would need another proposer, and memory of its own."""
-    old, new = before.speculation, after.speculation
-    if new is None or before.speculative_config == after.speculative_config:
+def _check_speculation(model: ServedModel, after: PagodaConfig) -> None:
+    """Drafts may be fewer, none, or as many as at the start again: another method would need another proposer, and memory."""
+    old, new = model.speculation, after.speculation
+    if new is None or model.config.speculative_config == after.speculative_config:
         return
     if old is None or replace(old, num_speculative_tokens=1) != replace(new, num_speculative_tokens=1):
         raise ConfigError(
