@@ -18,6 +18,8 @@ from datetime import UTC, datetime
 from typing import Any, Literal, Protocol
 
 request_id_var: ContextVar[str | None] = ContextVar("pagoda_request_id", default=None)
+trace_id_var: ContextVar[str | None] = ContextVar("pagoda_trace_id", default=None)
+"""W3C's id of the trace that the current task's call is part of, where that is recorded (docs/traces.md)."""
 model_name_var: ContextVar[str] = ContextVar("pagoda_model_name", default="")
 """The model that the current task's request asks for, once that is known; empty where the server has only one."""
 
@@ -214,6 +216,8 @@ def _moment(record: logging.LogRecord) -> datetime:
 def _add_request_id(record: logging.LogRecord) -> bool:
     if getattr(record, "request_id", None) is None:
         record.request_id = request_id_var.get()
+    if (trace_id := trace_id_var.get()) is not None:
+        record.trace_id = trace_id
     if model_name := model_name_var.get():
         record.model = model_name
     return True

@@ -13,6 +13,7 @@ import pytest
 from pagoda.config.schema import PagodaConfig
 from pagoda.engine.messages import EngineTrace, TracedBlocks, TracedRow, TracedStep
 from pagoda.errors import ConfigError, ErrorKind, QueueFullError
+from pagoda.logs import trace_id_var
 from pagoda.request import GenerationRequest
 from pagoda.sampling.output import FinishReason
 from pagoda.sampling.params import SamplingParams
@@ -61,14 +62,15 @@ def spans(collector: OtlpCollector) -> OtlpCollector:
 def test_a_request_is_one_trace_from_the_client_to_the_last_byte(rest: RestHarness, spans: OtlpCollector) -> None:
     rest.engine.step_seconds = 0.005
     rest.engine.num_cached_tokens = 2
-    headers = {"traceparent": TRACEPARENT, "x-request-id": "mine"}
+    headers = {"traceparent": TRACEPARENT, "tracestate": "vendor=x", "x-request-id": "mine"}
     answer = rest.client.post("/v1/chat/completions", json={**CHAT, "stream": True}, headers=headers)
     assert answer.status_code == 200
     (call,) = spans.wait_for("POST /v1/chat/completions")
     (request,), (queue,), (prefill,), (decode,) = (
         spans.wait_for(name) for name in ("llm_request", "queue", "prefill", "decode")
     )
-    assert (call.trace_id.hex(), call.parent_span_id.hex()) == (TRACE, PARENT)
+    assert (call.trace_id.hex(), call.parent_span_id.hex(), call.trace_state) == (TRACE, PARENT, "vendor=x")
+    assert answer.headers["traceresponse"] == f"00-{TRACE}-{call.span_id.hex()}-01"
     assert request.parent_span_id == call.span_id
     assert {part.parent_span_id for part in (queue, prefill, decode)} == {request.span_id}
     assert {span.trace_id.hex() for span in spans.spans} == {TRACE}
@@ -106,8 +108,9 @@ def test_a_request_is_one_trace_from_the_client_to_the_last_byte(rest: RestHarne
 def test_a_parent_that_is_not_sampled_is_none_here(rest: RestHarness, spans: OtlpCollector) -> None:
     sent = rest.client.post("/v1/completions", json=SHORT, headers={"traceparent": TRACEPARENT[:-1] + "0"})
     assert sent.status_code == 200
+    assert sent.headers["traceresponse"].endswith("-00")  # a span of the caller's trace, that nobody records
     assert rest.client.post("/v1/completions", json=SHORT, headers={"traceparent": "no"}).status_code == 200
-    rest.client.get("/health")
+    assert "traceresponse" not in rest.client.get("/health").headers
     rest.client.post("/tokenize", json=SHORT)
     (request,) = spans.wait_for("llm_request")  # of the second, whose header is none
     assert request.trace_id.hex() != TRACE
@@ -124,7 +127,9 @@ def test_choices_have_phases_of_their_own(rest: RestHarness, spans: OtlpCollecto
     }
 
 
-def test_what_fails_says_why(rest: RestHarness, spans: OtlpCollector) -> None:
+def test_what_fails_says_why(rest: RestHarness, spans: OtlpCollector, caplog: pytest.LogCaptureFixture) -> None:
+    logged: set[str | None] = set()
+    caplog.handler.addFilter(lambda record: logged.add(trace_id_var.get()) is None)
     rest.engine.max_requests = 0
     assert rest.client.post("/v1/completions", json=SHORT).status_code == 429
     rest.engine.max_requests = None
@@ -133,6 +138,7 @@ def test_what_fails_says_why(rest: RestHarness, spans: OtlpCollector) -> None:
     rest.engine.fail_after = None
     calls = spans.wait_for("POST /v1/completions", 2)
     requests = spans.wait_for("llm_request", 2)
+    assert calls[1].trace_id.hex() in logged
     assert [values_of(one)["error.type"] for one in requests] == ["queue_full", "internal"]
     assert [one.status.code for one in requests] == [2, 2]
     assert [one.status.code for one in calls] == [0, 2]  # a client's error is none of the server's

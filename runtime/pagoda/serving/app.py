@@ -74,7 +74,7 @@ REQUEST_BODIES = (
     *ADAPTER_BODIES,
 )
 
-EXPOSED_HEADERS = ("x-request-id", "retry-after")
+EXPOSED_HEADERS = ("x-request-id", "traceresponse", "retry-after")
 
 
 def create_app(context: ServingContext, service: V2Service, settings: Settings) -> FastAPI:

@@ -86,6 +86,7 @@ class RequestMiddleware:
                 added = MutableHeaders(scope=message)
                 added[REQUEST_ID_HEADER] = request_id
                 added.update(self._rate_limits.headers(tenant, limits))
+                added.update(span.response_headers())
             await send(message)
 
         path: str = scope["path"]

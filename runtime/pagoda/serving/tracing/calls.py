@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -12,10 +12,12 @@ from opentelemetry import propagate, trace
 from opentelemetry.propagators.textmap import Getter
 from typing_extensions import override
 
-from pagoda.logs import request_id_var
+from pagoda.logs import request_id_var, trace_id_var
 from pagoda.serving.tracing.seam import CallSpan, Header
 
 _SERVER_ERROR = 500
+TRACE_RESPONSE_HEADER = "traceresponse"
+"""Of W3C Trace Context Level 2, and of OpenTelemetry's `TraceResponsePropagator`."""
 
 
 class _OtelCallSpan(CallSpan):
@@ -27,6 +29,7 @@ class _OtelCallSpan(CallSpan):
         self._header = header
         self._span: trace.Span | None = None
         self._token: Any = None
+        self._log_token: Any = None
 
     @override
     def begin(self) -> None:
@@ -38,6 +41,16 @@ class _OtelCallSpan(CallSpan):
             attributes={"pagoda.request_id": request_id_var.get() or "", **self.first_attributes()},
         )
         self._token = contexts.attach(trace.set_span_in_context(self._span, parent))
+        if self._span.is_recording():
+            self._log_token = trace_id_var.set(trace.format_trace_id(self._span.get_span_context().trace_id))
+
+    @override
+    def response_headers(self) -> Mapping[str, str]:
+        if self._span is None:
+            return {}
+        known = self._span.get_span_context()
+        ids = f"{trace.format_trace_id(known.trace_id)}-{trace.format_span_id(known.span_id)}"
+        return {TRACE_RESPONSE_HEADER: f"00-{ids}-{known.trace_flags:02x}"}
 
     @override
     def __exit__(
@@ -46,6 +59,8 @@ class _OtelCallSpan(CallSpan):
         if self._span is None:
             return
         contexts.detach(self._token)
+        if self._log_token is not None:
+            trace_id_var.reset(self._log_token)
         if error is not None and not isinstance(error, asyncio.CancelledError):
             self._failed(type(error).__name__)
         self.finish(self._span)

@@ -9,7 +9,7 @@ POST /v1/chat/completions   a call: from its admission to the last byte of the r
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,10 @@ class CallSpan:
 
     def begin(self) -> None:
         """The caller was admitted to inference; what it does from here on is part of the span."""
+
+    def response_headers(self) -> Mapping[str, str]:
+        """Headers that tell the caller which span this is; none where nothing is recorded."""
+        return {}
 
 
 NO_SPAN = CallSpan()
