@@ -205,3 +205,8 @@ class EngineRequest(BaseRequest):
 
 
 _BASE_FIELDS = tuple(field.name for field in fields(BaseRequest))
+
+
+def sequence_ids(request_id: str, n: int) -> list[str]:
+    """What the `n` sequences of a request are called in the engine."""
+    return [request_id] if n == 1 else [f"{request_id}-{index}" for index in range(n)]

@@ -6,6 +6,7 @@ pages are checked against WCAG 2.2 AA.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -19,6 +20,7 @@ from typing import Any
 import pytest
 
 import pagoda
+from tests.support.lora_adapters import write_adapter
 from tests.support.server import ServerProcess
 
 playwright = pytest.importorskip("playwright.sync_api")
@@ -26,6 +28,7 @@ playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = os.environ.get("TEST_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 AXE = os.environ.get("TEST_AXE")
 SCREENSHOTS = os.environ.get("TEST_SCREENSHOTS")
+DEMO_MODEL = Path(pagoda.__file__).parent / "demo_model"
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")]
 
@@ -47,8 +50,8 @@ HOSTILE = [
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[ServerProcess]:
-    model = Path(pagoda.__file__).parent / "demo_model"
-    with ServerProcess(model=model, speculative_config='{"method": "ngram", "num_speculative_tokens": 3}') as running:
+    drafts = '{"method": "ngram", "num_speculative_tokens": 3}'
+    with ServerProcess(model=DEMO_MODEL, speculative_config=drafts, enable_lora="true") as running:
         running.wait_until_ready()
         yield running
 
@@ -140,6 +143,17 @@ def test_a_chat_with_tokens_edit_and_retry(page: Any) -> None:
     assert page.locator(".message").count() == 0
 
 
+def test_an_answer_is_stopped(page: Any) -> None:
+    page.click("summary >> nth=0")
+    page.get_by_label("More of the request's body").first.fill('{"ignore_eos": true, "max_tokens": 600}')
+    page.fill("#talk form textarea", "Tell me a story.")
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".message.assistant p.quiet")
+    page.keyboard.press("Escape")
+    page.wait_for_selector(".message.assistant p.quiet:has-text('ended by stopped')")
+    assert page.is_disabled("#talk form button:has-text('Stop')")
+
+
 def test_two_settings_side_by_side_and_a_schema(page: Any) -> None:
     page.click("button:has-text('Side by side')")
     page.click("summary >> nth=0")
@@ -179,11 +193,76 @@ def test_the_engine_at_work_and_its_death(page: Any, server: ServerProcess) -> N
     page.wait_for_selector("#manage td:has-text('max_num_seqs')")
     page.wait_for_selector("#manage p:has-text('no API keys')")
     page.wait_for_selector("#manage p:has-text('No adapters are served')")
-    check_accessible(page)
-    shoot(page, "ui-manage")
     page.click("#tab-talk")
     ask(page, "Who are you?")
     assert "demo model" in page.locator(".message.assistant").last.text_content()
+
+
+def test_the_last_minutes_are_looked_at_and_saved(page: Any, tmp_path: Path) -> None:
+    ask(page, "Who are you?")
+    page.click("#tab-watch")
+    page.wait_for_function("document.querySelector('#watch .at').textContent === 'now'")
+    scrub = page.get_by_label("Seconds back")
+    scrub.focus()
+    page.keyboard.press("ArrowLeft")
+    assert page.get_by_text("Go on").get_attribute("aria-pressed") == "true"
+    assert page.text_content("#watch .at") != "now"
+    assert scrub.input_value() == "-0.5"
+    with page.expect_download() as downloaded:
+        page.click("button:has-text('Save trace')")
+    file = tmp_path / "trace.json"
+    downloaded.value.save_as(file)
+    events = json.loads(file.read_text())["traceEvents"]
+    assert {event["ph"] for event in events} >= {"M", "X", "C", "i"}
+    assert {event["name"] for event in events} >= {"step: prefill", "step: decode", "queue", "ended: stop"}
+    page.click("button:has-text('Go on')")
+    page.wait_for_function("document.querySelector('#watch .at').textContent === 'now'")
+    lane = page.locator("canvas[aria-label='Requests over time']")
+    lane.hover(position={"x": 20, "y": 5})
+    page.wait_for_selector("#watch p:has-text('first token after')")
+
+
+def test_adapters_and_settings_are_changed(page: Any, tmp_path: Path) -> None:
+    write_adapter(tmp_path / "sql", DEMO_MODEL)
+    page.on("dialog", lambda dialog: dialog.accept("9" if dialog.type == "prompt" else None))
+    page.click("#tab-manage")
+    page.get_by_label("Name", exact=True).fill("sql")
+    page.get_by_label("Path").fill(str(tmp_path / "none"))
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#manage p.error:has-text('none')")
+    page.get_by_label("Path").fill(str(tmp_path / "sql"))
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#manage td:has-text('sql')")
+    page.get_by_label("Filter settings by name").fill("max_num_seqs")
+    check_accessible(page)
+    shoot(page, "ui-manage")
+    page.click("button[aria-label^='Change max_num_seqs']")
+    page.wait_for_selector("#manage tr:has-text('max_num_seqs'):has-text('PATCH'):has-text('9')")
+    page.click("#tab-talk")
+    page.wait_for_selector("#talk select option[value='sql']", state="attached")
+    page.select_option("#talk select >> nth=0", "sql")
+    ask(page, "Who are you?")
+    assert page.locator(".message .error").count() == 0
+    page.click("#tab-manage")
+    page.click("button[aria-label='Unload the adapter sql']")
+    page.wait_for_selector("#manage p:has-text('No adapters are served')")
+
+
+def test_with_keys_the_page_asks_for_one(browser: Any) -> None:
+    with ServerProcess(model=DEMO_MODEL, api_key="secret-of-a-test") as server:
+        server.wait_for_log("is ready|ready")
+        page = browser.new_page()
+        page.goto(f"http://127.0.0.1:{server.port}/ui")
+        page.wait_for_selector("#notice:has-text('An API key is needed')")
+        check_accessible(page)
+        page.keyboard.type("secret-of-a-test")  # the field has the focus
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#state .dot.ready")
+        page.wait_for_selector("#talk select option", state="attached")
+        ask(page, "Who are you?")
+        assert "demo model" in page.text_content(".message.assistant")
+        assert page.evaluate("JSON.stringify(localStorage)").count("secret") == 0
+        page.close()
 
 
 def test_hostile_output_is_inert(page: Any) -> None:
@@ -230,11 +309,26 @@ def test_it_fits_360_pixels(page: Any, scheme: str) -> None:
 
 
 def test_the_rooms_by_keyboard(page: Any) -> None:
-    page.focus("#tab-talk")
-    page.keyboard.press("ArrowRight")
-    assert page.get_attribute("#tab-watch", "aria-selected") == "true"
-    page.keyboard.press("ArrowLeft")
-    page.focus("#talk form textarea")
-    page.keyboard.type("Who are you?")
+    page.focus("body")
+
+    def tab_to(selector: str) -> None:
+        for _ in range(40):
+            page.keyboard.press("Tab")
+            if page.evaluate("selector => document.activeElement?.matches(selector) ?? false", selector):
+                return
+        raise AssertionError(f"{selector} is not reached by Tab")
+
+    page.keyboard.type("Who are you?")  # the field of the first room has the focus
     page.keyboard.press("Enter")
     page.wait_for_selector(".message.assistant p.quiet")
+    page.wait_for_selector("#talk form button.primary:not([disabled])")
+    tab_to("#tab-talk")
+    page.keyboard.press("ArrowRight")
+    assert page.get_attribute("#tab-watch", "aria-selected") == "true"
+    tab_to("#watch button")
+    page.keyboard.press("Space")
+    assert page.evaluate("document.activeElement.textContent") == "Go on"
+    tab_to("#tab-watch")
+    page.keyboard.press("ArrowRight")
+    tab_to("#manage button")
+    assert page.evaluate("document.activeElement.textContent") == "Unload"

@@ -7,7 +7,7 @@ import time
 
 import torch
 
-from pagoda.engine.core.kernel_recorder import KernelRecorder
+from pagoda.execution.kernel_recorder import KernelRecorder
 from tests.support.waiting import wait_until
 
 

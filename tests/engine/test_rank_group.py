@@ -12,6 +12,7 @@ from pagoda.distributed.rank_messages import (
     CheckCommunication,
     InitializeKV,
     JoinGroup,
+    KernelsRecorded,
     KVMeasured,
     LoadProgress,
     LoadWeights,
@@ -21,12 +22,14 @@ from pagoda.distributed.rank_messages import (
     RankHeartbeat,
     RankHello,
     RankPrepared,
+    RecordKernels,
     RunStep,
     StartRank,
     StepFailed,
 )
 from pagoda.errors import ConfigError, EngineDeadError, ErrorKind, InvalidRequestError
 from pagoda.execution.executor import is_out_of_memory
+from pagoda.execution.traced_kernel import TracedKernel
 from tests.support.fake_ranks import (
     SECONDS,
     FakeLauncher,
@@ -374,3 +377,34 @@ def test_shutdown_tells_the_ranks_and_may_come_twice() -> None:
         assert all(rank.is_over.wait(10) for rank in launcher.ranks)
         with pytest.raises(EngineDeadError, match="shut down"):
             group.check_health()
+
+
+# ---- kernels ------------------------------------------------------------------------------------------------------
+
+
+def test_kernels_of_all_ranks_come_in_the_time_of_the_core() -> None:
+    ahead = 1000.0  # so much has the other machine been up longer
+
+    def record(rank, command):
+        if command.most:
+            kernel = TracedKernel("mm", time.monotonic() + ahead, 0.5, 7, rank=rank.rank)
+            return KernelsRecorded([kernel], 3, time.time() - time.monotonic() - ahead)
+        return None
+
+    with running_group({0: {RecordKernels: record}, 1: {RecordKernels: record}}) as (group, launcher):
+        begun = time.monotonic()
+        kernels = group.record_kernels()
+        taken = []
+
+        def are_there() -> bool:
+            group.check_health()  # which reads messages
+            taken.append(kernels.take(time.monotonic(), is_idle=True))
+            return sum(len(found) for found, _ in taken) == 2
+
+        wait_until(are_there)
+        found = [one for of_one, _ in taken for one in of_one]
+        assert sorted(one.rank for one in found) == [0, 1]
+        assert all(abs(one.started - begun) < 60 for one in found)
+        assert sum(num_lost for _, num_lost in taken) == 6
+        kernels.close()
+        wait_until(lambda: all(RecordKernels(0) in rank.received for rank in launcher.ranks))

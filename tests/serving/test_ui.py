@@ -86,6 +86,13 @@ def test_a_viewer_sees_every_token_of_every_step(server: ServerProcess) -> None:
         details = usage.get("completion_tokens_details") or {}
         assert sum(max(0, new - 1) for *_, new in rows) == details.get("accepted_prediction_tokens", 0)
         assert viewer.steps[-1]["ended"] == [[rows[-1][0], "length"]]
+        ((name, arrival),) = [pair for event in viewer.events for pair in event.get("arrivals", [])]
+        assert name == rows[-1][0]
+        assert arrival <= viewer.steps[0]["time"]
+        (known,) = viewer.wait_for(lambda event: event["type"] == "requests")["requests"]
+        assert known["request"] == name.rpartition("#")[0]
+        assert 0 <= known["queue"] <= known["ttft"] <= known["e2el"]
+        assert (known["output_tokens"], known["reason"], known["cause"]) == (40, "length", None)
         last = viewer.wait_for(lambda event: event["type"] == "trace" and event["steps"] == [])
         assert last["blocks"]["first"] == 0
         limits = viewer.wait_for(lambda event: event["type"] == "health" and event["limits"] is not None)["limits"]

@@ -73,8 +73,9 @@ class Trace:
             process = self._process(event["model"], event["replica"])
             for step in event["steps"]:
                 self._take_step(process, step)
-            for name, begin, length, thread, on_device in event.get("kernels", ()):
-                number = self._thread(process, f"{'GPU stream' if on_device else 'CPU thread'} {thread}")
+            for name, begin, length, thread, on_device, rank in event.get("kernels", ()):
+                of_rank = "" if rank is None else f"rank {rank}, "
+                number = self._thread(process, f"{of_rank}{'GPU stream' if on_device else 'CPU thread'} {thread}")
                 self._complete(process, number, name, begin * 1e6, length * 1e6, {})
                 self.num_kernels += 1
             self.num_lost += event.get("lost_kernels", 0)

@@ -19,6 +19,7 @@ from typing_extensions import override
 
 from pagoda.adapters import LoraAdapter
 from pagoda.config.schema import PagodaConfig
+from pagoda.distributed.rank_kernels import RankKernels
 from pagoda.distributed.rank_launcher import RankConnection, RankLauncher
 from pagoda.distributed.rank_links import CAUSE_SECONDS, CHECK_SECONDS, RankLinks
 from pagoda.distributed.rank_messages import (
@@ -28,6 +29,7 @@ from pagoda.distributed.rank_messages import (
     CommunicationChecked,
     InitializeKV,
     JoinGroup,
+    KernelsRecorded,
     KVMeasured,
     LoadAdapter,
     LoadProgress,
@@ -37,6 +39,7 @@ from pagoda.distributed.rank_messages import (
     PhaseDone,
     RankHello,
     RankPrepared,
+    RecordKernels,
     ReleaseMemory,
     RunStep,
     StartRank,
@@ -54,6 +57,7 @@ from pagoda.execution.executor import (
     StartupPhases,
     StepHandle,
 )
+from pagoda.execution.traced_kernel import Kernels
 from pagoda.models.config import ModelConfig
 from pagoda.parallel.layout import ParallelLayout
 from pagoda.parallel.preflight import communication_table
@@ -116,6 +120,7 @@ class RankGroup(Executor):
         self._in_flight: set[int] = set()
         self._adapters: dict[LoraAdapter, list[str | None]] = {}  # being read: what ranks have said of them
         self._loaded_adapters: list[AdapterOutcome] = []
+        self._kernels: RankKernels | None = None
         self._sampled_tokens = SampledTokensTracker() if config.pipeline_parallel_size > 1 else None
         self._deadline = clock() + config.engine_start_timeout_seconds
         # On a GPU a rank only queues a step, so the next one can be sent meanwhile; stages work on different ones.
@@ -303,6 +308,9 @@ class RankGroup(Executor):
             self._failures.setdefault(message.step_id, failed).by_rank[rank] = message
         elif isinstance(message, AdapterLoaded):
             self._note_adapter(rank, message)
+        elif isinstance(message, KernelsRecorded):
+            if self._kernels is not None:
+                self._kernels.add(message)
         else:
             raise EngineDeadError(f"{self._named(rank)} sent an unexpected {type(message).__name__} during a step")
 
@@ -348,6 +356,18 @@ class RankGroup(Executor):
             del self._adapters[message.adapter]
             error = next((each for each in said if each), None)
             self._loaded_adapters.append(AdapterOutcome(message.adapter, error))
+
+    # ---- kernels --------------------------------------------------------------------------------------------------
+
+    @override
+    def record_kernels(self) -> Kernels:
+        self._kernels = RankKernels(self.tell_ranks, self._layout.world_size)
+        return self._kernels
+
+    def tell_ranks(self, command: RecordKernels) -> None:
+        """Send a command that has no answer; nothing where the ranks are gone."""
+        if self._links is not None and self._end_cause is None:
+            self._links.send_all(command)
 
     # ---- failed steps ---------------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ InitializeKV                         PhaseDone
 ReleaseMemory                        PhaseDone              then LoadWeights and InitializeKV again, before any step
 RunStep …                            StepDone               from the sampling rank
                                      StepFailed             from any rank
+RecordKernels                        KernelsRecorded …      about once a second, until told to stop
 Heartbeat …                          RankHeartbeat …        whatever else goes on
 EndRank                              RankFailed             in place of an answer; the rank then exits
 """
@@ -22,11 +23,12 @@ from typing import Any
 
 from pagoda.adapters import LoraAdapter
 from pagoda.errors import ErrorKind
+from pagoda.execution.traced_kernel import TracedKernel
 from pagoda.parallel.preflight import CommunicationReport
 from pagoda.parallel.rank_info import RankInfo
 from pagoda.scheduling.plan import NO_SAMPLED_TOKENS, SampledTokensUpdate, StepPlan, StepResult
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 """Of these messages. Ranks of another one are refused by name before anything else of theirs is read."""
 
 
@@ -191,6 +193,25 @@ class UnloadAdapter:
 
 
 @dataclass(frozen=True, slots=True)
+class RecordKernels:
+    """Record what torch runs from now on, at most `most` kernels a second; 0: no longer."""
+
+    most: int
+
+
+@dataclass(frozen=True, slots=True)
+class KernelsRecorded:
+    """What ran on this rank, by its own monotonic clock, which is `epoch` seconds behind the time of day.
+
+    `num_lost`: more kernels that are not in it.
+    """
+
+    kernels: list[TracedKernel]
+    num_lost: int
+    epoch: float
+
+
+@dataclass(frozen=True, slots=True)
 class Heartbeat:
     """Of the driver."""
 
@@ -239,6 +260,8 @@ KINDS = (
     LoadAdapter,
     AdapterLoaded,
     UnloadAdapter,
+    RecordKernels,
+    KernelsRecorded,
     Heartbeat,
     RankHeartbeat,
     EndRank,
@@ -256,6 +279,7 @@ Command = (
     | RunStep
     | LoadAdapter
     | UnloadAdapter
+    | RecordKernels
     | EndRank
 )
 Answer = (
@@ -268,6 +292,7 @@ Answer = (
     | StepDone
     | StepFailed
     | AdapterLoaded
+    | KernelsRecorded
     | RankFailed
 )
 Message = Command | Answer | Heartbeat | RankHeartbeat

@@ -37,6 +37,7 @@ from pagoda.distributed.rank_messages import (
     EndRank,
     InitializeKV,
     JoinGroup,
+    KernelsRecorded,
     KVMeasured,
     LoadAdapter,
     LoadProgress,
@@ -48,6 +49,7 @@ from pagoda.distributed.rank_messages import (
     RankHeartbeat,
     RankHello,
     RankPrepared,
+    RecordKernels,
     ReleaseMemory,
     RunStep,
     StartRank,
@@ -58,6 +60,7 @@ from pagoda.distributed.rank_messages import (
 from pagoda.errors import CommunicationError, ErrorKind, PagodaError
 from pagoda.execution.adapter_loading import AdapterLoader, AdapterRead
 from pagoda.execution.executor import StepHandle, is_out_of_memory
+from pagoda.execution.kernel_recorder import KernelRecorder
 from pagoda.execution.worker import Worker
 from pagoda.logs import configure_logging
 from pagoda.models.config import ModelConfig
@@ -85,6 +88,8 @@ _PHASE_OF = {
     ReleaseMemory: "sleep",
 }
 _FLUSH_SECONDS = 5.0
+_IDLE_SECONDS = 0.3
+"""Without a command for so long the rank is idle: what was recorded is sent."""
 
 
 def results_executor(device_index: int) -> ThreadPoolExecutor:
@@ -114,6 +119,7 @@ class RankService:
         self._config: PagodaConfig
         self._model_config: ModelConfig
         self._worker: Worker | None = None  # until the rendezvous
+        self._kernels: KernelRecorder | None = None  # while somebody looks
         self._num_steps = 0
         self._is_ending = False
         # Sends a step's result: from a thread that waits for the GPU; on a CPU, where the result is there at once, directly.
@@ -124,7 +130,7 @@ class RankService:
         self._channel.start(self._deliver)
         self._channel.send(RankHello(self._rank, PROTOCOL_VERSION, __version__, socket.gethostname(), os.getpid()))
         while True:
-            command = self._inbox.get()
+            command = self._next_command()
             try:
                 if isinstance(command, EndRank):
                     self._end(command)
@@ -133,6 +139,28 @@ class RankService:
             except Exception as error:  # any fault is reported to the driver, and the rank ends
                 self._fail(error)
                 return _FAILED_EXIT_CODE
+
+    def _next_command(self) -> Command | AdapterRead:
+        """Wait for it; what was recorded meanwhile is sent between two steps."""
+        while self._kernels is not None:
+            try:
+                command = self._inbox.get(timeout=_IDLE_SECONDS)
+            except queue.Empty:
+                self._send_kernels(self._kernels, is_idle=True)
+            else:
+                self._send_kernels(self._kernels, is_idle=False)
+                return command
+        return self._inbox.get()
+
+    def _send_kernels(self, recorder: KernelRecorder, *, is_idle: bool) -> None:
+        kernels, num_lost = recorder.take(time.monotonic(), is_idle=is_idle)
+        if kernels:
+            self._channel.send(KernelsRecorded(kernels, num_lost, time.time() - time.monotonic()))
+
+    def _record_kernels(self, most: int) -> None:
+        if self._kernels is not None:
+            self._kernels.close()
+        self._kernels = KernelRecorder(most, self._rank) if most else None
 
     def _deliver(self, message: Message | ChannelEnded) -> None:
         """Take a message, in the reader's thread; the end of the connection is the end of the process, whatever it does."""
@@ -148,6 +176,8 @@ class RankService:
             self._run_step(command)
         elif isinstance(command, LoadAdapter | AdapterRead | UnloadAdapter):
             self._change_adapters(command)
+        elif isinstance(command, RecordKernels):
+            self._record_kernels(command.most)
         elif isinstance(command, StartRank):
             self._prepare(command)
         elif isinstance(command, JoinGroup):

@@ -12,6 +12,7 @@ from typing import Any
 
 from pagoda.adapters import LoraAdapter
 from pagoda.errors import ErrorKind
+from pagoda.execution.traced_kernel import TracedKernel
 from pagoda.parallel.rank_health import RankHealth
 from pagoda.pooling.output import PooledOutput
 from pagoda.sampling.output import FinishReason, TokenLogprobs
@@ -204,7 +205,7 @@ class ResetPrefixCache:
 
 @dataclass(frozen=True, slots=True)
 class TraceSteps:
-    """Send `EngineTrace` from now on, or no longer; `kernels`: also what runs in the core's process, which slows it down."""
+    """Send `EngineTrace` from now on, or no longer; `kernels`: also what runs on the ranks, which slows them down."""
 
     is_on: bool
     kernels: bool = False
@@ -251,26 +252,19 @@ class TracedBlocks:
 
 
 @dataclass(frozen=True, slots=True)
-class TracedKernel:
-    """An operation of torch, or a kernel on a GPU (`on_device`). `started`: monotonic seconds; `thread`: a number for each."""
-
-    name: str
-    started: float
-    seconds: float
-    thread: int
-    on_device: bool = False
-
-
-@dataclass(frozen=True, slots=True)
 class EngineTrace:
     """Steps since the last such message, and a part of the KV cache. `now`: monotonic seconds of its making.
 
+    `arrivals`: requests that were in no message before, and when they came in monotonic seconds; `waiting`: those that hold no
+    request slot, in no particular order, at most `step_recorder.MAX_WAITING`.
     `kernels`: about once a second, where they were asked for; `num_lost_kernels`: more that are not in it.
     """
 
     now: float
     steps: list[TracedStep]
     blocks: TracedBlocks
+    arrivals: list[tuple[str, float]] = field(default_factory=list)
+    waiting: list[str] = field(default_factory=list)
     kernels: list[TracedKernel] = field(default_factory=list)
     num_lost_kernels: int = 0
 

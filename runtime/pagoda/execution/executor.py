@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 
 from pagoda.adapters import LoraAdapter
+from pagoda.execution.traced_kernel import Kernels
 from pagoda.parallel.rank_health import RankHealth
 from pagoda.scheduling.plan import StepPlan, StepResult
 
@@ -99,6 +100,9 @@ class Executor(Protocol):
     def take_loaded_adapters(self, timeout: float) -> list[AdapterOutcome]:
         """The adapters that are in their slots on all ranks, or failed, since the last call; without any, waits for
         `timeout` seconds."""
+
+    def record_kernels(self) -> Kernels:
+        """Record what torch runs on all ranks, from soon on until it is closed; it slows them down."""
 
     def check_health(self) -> None:
         """Raise `EngineDeadError` if no further step can run."""

@@ -21,7 +21,9 @@ from pagoda.execution.executor import (
     StartupPhases,
     StepHandle,
 )
+from pagoda.execution.kernel_recorder import KernelRecorder
 from pagoda.execution.model_runner import ModelRunner
+from pagoda.execution.traced_kernel import Kernels
 from pagoda.execution.worker import Worker
 from pagoda.models.config import ModelConfig
 from pagoda.models.encoders.config import EncoderConfig
@@ -48,6 +50,10 @@ class InProcessExecutor(Executor):
         if self._worker.runner is None:
             raise RuntimeError("the executor has no model runner: its KV cache is not initialized, or it was shut down")
         return self._worker.runner
+
+    @override
+    def record_kernels(self) -> Kernels:
+        return KernelRecorder()
 
     @override
     def connect(self, phases: StartupPhases) -> None:

@@ -105,11 +105,11 @@ def _goodput(goodput: Mapping[str, Any] | None) -> Iterable[str]:
         return
     limits = ", ".join(f"{name} {limit:g} ms" for name, limit in goodput["limits_ms"].items())
     yield "<h3>Goodput</h3>"
-    how = (
-        "all limits together"
-        if goodput.get("joint")
-        else "the limit that is met least; tpot by the inter-token latency"
-    )
+    how = "all limits together"
+    if not goodput.get("joint"):
+        how = "since the server began, the limit that is met least; tpot by the inter-token latency"
+    elif "requests" in goodput:
+        how += f", of {goodput['requests']} that ended while it was watched"
     text = f"{goodput['share']:.1%} of requests are within {limits} ({how})"
     if "requests_per_second" in goodput:
         text += f": {goodput['requests_per_second']:.2f} a second"

@@ -22,6 +22,7 @@ from pagoda.monitoring.local import is_local, local_facts
 from pagoda.monitoring.samples import Samples
 from pagoda.monitoring.server import Server, Snapshot, look, look_closely
 from pagoda.monitoring.steps import Machine, Recording, Size, best_seen
+from pagoda.sampling.output import FinishReason
 
 HISTOGRAMS = {
     "ttft": ("time_to_first_token_seconds", "time to first token"),
@@ -33,6 +34,8 @@ HISTOGRAMS = {
 }
 """Metrics by the name that the report has for them, and what they are."""
 _QUANTILES = (50, 90, 99)
+GOOD_ENDS = frozenset(FinishReason) - {FinishReason.ABORT, FinishReason.ERROR}
+"""Reasons for which a request ends that has its answer."""
 
 
 def of_server(server: Server, seconds: float, level: ServiceLevel, machine: Machine | None) -> dict[str, Any]:
@@ -102,7 +105,7 @@ def report_of(
                     "prompt_tokens": one.prompt_tokens,
                 },
                 "latencies": latencies,
-                "goodput": _goodput(now.samples, one.name, level),
+                "goodput": goodput_while_watched(recording, level) or _goodput(now.samples, one.name, level),
                 "steps": recording.as_json(size, roof) if recording.steps else None,
                 "prefix_cache": _prefix_cache(now.samples, one.name),
                 "speculation": _speculation(now.samples, one.name),
@@ -196,7 +199,7 @@ def _record(server: Server, seconds: float) -> dict[str, Recording]:
     try:
         with closing(server.events(seconds)) as events:
             for event in events:
-                if event["type"] == "trace":
+                if event["type"] in ("trace", "requests"):
                     found.setdefault(event["model"], Recording()).take(event)
     except PagodaError:  # looked at closely afterwards, which says why
         time.sleep(max(0.0, seconds - (time.monotonic() - begun)))
@@ -226,8 +229,34 @@ def _latencies(now: Samples, then: Samples, model: str) -> dict[str, Any]:
     return found
 
 
+def goodput_while_watched(recording: Recording, level: ServiceLevel) -> dict[str, Any] | None:
+    """The share of the requests that ended while the server was watched within all limits; None where none did.
+
+    One that failed, or ran into a deadline, has met none. One whose client left is not counted.
+    """
+    counted = [one for one in recording.requests if one["cause"] != "client"]
+    if not level.limits or not counted:
+        return None
+    met = {
+        name: [one["reason"] in GOOD_ENDS and (one[name] or 0.0) * 1000 <= limit for one in counted]
+        for name, limit in level.limits.items()
+    }
+    within_all = sum(map(all, zip(*met.values(), strict=True)))
+    return {
+        "limits_ms": dict(level.limits),
+        "shares": {name: sum(values) / len(counted) for name, values in met.items()},
+        "share": within_all / len(counted),
+        "joint": True,
+        "requests": len(counted),
+        "requests_per_second": within_all / recording.seconds if recording.seconds else 0.0,
+    }
+
+
 def _goodput(now: Samples, model: str, level: ServiceLevel) -> dict[str, Any] | None:
-    """The share of all requests so far within each limit; all limits together cannot be known from histograms."""
+    """The share of all requests so far within each limit, where none ended while the server was watched.
+
+    Histograms do not say which requests are the same: all limits together cannot be known.
+    """
     shares: dict[str, float] = {}
     names = {name: HISTOGRAMS[{"tpot": "itl"}.get(name, name)][0] for name in level.limits}
     for name, limit in level.limits.items():

@@ -75,7 +75,8 @@ class Size:
 class Recording:
     """The steps of a model's engines over `seconds`. `preempted`: requests that lost their blocks; `waiting`: seen at most.
 
-    `blocks`: of the first replica's KV cache, by their state: free, cached, in use, shared.
+    `blocks`: of the first replica's KV cache, by their state: free, cached, in use, shared. `requests`: those that ended, as
+    `/ui/events` says it of them.
     """
 
     seconds: float = 0.0
@@ -84,9 +85,13 @@ class Recording:
     preempted: int = 0
     waiting: int = 0
     blocks: dict[str, int] = field(default_factory=dict)
+    requests: list[Mapping[str, Any]] = field(default_factory=list)
 
     def take(self, event: Mapping[str, Any]) -> None:
-        """Add what a `trace` event says."""
+        """Add what a `trace` or `requests` event says."""
+        if event["type"] == "requests":
+            self.requests += event["requests"]
+            return
         for one in event["steps"]:
             self.steps.append(_step(one))
             self.preempted += one["preempted"]

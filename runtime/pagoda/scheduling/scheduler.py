@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from pagoda.adapters import LoraAdapter
@@ -203,6 +203,11 @@ class Scheduler:
         self._shares.configure(limits.max_num_seqs)
         self._composer.configure(limits)
         self._lookahead.configure(limits)
+
+    @property
+    def requests(self) -> Mapping[str, Request]:
+        """Those that have not ended, by their ids."""
+        return self._requests
 
     @property
     def running(self) -> Collection[Request]:

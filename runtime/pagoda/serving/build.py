@@ -152,7 +152,7 @@ def make_model(
     name = config.served_model_name
 
     def observe(job: Job, arrival_time: float) -> RequestObserver:
-        meter = RequestMeter(metrics, job.params, arrival_time, slos=_slos())
+        meter = RequestMeter(metrics, job.params, arrival_time, slos=_slos(), request_id=job.request_id)
         return tracing.observer(name, job, arrival_time, meter)
 
     runner = GenerationRunner(

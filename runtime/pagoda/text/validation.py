@@ -12,7 +12,7 @@ from itertools import takewhile
 
 from pagoda.errors import ContextLengthError, InvalidRequestError
 from pagoda.pooling.params import PoolingParams
-from pagoda.request import EngineRequest, GenerationRequest, PoolingRequest
+from pagoda.request import EngineRequest, GenerationRequest, PoolingRequest, sequence_ids
 from pagoda.sampling.params import SamplingParams
 from pagoda.text.tokenizer import Tokenizer
 
@@ -67,7 +67,7 @@ def validate_request(
     return [
         replace(
             whole,
-            request_id=request.request_id if params.n == 1 else f"{request.request_id}-{index}",
+            request_id=name,
             params=replace(
                 params,
                 n=1,
@@ -76,7 +76,7 @@ def validate_request(
                 prompt_logprobs=params.prompt_logprobs if index == 0 else None,
             ),
         )
-        for index in range(params.n)
+        for index, name in enumerate(sequence_ids(request.request_id, params.n))
     ]
 
 

@@ -54,13 +54,13 @@ def test_engines_and_requests_are_kept_apart() -> None:
 
 def test_kernels_are_in_the_threads_and_streams_that_ran_them() -> None:
     trace = Trace()
-    kernels = [["aten::mm", 100.1, 0.2, 7, False], ["attention", 100.2, 0.1, 3, True]]
+    kernels = [["aten::mm", 100.1, 0.2, 7, False, None], ["attention", 100.2, 0.1, 3, True, 1]]
     trace.take({"type": "trace", "model": "m", "replica": 0, "steps": [STEP], "kernels": kernels, "lost_kernels": 5})
     events = trace.as_json()["traceEvents"]
     names = {event["tid"]: event["args"]["name"] for event in events if event["name"] == "thread_name"}
     found = {event["name"]: (names[event["tid"]], event["dur"]) for event in events if event["ph"] == "X"}
     assert found["aten::mm"] == ("CPU thread 7", 0.2e6)
-    assert found["attention"] == ("GPU stream 3", 0.1e6)
+    assert found["attention"] == ("rank 1, GPU stream 3", 0.1e6)
     assert (trace.num_kernels, trace.num_lost, trace.num_requests) == (2, 5, 2)
 
 

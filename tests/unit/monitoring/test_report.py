@@ -17,7 +17,7 @@ from pagoda.cli.report import run
 from pagoda.errors import ConfigError, PagodaError
 from pagoda.monitoring.advice import RULES, advise
 from pagoda.monitoring.page import as_html
-from pagoda.monitoring.report import of_bench
+from pagoda.monitoring.report import goodput_while_watched, of_bench
 from pagoda.monitoring.steps import Machine, Recording, Size, best_seen
 from tests.support.rest_harness import RestHarness
 
@@ -182,7 +182,7 @@ def test_the_roofline_is_of_the_models_size_and_the_machine() -> None:
     for kind in (rows, rows[:1], rows[1:]):
         step = {"time": 0.0, "seconds": 0.5, "waiting": 3, "preempted": 1, "rows": kind}
         blocks = {"first": 0, "states": "..cu"}
-        recording.take({"steps": [step], "replica": 0, "blocks": blocks})
+        recording.take({"type": "trace", "steps": [step], "replica": 0, "blocks": blocks})
     mixed, prefill, decode = recording.steps
     assert [one.kind for one in recording.steps] == ["mixed", "prefill", "decode"]
     assert (mixed.tokens, mixed.context, mixed.drafts, mixed.new) == (68, 20, 3, 3)
@@ -270,6 +270,32 @@ def records() -> list[RequestRecord]:
         )
         for k in range(1, 11)
     ]
+
+
+def ended(ttft: float | None, tpot: float | None, reason: str = "stop", cause: str | None = None) -> dict[str, Any]:
+    return {"ttft": ttft, "tpot": tpot, "e2el": 1.0, "reason": reason, "cause": cause}
+
+
+def test_a_request_is_good_when_it_keeps_all_limits_at_once() -> None:
+    recording = Recording(seconds=10.0)
+    requests = [
+        ended(0.1, 0.01),
+        ended(0.1, None),  # one token
+        ended(0.1, 0.2),
+        ended(0.9, 0.01),
+        ended(0.1, 0.01, "error"),
+        ended(0.1, 0.01, "abort", "deadline"),
+        ended(0.1, 0.01, "abort", "client"),  # not counted: nobody waited for it
+    ]
+    recording.take({"type": "requests", "requests": requests})
+    found = goodput_while_watched(recording, ServiceLevel({"ttft": 500.0, "tpot": 50.0}))
+    assert found is not None
+    assert (found["joint"], found["requests"], found["share"], found["requests_per_second"]) == (True, 6, 2 / 6, 0.2)
+    assert found["shares"] == {"ttft": 3 / 6, "tpot": 3 / 6}
+    assert "33.3% of requests are within" in as_html(changed(goodput=found))
+    assert "of 6 that ended while it was watched" in as_html(changed(goodput=found))
+    assert goodput_while_watched(recording, ServiceLevel({})) is None
+    assert goodput_while_watched(Recording(), ServiceLevel({"ttft": 500.0})) is None
 
 
 def test_a_report_of_a_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

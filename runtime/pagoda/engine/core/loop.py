@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from pagoda.adapters import LoraAdapter
-from pagoda.engine.core.step_recorder import Kernels, StepRecorder, TracingRecorder
+from pagoda.engine.core.step_recorder import StepRecorder, TracingRecorder
 from pagoda.engine.messages import EngineOutput, EngineOutputs, EngineReady, EngineStats, EngineTrace
 from pagoda.errors import (
     ConfigError,
@@ -200,11 +200,7 @@ class EngineCore:
     def trace_steps(self, is_on: bool, *, kernels: bool = False) -> None:
         """Record steps from now on for `take_trace`, or no longer; `kernels`: also what runs within them."""
         self._recorder.close()
-        recorder: Kernels | None = None
-        if is_on and kernels:
-            from pagoda.engine.core.kernel_recorder import KernelRecorder  # its profiler takes a moment to import
-
-            recorder = KernelRecorder()
+        recorder = self._executor.record_kernels() if is_on and kernels else None
         self._recorder = TracingRecorder(self._scheduler, recorder) if is_on else StepRecorder()
 
     def take_trace(self) -> EngineTrace | None:

@@ -7,19 +7,22 @@ so that a large pool is shown within seconds and no step waits for all of it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from itertools import islice
-from typing import Protocol
 
 from typing_extensions import override
 
-from pagoda.engine.messages import EngineTrace, TracedBlocks, TracedKernel, TracedRow, TracedStep
+from pagoda.engine.messages import EngineTrace, TracedBlocks, TracedRow, TracedStep
+from pagoda.execution.traced_kernel import Kernels
 from pagoda.scheduling.plan import StepPlan
+from pagoda.scheduling.request import RequestStatus
 from pagoda.scheduling.scheduler import RequestUpdate, Scheduler
 
 _EVERY_SECONDS = 0.1
 _BLOCKS_A_MESSAGE = 4096
 _MAX_HOLDERS = 64  # running requests whose blocks are listed
 _MAX_BLOCKS_OF_HOLDER = 1024
+MAX_WAITING = 256
 
 
 class StepRecorder:
@@ -37,16 +40,6 @@ class StepRecorder:
         """Nothing is recorded any more."""
 
 
-class Kernels(Protocol):
-    """Records what runs within steps."""
-
-    def take(self, now: float, *, is_idle: bool) -> tuple[list[TracedKernel], int]:
-        """What was recorded, and how many more there were, when it is time for it; else nothing."""
-
-    def close(self) -> None:
-        """Record no longer."""
-
-
 class TracingRecorder(StepRecorder):
     """Collects the steps that are done."""
 
@@ -57,6 +50,8 @@ class TracingRecorder(StepRecorder):
         self._next_block = 0
         self._num_preemptions = scheduler.num_preemptions
         self._taken_at = float("-inf")
+        self._known: AbstractSet[str] = frozenset()
+        self._arrivals: list[tuple[str, float]] = []
 
     @override
     def record(
@@ -74,6 +69,11 @@ class TracingRecorder(StepRecorder):
             for update in updates
             if update.request.finish_reason is not None
         ]
+        self._arrivals += [  # of those that came and went between two messages
+            (update.request.spec.request_id, update.request.spec.arrival_time)
+            for update in updates
+            if update.request.finish_reason is not None and update.request.spec.request_id not in self._known
+        ]
         num_preemptions = self._scheduler.num_preemptions
         num_preempted, self._num_preemptions = num_preemptions - self._num_preemptions, num_preemptions
         self._steps.append(
@@ -87,7 +87,14 @@ class TracingRecorder(StepRecorder):
         self._taken_at = now
         steps, self._steps = self._steps, []
         kernels, num_lost = ([], 0) if self._kernels is None else self._kernels.take(now, is_idle=is_idle)
-        return EngineTrace(now, steps, self._blocks(is_idle), kernels, num_lost)
+        requests = self._scheduler.requests
+        arrivals, self._arrivals = self._arrivals, []
+        arrivals += [(name, requests[name].spec.arrival_time) for name in requests.keys() - self._known]
+        self._known = set(requests)
+        waiting = (name for name, request in requests.items() if request.status is RequestStatus.WAITING)
+        return EngineTrace(
+            now, steps, self._blocks(is_idle), arrivals, list(islice(waiting, MAX_WAITING)), kernels, num_lost
+        )
 
     @override
     def close(self) -> None:

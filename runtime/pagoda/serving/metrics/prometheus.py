@@ -30,6 +30,7 @@ from pagoda.errors import ErrorKind
 from pagoda.logs import model_name_var
 from pagoda.sampling.output import FinishReason
 from pagoda.serving.metrics import vllm_names as vllm
+from pagoda.serving.metrics.ended_request import EndListener
 from pagoda.serving.metrics.engine_collector import EngineCollector, StepMeter
 from pagoda.serving.metrics.token_collector import TokenCollector
 
@@ -130,6 +131,8 @@ class Metrics:
         self.families.models[model_name] = self
         self._engine: EngineCollector | None = None
         self._step_meter: StepMeter | None = None
+        self.end_listeners: list[EndListener] = []
+        """Called with each sequence that ends; there are none unless somebody looks at the server."""
 
         self.prompt_tokens = self._counter("prompt_tokens", "Number of prefill tokens processed.")
         self.generated_tokens = TokenCollector(model_name, self.prefix, INTER_TOKEN_LATENCY_BUCKETS)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from pagoda.errors import DeadlineExceededError, EngineNotReadyError, ErrorKind, PagodaError
 from pagoda.pooling.params import PoolingParams
+from pagoda.request import sequence_ids
 from pagoda.sampling.output import FinishReason
 from pagoda.sampling.params import SamplingParams
 from pagoda.serving.metrics.prometheus import Metrics
@@ -21,7 +22,7 @@ ENDS = frozenset({ErrorKind.ENGINE_DEAD, ErrorKind.DEADLINE_EXCEEDED, ErrorKind.
 class RequestMeter:
     """Counts each sequence of one job exactly once, however the job ends: a `RequestObserver` of `GenerationRunner`.
 
-    `arrival_time`: monotonic seconds, as `clock` gives them.
+    `arrival_time`: monotonic seconds, as `clock` gives them. `request_id`: the job's.
     A job that was refused was never accepted: it is no request here, only an error answer, which the protocol counts. A client
     that leaves before the first chunk leaves an accepted request behind.
     """
@@ -33,9 +34,13 @@ class RequestMeter:
         arrival_time: float,
         clock: Callable[[], float] = time.monotonic,
         slos: Slos = NO_SLOS,
+        request_id: str = "",
     ) -> None:
         self._clock = clock
-        self._timers = [RequestTimer(metrics, arrival_time, params.max_tokens, slos) for _ in range(params.n)]
+        self._timers = [
+            RequestTimer(metrics, arrival_time, params.max_tokens, slos, name)
+            for name in sequence_ids(request_id, params.n)
+        ]
         self._metrics = metrics
         self._is_accepted = False
 

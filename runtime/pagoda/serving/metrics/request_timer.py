@@ -6,6 +6,7 @@ import logging
 from typing import NamedTuple
 
 from pagoda.sampling.output import FinishReason
+from pagoda.serving.metrics.ended_request import EndedRequest
 from pagoda.serving.metrics.prometheus import Metrics
 
 logger = logging.getLogger("pagoda.requests")
@@ -24,7 +25,8 @@ NO_SLOS = Slos()
 class RequestTimer:
     """Feeds one sequence's times and tokens into `metrics`; one for each of a request's `n` choices.
 
-    All times are monotonic seconds. `max_tokens` is what the client gave, None if nothing; `slos` are what it wants. Call
+    All times are monotonic seconds. `max_tokens` is what the client gave, None if nothing; `slos` are what it wants;
+    `request_id` is what the sequence is called in the engine. Call
     `start` when the engine is known to have the sequence, `tokens` for each batch of new ones, `end` at the end; only the
     first `end` counts, so that every way out of a request may call it.
     """
@@ -38,13 +40,22 @@ class RequestTimer:
         "_num_cached_tokens",
         "_num_generated_tokens",
         "_num_prompt_tokens",
+        "_request_id",
         "_scheduled_time",
         "_slos",
         "ended",
     )
 
-    def __init__(self, metrics: Metrics, arrival_time: float, max_tokens: int | None, slos: Slos = NO_SLOS) -> None:
+    def __init__(
+        self,
+        metrics: Metrics,
+        arrival_time: float,
+        max_tokens: int | None,
+        slos: Slos = NO_SLOS,
+        request_id: str = "",
+    ) -> None:
         self._metrics = metrics
+        self._request_id = request_id
         self._arrival_time = arrival_time
         self._max_tokens = max_tokens
         self._slos = slos
@@ -109,3 +120,22 @@ class RequestTimer:
                 metrics.count_slo("tpot", seconds / (self._num_generated_tokens - 1), self._slos.tpot)
             if self._scheduled_time is not None:
                 metrics.request_prefill_time.observe(self._first_token_time - self._scheduled_time)
+        if metrics.end_listeners:
+            ended = self._ended(reason, now, abort_cause)
+            for listen in metrics.end_listeners:
+                listen(ended)
+
+    def _ended(self, reason: FinishReason, now: float, cause: str | None) -> EndedRequest:
+        first, scheduled, count = self._first_token_time, self._scheduled_time, self._num_generated_tokens
+        return EndedRequest(
+            request=self._request_id,
+            ttft=None if first is None else first - self._arrival_time,
+            tpot=None if first is None or count < 2 else (self._last_token_time - first) / (count - 1),
+            e2el=now - self._arrival_time,
+            queue=None if scheduled is None else scheduled - self._arrival_time,
+            prompt_tokens=self._num_prompt_tokens,
+            cached_tokens=self._num_cached_tokens,
+            output_tokens=count,
+            reason=reason.value,
+            cause=cause,
+        )

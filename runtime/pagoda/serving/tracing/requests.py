@@ -18,7 +18,7 @@ from opentelemetry import trace
 from pagoda.engine.messages import EngineTrace
 from pagoda.errors import PagodaError
 from pagoda.pooling.params import PoolingParams
-from pagoda.request import GenerationRequest
+from pagoda.request import GenerationRequest, sequence_ids
 from pagoda.sampling.params import SamplingParams
 from pagoda.serving.generation import Job, RequestObserver
 from pagoda.text.output import GenerationChunk
@@ -87,9 +87,7 @@ class RequestSpan:
         self._execute_seconds: float | None = None
         self._end_time = 0
         self._steps = steps
-        self.request_ids = (
-            [job.request_id] if job.params.n == 1 else [f"{job.request_id}-{index}" for index in range(job.params.n)]
-        )
+        self.request_ids = sequence_ids(job.request_id, job.params.n)
         if steps is not None:
             steps.add(self)
 

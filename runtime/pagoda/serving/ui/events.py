@@ -3,6 +3,7 @@
     {"type": "server"}   first: version, models with their limits, start-up phases and changes of state so far
     {"type": "health"}   a model changed its state or stage, and twice a second with its figures
     {"type": "trace"}    steps of an engine and a part of its KV cache (`engine.messages.EngineTrace`)
+    {"type": "requests"} those that ended since the last one, with their latencies (`serving.metrics.ended_request`)
     {"type": "lost"}     the viewer reads too slowly: so many events before this one were left out
 
 Times are seconds since the epoch.
@@ -13,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from dataclasses import asdict
 from typing import Any
 
@@ -23,10 +24,13 @@ from pagoda.engine.messages import EngineTrace, TracedStep
 from pagoda.errors import QueueFullError
 from pagoda.serving.context import ServingContext
 from pagoda.serving.http.event_stream import event
+from pagoda.serving.metrics.ended_request import EndedRequest, EndListener
 from pagoda.serving.models import ServedModel
 
 MAX_VIEWERS = 16
 _EVERY_SECONDS = 0.5
+MAX_ENDED = 2000
+"""Requests that have ended and a viewer does not know yet; of more the last."""
 MAX_UNSENT = 200
 """Events of a viewer who does not read; older ones are dropped, and counted."""
 
@@ -72,6 +76,7 @@ class Viewers:
         self._num_viewers += 1
         unsent = Unsent()
         put = unsent.put
+        ended: dict[str, deque[EndedRequest]] = {}
         ends: dict[ServedModel, list[Callable[[], None]]] = {}
 
         def follow() -> None:
@@ -87,13 +92,18 @@ class Viewers:
                 if served not in ends:
                     changed = served.health.subscribe(lambda served=served: put(_health(served)))  # type: ignore[misc]
                     traced = served.client.trace(_tracer(served, put, kernels=kernels), kernels=kernels)
-                    ends[served] = [traced, changed]
+                    requests = ended.setdefault(served.name, deque(maxlen=MAX_ENDED))
+                    ends[served] = [traced, changed, _listen(served, requests.append)]
 
         try:
             while True:
                 follow()
                 while (content := unsent.take()) is not None:
                     yield event(content)
+                for name, requests in ended.items():
+                    if known := list(requests):
+                        requests.clear()
+                        yield event(_requests(name, known))
                 if self._context.health.state is EngineState.DEAD:
                     return
                 unsent.arrived.clear()
@@ -115,6 +125,22 @@ class Viewers:
             "version": pagoda.__version__,
             "models": [_model(served) for served in self._context.models],
         }
+
+
+def _listen(served: ServedModel, listener: EndListener) -> Callable[[], None]:
+    """Have `listener` called with each sequence that ends, until what is returned is called."""
+    listeners = served.metrics.end_listeners
+    listeners.append(listener)
+    return lambda: listeners.remove(listener)
+
+
+def _requests(model: str, ended: Iterable[EndedRequest]) -> dict[str, Any]:
+    return {
+        "type": "requests",
+        "model": model,
+        "time": time.time(),
+        "requests": [one._asdict() for one in ended],
+    }
 
 
 def _model(served: ServedModel) -> dict[str, Any]:
@@ -142,7 +168,10 @@ def _tracer(
         blocks = trace.blocks
         ran: dict[str, Any] = {}
         if kernels and trace.kernels:
-            shown = [[one.name, one.started + epoch, one.seconds, one.thread, one.on_device] for one in trace.kernels]
+            shown = [
+                [one.name, one.started + epoch, one.seconds, one.thread, one.on_device, one.rank]
+                for one in trace.kernels
+            ]
             ran = {"kernels": shown, "lost_kernels": trace.num_lost_kernels}
         put(
             {
@@ -152,6 +181,8 @@ def _tracer(
                 "replica": replica,
                 "time": trace.now + epoch,
                 "steps": [_step(step, epoch) for step in trace.steps],
+                "arrivals": [[name, arrival + epoch] for name, arrival in trace.arrivals],
+                "waiting": trace.waiting,
                 "blocks": {"first": blocks.first, "states": blocks.states, "holders": blocks.holders},
             }
         )

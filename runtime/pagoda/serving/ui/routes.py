@@ -28,7 +28,10 @@ DIRECTORY = Path(__file__).parent / "page"
 ASSETS = {
     "style.css": "text/css",
     **dict.fromkeys(
-        ("app.js", "api.js", "markdown.js", "talk.js", "watch.js", "charts.js", "manage.js", "dom.js"),
+        [
+            *("app.js", "api.js", "dom.js", "talk.js", "markdown.js", "manage.js"),
+            *("watch.js", "recording.js", "charts.js", "trace.js"),
+        ],
         "text/javascript",
     ),
 }

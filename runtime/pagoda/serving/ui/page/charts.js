@@ -15,7 +15,7 @@ function resolved(name) {
 let colors = {};
 export function readColors() {
   colors = Object.fromEntries(
-    ["prefill", "decode", "accepted", "refused", "free", "cached", "accent", "quiet", "line", "text", "bad"].map((name) => [name, resolved(`--${name}`)]),
+    ["queue", "prefill", "decode", "accepted", "refused", "free", "cached", "accent", "quiet", "line", "text", "bad"].map((name) => [name, resolved(`--${name}`)]),
   );
 }
 
@@ -100,7 +100,7 @@ export function drawLanes(canvas, lanes, from, to, marked) {
       context.fillRect(0, top, width, high);
     }
     for (const part of lane.parts) {
-      if (part.end < from || part.begin > to) continue;
+      if (part.end < from || part.begin > to || part.end === part.begin) continue;
       context.fillStyle = colors[part.kind];
       context.fillRect(x(part.begin), top + 3, Math.max(1, x(part.end) - x(part.begin)), high - 6);
     }

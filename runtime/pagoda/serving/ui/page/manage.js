@@ -1,7 +1,7 @@
 // Models, settings and the history of health; what changes something asks first.
 
 import { json, request } from "./api.js";
-import { element } from "./dom.js";
+import { element, field } from "./dom.js";
 
 function table(head, rows) {
   const body = element("tbody", {}, ...rows.map((cells) => element("tr", {}, ...cells.map((cell) => element("td", {}, cell)))));
@@ -17,6 +17,7 @@ export class Manage {
     this.history = new Map(); // by model: [{time, state, cause}]
     this.models = element("div");
     this.adapters = element("div");
+    this.loadAdapter = this.adapterForm();
     this.keys = element("div");
     this.stats = new Map(); // by model: its figures
     this.changes = element("div");
@@ -27,8 +28,11 @@ export class Manage {
     this.said.setAttribute("role", "status");
     const reset = element("button", { type: "button", textContent: "Reset the prefix cache" });
     reset.addEventListener("click", () => this.act("The prefix cache is reset.", "reset_prefix_cache", "No request will find what is cached now. Go on?"));
+    this.of = element("select", { hidden: true });
+    this.of.setAttribute("aria-label", "Settings of");
+    this.of.addEventListener("change", () => this.refresh());
     this.filter.addEventListener("input", () => this.drawSettings());
-    root.append(panel("Models", this.models, reset, this.said), panel("Adapters", this.adapters), panel("API keys", this.keys), panel("Health", this.changes), panel("Settings", this.filter, this.settings));
+    root.append(this.said, panel("Models", this.models, reset), panel("Adapters", this.adapters, this.loadAdapter), panel("API keys", this.keys), panel("Health", this.changes), panel("Settings", element("div", { className: "row" }, this.filter, this.of), this.settings));
   }
 
   opened() {
@@ -65,7 +69,9 @@ export class Manage {
       const index = await json("v2/repository/index", { method: "POST", body: {} });
       this.models.replaceChildren(table(["Model", "Version", "State", "Reason", ""],
         index.map((model) => [model.name, model.version ?? "", model.state, model.reason ?? "", this.modelButton(model)])));
-      this.known = (await json("settings")).settings;
+      const found = await json("settings");
+      this.showModels(found.models);
+      this.known = this.model ? (await json(`settings?model=${encodeURIComponent(this.model)}`)).settings : found.settings;
       this.drawSettings();
       await this.drawAdapters();
     } catch (error) {
@@ -74,10 +80,39 @@ export class Manage {
     await this.drawKeys();
   }
 
+  /** The model whose settings are shown; empty: those of the server, which are all where it has one model. */
+  get model() {
+    return this.of.hidden ? "" : this.of.value;
+  }
+
+  showModels(names) {
+    const chosen = this.of.value;
+    this.of.hidden = names.length < 2;
+    this.of.replaceChildren(element("option", { value: "", textContent: "the server" }), ...names.map((name) => element("option", { value: name, textContent: `model ${name}` })));
+    if (names.includes(chosen)) this.of.value = chosen;
+    this.base.replaceChildren(...names.map((name) => element("option", { value: name, textContent: name })));
+    this.base.parentElement.hidden = names.length < 2;
+  }
+
+  adapterForm() {
+    const name = element("input", { required: true, spellcheck: false, autocomplete: "off" });
+    const path = element("input", { required: true, spellcheck: false, autocomplete: "off", placeholder: "a directory of the server" });
+    this.base = element("select");
+    const form = element("form", { className: "row" }, field("Name", name), field("Path", path), field("Model", this.base), element("button", { textContent: "Load" }));
+    form.addEventListener("submit", async (event) => {
+      event.preventDefault();
+      const body = { lora_name: name.value.trim(), lora_path: path.value.trim() };
+      if (!this.base.parentElement.hidden) body.base_model_name = this.base.value;
+      if (await this.act(`${body.lora_name} is served.`, "v1/load_lora_adapter", "", body)) form.reset();
+    });
+    return form;
+  }
+
   async drawAdapters() {
+    this.loadAdapter.hidden = this.of.hidden && !this.known.enable_lora?.value;
     const adapters = (await json("v1/models")).data.filter((model) => model.parent);
     if (!adapters.length) {
-      this.adapters.replaceChildren(element("p", { className: "quiet", textContent: "No adapters are served." }));
+      this.adapters.replaceChildren(element("p", { className: "quiet", textContent: this.known.enable_lora?.value === false ? "No adapters are served: enable_lora is off." : "No adapters are served." }));
       return;
     }
     const of = (name, what) => [...this.stats.values()].some((stats) => stats[what]?.includes(name));
@@ -114,21 +149,43 @@ export class Manage {
     return button;
   }
 
-  async act(done, path, question, body = {}) {
-    if (question && !confirm(question)) return;
+  /** Whether it was done. */
+  async act(done, path, question, body = {}, method = "POST") {
+    if (question && !confirm(question)) return false;
+    let isDone = true;
     try {
-      await request(path, { method: "POST", body });
+      await request(path, { method, body });
       this.said.textContent = done;
     } catch (error) {
+      isDone = false;
       this.said.textContent = error.message;
     }
+    this.said.className = isDone ? "quiet" : "error";
     this.refresh();
+    return isDone;
   }
 
   drawSettings() {
     const wanted = this.filter.value.trim().toLowerCase();
     const entries = Object.entries(this.known ?? {}).filter(([name]) => name.includes(wanted));
-    this.settings.replaceChildren(table(["Setting", "Value", "Source", "While running"],
-      entries.map(([name, { value, source, note }]) => [name, JSON.stringify(value), source, note])));
+    this.settings.replaceChildren(table(["Setting", "Value", "Source", "Can change"],
+      entries.map(([name, setting]) => [name, JSON.stringify(setting.value), setting.source, setting.can_change ? this.changeButton(name, setting) : setting.note])));
+  }
+
+  changeButton(name, { value, note }) {
+    const button = element("button", { type: "button", textContent: note });
+    button.setAttribute("aria-label", `Change ${name}, ${note}`);
+    button.addEventListener("click", () => {
+      const written = prompt(`${name}, as in JSON. It changes ${note}, until the server ends.`, JSON.stringify(value));
+      if (written === null) return;
+      let wanted;
+      try {
+        wanted = JSON.parse(written);
+      } catch {
+        wanted = written; // a word without quotes
+      }
+      this.act(`${name} is ${JSON.stringify(wanted)} now.`, this.model ? `settings?model=${encodeURIComponent(this.model)}` : "settings", "", { [name]: wanted }, "PATCH");
+    });
+    return button;
   }
 }

@@ -1,17 +1,8 @@
 // Chats with one model, or with two models or settings side by side.
 
 import { events, json } from "./api.js";
-import { element } from "./dom.js";
+import { element, field } from "./dom.js";
 import { render } from "./markdown.js";
-
-let fieldNumber = 0;
-
-function field(label, control) {
-  control.id = `field-${(fieldNumber += 1)}`;
-  const name = element("label", { textContent: label });
-  name.htmlFor = control.id;
-  return element("div", {}, name, control);
-}
 
 /** Settings of a chat, and what a request takes of them. */
 class Settings {
@@ -23,13 +14,14 @@ class Settings {
     this.topP = number(0, 1, 0.05);
     this.maxTokens = number(1, 1e6, 1);
     this.seed = number(0, 2 ** 31, 1);
+    this.more = element("textarea", { rows: 2, spellcheck: false, placeholder: '{"top_k": 20, "reasoning_effort": "low"}' });
     this.schema = element("textarea", { rows: 3, spellcheck: false, placeholder: '{"type": "object", …}' });
     this.tools = element("textarea", { rows: 3, spellcheck: false, placeholder: '[{"type": "function", "function": {…}}]' });
     this.node = element("div", { className: "panel" },
       element("div", { className: "row" }, field("Model", this.model), field("Temperature", this.temperature), field("Top p", this.topP),
         field("Most tokens", this.maxTokens), field("Seed", this.seed)),
-      element("details", {}, element("summary", { textContent: "System prompt, JSON schema, tools" }),
-        field("System prompt", this.system), field("JSON schema of the answer", this.schema), field("Tools", this.tools)));
+      element("details", {}, element("summary", { textContent: "System prompt, JSON schema, tools, more" }),
+        field("System prompt", this.system), field("JSON schema of the answer", this.schema), field("Tools", this.tools), field("More of the request's body", this.more)));
   }
 
   setModels(names) {
@@ -48,6 +40,7 @@ class Settings {
     if (this.schema.value.trim()) {
       body.response_format = { type: "json_schema", json_schema: { name: "answer", strict: true, schema: parsed(this.schema.value, "the JSON schema") } };
     }
+    if (this.more.value.trim()) Object.assign(body, parsed(this.more.value, "what is more of the body"));
     if (this.tools.value.trim()) body.tools = parsed(this.tools.value, "the list of tools");
     return body;
   }

@@ -1,54 +1,20 @@
 // The engine at work: steps, requests, KV cache. Keeps the last minutes, which can be looked at while new ones come.
 
-import { drawBlocks, drawLanes, drawSteps, kinds, readColors } from "./charts.js";
-import { element } from "./dom.js";
+import { drawBlocks, drawLanes, drawSteps, readColors } from "./charts.js";
+import { element, save } from "./dom.js";
+import { Engine, KEEP_SECONDS } from "./recording.js";
+import { traceFile } from "./trace.js";
 
-const KEEP_SECONDS = 300;
 const MAX_LANES = 40;
 
 function legend(...entries) {
   return element("ul", { className: "legend" }, ...entries.map(([kind, text]) => element("li", {}, element("span", { className: `sw-${kind}` }), text)));
 }
 
-/** What is known of one engine. */
-class Engine {
-  constructor() {
-    this.steps = [];
-    this.lanes = new Map();
-    this.blocks = [];
-    this.holders = {};
-  }
-
-  take(trace) {
-    for (const step of trace.steps) {
-      const sums = kinds(step);
-      this.steps.push({ ...step, kinds: sums, total: sums.prefill + sums.decode + sums.accepted + sums.refused });
-      for (const row of step.rows) this.takeRow(step, row);
-      for (const [id, reason] of step.ended) {
-        const lane = this.lanes.get(id);
-        if (lane) lane.ended = reason;
-      }
-    }
-    const { first, states, holders } = trace.blocks;
-    if (!first) this.holders = holders;
-    for (let index = 0; index < states.length; index += 1) this.blocks[first + index] = states[index];
-    const oldest = trace.time - KEEP_SECONDS;
-    const keep = this.steps.findIndex((step) => step.time >= oldest);
-    if (keep > 0) this.steps.splice(0, keep);
-    for (const [id, lane] of this.lanes) if (lane.last < oldest) this.lanes.delete(id);
-  }
-
-  takeRow(step, [id, computed, tokens, drafts]) {
-    if (!this.lanes.has(id)) this.lanes.set(id, { id, parts: [], ended: "", last: step.time, computed: 0 });
-    const lane = this.lanes.get(id);
-    const kind = tokens - drafts > 1 ? "prefill" : drafts ? "accepted" : "decode";
-    const end = step.time + step.seconds;
-    const part = lane.parts.at(-1);
-    if (part && part.kind === kind && step.time - part.end < 0.25) part.end = end;
-    else lane.parts.push({ kind, begin: step.time, end });
-    lane.last = end;
-    lane.computed = computed + tokens;
-  }
+function latencies(known) {
+  if (!known) return "";
+  const parts = [["waited", known.queue], ["first token after", known.ttft], ["then each", known.tpot], ["in all", known.e2el]];
+  return parts.filter(([, seconds]) => seconds !== null).map(([what, seconds]) => `, ${what} ${(seconds * 1000).toFixed(seconds < 0.1 ? 1 : 0)} ms`).join("");
 }
 
 export class Watch {
@@ -68,8 +34,10 @@ export class Watch {
     this.span.value = "30";
     this.pause = element("button", { type: "button", textContent: "Pause" });
     this.pause.setAttribute("aria-pressed", "false");
-    this.scrub = element("input", { type: "range", min: 0, max: KEEP_SECONDS, step: 0.5, value: 0, className: "grow" });
-    this.scrub.setAttribute("aria-label", "Seconds back");
+    this.scrub = element("input", { type: "range", min: -KEEP_SECONDS, max: 0, step: 0.5, value: 0, className: "grow" });
+    this.scrub.setAttribute("aria-label", "Seconds back, of those that are kept");
+    this.at = element("span", { className: "quiet at" });
+    this.save = element("button", { type: "button", textContent: "Save trace", title: "The seconds shown, of all engines, for ui.perfetto.dev" });
     this.figures = element("dl", { className: "figures" });
     this.steps = element("canvas", { role: "img" });
     this.steps.setAttribute("aria-label", "Tokens of each step over time");
@@ -81,18 +49,22 @@ export class Watch {
     this.mapText.setAttribute("aria-live", "polite");
     this.facts = element("div");
     root.append(
-      element("div", { className: "panel row" }, this.engine, this.span, this.pause, this.scrub),
+      element("div", { className: "panel row" }, this.engine, this.span, this.pause, this.scrub, this.at, this.save),
       this.figures,
       element("div", { className: "panel" }, element("h2", { textContent: "Steps" }), this.steps,
         legend(["prefill", "prefill"], ["decode", "decode"], ["accepted", "drafts accepted"], ["refused", "drafts refused, or preempted (top)"])),
       element("div", { className: "panel" }, element("h2", { textContent: "Requests" }), this.lanes,
-        legend(["prefill", "prompt"], ["decode", "tokens"], ["accepted", "tokens with drafts"])),
+        legend(["queue", "waits"], ["prefill", "prompt"], ["decode", "tokens"], ["accepted", "tokens with drafts"])),
       element("div", { className: "panel" }, element("h2", { textContent: "KV cache" }), this.map,
         legend(["free", "free"], ["cached", "cached"], ["used", "in use"], ["shared", "shared"], ["marked", "of the request pointed at"]), this.mapText),
       element("div", { className: "panel" }, element("h2", { textContent: "Engine" }), this.facts),
     );
     this.pause.addEventListener("click", () => this.setPause(this.pausedAt === null));
-    this.scrub.addEventListener("input", () => { this.setPause(true); this.redraw(); });
+    this.scrub.addEventListener("input", () => this.setPause(true));
+    this.save.addEventListener("click", () => {
+      const [from, to] = this.shownSpan();
+      save(`pagoda-trace-${new Date(to * 1000).toISOString().slice(0, 19).replaceAll(":", "")}.json`, JSON.stringify(traceFile(this.engines, from, to)));
+    });
     for (const control of [this.engine, this.span]) control.addEventListener("change", () => this.redraw());
     this.map.addEventListener("mousemove", (event) => this.pointAtBlock(event));
     this.lanes.addEventListener("mousemove", (event) => this.pointAtLane(event));
@@ -108,7 +80,11 @@ export class Watch {
 
   server(event) {
     this.models = new Map(event.models.map((model) => [model.name, model]));
-    this.engines.clear();
+    for (const [name, engine] of this.engines) {
+      engine.blocks = [];
+      if (!this.models.has(engine.model)) this.engines.delete(name);
+    }
+    for (const option of [...this.engine.options]) if (!this.engines.has(option.value)) option.remove();
   }
 
   event(event) {
@@ -122,6 +98,7 @@ export class Watch {
       }
       this.engines.get(name).take(event);
     }
+    if (event.type === "requests") for (const engine of this.engines.values()) if (engine.model === event.model) engine.takeEnded(event.requests);
     this.redraw();
   }
 
@@ -146,16 +123,23 @@ export class Watch {
     });
   }
 
+  /** From and to, in seconds. */
+  shownSpan() {
+    const to = (this.pausedAt ?? this.now()) + Number(this.scrub.value);
+    return [to - Number(this.span.value), to];
+  }
+
   draw() {
     const engine = this.engines.get(this.engine.value) ?? this.engines.values().next().value ?? new Engine();
-    const to = (this.pausedAt ?? this.now()) - Number(this.scrub.value);
-    const from = to - Number(this.span.value);
+    const [from, to] = this.shownSpan();
+    this.at.textContent = this.pausedAt === null ? "now" : new Date(to * 1000).toLocaleTimeString();
     const steps = engine.steps.filter((step) => step.time < to && step.time + step.seconds > from);
     drawSteps(this.steps, steps, from, to);
     this.shownLanes = [...engine.lanes.values()].filter((lane) => lane.last > from && lane.parts[0].begin < to).slice(-MAX_LANES);
     this.laneHeight = drawLanes(this.lanes, this.shownLanes, from, to, this.marked);
-    this.drawn = engine;
-    this.grid = drawBlocks(this.map, engine.blocks, this.held);
+    this.drawn = engine.mapAt(this.pausedAt === null ? null : to);
+    this.held = new Set(this.drawn.holders[this.marked] ?? []);
+    this.grid = drawBlocks(this.map, this.drawn.blocks, this.held);
     this.drawFigures(engine, steps, from, to);
   }
 
@@ -168,16 +152,22 @@ export class Watch {
     const outputs = sum((step) => step.rows.reduce((total, row) => total + row[4], 0));
     const busy = sum((step) => step.seconds) / (to - from);
     const percent = (share) => `${(100 * share).toFixed(share < 0.1 ? 1 : 0)} %`;
+    const isPast = this.pausedAt !== null; // of which only steps and blocks are known
+    const last = steps.at(-1);
+    const running = isPast ? last?.rows.length ?? 0 : stats.num_running;
+    const used = isPast ? [...this.drawn.blocks].filter((state) => "us".includes(state)).length : stats.num_blocks_in_use;
+    const tokens = sum((step) => step.total) / Math.max(1, steps.length);
     const entries = [
-      ["Running", stats.num_running + (limits ? ` of ${limits.max_num_seqs}` : "")],
-      ["Waiting", stats.num_waiting],
+      ["Running", running + (limits ? ` of ${limits.max_num_seqs}` : "")],
+      ["Waiting", isPast ? last?.waiting ?? 0 : stats.num_waiting],
       ["Output tokens/s", (outputs / (to - from)).toFixed(1)],
       ["Prompt tokens/s", (sum((step) => step.kinds.prefill) / (to - from)).toFixed(1)],
       ["Step, mean", steps.length ? `${((1000 * sum((step) => step.seconds)) / steps.length).toFixed(1)} ms` : "–"],
+      ["Tokens a step, mean", tokens.toFixed(1) + (limits?.max_num_batched_tokens ? ` of ${limits.max_num_batched_tokens}` : "")],
       ["Busy", percent(Math.min(1, busy))],
-      ["KV cache in use", stats.num_blocks ? percent(stats.num_blocks_in_use / stats.num_blocks) : "–"],
+      ["KV cache in use", stats.num_blocks ? percent(used / stats.num_blocks) : "–"],
       ["Prefix cache hits", stats.prefix_cache_queries ? percent(stats.prefix_cache_hits / stats.prefix_cache_queries) : "–"],
-      ["Preemptions", stats.num_preemptions],
+      ["Preempted", sum((step) => step.preempted)],
       ["Drafts accepted", drafted ? percent(sum((step) => step.kinds.accepted) / drafted) : "–"],
     ];
     this.figures.replaceChildren(...entries.map(([name, value]) => element("div", {}, element("dt", { textContent: name }), element("dd", { textContent: value }))));
@@ -196,14 +186,13 @@ export class Watch {
 
   mark(id, text) {
     this.marked = id;
-    this.held = new Set(this.drawn?.holders[id] ?? []);
     this.mapText.textContent = text;
     this.redraw();
   }
 
   pointAtLane(event) {
     const lane = this.shownLanes?.[Math.floor(event.offsetY / this.laneHeight)];
-    if (lane) this.mark(lane.id, `${lane.id}: ${lane.computed} tokens${lane.ended ? `, ended: ${lane.ended}` : ""}`);
+    if (lane) this.mark(lane.id, `${lane.id}: ${lane.computed} tokens${latencies(lane.latencies)}${lane.ended ? `, ended: ${lane.ended}` : ""}`);
   }
 
   pointAtBlock(event) {

@@ -1,7 +1,7 @@
 """What torch runs in this process, recorded by its profiler: operations, and on a GPU the kernels that they launch.
 
 The profiler can only be read after it has ended, so it ends and begins anew about once a second, between two steps. Its first
-beginning takes seconds and is done beside the steps. Ranks in processes of their own are not seen.
+beginning takes seconds and is done beside the steps.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from pagoda.engine.messages import TracedKernel
+from typing_extensions import override
+
+from pagoda.execution.traced_kernel import Kernels, TracedKernel
 
 if TYPE_CHECKING:
     from torch.profiler import profile
@@ -25,16 +27,19 @@ MOST_KERNELS = 20_000
 _LEAST_NANOSECONDS = 2_000
 
 
-class KernelRecorder:
-    """Records from soon after its making on, until `close`."""
+class KernelRecorder(Kernels):
+    """Records from soon after its making on, until `close`; at most `most` kernels a time, of more the longest."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int = MOST_KERNELS, rank: int | None = None) -> None:
+        self._most = most
+        self._rank = rank
         self._profile: profile | None = None
         self._begun = 0.0
         self._is_over = False
         self._prepared = threading.Thread(target=_prepare, name="kernel-recorder", daemon=True)
         self._prepared.start()
 
+    @override
     def take(self, now: float, *, is_idle: bool) -> tuple[list[TracedKernel], int]:
         """What was recorded, and how many more there were, when it is time for it; else nothing."""
         if self._prepared.is_alive() or self._is_over:
@@ -48,6 +53,7 @@ class KernelRecorder:
         self._begin()
         return found
 
+    @override
     def close(self) -> None:
         """Record no longer."""
         self._is_over = True
@@ -70,9 +76,9 @@ class KernelRecorder:
             return [], 0
         offset = time.time_ns() - time.monotonic_ns()
         events = [event for event in results.events() if event.duration_ns() >= _LEAST_NANOSECONDS]
-        num_lost = max(0, len(events) - MOST_KERNELS)
+        num_lost = max(0, len(events) - self._most)
         if num_lost:
-            events = sorted(events, key=lambda event: event.duration_ns(), reverse=True)[:MOST_KERNELS]
+            events = sorted(events, key=lambda event: event.duration_ns(), reverse=True)[: self._most]
         kernels = []
         for event in events:
             on_device = event.device_type() != DeviceType.CPU
@@ -83,6 +89,7 @@ class KernelRecorder:
                     event.duration_ns() / 1e9,
                     event.device_resource_id() if on_device else event.start_thread_id(),
                     on_device,
+                    self._rank,
                 )
             )
         return kernels, num_lost
