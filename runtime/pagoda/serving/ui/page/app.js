@@ -29,7 +29,7 @@ function open(room) {
     find(`tab-${name}`).tabIndex = is ? 0 : -1;
   }
   rooms[room].opened?.();
-  history.replaceState(null, "", `#${room}`);
+  history.replaceState(null, "", `#/${room}`); // no element's id: the browser would go there, and take the focus with it
 }
 
 const names = Object.keys(rooms);
@@ -120,6 +120,5 @@ async function follow() {
   }
 }
 
-open(names.includes(location.hash.slice(1)) ? location.hash.slice(1) : "talk");
-rooms.talk.refresh();
+open(names.find((name) => location.hash.replace("/", "") === `#${name}`) ?? "talk");
 follow();

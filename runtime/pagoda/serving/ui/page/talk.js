@@ -269,6 +269,7 @@ export class Talk {
 
   opened() {
     this.input.focus();
+    this.refresh(); // adapters come and go
   }
 
   /** The models that may be asked. */
