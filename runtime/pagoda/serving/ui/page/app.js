@@ -108,7 +108,7 @@ async function follow() {
       showState("gone", "the server is gone");
     } catch (error) {
       if (error instanceof ApiError && [401, 403].includes(error.status)) {
-        showState("gone", "no access");
+        showState("gone", error.status === 401 ? "no access" : "not shown to this key");
         notice(error.status === 401 ? `An API key is needed: ${error.message}` : `This key may not look at the engine: ${error.message}`);
         if (error.status === 401) askForKey(true);
         await new Promise((resolve) => following.signal.addEventListener("abort", resolve));
