@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -28,6 +29,7 @@ from pagoda.text.responses.parser import ResponseParser
 from pagoda.text.responses.syntax import ResponseFormat
 from pagoda.text.responses.tools import ToolSet
 from pagoda.text.tokenizer import Tokenizer
+from tests.support.harmony_cases import CASES
 from tests.support.tokenizers import save_tokenizer
 
 SCHEMA = {
@@ -694,3 +696,30 @@ def test_a_slow_pattern_leaves_the_answer_as_content() -> None:
     hostile = {"start_anchor": "x", "fields": {"tool_calls": {"open_pattern": "(a|a)*b"}, "content": {}}}
     text = "a" * 3000
     assert read(TemplateParser(read_response_template(hostile, "test"), TOOLS, ""), text).content == text
+
+
+def test_harmony_is_read_as_openais_own_package_reads_it() -> None:
+    tools = ToolSet({"f": {}, "get_time": {}})
+    choose = Random(0)
+    for case in json.loads(CASES.read_text(encoding="utf-8")):
+        text, said, thought, calls = case["text"], "", "", []
+        for channel, recipient, content in case["messages"]:
+            if recipient is not None:
+                calls.append((recipient.removeprefix("functions."), content.strip() or "{}"))
+            elif channel == "analysis":
+                thought += content
+            else:
+                said += content
+        for cuts in ([], range(1, len(text)), sorted(choose.sample(range(len(text)), min(5, len(text))))):
+            parser = make_parser(format_of("openai", "openai_gptoss"), tools)
+            pieces = [text[begin:end] for begin, end in itertools.pairwise([0, *cuts, len(text)])]
+            deltas = [delta for piece in pieces for delta in parser.feed(piece)]
+            message = AssistantMessage.of([*deltas, *parser.finish()])
+            assert _bare(message.content) == _bare(said), text
+            assert _bare(message.reasoning) == _bare(thought), text
+            assert [(call.name, call.arguments.strip()) for call in message.tool_calls] == calls, text
+
+
+def _bare(text: str) -> str:
+    """`text` without white space: that between parts is the format's."""
+    return "".join(text.split())
