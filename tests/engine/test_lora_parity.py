@@ -6,6 +6,7 @@ small for them, while all adapters may run together, or three of them with five 
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import dataclass, replace
 from functools import cache
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from pagoda import LLM, LoRARequest
 from pagoda.adapters import LoraAdapter
@@ -25,7 +27,15 @@ from pagoda.models.dummy import DummySpec, write_dummy_checkpoint
 from pagoda.request import EngineRequest
 from pagoda.sampling.output import FinishReason
 from pagoda.sampling.params import SamplingParams
-from tests.support.lora_adapters import ALL_LINEAR, adapter_of, add_experts, base_model, merged_model, write_adapter
+from tests.support.lora_adapters import (
+    ALL_LINEAR,
+    adapter_of,
+    add_experts,
+    base_model,
+    merged_model,
+    save,
+    write_adapter,
+)
 from tests.support.model_families import family_config
 from tests.support.parity import ParityCase, greedy, parity_case, run_greedily
 
@@ -250,11 +260,13 @@ def test_an_adapter_whose_files_have_changed_or_gone_fails_its_requests_alone(tm
     changed = adapter_of(write_adapter(tmp_path / "changed", model))
     write_adapter(tmp_path / "changed", model, seed=5)
     gone = LoraAdapter("gone", str(tmp_path / "gone"), "0")
+    write_adapter(tmp_path / "broken", model, size=float("nan"))
+    broken = adapter_of(tmp_path / "broken")
     fine = adapter_of(write_adapter(tmp_path / "fine", model))
     core = start_core(config_of(model))
     try:
         errors: dict[str, str | None] = {}
-        for adapter in (changed, gone, fine, None):
+        for adapter in (changed, gone, broken, fine, None):
             name = adapter.name if adapter is not None else "base"
             core.add_request(request_of(name, [5, 6, 7], adapter, 4))
         while core.has_work:
@@ -265,8 +277,30 @@ def test_an_adapter_whose_files_have_changed_or_gone_fails_its_requests_alone(tm
         assert errors.pop("fine") is None
         assert "have changed: load it again" in (errors.pop("changed") or "")
         assert "is no directory" in (errors.pop("gone") or "")
+        assert "no finite numbers" in (errors.pop("broken") or "")
     finally:
         core.shutdown()
+
+
+@pytest.mark.slow
+def test_many_more_adapters_than_are_in_memory(tmp_path: Path) -> None:
+    """Two hundred, six of them in memory and three running: every request has the tokens that it has where all are there."""
+    model = tmp_path / "model"
+    write_dummy_checkpoint(model, DummySpec(num_layers=1))
+    first = write_adapter(tmp_path / "0", model, rank=2, size=2.0)
+    adapters = [adapter_of(first)]
+    tensors = load_file(first / "adapter_model.safetensors")
+    config = json.loads((first / "adapter_config.json").read_text())
+    for number in range(1, 200):
+        turned = {name: tensor.roll(number, 0).contiguous() for name, tensor in tensors.items()}
+        save(tmp_path / str(number), config, turned)
+        adapters.append(adapter_of(tmp_path / str(number)))
+    prompts = [[3 + number % 50, *range(5, 12)] for number in range(400)]
+    requests = [(prompt, None if number % 5 == 0 else adapters[number % 200]) for number, prompt in enumerate(prompts)]
+    settings: dict[str, Any] = {"num_gpu_blocks_override": 400, "max_lora_rank": 2, "max_num_seqs": 12}
+    expected = generate(config_of(model, **settings, max_loras=12, max_cpu_loras=200), requests, 6)
+    assert len({tuple(tokens) for tokens in expected}) > 100
+    assert generate(config_of(model, **settings, max_loras=3, max_cpu_loras=6), requests, 6) == expected
 
 
 def test_after_a_sleep_adapters_are_read_again(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -252,6 +253,29 @@ def test_files_that_are_missing_or_cut_off(adapter: Path, model: ModelConfig, tm
         read(adapter, model)
     (adapter / "adapter_model.bin").unlink()
     with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors does not exist"):
+        read(adapter, model)
+
+
+def test_files_that_are_not_what_they_seem(adapter: Path, model: ModelConfig, tmp_path: Path) -> None:
+    weights = adapter / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8 : 8 + length])
+    name = next(name for name in header if name != "__metadata__")
+    header[name]["data_offsets"][1] += 1 << 20  # with as many bytes behind it: more than its shape says
+    changed = json.dumps(header).encode()
+    weights.write_bytes(len(changed).to_bytes(8, "little") + changed + whole[8 + length :] + bytes(1 << 20))
+    with pytest.raises(CheckpointError, match="is not a whole safetensors file"):
+        read(adapter, model)
+    weights.unlink()
+    outside = tmp_path / "outside"
+    outside.write_bytes(whole)
+    weights.symlink_to(outside)
+    with pytest.raises(CheckpointError, match="outside of the checkpoint"):
+        read(adapter, model)
+    weights.unlink()
+    os.mkfifo(weights)
+    with pytest.raises(CheckpointError, match="it must be a regular file"):
         read(adapter, model)
 
 

@@ -55,7 +55,7 @@ MATCH_SECONDS = 1.0
 _PREFIX = "base_model.model."
 _BASE_LAYER = ".base_layer"
 _EXPERT = re.compile(r"\b(layers\.\d+\.).*\bexperts\.(\d+)\.(\w+)$")
-_FLOAT_TYPES = ("F32", "BF16", "F16")
+_FLOAT_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
 _CHUNK_BYTES = 1 << 20
 
 # The kinds of layers that adapters are served for.
@@ -206,12 +206,13 @@ def _header(file: Path) -> list[_Stored]:
         for name, entry in header.items():
             if name == "__metadata__":
                 continue
-            if entry["dtype"] not in _FLOAT_TYPES:
+            if entry["dtype"] not in _FLOAT_BYTES:
                 raise CheckpointError(
-                    f"{file}: {shown_name(name)} is {shown(entry['dtype'])}; supported: {', '.join(_FLOAT_TYPES)}"
+                    f"{file}: {shown_name(name)} is {shown(entry['dtype'])}; supported: {', '.join(_FLOAT_BYTES)}"
                 )
             tensors.append(_Stored(name, tuple(int(each) for each in entry["shape"])))
-            end = max(end, int(entry["data_offsets"][1]))
+            # By shapes, which are compared with the model's, and not by offsets: no more is read than the model takes.
+            end += math.prod(max(0, size) for size in tensors[-1].shape) * _FLOAT_BYTES[entry["dtype"]]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{wrong}: {shown_reason(error)}") from error
     except OSError as error:

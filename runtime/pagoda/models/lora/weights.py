@@ -19,7 +19,7 @@ from safetensors.torch import load as load_tensors
 from pagoda.adapters import LoraAdapter
 from pagoda.errors import CheckpointError, RequestFailedError
 from pagoda.models.causal_lm import CausalLM
-from pagoda.models.checkpoint_files import shown_reason
+from pagoda.models.checkpoint_files import shown_name, shown_reason
 from pagoda.models.config import ModelConfig
 from pagoda.models.layers.linear import Linear
 from pagoda.models.lora.peft import LoraCheckpoint, LoraTensors, adaptable, read_adapter, read_weights
@@ -104,6 +104,9 @@ class LoraModel:
             tensors = load_tensors(content)
         except SafetensorError as error:
             raise CheckpointError(f"{checkpoint.file} cannot be read: {shown_reason(error)}") from error
+        for name, tensor in tensors.items():
+            if not torch.isfinite(tensor).all():
+                raise CheckpointError(f"{checkpoint.file}: {shown_name(name)} holds values that are no finite numbers")
         loaded = LoadedAdapter(adapter)
         for place, layer in enumerate(self._layers):
             weights = _weights_of(layer, checkpoint, tensors)
