@@ -4,10 +4,11 @@
 
 Each round runs the same greedy requests on both engines, which are in one process and take turns; prompts differ from round
 to round, and the outputs of both must be equal. The ratio is taken within the round, of wall time and of the CPU time of all
-threads, which a neighbour disturbs less; medians count. Time is from the first token of all requests to the end.
+threads, which a neighbour disturbs less; medians count.
 
-    edit-B   a text of 600 tokens, the same text with five changes, and its beginning once more, which the model goes on with
-    chat-B   chat prompts on many subjects
+    edit-B   a text of 600 tokens, the same text with five changes, and its beginning once more, which the model goes on with,
+             for as many tokens as asked for; time is from the first token of all requests to the end
+    chat-B   B clients, each of which asks one question after the other and waits for the end of the answer; all time counts
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", default=["edit-1", "chat-1", "chat-32"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--tokens", type=int, default=500, help="output tokens of a request")
+    parser.add_argument("--tokens", type=int, default=500, help="output tokens of a request; of an answer at most")
+    parser.add_argument("--questions", type=int, default=4, help="of each client in a round of chat")
     parser.add_argument("--dtype", default="bfloat16")
     options = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(options.model)
@@ -79,10 +81,14 @@ def measure(row: str, kind: str, batch: int, tokenizer: Any, options: argparse.N
     speculating = start_core(PagodaConfig(**settings, speculative_config=options.config))
     wall, cpu, lengths = [], [], []
     for number in range(-1, options.rounds):
-        prompts = edits(tokenizer, batch, number) if kind == "edit" else chats(tokenizer, batch, number)
+        if kind == "edit":
+            clients = [[prompt] for prompt in edits(tokenizer, batch, number)]
+        else:
+            clients = chats(tokenizer, batch, number, options.questions)
+        eos = None if kind == "edit" else tokenizer.eos_token_id
         order = [plain, speculating] if number % 2 else [speculating, plain]
         before = stats_of(speculating)
-        runs = {id(core): run(core, prompts, options.tokens) for core in order}
+        runs = {id(core): run(core, clients, options.tokens, eos) for core in order}
         without, with_drafts = runs[id(plain)], runs[id(speculating)]
         assert with_drafts.outputs == without.outputs, "speculative decoding has changed an output"
         if number < 0:
@@ -106,23 +112,36 @@ def stats_of(core: EngineCore) -> tuple[int, int, int]:
     return stats.num_drafts, stats.num_draft_tokens, stats.num_accepted_tokens
 
 
-def run(core: EngineCore, prompts: list[list[int]], num_tokens: int) -> Run:
-    """Let the core finish these requests."""
+def run(core: EngineCore, clients: list[list[list[int]]], num_tokens: int, eos: int | None) -> Run:
+    """Let the core answer the prompts of each client, one after the other. Without `eos` answers have `num_tokens` tokens, and
+    time begins with the first token of all."""
     outputs: dict[str, list[int]] = {}
-    for index, prompt in enumerate(prompts):
-        outputs[str(index)] = []
+    waiting = [list(prompts) for prompts in clients]
+
+    def ask(client: int) -> None:
+        if not waiting[client]:
+            return
+        request_id = f"{client}/{len(waiting[client])}"
+        outputs[request_id] = []
         core.add_request(
             EngineRequest(
-                request_id=str(index),
-                prompt_token_ids=prompt,
-                params=SamplingParams(temperature=0.0, ignore_eos=True),
+                request_id=request_id,
+                prompt_token_ids=waiting[client].pop(0),
+                params=SamplingParams(temperature=0.0, ignore_eos=eos is None),
                 max_tokens=num_tokens,
+                eos_token_ids=() if eos is None else (eos,),
             )
         )
-    started = None
+
+    for client in range(len(clients)):
+        ask(client)
+    counted = 0
+    started = None if eos is None else (time.perf_counter(), time.process_time())
     while core.has_work:
         for output in core.step().outputs:
             outputs[output.request_id] += output.new_token_ids
+            if output.finish_reason is not None:
+                ask(int(output.request_id.partition("/")[0]))
         if started is None and all(outputs.values()):
             counted = sum(map(len, outputs.values()))
             started = time.perf_counter(), time.process_time()
@@ -150,17 +169,20 @@ def edits(tokenizer: Any, batch: int, number: int) -> list[list[int]]:
     return prompts
 
 
-def chats(tokenizer: Any, batch: int, number: int) -> list[list[int]]:
+def chats(tokenizer: Any, batch: int, number: int, num_questions: int) -> list[list[list[int]]]:
+    """Of each client the questions."""
     questions = PROMPTS.splitlines()
-    return [
+    first = (number + 1) * batch * num_questions
+    encoded = [
         tokenizer.apply_chat_template(
-            [{"role": "user", "content": questions[(7 * (number + 1) + index) % len(questions)]}],
+            [{"role": "user", "content": questions[(first + index) % len(questions)]}],
             add_generation_prompt=True,
             tokenize=True,
             return_dict=False,
         )
-        for index in range(batch)
+        for index in range(batch * num_questions)
     ]
+    return [encoded[client::batch] for client in range(batch)]
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Lets a model answer prompts, and keeps its tokens with its hidden states: what an EAGLE-3 head is trained on.
 
-    python collect.py MODEL --output DATA --tokens 200000 [--threads 1] [--minutes 30] [--prompts FILE]
+    python collect.py MODEL --output DATA --tokens 200000 [--threads 1] [--minutes 30] [--prompts FILE] [--quantization int8]
 
 The model's own answers are what it drafts for, so no other text is needed. They are generated in batches by Pagoda's engine,
 which has the hidden states anyway. DATA is a directory of files of some hundred answers each.
@@ -31,7 +31,8 @@ from pagoda.request import EngineRequest
 from pagoda.sampling.params import SamplingParams
 from pagoda.scheduling.plan import StepPlan
 
-BATCH, LONGEST_ANSWER, ANSWERS_A_FILE = 32, 256, 128
+LONGEST_ANSWER, ANSWERS_A_FILE = 256, 128
+TEMPERATURES = (0.0, 0.7, 0.0, 1.0, 0.7)
 
 
 def default_layers(num_layers: int) -> list[int]:
@@ -68,16 +69,17 @@ def main() -> None:
         "--prompts", type=Path, help="a JSON list of messages a line; default: questions on many subjects"
     )
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--quantization", help="int8 generates faster where the CPU multiplies integers")
+    parser.add_argument("--batch", type=int, default=32, help="answers at once")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    core, recorder = recording_core(options.model, options.threads, options.dtype)
+    core, recorder = recording_core(options)
     started = time.monotonic()
     num_tokens, index = 0, 0
     answers: list[dict[str, torch.Tensor]] = []
-    for tokens, first, states in answers_to(
-        core, recorder, requests_of(tokenizer, chats(options.prompts, options.seed))
-    ):
+    requests = requests_of(tokenizer, chats(options.prompts, options.seed), options.seed)
+    for tokens, first, states in answers_to(core, recorder, requests, options.batch):
         num_tokens += len(tokens) - first
         answers.append({"tokens": tokens, "first": torch.tensor(first), "states": states})
         is_over = num_tokens >= options.tokens or time.monotonic() - started > 60 * options.minutes
@@ -95,15 +97,16 @@ def main() -> None:
     core.shutdown()
 
 
-def recording_core(model: str, threads: int, dtype: str) -> tuple[EngineCore, Recorder]:
+def recording_core(options: argparse.Namespace) -> tuple[EngineCore, Recorder]:
     """An engine whose steps are recorded: hidden states of the three layers, and those behind the last layer."""
     core = start_core(
         PagodaConfig(
-            model=model,
+            model=options.model,
             device="cpu",
-            dtype=dtype,
-            threads=threads,
-            max_num_seqs=BATCH,
+            dtype=options.dtype,
+            quantization=options.quantization,
+            threads=options.threads,
+            max_num_seqs=options.batch,
             max_num_batched_tokens=512,
             max_model_len=LONGEST_ANSWER + 512,
             enable_prefix_caching=False,
@@ -125,26 +128,26 @@ def chats(file: Path | None, seed: int) -> Iterator[list[dict[str, str]]]:
             yield [{"role": "user", "content": text}]
 
 
-def requests_of(tokenizer: Any, chats: Iterator[list[dict[str, str]]]) -> Iterator[EngineRequest]:
+def requests_of(tokenizer: Any, chats: Iterator[list[dict[str, str]]], seed: int) -> Iterator[EngineRequest]:
     """Of five answers two are greedy, and the others sampled."""
     for number, messages in enumerate(chats):
         tokens = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
         yield EngineRequest(
             request_id=str(number),
             prompt_token_ids=tokens,
-            params=SamplingParams(temperature=0.0 if number % 5 < 2 else 0.7, seed=number),
+            params=SamplingParams(temperature=TEMPERATURES[number % len(TEMPERATURES)], seed=1_000_000 * seed + number),
             max_tokens=LONGEST_ANSWER,
             eos_token_ids=(tokenizer.eos_token_id,),
         )
 
 
 def answers_to(
-    core: EngineCore, recorder: Recorder, requests: Iterator[EngineRequest]
+    core: EngineCore, recorder: Recorder, requests: Iterator[EngineRequest], batch: int
 ) -> Iterator[tuple[torch.Tensor, int, torch.Tensor]]:
     """Of each request its tokens int32 `[N]`, how many of them are its prompt, and the states `[N - 1, 4 * hidden_size]`."""
     running: dict[str, tuple[EngineRequest, list[int]]] = {}
     while True:
-        for request in islice(requests, BATCH - len(running)):
+        for request in islice(requests, batch - len(running)):
             core.add_request(request)
             running[request.request_id] = request, []
         for output in core.step().outputs:

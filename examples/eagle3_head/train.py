@@ -6,6 +6,10 @@ The head begins as the model's last layer, over the latest of the hidden states 
 with the model's own distribution over the draft vocabulary: the tokens that answers consist of most. The learning rate falls
 to nothing with the steps, or with the minutes where these are over sooner. With `--steps` alone a run is deterministic.
 
+Data may still be collected while a run goes on: each pass over them takes what is there by then. With `--held-out`, a
+directory of other answers, the share of drafts that are the model's own first choice is measured on those, too, every few
+minutes, and the head as it is by then is written.
+
 A round of drafting costs as much as the first one, and the first draft is the one that counts most: with `--one-round` only it
 is practised in the first part of a run, which then sees two to three times as many tokens.
 """
@@ -13,9 +17,10 @@ is practised in the first part of a run, which then sees two to three times as m
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 
@@ -28,6 +33,7 @@ from safetensors.torch import load_file, save_file
 ROUNDS, ROUND_WEIGHT = 3, 0.8
 WARM_UP_STEPS, LONGEST = 30, 320
 PRINT_EVERY = 10
+SECONDS_BETWEEN_CHECKS = 300
 
 Answer = tuple[torch.Tensor, int, torch.Tensor]
 
@@ -45,6 +51,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--one-round", type=float, default=0.0, help="share of the run in which one draft is practised")
+    parser.add_argument("--bfloat16", action="store_true", help="multiply in bfloat16, where the CPU is faster at it")
+    parser.add_argument("--held-out", type=Path, help="answers of `collect.py` to other prompts, to measure on")
     parser.add_argument("--noise", type=float, default=0.0, help="of hidden states, relative; against little data")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -59,7 +67,8 @@ def main() -> None:
     config["draft_vocab_size"] = len(token_ids)
     head = Head(config)
     target_head = begin_as_last_layer(head, weights, config, token_ids, num_kv_heads)
-    train(head, answers, weights, target_head, options)
+    trainer = Trainer(head, weights, target_head, options)
+    trainer.run(answers, lambda: write(head, config, token_ids, options.output))
     write(head, config, token_ids, options.output)
 
 
@@ -117,45 +126,111 @@ def begin_as_last_layer(
     return output
 
 
-def train(
-    head: Head,
-    answers: list[Answer],
-    weights: dict[str, torch.Tensor],
-    target_head: torch.Tensor,
-    options: argparse.Namespace,
-) -> None:
-    optimizers = make_optimizers(head, options.learning_rate)
-    started, step, shown = time.monotonic(), 0, []
-    random = Random(options.seed)
-    while True:
-        for batch in batches(answers, options.batch_tokens, random):
-            progress = max(step / options.steps, (time.monotonic() - started) / (60 * options.minutes))
-            if progress >= 1:
-                return
-            factor = min((step + 1) / WARM_UP_STEPS, 1.0, 1.5 * (1 - progress))
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = options.learning_rate * factor
-            num_rounds = 1 if progress < options.one_round else ROUNDS
-            eps = head.midlayer.hidden_norm.eps
-            loss, rights = loss_of(head, batch, weights, target_head, eps, num_rounds, options.noise)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(head.parameters(), 1.0)
-            for optimizer in optimizers:
-                optimizer.step()
-            head.zero_grad()
-            step += 1
-            if shown and len(shown[-1]) != 1 + num_rounds:
-                shown = []
-            shown.append([float(loss.detach()), *rights])
-            if step % PRINT_EVERY == 0:
-                loss_shown, *shares = torch.tensor(shown).mean(0).tolist()
-                shown = []
+class Trainer:
+    """Trains `head`. `weights`: the model's; `target_head`: its own head over the draft vocabulary."""
+
+    def __init__(
+        self, head: Head, weights: dict[str, torch.Tensor], target_head: torch.Tensor, options: argparse.Namespace
+    ) -> None:
+        self.head = head
+        self.weights = weights
+        self.target_head = target_head
+        self.options = options
+        self.optimizers = make_optimizers(head, options.learning_rate)
+        self.held_out = list(recorded(options.held_out)) if options.held_out else []
+
+    def run(self, answers: list[Answer], keep: Callable[[], None]) -> None:
+        """`keep` is called now and then, with a head that is better than the one before."""
+        options, head = self.options, self.head
+        started = checked = time.monotonic()
+        step, shown, random = 0, [], Random(options.seed)
+        while True:
+            for batch in batches(answers, options.batch_tokens, random):
                 minutes = (time.monotonic() - started) / 60
-                right = ", ".join(f"{100 * share:.1f} %" for share in shares)
-                print(
-                    f"step {step}, {minutes:.1f} min: loss {loss_shown:.3f}, drafts as the model: {right}", flush=True
+                progress = max(step / options.steps, minutes / options.minutes)
+                if progress >= 1:
+                    self.check(minutes)
+                    return
+                factor = min((step + 1) / WARM_UP_STEPS, 1.0, 1.5 * (1 - progress))
+                for optimizer in self.optimizers:
+                    for group in optimizer.param_groups:
+                        group["lr"] = options.learning_rate * factor
+                num_rounds = 1 if progress < options.one_round else ROUNDS
+                loss, rights = self.loss_of(batch, num_rounds, options.noise)
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(head.parameters(), 1.0)
+                for optimizer in self.optimizers:
+                    optimizer.step()
+                head.zero_grad()
+                step += 1
+                if shown and len(shown[-1]) != 1 + num_rounds:
+                    shown = []
+                shown.append([float(loss.detach()), *rights])
+                if step % PRINT_EVERY == 0:
+                    loss_shown, *shares = torch.tensor(shown).mean(0).tolist()
+                    shown = []
+                    print(
+                        f"step {step}, {minutes:.1f} min, {time.process_time() / 60:.1f} of CPU: "
+                        f"loss {loss_shown:.3f}, drafts as the model: {percents(shares)}",
+                        flush=True,
+                    )
+                if time.monotonic() - checked > SECONDS_BETWEEN_CHECKS:
+                    checked = time.monotonic()
+                    self.check(minutes)
+                    keep()
+            answers = list(recorded(options.data))
+
+    def check(self, minutes: float) -> None:
+        """Print how the head does on answers that it is not trained on."""
+        if not self.held_out:
+            return
+        with torch.no_grad():
+            rights = [
+                self.loss_of(batch, ROUNDS, noise=0.0)[1]
+                for batch in batches(self.held_out, self.options.batch_tokens, Random(0))
+            ]
+        print(
+            f"held out, {minutes:.1f} min: drafts as the model: {percents(torch.tensor(rights).mean(0).tolist())}",
+            flush=True,
+        )
+
+    def loss_of(self, batch: list[Answer], num_rounds: int, noise: float) -> tuple[torch.Tensor, list[float]]:
+        """The loss of a batch, and of each round the share of drafts that are the model's first choice."""
+        hidden = self.target_head.shape[1]
+        length = min(LONGEST, max(len(tokens) for tokens, _, _ in batch)) - 2  # the head's positions
+        states = torch.zeros(len(batch), length, 3 * hidden)
+        tokens = torch.zeros(len(batch), length, dtype=torch.long)
+        outputs = torch.zeros(len(batch), length, hidden)
+        counts = torch.zeros(len(batch), length, dtype=torch.bool)
+        for row, (known, first, recorded_states) in enumerate(batch):
+            size = min(length, len(known) - 2)
+            states[row, :size] = recorded_states[:size, : 3 * hidden]
+            tokens[row, :size] = known[1 : 1 + size]
+            outputs[row, :size] = recorded_states[1 : 1 + size, 3 * hidden :]
+            counts[row, max(0, first - 2) : size] = True
+        if noise:
+            states *= 1 + noise * torch.randn_like(states)
+        where = counts.flatten().nonzero().squeeze(1)
+        eps = self.head.midlayer.hidden_norm.eps
+        with torch.autocast("cpu", torch.bfloat16) if self.options.bfloat16 else contextlib.nullcontext():
+            with torch.no_grad():
+                final = functional.rms_norm(
+                    outputs.flatten(0, 1)[where], (hidden,), self.weights["model.norm.weight"], eps
                 )
+                wanted = functional.linear(final, self.target_head).float().softmax(-1)
+            results = self.head(states, self.weights["model.embed_tokens.weight"][tokens], num_rounds)
+            loss, rights = torch.zeros(()), []
+            for number, result in enumerate(results):
+                chosen = result.flatten(0, 1)[where]
+                logits = self.head.lm_head(chosen).float()
+                each = functional.cross_entropy(logits, wanted)
+                loss = loss + ROUND_WEIGHT**number * each
+                rights.append(float((logits.argmax(-1) == wanted.argmax(-1)).float().mean()))
+        return loss, rights
+
+
+def percents(shares: list[float]) -> str:
+    return ", ".join(f"{100 * share:.1f} %" for share in shares)
 
 
 def make_optimizers(head: Head, rate: float) -> list[torch.optim.Optimizer]:
@@ -182,46 +257,6 @@ def batches(answers: list[Answer], num_tokens: int, random: Random) -> Iterator[
         groups[-1].append(answer)
     random.shuffle(groups)
     yield from groups
-
-
-def loss_of(
-    head: Head,
-    batch: list[Answer],
-    weights: dict[str, torch.Tensor],
-    target_head: torch.Tensor,
-    eps: float,
-    num_rounds: int,
-    noise: float,
-) -> tuple[torch.Tensor, list[float]]:
-    """The loss of a batch, and of each round the share of drafts that are the model's first choice."""
-    hidden = target_head.shape[1]
-    length = min(LONGEST, max(len(tokens) for tokens, _, _ in batch)) - 2  # the head's positions
-    states = torch.zeros(len(batch), length, 3 * hidden)
-    tokens = torch.zeros(len(batch), length, dtype=torch.long)
-    outputs = torch.zeros(len(batch), length, hidden)
-    counts = torch.zeros(len(batch), length, dtype=torch.bool)
-    for row, (known, first, recorded_states) in enumerate(batch):
-        size = min(length, len(known) - 2)
-        states[row, :size] = recorded_states[:size, : 3 * hidden]
-        tokens[row, :size] = known[1 : 1 + size]
-        outputs[row, :size] = recorded_states[1 : 1 + size, 3 * hidden :]
-        counts[row, max(0, first - 2) : size] = True
-    if noise:
-        states *= 1 + noise * torch.randn_like(states)
-    where = counts.flatten().nonzero().squeeze(1)
-    with torch.autocast("cpu", torch.bfloat16):
-        with torch.no_grad():
-            final = functional.rms_norm(outputs.flatten(0, 1)[where], (hidden,), weights["model.norm.weight"], eps)
-            wanted = functional.linear(final, target_head).float().softmax(-1)
-        results = head(states, weights["model.embed_tokens.weight"][tokens], num_rounds)
-        loss, rights = torch.zeros(()), []
-        for number, result in enumerate(results):
-            chosen = result.flatten(0, 1)[where]
-            logits = head.lm_head(chosen).float()
-            each = functional.cross_entropy(logits, wanted)
-            loss = loss + ROUND_WEIGHT**number * each
-            rights.append(float((logits.argmax(-1) == wanted.argmax(-1)).float().mean()))
-    return loss, rights
 
 
 def write(head: Head, config: dict, token_ids: torch.Tensor, output: Path) -> None:

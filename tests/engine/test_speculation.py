@@ -248,6 +248,19 @@ def test_draft_model_changes_no_answer_and_is_believed_where_it_is_the_model(
     assert stats.num_blocks_in_use == 0
 
 
+def test_model_with_rounded_weights_drafts_for_itself() -> None:
+    directory = shared_checkpoint(SPECS["llama"])
+    requests = requests_of(SAMPLINGS)
+    core = make_core(
+        directory,
+        speculative_config={"method": "draft_model", "quantization": "int8", "num_speculative_tokens": 3},
+    )
+    core._scheduler._lookahead._proposer = Steady(3)
+    assert answers_of(core, requests) == answers_of(make_core(directory), requests)
+    stats = core.stats()
+    assert stats.num_spec_accepted_tokens > 0.5 * stats.num_spec_draft_tokens > 100
+
+
 def test_draft_model_is_used_where_it_pays_and_rests_where_it_does_not() -> None:
     directory = shared_checkpoint(SPECS["llama"])
     core = make_core(directory, speculative_config={"method": "draft_model", "model": str(directory)})
@@ -261,3 +274,10 @@ def test_draft_model_of_another_vocabulary_is_refused_before_anything_loads() ->
         make_core(shared_checkpoint(SPECS["llama"]), speculative_config={"model": str(other)})
     with pytest.raises(CheckpointError, match="there is no directory /nowhere"):
         make_core(shared_checkpoint(SPECS["llama"]), speculative_config={"model": "/nowhere"})
+
+
+def test_draft_model_that_cannot_be_rounded_is_refused_before_anything_loads() -> None:
+    odd = shared_checkpoint(replace(SPECS["llama"], hidden_size=80, num_heads=5, num_kv_heads=1, head_dim=16))
+    message = "speculative_config: the draft model: quantization=int4: this model's layers have .* inputs"
+    with pytest.raises(ConfigError, match=message):
+        make_core(odd, speculative_config={"method": "draft_model", "quantization": "int4"})

@@ -240,6 +240,20 @@ def test_drafts_that_begin_to_pay_are_found() -> None:
     assert plain_seconds(run, 1000, 300, 8) / run.steady_seconds > 1.3
 
 
+def test_draft_model_that_has_to_read_prompts_first_is_tried_again() -> None:
+    """What is saved for that grows with every step, also with those in which it rests."""
+    told = [0.3]
+    machine = Machine(slope=0.15, draft_pass=0.28, draft_slope=0.028)
+    run = Play(machine, lambda behind: told[0], Random(0), 1, ModelProposer(MOST))
+    run.calibrate()
+    run.run(600, 150, 40)
+    told[0] = 0.85
+    run.run(750, 150, 40)
+    run.seconds, run.steady_seconds, run.num_tokens = 0.0, 0.0, 0
+    run.run(750, 150, 40)
+    assert plain_seconds(run, 1000, 150, 40) / run.steady_seconds > 1.15
+
+
 @given(
     st.floats(0.0, 1.0),
     st.floats(0.0, 1.0),

@@ -12,6 +12,8 @@ METHODS = ("ngram", "suffix", "grammar", "draft_model", "eagle3", "mtp")
 MODEL_METHODS = ("draft_model", "eagle3", "mtp")
 # Of these, those that read hidden states of the model.
 HEAD_METHODS = ("eagle3", "mtp")
+# How a draft model's weights are rounded when it is loaded.
+QUANTIZATIONS = ("int8", "int4")
 # Other names of methods in vLLM.
 _SPELLINGS = {
     "[ngram]": "ngram",
@@ -34,7 +36,7 @@ _KEYS = {
         "suffix_decoding_min_token_prob",
     ),
     "grammar": (),
-    "draft_model": ("model",),
+    "draft_model": ("model", "quantization"),
     "eagle3": ("model",),
     "mtp": ("model",),
 }
@@ -49,7 +51,8 @@ class SpeculativeConfig:
     output and in earlier outputs of the same tenant, up to `max_cached_requests` of them; at most `max_spec_factor` times as
     many drafts as tokens are equal, while their estimated probability is at least `min_token_prob`. grammar: what a structured
     output leaves no choice about, which ngram and suffix propose, too. draft_model: what the
-    small model `model`, a directory or a Hugging Face id, generates. eagle3: what the EAGLE-3 head `model` generates; None
+    small model `model`, a directory or a Hugging Face id, generates, with its weights rounded as `quantization` says; without
+    `model`, the model served with rounded weights. eagle3: what the EAGLE-3 head `model` generates; None
     is the head of the built-in demo model. mtp: what the layer for multi-token prediction makes that the model's own
     checkpoint has; `model` may name that checkpoint.
     """
@@ -57,6 +60,7 @@ class SpeculativeConfig:
     method: str
     num_speculative_tokens: int
     model: str | None = None
+    quantization: str | None = None
     prompt_lookup_min: int = 3
     prompt_lookup_max: int = 16
     suffix_decoding_max_tree_depth: int = 24
@@ -104,10 +108,15 @@ class SpeculativeConfig:
         _number("suffix_decoding_max_spec_factor", self.suffix_decoding_max_spec_factor, 0.0, 128.0)
         _number("suffix_decoding_min_token_prob", self.suffix_decoding_min_token_prob, 0.0, 1.0)
         is_named = isinstance(self.model, str) and bool(self.model)
-        if self.method == "draft_model" and not is_named:
-            raise ValueError("method draft_model needs model, the directory or the Hugging Face id of the small model")
+        if self.method == "draft_model" and self.model is None and self.quantization is None:
+            raise ValueError(
+                "method draft_model needs model, the directory or the Hugging Face id of the small model, or quantization, by "
+                "which the model served is rounded for its drafts"
+            )
         if self.model is not None and not is_named:
             raise ValueError(f"model={self.model!r} must be a directory or a Hugging Face id")
+        if self.quantization not in (None, *QUANTIZATIONS):
+            raise ValueError(f"quantization={self.quantization!r} must be one of {', '.join(QUANTIZATIONS)}")
 
 
 def _integer(name: str, value: object, low: int, high: int) -> None:

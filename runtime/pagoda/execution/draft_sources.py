@@ -89,8 +89,12 @@ class SmallModelSource(DraftSource):
 
     @override
     def load(self, target: DecoderForCausalLM) -> None:
+        assert self.config.speculation is not None
         quantization = choose_quantization(
-            None, None, self._model_config.quantization, self._model_config.linear_input_sizes
+            self.config.speculation.quantization,
+            None,
+            self._model_config.quantization,
+            self._model_config.linear_input_sizes,
         )
         if quantization is not None:
             check_device(quantization, target.device.type, self.config.dtype)

@@ -79,6 +79,7 @@ class MeasuredStep:
     `num_outputs`: the rows that sampled, and `num_made` the tokens that they got; `num_drafts`: of `num_tokens` those that
     were drafts; `only_decodes`: no other tokens ran but those whose next one was sampled. `seconds`: of the turn of the
     engine's loop without `draft_passes`, which are those of a draft model: of each its tokens and seconds.
+    `seconds_unmeasured`: of the steps before it that were not measured.
     """
 
     num_outputs: int
@@ -88,9 +89,10 @@ class MeasuredStep:
     only_decodes: bool
     seconds: float
     draft_passes: Sequence[tuple[int, float]] = ()
+    seconds_unmeasured: float = 0.0
 
     @classmethod
-    def of(cls, plan: StepPlan, result: StepResult, seconds: float) -> MeasuredStep:
+    def of(cls, plan: StepPlan, result: StepResult, seconds: float, seconds_unmeasured: float = 0.0) -> MeasuredStep:
         """`seconds` with those of the draft model. Of several model steps on one plan each counts alike."""
         num_steps = max(plan.num_steps, default=1)
         if num_steps > 1:
@@ -102,6 +104,7 @@ class MeasuredStep:
                 num_made=num_rows,
                 only_decodes=plan.total_tokens == num_steps * num_rows,
                 seconds=seconds / num_steps,
+                seconds_unmeasured=seconds_unmeasured + seconds * (1 - 1 / num_steps),
             )
         num_outputs, num_drafts = sum(plan.samples), sum(map(len, plan.draft_token_ids.values()))
         return cls(
@@ -112,6 +115,7 @@ class MeasuredStep:
             only_decodes=num_outputs + num_drafts == plan.total_tokens,
             seconds=seconds - sum(taken for _, taken in result.draft_passes),
             draft_passes=result.draft_passes,
+            seconds_unmeasured=seconds_unmeasured,
         )
 
 
@@ -180,6 +184,7 @@ class Speculation(Lookahead):
         # Those that drafts may be made for; while the proposer rests they are as any other.
         self._requests: set[Request] = set()
         self._rests = False
+        self._seconds_unmeasured = 0.0
 
     @override
     def add(self, request: Request) -> None:
@@ -226,7 +231,10 @@ class Speculation(Lookahead):
     @override
     def observe(self, plan: StepPlan, result: StepResult, seconds: float) -> None:
         if plan.draft_token_ids or plan.num_drafts_wanted or not self._proposer.resting % _MEASURED_AT_REST:
-            self._proposer.observe(MeasuredStep.of(plan, result, seconds))
+            self._proposer.observe(MeasuredStep.of(plan, result, seconds, self._seconds_unmeasured))
+            self._seconds_unmeasured = 0.0
+        else:
+            self._seconds_unmeasured += seconds
 
     @override
     def calibrate(self, plan: StepPlan, result: StepResult, seconds: float) -> None:

@@ -64,7 +64,7 @@ class LossBudget:
         self._plain_seconds = plain_seconds
         saved = max(_MOST_SAVED * plain_seconds, self._asked)
         if self._balance < saved:
-            self._balance = min(saved, self._balance + _SHARE * step.seconds)
+            self._balance = min(saved, self._balance + _SHARE * (step.seconds + step.seconds_unmeasured))
         lost = self._lost_by_drafting(step) + self._lost_by_verifying(step)
         self._balance = min(self._balance - lost, max(self._balance, _MOST_GAINED * plain_seconds))
 

@@ -69,6 +69,18 @@ def test_the_defaults_are_sound_and_every_setting_is_explained() -> None:
             {"speculative_config": {"method": "medusa"}},
             "method='medusa' is not one of them: it must be one of ngram, suffix, grammar, draft_model, eagle3",
         ),
+        (
+            {"speculative_config": {"method": "draft_model"}},
+            "method draft_model needs model, the directory or the Hugging",
+        ),
+        (
+            {"speculative_config": {"method": "draft_model", "quantization": "fp8"}},
+            "quantization='fp8' must be one of int8, int4",
+        ),
+        (
+            {"speculative_config": {"method": "ngram", "quantization": "int4"}},
+            "'quantization' is not a key of method ngram",
+        ),
     ],
 )
 def test_construction_refuses_what_cannot_work(settings: dict, message: str) -> None:

@@ -33,7 +33,7 @@ from pagoda.models.eagle3_config import Eagle3Config, is_eagle3
 from pagoda.models.encoders.config import EncoderConfig
 from pagoda.models.mtp_config import read_mtp_config
 from pagoda.models.pooling_config import PoolerConfig, check_pooling, read_model, read_pooler
-from pagoda.models.quantization.schemes import choose_quantization
+from pagoda.models.quantization.schemes import check_device, choose_quantization
 from pagoda.models.recurrent_settings import check_recurrent_settings
 from pagoda.models.sharding import check_layout
 from pagoda.models.transformers_settings import check_transformers_settings
@@ -102,6 +102,7 @@ def start_core(config: PagodaConfig, on_phase: PhaseListener | None = None) -> E
             logger.info("%s", choice)
         config = _resolved(config, settings, str(directory))
         _check_adapters(config)
+        _check_rounded_draft_model(config)
         if isinstance(model_config, ModelConfig):
             check_model_device(model_config, config.device)
             config = _with_block_size(config, model_config)
@@ -258,12 +259,16 @@ def _with_draft_model(config: PagodaConfig, model_config: ModelConfig, own_direc
         return config
     if speculation.method == "mtp":
         return _with_mtp_layer(config, speculation, model_config, Path(own_directory))
-    if speculation.model is None and config.model is not None:
+    is_itself = speculation.method == "draft_model" and speculation.model is None
+    if speculation.model is None and config.model is not None and not is_itself:
         raise ConfigError(
             "speculative_config: method eagle3 needs model, the directory or the Hugging Face id of a head; only the built-in "
             "demo model has one of its own"
         )
-    directory = demo_head() if speculation.model is None else checkpoint_directory(speculation.model)
+    if is_itself:
+        directory = Path(own_directory)
+    else:
+        directory = demo_head() if speculation.model is None else checkpoint_directory(speculation.model)
     is_head = is_eagle3(read_json_object(directory, CONFIG_FILE))
     given = dict(config.speculative_config or {})
     if is_head and "method" not in given:  # as in vLLM, its configuration says so
@@ -281,8 +286,8 @@ def _with_draft_model(config: PagodaConfig, model_config: ModelConfig, own_direc
         draft_config = ModelConfig.from_directory(directory)
         if draft_config.has_recurrent_layers:
             raise ConfigError(
-                f"speculative_config: the draft model {speculation.model} has recurrent layers, whose state cannot go back "
-                "behind a draft that is refused; use one without"
+                f"speculative_config: the draft model {directory} has recurrent layers, whose state cannot go back behind a "
+                "draft that is refused; use one without"
             )
         if draft_config.vocab_size != model_config.vocab_size:
             raise ConfigError(
@@ -420,3 +425,17 @@ class _StartupPhases:
     def _report(self) -> None:
         if self._listener is not None:
             self._listener(self._name, self._last_detail)
+
+
+def _check_rounded_draft_model(config: PagodaConfig) -> None:
+    """Raise `ConfigError` where a draft model's weights cannot be rounded as asked for; device and dtype are resolved."""
+    speculation = config.speculation
+    if speculation is None or speculation.quantization is None or speculation.model is None:
+        return
+    draft = ModelConfig.from_directory(speculation.model)
+    try:
+        quantization = choose_quantization(speculation.quantization, None, draft.quantization, draft.linear_input_sizes)
+        assert quantization is not None
+        check_device(quantization, config.device, config.dtype)
+    except ConfigError as error:
+        raise ConfigError(f"speculative_config: the draft model: {error}") from None
