@@ -120,6 +120,7 @@ class _Rank:
             timeout_seconds=TIMEOUT_SECONDS,
             device=torch.device("cpu"),
             listener=self.listener,
+            shares_memory=config.cpu_kernels != "reference",
         )
         self.worker = Worker(config, model_config, self.groups)
 

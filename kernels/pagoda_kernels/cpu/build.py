@@ -56,6 +56,7 @@ UNITS = (
     Unit("experts.cpp"),
     Unit("lora.cpp"),
     Unit("step.cpp"),
+    Unit("rank_counts.cpp"),
     Unit("attention.cpp", "avx512", _AVX512),
     Unit("attention.cpp", "avx512_bf16", _BF16),
     Unit("attention.cpp", "avx2", _AVX2),

@@ -269,6 +269,7 @@ class RankService:
             device=device,
             rendezvous_timeout_seconds=config.rendezvous_timeout_seconds,
             listener=self._listener,
+            shares_memory=config.device == "cpu" and config.cpu_kernels != "reference",
         )
         self._worker = Worker(config, self._model_config, self._groups, device)
         self._channel.send(PhaseDone("rendezvous"))

@@ -2,7 +2,8 @@
 
 A system clears each page that it gives, gigabytes of them for seconds. Blocks are handed out from the first one on, so
 requests use the first share while a thread takes the rest in the same order. A block that is written before the thread has
-come to it takes its page itself.
+come to it takes its page itself. The thread begins behind the first step: whoever allocates memory waits for the piece that
+is being cleared, and where all cores compute, for this thread's turn to end it.
 """
 
 from __future__ import annotations
@@ -32,11 +33,12 @@ class KVPages:
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         self._tensors = tensors
         self._num_bytes = sum(tensor.nbytes for tensor in tensors)
+        self._is_complete = False
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
 
     def populate_first(self) -> None:
-        """Take the first blocks of all tensors, and the others in a thread; all at once where only that is possible."""
+        """Take the first blocks of all tensors, or all of them where only that is possible."""
         share = min(1.0, FIRST_SHARE_BYTES / max(1, self._num_bytes))
         try:
             for tensor in self._tensors:
@@ -47,8 +49,12 @@ class KVPages:
             logger.info("all memory of the KV cache is taken at once: %s", error)
             for tensor in self._tensors:
                 tensor.zero_()
-            return
-        if share < 1:
+            share = 1.0
+        self._is_complete = share == 1
+
+    def populate_rest(self) -> None:
+        """Take the others, in a thread."""
+        if not self._is_complete:
             self._thread = threading.Thread(target=self._populate_rest, name="kv-cache-pages", daemon=True)
             self._thread.start()
 

@@ -22,7 +22,8 @@ from pagoda.models.config import ModelConfig
 from pagoda.models.layers.rope import RotaryEmbedding
 from pagoda.models.lora.weights import LoraModel
 from pagoda.models.quantization.schemes import QuantizationConfig
-from pagoda.parallel.groups import ParallelGroups, PipelineParallelGroup, TensorParallelGroup
+from pagoda.parallel.groups import ParallelGroups, PipelineParallelGroup
+from pagoda.parallel.tensor_group import TensorParallelGroup
 from pagoda.platform.hardware import cpu_report
 from pagoda.sampling.selection import pad_to_blocks
 from pagoda.scheduling.kv_groups import RecurrentState

@@ -301,6 +301,8 @@ class Worker:
             self._run_largest(self.runner, num_rows=1, num_tokens=_WARM_UP_TOKENS // 2, num_drafts=1)
         if self._uses_cuda_graphs():
             self._capture_cuda_graphs(self.runner)
+        if self._kv_pages is not None:
+            self._kv_pages.populate_rest()
         if self._weights is not None:
             self._weights.finish()
         if self.device.type == "cuda":

@@ -1,4 +1,7 @@
-"""How the ranks of a model talk to each other while it runs: over torch.distributed, with a deadline on everything.
+"""How the ranks of a model talk to each other while it runs: with a deadline on everything.
+
+Pipeline stages, and tensor-parallel ranks on GPUs or on several hosts, do so over torch.distributed; those on the CPUs of one
+host through memory that they share (`shared_memory`).
 
 A model holds one `ParallelGroups`. Its parts call `groups.tp_group` and `groups.pp_group` without asking how many ranks there
 are: with one rank these are objects whose methods give back what they are given.
@@ -19,40 +22,13 @@ import torch.distributed as dist
 
 from pagoda.errors import CommunicationError
 from pagoda.parallel.layout import ParallelLayout, RankCoordinates
+from pagoda.parallel.shared_memory import share_memory
+from pagoda.parallel.tensor_group import TensorParallelGroup
 
 _Result = TypeVar("_Result")
 
 # From this size on the ranks of a stage each send a part of what all of them hold. Below, one more collective costs more.
 _SHARED_FROM_BYTES = 1 << 20
-
-
-class TensorParallelGroup:
-    """The ranks that share the tensors of a layer. This one is a rank alone; `_DistributedTensorGroup` is several."""
-
-    rank = 0
-    size = 1
-    num_operations = 0
-    """Collectives that were begun: ranks that have begun equally many are in step with each other."""
-
-    def count_replayed(self, num_operations: int) -> None:
-        """Count the collectives of a step that was captured: as a graph they run without any of the calls below."""
-        self.num_operations += num_operations
-
-    def all_reduce(self, values: torch.Tensor) -> torch.Tensor:
-        """The sum of all ranks' `values`, the same to the last bit on each; `values` may be overwritten."""
-        return values
-
-    def all_gather(self, values: torch.Tensor, dim: int) -> torch.Tensor:
-        """All ranks' `values`, of equal shapes, one after the other along `dim`, in the order of ranks."""
-        return values
-
-    def gather(self, values: torch.Tensor, dim: int) -> torch.Tensor | None:
-        """Like `all_gather`, on tensor rank 0 only; None on the others."""
-        return values
-
-    def broadcast(self, values: torch.Tensor) -> torch.Tensor:
-        """The `values` of tensor rank 0, written into those of the others (of equal shape and dtype)."""
-        return values
 
 
 class PipelineParallelGroup:
@@ -183,6 +159,7 @@ class ParallelGroups:
 
     def close(self) -> None:
         """Leave all groups. Other ranks that still wait for this one fail. May be called twice."""
+        self.tp_group.close()
         if self.layout.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
@@ -203,6 +180,7 @@ def connect_groups(
     device: torch.device,
     rendezvous_timeout_seconds: float | None = None,
     listener: socket.socket | None = None,
+    shares_memory: bool = False,
 ) -> ParallelGroups:
     """Rendezvous with the other ranks at `host`:`port`, where rank 0 listens, and make all groups.
 
@@ -211,6 +189,7 @@ def connect_groups(
         backend: "gloo" or "nccl".
         timeout_seconds: bound of every collective and every message.
         rendezvous_timeout_seconds: bound of the meeting itself; None: `timeout_seconds`.
+        shares_memory: whether tensor groups whose ranks can share memory do; the same on all ranks.
 
     Raises:
         CommunicationError: a rank did not come in time, the address cannot be reached.
@@ -233,7 +212,7 @@ def connect_groups(
         device_id=device if device.type == "cuda" else None,
     )
     try:
-        groups = _checked(what, _make_groups, layout, rank, timeout)
+        groups = _checked(what, _make_groups, layout, rank, timeout, store if shares_memory else None)
         _checked(what, _close_rendezvous, store, layout, rank, listening)
         return groups
     except BaseException:  # raised on: a group that is half made must not stay
@@ -263,8 +242,11 @@ def _close_rendezvous(store: Any, layout: ParallelLayout, rank: int, listening: 
         os.dup2(inert.fileno(), listening, inheritable=False)
 
 
-def _make_groups(layout: ParallelLayout, rank: int, timeout: timedelta) -> ParallelGroups:
-    """Every rank makes every group, its own or not, in the same order: torch.distributed requires it."""
+def _make_groups(layout: ParallelLayout, rank: int, timeout: timedelta, store: Any | None) -> ParallelGroups:
+    """Every rank makes every group, its own or not, in the same order: torch.distributed requires it.
+
+    `store`: of the rendezvous, where tensor groups may share memory.
+    """
     coordinates = layout.coordinates(rank)
     tensor, pipeline = TensorParallelGroup(), PipelineParallelGroup()
     if layout.tensor_parallel_size > 1:
@@ -272,7 +254,8 @@ def _make_groups(layout: ParallelLayout, rank: int, timeout: timedelta) -> Paral
             ranks = layout.tensor_group(stage)
             group = dist.new_group(list(ranks), timeout=timeout)
             if stage == coordinates.pipeline_stage:
-                tensor = _DistributedTensorGroup(ranks, rank, group)
+                shared = None if store is None else share_memory(store, ranks, rank, timeout.total_seconds())
+                tensor = shared or _DistributedTensorGroup(ranks, rank, group)
     if layout.pipeline_parallel_size > 1:
         for tensor_rank in range(layout.tensor_parallel_size):
             ranks = layout.pipeline_group(tensor_rank)

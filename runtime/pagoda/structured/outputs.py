@@ -39,6 +39,7 @@ class _Compiling(NamedTuple):
 class StructuredOutputs:
     """Not thread-safe: driven by the engine's loop. `load` reads the vocabulary; it is called at once, in a thread.
 
+    Nothing waits for that but the requests that need it: it takes a second for 150 000 tokens, in which others are served.
     `vocab_size`: of the model, so many logits there are.
     """
 
@@ -48,13 +49,8 @@ class StructuredOutputs:
         self._compile = ThreadPoolExecutor(1, "grammar-compiler")
         self._fill = ThreadPoolExecutor(1, "grammar-masks")
         self._compiler: Future[GrammarCompiler] = self._compile.submit(lambda: GrammarCompiler(load()))
+        self._compiler.add_done_callback(_log_failure)
         self._compiling: dict[str, _Compiling] = {}
-
-    def wait_until_loaded(self) -> None:
-        """Wait for the vocabulary; what is wrong with it concerns requests that need it only."""
-        error = self._compiler.exception()
-        if error is not None:
-            logger.info("no structured outputs: %s", error)
 
     @property
     def num_compiling(self) -> int:
@@ -126,6 +122,12 @@ class StructuredOutputs:
             min_tokens=params.min_tokens,
             ignore_eos=params.ignore_eos,
         )
+
+
+def _log_failure(compiler: Future[GrammarCompiler]) -> None:
+    """What is wrong with a vocabulary concerns requests that need it only."""
+    if not compiler.cancelled() and (error := compiler.exception()) is not None:
+        logger.info("no structured outputs: %s", error)
 
 
 class _PendingMasks(TokenMasks):

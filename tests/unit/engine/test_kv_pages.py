@@ -37,6 +37,8 @@ def test_a_first_share_of_all_tensors_is_taken_at_once_and_all_of_them_in_the_ba
     first = populated[: len(tensors)]
     assert [piece.data_ptr() for piece in first] == [tensor.data_ptr() for tensor in tensors]
     assert 3000 < sum(piece.nbytes for piece in first) < 6000
+    assert len(populated) == len(tensors)  # and nothing else before the first step
+    pages.populate_rest()
     end_of(pages)
     for tensor in tensors:  # what was taken at first is taken once more, which costs nothing; nothing else is twice
         by_block = tensor[:, 0].tolist()
@@ -49,7 +51,9 @@ def test_a_first_share_of_all_tensors_is_taken_at_once_and_all_of_them_in_the_ba
 
 def test_a_small_cache_is_all_taken_at_once(populated) -> None:
     tensor = torch.zeros(4, 256, dtype=torch.uint8)
-    KVPages([tensor]).populate_first()
+    pages = KVPages([tensor])
+    pages.populate_first()
+    pages.populate_rest()
     assert set(tensor.flatten().tolist()) == {1}
 
 
@@ -67,6 +71,7 @@ def test_stopping_ends_the_thread_at_its_piece(populated, monkeypatch: pytest.Mo
     monkeypatch.setattr(kv_pages, "populate", populate)
     pages = KVPages([torch.zeros(1000, 256, dtype=torch.uint8)])
     pages.populate_first()
+    pages.populate_rest()
     assert at_piece.wait(30)
     threading.Timer(0.05, go_on.set).start()
     pages.stop()
@@ -79,7 +84,9 @@ def test_where_the_system_cannot_populate_all_is_written_at_once(monkeypatch: py
 
     monkeypatch.setattr(kv_pages, "populate", refuse)
     tensor = torch.ones(4, 256, dtype=torch.uint8)
-    KVPages([tensor]).populate_first()
+    pages = KVPages([tensor])
+    pages.populate_first()
+    pages.populate_rest()
     assert not tensor.any()
 
 
@@ -96,6 +103,7 @@ def test_memory_that_is_short_is_an_error_at_first_and_told_later(monkeypatch: p
     monkeypatch.setattr(kv_pages, "FIRST_SHARE_BYTES", 4096)
     pages = KVPages([torch.zeros(1000, 256, dtype=torch.uint8)])
     pages.populate_first()
+    pages.populate_rest()
     end_of(pages)
     assert "out of memory" in caplog.text
     with pytest.raises(MemoryError, match="the first"):

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import sys
 
+from pagoda.platform.hardware import may_have_gpu
+from pagoda.platform.torch_import import defer_meta_kernels
 from pagoda.process_control import become_child, uncollected, with_lower_priority
 
 
@@ -25,6 +27,8 @@ def _import_engine() -> Exception | None:
     import pagoda.engine.core.service  # what tells the parent of an error
 
     try:
+        if not may_have_gpu():
+            defer_meta_kernels()
         with uncollected():
             import pagoda.engine.core.startup  # noqa: F401 (here for the time that it takes)
     except Exception as error:  # a broken installation can fail in any way

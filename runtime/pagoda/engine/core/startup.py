@@ -140,8 +140,6 @@ def start_core(config: PagodaConfig, on_phase: PhaseListener | None = None) -> E
                     block_size=config.block_size,
                     num_groups=num_groups,
                 )
-        if structured is not None:
-            structured.wait_until_loaded()
     except BaseException:  # re-raised; its ranks may be processes, also on other machines
         if structured is not None:
             structured.shutdown()

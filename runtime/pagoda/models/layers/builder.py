@@ -13,7 +13,7 @@ from pagoda.models.layers.latent_linear import FloatLatentMethod, LatentHeads
 from pagoda.models.layers.linear import Linear, LinearMethod, RowParallelLinear
 from pagoda.models.layers.norm import RMSNorm, WidthNorm, build_norm
 from pagoda.models.sharding import Shard
-from pagoda.parallel.groups import TensorParallelGroup
+from pagoda.parallel.tensor_group import TensorParallelGroup
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

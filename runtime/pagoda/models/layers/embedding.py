@@ -8,7 +8,7 @@ from torch import nn
 
 from pagoda.models.sharding import Shard
 from pagoda.models.weights import WeightTarget
-from pagoda.parallel.groups import TensorParallelGroup
+from pagoda.parallel.tensor_group import TensorParallelGroup
 from pagoda_kernels import backend
 from pagoda_kernels.types import PANEL, PackedWeight
 

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from pagoda.models.sharding import Shard
 from pagoda.models.weights import WeightTarget
-from pagoda.parallel.groups import TensorParallelGroup
+from pagoda.parallel.tensor_group import TensorParallelGroup
 from pagoda_kernels.interface import LoraLinear
 
 # Values of a weight that are upcast at a time: 4 MiB of float32, which the caches of most processors hold.

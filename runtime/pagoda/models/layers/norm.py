@@ -9,7 +9,7 @@ from torch import nn
 from pagoda.models.layer_config import NormConfig
 from pagoda.models.sharding import Shard
 from pagoda.models.weights import WeightTarget
-from pagoda.parallel.groups import TensorParallelGroup
+from pagoda.parallel.tensor_group import TensorParallelGroup
 from pagoda_kernels import backend
 
 
