@@ -27,6 +27,7 @@ from pagoda.models.dummy import DummySpec, write_dummy_checkpoint
 from pagoda.request import EngineRequest
 from pagoda.sampling.output import FinishReason
 from pagoda.sampling.params import SamplingParams
+from tests.support.gguf_files import write_gguf
 from tests.support.lora_adapters import (
     ALL_LINEAR,
     adapter_of,
@@ -231,6 +232,18 @@ def test_quantized_bases_are_changed_like_those_of_floats(tmp_path: Path, quanti
     base, same, other = generate(config, [(prompt, None), (prompt, nothing), (prompt, much)], 12)
     assert same == base
     assert other != base
+
+
+def test_a_gguf_file_has_adapters_of_its_model(tmp_path: Path) -> None:
+    """Whose heads it keeps in another order than the adapter."""
+    directory, file = tmp_path / "model", tmp_path / "model.gguf"
+    write_dummy_checkpoint(directory, DummySpec(family="llama", num_layers=2, num_heads=4, num_kv_heads=2))
+    path = write_adapter(tmp_path / "adapter", directory, size=2.0)
+    write_gguf(directory, file, "llama")
+    prompt = list(range(3, 30))
+    expected = [greedy(base_model(directory), prompt, 8), greedy(merged_model(directory, path), prompt, 8)]
+    assert expected[0] != expected[1]
+    assert generate(config_of(file), [(prompt, None), (prompt, adapter_of(path))], 8) == expected
 
 
 def test_what_is_cached_of_one_version_is_not_found_by_another(tmp_path: Path) -> None:

@@ -34,12 +34,18 @@ inline void narrow_row(const float* from, T* to, int64_t count) {
   }
 }
 
-// Weights of adapters come from memory: few rows are done with them before the next ones are there.
+// Weights of adapters come from memory: few rows are done with them before the next ones are there. These are asked for a little
+// ahead on every processor: what follows a piece of them is not as long as to be asked for far ahead (`Streamed`).
+template <class T>
+struct DotAdapter : DotNarrow<T> {
+  static constexpr bool prefetches(int rows) { return rows <= kStreamRows; }
+};
+
 template <class T>
 inline void multiply_add_matrix(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_stride, const void* b,
                                 int64_t first, int64_t b_stride, int64_t panel_stride, float* c, int64_t c_stride,
                                 bool accumulate) {
-  using Dot = Streamed<DotNarrow<T>>;
+  using Dot = DotAdapter<T>;
   const TileOperands<Dot> operands{depth,  a,           a_stride, static_cast<const T*>(b) + first, b_stride, panel_stride, c,
                                    c_stride, accumulate};
   multiply_matrix<Dot>(rows, columns / kLanes, operands, rows <= kWideTileRows);
