@@ -23,7 +23,7 @@ from rich.text import Text
 from pagoda.cli.parser import CommandParser
 from pagoda.errors import PagodaError
 from pagoda.monitoring.figures import Figures, ModelFigures, Part, figures
-from pagoda.monitoring.server import Server, Snapshot, add_options, look
+from pagoda.monitoring.server import KEY_HINT, Server, Snapshot, add_options, look
 
 WINDOW_SECONDS = 10.0
 MAX_INTERVAL = 60.0
@@ -107,6 +107,12 @@ class Screen:
         if found.state not in ("ready", "sleeping"):
             why = ": ".join(part for part in (found.stage, found.detail, found.cause) if part)
             lines.append(Text(why, style="yellow", no_wrap=True, overflow="ellipsis"))
+        if found.not_shown:
+            return [
+                *lines,
+                *(_line(f"{one.name}  {one.state}") for one in found.models),
+                Text(_hidden(found), style="red"),
+            ]
         lines.append(_history("waiting", self._waiting))
         lines.append(_history("output tokens/s", self._tokens))
         if found.error_rates:
@@ -145,10 +151,17 @@ def as_text(found: Figures, url: str) -> str:
     head = f"{url}  {found.state}"
     why = ": ".join(part for part in (found.stage, found.detail, found.cause) if part)
     lines = [head if found.state == "ready" or not why else f"{head}: {why}"]
-    lines += [line for one in found.models for line in model_lines(one)]
+    if found.not_shown:
+        lines += [*(f"{one.name}  {one.state}" for one in found.models), _hidden(found)]
+    else:
+        lines += [line for one in found.models for line in model_lines(one)]
     lines += [f"  {part.name} of {part.model}: {part.note}" for part in found.parts]
     lines += [f"  errors    {kind} {rate:.2f}/s" for kind, rate in sorted(found.error_rates.items())]
     return "\n".join(lines)
+
+
+def _hidden(found: Figures) -> str:
+    return f"  no figures: {found.not_shown}; {KEY_HINT}"
 
 
 def _look(server: Server) -> Snapshot:

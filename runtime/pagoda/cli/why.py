@@ -70,7 +70,7 @@ def _of_server(server: Server, model: str | None, seconds: float, log: list[str]
         time.sleep(seconds)
         now = look_closely(server)
     except SilentError as error:
-        return "no answer", find_silence(error, local, log)
+        return "no answer", find_silence(error, local, log, server.url)
     except ValueError as error:
         found = Finding(code="not-pagoda", severity=Severity.ERROR, subject="server", what=str(error))
         return "another server", [found]

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 from pagoda.config.values import format_bytes
 from pagoda.monitoring.figures import ModelFigures, figures
@@ -67,19 +68,19 @@ def find_causes(facts: Facts) -> list[Finding]:
     return sorted(found, key=lambda finding: finding.severity)
 
 
-def find_silence(error: SilentError, local: LocalFacts | None, log: Sequence[str] = ()) -> list[Finding]:
-    """Why nothing answered. `local`: where the server is to be on this machine; `log`: the last lines that it wrote."""
+def find_silence(error: SilentError, local: LocalFacts | None, log: Sequence[str] = (), url: str = "") -> list[Finding]:
+    """Why nothing answered at `url`. `local`: where the server is to be on this machine; `log`: the last lines of it."""
     advice = {
         "refused": "start it, or give its address: --base-url",
         "name": "check the name; in a cluster: the Service, and its namespace",
         "tls": "ask with the scheme that the server speaks, http:// or https://, and by a name of its certificate",
         "timeout": "a firewall or NetworkPolicy drops the packets, or the process is stopped or busy",
-        "reset": "look at the server's log: it, or a proxy before it, has closed the connection",
+        "reset": "is it the port of gRPC? Else look at the server's log: it, or a proxy before it, has closed the connection",
         "http": "the server there speaks no HTTP, or TLS",
     }[error.what]
     found: list[Finding] = []
     if local is not None:
-        found += _local_silence(error, local)
+        found += _local_silence(error, local, urlsplit(url).port)
     seen = tuple(f"log: {line}" for line in log)
     found.append(
         Finding(
@@ -89,20 +90,22 @@ def find_silence(error: SilentError, local: LocalFacts | None, log: Sequence[str
     return found
 
 
-def _local_silence(error: SilentError, local: LocalFacts) -> Iterator[Finding]:
+def _local_silence(error: SilentError, local: LocalFacts, port: int | None) -> Iterator[Finding]:
     yield from _stopped(local)
     if error.what == "refused":
         servers = [process for process in local.processes if process.role == "server"]
         if servers:
-            for one in servers:
-                ports = ", ".join(map(str, one.ports)) or "no port yet"
+            others = [one for one in servers if port not in one.ports]  # else it has begun to listen, or is ending
+            if others:
                 yield Finding(
                     code="other-port",
                     severity=ERROR,
                     subject="server",
                     what="a server runs on this machine, but listens elsewhere",
-                    seen=(f"pid {one.pid} listens on {ports}",),
-                    advice="give that port: --base-url",
+                    seen=tuple(
+                        f"pid {one.pid} listens on {', '.join(map(str, one.ports)) or 'no port yet'}" for one in others
+                    ),
+                    advice="give its port: --base-url",
                 )
         else:
             yield Finding(

@@ -47,7 +47,10 @@ class Part:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figures:
-    """Of a server. `error_rates`: error answers a second by kind; `seconds`: over which rates were taken."""
+    """Of a server. `error_rates`: error answers a second by kind; `seconds`: over which rates were taken.
+
+    `not_shown`: why the server shows only the states; empty where it shows all.
+    """
 
     state: str
     stage: str
@@ -57,6 +60,7 @@ class Figures:
     parts: list[Part]
     error_rates: dict[str, float]
     seconds: float
+    not_shown: str = ""
 
 
 def figures(now: Snapshot, then: Snapshot | None) -> Figures:
@@ -81,6 +85,7 @@ def figures(now: Snapshot, then: Snapshot | None) -> Figures:
         parts=[part for name, one in now.models.items() for part in _parts(name, one)],
         error_rates=errors,
         seconds=seconds,
+        not_shown=now.refusals.get("/metrics", ""),
     )
 
 

@@ -20,7 +20,7 @@ from pagoda.monitoring.figures import figures
 from pagoda.monitoring.findings import Finding
 from pagoda.monitoring.local import is_local, local_facts
 from pagoda.monitoring.samples import Samples
-from pagoda.monitoring.server import Server, Snapshot, look, look_closely
+from pagoda.monitoring.server import KEY_HINT, Server, Snapshot, look, look_closely
 from pagoda.monitoring.steps import Machine, Recording, Size, best_seen
 from pagoda.sampling.output import FinishReason
 
@@ -48,7 +48,7 @@ def of_server(server: Server, seconds: float, level: ServiceLevel, machine: Mach
     except ValueError as error:
         raise PagodaError(str(error)) from None
     if then.samples is None:
-        raise PagodaError(f"{server.url}: the metrics are not shown: {then.refusals['/metrics']}")
+        raise PagodaError(f"{server.url}: the metrics are not shown: {then.refusals['/metrics']}; {KEY_HINT}")
     recordings = _record(server, seconds)
     now = look_closely(server)
     local = local_facts(server.url) if is_local(server.url) else None

@@ -34,6 +34,9 @@ class SilentError(PagodaError):
         self.what = what
 
 
+KEY_HINT = f"give a key that may: --api-key, or {CLIENT_KEY_VARIABLE}"
+
+
 @dataclass(frozen=True, slots=True)
 class Answer:
     """Status and body of a response."""
@@ -97,7 +100,9 @@ class Server:
                             return
         except urllib.error.HTTPError as error:
             with error:
-                hint = " (the server runs with --no-ui)" if error.code == 404 else ""
+                hint = {404: " (the server runs with --no-ui)", 401: f"; {KEY_HINT}", 403: f"; {KEY_HINT}"}.get(
+                    error.code, ""
+                )
                 sentence = Answer(error.code, error.read(MAX_ANSWER_BYTES)).sentence
                 raise PagodaError(f"{self.url}/ui/events: {sentence}{hint}") from None
         except (OSError, ValueError) as error:

@@ -225,6 +225,8 @@ def test_nothing_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     found = find_silence(SilentError("refused", "refused"), elsewhere)
     assert found[0].seen == ("pid 5 listens on 9000, 9001",)
     assert find_silence(SilentError("refused", "refused"), IDLE)[0].code == "no-process"
+    ending = find_silence(SilentError("refused", "refused"), elsewhere, url="http://localhost:9001")
+    assert [one.code for one in ending] == ["no-answer-refused"]  # the one that was asked
     with pytest.raises(SilentError) as caught:
         look(Server("http://no-such-host.invalid:1"))
     assert caught.value.what == "name"

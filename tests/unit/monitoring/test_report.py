@@ -14,10 +14,13 @@ import pytest
 from pagoda.benchmarking.metrics import ServiceLevel, by_request, summarize
 from pagoda.benchmarking.records import RequestRecord
 from pagoda.cli.report import run
+from pagoda.cli.top import as_text
 from pagoda.errors import ConfigError, PagodaError
 from pagoda.monitoring.advice import RULES, advise
+from pagoda.monitoring.figures import figures
 from pagoda.monitoring.page import as_html
 from pagoda.monitoring.report import goodput_while_watched, of_bench
+from pagoda.monitoring.server import Server, look
 from pagoda.monitoring.steps import Machine, Recording, Size, best_seen
 from tests.support.rest_harness import RestHarness
 
@@ -330,5 +333,10 @@ def test_a_report_of_a_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_a_key_that_does_not_show_the_metrics_is_told_so() -> None:
-    with RestHarness(api_keys=("k",)) as rest, pytest.raises(PagodaError, match="the metrics are not shown"):
-        run(["--base-url", rest.url, "--seconds", "0.1"])
+    with RestHarness(api_keys=("k",)) as rest:
+        with pytest.raises(PagodaError, match=r"the metrics are not shown: .*; give a key that may: --api-key"):
+            run(["--base-url", rest.url, "--seconds", "0.1"])
+        now = look(Server(rest.url))
+        text = as_text(figures(now, now), rest.url)
+        assert "no figures: an API key is required" in text
+        assert "running" not in text  # nobody counted
