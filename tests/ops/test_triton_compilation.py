@@ -84,6 +84,7 @@ def test_gated_delta_net(tmp_path: Path) -> None:
     assert_fits(compiled(tmp_path, [80, 90], ["(convolve|keep_inputs|delta_rule|gated_norm) bfloat16"]))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_adapters(tmp_path: Path) -> None:
     assert_fits(compiled(tmp_path, [90], ["lora_.* bfloat16 inputs=4096"]))
