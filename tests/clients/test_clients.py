@@ -16,8 +16,6 @@ import pytest
 from pagoda.models.checkpoint_source import demo_checkpoint
 from tests.support.server import ServerProcess
 
-pytestmark = pytest.mark.clients
-
 ROOT = Path(__file__).parents[2]
 PROGRAMS = Path(__file__).parent / "programs"
 PROGRAM_OF = {
@@ -37,6 +35,7 @@ POOLING_PROGRAM_OF = {
     "llama-index-embeddings-openai-like": "llama_index_client.py",
 }
 SECONDS = 300
+pytestmark = [pytest.mark.clients, pytest.mark.timeout(SECONDS + 60)]
 # No setting of the server, which refuses variables that begin like its own and are none.
 MODELS = [name for name in ("", os.environ.pop("PAGODA_CLIENTS_MODEL", None)) if name is not None]
 TOOL_CALL_PARSER = os.environ.pop("PAGODA_CLIENTS_TOOL_CALL_PARSER", "auto")

@@ -205,6 +205,8 @@ class GrammarMatcher(OutputMatcher):
 
     def _note_error(self) -> None:
         reason = self._matcher.get_error().split("\n", 1)[0].strip()
+        if reason == "NoExtensionBias":  # llguidance's word
+            reason = "no text that could follow satisfies it"
         self.error = f"the grammar cannot be followed any further: {reason[:200] or 'unknown'}"
 
 

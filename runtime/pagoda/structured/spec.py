@@ -49,7 +49,10 @@ class GrammarSpec:
     def __post_init__(self) -> None:
         if self.kind not in _KINDS:
             raise InvalidRequestError(f"there is no structured output of kind {self.kind!r}", "structured_outputs")
-        size = len(self.source.encode("utf-8", "surrogatepass"))
+        try:
+            size = len(self.source.encode())
+        except UnicodeEncodeError:
+            raise InvalidRequestError(f"{self.kind} has half a character (a lone surrogate)", self.kind) from None
         if size > MAX_SOURCE_BYTES:
             raise InvalidRequestError(
                 f"{self.kind} has {exact_bytes(size)}; at most {exact_bytes(MAX_SOURCE_BYTES)} are allowed", self.kind

@@ -233,8 +233,41 @@ def json_source(schema: Mapping[str, Any] | bool, json_options: Mapping[str, Any
     """A schema as llguidance reads it, with its options: what the client says of them itself does not count."""
     if schema is False:
         raise InvalidRequestError("json_schema is false: no answer is valid under it", "json_schema")
-    members = {} if schema is True else schema
+    members = {} if schema is True else _with_exact_bounds(schema)
     return json.dumps({**members, "x-guidance": dict(json_options)}, ensure_ascii=False, separators=(",", ":"))
+
+
+def _with_exact_bounds(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """The schema with bounds of numbers that are held: llguidance rounds those beyond `_LARGEST_EXACT`, and an answer just
+    outside of them would be allowed. A range is narrowed, which allows nothing that the schema does not.
+    """
+    held: dict[str, Any] = {}
+    for name, value in schema.items():
+        sign = _BOUNDS.get(name)
+        if sign is not None and isinstance(value, int | float) and not isinstance(value, bool):
+            if sign * value > _LARGEST_EXACT:
+                raise InvalidRequestError(
+                    f"json_schema cannot be enforced: {name} {shown(value)} leaves only numbers beyond "
+                    f"{sign * _LARGEST_EXACT}, which are not exact",
+                    "json_schema",
+                )
+            value = sign * max(sign * value, -_LARGEST_EXACT)
+        elif name not in _NO_SCHEMAS:
+            value = _held(value)
+        held[name] = value
+    return held
+
+
+def _held(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return _with_exact_bounds(value)
+    return [_held(item) for item in value] if isinstance(value, list) else value
+
+
+# Of integers that are floating-point numbers, too; and to which side each bound leaves room.
+_LARGEST_EXACT = 2**53 - 1
+_BOUNDS = {"minimum": 1, "exclusiveMinimum": 1, "maximum": -1, "exclusiveMaximum": -1}
+_NO_SCHEMAS = frozenset({"const", "enum", "default", "examples"})
 
 
 def _token_reference(token: str, token_id: int) -> str:

@@ -99,6 +99,8 @@ def test_all_spellings_give_one_record(parameters: dict[str, Any], expected: Gra
         ({"guided_json": {"enum": ["x" * MAX_SOURCE_BYTES]}}, "guided_json", "too large"),
         ({"guided_json": {"const": 10**500}}, "guided_json", "400 digits"),
         ({"guided_json": {"const": float("nan")}}, "guided_json", "no JSON value"),
+        ({"guided_json": '{"const": "\\ud800"}'}, "guided_json", "half a character"),
+        ({"guided_regex": "a\ud800"}, "guided_regex", "half a character"),
     ],
 )
 def test_what_is_wrong_is_named(parameters: dict[str, Any], param: str, message: str) -> None:

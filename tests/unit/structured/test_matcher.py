@@ -265,6 +265,8 @@ CANNOT: dict[str, GrammarSpec] = {
     "another document": GrammarSpec.of_json_schema({"$ref": "http://example.com/schema"}),
     "leniency": GrammarSpec.of_json_schema({"not": {}, "x-guidance": {"lenient": True}}),
     "nothing": GrammarSpec.of_json_schema(False),
+    "numbers that are not exact": GrammarSpec.of_json_schema({"type": "integer", "minimum": 10**300}),
+    "one number that is not exact": GrammarSpec.of_json_schema({"items": {"minimum": -(2**63), "maximum": -(2**63)}}),
     "look-ahead": GrammarSpec.of_regex("a(?=b)"),
     "a word boundary": GrammarSpec.of_regex(r"\bred\b"),
     "lines": GrammarSpec.of_regex("(?m)^a$"),
@@ -293,6 +295,24 @@ def test_what_cannot_be_enforced_is_refused_by_name(case: str) -> None:
     assert refused.value.param
     assert "\n" not in str(refused.value)
     assert len(str(refused.value)) < 400
+
+
+@pytest.mark.parametrize(
+    "bounds", [{"minimum": -(2**63), "maximum": 2**63 - 1}, {"minimum": -1e300, "maximum": 2**53 + 1}]
+)
+def test_bounds_beyond_what_is_exact_are_narrowed_to_it(bounds: dict[str, Any]) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"maximum": {"type": "integer", **bounds}, "b": {"const": {"minimum": 10**30}}},
+    }
+    spec = GrammarSpec.of_json_schema({**schema, "required": ["maximum", "b"]})
+    for number, is_allowed in ((2**53 - 1, True), (2**53, False), (1 - 2**53, True), (-(2**53), False)):
+        matcher, taken = matcher_of(spec), True
+        for token_id in tokens_of(f'{{"maximum":{number},"b":{{"minimum":{10**30}}}}}'):
+            taken = taken and token_id in masks_of(matcher)[0]
+            if taken:
+                matcher.advance(token_id)
+        assert taken == is_allowed, number
 
 
 FORMATS: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
