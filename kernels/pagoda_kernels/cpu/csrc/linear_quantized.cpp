@@ -153,15 +153,28 @@ void quantize_group(const T* x, int64_t size, int8_t* values, int64_t stride, fl
   *sum_of_values = sum_of_lanes(total);
 }
 
+// Asks for what a panel's columns have of a group.
+template <class S>
+inline void ask_panel(const S* p) {
+  for (int64_t byte = 0; byte < kPanel * static_cast<int64_t>(sizeof(S)); byte += 64)
+    __builtin_prefetch(reinterpret_cast<const char*>(p) + byte);
+}
+
 // Scales of a panel's columns, and what a stored 0 stands for where mins say so: of float32 or Half, [groups][kPanel].
 template <class S>
 struct PanelScales {
   PanelScales(const LinearArguments& a, int64_t panel, int64_t groups)
-      : scales(static_cast<const S*>(a.scales) + panel * groups * kPanel),
+      : groups(groups),
+        scales(static_cast<const S*>(a.scales) + panel * groups * kPanel),
         mins(a.mins == nullptr ? nullptr : static_cast<const S*>(a.mins) + panel * groups * kPanel) {}
   Vector scale(int64_t group, int64_t column) const { return load(scales + group * kPanel + column); }
   Vector min(int64_t group, int64_t column) const { return load(mins + group * kPanel + column); }
+  void prefetch_next(int64_t group) const {  // the next panel's: no prefetcher of the processor sees them coming
+    ask_panel(scales + (group + groups) * kPanel);
+    if (mins != nullptr) ask_panel(mins + (group + groups) * kPanel);
+  }
 
+  int64_t groups;
   const S* scales;
   const S* mins;
 };
@@ -170,7 +183,8 @@ struct PanelScales {
 template <>
 struct PanelScales<int8_t> {
   PanelScales(const LinearArguments& a, int64_t panel, int64_t groups)
-      : scales(static_cast<const int8_t*>(a.scales) + panel * groups * kPanel),
+      : groups(groups),
+        scales(static_cast<const int8_t*>(a.scales) + panel * groups * kPanel),
         mins(a.mins == nullptr ? nullptr : static_cast<const int8_t*>(a.mins) + panel * groups * kPanel),
         block_groups(a.block_groups),
         block_stride(a.mins == nullptr ? kPanel : 2 * kPanel),
@@ -183,7 +197,13 @@ struct PanelScales<int8_t> {
                     load(blocks + group / block_groups * block_stride + kPanel + column));
   }
   static Vector widened(const int8_t* p) { return to_floats(widen_signed_bytes(p)); }
+  void prefetch_next(int64_t group) const {  // the next panel's: no prefetcher of the processor sees them coming
+    ask_panel(scales + (group + groups) * kPanel);
+    if (mins != nullptr) ask_panel(mins + (group + groups) * kPanel);
+    if (group % block_groups == 0) ask_panel(blocks + (group + groups) / block_groups * block_stride);
+  }
 
+  int64_t groups;
   const int8_t* scales;
   const int8_t* mins;
   int64_t block_groups;
@@ -314,6 +334,7 @@ inline void multiply_groups(const GroupsTile<S>& t) {
                                  t.weights + first * kPanel * kBits / 8, sums);
     const float* x_scales = t.x_scales + g;
     const int32_t* x_sums = t.x_sums + g;
+    if constexpr (kRows <= kStreamRows) t.scales.prefetch_next(g);
     const auto add_product = [&](int r, int v, Vector product, Vector factor) {
       if constexpr (kInRegisters) {
         totals[r][v] = multiply_add(product, factor, totals[r][v]);
