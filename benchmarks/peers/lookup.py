@@ -51,6 +51,7 @@ def answer_as_peer(options: argparse.Namespace) -> None:
             n_threads=options.threads,
             n_threads_batch=options.threads,
             draft_model=drafting,
+            logits_all=bool(num_drafts),
             verbose=False,
         )
 
