@@ -72,6 +72,10 @@ class Health:
     state: str = "ready"
     transitions: dict[tuple[str, str], int] = field(default_factory=dict)
 
+    @property
+    def shown_state(self) -> str:
+        return self.state
+
 
 @dataclass
 class Engine:
