@@ -65,7 +65,7 @@ from pagoda.errors import (
 )
 from pagoda.parallel.rank_health import RankHealth
 from pagoda.platform.hardware import memory_report
-from pagoda.process_control import LOADING_NICENESS
+from pagoda.process_control import NICENESS
 from pagoda.request import EngineRequest
 
 logger = logging.getLogger(__name__)
@@ -423,7 +423,10 @@ class ProcessEngineClient(EngineClient):
         self._core_failed(EngineDeadError(f"the engine process {exit_text}", was_killed=child.was_killed_by_others))
 
     async def _launch_spare(self) -> None:
-        """Launch the process of the next core ahead: imports are most of a start."""
+        """Launch the process of the next core ahead: imports are most of a start.
+
+        Not at the priority of a load: where it is needed before it has them, it must be done soon.
+        """
         seconds = self._config.spare_process_seconds
         if seconds is None or self._launched is not None or self._config.on_engine_failure == "exit":
             return
@@ -433,7 +436,7 @@ class ProcessEngineClient(EngineClient):
             logger.info("no spare engine process: %d MiB of memory are available", available // 2**20)
             return
         try:
-            self._launched = PrelaunchedProcess(niceness=LOADING_NICENESS)
+            self._launched = PrelaunchedProcess(niceness=NICENESS)
         except OSError as error:
             logger.warning("no spare engine process: %s", error)
 
