@@ -15,7 +15,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,7 @@ def _results(context: Context, share: int, count: int) -> Iterator[dict[str, Any
     torch.manual_seed(0)
     checks = itertools.chain(
         _attention(context),
+        _latent(context),
         _elementwise(context),
         _head(context),
         _sampling(context),
@@ -159,6 +160,32 @@ def _attention(context: Context) -> Iterator[Check]:
 
         name = f"attention {num_heads}/{num_kv_heads}x{head_dim} window={window} cap={soft_cap} block={block_size}"
         yield " ".join([name, *(f"kv={kv_dtype}" for kv_dtype in kv_dtypes)]), dtype, check
+
+
+def _latent(context: Context) -> Iterator[Check]:
+    """DeepSeek's latents, with the heads of one of eight ranks and of a whole model; the values are the first of each."""
+    rows = context.choose([(1, 1), (1, 257), (1, 9000), (3, 3), (130, 1000), (1, 77)], [(1, 1), (1, 40), (5, 30)])
+    rank, rope_dim = context.choose((512, 64), (32, 8))
+    for num_heads, dtype in context.choose(
+        ((16, torch.bfloat16), (128, torch.bfloat16), (16, torch.float32)), ((4, torch.float32),)
+    ):
+        batch = make_batch(
+            rows,
+            num_heads=num_heads,
+            num_kv_heads=1,
+            head_dim=rank + rope_dim,
+            dtype=dtype,
+            device=context.device,
+            block_size=16,
+            poisoned=True,
+        )
+
+        def check(batch=batch) -> tuple[torch.Tensor, torch.Tensor]:
+            cache = batch.k_cache
+            attended = backend.active.latent_attention(batch.query, cache, batch.metadata, batch.scale, rank)
+            return attended, replace(batch, v_cache=cache).expected()[..., :rank]
+
+        yield f"latent_attention {num_heads}x{rank}+{rope_dim}", dtype, check
 
 
 def _elementwise(context: Context) -> Iterator[Check]:

@@ -95,7 +95,7 @@ def _half_precision(context: Context) -> dict[str, Any]:
 
 def _scored(
     context: Context, folder: Path, prompt: list[int], dtype: str, *, enforce_eager: bool
-) -> tuple[torch.Tensor, list[Any]]:
+) -> tuple[torch.Tensor, dict[str, list[Any]]]:
     """Log-probabilities of the prompt's tokens but the first, and then what 24 steps of three rows give, to the last bit."""
     core = start_core(
         configuration(
@@ -118,10 +118,11 @@ def _scored(
                 EngineRequest(request_id=str(number), prompt_token_ids=prompt[number:], params=params, max_tokens=24)
             )
         scores: list[float] = []
-        generated: list[Any] = []
+        # By request: which of them share a step follows from how long steps took.
+        generated: dict[str, list[Any]] = {}
         while core.has_work:
             for output in core.step().outputs:
-                generated.append((output.request_id, output.new_token_ids, output.logprobs))
+                generated.setdefault(output.request_id, []).append((output.new_token_ids, output.logprobs))
                 if output.request_id == "0" and output.prompt_logprobs:
                     scores = [entry.logprobs[0] for entry in output.prompt_logprobs if entry is not None]
         return torch.tensor(scores, dtype=torch.float64), generated

@@ -81,6 +81,16 @@ def test_same_tokens_of_a_hybrid_with_experts(tmp_path: Path) -> None:
     core.shutdown()
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("kernels")
+def test_same_tokens_of_latent_attention(tmp_path: Path) -> None:
+    """Latents in blocks, queries turned by themselves, drafts verified in rows of few tokens; in captured steps, too."""
+    save_random_checkpoint(family_config("deepseek-v2-lite", num_hidden_layers=2, vocab_size=512), tmp_path)
+    for num_drafts in (0, 3):
+        expected = generated(tmp_path, "reference", graphs=False, num_drafts=num_drafts)
+        assert generated(tmp_path, "triton", graphs=True, num_drafts=num_drafts) == expected
+
+
 @pytest.mark.usefixtures("kernels")
 def test_rows_of_one_token_and_of_few_in_one_graph(tmp_path: Path) -> None:
     """As where some rows verify drafts and others have none."""

@@ -54,12 +54,9 @@ def test_the_compiled_backend_implements_all_that_runs_on_a_cpu() -> None:
 def test_the_triton_backend_implements_all_that_a_model_of_floats_runs() -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     with using_backend("triton") as kernels:
-        # Layers call rotate_and_store instead of the first two; the others are for packed weights and latent attention, which
-        # a GPU refuses.
+        # Layers call rotate_and_store, which writes; the others are for packed weights, which a GPU refuses.
         assert unset(kernels) == {
             "write_kv",
-            "apply_rotary",
-            "latent_attention",
             "packed_linear",
             "packed_linear_heads",
             "packed_rows",

@@ -103,9 +103,9 @@ def test_a_part_of_each_head_is_turned_and_the_rest_left(
     assert_near(turned, rotated(query, angles, interleaved=interleaved))
     assert_near(k_cache[1, :, [0, 1, 3]].transpose(0, 1), rotated(key, angles, interleaved=interleaved))
     assert torch.equal(v_cache[1, :, [0, 1, 3]].transpose(0, 1), value)
-    if kernels.implements("apply_rotary"):
-        both = kernels.apply_rotary(query, key, angles.cos(), angles.sin(), interleaved)
-        assert torch.equal(both[0], turned)
+    both = kernels.apply_rotary(query, key, angles.cos(), angles.sin(), interleaved)
+    assert torch.equal(both[0], turned)
+    assert torch.equal(both[1], k_cache[1, :, [0, 1, 3]].transpose(0, 1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

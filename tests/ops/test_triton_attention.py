@@ -35,6 +35,8 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> TuningTable:
         segments=SegmentRule(tokens=32, max_segments=4, programs=64),
         decode_attention=(tiles,),
         prefill_attention=(tiles,),
+        latent_decode_attention=(tiles,),
+        latent_prefill_attention=(tiles,),
     )
     monkeypatch.setattr(attention, "table_of_device", lambda device: table)
     return table

@@ -98,3 +98,13 @@ def test_experts_of_a_mixture(tmp_path: Path) -> None:
         if "combine" not in kernel["kernel"]:
             assert kernel["copies_under_way"] >= FEWEST_COPIES_UNDER_WAY, f"each tile is waited for: {kernel}"
             assert kernel["uses_wgmma"] == (kernel["arch"] == 90)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_latent_attention(tmp_path: Path) -> None:
+    names = ["_latent_attention bfloat16 heads=16", "rotate bfloat16", "reduce_latents heads=16"]
+    found = compiled(tmp_path, [80, 89, 90], names)
+    assert_fits(found)
+    assert len(found) == 3 * 6
+    assert all(kernel["stack_bytes"] == 0 for kernel in found)

@@ -79,25 +79,22 @@ class AttentionGeometry:
 
     def reduce_constants(self, segments: SegmentRule, *, short: bool = False) -> dict[str, int | bool]:
         """The constants of `reduce_segments_kernel`."""
-        return {
-            "QUERY_LEN": short_query_len(self.heads_per_kv) if short else 1,
-            "NUM_HEADS": self.num_heads,
-            "HEAD_DIM": self.head_dim,
-            "PADDED_DIM": triton.next_power_of_2(self.head_dim),
-            "WINDOW": self.sliding_window or 0,
-            "HAS_SINKS": self.has_sinks,
-            "SEGMENT_TOKENS": segments.tokens,
-            "MAX_SEGMENTS": segments.max_segments,
-        }
+        return reduce_constants(
+            self.num_heads,
+            self.head_dim,
+            segments,
+            query_len=short_query_len(self.heads_per_kv) if short else 1,
+            window=self.sliding_window,
+            has_sinks=self.has_sinks,
+        )
 
     def most_segments(self, max_seq_len: int, segments: SegmentRule, query_len: int = 1) -> int:
         """The most segments that a row of up to `max_seq_len` tokens, `query_len` of them queries, is cut into."""
-        visible = min(max_seq_len, (self.sliding_window or max_seq_len) + query_len - 1)
-        return min(max(1, -(-visible // segments.tokens)), segments.max_segments)
+        return segments.most_segments(min(max_seq_len, (self.sliding_window or max_seq_len) + query_len - 1))
 
     def programs_per_row(self, num_rows: int, num_segments: int, segments: SegmentRule) -> int:
         """How many programs share the up to `num_segments` parts of a row, of each KV head."""
-        return min(num_segments, max(1, segments.programs // (num_rows * self.num_kv_heads)))
+        return segments.programs_per_row(num_rows * self.num_kv_heads, num_segments)
 
 
 class TritonAttention(KernelBackend):
@@ -161,6 +158,28 @@ def short_query_len(heads_per_kv: int) -> int:
     return max(1, SHORT_TILE_ROWS // heads_per_kv)
 
 
+def reduce_constants(
+    num_heads: int,
+    head_dim: int,
+    segments: SegmentRule,
+    *,
+    query_len: int = 1,
+    window: int | None = None,
+    has_sinks: bool = False,
+) -> dict[str, int | bool]:
+    """The constants of `reduce_segments_kernel`, for rows of up to `query_len` tokens."""
+    return {
+        "QUERY_LEN": query_len,
+        "NUM_HEADS": num_heads,
+        "HEAD_DIM": head_dim,
+        "PADDED_DIM": triton.next_power_of_2(head_dim),
+        "WINDOW": window or 0,
+        "HAS_SINKS": has_sinks,
+        "SEGMENT_TOKENS": segments.tokens,
+        "MAX_SEGMENTS": segments.max_segments,
+    }
+
+
 def _decode(
     output: torch.Tensor,
     tensors: tuple[torch.Tensor, ...],
@@ -222,7 +241,7 @@ def _prefill(
     tiles = table.prefill_tiles(geometry.head_dim, element_bytes(query.dtype, k_cache.dtype))
     tokens_per_tile = geometry.tile_rows(tiles) // geometry.heads_per_kv
     first_row, num_rows = metadata.num_decode_rows + metadata.num_short_rows, seq_lens.numel()
-    # An upper bound that needs no length from the device; see `_first_tile_of`.
+    # An upper bound that needs no length from the device; see `first_tile_of`.
     num_tiles = (query.shape[0] - first_row) // tokens_per_tile + num_rows - first_row
     unused = DECODE_WORKSPACE.unused(query.device)
     paged_attention_kernel[(num_tiles, geometry.num_kv_heads)](

@@ -36,7 +36,7 @@ def num_segments_of(num_keys, SEGMENT_TOKENS: tl.constexpr, MAX_SEGMENTS: tl.con
 
 
 @triton.jit
-def _first_tile_of(query_start_loc, row, first_row, first_token, TOKENS_PER_TILE: tl.constexpr):
+def first_tile_of(query_start_loc, row, first_row, first_token, TOKENS_PER_TILE: tl.constexpr):
     """The number of the first query tile of `row`, where tiles are counted from row `first_row` on, which begins at
     `first_token`.
 
@@ -47,13 +47,13 @@ def _first_tile_of(query_start_loc, row, first_row, first_token, TOKENS_PER_TILE
 
 
 @triton.jit
-def _row_of_tile(query_start_loc, first_row, first_token, num_rows, tile, TOKENS_PER_TILE: tl.constexpr):
+def row_of_tile(query_start_loc, first_row, first_token, num_rows, tile, TOKENS_PER_TILE: tl.constexpr):
     """The last row that starts at query tile `tile` or before."""
     low = first_row
     high = num_rows
     while high - low > 1:
         middle = (low + high) // 2
-        if _first_tile_of(query_start_loc, middle, first_row, first_token, TOKENS_PER_TILE) <= tile:
+        if first_tile_of(query_start_loc, middle, first_row, first_token, TOKENS_PER_TILE) <= tile:
             low = middle
         else:
             high = middle
@@ -61,7 +61,7 @@ def _row_of_tile(query_start_loc, first_row, first_token, num_rows, tile, TOKENS
 
 
 @triton.jit
-def _block_numbers(start, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr):
+def block_numbers(start, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr):
     """For the keys `start .. start + TILE - 1`, where `start` is a multiple of TILE: the columns of the block table."""
     keys = tl.arange(0, TILE)
     if TILE % BLOCK_SIZE == 0:
@@ -72,7 +72,7 @@ def _block_numbers(start, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def _slots_in_block(start, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr):
+def slots_in_block(start, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr):
     """Likewise, their places in their blocks. If a tile is whole blocks, they are the same for every tile."""
     keys = tl.arange(0, TILE)
     if TILE % BLOCK_SIZE == 0:
@@ -83,7 +83,7 @@ def _slots_in_block(start, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def _in_context(start, first_key, last_key, TILE: tl.constexpr, WINDOW: tl.constexpr):
+def is_in_context(start, first_key, last_key, TILE: tl.constexpr, WINDOW: tl.constexpr):
     """Which of the keys `start .. start + TILE - 1` are among `first_key .. last_key - 1`; without a window the first is 0."""
     keys_at = start + tl.arange(0, TILE)
     in_context = keys_at < last_key
@@ -93,12 +93,31 @@ def _in_context(start, first_key, last_key, TILE: tl.constexpr, WINDOW: tl.const
 
 
 @triton.jit
-def _blocks_in_context(
+def blocks_in_context(
     table, start, first_key, last_key, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr
 ):
     """The blocks of the keys `start .. start + TILE - 1`, 0 for those outside `first_key .. last_key - 1`."""
-    in_context = _in_context(start, first_key, last_key, TILE, WINDOW)
-    return tl.load(table + _block_numbers(start, BLOCK_SIZE, TILE), mask=in_context, other=0)
+    in_context = is_in_context(start, first_key, last_key, TILE, WINDOW)
+    return tl.load(table + block_numbers(start, BLOCK_SIZE, TILE), mask=in_context, other=0)
+
+
+@triton.jit
+def fold_scores(scores, row_max, row_sum, log2_scale, MASKED: tl.constexpr, SINGLE: tl.constexpr):
+    """Fold a tile of scores into the running softmax: their weights, the factor of what was summed before, and the new
+    maximum and sum. With MASKED, scores of -inf are of keys that are not seen. `log2_scale` and SINGLE: see `_attend_tile`."""
+    new_max = tl.maximum(row_max, tl.max(scores, 1))
+    base = new_max
+    if MASKED:
+        # A row that has seen nothing yet keeps -inf; it must not become inf - inf.
+        base = tl.where(new_max == NEGATIVE_INFINITY, 0.0, new_max)
+    exponent = base * log2_scale
+    weights = tl.exp2(scores * log2_scale[:, None] - exponent[:, None])
+    shrink = tl.exp2(row_max * log2_scale - exponent)
+    if SINGLE:  # a sum for each place in a tile, put together at the end: warps that share a row need not synchronize
+        row_sum = row_sum * shrink[:, None] + weights
+    else:
+        row_sum = row_sum * shrink + tl.sum(weights, 1)
+    return weights, shrink, new_max, row_sum
 
 
 @triton.jit
@@ -136,11 +155,11 @@ def _attend_tile(
     # Slots outside the context may hold anything, NaN too: they are never loaded.
     loaded = tl.full([TILE, 1], True, tl.int1)
     if MASKED:
-        in_context = _in_context(start, first_key, last_key, TILE, WINDOW)
+        in_context = is_in_context(start, first_key, last_key, TILE, WINDOW)
         loaded = in_context[:, None]
     if dims.shape[0] != HEAD_DIM:
         loaded = loaded & dim_is_real[None, :]
-    places = (_slots_in_block(start, BLOCK_SIZE, TILE) * HEAD_DIM)[:, None] + dims[None, :]
+    places = (slots_in_block(start, BLOCK_SIZE, TILE) * HEAD_DIM)[:, None] + dims[None, :]
     offsets = (blocks.to(tl.int64) * block_stride)[:, None]
     keys = tl.load(k_page + places + offsets, mask=loaded, other=0.0).to(queries.dtype)
     scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
@@ -157,18 +176,7 @@ def _attend_tile(
             if WINDOW > 0:
                 visible = visible & (keys_in_tile > reach - WINDOW)
         scores = tl.where(visible, scores, NEGATIVE_INFINITY)
-    new_max = tl.maximum(row_max, tl.max(scores, 1))
-    base = new_max
-    if MASKED:
-        # A row that has seen nothing yet keeps -inf; it must not become inf - inf.
-        base = tl.where(new_max == NEGATIVE_INFINITY, 0.0, new_max)
-    exponent = base * log2_scale
-    weights = tl.exp2(scores * log2_scale[:, None] - exponent[:, None])
-    shrink = tl.exp2(row_max * log2_scale - exponent)
-    if SINGLE:  # a sum for each place in a tile, put together at the end: warps that share a row need not synchronize
-        row_sum = row_sum * shrink[:, None] + weights
-    else:
-        row_sum = row_sum * shrink + tl.sum(weights, 1)
+    weights, shrink, new_max, row_sum = fold_scores(scores, row_max, row_sum, log2_scale, MASKED, SINGLE)
     values = tl.load(v_page + places + offsets, mask=loaded, other=0.0).to(queries.dtype)
     weighted = weighted * shrink[:, None]
     weighted = tl.dot(weights.to(queries.dtype), values, weighted, input_precision="ieee")
@@ -185,7 +193,7 @@ def _sink_weight(sinks, heads, exists, exponents):
 
 
 @triton.jit
-def _normalized(weighted, row_sum, v_scale):
+def normalized(weighted, row_sum, v_scale):
     """Weighted values over the sum of their weights; zeros for a row without any key, as padding may be."""
     return weighted / tl.where(row_sum > 0.0, row_sum, 1.0)[:, None] * v_scale
 
@@ -251,10 +259,10 @@ def paged_attention_kernel(
         tile_token = 0
     else:
         first_token = tl.load(query_start_loc + first_row)
-        row = _row_of_tile(query_start_loc, first_row, first_token, num_rows, tl.program_id(0), TOKENS_PER_TILE)
+        row = row_of_tile(query_start_loc, first_row, first_token, num_rows, tl.program_id(0), TOKENS_PER_TILE)
         token = tl.load(query_start_loc + row)
         num_tokens = tl.load(query_start_loc + row + 1) - token
-        tile_in_row = tl.program_id(0) - _first_tile_of(query_start_loc, row, first_row, first_token, TOKENS_PER_TILE)
+        tile_in_row = tl.program_id(0) - first_tile_of(query_start_loc, row, first_row, first_token, TOKENS_PER_TILE)
         num_tiles = (num_tokens + TOKENS_PER_TILE - 1) // TOKENS_PER_TILE
         if tile_in_row >= num_tiles:
             return
@@ -325,9 +333,9 @@ def paged_attention_kernel(
                 row_sums = tl.full([ROWS, TILE], 0.0, dtype=tl.float32)
             else:
                 row_sums = tl.full([ROWS], 0.0, dtype=tl.float32)
-            blocks = _blocks_in_context(table, begin, first_key, end, BLOCK_SIZE, TILE, WINDOW)
+            blocks = blocks_in_context(table, begin, first_key, end, BLOCK_SIZE, TILE, WINDOW)
             for start in range(begin, end, TILE):
-                following = _blocks_in_context(table, start + TILE, first_key, end, BLOCK_SIZE, TILE, WINDOW)
+                following = blocks_in_context(table, start + TILE, first_key, end, BLOCK_SIZE, TILE, WINDOW)
                 weighted, row_max, row_sums = _attend_tile(
                     weighted, row_max, row_sums, queries, k_page, v_page, blocks, start, first_key, end, positions,
                     score_scale, log2_scale, dims, dim_is_real, block_stride,
@@ -341,7 +349,7 @@ def paged_attention_kernel(
             if num_segments == 1:
                 if HAS_SINKS:
                     row_sum += _sink_weight(sinks, head, is_real, row_max * log2_scale)
-                tl.store(result_at, _normalized(weighted, row_sum, v_scale).to(output.dtype.element_ty), mask=exists)
+                tl.store(result_at, normalized(weighted, row_sum, v_scale).to(output.dtype.element_ty), mask=exists)
             else:
                 place = (row - first_row).to(tl.int64) * QUERY_LEN + token_in_row
                 part = (place * NUM_HEADS + head) * MAX_SEGMENTS + segment
@@ -356,9 +364,9 @@ def paged_attention_kernel(
         if WINDOW == 0:
             # Tiles that end before the tile's first query are seen by every query, whole.
             masked_from = tl.maximum(first_position + 1, 0) // TILE * TILE
-            blocks = tl.load(table + _block_numbers(0, BLOCK_SIZE, TILE), mask=masked_from > 0, other=0)
+            blocks = tl.load(table + block_numbers(0, BLOCK_SIZE, TILE), mask=masked_from > 0, other=0)
             for start in range(0, masked_from, TILE):
-                at = _block_numbers(start + TILE, BLOCK_SIZE, TILE)
+                at = block_numbers(start + TILE, BLOCK_SIZE, TILE)
                 following = tl.load(table + at, mask=start + TILE < masked_from, other=0)
                 weighted, row_max, row_sum = _attend_tile(
                     weighted, row_max, row_sum, queries, k_page, v_page, blocks, start, first_key, last_key, positions,
@@ -366,9 +374,9 @@ def paged_attention_kernel(
                     BLOCK_SIZE, HEAD_DIM, TILE, WINDOW, HAS_SOFT_CAP, False, False,
                 )  # fmt: skip
                 blocks = following
-        blocks = _blocks_in_context(table, masked_from, first_key, last_key, BLOCK_SIZE, TILE, WINDOW)
+        blocks = blocks_in_context(table, masked_from, first_key, last_key, BLOCK_SIZE, TILE, WINDOW)
         for start in range(masked_from, last_key, TILE):
-            following = _blocks_in_context(table, start + TILE, first_key, last_key, BLOCK_SIZE, TILE, WINDOW)
+            following = blocks_in_context(table, start + TILE, first_key, last_key, BLOCK_SIZE, TILE, WINDOW)
             weighted, row_max, row_sum = _attend_tile(
                 weighted, row_max, row_sum, queries, k_page, v_page, blocks, start, first_key, last_key, positions,
                 score_scale, log2_scale, dims, dim_is_real, block_stride,
@@ -377,7 +385,7 @@ def paged_attention_kernel(
             blocks = following
         if HAS_SINKS:
             row_sum += _sink_weight(sinks, head, is_real, row_max * log2_scale)
-        tl.store(result_at, _normalized(weighted, row_sum, v_scale).to(output.dtype.element_ty), mask=exists)
+        tl.store(result_at, normalized(weighted, row_sum, v_scale).to(output.dtype.element_ty), mask=exists)
 
 
 @triton.jit(do_not_specialize=["first_row"], do_not_specialize_on_alignment=["seq_lens", "query_start_loc"])

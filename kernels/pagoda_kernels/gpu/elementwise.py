@@ -8,7 +8,12 @@ import torch
 import triton
 from typing_extensions import override
 
-from pagoda_kernels.gpu.elementwise_kernels import gated_activation_kernel, rms_norm_kernel, rotate_and_store_kernel
+from pagoda_kernels.gpu.elementwise_kernels import (
+    gated_activation_kernel,
+    rms_norm_kernel,
+    rotate_and_store_kernel,
+    rotate_kernel,
+)
 from pagoda_kernels.interface import KernelBackend
 
 ACTIVATION_TILE = 1024
@@ -55,6 +60,32 @@ class TritonElementwise(KernelBackend):
     @override
     def clamped_swiglu_and_mul(self, x: torch.Tensor) -> torch.Tensor:
         return _gated_activation(x, CLAMPED_SWIGLU)
+
+    @override
+    def apply_rotary(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        interleaved: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        query, key = _with_heads_together(query), _with_heads_together(key)
+        rotated_query, rotated_key = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key))
+        num_tokens, num_heads, head_dim = query.shape
+        rotate_kernel[(num_tokens, 2)](
+            rotated_query,
+            rotated_key,
+            query,
+            key,
+            cos,
+            sin,
+            query.stride(0),
+            key.stride(0),
+            **head_constants(num_heads, key.shape[1], head_dim, cos.shape[1], interleaved=interleaved),
+            num_warps=ROTATE_WARPS,
+        )
+        return rotated_query, rotated_key
 
     @override
     def rotate_and_store(
@@ -109,6 +140,11 @@ class TritonElementwise(KernelBackend):
         return rotated
 
 
+def _with_heads_together(x: torch.Tensor) -> torch.Tensor:
+    """`x` [T, heads, head_dim], its heads one behind the other, tokens at any stride."""
+    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
+
+
 def _gated_activation(x: torch.Tensor, activation: int) -> torch.Tensor:
     x = x.contiguous()
     size = x.shape[-1] // 2
@@ -143,15 +179,24 @@ def rotate_constants(
 ) -> dict[str, Any]:
     """The constants of `rotate_and_store_kernel`."""
     return {
+        **head_constants(num_heads, num_kv_heads, head_dim, rotary_half, interleaved=interleaved),
+        "BLOCK_SIZE": block_size,
+        "HAS_NORM": has_norm,
+        "FLOAT8_MAX": torch.finfo(cache_dtype).max if cache_dtype.itemsize == 1 else 0.0,
+    }
+
+
+def head_constants(
+    num_heads: int, num_kv_heads: int, head_dim: int, rotary_half: int, *, interleaved: bool
+) -> dict[str, Any]:
+    """The constants of `rotate_kernel`."""
+    return {
         "NUM_HEADS": num_heads,
         "NUM_KV_HEADS": num_kv_heads,
         "PADDED_HEADS": triton.next_power_of_2(num_heads),
         "PADDED_KV_HEADS": triton.next_power_of_2(num_kv_heads),
         "HEAD_DIM": head_dim,
         "PADDED_HALF": triton.next_power_of_2(head_dim // 2),
-        "BLOCK_SIZE": block_size,
-        "HAS_NORM": has_norm,
-        "FLOAT8_MAX": torch.finfo(cache_dtype).max if cache_dtype.itemsize == 1 else 0.0,
         "ROTARY_HALF": rotary_half,
         "INTERLEAVED": interleaved,
     }

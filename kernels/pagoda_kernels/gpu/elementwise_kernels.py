@@ -149,6 +149,39 @@ def _normed_and_rotated(
 
 
 @triton.jit
+def _rotate_heads(
+    rotated,
+    x,
+    norm_weight,
+    cos,
+    sin,
+    eps,
+    token,
+    token_stride,
+    NUM_HEADS: tl.constexpr,
+    PADDED_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_HALF: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    ROTARY_HALF: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+):
+    """Store a token's heads, normalized if HAS_NORM and turned, into `rotated` [tokens, NUM_HEADS, HEAD_DIM]."""
+    HALF: tl.constexpr = HEAD_DIM // 2
+    heads = tl.arange(0, PADDED_HEADS)
+    dims = tl.arange(0, PADDED_HALF)
+    first_dims, second_dims = _pair(dims, HALF, ROTARY_HALF, INTERLEAVED)
+    first, second = _normed_and_rotated(
+        x, norm_weight, cos, sin, eps, token, heads, heads < NUM_HEADS, token_stride, HEAD_DIM, PADDED_HALF,
+        HAS_NORM, ROTARY_HALF, INTERLEAVED,
+    )  # fmt: skip
+    target = rotated + (token * NUM_HEADS + heads[:, None]) * HEAD_DIM
+    exists = (heads < NUM_HEADS)[:, None] & (dims < HALF)[None, :]
+    tl.store(target + first_dims[None, :], first.to(rotated.dtype.element_ty), mask=exists)
+    tl.store(target + second_dims[None, :], second.to(rotated.dtype.element_ty), mask=exists)
+
+
+@triton.jit
 def _as_cached(x, inverse_scale, cache, FLOAT8_MAX: tl.constexpr):
     """float32 numbers as the cache keeps them; float8 ones are kept inside the type's range. FLOAT8_MAX 0: no float8."""
     if FLOAT8_MAX > 0:
@@ -197,31 +230,14 @@ def rotate_and_store_kernel(
     HALF: tl.constexpr = HEAD_DIM // 2
     token = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
-    dims = tl.arange(0, PADDED_HALF)
-    first_dims, second_dims = _pair(dims, HALF, ROTARY_HALF, INTERLEAVED)
     if part == 0:
-        heads = tl.arange(0, PADDED_HEADS)
-        first, second = _normed_and_rotated(
-            query,
-            query_norm,
-            cos,
-            sin,
-            eps,
-            token,
-            heads,
-            heads < NUM_HEADS,
-            query_stride,
-            HEAD_DIM,
-            PADDED_HALF,
-            HAS_NORM,
-            ROTARY_HALF,
-            INTERLEAVED,
-        )
-        target = rotated_query + (token * NUM_HEADS + heads[:, None]) * HEAD_DIM
-        exists = (heads < NUM_HEADS)[:, None] & (dims < HALF)[None, :]
-        tl.store(target + first_dims[None, :], first.to(rotated_query.dtype.element_ty), mask=exists)
-        tl.store(target + second_dims[None, :], second.to(rotated_query.dtype.element_ty), mask=exists)
+        _rotate_heads(
+            rotated_query, query, query_norm, cos, sin, eps, token, query_stride, NUM_HEADS, PADDED_HEADS, HEAD_DIM,
+            PADDED_HALF, HAS_NORM, ROTARY_HALF, INTERLEAVED,
+        )  # fmt: skip
     else:
+        dims = tl.arange(0, PADDED_HALF)
+        first_dims, second_dims = _pair(dims, HALF, ROTARY_HALF, INTERLEAVED)
         kv_heads = tl.arange(0, PADDED_KV_HEADS)
         kv_exists = (kv_heads < NUM_KV_HEADS)[:, None] & (dims < HALF)[None, :]
         slot = tl.load(slot_mapping + token)
@@ -248,3 +264,36 @@ def rotate_and_store_kernel(
             second_value = _as_cached(second_value, inverse_v_scale, v_cache, FLOAT8_MAX)
             tl.store(v_cache + first_place, first_value, mask=kv_exists)
             tl.store(v_cache + second_place, second_value, mask=kv_exists)
+
+
+@triton.jit(do_not_specialize_on_alignment=["cos", "sin"])
+def rotate_kernel(
+    rotated_query,
+    rotated_key,
+    query,
+    key,
+    cos,
+    sin,
+    query_stride,
+    key_stride,
+    NUM_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    PADDED_HEADS: tl.constexpr,
+    PADDED_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_HALF: tl.constexpr,
+    ROTARY_HALF: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+):
+    """Grid (tokens, 2): program 0 turns a token's queries, 1 its keys. Arguments as of `rotate_and_store_kernel`."""
+    token = tl.program_id(0).to(tl.int64)
+    if tl.program_id(1) == 0:
+        _rotate_heads(
+            rotated_query, query, query, cos, sin, 0.0, token, query_stride, NUM_HEADS, PADDED_HEADS, HEAD_DIM,
+            PADDED_HALF, False, ROTARY_HALF, INTERLEAVED,
+        )  # fmt: skip
+    else:
+        _rotate_heads(
+            rotated_key, key, key, cos, sin, 0.0, token, key_stride, NUM_KV_HEADS, PADDED_KV_HEADS, HEAD_DIM,
+            PADDED_HALF, False, ROTARY_HALF, INTERLEAVED,
+        )  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from pagoda_kernels.gpu.attention import REDUCE_WARPS, AttentionGeometry
+from pagoda_kernels.gpu.attention import REDUCE_WARPS, AttentionGeometry, reduce_constants
 from pagoda_kernels.gpu.attention_kernels import paged_attention_kernel, reduce_segments_kernel
 from pagoda_kernels.gpu.delta_net import (
     CONV_TILE,
@@ -33,11 +33,17 @@ from pagoda_kernels.gpu.elementwise import (
     GELU,
     ROTATE_WARPS,
     SILU,
+    head_constants,
     rms_norm_constants,
     rms_norm_warps,
     rotate_constants,
 )
-from pagoda_kernels.gpu.elementwise_kernels import gated_activation_kernel, rms_norm_kernel, rotate_and_store_kernel
+from pagoda_kernels.gpu.elementwise_kernels import (
+    gated_activation_kernel,
+    rms_norm_kernel,
+    rotate_and_store_kernel,
+    rotate_kernel,
+)
 from pagoda_kernels.gpu.expert_kernels import combine_experts_kernel, expert_down_kernel, expert_gate_up_kernel
 from pagoda_kernels.gpu.experts import (
     COMBINE_TILE,
@@ -48,6 +54,9 @@ from pagoda_kernels.gpu.experts import (
     TILE_M,
     columns_of_tile,
 )
+from pagoda_kernels.gpu.latent_attention import REDUCE_WARPS as LATENT_REDUCE_WARPS
+from pagoda_kernels.gpu.latent_attention import LatentGeometry
+from pagoda_kernels.gpu.latent_attention_kernels import latent_attention_kernel
 from pagoda_kernels.gpu.lora import (
     EXPAND_WARPS,
     MAX_PARTS,
@@ -119,6 +128,7 @@ def tuned_builds(arch: int) -> Iterator[KernelBuild]:
         yield from _norm_builds(dtype)
         yield from _activation_builds(dtype)
         yield from _rotate_builds(dtype, dtype)
+        yield from _latent_builds(table, dtype)
         yield from _expert_builds(dtype)
         yield from _lora_builds(dtype)
         yield from _delta_net_builds(dtype, interleaved=dtype == "bfloat16")
@@ -185,8 +195,13 @@ def attention_builds(
 
 def _reduce_build(table: TuningTable, head_dim: int, *, short: bool = False) -> KernelBuild:
     geometry = AttentionGeometry(32, 8, head_dim, 16, None, False, False)
+    constants = geometry.reduce_constants(table.segments, short=short)
+    return _reduction(table, f"reduce_segments head_dim={head_dim}" + " short" * short, constants, REDUCE_WARPS)
+
+
+def _reduction(table: TuningTable, name: str, constants: Mapping[str, Any], num_warps: int) -> KernelBuild:
     return KernelBuild(
-        name=f"reduce_segments head_dim={head_dim}" + " short" * short,
+        name=name,
         kernel=reduce_segments_kernel,
         types={
             "output": "*bf16" if table.name != "default" else "*fp16",
@@ -195,10 +210,56 @@ def _reduce_build(table: TuningTable, head_dim: int, *, short: bool = False) -> 
             "first_row": "i32",
             "v_scale": "fp32",
         },
-        constants=geometry.reduce_constants(table.segments, short=short),
-        num_warps=REDUCE_WARPS,
+        constants=constants,
+        num_warps=num_warps,
         is_decode=True,
     )
+
+
+def _latent_builds(table: TuningTable, dtype: str) -> Iterator[KernelBuild]:
+    """DeepSeek's latents of 512 + 64, with 16 and 128 heads, and what turns their last 64."""
+    pointer, rank, rope_dim = f"*{TRITON_TYPES[dtype]}", 512, 64
+    element_bytes = 4 if dtype == "float32" else 2
+    for num_heads in (16, 128):
+        geometry = LatentGeometry(num_heads, rank + rope_dim, rank, 16)
+        kinds = {"decode": 1, "short": geometry.short_query_len, "prefill": 1}
+        for kind, query_len in kinds.items():
+            if kind == "short" and query_len == 1:
+                continue
+            chosen = table.latent_decode_tiles if kind == "decode" else table.latent_prefill_tiles
+            tiles = chosen(geometry.latent_dim, element_bytes)
+            decode = kind != "prefill"
+            yield KernelBuild(
+                name=f"{kind}_latent_attention {dtype} heads={num_heads}",
+                kernel=latent_attention_kernel,
+                types={
+                    **dict.fromkeys(("output", "query", "cache"), pointer),
+                    **dict.fromkeys(("partial_output", "partial_max", "partial_sum"), "*fp32"),
+                    **dict.fromkeys(("block_table", "seq_lens", "query_start_loc"), "*i32"),
+                    **dict.fromkeys(("first_row", "num_rows", "table_stride"), "i32"),
+                    "scale": "fp32",
+                },
+                constants=geometry.constants(tiles, table.segments, decode=decode, query_len=query_len),
+                num_warps=tiles.num_warps,
+                num_stages=tiles.num_stages,
+                is_decode=kind == "decode",
+            )
+        if dtype == "float16":  # once: its sums are float32 in any
+            constants = reduce_constants(num_heads, rank, table.segments)
+            yield _reduction(table, f"reduce_latents heads={num_heads}", constants, LATENT_REDUCE_WARPS)
+        yield KernelBuild(
+            name=f"rotate {dtype} heads={num_heads}",
+            kernel=rotate_kernel,
+            types={
+                **dict.fromkeys(("rotated_query", "rotated_key", "query", "key"), pointer),
+                **dict.fromkeys(("cos", "sin"), "*fp32"),
+                **dict.fromkeys(("query_stride", "key_stride"), "i32"),
+            },
+            constants=head_constants(num_heads, 1, rope_dim, rope_dim // 2, interleaved=True),
+            aligned_integers=frozenset({"query_stride", "key_stride"}),
+            num_warps=ROTATE_WARPS,
+            is_decode=True,
+        )
 
 
 def _norm_builds(dtype: str) -> Iterator[KernelBuild]:

@@ -6,6 +6,7 @@ from pagoda_kernels.gpu.attention import TritonAttention
 from pagoda_kernels.gpu.delta_net import TritonDeltaNet
 from pagoda_kernels.gpu.elementwise import TritonElementwise
 from pagoda_kernels.gpu.experts import TritonExperts
+from pagoda_kernels.gpu.latent_attention import TritonLatentAttention
 from pagoda_kernels.gpu.lora import TritonLora
 from pagoda_kernels.gpu.sampling import TritonSampling
 from pagoda_kernels.gpu.step import TritonStep
@@ -17,6 +18,7 @@ class TritonBackend(
     TritonDeltaNet,
     TritonElementwise,
     TritonExperts,
+    TritonLatentAttention,
     TritonLora,
     TritonSampling,
     TritonStep,
@@ -24,8 +26,8 @@ class TritonBackend(
 ):
     """What models with float weights run on a GPU; encoders, by torch's own operations, row after row.
 
-    Not implemented: `write_kv` and `apply_rotary`, both of which `rotate_and_store` does; packed weights, which only
-    quantized models would have here (`check_device` refuses them); `fused_decoder`, in whose place CUDA graphs are.
+    Not implemented: `write_kv`, which `rotate_and_store` does; packed weights, which only quantized models would have here
+    (`check_device` refuses them); `fused_decoder`, in whose place CUDA graphs are.
     """
 
     name = "triton"

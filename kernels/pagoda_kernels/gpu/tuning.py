@@ -29,6 +29,8 @@ _STANDS_IN = {
     (12, 0): "sm_89",
 }
 DEFAULT_TABLE = "default"
+# The lists of `AttentionTiles` in a table.
+_TILES = ("decode_attention", "prefill_attention", "latent_decode_attention", "latent_prefill_attention")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +61,14 @@ class SegmentRule:
     max_segments: int
     programs: int
 
+    def most_segments(self, num_keys: int) -> int:
+        """Parts of a row of up to `num_keys` visible keys."""
+        return min(max(1, -(-num_keys // self.tokens)), self.max_segments)
+
+    def programs_per_row(self, num_rows: int, num_segments: int) -> int:
+        """How many programs share the up to `num_segments` parts of each of `num_rows` rows of a KV head or group of heads."""
+        return min(num_segments, max(1, self.programs // num_rows))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TuningTable:
@@ -69,6 +79,8 @@ class TuningTable:
     segments: SegmentRule
     decode_attention: tuple[AttentionTiles, ...]
     prefill_attention: tuple[AttentionTiles, ...]
+    latent_decode_attention: tuple[AttentionTiles, ...]
+    latent_prefill_attention: tuple[AttentionTiles, ...]
 
     def decode_tiles(self, head_dim: int, element_bytes: int) -> AttentionTiles:
         """The decode configuration for such heads. Raises `ValueError` for heads larger than any in the table."""
@@ -77,6 +89,14 @@ class TuningTable:
     def prefill_tiles(self, head_dim: int, element_bytes: int) -> AttentionTiles:
         """The prefill configuration, likewise."""
         return _smallest_fit(self, self.prefill_attention, head_dim, element_bytes)
+
+    def latent_decode_tiles(self, latent_dim: int, element_bytes: int) -> AttentionTiles:
+        """The decode configuration of attention over latent vectors of so many numbers."""
+        return _smallest_fit(self, self.latent_decode_attention, latent_dim, element_bytes)
+
+    def latent_prefill_tiles(self, latent_dim: int, element_bytes: int) -> AttentionTiles:
+        """The prefill configuration, likewise."""
+        return _smallest_fit(self, self.latent_prefill_attention, latent_dim, element_bytes)
 
 
 def element_bytes(query_dtype: torch.dtype, cache_dtype: torch.dtype) -> int:
@@ -134,8 +154,7 @@ def load_table(name: str) -> TuningTable:
             name=name,
             note=content["note"],
             segments=_read(SegmentRule, content["segments"]),
-            decode_attention=_read_all(AttentionTiles, content["decode_attention"]),
-            prefill_attention=_read_all(AttentionTiles, content["prefill_attention"]),
+            **{name: _read_all(AttentionTiles, content[name]) for name in _TILES},
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
@@ -145,10 +164,7 @@ def written(table: TuningTable) -> str:
     """`table` as its file has it: an entry a line."""
     lists = [
         f'  "{name}": [\n' + ",\n".join(f"    {json.dumps(asdict(entry))}" for entry in entries) + "\n  ]"
-        for name, entries in (
-            ("decode_attention", table.decode_attention),
-            ("prefill_attention", table.prefill_attention),
-        )
+        for name, entries in ((name, getattr(table, name)) for name in _TILES)
     ]
     first = [f'  "note": {json.dumps(table.note)}', f'  "segments": {json.dumps(asdict(table.segments))}']
     return "{\n" + ",\n".join(first + lists) + "\n}\n"

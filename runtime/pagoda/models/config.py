@@ -44,6 +44,10 @@ GENERATION_CONFIG_FILE = "generation_config.json"
 DTYPES = ("float32", "bfloat16", "float16")
 MAX_GPU_HEAD_DIM = 256
 """The widest heads that the tables of `pagoda_kernels.tuned` have configurations for."""
+MAX_GPU_LATENT_DIM = 576
+"""The longest vectors of latent attention, likewise."""
+LATENT_CAPABILITY = (8, 0)
+"""The first compute capability with the shared memory that latent attention takes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -270,16 +274,25 @@ class ModelConfig:
         return total if self.tie_word_embeddings else total - self.vocab_size * self.hidden_size
 
 
-def check_model_device(config: ModelConfig, device: str) -> None:
-    """Raise `ConfigError` for a model with layers that there are no kernels for on `device`."""
-    kinds = {LatentKV: "multi-head latent attention", SharedKV: "layers that read what others keep"}
-    found = [name for kind, name in kinds.items() if any(isinstance(spec, kind) for spec in config.kv_specs)]
-    if config.head_dim > MAX_GPU_HEAD_DIM:
-        found.append(f"heads of {config.head_dim}, with {MAX_GPU_HEAD_DIM} as the most")
-    if device != "cpu" and found:
-        raise ConfigError(
-            f"device={device}: {config.architecture} has {found[0]}, which runs on a CPU only in this version; use device=cpu"
-        )
+def check_model_device(config: ModelConfig, device: str, capability: tuple[int, int] | None = None) -> None:
+    """Raise `ConfigError` for a model with layers that there are no kernels for on `device`.
+
+    `capability`: the least compute capability of the GPUs, None where it is not known.
+    """
+    if device == "cpu":
+        return
+    problem = ""
+    is_latent = any(isinstance(spec, LatentKV) for spec in config.kv_specs)
+    what, most = ("latents", MAX_GPU_LATENT_DIM) if is_latent else ("heads", MAX_GPU_HEAD_DIM)
+    if any(isinstance(spec, SharedKV) for spec in config.kv_specs):
+        problem = "layers that read what others keep, which runs on a CPU only in this version"
+    elif config.head_dim > most:
+        problem = f"{what} of {config.head_dim}, with {most} as the most, which runs on a CPU only in this version"
+    elif is_latent and capability is not None and capability < LATENT_CAPABILITY:
+        least, own = (".".join(map(str, each)) for each in (LATENT_CAPABILITY, capability))
+        problem = f"multi-head latent attention, which takes a GPU of capability {least} or later; this one has {own}"
+    if problem:
+        raise ConfigError(f"device={device}: {config.architecture} has {problem}; use device=cpu")
 
 
 def longest_context(layers: tuple[LayerConfig, ...], max_position_embeddings: int) -> int:

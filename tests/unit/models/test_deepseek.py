@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from pagoda.config.schema import PagodaConfig
 from pagoda.errors import CheckpointError, ConfigError
 from pagoda.models.build import build_model
 from pagoda.models.config import ModelConfig, check_model_device
@@ -21,11 +20,10 @@ from pagoda.models.loading.packed import PackedLinearMethod, weight_bytes
 from pagoda.models.quantization.schemes import choose_quantization
 from pagoda.models.weight_size import expected_weight_bytes
 from pagoda.scheduling.kv_groups import LatentKV
-from pagoda.serving.model_check import check_model
+from pagoda_kernels.gpu.tuning import load_table
 from pagoda_kernels.reference.linear import unpack
 from tests.support.kernel_backends import reference_kernels
 from tests.support.model_families import family_config
-from tests.support.model_harness import save_random_checkpoint
 from tests.support.quantized_checkpoints import METHODS, quantized_model, write_quantized
 
 __all__ = ["reference_kernels"]
@@ -174,13 +172,20 @@ def test_weights_of_chosen_experts_are_not_normalized_in_v2() -> None:
         ModelConfig.from_dicts({**V2_LITE, "norm_topk_prob": True})
 
 
-def test_a_gpu_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="device=cuda: DeepseekV3ForCausalLM has multi-head latent attention"):
-        check_model_device(ModelConfig.from_dicts(V3), "cuda")
-    save_random_checkpoint(family_config("deepseek-v2-lite"), tmp_path)
-    with pytest.raises(ConfigError, match=r"device=cuda: .*use device=cpu"):
-        check_model(PagodaConfig(model=str(tmp_path), device="cuda"))
-    check_model(PagodaConfig(model=str(tmp_path), device="cpu"))
+def test_a_gpu_that_cannot_run_it_is_refused_before_anything_is_loaded() -> None:
+    config = ModelConfig.from_dicts(V3)
+    check_model_device(config, "cuda")
+    check_model_device(config, "cuda", (8, 0))
+    with pytest.raises(
+        ConfigError, match=r"latent attention, which takes a GPU of capability 8\.0 or later; this one has 7\.5"
+    ):
+        check_model_device(config, "cuda", (7, 5))
+    with pytest.raises(ConfigError, match=r"device=cuda: .* has latents of 1088, with 576 as the most.*use device=cpu"):
+        check_model_device(ModelConfig.from_dicts({**V3, "kv_lora_rank": 1024}), "cuda")
+    tables = [load_table(name) for name in ("default", "sm_80", "sm_89", "sm_90")]
+    for table in tables:
+        for tiles in (table.latent_decode_attention, table.latent_prefill_attention):
+            assert {(each.head_dim, each.element_bytes) for each in tiles} == {(576, 2), (576, 4)}
 
 
 # ---- kv_b_proj ----------------------------------------------------------------------------------------------------------

@@ -91,11 +91,12 @@ def start_core(config: PagodaConfig, on_phase: PhaseListener | None = None) -> E
         whole_prompts = (
             longest_encoded(config, model_config, pooler) if isinstance(model_config, EncoderConfig) else None
         )
+        gpus = gpu_reports()
         settings = resolve(
             config,
             checkpoint_dtype=model_config.dtype,
             cpu=cpu_report(),
-            gpus=gpu_reports(),
+            gpus=gpus,
             whole_prompts=whole_prompts,
         )
         for choice in settings.choices:
@@ -104,7 +105,7 @@ def start_core(config: PagodaConfig, on_phase: PhaseListener | None = None) -> E
         _check_adapters(config)
         _check_rounded_draft_model(config)
         if isinstance(model_config, ModelConfig):
-            check_model_device(model_config, config.device)
+            check_model_device(model_config, config.device, min((gpu.capability for gpu in gpus), default=None))
             config = _with_block_size(config, model_config)
         executor = create_executor(config, model_config)
     events, sink = CacheEvents(), CacheEventSink()
