@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -21,12 +23,16 @@ from pagoda import LLM, LoRARequest
 from pagoda.adapters import LoraAdapter
 from pagoda.config.schema import PagodaConfig
 from pagoda.engine.core import startup
+from pagoda.engine.core.loop import EngineCore
 from pagoda.engine.core.startup import start_core
 from pagoda.errors import CheckpointError, ConfigError, InvalidRequestError, NotSupportedError
 from pagoda.models.dummy import DummySpec, write_dummy_checkpoint
 from pagoda.request import EngineRequest
 from pagoda.sampling.output import FinishReason
 from pagoda.sampling.params import SamplingParams
+from pagoda.scheduling.lookahead import Speculation
+from pagoda.scheduling.request import Request
+from tests.support.drafts import ArbitraryDrafts
 from tests.support.gguf_files import write_gguf
 from tests.support.lora_adapters import (
     ALL_LINEAR,
@@ -143,9 +149,10 @@ def config_of(directory: Path, chunk: int = 64, **settings: Any) -> PagodaConfig
     return PagodaConfig(model=str(directory), **{**values, **settings})
 
 
-def check(lora: LoraCase, **settings: Any) -> Any:
-    """Both rounds; the engine's figures after them."""
+def check(lora: LoraCase, prepare: Callable[[EngineCore], None] = lambda core: None, **settings: Any) -> Any:
+    """Both rounds; the engine's figures after them. `prepare` is called before them."""
     core = start_core(config_of(lora.case.directory, **settings))
+    prepare(core)
     try:
         assert run_greedily(core, lora.case, "first-", lora.adapters) == lora.case.expected
         assert run_greedily(core, lora.case, "second-", lora.adapters) == lora.case.expected
@@ -175,8 +182,19 @@ def test_layer_by_layer_and_on_the_reference_kernels(case_of) -> None:
 
 
 def test_with_drafts(case_of) -> None:
-    stats = check(case_of("llama"), speculative_config={"method": "ngram", "num_speculative_tokens": 3})
-    assert stats.num_spec_draft_tokens > 0
+    case = case_of("llama").case
+
+    def truth(request: Request, count: int) -> list[int]:
+        expected = case.expected[case.prompts.index(request.spec.prompt_token_ids)]
+        return expected[request.num_output_tokens :][:count]
+
+    def draft_whatever_it_costs(core: EngineCore) -> None:
+        proposer = ArbitraryDrafts(Random(1), truth, core.ready.vocab_size)
+        core._scheduler._lookahead = Speculation(core._scheduler.kv, proposer, 32)
+
+    speculation = {"method": "ngram", "num_speculative_tokens": 3}
+    stats = check(case_of("llama"), draft_whatever_it_costs, speculative_config=speculation)
+    assert 0 < stats.num_spec_accepted_tokens < stats.num_spec_draft_tokens
 
 
 @pytest.mark.parametrize(

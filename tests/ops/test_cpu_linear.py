@@ -101,8 +101,9 @@ def test_packing_equals_the_reference(dtype: torch.dtype) -> None:
 def test_quantized_product_is_near_the_reference(kernels: KernelBackend, kind: str) -> None:
     weight = packed_weights(129, 1040)[kind]
     x = make_inputs(20, 1040)
+    # An input between two of its 8-bit steps may be rounded to the other one: a step of it times a weight.
     torch.testing.assert_close(
-        kernels.packed_linear(x, weight), reference.BACKEND.packed_linear(x, weight, None), rtol=1e-4, atol=1e-2
+        kernels.packed_linear(x, weight), reference.BACKEND.packed_linear(x, weight, None), rtol=1e-4, atol=5e-2
     )
 
 

@@ -73,6 +73,7 @@ class RestHarness:
         self.run(self.stop)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(5)
+        self._loop.close()
 
     @property
     def url(self) -> str:

@@ -115,8 +115,11 @@ class TemplateProcess:
 
 def _read(source: int, num_bytes: int, deadline: float) -> bytes:
     parts = []
+    # Not select(2), which takes no descriptor above 1023: each connection is one.
+    readable = select.poll()
+    readable.register(source, select.POLLIN)
     while num_bytes:
-        if not select.select([source], [], [], max(0.0, deadline - time.monotonic()))[0]:
+        if not readable.poll(1e3 * max(0.0, deadline - time.monotonic())):
             raise TimeoutError("it did not answer")
         part = os.read(source, num_bytes)
         if not part:

@@ -13,6 +13,8 @@ from typing import Any
 import jinja2
 import numpy as np
 import pytest
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as TokenizersTokenizer
 
 from pagoda.errors import CheckpointError, ConfigError
 from pagoda.request import AnswerOptions
@@ -365,10 +367,10 @@ def test_harmony_channels() -> None:
 
 
 def test_harmony_with_markers_that_are_tokens(tmp_path: Path) -> None:
-    tokenizer = Tokenizer.from_directory(save_tokenizer(tmp_path, "byte_level_bpe"))
+    backend = TokenizersTokenizer.from_file(str(save_tokenizer(tmp_path, "byte_level_bpe") / "tokenizer.json"))
     markers = ("start", "channel", "message", "constrain", "end", "call")
-    tokenizer._backend.add_special_tokens([f"<|{marker}|>" for marker in markers])
-    tokenizer = Tokenizer(tokenizer._backend)
+    backend.add_special_tokens([f"<|{marker}|>" for marker in markers])
+    tokenizer = Tokenizer(backend)
     text = "<|channel|>analysis<|message|>Say <|end|><|start|>assistant<|channel|>commentary to=functions.f<|constrain|>json"
     ids = tokenizer.encode(text + '<|message|>{"n": 1}<|call|>', add_special_tokens=False)
     message = read_ids(tokenizer, "openai", ids)
@@ -399,11 +401,9 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     ]
     decoder = {str(500 + index): marker for index, marker in enumerate(markers)}
     directory = save_tokenizer(tmp_path_factory.mktemp("tokenizer"), "byte_level_bpe")
-    backend = Tokenizer.from_directory(directory)._backend
-    from tokenizers import AddedToken
-
+    backend = TokenizersTokenizer.from_file(str(directory / "tokenizer.json"))
     backend.add_tokens([AddedToken(**marker) for marker in decoder.values()])
-    backend.save(str(Path(directory) / "tokenizer.json"))
+    backend.save(str(directory / "tokenizer.json"))
     return Tokenizer.from_directory(directory)
 
 
@@ -547,10 +547,10 @@ def test_a_budget_bounds_reasoning_without_a_grammar(tokenizer: Tokenizer) -> No
 @pytest.mark.parametrize("form", [None, GrammarSpec.of_json_object(), GrammarSpec.of_choice(["red", "塔"])])
 def test_a_budget_bounds_reasoning_in_channels(tmp_path: Path, budget: int, form: GrammarSpec | None) -> None:
     directory = save_tokenizer(tmp_path, "byte_level_bpe")
-    backend = Tokenizer.from_directory(directory)._backend
+    backend = TokenizersTokenizer.from_file(str(directory / "tokenizer.json"))
     markers = ("start", "channel", "message", "constrain", "end", "call", "return")
     backend.add_special_tokens([f"<|{marker}|>" for marker in markers])
-    backend.save(str(Path(directory) / "tokenizer.json"))
+    backend.save(str(directory / "tokenizer.json"))
     tokenizer = Tokenizer.from_directory(directory)
     found = answer_format(tokenizer, [], reasoning_parser="openai_gptoss", tool_call_parser="openai")
     assert found.can_end_reasoning

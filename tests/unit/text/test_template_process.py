@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import resource
 import signal
 import threading
+import time
 
 import pytest
 
 from pagoda.errors import ConfigError, InvalidRequestError
 from pagoda.text import template_process
 from pagoda.text.chat_template import ChatTemplate
-from pagoda.text.template_process import TemplateProcess
+from pagoda.text.template_process import TemplateProcess, _read
 from tests.support.child_processes import children_running
 
 # What the first message says is what the template does.
@@ -125,3 +128,20 @@ def test_close_ends_the_process():
     renderer.close()
     assert len(started) == 1
     assert children() == before
+
+
+def test_an_answer_comes_through_a_descriptor_of_any_number() -> None:
+    """In a server with a thousand connections a new one is above 1023."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 2048)), hard))
+    source, sink = os.pipe()
+    high = fcntl.fcntl(source, fcntl.F_DUPFD, 1500)
+    try:
+        os.write(sink, b"answer")
+        assert _read(high, 6, time.monotonic() + 5) == b"answer"
+        with pytest.raises(TimeoutError, match="did not answer"):
+            _read(high, 1, time.monotonic())
+    finally:
+        for descriptor in (source, sink, high):
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
