@@ -41,7 +41,7 @@ SUBJECT = Path(__file__).resolve().parents[1] / "docs" / "architecture.md"
 class Run:
     """Of one engine in one round."""
 
-    outputs: list[list[int]]
+    outputs: dict[str, list[int]]  # by request: which is asked first follows from when others are done
     num_tokens: int
     wall_seconds: float
     cpu_seconds: float
@@ -147,7 +147,7 @@ def run(core: EngineCore, clients: list[list[list[int]]], num_tokens: int, eos: 
             started = time.perf_counter(), time.process_time()
     assert started is not None
     return Run(
-        list(outputs.values()),
+        outputs,
         sum(map(len, outputs.values())) - counted,
         time.perf_counter() - started[0],
         time.process_time() - started[1],
